@@ -1,0 +1,201 @@
+"""Speaks about a scene: captions, paragraphs, questions with answers, hard negatives and probes, all exactly true.
+
+Everything follows from the `Scene` alone, so a program can check any sentence a model says about a picture.
+"""
+
+from dataclasses import dataclass, replace
+from itertools import permutations
+from random import Random
+
+from cafe.scenes.world import COLORS, KINDS, PLACES, SIZES, Scene, Thing
+
+CAPTION_PROMPT = "Describe the image."
+PARAGRAPH_PROMPT = "Describe the image in detail."
+NUMBERS = ("zero", "one", "two", "three", "four")
+QUESTION_KINDS = ("presence", "count", "color", "shape", "place", "relation")
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one picture with its only right answer; `kind` is one of `QUESTION_KINDS`."""
+
+    kind: str
+    text: str
+    answer: str
+
+
+def article(word: str) -> str:
+    """ "a" or "an", as the following word needs."""
+    return "an" if word[0] in "aeiou" and word != "one" else "a"
+
+
+def name(thing: Thing) -> str:
+    """The shortest name that tells a thing from all others of its scene, e.g. "red circle"."""
+    return f"{thing.color} {thing.kind}"
+
+
+def _full(thing: Thing) -> str:
+    return f"a {thing.size} {thing.color} {thing.kind}"
+
+
+def _join(phrases: list[str]) -> str:
+    return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+
+
+def _template_at(things: tuple[Thing, ...]) -> str:
+    return _join([f"{_full(thing)} at the {thing.place}" for thing in things]) + "."
+
+
+def _template_place_first(things: tuple[Thing, ...]) -> str:
+    return ", ".join(f"{thing.place}: {_full(thing)}" for thing in things) + "."
+
+
+def _template_there_is(things: tuple[Thing, ...]) -> str:
+    return "there is " + _join([f"{_full(thing)} in the {thing.place}" for thing in things]) + "."
+
+
+_CAPTION_TEMPLATES = (_template_at, _template_place_first, _template_there_is)
+
+
+def captions(things: tuple[Thing, ...]) -> list[str]:
+    """Every true short caption: each template with the things in each order."""
+    return [template(order) for template in _CAPTION_TEMPLATES for order in permutations(things)]
+
+
+def caption(things: tuple[Thing, ...], rng: Random) -> str:
+    """One of `captions`, by lot."""
+    order = tuple(rng.sample(things, len(things)))
+    return rng.choice(_CAPTION_TEMPLATES)(order)
+
+
+def paragraph(scene: Scene, rng: Random) -> str:
+    """A caption of several sentences that also tells the background and the number of things."""
+    things = rng.sample(scene.things, len(scene.things))
+    noun = "object" if len(things) == 1 else "objects"
+    sentences = [f"The picture shows {NUMBERS[len(things)]} {noun} on a {scene.texture} {scene.tone} background."]
+    for thing in things:
+        form = rng.choice(("At the {place} there is {full}.", "In the {place} stands {full}."))
+        sentences.append(form.format(place=thing.place, full=_full(thing)))
+    for first, second in zip(things, things[1:], strict=False):
+        relation = relation_between(first, second)
+        if relation:
+            sentences.append(f"The {name(first)} is {relation} the {name(second)}.")
+    return " ".join(sentences)
+
+
+def relation_between(first: Thing, second: Thing) -> str | None:
+    """Where the first thing is, seen from the second: only for two in one row or one column."""
+    (row, column), (other_row, other_column) = (divmod(PLACES.index(thing.place), 2) for thing in (first, second))
+    if row == other_row:
+        return "left of" if column < other_column else "right of"
+    if column == other_column:
+        return "above" if row < other_row else "below"
+    return None
+
+
+def questions(scene: Scene, rng: Random) -> list[Question]:
+    """One question of every kind that the scene allows, in a fixed order of kinds."""
+    things = scene.things
+    target = rng.choice(things)
+    asked: list[Question] = []
+
+    if rng.random() < 0.5:
+        asked.append(Question("presence", f"Is there a {name(target)}?", "yes"))
+    else:
+        absent = near_miss(scene, rng)
+        asked.append(Question("presence", f"Is there a {name(absent)}?", "no"))
+
+    if rng.random() < 0.5:
+        asked.append(Question("count", "How many objects are there?", NUMBERS[len(things)]))
+    else:
+        same = sum(thing.color == target.color for thing in things)
+        asked.append(Question("count", f"How many {target.color} objects are there?", NUMBERS[same]))
+
+    if sum(thing.kind == target.kind for thing in things) == 1:
+        asked.append(Question("color", f"What color is the {target.kind}?", target.color))
+    else:
+        asked.append(Question("color", f"What color is the object at the {target.place}?", target.color))
+
+    if sum(thing.color == target.color for thing in things) == 1:
+        asked.append(Question("shape", f"What is the {target.color} object?", target.kind))
+    else:
+        asked.append(Question("shape", f"What is the object at the {target.place}?", target.kind))
+
+    asked.append(Question("place", f"Where is the {name(target)}?", target.place))
+
+    related = [
+        (first, second, relation)
+        for first, second in permutations(things, 2)
+        if (relation := relation_between(first, second))
+    ]
+    if related:
+        first, second, relation = rng.choice(related)
+        asked.append(Question("relation", f"What is {relation} the {name(second)}?", name(first)))
+    return asked
+
+
+def near_miss(scene: Scene, rng: Random) -> Thing:
+    """A thing that is not in the scene but shares its kind or its color with one that is."""
+    present = {name(thing) for thing in scene.things}
+    while True:
+        thing = rng.choice(scene.things)
+        if rng.random() < 0.5:
+            thing = replace(thing, color=rng.choice(list(COLORS)))
+        else:
+            thing = replace(thing, kind=rng.choice(KINDS))
+        if name(thing) not in present:
+            return thing
+
+
+def swap_attributes(things: tuple[Thing, ...], rng: Random) -> tuple[Thing, ...] | None:
+    """The things with the colors of two of them exchanged; None where no two differ in color."""
+    return _swap(things, "color", rng)
+
+
+def swap_places(things: tuple[Thing, ...], rng: Random) -> tuple[Thing, ...] | None:
+    """The things with the places of two of them exchanged; None where there is only one."""
+    return _swap(things, "place", rng)
+
+
+def _swap(things: tuple[Thing, ...], field: str, rng: Random) -> tuple[Thing, ...] | None:
+    pairs = [
+        (i, j)
+        for i, j in permutations(range(len(things)), 2)
+        if i < j and getattr(things[i], field) != getattr(things[j], field)
+    ]
+    rng.shuffle(pairs)
+    for i, j in pairs:
+        changed = list(things)
+        changed[i] = replace(things[i], **{field: getattr(things[j], field)})
+        changed[j] = replace(things[j], **{field: getattr(things[i], field)})
+        if set(changed) != set(things):  # exchanging the places of twins would change nothing
+            return tuple(changed)
+    return None
+
+
+def replace_kind(things: tuple[Thing, ...], rng: Random) -> tuple[Thing, ...]:
+    """The things with one of them become another kind."""
+    return _replace(things, "kind", KINDS, rng)
+
+
+def replace_attribute(things: tuple[Thing, ...], rng: Random) -> tuple[Thing, ...]:
+    """The things with the color or the size of one of them changed."""
+    field, values = rng.choice((("color", tuple(COLORS)), ("size", SIZES)))
+    return _replace(things, field, values, rng)
+
+
+def _replace(things: tuple[Thing, ...], field: str, values: tuple[str, ...], rng: Random) -> tuple[Thing, ...]:
+    index = rng.randrange(len(things))
+    value = rng.choice([value for value in values if value != getattr(things[index], field)])
+    return (*things[:index], replace(things[index], **{field: value}), *things[index + 1 :])
+
+
+def hard_negatives(things: tuple[Thing, ...], rng: Random) -> dict[str, tuple[Thing, ...]]:
+    """False versions of the things that read almost like the true one, by the name of the change (SugarCrepe's)."""
+    changed = {
+        "replace_obj": replace_kind(things, rng),
+        "replace_att": replace_attribute(things, rng),
+        "swap_obj": swap_places(things, rng),
+        "swap_att": swap_attributes(things, rng),
+    }
+    return {change: result for change, result in changed.items() if result is not None}

@@ -1,0 +1,106 @@
+"""The small world: what a scene can hold, and how scenes are drawn by lot.
+
+A scene is one to four things, each in its own quarter of the picture. A thing is a drawn shape or a handwritten digit,
+with a color and a size. Scenes are pure data: `draw.py` paints them and `words.py` speaks about them.
+
+Two promises keep the test split honest. Every combination of (kind, color) pairs belongs to one split only, decided by a
+hash, so no training picture shows the objects of a test picture together; and the scans of digits are divided between
+the splits by their index (see `draw.py`).
+"""
+
+import hashlib
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+Split = Literal["train", "test"]
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring", "diamond", "heart")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+KINDS = SHAPES + DIGITS
+COLORS = {
+    "red": (226, 38, 38),
+    "orange": (250, 140, 22),
+    "yellow": (248, 226, 46),
+    "green": (40, 170, 60),
+    "cyan": (52, 212, 220),
+    "blue": (44, 84, 232),
+    "pink": (246, 104, 196),
+}
+SIZES = ("small", "large")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
+TEXTURES = ("plain", "striped", "checkered")
+TONES = ("dark", "gray", "light")
+
+# Some kinds are common and some rare, and digits keep company with digits: without that, POPE's popular and
+# adversarial probes would not differ from its random ones.
+_KIND_WEIGHTS = {kind: 1.0 + (rank % 6) * 0.35 for rank, kind in enumerate(KINDS)}
+_SAME_GROUP = 0.7
+_TEST_SHARE = 8  # one combination in this many belongs to the test split
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object: what it is, its color and size, and the quarter of the picture it stands in."""
+
+    kind: str
+    color: str
+    size: str
+    place: str
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One picture's content. `name` also seeds everything random about how the picture is painted."""
+
+    name: str
+    split: Split
+    things: tuple[Thing, ...]
+    texture: str
+    tone: str
+
+
+def split_of(things: tuple[Thing, ...]) -> Split:
+    """The only split in which this combination of (kind, color) pairs may appear."""
+    combination = " ".join(sorted(f"{thing.color}-{thing.kind}" for thing in things))
+    digest = hashlib.sha256(combination.encode()).digest()
+    return "test" if digest[0] % _TEST_SHARE == 0 else "train"
+
+
+def _draw_kinds(rng: Random, count: int) -> list[str]:
+    kinds = [rng.choices(KINDS, [_KIND_WEIGHTS[kind] for kind in KINDS])[0]]
+    while len(kinds) < count:
+        group = DIGITS if (kinds[0] in DIGITS) == (rng.random() < _SAME_GROUP) else SHAPES
+        kinds.append(rng.choices(group, [_KIND_WEIGHTS[kind] for kind in group])[0])
+    return kinds
+
+
+def draw_scene(seed: int, split: Split, index: int, max_things: int = 3) -> Scene:
+    """The scene number `index` of a split: the same arguments always give the same scene."""
+    name = f"{split}-{seed}-{index:06d}"
+    rng = Random(name)
+    while True:
+        count = rng.choices(range(1, max_things + 1), [1, 2, 2, 2][:max_things])[0]
+        places = rng.sample(PLACES, count)
+        things = tuple(
+            Thing(kind, rng.choice(list(COLORS)), rng.choice(SIZES), place)
+            for kind, place in zip(_draw_kinds(rng, count), places, strict=True)
+        )
+        # Two things that share kind and color could not be told apart in words.
+        if len({(thing.kind, thing.color) for thing in things}) == count and split_of(things) == split:
+            return Scene(name, split, things, rng.choice(TEXTURES), rng.choice(TONES))
+
+
+def draw_scenes(seed: int, split: Split, count: int, max_things: int = 3, distinct: bool = False) -> list[Scene]:
+    """`count` scenes of a split; with `distinct`, no two hold the same things in the same places."""
+    scenes: list[Scene] = []
+    seen: set[frozenset[Thing]] = set()
+    index = 0
+    while len(scenes) < count:
+        scene = draw_scene(seed, split, index, max_things)
+        index += 1
+        key = frozenset(scene.things)
+        if not distinct or key not in seen:
+            seen.add(key)
+            scenes.append(scene)
+    return scenes
