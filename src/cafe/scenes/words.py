@@ -100,10 +100,10 @@ def questions(scene: Scene, rng: Random) -> list[Question]:
     asked: list[Question] = []
 
     if rng.random() < 0.5:
-        asked.append(Question("presence", f"Is there a {name(target)}?", "yes"))
+        asked.append(Question("presence", f"Is there {article(name(target))} {name(target)}?", "yes"))
     else:
         absent = near_miss(scene, rng)
-        asked.append(Question("presence", f"Is there a {name(absent)}?", "no"))
+        asked.append(Question("presence", f"Is there {article(name(absent))} {name(absent)}?", "no"))
 
     if rng.random() < 0.5:
         asked.append(Question("count", "How many objects are there?", NUMBERS[len(things)]))

@@ -1,0 +1,146 @@
+"""The records everything speaks in: what one side of a pair holds, a dialogue, and an example.
+
+Images are references (a path, bytes, or a picture already in memory), decoded when they are needed by `open_image`.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image, ImageOps
+
+from cafe.errors import CafeError
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, in pixels
+
+
+@dataclass(frozen=True, eq=False)
+class ImageRef:
+    """An image not yet decoded: a file's path, encoded bytes, or a Pillow picture. Compared by identity."""
+
+    source: Path | bytes | Image.Image
+
+    def __str__(self) -> str:
+        return str(self.source) if isinstance(self.source, Path) else f"<{type(self.source).__name__}>"
+
+
+Part = str | ImageRef
+
+
+@dataclass(frozen=True)
+class Content:
+    """Text, images, or both interleaved, in reading order."""
+
+    parts: tuple[Part, ...]
+
+    @classmethod
+    def of(cls, value: Any) -> "Content":
+        """Content from what people have at hand.
+
+        Args:
+            value: text (`str`), a picture (`PIL.Image`, `bytes`, `Path`), a mapping with "image" (or "images") and
+                "text", or a sequence of these.
+
+        Raises:
+            CafeError: the value is none of these.
+        """
+        return value if isinstance(value, Content) else cls(tuple(_parts(value)))
+
+    @property
+    def images(self) -> list[ImageRef]:
+        """The images, in reading order."""
+        return [part for part in self.parts if isinstance(part, ImageRef)]
+
+    @property
+    def text(self) -> str:
+        """The text parts, joined."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+
+def _parts(value: Any) -> list[Part]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, ImageRef):
+        return [value]
+    if isinstance(value, (Path, bytes, Image.Image)):
+        return [ImageRef(value)]
+    if isinstance(value, dict):
+        unknown = sorted(set(value) - {"image", "images", "text"})
+        if unknown or not value:
+            raise CafeError(f"Content takes the keys image, images and text, not {', '.join(unknown) or 'an empty mapping'}.")
+        parts: list[Part] = []
+        for picture in [value["image"]] if "image" in value else value.get("images", []):
+            parts += _parts(Path(picture) if isinstance(picture, str) else picture)
+        return parts + ([value["text"]] if value.get("text") else [])
+    if isinstance(value, Sequence):
+        return [part for item in value for part in _parts(item)]
+    raise CafeError(f"Content cannot be made of a {type(value).__name__}: give text, a picture, or a mapping of both.")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a dialogue."""
+
+    role: Literal["user", "assistant"]
+    content: Content
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Turns of user and assistant, in order; the assistant's tokens are supervised."""
+
+    turns: tuple[Turn, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two contents that match, and hard negatives that only look like the target."""
+
+    query: Content
+    target: Content
+    negatives: tuple[Content, ...] = ()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One training record: a pair trains contrast, a dialogue trains language, both train both.
+
+    `source` names the file and record, for messages.
+    """
+
+    pair: Pair | None = None
+    dialogue: Dialogue | None = None
+    source: str = field(default="", compare=False)
+
+
+def open_image(ref: ImageRef, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decodes an image completely, upright (EXIF orientation applied) and in RGB.
+
+    Transparent pixels are laid over white; 16-bit pictures are scaled to 8 bits; palettes and CMYK are converted.
+
+    Raises:
+        CafeError: the file is missing, is no image, is damaged, or has more than `max_pixels` pixels.
+    """
+    if isinstance(ref.source, Image.Image):
+        return _to_rgb(ImageOps.exif_transpose(ref.source))
+    try:
+        with Image.open(io.BytesIO(ref.source) if isinstance(ref.source, bytes) else ref.source) as image:
+            if image.width * image.height > max_pixels:
+                raise CafeError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except FileNotFoundError:
+        raise CafeError(f"The image {ref} does not exist.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CafeError(f"The image {ref} cannot be decoded: {error}.") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or image.mode == "I":
+        image = image.point(lambda value: value / 257).convert("L")
+    if "A" in image.getbands() or "transparency" in image.info:
+        layer = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+    return image.convert("RGB")

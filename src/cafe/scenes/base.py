@@ -1,0 +1,225 @@
+"""The tiny base model: at most 3M parameters in the real LLaVA-OneVision classes, taught to speak about scenes.
+
+It is trained from scratch with the language loss alone, so that like any LVLM it captions and answers but its last
+hidden state retrieves nothing. `python -m cafe scenes train-base` makes it again from one seed.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+
+from cafe.content import Content, Dialogue, Turn
+from cafe.instructions import CHATML, Prompts, dialogue_messages
+from cafe.processing import Encoded, Processing, without_video
+from cafe.scenes.draw import paint
+from cafe.scenes.words import CAPTION_PROMPT, PARAGRAPH_PROMPT, caption, paragraph, questions
+from cafe.scenes.world import Scene, draw_scene
+
+BASE = Path(__file__).parent / "base"  # where the trained model ships
+VOCABULARY = 640
+CROP = 32  # pixels; a picture is one crop as a thumbnail and four crops in full: anyres, at tiny size
+PATCH = 16  # pixels
+WIDTH = 160
+
+
+def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
+    """A LLaVA-OneVision processor whose byte-level BPE tokenizer is trained on the texts."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=special[1:],
+        model_max_length=1024,
+    )
+    image_processor = LlavaOnevisionImageProcessorPil(
+        size={"height": CROP, "width": CROP},
+        image_grid_pinpoints=[[2 * CROP, 2 * CROP]],
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return without_video(LlavaOnevisionProcessor)(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        num_image_tokens=(CROP // PATCH) ** 2,
+        vision_feature_select_strategy="full",
+        chat_template=CHATML,
+    )
+
+
+def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForConditionalGeneration:
+    """The untrained model."""
+    tokenizer = processor.tokenizer
+    vision = SiglipVisionConfig(
+        image_size=CROP,
+        patch_size=PATCH,
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=480,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    config = LlavaOnevisionConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
+        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    model = LlavaOnevisionForConditionalGeneration(config)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def lesson(scene: Scene, rng: Random) -> Dialogue:
+    """A dialogue about a scene: a caption, a paragraph, or one question of every kind in any order.
+
+    Captions and questions keep apart, so that no answer can be copied from what was said before.
+    """
+    draw = rng.random()
+    if draw < 0.45:
+        spoken = [(CAPTION_PROMPT, caption(scene.things, rng))]
+    elif draw < 0.53:
+        spoken = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
+    else:
+        spoken = [(question.text, question.answer) for question in questions(scene, rng)]
+        rng.shuffle(spoken)
+    turns = []
+    for index, (asked, answered) in enumerate(spoken):
+        content = Content.of({"image": paint(scene), "text": asked} if index == 0 else asked)
+        turns += [Turn("user", content), Turn("assistant", Content.of(answered))]
+    return Dialogue(tuple(turns))
+
+
+def corpus(seed: int, count: int) -> Iterator[str]:
+    """Texts to train the tokenizer on."""
+    for index in range(count):
+        scene = draw_scene(seed, "train", index)
+        rng = Random(f"corpus {scene.name}")
+        yield paragraph(scene, rng)
+        yield caption(scene.things, rng)
+        for question in questions(scene, rng):
+            yield from (question.text, question.answer)
+        prompts = Prompts()
+        yield from (prompts.system, prompts.image_instruction, prompts.text_instruction)
+        yield from (CAPTION_PROMPT, PARAGRAPH_PROMPT, "system\n", "user\n", "assistant\n")
+
+
+class Lessons(Dataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
+    """Batches of lessons, no scene twice; batch number n is the same for the same seed, whoever makes it."""
+
+    def __init__(self, processing: Processing, seed: int, steps: int, batch: int) -> None:
+        self.processing, self.seed, self.steps, self.batch = processing, seed, steps, batch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def _encode(self, index: int) -> Encoded:
+        scene = draw_scene(self.seed, "train", index)
+        dialogue = lesson(scene, Random(f"lesson {scene.name}"))
+        pictures = self.processing.pictures([paint(scene)])
+        return self.processing.encode_dialogue(dialogue_messages(dialogue, self.processing.prompts), pictures)
+
+    def __getitem__(self, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        rows = [self._encode(step * self.batch + offset) for offset in range(self.batch)]
+        inputs = self.processing.collate(rows)
+        supervised = nn.utils.rnn.pad_sequence([row.supervised for row in rows], batch_first=True)
+        return inputs, inputs["input_ids"].masked_fill(~supervised, -100)
+
+
+def train_base(
+    directory: Path,
+    seed: int = 0,
+    steps: int = 2400,
+    batch: int = 64,
+    learning_rate: float = 2e-3,
+    workers: int = 1,
+    report: Callable[[str], None] = print,
+) -> None:
+    """Trains the base model and writes it as a Hugging Face checkpoint in half precision."""
+    torch.manual_seed(seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    processor = make_processor(corpus(seed, 3000))
+    processing = Processing(processor, Prompts())
+    model = make_model(processor).to(device)
+    report(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}],
+        lr=learning_rate,
+        betas=(0.9, 0.98),
+    )
+    warm_up = 100
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warm_up, 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1, step / steps)))),
+    )
+    batches = iter(DataLoader(Lessons(processing, seed, steps, batch), batch_size=None, num_workers=workers))
+    history, started = [], time.monotonic()
+    progress = tqdm(range(steps), desc="base", unit="step", mininterval=5)
+    for step in progress:
+        inputs, labels = next(batches)
+        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
+        loss = model(**inputs, labels=labels.to(device)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        history.append(loss.item())
+        if step % 50 == 49:
+            progress.set_postfix(loss=f"{sum(history[-50:]) / 50:.4f}")
+    directory.mkdir(parents=True, exist_ok=True)
+    model.half().save_pretrained(directory)
+    processing.save(directory)
+    record = {"seed": seed, "steps": steps, "batch": batch, "learning_rate": learning_rate, "loss": sum(history[-50:]) / 50}
+    (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    report(f"{steps} steps in {time.monotonic() - started:.0f} s, last loss {record['loss']:.4f}: {directory}")
