@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Int64
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoProcessor, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
@@ -164,12 +165,16 @@ class Processing:
         text = self._render(messages, True)
         return _join([(piece, False) for piece in self._split(text, iter(pictures.runs))], pictures)
 
-    def collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
-        """Right-padded model inputs of several sequences: input_ids and attention_mask (rows, tokens), and vision."""
+    def collate(self, rows: Sequence[Encoded], left: bool = False) -> dict[str, Tensor]:
+        """Model inputs of several sequences: input_ids and attention_mask (rows, tokens), and the vision tensors.
+
+        Rows are padded on the right, or on the left for generation.
+        """
         pad = self.tokenizer.pad_token_id or 0
-        ids = torch.nn.utils.rnn.pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad)
-        lengths = torch.tensor([len(row.input_ids) for row in rows])
-        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        side = "left" if left else "right"
+        ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad, padding_side=side)
+        ones = [torch.ones_like(row.input_ids) for row in rows]
+        mask = pad_sequence(ones, batch_first=True, padding_side=side)
         return {"input_ids": ids, "attention_mask": mask, **collate_vision([row.vision for row in rows])}
 
     def _assistant_end(self) -> str:

@@ -1,0 +1,1 @@
+"""Files -> Examples: public formats, a fixed order, and the quarantine of bad records."""

@@ -1,0 +1,277 @@
+"""`Cafe`: one checkpoint that embeds and generates.
+
+A thin face over a Hugging Face LVLM and its processing. What makes an embedding (instructions, prompt frame, template)
+travels in the checkpoint's `cafe.json`, so that training and use agree.
+"""
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Float32
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, PreTrainedModel, TextIteratorStreamer
+
+from cafe.content import Content, Dialogue, Turn, open_image
+from cafe.errors import CafeError
+from cafe.instructions import Prompts, dialogue_messages, embedding_messages
+from cafe.processing import Encoded, Pictures, Processing, load_processor
+
+RECORD = "cafe.json"  # what a checkpoint tells about itself, beside the Hugging Face files
+
+
+@dataclass
+class Cafe:
+    """A vision-language model that embeds and generates.
+
+    Attributes:
+        lvlm: the Hugging Face model.
+        processing: its tokenizer, image processor and prompts.
+        record: what the checkpoint tells of its making: temperature, recipe, data, versions.
+    """
+
+    lvlm: PreTrainedModel
+    processing: Processing
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        prompts: Prompts | None = None,
+        dtype: torch.dtype | None = None,
+        device: str | torch.device | None = None,
+        attention: str = "sdpa",
+    ) -> "Cafe":
+        """Loads a checkpoint of ours or any Hugging Face LVLM.
+
+        Args:
+            path: a local directory or a Hub id.
+            prompts: overrides those of the checkpoint; a model without any gets the published ones.
+            dtype: of the weights; float32 on a CPU and bfloat16 on a GPU unless given.
+            device: a GPU where there is one, unless given.
+            attention: the attention implementation by transformers' name.
+
+        Raises:
+            CafeError: nothing can be loaded from there.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        record = read_record(path)
+        prompts = prompts or Prompts(**record.get("prompts", {}))
+        dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        try:
+            lvlm = AutoModelForImageTextToText.from_pretrained(str(path), dtype=dtype, attn_implementation=attention)
+            processor = load_processor(str(path))
+        except (OSError, ValueError) as error:
+            raise CafeError(f"No vision-language model can be loaded from {path}: {_first_line(error)}") from error
+        return cls(lvlm.to(device).eval(), Processing(processor, prompts), record)
+
+    def save(self, path: str | Path, **record: Any) -> None:
+        """Writes the checkpoint: complete or not at all. Keyword arguments go into its record."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        self.lvlm.save_pretrained(partial)
+        self.processing.save(partial)
+        versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+        self.record = {**self.record, **record, "prompts": asdict(self.processing.prompts), "versions": versions}
+        (partial / RECORD).write_text(json.dumps(self.record, indent=2) + "\n")
+        if path.exists():
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(path, old)
+            os.replace(partial, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(partial, path)
+
+    @torch.inference_mode()
+    def embed(self, contents: Any, batch_size: int = 32) -> Float32[np.ndarray, "contents dim"]:
+        """Embeds contents: unit vectors, in the order given.
+
+        Args:
+            contents: a sequence of whatever `Content.of` takes: texts, pictures, or both together.
+            batch_size: how many go through the model at once; they are sorted by length first.
+        """
+        rows = [self.encode_embedding(Content.of(content)) for content in contents]
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
+        vectors = np.zeros((len(rows), self.lvlm.config.get_text_config().hidden_size), np.float32)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            hidden = embed_rows(self.lvlm, self._inputs([rows[index] for index in chosen]))
+            vectors[chosen] = F.normalize(hidden.float(), dim=-1).cpu().numpy()
+        return vectors
+
+    def generate(
+        self,
+        image: Any,
+        prompt: str,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        stream: bool = False,
+    ) -> str | Iterator[str]:
+        """Answers a prompt about an image.
+
+        Args:
+            image: a picture, a path, or several; None for text alone.
+            prompt: what to say to the model.
+            max_new_tokens: the longest answer, in tokens.
+            temperature: 0 takes the likeliest token each time; above it, tokens are sampled.
+            top_p: samples among the likeliest tokens that together hold this probability.
+            stream: return an iterator over pieces of the answer as they come.
+        """
+        content = _prompt_content(image, prompt)
+        options = _sampling(max_new_tokens, temperature, top_p)
+        if not stream:
+            return self._generate([self.encode_prompt(content)], options)[0]
+        streamer = TextIteratorStreamer(self.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        Thread(
+            target=self._generate, args=([self.encode_prompt(content)], {**options, "streamer": streamer}), daemon=True
+        ).start()
+        return iter(streamer)
+
+    def generate_batch(
+        self, prompts: Sequence[Content], max_new_tokens: int = 64, batch_size: int = 64
+    ) -> list[str]:
+        """The likeliest answer to each content taken as a user's turn, in the order given."""
+        rows = [self.encode_prompt(content) for content in prompts]
+        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
+        answers = [""] * len(rows)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            said = self._generate([rows[index] for index in chosen], _sampling(max_new_tokens, 0.0, 1.0))
+            for index, answer in zip(chosen, said, strict=True):
+                answers[index] = answer
+        return answers
+
+    @torch.inference_mode()
+    def embed_and_generate(
+        self, image: Any, prompt: str, max_new_tokens: int = 128
+    ) -> tuple[Float32[np.ndarray, "dim"], str]:
+        """An image's embedding and the answer to a prompt about it, from one pass over the image."""
+        content = _prompt_content(image, prompt)
+        pictures = self._pictures(content)
+        shown = Content(tuple(content.images))
+        embedding = self.encode_embedding(shown, pictures)
+        question = self.encode_prompt(content, pictures)
+        shared = _common_prefix(embedding.input_ids, question.input_ids)
+        device = self.lvlm.device
+        cache = DynamicCache(config=self.lvlm.config.get_text_config())
+        prefix = Encoded(embedding.input_ids[:shared], embedding.supervised[:shared], embedding.vision)
+        self.lvlm.base_model(**self._inputs([prefix]), past_key_values=cache, use_cache=True)
+        branch = copy.deepcopy(cache)
+        rest = embedding.input_ids[None, shared:].to(device)
+        mask = torch.ones(1, len(embedding.input_ids), dtype=torch.long, device=device)
+        hidden = self.lvlm.base_model(
+            input_ids=rest, attention_mask=mask, past_key_values=branch, use_cache=True
+        ).last_hidden_state[0, -1]
+        ids = question.input_ids[None].to(device)
+        output = self.lvlm.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=cache,
+            **_sampling(max_new_tokens, 0.0, 1.0),
+        )
+        answer = self.processing.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+        return F.normalize(hidden.float(), dim=-1).cpu().numpy(), answer.strip()
+
+    @torch.inference_mode()
+    def score(self, content: Any, answer: str) -> float:
+        """The log-likelihood, in nats, that the model gives to an answer and its end, after a content as user's turn."""
+        turns = (Turn("user", Content.of(content)), Turn("assistant", Content.of(answer)))
+        row = self.encode_dialogue(Dialogue(turns))
+        inputs = self._inputs([row])
+        logits = self.lvlm(**inputs).logits[0, :-1].float()
+        wanted = row.supervised[1:].to(logits.device)
+        return -F.cross_entropy(logits[wanted], inputs["input_ids"][0, 1:][wanted], reduction="sum").item()
+
+    def encode_embedding(self, content: Content, pictures: Pictures | None = None) -> Encoded:
+        """The token sequence whose last token is the content's readout."""
+        pictures = pictures or self._pictures(content)
+        return self.processing.encode_embedding(embedding_messages(content, self.processing.prompts), pictures)
+
+    def encode_prompt(self, content: Content, pictures: Pictures | None = None) -> Encoded:
+        """The token sequence of a user's turn, up to where the model answers."""
+        dialogue = Dialogue((Turn("user", content),))
+        messages = dialogue_messages(dialogue, self.processing.prompts)
+        return self.processing.encode_prompt(messages, pictures or self._pictures(content))
+
+    def encode_dialogue(self, dialogue: Dialogue) -> Encoded:
+        """The token sequence of a whole dialogue."""
+        content = Content(tuple(part for turn in dialogue.turns for part in turn.content.parts))
+        messages = dialogue_messages(dialogue, self.processing.prompts)
+        return self.processing.encode_dialogue(messages, self._pictures(content))
+
+    def _pictures(self, content: Content) -> Pictures:
+        return self.processing.pictures([open_image(ref) for ref in content.images])
+
+    def _inputs(self, rows: Sequence[Encoded], left: bool = False) -> dict[str, Tensor]:
+        inputs = self.processing.collate(rows, left=left)
+        return to_device(inputs, self.lvlm.device, self.lvlm.dtype)
+
+    @torch.inference_mode()
+    def _generate(self, rows: Sequence[Encoded], options: dict[str, Any]) -> list[str]:
+        inputs = self._inputs(rows, left=True)
+        output = self.lvlm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.processing.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """A local checkpoint's own record; empty where there is none."""
+    file = Path(path) / RECORD
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def read_config(path: str) -> Any:
+    """A model's Hugging Face configuration."""
+    return AutoConfig.from_pretrained(path)
+
+
+def embed_rows(lvlm: PreTrainedModel, inputs: dict[str, Tensor]) -> Float[Tensor, "rows dim"]:
+    """The readout of each row: the base model's last hidden state (after the final norm) at the row's last token."""
+    hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state
+    last = inputs["attention_mask"].sum(1) - 1
+    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+
+
+def to_device(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The inputs on a device, pictures in the model's precision."""
+    return {
+        name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
+        for name, tensor in inputs.items()
+    }
+
+
+def _prompt_content(image: Any, prompt: str) -> Content:
+    if image is None:
+        return Content.of(prompt)
+    picture = Path(image) if isinstance(image, str) else image
+    return Content.of([picture, prompt])
+
+
+def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
+    if temperature <= 0:
+        return {"max_new_tokens": max_new_tokens, "do_sample": False}
+    return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_p": top_p}
+
+
+def _common_prefix(first: Tensor, second: Tensor) -> int:
+    length = min(len(first), len(second)) - 1
+    parted = (first[:length] != second[:length]).nonzero()
+    return int(parted[0]) if len(parted) else length
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
