@@ -1,0 +1,1 @@
+"""Examples -> a checkpoint: the recipe, and the loop that follows it."""

@@ -1,0 +1,212 @@
+"""The recipe: one YAML file that is one run, as one tree of frozen dataclasses.
+
+Every field has a type and most have a default; `read_recipe` checks the whole tree at once and names what is wrong in
+one sentence, with the nearest right key.
+"""
+
+import difflib
+import types
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from cafe.data.formats import Source
+from cafe.errors import CafeError
+from cafe.instructions import Prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecipe:
+    """What is trained.
+
+    Attributes:
+        base: a local directory, a Hub id, or "scenes" for the tiny base model that ships with the package.
+        precision: "fp32", or "bf16" for bfloat16 arithmetic over float32 weights.
+        attention: the attention implementation by transformers' name.
+        max_tokens: the longest sequence.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+    """
+
+    base: str
+    precision: Literal["fp32", "bf16"] = "fp32"
+    attention: str = "sdpa"
+    max_tokens: int = 32768
+    gradient_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecipe:
+    """What it is trained on.
+
+    Attributes:
+        sources: annotation files with their folders of pictures.
+        workers: processes that decode and tokenize.
+        max_bad_share: the share of bad records (0 to 1) above which the run stops.
+    """
+
+    sources: tuple[Source, ...]
+    workers: int = 1
+    max_bad_share: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveRecipe:
+    """loss = lm_weight * L_lm + contrastive_weight * L_con.
+
+    Attributes:
+        temperature: of the contrastive loss; the starting value if learned.
+        learn_temperature: train it, as CLIP does.
+        hard_negatives: use the records' hard negatives.
+        mask_duplicates: pairs with the same target are not each other's negatives.
+    """
+
+    lm_weight: float = 1.0
+    contrastive_weight: float = 1.0
+    temperature: float = 0.05
+    learn_temperature: bool = False
+    hard_negatives: bool = True
+    mask_duplicates: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerRecipe:
+    """AdamW and its schedule: warm-up, then a cosine to zero.
+
+    Attributes:
+        learning_rate: of the language model and whatever has none of its own.
+        vision_tower_learning_rate, projector_learning_rate: of these parts; null takes `learning_rate`.
+        warm_up: share of the steps (0 to 1).
+        clip: the largest gradient norm.
+        accumulate: contrastive batches whose gradients are averaged before each step.
+    """
+
+    learning_rate: float = 1e-5
+    vision_tower_learning_rate: float | None = 2e-6
+    projector_learning_rate: float | None = None
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    warm_up: float = 0.03
+    clip: float = 1.0
+    accumulate: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationRecipe:
+    """Evaluation during training.
+
+    Attributes:
+        data: a folder of evaluation files; empty for none.
+        every: steps between evaluations; 0 for only after the last.
+        limit: records a suite; null for all.
+    """
+
+    data: str = ""
+    every: int = 0
+    limit: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run.
+
+    Attributes:
+        output: where the checkpoint and the logs go.
+        batch_size: pairs of a contrastive batch in each process.
+        epochs: passes over the data, unless `steps` says when to stop.
+    """
+
+    output: str
+    model: ModelRecipe
+    data: DataRecipe
+    prompts: Prompts = field(default_factory=Prompts)
+    objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
+    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    batch_size: int = 32
+    epochs: int = 1
+    steps: int | None = None
+    seed: int = 0
+    log_every: int = 10
+
+
+def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Reads a recipe and applies overrides of the form `key=value`, e.g. `optimizer.learning_rate=1e-4`.
+
+    Raises:
+        CafeError: the file is missing or not YAML; a key is unknown or missing; a value has the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise CafeError(f"The recipe {path} does not exist.")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise CafeError(f"The recipe {path} is not valid YAML: {str(error).splitlines()[0]}.") from None
+    if not isinstance(tree, dict):
+        raise CafeError(f"The recipe {path} is not a mapping of keys to values.")
+    for override in overrides or []:
+        _override(tree, override)
+    return _build(Recipe, tree, "", str(path))
+
+
+def recipe_dict(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, as a checkpoint records it."""
+    return asdict(recipe)
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise CafeError(f"The override {override!r} is not of the form key=value.")
+    *parents, last = key.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise CafeError(f"The override {override!r} goes into {parent}, which is a value and holds no keys.")
+    tree[last] = yaml.safe_load(value)
+
+
+def _build(cls: type, tree: Any, where: str, file: str) -> Any:
+    """A dataclass from a mapping."""
+    if not isinstance(tree, dict):
+        raise CafeError(f"{file}: {where.rstrip('.')} should be a mapping, not {tree!r}.")
+    hints = get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
+            raise CafeError(f"{file}: the key {where}{key} is unknown; the nearest is {where}{near[0]}.")
+    for entry in fields(cls):
+        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in tree:
+            raise CafeError(f"{file}: the key {where}{entry.name} is missing.")
+    return cls(**{key: _convert(hints[key], value, where + key, file) for key, value in tree.items()})
+
+
+def _convert(kind: Any, value: Any, where: str, file: str) -> Any:
+    """A value as the type that its field wants."""
+    if is_dataclass(kind):
+        return _build(kind, value, where + ".", file)  # type: ignore[arg-type]
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin is tuple:
+        if not isinstance(value, list) or not value:
+            raise CafeError(f"{file}: {where} should be a list with something in it, not {value!r}.")
+        return tuple(_convert(arguments[0], item, f"{where}[{index}]", file) for index, item in enumerate(value))
+    if origin in (Union, types.UnionType):
+        return None if value is None else _convert(arguments[0], value, where, file)
+    if origin is Literal:
+        if value not in arguments:
+            raise CafeError(f"{file}: {where} should be one of {', '.join(map(str, arguments))}, not {value!r}.")
+        return value
+    if kind is float and isinstance(value, str):  # YAML reads 1e-5, without a point, as text
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+        raise CafeError(f"{file}: {where} should be {names[kind]}, not {value!r}.")
+    return value
