@@ -1,3 +1,29 @@
 """CAFe: one vision-language checkpoint that retrieves and talks (arXiv 2503.19900)."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cafe.content import Content
+    from cafe.model import Cafe
+    from cafe.objectives import info_nce
+    from cafe.training.loop import train
+    from cafe.training.recipe import Recipe
+
 __version__ = "0.1.0"
+__all__ = ["Cafe", "Content", "Recipe", "__version__", "info_nce", "train"]
+
+_HOMES = {
+    "Cafe": "cafe.model",
+    "Content": "cafe.content",
+    "Recipe": "cafe.training.recipe",
+    "info_nce": "cafe.objectives",
+    "train": "cafe.training.loop",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use, so that `cafe --help` and the small rooms do not wait for transformers.
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'cafe' has no attribute {name!r}")

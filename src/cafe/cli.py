@@ -1,0 +1,162 @@
+"""The command `cafe`: parses, calls, prints. A user's mistake is one sentence and exit status 1, never a traceback."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    # Imported here so that `cafe --help` answers at once.
+    from cafe.errors import CafeError
+
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except CafeError as error:
+        print(f"cafe: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("cafe: stopped.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's grammar."""
+    top = argparse.ArgumentParser(prog="cafe", description="One vision-language checkpoint that retrieves and talks.")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="fine-tune with the joint objective, as a recipe says")
+    train.add_argument("recipe", type=Path)
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a folder of evaluation files")
+    evaluate.add_argument("checkpoint", help="a directory, a Hub id, or 'scenes' for the shipped base model")
+    evaluate.add_argument("--data", type=Path, required=True)
+    evaluate.add_argument("--output", type=Path, required=True, help="where results.json goes")
+    evaluate.add_argument("--limit", type=int, help="records a suite")
+    evaluate.set_defaults(run=_evaluate)
+
+    report = commands.add_parser("report", help="one HTML page that compares evaluations")
+    report.add_argument("evaluations", nargs="+", metavar="NAME=DIRECTORY")
+    report.add_argument("--log", type=Path, help="the log.jsonl of the last one's training")
+    report.add_argument("--output", type=Path, default=Path("report.html"))
+    report.set_defaults(run=_report)
+
+    ablate = commands.add_parser("ablate", help="train contrastive-only, language-only and joint; mean ± sd over seeds")
+    ablate.add_argument("recipe", type=Path)
+    ablate.add_argument("overrides", nargs="*", metavar="key=value")
+    ablate.add_argument("--seeds", type=int, default=3)
+    ablate.set_defaults(run=_ablate)
+
+    scenes = commands.add_parser("scenes", help="the small world").add_subparsers(required=True, metavar="COMMAND")
+    write = scenes.add_parser("write", help="write generated pictures in public formats")
+    write.add_argument("directory", type=Path)
+    write.add_argument("--train", type=int, default=8000, help="training pictures")
+    write.add_argument("--test", type=int, default=500, help="test pictures")
+    write.add_argument("--seed", type=int, default=0)
+    write.set_defaults(run=_scenes_write)
+    base = scenes.add_parser("train-base", help="train the tiny base model from scratch")
+    base.add_argument("directory", type=Path)
+    base.add_argument("--seed", type=int, default=0)
+    base.set_defaults(run=_scenes_train_base)
+
+    quickstart = commands.add_parser("quickstart", help="the main job on the small world: train, evaluate, report")
+    quickstart.add_argument("--directory", type=Path, default=Path("runs/quickstart"))
+    quickstart.add_argument("--recipe", type=Path, default=Path("recipes/scenes.yaml"))
+    quickstart.set_defaults(run=_quickstart)
+    return top
+
+
+def _train(options: argparse.Namespace) -> None:
+    from cafe.training.loop import train
+    from cafe.training.recipe import read_recipe
+
+    train(read_recipe(options.recipe, options.overrides))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from cafe.evaluation.evaluate import evaluate, write
+    from cafe.model import Cafe
+    from cafe.training.loop import base_path
+
+    evaluation = evaluate(Cafe.load(base_path(options.checkpoint)), options.data, options.limit)
+    write(evaluation, options.output)
+    for name, value in evaluation.results.items():
+        print(f"{name:44} {value:9.3f}")
+
+
+def _report(options: argparse.Namespace) -> None:
+    from cafe.errors import CafeError
+    from cafe.evaluation.report import ReportRun, write_report
+
+    runs = []
+    for evaluation in options.evaluations:
+        name, equals, directory = evaluation.partition("=")
+        if not equals or not (Path(directory) / "results.json").is_file():
+            raise CafeError(f"{evaluation!r} is not NAME=DIRECTORY with a results.json in the directory.")
+        runs.append((name, Path(directory), None))
+    runs[-1] = (*runs[-1][:2], options.log)
+    write_report(options.output, [ReportRun(*run) for run in runs])
+    print(f"The report is {options.output}")
+
+
+def _ablate(options: argparse.Namespace) -> None:
+    from cafe.evaluation.ablation import ablate
+    from cafe.training.recipe import read_recipe
+
+    read_recipe(options.recipe, options.overrides)
+    ablate(options.recipe, options.overrides, options.seeds)
+
+
+def _scenes_write(options: argparse.Namespace) -> None:
+    from cafe.scenes.write import write_scenes
+
+    write_scenes(options.directory, options.seed, options.train, options.test)
+
+
+def _scenes_train_base(options: argparse.Namespace) -> None:
+    from cafe.scenes.base import train_base
+
+    train_base(options.directory, options.seed)
+
+
+def _quickstart(options: argparse.Namespace) -> None:
+    """Everything once: write the scenes, measure the base, train, measure again, report."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from cafe.evaluation.evaluate import evaluate, write
+    from cafe.evaluation.report import ReportRun, write_report
+    from cafe.model import Cafe
+    from cafe.scenes.write import write_scenes
+    from cafe.training.loop import base_path, train
+    from cafe.training.recipe import read_recipe
+
+    directory: Path = options.directory
+    data = directory / "scenes"
+    recipe = read_recipe(
+        options.recipe,
+        [
+            f"output={directory / 'run'}",
+            f"data.sources=[{{path: {data / 'llava_train.json'}, format: llava}}]",
+            f"evaluation.data={data}",
+        ],
+    )
+    if not (data / "llava_train.json").is_file():
+        write_scenes(data)
+    write(evaluate(Cafe.load(base_path(recipe.model.base)), data), directory / "before")
+    checkpoint = train(recipe)
+    write(evaluate(Cafe.load(checkpoint), data), directory / "after")
+    runs = [
+        ReportRun("base", directory / "before", None),
+        ReportRun("joint", directory / "after", directory / "run" / "log.jsonl"),
+    ]
+    write_report(directory / "report.html", runs)
+    print(f"Open {directory / 'report.html'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
