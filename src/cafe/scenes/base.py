@@ -38,6 +38,7 @@ VOCABULARY = 640
 CROP = 32  # pixels; a picture is one crop as a thumbnail and four crops in full: anyres, at tiny size
 PATCH = 16  # pixels
 WIDTH = 160
+SIMPLE_SHARE = 0.25  # of the steps, with one thing a picture
 
 
 def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
@@ -98,6 +99,7 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
+        initializer_range=WIDTH**-0.5,  # the usual 0.02 is for wide models: here attention would start out blind
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -118,15 +120,14 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
     return model
 
 
-def lesson(scene: Scene, rng: Random) -> Dialogue:
+def lesson(scene: Scene, kind: str, rng: Random) -> Dialogue:
     """A dialogue about a scene: a caption, a paragraph, or one question of every kind in any order.
 
     Captions and questions keep apart, so that no answer can be copied from what was said before.
     """
-    draw = rng.random()
-    if draw < 0.45:
+    if kind == "caption":
         spoken = [(CAPTION_PROMPT, caption(scene.things, rng))]
-    elif draw < 0.53:
+    elif kind == "paragraph":
         spoken = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
     else:
         spoken = [(question.text, question.answer) for question in questions(scene, rng)]
@@ -153,7 +154,11 @@ def corpus(seed: int, count: int) -> Iterator[str]:
 
 
 class Lessons(Dataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
-    """Batches of lessons, no scene twice; batch number n is the same for the same seed, whoever makes it."""
+    """Batches of lessons, no scene twice; batch number n is the same for the same seed, whoever makes it.
+
+    The first batches show one thing a picture: looking is learned sooner where there is little to say. A batch holds
+    lessons of one kind, so that little is padded.
+    """
 
     def __init__(self, processing: Processing, seed: int, steps: int, batch: int) -> None:
         self.processing, self.seed, self.steps, self.batch = processing, seed, steps, batch
@@ -161,14 +166,16 @@ class Lessons(Dataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
     def __len__(self) -> int:
         return self.steps
 
-    def _encode(self, index: int) -> Encoded:
-        scene = draw_scene(self.seed, "train", index)
-        dialogue = lesson(scene, Random(f"lesson {scene.name}"))
+    def _encode(self, index: int, kind: str, max_things: int) -> Encoded:
+        scene = draw_scene(self.seed, "train", index, max_things)
+        dialogue = lesson(scene, kind, Random(f"lesson {scene.name}"))
         pictures = self.processing.pictures([paint(scene)])
         return self.processing.encode_dialogue(dialogue_messages(dialogue, self.processing.prompts), pictures)
 
     def __getitem__(self, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-        rows = [self._encode(step * self.batch + offset) for offset in range(self.batch)]
+        kind = Random(f"kind {self.seed} {step}").choices(("caption", "questions", "paragraph"), (0.5, 0.42, 0.08))[0]
+        max_things = 1 if step < SIMPLE_SHARE * self.steps else 3
+        rows = [self._encode(step * self.batch + offset, kind, max_things) for offset in range(self.batch)]
         inputs = self.processing.collate(rows)
         supervised = nn.utils.rnn.pad_sequence([row.supervised for row in rows], batch_first=True)
         return inputs, inputs["input_ids"].masked_fill(~supervised, -100)
@@ -177,8 +184,8 @@ class Lessons(Dataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
 def train_base(
     directory: Path,
     seed: int = 0,
-    steps: int = 2400,
-    batch: int = 64,
+    steps: int = 1100,
+    batch: int = 96,
     learning_rate: float = 2e-3,
     workers: int = 1,
     report: Callable[[str], None] = print,
@@ -215,8 +222,8 @@ def train_base(
         optimizer.step()
         schedule.step()
         history.append(loss.item())
-        if step % 50 == 49:
-            progress.set_postfix(loss=f"{sum(history[-50:]) / 50:.4f}")
+        if step % 25 == 24:
+            progress.set_postfix(loss=f"{sum(history[-25:]) / 25:.4f}")
     directory.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(directory)
     processing.save(directory)
