@@ -69,7 +69,9 @@ def _parts(value: Any) -> list[Part]:
     if isinstance(value, dict):
         unknown = sorted(set(value) - {"image", "images", "text"})
         if unknown or not value:
-            raise CafeError(f"Content takes the keys image, images and text, not {', '.join(unknown) or 'an empty mapping'}.")
+            raise CafeError(
+                f"Content takes the keys image, images and text, not {', '.join(unknown) or 'an empty mapping'}."
+            )
         parts: list[Part] = []
         for picture in [value["image"]] if "image" in value else value.get("images", []):
             parts += _parts(Path(picture) if isinstance(picture, str) else picture)

@@ -142,9 +142,7 @@ class Cafe:
         ).start()
         return iter(streamer)
 
-    def generate_batch(
-        self, prompts: Sequence[Content], max_new_tokens: int = 64, batch_size: int = 64
-    ) -> list[str]:
+    def generate_batch(self, prompts: Sequence[Content], max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:
         """The likeliest answer to each content taken as a user's turn, in the order given."""
         rows = [self.encode_prompt(content) for content in prompts]
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))

@@ -46,7 +46,9 @@ def info_nce(
 
 def similarity(rows: Float[Tensor, "rows dim"], columns: Float[Tensor, "columns dim"]) -> Float[Tensor, "rows columns"]:
     """Cosine of every row with every column, in at least float32."""
-    rows, columns = (F.normalize(side if side.dtype == torch.float64 else side.float(), dim=-1) for side in (rows, columns))
+    rows, columns = (
+        F.normalize(side if side.dtype == torch.float64 else side.float(), dim=-1) for side in (rows, columns)
+    )
     return rows @ columns.T
 
 

@@ -230,7 +230,12 @@ def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = [
         torch.nn.functional.pad(
-            tensor, [amount for size, full in zip(tensor.shape[:0:-1], shape[::-1], strict=True) for amount in (0, full - size)]
+            tensor,
+            [
+                amount
+                for size, full in zip(tensor.shape[:0:-1], shape[::-1], strict=True)
+                for amount in (0, full - size)
+            ],
         )
         for tensor in tensors
     ]

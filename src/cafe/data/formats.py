@@ -107,7 +107,9 @@ def _llava(row: Any, images: Path, rng: Random) -> tuple[Pair | None, Dialogue |
     for index, said in enumerate(row["conversations"]):
         expected = ("human", "gpt")[index % 2]
         if said["from"] != expected:
-            raise CafeError(f"turn {index} of the conversation is from {said['from']!r} and should be from {expected!r}.")
+            raise CafeError(
+                f"turn {index} of the conversation is from {said['from']!r} and should be from {expected!r}."
+            )
         if not said["value"].strip():
             raise CafeError(f"turn {index} of the conversation is empty.")
         if expected == "human":

@@ -196,7 +196,9 @@ def train_base(
     processor = make_processor(corpus(seed, 3000))
     processing = Processing(processor, Prompts())
     model = make_model(processor).to(device)
-    report(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens")
+    report(
+        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens"
+    )
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.AdamW(
@@ -227,6 +229,12 @@ def train_base(
     directory.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(directory)
     processing.save(directory)
-    record = {"seed": seed, "steps": steps, "batch": batch, "learning_rate": learning_rate, "loss": sum(history[-50:]) / 50}
+    record = {
+        "seed": seed,
+        "steps": steps,
+        "batch": batch,
+        "learning_rate": learning_rate,
+        "loss": sum(history[-50:]) / 50,
+    }
     (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
     report(f"{steps} steps in {time.monotonic() - started:.0f} s, last loss {record['loss']:.4f}: {directory}")

@@ -62,7 +62,20 @@ def _polygon(kind: str) -> list[tuple[float, float]]:
         ]
     if kind == "cross":
         a, b = 0.32, 0.95
-        return [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a), (-b, -a), (-a, -a)]
+        return [
+            (-a, -b),
+            (a, -b),
+            (a, -a),
+            (b, -a),
+            (b, a),
+            (a, a),
+            (a, b),
+            (-a, b),
+            (-a, a),
+            (-b, a),
+            (-b, -a),
+            (-a, -a),
+        ]
     if kind == "heart":
         turns = [step * 2 * math.pi / 48 for step in range(48)]
         return [
@@ -102,9 +115,7 @@ def paint(scene: Scene) -> Image.Image:
         stencil = _stencil(thing, scene.split, rng.uniform(*_SIZE_PIXELS[thing.size]), rng)
         row, column = divmod(PLACES.index(thing.place), 2)
         slack = (_CELL - stencil.width) / 2
-        left, top = (
-            round(cell * _CELL + slack + rng.uniform(-1, 1) * min(slack, 4)) for cell in (column, row)
-        )
+        left, top = (round(cell * _CELL + slack + rng.uniform(-1, 1) * min(slack, 4)) for cell in (column, row))
         picture.paste(COLORS[thing.color], (left, top), stencil)
     return picture
 

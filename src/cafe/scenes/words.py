@@ -99,11 +99,14 @@ def questions(scene: Scene, rng: Random) -> list[Question]:
     target = rng.choice(things)
     asked: list[Question] = []
 
+    present = rng.random() < 0.5
     if rng.random() < 0.5:
-        asked.append(Question("presence", f"Is there {article(name(target))} {name(target)}?", "yes"))
+        subject = name(target if present else near_miss(scene, rng))
+        asked.append(Question("presence", f"Is there {article(subject)} {subject}?", _yes_no(present)))
     else:
-        absent = near_miss(scene, rng)
-        asked.append(Question("presence", f"Is there {article(name(absent))} {name(absent)}?", "no"))
+        shown = {thing.kind for thing in things}
+        subject = target.kind if present else rng.choice([kind for kind in KINDS if kind not in shown])
+        asked.append(Question("presence", f"Is there {article(subject)} {subject} in the image?", _yes_no(present)))
 
     if rng.random() < 0.5:
         asked.append(Question("count", "How many objects are there?", NUMBERS[len(things)]))
@@ -132,6 +135,10 @@ def questions(scene: Scene, rng: Random) -> list[Question]:
         first, second, relation = rng.choice(related)
         asked.append(Question("relation", f"What is {relation} the {name(second)}?", name(first)))
     return asked
+
+
+def _yes_no(true: bool) -> str:
+    return "yes" if true else "no"
 
 
 def near_miss(scene: Scene, rng: Random) -> Thing:

@@ -140,7 +140,9 @@ def train(recipe: Recipe, report: Callable[[str], None] = print) -> Path:
             losses = joint(batch)
             loss = recipe.objective.lm_weight * losses.lm + recipe.objective.contrastive_weight * losses.contrastive
             if not torch.isfinite(loss):
-                raise CafeError(f"The loss is {loss.item()} at step {step}, on {', '.join(batch.sources[:3])} and others.")
+                raise CafeError(
+                    f"The loss is {loss.item()} at step {step}, on {', '.join(batch.sources[:3])} and others."
+                )
             if measured and part == 0:
                 norms = objective_norms(losses, [p for p in step_module.parameters() if p.requires_grad])
             accelerator.backward(loss / accumulate)
@@ -215,7 +217,9 @@ def objective_norms(losses: Losses, parameters: list[nn.Parameter]) -> dict[str,
     """The norm of each objective's own gradient, before weighting and clipping."""
     norms = {}
     for name, loss in (("grad_norm_lm", losses.lm), ("grad_norm_contrastive", losses.contrastive)):
-        grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if loss.requires_grad else []
+        grads = (
+            torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True) if loss.requires_grad else []
+        )
         norms[name] = math.sqrt(sum(grad.float().square().sum().item() for grad in grads if grad is not None))
     return norms
 

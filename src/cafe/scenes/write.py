@@ -1,0 +1,238 @@
+"""Writes the small world in the public formats that real users have. The same seed writes the same bytes."""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tqdm import tqdm
+
+from cafe.scenes.draw import crop_place, paint
+from cafe.scenes.words import (
+    CAPTION_PROMPT,
+    PARAGRAPH_PROMPT,
+    article,
+    caption,
+    captions,
+    hard_negatives,
+    name,
+    paragraph,
+    questions,
+)
+from cafe.scenes.world import KINDS, PLACES, Scene, draw_scenes
+
+MMEB_IMAGE = "<|image_1|>"  # where an image stands in an MMEB text
+_CANDIDATES = 8  # of one MMEB evaluation row
+_MMEB_ROWS = 400  # of one MMEB task
+_POPE_IMAGES = 200
+
+
+def write_scenes(
+    directory: Path, seed: int = 0, train: int = 8000, test: int = 500, report: Callable[[str], None] = print
+) -> None:
+    """Writes `train` training and `test` distinct test pictures, and every annotation file about them.
+
+    Pictures go to `images/`; image paths in the files are relative to `directory`.
+    """
+    splits = {
+        "train": draw_scenes(seed, "train", train),
+        "test": draw_scenes(seed, "test", test, distinct=True),
+    }
+    for split, scenes in splits.items():
+        (directory / "images" / split).mkdir(parents=True, exist_ok=True)
+        for scene in tqdm(scenes, desc=f"{split} pictures", unit="picture"):
+            paint(scene).save(directory / _image(scene))
+    _json(directory / "llava_train.json", [_llava(index, scene) for index, scene in enumerate(splits["train"])])
+    _json(directory / "dataset_scenes.json", _karpathy([*splits["train"], *splits["test"]]))
+    _json_lines(directory / "captions_test.jsonl", (_caption(n, scene) for n, scene in enumerate(splits["test"])))
+    _json_lines(directory / "vqa_test.jsonl", _vqa(splits["test"]))
+    for kind, absent in _pope_absent(splits["test"]).items():
+        lines = _pope(splits["test"][:_POPE_IMAGES], absent)
+        _json_lines(directory / "pope" / f"scenes_pope_{kind}.json", lines)
+    for change, rows in _sugarcrepe(splits["test"]).items():
+        _json(directory / "sugarcrepe" / f"{change}.json", {str(n): row for n, row in enumerate(rows)})
+    for split, folder in (("train", "mmeb_train"), ("test", "mmeb_eval")):
+        for task, rows in _mmeb(splits[split][:_MMEB_ROWS], directory).items():
+            table = _mmeb_training(rows) if split == "train" else _mmeb_evaluation(rows)
+            (directory / folder).mkdir(exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(table), directory / folder / f"{task}.parquet")
+    report(f"{train} training and {test} test pictures with their words are in {directory}")
+
+
+def _image(scene: Scene) -> str:
+    return f"images/{scene.split}/{scene.name}.png"
+
+
+def _json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value, indent=0) + "\n")
+
+
+def _json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _llava(index: int, scene: Scene) -> dict[str, Any]:
+    """A caption (every tenth time a paragraph) and three questions; false captions as hard negatives."""
+    rng = Random(f"llava {scene.name}")
+    long = index % 10 == 9
+    spoken = [
+        (PARAGRAPH_PROMPT, paragraph(scene, rng)) if long else (CAPTION_PROMPT, caption(scene.things, rng)),
+        *((question.text, question.answer) for question in rng.sample(questions(scene, rng), 3)),
+    ]
+    conversations = []
+    for turn, (asked, answered) in enumerate(spoken):
+        conversations.append({"from": "human", "value": ("<image>\n" if turn == 0 else "") + asked})
+        conversations.append({"from": "gpt", "value": answered})
+    negatives = [caption(things, rng) for things in hard_negatives(scene.things, rng).values()]
+    return {"id": scene.name, "image": _image(scene), "conversations": conversations, "negatives": negatives}
+
+
+def _karpathy(scenes: list[Scene]) -> dict[str, Any]:
+    images = []
+    for number, scene in enumerate(scenes):
+        said = Random(f"karpathy {scene.name}").sample(captions(scene.things), 2)
+        sentences = [
+            {"raw": text, "tokens": text.strip(".").replace(",", "").replace(":", "").split()} for text in said
+        ]
+        row = {"filename": f"{scene.name}.png", "filepath": f"images/{scene.split}", "split": scene.split}
+        images.append({**row, "sentences": sentences, "imgid": number, "cocoid": number})
+    return {"dataset": "scenes", "images": images}
+
+
+def _caption(number: int, scene: Scene) -> dict[str, Any]:
+    objects = sorted({thing.kind for thing in scene.things})
+    row = {"question_id": number, "image": _image(scene), "text": CAPTION_PROMPT}
+    return {**row, "answers": captions(scene.things), "objects": objects}
+
+
+def _vqa(scenes: list[Scene]) -> Iterable[dict[str, Any]]:
+    number = 0
+    for scene in scenes:
+        rng = Random(f"vqa {scene.name}")
+        for question in rng.sample(questions(scene, rng), 2):
+            row = {"question_id": number, "image": _image(scene), "text": question.text}
+            yield {**row, "answer": question.answer, "category": question.kind}
+            number += 1
+
+
+def _kinds(scene: Scene) -> list[str]:
+    return sorted({thing.kind for thing in scene.things})
+
+
+def _pope_absent(scenes: list[Scene]) -> dict[str, Callable[[Scene], list[str]]]:
+    """For each of POPE's samplings, absent kinds of a scene, the first to ask for first (arXiv 2305.10355)."""
+    frequency = Counter(kind for scene in scenes for kind in _kinds(scene))
+    together = Counter((a, b) for scene in scenes for a in _kinds(scene) for b in _kinds(scene) if a != b)
+
+    def absent(scene: Scene) -> list[str]:
+        return [kind for kind in KINDS if kind not in _kinds(scene)]
+
+    def company(scene: Scene, kind: str) -> int:
+        return sum(together[present, kind] for present in _kinds(scene))
+
+    return {
+        "random": lambda scene: Random(f"pope {scene.name}").sample(absent(scene), len(absent(scene))),
+        "popular": lambda scene: sorted(absent(scene), key=lambda kind: -frequency[kind]),
+        "adversarial": lambda scene: sorted(absent(scene), key=lambda kind: -company(scene, kind)),
+    }
+
+
+def _pope(scenes: list[Scene], absent: Callable[[Scene], list[str]]) -> Iterable[dict[str, Any]]:
+    number = 0
+    for scene in scenes:
+        present = _kinds(scene)
+        for yes, no in zip(present, absent(scene), strict=False):
+            for kind, label in ((yes, "yes"), (no, "no")):
+                number += 1
+                text = f"Is there {article(kind)} {kind} in the image?"
+                yield {"question_id": number, "image": _image(scene), "text": text, "label": label}
+
+
+def _sugarcrepe(scenes: list[Scene]) -> dict[str, list[dict[str, str]]]:
+    files: dict[str, list[dict[str, str]]] = {}
+    for scene in scenes:
+        changes = hard_negatives(scene.things, Random(f"sugarcrepe {scene.name}"))
+        for change, things in changes.items():
+            # One seed for both: the false caption keeps the template and the order of the true one.
+            true, false = (caption(said, Random(f"{change} {scene.name}")) for said in (scene.things, things))
+            row = {"filename": _image(scene), "caption": true, "negative_caption": false}
+            files.setdefault(change, []).append(row)
+    return files
+
+
+def _mmeb(scenes: list[Scene], directory: Path) -> dict[str, list[dict[str, Any]]]:
+    """The four task forms; a row is a query (text, image) and candidates (text, image), the right one first."""
+    tasks: dict[str, list[dict[str, Any]]] = {"classification": [], "vqa": [], "retrieval": [], "grounding": []}
+    (directory / "images" / "crops").mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes):
+        rng = Random(f"mmeb {scene.name}")
+        image, thing = _image(scene), rng.choice(scene.things)
+        if len(scene.things) == 1:
+            others = rng.sample([kind for kind in KINDS if kind != thing.kind], _CANDIDATES - 1)
+            query = f"{MMEB_IMAGE}\nIdentify the object in the image."
+            tasks["classification"].append(_mmeb_row(query, image, [(kind, "") for kind in (thing.kind, *others)]))
+
+        question = rng.choice(questions(scene, rng))
+        wrong = _other_answers(scenes, number, question.kind, question.answer, rng)
+        query = f"{MMEB_IMAGE}\nRepresent the image with the question: {question.text}"
+        tasks["vqa"].append(_mmeb_row(query, image, [(answer, "") for answer in (question.answer, *wrong)]))
+
+        others = [other for other in rng.sample(scenes, min(len(scenes), _CANDIDATES)) if other is not scene]
+        shown = [(f"{MMEB_IMAGE}\nRepresent the image.", _image(each)) for each in (scene, *others)]
+        query = f"Find an image that matches the caption: {caption(scene.things, rng)}"
+        tasks["retrieval"].append(_mmeb_row(query, "", shown[:_CANDIDATES]))
+
+        picture, crops = paint(scene), []
+        for place in (thing.place, *(place for place in PLACES if place != thing.place)):
+            crop = f"images/crops/{scene.name}-{place.replace(' ', '-')}.png"
+            crop_place(picture, place).save(directory / crop)
+            crops.append((f"{MMEB_IMAGE}\nRepresent the cropped image.", crop))
+        query = f"{MMEB_IMAGE}\nSelect the part of the image that shows: {name(thing)}"
+        tasks["grounding"].append(_mmeb_row(query, image, crops))
+    return tasks
+
+
+def _mmeb_row(query: str, image: str, candidates: list[tuple[str, str]]) -> dict[str, Any]:
+    return {"query": query, "image": image, "candidates": candidates}
+
+
+def _other_answers(scenes: list[Scene], number: int, kind: str, right: str, rng: Random) -> list[str]:
+    """Up to seven wrong answers to questions of the same kind, taken from other scenes."""
+    answers: dict[str, None] = {}
+    for step in range(1, len(scenes)):
+        for question in questions(scenes[(number + step) % len(scenes)], rng):
+            if question.kind == kind and question.answer != right:
+                answers[question.answer] = None
+        if len(answers) >= _CANDIDATES - 1 or (step > 40 and answers):
+            break
+    return list(answers)[: _CANDIDATES - 1]
+
+
+def _mmeb_training(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """MMEB-train's columns; the first wrong candidate is the hard negative."""
+    table = []
+    for row in rows:
+        (pos_text, pos_image), (neg_text, neg_image) = row["candidates"][:2]
+        query = {"qry": row["query"], "qry_image_path": row["image"]}
+        positive = {"pos_text": pos_text, "pos_image_path": pos_image}
+        table.append({**query, **positive, "neg_text": neg_text, "neg_image_path": neg_image})
+    return table
+
+
+def _mmeb_evaluation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """MMEB-eval's columns: candidates as lists, the right one at index 0."""
+    return [
+        {
+            "qry_text": row["query"],
+            "qry_img_path": row["image"],
+            "tgt_text": [text for text, _ in row["candidates"]],
+            "tgt_img_path": [image for _, image in row["candidates"]],
+        }
+        for row in rows
+    ]
