@@ -109,8 +109,7 @@ def _ablate(options: argparse.Namespace) -> None:
     from cafe.evaluation.ablation import ablate
     from cafe.training.recipe import read_recipe
 
-    read_recipe(options.recipe, options.overrides)
-    ablate(options.recipe, options.overrides, options.seeds)
+    ablate(read_recipe(options.recipe, options.overrides), options.seeds)
 
 
 def _scenes_write(options: argparse.Namespace) -> None:

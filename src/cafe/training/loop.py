@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from cafe.content import Content
-from cafe.data.formats import open_source
+from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batch, Batches, Quarantine, load
 from cafe.errors import CafeError
 from cafe.families import part_of
@@ -236,14 +237,10 @@ def describe(step: JointStep, family: str) -> str:
 
 def heldout_accuracy(model: Cafe, recipe: Recipe) -> float:
     """In-batch retrieval accuracy (0 to 1) on pairs of the evaluation data's test split, without gradient."""
-    from cafe.data.formats import Source
-
     files = sorted(Path(recipe.evaluation.data).glob("dataset_*.json"))
     if not files:
         raise CafeError(f"evaluation.data: no dataset_*.json in {recipe.evaluation.data!r}.")
     records = open_source(Source(path=str(files[0]), format="karpathy", split="test"))
-    from random import Random
-
     chosen = range(min(len(records), recipe.evaluation.limit or len(records)))
     pairs = [pair for index in chosen if (pair := records.example(index, Random(index)).pair)]
     model.lvlm.eval()

@@ -1,0 +1,1 @@
+"""A checkpoint -> numbers and a report."""

@@ -1,0 +1,76 @@
+"""Contrastive-only, language-only and joint from the same base, the same steps, over several seeds."""
+
+import json
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+from cafe.errors import CafeError
+from cafe.evaluation.evaluate import evaluate, write
+from cafe.model import Cafe
+from cafe.training.loop import base_path, train
+from cafe.training.recipe import Recipe
+
+ARMS = {
+    "contrastive": {"lm_weight": 0.0},
+    "language": {"contrastive_weight": 0.0},
+    "joint": {},
+}
+SHOWN = (
+    "retrieval/image_to_text/R@1",
+    "retrieval/text_to_image/R@1",
+    "captions/exact",
+    "objects/hallucinated",
+    "vqa/all",
+    "pope/adversarial/accuracy",
+    "geometry/modality_gap",
+)
+
+
+def ablate(recipe: Recipe, seeds: int) -> str:
+    """Trains and measures every arm for every seed, prints the table and writes it to `ablation.json`; returns it.
+
+    Runs that are already measured are not run again.
+
+    Raises:
+        CafeError: the recipe names no evaluation data.
+    """
+    if not recipe.evaluation.data:
+        raise CafeError("An ablation needs evaluation.data in its recipe.")
+    data, output = Path(recipe.evaluation.data), Path(recipe.output)
+    measured: dict[str, list[dict[str, float]]] = {"base": [_measure(base_path(recipe.model.base), data, output / "base")]}
+    for arm, weights in ARMS.items():
+        for seed in range(seeds):
+            place = output / f"{arm}-{seed}"
+            run = replace(
+                recipe, output=str(place), seed=seed, objective=replace(recipe.objective, **weights)
+            )
+            if not (place / "results.json").is_file():
+                train(run)
+            measured.setdefault(arm, []).append(_measure(str(place / "checkpoint"), data, place))
+    table = _table(measured)
+    (output / "ablation.json").write_text(json.dumps(measured, indent=2) + "\n")
+    print(table)
+    return table
+
+
+def _measure(checkpoint: str, data: Path, place: Path) -> dict[str, float]:
+    if not (place / "results.json").is_file():
+        write(evaluate(Cafe.load(checkpoint), data), place)
+    results: dict[str, float] = json.loads((place / "results.json").read_text())
+    return results
+
+
+def _table(measured: dict[str, list[dict[str, float]]]) -> str:
+    lines = ["| | " + " | ".join(measured) + " |", "|---|" + "---|" * len(measured)]
+    for metric in SHOWN:
+        cells = [_cell([run[metric] for run in runs if metric in run]) for runs in measured.values()]
+        lines.append(f"| {metric} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return "-"
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
