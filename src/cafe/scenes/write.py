@@ -183,7 +183,8 @@ def _mmeb(scenes: list[Scene], directory: Path) -> dict[str, list[dict[str, Any]
         query = f"{MMEB_IMAGE}\nRepresent the image with the question: {question.text}"
         tasks["vqa"].append(_mmeb_row(query, image, [(answer, "") for answer in (question.answer, *wrong)]))
 
-        others = [other for other in rng.sample(scenes, min(len(scenes), _CANDIDATES)) if other is not scene]
+        # A picture with the same things would be a second right answer: training pictures may repeat.
+        others = [other for other in rng.sample(scenes, len(scenes)) if set(other.things) != set(scene.things)]
         shown = [(f"{MMEB_IMAGE}\nRepresent the image.", _image(each)) for each in (scene, *others)]
         query = f"Find an image that matches the caption: {caption(scene.things, rng)}"
         tasks["retrieval"].append(_mmeb_row(query, "", shown[:_CANDIDATES]))
@@ -215,10 +216,10 @@ def _other_answers(scenes: list[Scene], number: int, kind: str, right: str, rng:
 
 
 def _mmeb_training(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """MMEB-train's columns; the first wrong candidate is the hard negative."""
+    """MMEB-train's columns; the first wrong candidate, where there is one, is the hard negative."""
     table = []
     for row in rows:
-        (pos_text, pos_image), (neg_text, neg_image) = row["candidates"][:2]
+        (pos_text, pos_image), (neg_text, neg_image) = [*row["candidates"], ("", "")][:2]
         query = {"qry": row["query"], "qry_image_path": row["image"]}
         positive = {"pos_text": pos_text, "pos_image_path": pos_image}
         table.append({**query, **positive, "neg_text": neg_text, "neg_image_path": neg_image})
@@ -226,7 +227,7 @@ def _mmeb_training(rows: list[dict[str, Any]]) -> list[dict[str, str]]:
 
 
 def _mmeb_evaluation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """MMEB-eval's columns: candidates as lists, the right one at index 0."""
+    """MMEB-eval's columns: candidates as lists, the right one at index 0; rows without a wrong one ask nothing."""
     return [
         {
             "qry_text": row["query"],
@@ -235,4 +236,5 @@ def _mmeb_evaluation(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "tgt_img_path": [image for _, image in row["candidates"]],
         }
         for row in rows
+        if len(row["candidates"]) > 1
     ]

@@ -1,0 +1,32 @@
+"""Shared parts: a tiny random model in the real LLaVA-OneVision classes, and a few scenes on disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cafe.instructions import Prompts
+from cafe.processing import Processing
+from cafe.scenes.base import corpus, make_model, make_processor
+from cafe.scenes.write import write_scenes
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint directory of an untrained base model."""
+    directory = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    processor = make_processor(corpus(0, 100))
+    make_model(processor).save_pretrained(directory)
+    Processing(processor, Prompts()).save(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small world at its smallest: 48 training and 24 test pictures in every format."""
+    directory = tmp_path_factory.mktemp("scenes")
+    write_scenes(directory, train=48, test=24, report=lambda line: None)
+    return directory

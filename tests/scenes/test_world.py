@@ -1,0 +1,85 @@
+"""The promises that keep the test split of the small world honest, and pictures that show what the scene says."""
+
+import numpy as np
+import pytest
+
+from cafe.scenes.draw import SIDE, crop_place, digit_scans, paint
+from cafe.scenes.world import COLORS, DIGITS, KINDS, PLACES, SIZES, Scene, draw_scene, draw_scenes, split_of
+
+TRAIN = draw_scenes(0, "train", 2000)
+TEST = draw_scenes(0, "test", 300, distinct=True)
+
+
+def combination(scene: Scene) -> frozenset[tuple[str, str]]:
+    return frozenset((thing.kind, thing.color) for thing in scene.things)
+
+
+def test_no_combination_is_in_both_splits() -> None:
+    assert not {combination(scene) for scene in TRAIN} & {combination(scene) for scene in TEST}
+
+
+def test_no_combination_is_in_both_splits_of_different_seeds() -> None:
+    assert not {combination(scene) for scene in TRAIN} & {combination(s) for s in draw_scenes(1, "test", 300)}
+
+
+def test_the_split_does_not_depend_on_order_size_or_place() -> None:
+    for scene in TEST:
+        moved = tuple(
+            type(thing)(thing.kind, thing.color, SIZES[0], place)
+            for thing, place in zip(reversed(scene.things), PLACES, strict=False)
+        )
+        assert split_of(moved) == "test"
+
+
+@pytest.mark.parametrize("digit", range(10))
+def test_digit_scans_are_divided_between_the_splits(digit: int) -> None:
+    train, test = ({scan.tobytes() for scan in digit_scans(digit, split)} for split in ("train", "test"))
+    assert len(train) > len(test) > 30
+    assert not train & test
+
+
+def test_things_of_a_scene_can_be_told_apart() -> None:
+    for scene in TRAIN + TEST:
+        assert 1 <= len(scene.things) <= 3
+        assert len({thing.place for thing in scene.things}) == len(scene.things)
+        assert len(combination(scene)) == len(scene.things)
+
+
+def test_every_kind_color_size_and_place_is_drawn() -> None:
+    for field, values in (("kind", KINDS), ("color", COLORS), ("size", SIZES), ("place", PLACES)):
+        assert {getattr(thing, field) for scene in TEST for thing in scene.things} == set(values)
+
+
+def test_test_scenes_are_distinct() -> None:
+    assert len({frozenset(scene.things) for scene in TEST}) == len(TEST)
+
+
+def test_the_same_number_gives_the_same_scene_and_pixels() -> None:
+    again = draw_scene(0, "train", 7)
+    assert again == draw_scene(0, "train", 7) != draw_scene(1, "train", 7)
+    assert paint(again).tobytes() == paint(again).tobytes()
+
+
+def test_the_picture_shows_each_color_in_its_place_and_no_other() -> None:
+    for scene in TEST[:100]:
+        picture = paint(scene)
+        assert (picture.mode, picture.size) == ("RGB", (SIDE, SIDE))
+        shown = {thing.place: thing for thing in scene.things}
+        for place in PLACES:
+            near = {color for color in COLORS if pixels_near(picture, place, color) >= 3}
+            assert near == ({shown[place].color} if place in shown else set()), (scene.name, place)
+
+
+def pixels_near(picture, place: str, color: str) -> int:
+    """How many pixels of a quarter have nearly a color (within 12 of 255 in each channel)."""
+    pixels = np.asarray(crop_place(picture, place)).astype(int)
+    return int((abs(pixels - COLORS[color]).max(axis=-1) <= 12).sum())
+
+
+def test_large_things_cover_more_than_small_ones() -> None:
+    covered: dict[str, list[int]] = {size: [] for size in SIZES}
+    for scene in TEST:
+        for thing in scene.things:
+            if thing.kind not in DIGITS:
+                covered[thing.size].append(pixels_near(paint(scene), thing.place, thing.color))
+    assert np.mean(covered["large"]) > 2 * np.mean(covered["small"])

@@ -1,0 +1,58 @@
+"""Contents from what people have at hand, and images decoded on purpose."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cafe.content import Content, ImageRef, open_image
+from cafe.errors import CafeError
+
+
+def test_content_takes_text_pictures_and_both():
+    picture = Image.new("RGB", (4, 4))
+    assert Content.of("words").text == "words"
+    both = Content.of({"image": picture, "text": "what?"})
+    assert both.images[0].source is picture and both.text == "what?"
+    with pytest.raises(CafeError, match="int"):
+        Content.of(3)
+    with pytest.raises(CafeError, match="txt"):
+        Content.of({"txt": "a"})
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    picture = Image.new("RGB", (8, 4))
+    exif = picture.getexif()
+    exif[0x0112] = 6  # rotated by a quarter turn
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_image(ImageRef(tmp_path / "turned.jpg")).size == (4, 8)
+
+
+def test_transparency_is_laid_over_white_and_16_bits_scale_to_8(tmp_path):
+    Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert open_image(ImageRef(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
+    Image.fromarray(np.full((2, 2), 65535 // 2, np.uint16)).save(tmp_path / "deep.png")
+    assert open_image(ImageRef(tmp_path / "deep.png")).getpixel((0, 0)) == (127, 127, 127)
+    Image.new("CMYK", (2, 2)).save(tmp_path / "ink.jpg")
+    assert open_image(ImageRef(tmp_path / "ink.jpg")).mode == "RGB"
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n damaged"])
+def test_a_damaged_image_is_named(tmp_path, content):
+    (tmp_path / "bad.png").write_bytes(content)
+    with pytest.raises(CafeError, match=r"bad\.png"):
+        open_image(ImageRef(tmp_path / "bad.png"))
+
+
+def test_a_cut_off_image_and_a_missing_one_are_named(tmp_path):
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
+    with pytest.raises(CafeError, match=r"cut\.png"):
+        open_image(ImageRef(tmp_path / "cut.png"))
+    with pytest.raises(CafeError, match="does not exist"):
+        open_image(ImageRef(tmp_path / "none.png"))
+
+
+def test_too_many_pixels_are_refused_before_decoding(tmp_path):
+    Image.new("1", (300, 300)).save(tmp_path / "big.png")
+    with pytest.raises(CafeError, match="300 x 300"):
+        open_image(ImageRef(tmp_path / "big.png"), max_pixels=1000)
