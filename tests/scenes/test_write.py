@@ -21,6 +21,8 @@ TRAIN, TEST = 120, 60
 POPE = ("random", "popular", "adversarial")
 SUGARCREPE = ("replace_obj", "replace_att", "swap_obj", "swap_att")
 TASKS = ("classification", "vqa", "retrieval", "grounding")
+SIDES = ("qry", "pos", "neg")
+COLUMNS = {"qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"}
 SCENES = {
     f"images/{scene.split}/{scene.name}.png": scene
     for scene in draw_scenes(0, "train", TRAIN) + draw_scenes(0, "test", TEST, distinct=True)
@@ -191,10 +193,6 @@ def test_mmeb_train(world: Path, task: str) -> None:
         sides = [(row[f"{side}{'' if side == 'qry' else '_text'}"], row[f"{side}_image_path"]) for side in SIDES]
         assert set(row) == COLUMNS and all(check_side(world, *side) for side in sides)
         assert sides[1] != sides[2]
-
-
-SIDES = ("qry", "pos", "neg")
-COLUMNS = {"qry", "qry_image_path", "pos_text", "pos_image_path", "neg_text", "neg_image_path"}
 
 
 def check_side(world: Path, text: str, image: str) -> bool:

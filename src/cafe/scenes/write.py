@@ -174,9 +174,9 @@ def _mmeb(scenes: list[Scene], directory: Path) -> dict[str, list[dict[str, Any]
         rng = Random(f"mmeb {scene.name}")
         image, thing = _image(scene), rng.choice(scene.things)
         if len(scene.things) == 1:
-            others = rng.sample([kind for kind in KINDS if kind != thing.kind], _CANDIDATES - 1)
+            kinds = [thing.kind, *rng.sample([kind for kind in KINDS if kind != thing.kind], _CANDIDATES - 1)]
             query = f"{MMEB_IMAGE}\nIdentify the object in the image."
-            tasks["classification"].append(_mmeb_row(query, image, [(kind, "") for kind in (thing.kind, *others)]))
+            tasks["classification"].append(_mmeb_row(query, image, [(kind, "") for kind in kinds]))
 
         question = rng.choice(questions(scene, rng))
         wrong = _other_answers(scenes, number, question.kind, question.answer, rng)
