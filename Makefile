@@ -2,16 +2,25 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test clean
+.PHONY: venv quickstart test browser clean
+
+venv: .venv/installed
 
 quickstart: .venv/installed
 	$(BIN)/cafe quickstart
 
-test: .venv/installed-dev
+test: .venv/installed-dev browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The test of the web page needs chromium and is skipped without it.
+browser:
+	@command -v chromium >/dev/null \
+		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
+			&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "chromium is not installed and could not be: the test of the web page will be skipped."
 
 # PyTorch goes first and by exact version: the constraints file pins one, pyproject.toml keeps a range.
 .venv/installed: pyproject.toml constraints.txt
