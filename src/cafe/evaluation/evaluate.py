@@ -32,6 +32,7 @@ from cafe.evaluation.metrics import (
 
 KEPT = 12  # samples of each sort, for the report
 KEPT_HITS = 5
+POPE = ("random", "popular", "adversarial")
 
 
 class Model(Protocol):
@@ -57,14 +58,14 @@ def evaluate(model: Model, data: Path, limit: int | None = None, report: Callabl
     """Runs every suite whose files are in `data`, on the first `limit` records of each.
 
     Raises:
-        CafeError: there is no evaluation file in `data`.
+        CafeError: there is no evaluation file in `data`, or one of them is not what it should be.
     """
     done = Evaluation(samples={"data": str(data.resolve())})
     suites: list[tuple[Path, Callable[[Model, Path, int | None, Evaluation], None]]] = [
         *((path, _retrieval) for path in sorted(data.glob("dataset_*.json"))),
         *((path, _captions) for path in sorted(data.glob("captions_test.jsonl"))),
         *((path, _vqa) for path in sorted(data.glob("vqa_test.jsonl"))),
-        *((path, _pope) for path in sorted(data.glob("pope/*.json"))),
+        *((path, _pope) for path in sorted(data.glob("pope/*.json")) if path.stem.rsplit("_", 1)[-1] in POPE),
     ]
     if not suites:
         raise CafeError(f"There is no evaluation file in {data}.")
@@ -83,7 +84,7 @@ def write(evaluation: Evaluation, directory: Path) -> None:
 
 
 def _retrieval(model: Model, path: Path, limit: int | None, done: Evaluation) -> None:
-    rows = [row for row in json.loads(path.read_text())["images"] if row["split"] == "test"][:limit]
+    rows = _karpathy_test(path)[:limit]
     pictures = [Path(row.get("filepath", "images")) / row["filename"] for row in rows]
     texts = [sentence["raw"] for row in rows for sentence in row["sentences"]]
     owner = np.array([index for index, row in enumerate(rows) for _ in row["sentences"]])
@@ -116,7 +117,9 @@ def _retrieval(model: Model, path: Path, limit: int | None, done: Evaluation) ->
     done.samples["text_queries"] = [
         {
             "text": texts[query],
-            "hits": [{"image": str(pictures[hit]), "right": bool(relevant[hit, query])} for hit in _top(similarity[:, query])],
+            "hits": [
+                {"image": str(pictures[hit]), "right": bool(relevant[hit, query])} for hit in _top(similarity[:, query])
+            ],
         }
         for query in np.linspace(0, len(texts) - 1, min(KEPT, len(texts))).astype(int)
     ]
@@ -139,7 +142,7 @@ def _answers(model: Model, rows: list[dict[str, Any]], folder: Path, longest: in
 
 
 def _captions(model: Model, path: Path, limit: int | None, done: Evaluation) -> None:
-    rows = _json_lines(path)[:limit]
+    rows = _json_lines(path, ("image", "text", "answers", "objects"))[:limit]
     said = _answers(model, rows, path.parent, 96)
     vocabulary = {word for row in rows for word in row["objects"]}
     mentioned = [mentioned_objects(text, vocabulary) for text in said]
@@ -154,7 +157,7 @@ def _captions(model: Model, path: Path, limit: int | None, done: Evaluation) -> 
 
 
 def _vqa(model: Model, path: Path, limit: int | None, done: Evaluation) -> None:
-    rows = _json_lines(path)[:limit]
+    rows = _json_lines(path, ("image", "text", "answer", "category"))[:limit]
     said = _answers(model, rows, path.parent, 16)
     right = [text.lower() == row["answer"].lower() for text, row in zip(said, rows, strict=True)]
     by_category: dict[str, list[bool]] = defaultdict(list)
@@ -170,15 +173,35 @@ def _vqa(model: Model, path: Path, limit: int | None, done: Evaluation) -> None:
 
 
 def _pope(model: Model, path: Path, limit: int | None, done: Evaluation) -> None:
-    rows = _json_lines(path)[:limit]
+    rows = _json_lines(path, ("image", "text", "label"))[:limit]
     said = [parse_yes_no(text) for text in _answers(model, rows, path.parents[1], 8)]
     split = path.stem.rsplit("_", 1)[-1]
     for name, value in binary_scores(said, [row["label"] == "yes" for row in rows]).items():
         done.results[f"pope/{split}/{name}"] = value
 
 
-def _json_lines(path: Path) -> list[dict[str, Any]]:
+def _karpathy_test(path: Path) -> list[dict[str, Any]]:
+    """The test rows of a Karpathy file."""
     try:
-        return [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = [row for row in json.loads(path.read_text())["images"] if row["split"] == "test"]
+        complete = all(row["filename"] and row["sentences"][0]["raw"] for row in rows)
+    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+        raise CafeError(f"The evaluation file {path} is not a Karpathy file: {error!r}.") from None
+    if not rows or not complete:
+        raise CafeError(f"The evaluation file {path} has no complete image in its split 'test'.")
+    return rows
+
+
+def _json_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of a JSON lines file, each of which must have the fields."""
+    try:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise CafeError(f"The evaluation file {path} is not valid JSON lines: {error}.") from None
+    if not rows:
+        raise CafeError(f"The evaluation file {path} is empty.")
+    for number, row in enumerate(rows, 1):
+        for name in fields:
+            if name not in row:
+                raise CafeError(f"The evaluation file {path} lacks the field {name!r} in record {number}.")
+    return rows

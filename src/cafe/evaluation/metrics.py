@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float
 
+_BLOCK = 1024  # rows compared at once, so that memory grows with the rows and not with their square
+
 
 def recall_at_k(
     similarity: Float[np.ndarray, "queries candidates"],
@@ -15,10 +17,10 @@ def recall_at_k(
     """Share of queries, in percent, with a relevant candidate among the first k.
 
     Ties count against us: a query's rank is the number of irrelevant candidates that score at least as high as its best
-    relevant one, so a collapsed model scores nothing.
+    relevant one, so a collapsed model scores nothing; neither does one whose similarities are NaN.
     """
     best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
-    rank = ((similarity >= best) & ~relevant).sum(axis=1)
+    rank = (~(similarity < best) & ~relevant).sum(axis=1)
     return {k: 100 * float((rank < k).mean()) for k in ks}
 
 
@@ -34,9 +36,11 @@ def alignment(queries: Float[np.ndarray, "pairs dim"], targets: Float[np.ndarray
 
 def uniformity(rows: Float[np.ndarray, "rows dim"]) -> float:
     """Log of the mean Gaussian potential exp(-2 d²) over distinct pairs of unit rows (arXiv 2005.10242)."""
-    upper = np.triu_indices(len(rows), 1)
-    squared = 2 - 2 * (rows.astype(np.float64) @ rows.T)[upper]
-    return float(np.log(np.exp(-2 * squared).mean()))
+    exact = rows.astype(np.float64)
+    blocks = range(0, len(exact), _BLOCK)
+    potential = sum(float(np.exp(4 * (exact[start : start + _BLOCK] @ exact.T) - 4).sum()) for start in blocks)
+    # d² = 2 - 2 cos; each row's pair with itself has d = 0 and is taken off again.
+    return float(np.log((potential - len(exact)) / (len(exact) * (len(exact) - 1))))
 
 
 def binary_scores(answers: Sequence[bool], labels: Sequence[bool]) -> dict[str, float]:
@@ -62,8 +66,8 @@ def parse_yes_no(answer: str) -> bool:
 
 
 def mentioned_objects(text: str, vocabulary: set[str]) -> set[str]:
-    """The words of a closed vocabulary that a text mentions as whole words."""
-    return set(re.findall(r"[a-z]+", text.lower())) & vocabulary
+    """The terms of a closed vocabulary that a text mentions as whole words, in upper or lower case."""
+    return {term for term in vocabulary if re.search(rf"\b{re.escape(term)}\b", text, re.IGNORECASE)}
 
 
 def object_scores(mentioned: Sequence[set[str]], present: Sequence[set[str]]) -> dict[str, float]:
