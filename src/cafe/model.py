@@ -187,7 +187,7 @@ class Cafe:
 
     @torch.inference_mode()
     def score(self, content: Any, answer: str) -> float:
-        """The log-likelihood, in nats, that the model gives to an answer and its end, after a content as user's turn."""
+        """The log-likelihood, in nats, of an answer and its end, after the content as a user's turn."""
         turns = (Turn("user", Content.of(content)), Turn("assistant", Content.of(answer)))
         row = self.encode_dialogue(Dialogue(turns))
         inputs = self._inputs([row])

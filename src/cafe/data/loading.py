@@ -64,8 +64,15 @@ def encode(example: Example, processing: Processing, max_tokens: int | None = No
     """Decodes an example's images and renders its branches; an image is decoded and processed once for all of them.
 
     Raises:
-        CafeError: an image is missing or damaged, or its tokens do not fit.
+        CafeError: an image is missing or damaged, or its tokens do not fit; the record is named.
     """
+    try:
+        return _encode(example, processing, max_tokens)
+    except CafeError as error:
+        raise CafeError(f"{example.source}: {error}") from None
+
+
+def _encode(example: Example, processing: Processing, max_tokens: int | None) -> Branches:
     done: dict[tuple[int, ...], Pictures] = {}
 
     def pictures(refs: Sequence[ImageRef]) -> Pictures:
@@ -157,12 +164,11 @@ class Batches(Dataset[Batch]):
             which, index = self.places[place]
             try:
                 example = self.sources[which].example(index, Random(f"{self.seed} {epoch} {place}"))
-                branches = encode(example, self.processing, self.max_tokens)
+                done.append(encode(example, self.processing, self.max_tokens))
             except CafeError as error:
                 bad.append(str(error))
-                continue
-            done.append(branches)
-            names.append(example.source)
+            else:
+                names.append(example.source)
         return self._collate(done, bad, names)
 
     def _collate(self, done: list[Branches], bad: list[str], names: list[str]) -> Batch:

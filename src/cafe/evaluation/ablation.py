@@ -4,6 +4,7 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cafe.errors import CafeError
 from cafe.evaluation.evaluate import evaluate, write
@@ -11,7 +12,7 @@ from cafe.model import Cafe
 from cafe.training.loop import base_path, train
 from cafe.training.recipe import Recipe
 
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
     "contrastive": {"lm_weight": 0.0},
     "language": {"contrastive_weight": 0.0},
     "joint": {},
@@ -38,13 +39,13 @@ def ablate(recipe: Recipe, seeds: int) -> str:
     if not recipe.evaluation.data:
         raise CafeError("An ablation needs evaluation.data in its recipe.")
     data, output = Path(recipe.evaluation.data), Path(recipe.output)
-    measured: dict[str, list[dict[str, float]]] = {"base": [_measure(base_path(recipe.model.base), data, output / "base")]}
+    measured: dict[str, list[dict[str, float]]] = {
+        "base": [_measure(base_path(recipe.model.base), data, output / "base")]
+    }
     for arm, weights in ARMS.items():
         for seed in range(seeds):
             place = output / f"{arm}-{seed}"
-            run = replace(
-                recipe, output=str(place), seed=seed, objective=replace(recipe.objective, **weights)
-            )
+            run = replace(recipe, output=str(place), seed=seed, objective=replace(recipe.objective, **weights))
             if not (place / "results.json").is_file():
                 train(run)
             measured.setdefault(arm, []).append(_measure(str(place / "checkpoint"), data, place))

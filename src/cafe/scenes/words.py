@@ -4,7 +4,7 @@ Everything follows from the `Scene` alone, so a program can check any sentence a
 """
 
 from dataclasses import dataclass, replace
-from itertools import permutations
+from itertools import pairwise, permutations
 from random import Random
 
 from cafe.scenes.world import COLORS, KINDS, PLACES, SIZES, Scene, Thing
@@ -76,7 +76,7 @@ def paragraph(scene: Scene, rng: Random) -> str:
     for thing in things:
         form = rng.choice(("At the {place} there is {full}.", "In the {place} stands {full}."))
         sentences.append(form.format(place=thing.place, full=_full(thing)))
-    for first, second in zip(things, things[1:], strict=False):
+    for first, second in pairwise(things):
         relation = relation_between(first, second)
         if relation:
             sentences.append(f"The {name(first)} is {relation} the {name(second)}.")

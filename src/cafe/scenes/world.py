@@ -3,9 +3,9 @@
 A scene is one to four things, each in its own quarter of the picture. A thing is a drawn shape or a handwritten digit,
 with a color and a size. Scenes are pure data: `draw.py` paints them and `words.py` speaks about them.
 
-Two promises keep the test split honest. Every combination of (kind, color) pairs belongs to one split only, decided by a
-hash, so no training picture shows the objects of a test picture together; and the scans of digits are divided between
-the splits by their index (see `draw.py`).
+Two promises keep the test split honest. Every combination of (kind, color) pairs belongs to one split only, decided by
+a hash, so no training picture shows the objects of a test picture together; and the scans of digits are divided
+between the splits by their index (see `draw.py`).
 """
 
 import hashlib

@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from cafe.content import Content
 from cafe.data.formats import Source, open_source
@@ -51,9 +52,10 @@ class Losses:
 class JointStep(nn.Module):
     """The forward half of the joint step: a contrastive batch in, both losses out."""
 
-    def __init__(self, lvlm: nn.Module, objective: ObjectiveRecipe) -> None:
+    def __init__(self, lvlm: PreTrainedModel, objective: ObjectiveRecipe) -> None:
         super().__init__()
-        self.lvlm, self.objective = lvlm, objective
+        self.lvlm: PreTrainedModel = lvlm
+        self.objective = objective
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(objective.temperature)), requires_grad=objective.learn_temperature
         )
@@ -84,7 +86,7 @@ class JointStep(nn.Module):
 
     def embed(self, inputs: dict[str, Tensor]) -> Float[Tensor, "rows dim"]:
         """The rows' readouts, not yet normalised."""
-        return embed_rows(self.lvlm, self.move(inputs)).float()  # type: ignore[arg-type]
+        return embed_rows(self.lvlm, self.move(inputs)).float()
 
     def move(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The inputs where the model is."""

@@ -1,0 +1,85 @@
+"""Batches in a fixed order, and the quarantine."""
+
+import json
+
+import pytest
+import torch
+
+from cafe.data.formats import Source, open_source
+from cafe.data.loading import Batches, Quarantine, load
+from cafe.errors import CafeError
+from cafe.instructions import Prompts
+from cafe.processing import Processing, load_processor
+
+
+@pytest.fixture(scope="module")
+def processing(random_base):
+    return Processing(load_processor(str(random_base)), Prompts())
+
+
+def make(processing, path, **options):
+    return Batches([open_source(Source(path=str(path)))], processing, batch_size=8, seed=3, **options)
+
+
+def test_the_order_follows_the_seed_whatever_the_workers(processing, scenes):
+    batches = make(processing, scenes / "llava_train.json")
+    alone = [batch.sources for batch in load(batches, 0, 8, 0)]
+    helped = [batch.sources for batch in load(batches, 0, 8, 2)]
+    assert alone == helped
+    assert sorted(name for batch in alone[:6] for name in batch) == sorted(set(name for b in alone[:6] for name in b))
+    assert alone[:2] != alone[6:8]  # the second epoch has its own order
+
+
+def test_a_batch_holds_every_branch(processing, scenes):
+    batch = make(processing, scenes / "llava_train.json")[0]
+    assert batch.queries["pixel_values"].shape == (8, 5, 3, 32, 32) and "pixel_values" not in batch.targets
+    assert len(batch.negatives["input_ids"]) >= 16
+    assert batch.supervised.shape == batch.dialogues["input_ids"].shape
+    assert make(processing, scenes / "llava_train.json", hard_negatives=False)[0].negatives is None
+
+
+def test_two_ranks_share_a_global_batch(processing, scenes):
+    whole = Batches([open_source(Source(path=str(scenes / "llava_train.json")))], processing, batch_size=16, seed=3)
+    parts = [make(processing, scenes / "llava_train.json", rank=rank, world=2)[1].sources for rank in (0, 1)]
+    assert whole[1].sources == parts[0] + parts[1]
+
+
+def test_equal_targets_have_equal_ids(processing, scenes, tmp_path):
+    rows = json.loads((scenes / "llava_train.json").read_text())[:8]
+    for row in rows[:2]:
+        row["conversations"][1]["value"] = "the same words"
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    batches = Batches(
+        [open_source(Source(path=str(tmp_path / "a.json"), images=str(scenes)))], processing, batch_size=8, seed=0
+    )
+    ids = batches[0].target_ids
+    assert len(torch.unique(ids)) == 7
+
+
+def test_bad_records_are_quarantined_and_too_many_stop_the_run(processing, scenes, tmp_path):
+    rows = json.loads((scenes / "llava_train.json").read_text())[:16]
+    (tmp_path / "damaged.png").write_bytes(b"no picture")
+    rows[3]["image"], rows[5]["image"] = "damaged.png", "missing.png"
+    for row in rows:
+        if not row["image"].endswith(("damaged.png", "missing.png")):
+            row["image"] = str(scenes / row["image"])
+    rows[7]["conversations"][1]["value"] = " "
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    batches = make(processing, tmp_path / "a.json")
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_share=0.5)
+    for number in range(2):
+        quarantine.check(batches[number])
+    reasons = [json.loads(line)["reason"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
+    assert quarantine.bad == len(reasons) == 3 and quarantine.seen == 16
+    for record, word in ((3, "cannot be decoded"), (5, "does not exist"), (7, "is empty")):
+        assert any(f"a.json, record {record}" in reason and word in reason for reason in reasons), (record, reasons)
+
+    strict = Quarantine(tmp_path / "strict.jsonl", max_share=0.01)
+    with pytest.raises(CafeError, match="records are bad"):
+        for number in range(20):
+            strict.check(batches[number])
+
+
+def test_too_little_data_is_one_sentence(processing, scenes):
+    with pytest.raises(CafeError, match="48 records, fewer than one batch of 64"):
+        Batches([open_source(Source(path=str(scenes / "llava_train.json")))], processing, batch_size=64, seed=0)

@@ -1,0 +1,99 @@
+"""The public face, on a tiny random model of the real family."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from cafe import Cafe
+from cafe.content import Content
+from cafe.errors import CafeError
+from cafe.instructions import Prompts, embedding_messages
+from cafe.scenes.draw import paint
+from cafe.scenes.world import draw_scene
+
+
+@pytest.fixture(scope="module")
+def model(random_base):
+    return Cafe.load(random_base, Prompts(chat_template="chatml"))
+
+
+@pytest.fixture(scope="module")
+def picture() -> Image.Image:
+    return paint(draw_scene(0, "test", 0))
+
+
+def test_embeddings_are_float32_unit_vectors_in_the_order_given(model, picture):
+    contents = ["a red circle", picture, {"image": picture, "text": "what is left of it?"}, "a much longer text " * 9]
+    vectors = model.embed(contents, batch_size=2)
+    assert vectors.dtype == np.float32 and vectors.shape == (4, 160)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+    for content, vector in zip(contents, vectors, strict=True):
+        np.testing.assert_allclose(model.embed([content])[0], vector, atol=1e-5)
+
+
+def test_the_embedding_is_transformers_own_last_hidden_state(model, picture, random_base):
+    lvlm = AutoModelForImageTextToText.from_pretrained(random_base).eval()
+    messages = [
+        *embedding_messages(Content.of(picture), model.processing.prompts),
+        {"role": "assistant", "content": [{"type": "text", "text": ""}]},
+    ]
+    text = model.processing.processor.apply_chat_template(messages, tokenize=False).rstrip()
+    inputs = model.processing.processor(text=[text], images=[[picture]], return_tensors="pt")
+    with torch.inference_mode():
+        hidden = lvlm.model(**inputs).last_hidden_state[0, -1]
+    expected = hidden / hidden.norm()
+    np.testing.assert_allclose(model.embed([picture])[0], expected.numpy(), atol=1e-5)
+
+
+def test_generation_is_transformers_greedy_generation_batched_streamed_and_alone(model, picture):
+    prompt = "What is in the picture?"
+    answer = model.generate(picture, prompt, max_new_tokens=8)
+    assert "".join(model.generate(picture, prompt, max_new_tokens=8, stream=True)).strip() == answer
+    other = Content.of([picture, "Describe the image, at some length, please."])
+    assert model.generate_batch([other, Content.of([picture, prompt])], max_new_tokens=8)[1] == answer
+
+
+def test_sampling_follows_the_seed(model, picture):
+    said = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        said.append(model.generate(picture, "What?", max_new_tokens=16, temperature=5.0))
+    assert said[0] == said[1] != said[2]
+
+
+def test_one_prefill_gives_the_same_embedding_and_the_same_answer(model, picture):
+    prompt = "Describe the image."
+    vector, answer = model.embed_and_generate(picture, prompt, max_new_tokens=8)
+    np.testing.assert_allclose(vector, model.embed([picture])[0], atol=1e-5)
+    assert answer == model.generate(picture, prompt, max_new_tokens=8)
+
+
+def test_the_score_of_an_answer_is_its_log_likelihood_token_by_token(model, picture):
+    row = model.encode_prompt(Content.of([picture, "What?"]))
+    answer = model.processing.tokenizer("a circle<|im_end|>", add_special_tokens=False)["input_ids"]
+    total, ids = 0.0, row.input_ids.tolist()
+    for token in answer:
+        with torch.inference_mode():
+            logits = model.lvlm(input_ids=torch.tensor([ids]), **row.vision).logits[0, -1]
+        total += logits.log_softmax(-1)[token].item()
+        ids.append(token)
+    assert model.score([picture, "What?"], "a circle") == pytest.approx(total, abs=1e-3)
+
+
+def test_a_saved_checkpoint_loads_with_cafe_and_with_plain_transformers(model, picture, tmp_path):
+    model.save(tmp_path / "saved", temperature=0.05)
+    again = Cafe.load(tmp_path / "saved")
+    assert again.processing.prompts == model.processing.prompts and again.record["temperature"] == 0.05
+    np.testing.assert_array_equal(again.embed([picture, "words"]), model.embed([picture, "words"]))
+    plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
+    assert type(plain).__name__ == "LlavaOnevisionForConditionalGeneration"
+    model.save(tmp_path / "saved", temperature=0.07)  # over an older one
+    assert Cafe.load(tmp_path / "saved").record["temperature"] == 0.07
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_nothing_to_load_is_one_sentence(tmp_path):
+    with pytest.raises(CafeError, match=str(tmp_path)):
+        Cafe.load(tmp_path)

@@ -1,0 +1,121 @@
+"""The loop on real scenes and a tiny random model: it learns, logs, repeats itself, and stops on mistakes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from cafe.cli import main
+from cafe.data.formats import Source, open_source
+from cafe.data.loading import Batches
+from cafe.instructions import Prompts
+from cafe.model import Cafe
+from cafe.training.loop import JointStep, cosine, make_optimizer, objective_norms, train
+from cafe.training.recipe import (
+    DataRecipe,
+    ModelRecipe,
+    ObjectiveRecipe,
+    OptimizerRecipe,
+    Recipe,
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    """accelerate keeps the first run's precision for the life of the process."""
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
+    return Recipe(
+        output=str(tmp_path / "run"),
+        model=ModelRecipe(base=str(random_base)),
+        data=DataRecipe(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
+        optimizer=OptimizerRecipe(learning_rate=1e-3, vision_tower_learning_rate=1e-4),
+        batch_size=8,
+        steps=4,
+        log_every=1,
+    )
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint / "model.safetensors")
+
+
+def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(recipe, tmp_path):
+    first = train(recipe, report=lambda line: None)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in log] == [1, 2, 3, 4]
+    assert log[-1]["lm_loss"] < log[0]["lm_loss"]
+    for name in ("grad_norm_lm", "grad_norm_contrastive", "accuracy", "temperature", "lr", "grad_norm"):
+        assert name in log[0]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    second = train(replace(recipe, output=str(tmp_path / "again")), report=lambda line: None)
+    one, two = weights(first), weights(second)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert Cafe.load(first).record["recipe"]["batch_size"] == 8
+
+
+def test_the_objectives_gradients_add_up_to_the_joint_gradient(recipe, random_base):
+    model = Cafe.load(random_base, Prompts(), torch.float32)
+    source = open_source(recipe.data.sources[0])
+    batch = Batches([source], model.processing, 8, 0)[0]
+
+    def gradient(lm: float, contrastive: float) -> torch.Tensor:
+        step = JointStep(model.lvlm, ObjectiveRecipe(lm_weight=lm, contrastive_weight=contrastive))
+        step.zero_grad()
+        losses = step(batch)
+        (lm * losses.lm + contrastive * losses.contrastive).backward()
+        return torch.cat([p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None])
+
+    joint, lm, contrastive = gradient(1, 1), gradient(1, 0), gradient(0, 1)
+    sizes = {len(joint), len(lm)}
+    assert len(sizes) == 1
+    step = JointStep(model.lvlm, ObjectiveRecipe())
+    norms = objective_norms(step(batch), [p for p in step.parameters() if p.requires_grad])
+    assert norms["grad_norm_lm"] == pytest.approx(lm.norm().item(), rel=1e-3)
+    assert norms["grad_norm_contrastive"] == pytest.approx(contrastive.norm().item(), rel=1e-3)
+
+
+def test_each_part_has_its_own_learning_rate(recipe, random_base):
+    model = Cafe.load(random_base, Prompts(), torch.float32)
+    rates = OptimizerRecipe(learning_rate=1e-3, vision_tower_learning_rate=1e-4, projector_learning_rate=1e-5)
+    optimizer = make_optimizer(JointStep(model.lvlm, ObjectiveRecipe()), rates)
+    rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    inner = model.lvlm.model
+    assert {rate_of[id(p)] for p in inner.vision_tower.parameters()} == {1e-4}
+    assert {rate_of[id(p)] for p in inner.multi_modal_projector.parameters()} == {1e-5}
+    assert rate_of[id(inner.image_newline)] == 1e-5
+    assert {rate_of[id(p)] for p in inner.language_model.parameters()} == {1e-3}
+
+
+def test_a_learned_temperature_moves(recipe):
+    checkpoint = train(replace(recipe, objective=ObjectiveRecipe(learn_temperature=True)), report=lambda line: None)
+    assert Cafe.load(checkpoint).record["temperature"] != pytest.approx(0.05, abs=1e-6)
+
+
+def test_bf16_and_accumulation_run(recipe):
+    half = replace(
+        recipe,
+        model=replace(recipe.model, precision="bf16", gradient_checkpointing=True),
+        optimizer=replace(recipe.optimizer, accumulate=2),
+        steps=2,
+    )
+    assert (train(half, report=lambda line: None) / "cafe.json").is_file()
+
+
+def test_the_schedule_warms_up_and_falls_to_zero():
+    factor = cosine(100, 0.1)
+    assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0
+    assert factor(55) == pytest.approx(0.5) and factor(100) == 0.0
+
+
+def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, capsys):
+    assert main(["train", str(tmp_path / "no.yaml")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "no.yaml does not exist" in said
