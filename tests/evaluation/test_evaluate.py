@@ -1,75 +1,171 @@
-"""Evaluation of a model that sees everything, one that sees nothing, and a real one."""
+"""Evaluation reads public formats and measures a model that answers from a table."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from cafe import Cafe
 from cafe.content import Content
 from cafe.errors import CafeError
 from cafe.evaluation.evaluate import evaluate, write
-from cafe.instructions import Prompts
+
+COLORS = ("red", "green", "blue", "yellow")
 
 
-class Oracle:
-    """Answers from the annotation files themselves."""
+class ColorModel:
+    """Knows each picture by its file's name; perfect unless `wrong`."""
 
-    def __init__(self, data: Path) -> None:
-        self.owner = {}
-        for index, row in enumerate(json.loads((data / "dataset_scenes.json").read_text())["images"]):
-            for key in (row["filename"], *(sentence["raw"] for sentence in row["sentences"])):
-                self.owner[key] = index
-        self.said = {}
-        for file in [data / "captions_test.jsonl", data / "vqa_test.jsonl", *(data / "pope").glob("*.json")]:
-            for line in file.read_text().splitlines():
-                row = json.loads(line)
-                answer = row.get("answer") or row.get("label") or row["answers"][0]
-                self.said[Path(row["image"]).name, row["text"]] = answer
+    def __init__(self, wrong: bool = False) -> None:
+        self.wrong = wrong
+        self.asked: list[Content] = []
 
-    def embed(self, contents, batch_size=32):
-        keys = [content if isinstance(content, str) else content.name for content in contents]
-        return np.eye(len(self.owner), dtype=np.float32)[[self.owner[key] for key in keys]]
+    def embed(self, contents: Any, batch_size: int = 32) -> np.ndarray:
+        if self.wrong:
+            return np.tile(np.float32([1, 0, 0, 0]), (len(contents), 1))
+        names = [content.stem if isinstance(content, Path) else content for content in contents]
+        return np.float32([[color in name for color in COLORS] for name in names])
 
-    def generate_batch(self, prompts: list[Content], max_new_tokens=64, batch_size=64):
-        return [self.said[prompt.images[0].source.name, prompt.text] for prompt in prompts]
+    def generate_batch(self, prompts: Sequence[Content], max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:
+        self.asked += prompts
+        return [self.answer(prompt) for prompt in prompts]
 
-
-class Collapsed:
-    """The same vector and the same word for everything."""
-
-    def embed(self, contents, batch_size=32):
-        return np.ones((len(contents), 1), np.float32)
-
-    def generate_batch(self, prompts, max_new_tokens=64, batch_size=64):
-        return ["Yes"] * len(prompts)
+    def answer(self, prompt: Content) -> str:
+        color = Path(str(prompt.images[0])).stem
+        assert Path(str(prompt.images[0])).is_file()
+        if self.wrong:
+            return "a mauve thing"
+        if prompt.text.startswith("Is there"):
+            return "Yes, there is." if color in prompt.text else "No, there is not."
+        return f"a {color} thing" if prompt.text.startswith("Describe") else color.upper()
 
 
-def test_a_model_that_sees_everything_scores_everything(scenes):
-    results = evaluate(Oracle(scenes), scenes, report=lambda line: None).results
-    for name in ("retrieval/image_to_text/R@1", "retrieval/text_to_image/R@1", "captions/exact", "objects/recall"):
-        assert results[name] == 100
-    assert results["vqa/all"] == results["pope/adversarial/accuracy"] == results["pope/random/F1"] == 100
-    assert results["objects/hallucinated"] == 0 and results["geometry/modality_gap"] == pytest.approx(0, abs=1e-6)
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_collapsed_model_scores_nothing(scenes):
-    results = evaluate(Collapsed(), scenes, report=lambda line: None).results
-    assert results["retrieval/image_to_text/R@10"] == results["retrieval/text_to_image/R@10"] == 0
-    assert results["pope/popular/accuracy"] == 50 and results["pope/popular/yes_ratio"] == 100
-    assert results["captions/exact"] == 0
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for color in COLORS:
+        Image.new("RGB", (8, 8), color).save(tmp_path / "images" / f"{color}.png")
+    rows: list[dict[str, Any]] = [
+        {"filename": f"{color}.png", "split": "test", "sentences": [{"raw": f"{color} {word}"} for word in "ab"]}
+        for color in COLORS
+    ]
+    rows[0]["filepath"] = "images"
+    rows.append({"filename": "absent.png", "split": "train", "sentences": [{"raw": "never read"}]})
+    (tmp_path / "dataset_tiny.json").write_text(json.dumps({"images": rows}))
+    asked = [{"question_id": number, "image": f"images/{color}.png"} for number, color in enumerate(COLORS)]
+    write_lines(
+        tmp_path / "captions_test.jsonl",
+        [
+            {**row, "text": "Describe it.", "answers": [f"a {color} thing"], "objects": [color]}
+            for row, color in zip(asked, COLORS, strict=True)
+        ],
+    )
+    write_lines(
+        tmp_path / "vqa_test.jsonl",
+        [
+            {**row, "text": "Which color?", "answer": color, "category": "warm" if color == "red" else "other"}
+            for row, color in zip(asked, COLORS, strict=True)
+        ],
+    )
+    for split in ("random", "popular", "adversarial"):
+        write_lines(
+            tmp_path / "pope" / f"tiny_pope_{split}.json",
+            [
+                {**row, "text": f"Is there a {named} thing in the image?", "label": label}
+                for row, color in zip(asked, COLORS, strict=True)
+                for named, label in ((color, "yes"), ("mauve", "no"))
+            ],
+        )
+    return tmp_path
 
 
-def test_a_real_model_is_measured_and_written(random_base, scenes, tmp_path):
-    model = Cafe.load(random_base, Prompts())
-    evaluation = evaluate(model, scenes, limit=4, report=lambda line: None)
-    write(evaluation, tmp_path)
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results == evaluation.results and all(isinstance(value, float) for value in results.values())
-    assert np.load(tmp_path / "embeddings.npz")["images"].shape == (4, 160)
+def silent(line: str) -> None:
+    pass
 
 
-def test_a_folder_without_evaluation_files_is_one_sentence(tmp_path):
+def test_a_perfect_model_gets_every_number_right(data):
+    results = evaluate(ColorModel(), data, report=silent).results
+    for name in ("retrieval/image_to_text/R@1", "retrieval/text_to_image/R@1", "captions/exact", "vqa/all", "vqa/warm"):
+        assert results[name] == 100, name
+    for split in ("random", "popular", "adversarial"):
+        scores = {
+            name: results[f"pope/{split}/{name}"] for name in ("accuracy", "precision", "recall", "F1", "yes_ratio")
+        }
+        assert scores == {"accuracy": 100, "precision": 100, "recall": 100, "F1": 100, "yes_ratio": 50}
+    assert (results["objects/precision"], results["objects/recall"], results["objects/hallucinated"]) == (100, 100, 0)
+    assert results["geometry/modality_gap"] == pytest.approx(0)
+    assert results["geometry/alignment"] == pytest.approx(0)
+    assert (results["geometry/matched_similarity"], results["geometry/mismatched_similarity"]) == (1, 0)
+
+
+def test_a_collapsed_model_gets_nothing(data):
+    results = evaluate(ColorModel(wrong=True), data, report=silent).results
+    for name in ("retrieval/image_to_text/R@1", "retrieval/text_to_image/R@1", "captions/exact", "vqa/all"):
+        assert results[name] == 0, name
+    assert results["pope/random/accuracy"] == 50
+    assert results["pope/random/yes_ratio"] == 100
+
+
+def test_samples_name_what_was_found_and_whether_it_is_right(data):
+    samples = evaluate(ColorModel(), data, report=silent).samples
+    assert Path(samples["data"]) == data
+    first = samples["text_queries"][0]
+    assert first["text"] == "red a"
+    assert first["hits"][0] == {"image": "images/red.png", "right": True}
+    assert [hit["right"] for hit in first["hits"]] == [True, False, False, False]
+    assert [hit["right"] for hit in samples["image_queries"][0]["hits"]] == [True, True, False, False, False]
+    histogram = samples["histogram"]
+    width = np.diff(histogram["bins"])
+    for side in ("matched", "mismatched"):
+        assert (histogram[side] * width).sum() == pytest.approx(1)
+    assert samples["captions"][1] == {"image": "images/green.png", "said": "a green thing", "right": True}
+
+
+def test_what_is_written_can_be_read(data, tmp_path):
+    evaluation = evaluate(ColorModel(), data, report=silent)
+    write(evaluation, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == evaluation.results
+    assert json.loads((tmp_path / "out" / "samples.json").read_text()) == evaluation.samples
+    with np.load(tmp_path / "out" / "embeddings.npz") as arrays:
+        assert arrays["images"].shape == (4, 4)
+        assert arrays["owner"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_missing_files_skip_their_suite_and_none_at_all_is_an_error(data, tmp_path_factory):
+    (data / "dataset_tiny.json").unlink()
+    (data / "vqa_test.jsonl").unlink()
+    suites = {name.split("/")[0] for name in evaluate(ColorModel(), data, report=silent).results}
+    assert suites == {"captions", "objects", "pope"}
     with pytest.raises(CafeError, match="no evaluation file"):
-        evaluate(Collapsed(), tmp_path)
+        evaluate(ColorModel(), tmp_path_factory.mktemp("empty"), report=silent)
+
+
+def test_limit_takes_the_first_records_of_each_suite(data):
+    model = ColorModel()
+    evaluation = evaluate(model, data, limit=2, report=silent)
+    assert len(model.asked) == 2 * 5
+    assert evaluation.embeddings["images"].shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("vqa_test.jsonl", "{", "vqa_test.jsonl is not valid JSON lines"),
+        ("vqa_test.jsonl", '{"image": "a.png", "text": "?"}', "'answer' in record 1"),
+        ("captions_test.jsonl", "\n", "captions_test.jsonl is empty"),
+        ("dataset_tiny.json", "[]", "not a Karpathy file"),
+        ("dataset_tiny.json", '{"images": []}', "no complete image in its split 'test'"),
+    ],
+)
+def test_a_broken_file_is_one_clear_sentence(data, file, text, message):
+    (data / file).write_text(text)
+    with pytest.raises(CafeError, match=message):
+        evaluate(ColorModel(), data, report=silent)

@@ -28,6 +28,7 @@ HEADLINES = {
     "captions/exact": "Captions exactly right",
     "vqa/all": "Questions answered",
     "pope/adversarial/accuracy": "POPE, adversarial",
+    "objects/recall": "Objects mentioned",
     "objects/hallucinated": "Objects hallucinated",
     "geometry/modality_gap": "Modality gap",
 }
@@ -41,8 +42,8 @@ CURVES = {
     "temperature": "Temperature",
     "lr": "Learning rate",
 }
-LOWER_IS_BETTER = ("modality_gap", "alignment", "uniformity", "mismatched_similarity", "hallucinated")
-NO_DIRECTION = ("yes_ratio", "matched_similarity")
+LOWER_IS_BETTER = ("modality_gap", "alignment", "uniformity", "hallucinated")
+NO_DIRECTION = ("yes_ratio", "matched_similarity", "mismatched_similarity")
 PIXEL_ART = 96  # pixels; smaller pictures are enlarged without smoothing
 THUMBNAIL = 192  # pixels; larger pictures are reduced to this
 MAPPED = 300  # embeddings of each side on the map
@@ -125,7 +126,8 @@ def _better(metric: str) -> int:
 def _number(metric: str, value: float | None) -> str:
     if value is None:
         return "–"
-    return f"{value:.3f}" if metric.startswith("geometry/") else f"{value:.1f}"
+    digits = 3 if metric.startswith("geometry/") else 1
+    return f"{value:.{digits}f}".replace("-", "−")
 
 
 def _tiles(runs: Sequence[_Run]) -> list[dict[str, str]]:
@@ -188,7 +190,7 @@ def _picture_of(folder: str) -> Callable[[str], Markup]:
 
 def _chart(name: str, width: float, height: float, draw: Callable[[Axes], None]) -> Markup:
     """A chart as SVG that takes the page's fonts and text color; width and height in inches at 72 units each."""
-    style = {
+    style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
         "font.size": 10,
@@ -244,17 +246,18 @@ def _maps(runs: Sequence[_Run]) -> list[dict[str, Any]]:
     }
     if not planes:
         return []
-    reach = 1.06 * max(float(np.abs(points).max()) for plane in planes.values() for points in plane)
+    wide, high = 1.06 * np.abs(np.concatenate([points for plane in planes.values() for points in plane])).max(axis=0)
 
     def scatter(images: np.ndarray, texts: np.ndarray) -> Callable[[Axes], None]:
         def draw(axes: Axes) -> None:
             for points, color, marker in ((images, IMAGE_COLOR, "o"), (texts, TEXT_COLOR, "^")):
-                axes.scatter(*_thinned(points).T, s=9, c=color, marker=marker, alpha=0.45, linewidths=0)
+                x, y = _thinned(points).T
+                axes.scatter(x, y, s=14, c=color, marker=marker, alpha=0.5, linewidths=0)
             ends = np.stack([images.mean(axis=0), texts.mean(axis=0)])
             axes.plot(*ends.T, color=_INK, linewidth=1.4)
             for end, color, marker in zip(ends, (IMAGE_COLOR, TEXT_COLOR), "o^", strict=True):
-                axes.scatter(*end, s=90, c=color, marker=marker, edgecolors=_INK, linewidths=1.2, zorder=3)
-            axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xticks=[], yticks=[])
+                axes.scatter(end[0], end[1], s=90, c=color, marker=marker, edgecolors=_INK, linewidths=1.2, zorder=3)
+            axes.set(xlim=(-wide, wide), ylim=(-high, high), aspect="equal", xticks=[], yticks=[])
             for spine in axes.spines.values():
                 spine.set(visible=True, alpha=0.2)
 
@@ -264,7 +267,7 @@ def _maps(runs: Sequence[_Run]) -> list[dict[str, Any]]:
         {
             "title": runs[number].name,
             "gap": _number("geometry/", runs[number].results.get("geometry/modality_gap")),
-            "svg": _chart(f"Map of {runs[number].name}", 4.2, 4.2, scatter(*plane)),
+            "svg": _chart(f"Map of {runs[number].name}", 4.2, min(4.2, 4.2 * high / wide + 0.1), scatter(*plane)),
         }
         for number, plane in planes.items()
     ]
