@@ -38,6 +38,7 @@ def test_recall_agrees_with_sorting_each_query(seed):
 
 
 def test_recall_counts_ties_against_the_model():
+    assert recall_at_k(np.zeros((3, 3)), np.eye(3, dtype=bool)) == {1: 0, 5: 100, 10: 100}
     right = np.eye(4, dtype=bool)
     assert recall_at_k(np.zeros((4, 4)), right, (1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 100.0}
     tied = np.array([[1.0, 1.0, 0.0, 0.0]])
@@ -115,6 +116,9 @@ def test_binary_scores_of_a_model_that_always_says_no():
         ("No!", True),  # only commas are removed
         ("No\nthere is none", True),  # split at single spaces only
         ("well,no", True),  # the comma is removed, not replaced: "wellno"
+        ("I see. No dog", True),
+        ("Nothing", True),
+        ("no,", False),
         ("", True),
         (". no", True),
     ],
@@ -145,10 +149,13 @@ def test_objects_are_found_as_whole_words():
     vocabulary = {"one", "ring", "star", "dining table"}
     assert mentioned_objects("A bone and a string.", vocabulary) == set()
     assert mentioned_objects("One star, on the dining table!", vocabulary) == {"one", "star", "dining table"}
+    assert mentioned_objects("A someone saw one Cat, stonework.", {"one", "cat", "stone"}) == {"one", "cat"}
     assert mentioned_objects("a dining room and a table", vocabulary) == set()
 
 
 def test_object_scores_count_over_all_texts():
     scores = object_scores([{"a", "b"}, {"c"}, set()], [{"a"}, {"c", "d"}, {"e"}])
     assert scores == pytest.approx({"precision": 200 / 3, "recall": 50, "hallucinated": 100 / 3})
+    scores = object_scores([{"cat", "dog"}, set()], [{"cat"}, {"bird"}])
+    assert scores == {"precision": 50, "recall": 50, "hallucinated": 50}
     assert object_scores([set()], [set()]) == {"precision": 0, "recall": 0, "hallucinated": 0}
