@@ -17,8 +17,8 @@ from cafe.scenes.world import COLORS, DIGITS, PLACES, Scene, Split, Thing
 SIDE = 64  # pixels
 _CELL = SIDE // 2
 _SUPERSAMPLE = 4  # shapes are drawn this much larger, then reduced, for smooth edges
-_TONE_LEVELS = {"dark": 28, "gray": 92, "light": 150}
-_SIZE_PIXELS = {"small": (11.0, 14.0), "large": (20.0, 25.0)}
+_TONE_LEVELS = {"dark": 20, "gray": 60, "light": 100}
+_SIZE_PIXELS = {"small": (14.0, 17.0), "large": (24.0, 29.0)}
 
 
 @cache
