@@ -184,7 +184,7 @@ class Lessons(Dataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
 def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the rest.
 
-    A small model learns to look at the picture in a third of the steps that AdamW alone takes. Muon's updates are
+    A small model learns to look at the picture in fewer steps than with AdamW alone. Muon's updates are
     scaled to the size of AdamW's, so that one learning rate serves both.
     """
     inner = {
