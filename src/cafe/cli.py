@@ -73,18 +73,24 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from cafe.evaluation.evaluate import evaluate
     from cafe.training.loop import train
     from cafe.training.recipe import read_recipe
 
-    train(read_recipe(options.recipe, options.overrides))
+    recipe = read_recipe(options.recipe, options.overrides)
+    held_out = recipe.evaluation
+    train(
+        recipe,
+        lambda model: evaluate(model, Path(held_out.data), held_out.limit, report=lambda line: None).results,
+    )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from cafe.evaluation.evaluate import evaluate, write
     from cafe.model import Cafe
-    from cafe.training.loop import base_path
+    from cafe.training.loop import resolve_base
 
-    evaluation = evaluate(Cafe.load(base_path(options.checkpoint)), options.data, options.limit)
+    evaluation = evaluate(Cafe.load(resolve_base(options.checkpoint)), options.data, options.limit)
     write(evaluation, options.output)
     for name, value in evaluation.results.items():
         print(f"{name:44} {value:9.3f}")
@@ -131,7 +137,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     from cafe.evaluation.report import ReportRun, write_report
     from cafe.model import Cafe
     from cafe.scenes.write import write_scenes
-    from cafe.training.loop import base_path, train
+    from cafe.training.loop import resolve_base, train
     from cafe.training.recipe import read_recipe
 
     directory: Path = options.directory
@@ -146,7 +152,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     )
     if not (data / "llava_train.json").is_file():
         write_scenes(data)
-    write(evaluate(Cafe.load(base_path(recipe.model.base)), data), directory / "before")
+    write(evaluate(Cafe.load(resolve_base(recipe.model.base)), data), directory / "before")
     checkpoint = train(recipe)
     write(evaluate(Cafe.load(checkpoint), data), directory / "after")
     runs = [

@@ -14,7 +14,8 @@ from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches
 from cafe.instructions import Prompts
 from cafe.model import Cafe
-from cafe.training.loop import JointStep, cosine, make_optimizer, objective_norms, train
+from cafe.training.loop import JointStep, train
+from cafe.training.optimizer import cosine, make_optimizer, objective_norms
 from cafe.training.recipe import (
     DataRecipe,
     ModelRecipe,
@@ -77,7 +78,9 @@ def test_the_objectives_gradients_add_up_to_the_joint_gradient(recipe, random_ba
     sizes = {len(joint), len(lm)}
     assert len(sizes) == 1
     step = JointStep(model.lvlm, ObjectiveRecipe())
-    norms = objective_norms(step(batch), [p for p in step.parameters() if p.requires_grad])
+    losses = step(batch)
+    trained = [p for p in step.parameters() if p.requires_grad]
+    norms = objective_norms({"lm": losses.lm, "contrastive": losses.contrastive}, trained)
     assert norms["grad_norm_lm"] == pytest.approx(lm.norm().item(), rel=1e-3)
     assert norms["grad_norm_contrastive"] == pytest.approx(contrastive.norm().item(), rel=1e-3)
 
@@ -85,7 +88,7 @@ def test_the_objectives_gradients_add_up_to_the_joint_gradient(recipe, random_ba
 def test_each_part_has_its_own_learning_rate(recipe, random_base):
     model = Cafe.load(random_base, Prompts(), torch.float32)
     rates = OptimizerRecipe(learning_rate=1e-3, vision_tower_learning_rate=1e-4, projector_learning_rate=1e-5)
-    optimizer = make_optimizer(JointStep(model.lvlm, ObjectiveRecipe()), rates)
+    optimizer = make_optimizer(JointStep(model.lvlm, ObjectiveRecipe()), "llava_onevision", rates)
     rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     inner = model.lvlm.model
     assert {rate_of[id(p)] for p in inner.vision_tower.parameters()} == {1e-4}

@@ -9,7 +9,7 @@ from typing import Any
 from cafe.errors import CafeError
 from cafe.evaluation.evaluate import evaluate, write
 from cafe.model import Cafe
-from cafe.training.loop import base_path, train
+from cafe.training.loop import resolve_base, train
 from cafe.training.recipe import Recipe
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -40,7 +40,7 @@ def ablate(recipe: Recipe, seeds: int) -> str:
         raise CafeError("An ablation needs evaluation.data in its recipe.")
     data, output = Path(recipe.evaluation.data), Path(recipe.output)
     measured: dict[str, list[dict[str, float]]] = {
-        "base": [_measure(base_path(recipe.model.base), data, output / "base")]
+        "base": [_measure(resolve_base(recipe.model.base), data, output / "base")]
     }
     for arm, weights in ARMS.items():
         for seed in range(seeds):
