@@ -15,12 +15,12 @@ test: .venv/installed-dev browser
 	$(BIN)/mypy
 	$(BIN)/pytest
 
-# The test of the web page needs chromium and is skipped without it.
+# The test of the web page needs chromium.
 browser:
 	@command -v chromium >/dev/null \
 		|| { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && apt-get update -qq \
 			&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
-		|| echo "chromium is not installed and could not be: the test of the web page will be skipped."
+		|| echo "chromium is not installed and could not be: the test of the web page will fail."
 
 # PyTorch goes first and by exact version: the constraints file pins one, pyproject.toml keeps a range.
 .venv/installed: pyproject.toml constraints.txt

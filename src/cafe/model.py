@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForImageTextToText, DynamicCache, PreTrainedModel, TextIteratorStreamer
+from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedModel, TextIteratorStreamer
 
 from cafe.content import Content, Dialogue, Turn, open_image
 from cafe.errors import CafeError
@@ -230,11 +230,6 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """A local checkpoint's own record; empty where there is none."""
     file = Path(path) / RECORD
     return json.loads(file.read_text()) if file.is_file() else {}
-
-
-def read_config(path: str) -> Any:
-    """A model's Hugging Face configuration."""
-    return AutoConfig.from_pretrained(path)
 
 
 def embed_rows(lvlm: PreTrainedModel, inputs: dict[str, Tensor]) -> Float[Tensor, "rows dim"]:

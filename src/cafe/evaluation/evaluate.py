@@ -6,6 +6,8 @@
 | `captions_test.jsonl` | captions that are exactly right, objects mentioned |
 | `vqa_test.jsonl` | answers, by category |
 | `pope/*_{random,popular,adversarial}.json` | POPE |
+
+Pictures are named relative to the folder, or to its subfolder `images` as POPE's own files have them.
 """
 
 import json
@@ -69,6 +71,10 @@ def evaluate(model: Model, data: Path, limit: int | None = None, report: Callabl
     ]
     if not suites:
         raise CafeError(f"There is no evaluation file in {data}.")
+    parts = [path.stem.rsplit("_", 1)[-1] if suite is _pope else suite.__name__ for path, suite in suites]
+    twice = [path.name for (path, _), part in zip(suites, parts, strict=True) if parts.count(part) > 1]
+    if twice:
+        raise CafeError(f"{' and '.join(twice)} in {data} measure the same: keep one of them in a folder.")
     for number, (path, suite) in enumerate(suites, 1):
         report(f"[{number}/{len(suites)}] {path.name}")
         suite(model, path, limit, done)
@@ -85,7 +91,7 @@ def write(evaluation: Evaluation, directory: Path) -> None:
 
 def _retrieval(model: Model, path: Path, limit: int | None, done: Evaluation) -> None:
     rows = _karpathy_test(path)[:limit]
-    pictures = [Path(row.get("filepath", "images")) / row["filename"] for row in rows]
+    pictures = [_find(Path(row.get("filepath", "")) / row["filename"], path.parent) for row in rows]
     texts = [sentence["raw"] for row in rows for sentence in row["sentences"]]
     owner = np.array([index for index, row in enumerate(rows) for _ in row["sentences"]])
     images = model.embed([path.parent / picture for picture in pictures])
@@ -132,12 +138,17 @@ def _retrieval(model: Model, path: Path, limit: int | None, done: Evaluation) ->
     ]
 
 
+def _find(picture: str | Path, folder: Path) -> Path:
+    """Where a picture that a file names is, relative to the folder of evaluation files."""
+    return Path(picture) if (folder / picture).is_file() else Path("images") / picture
+
+
 def _top(scores: np.ndarray) -> np.ndarray:
     return np.argsort(-scores, kind="stable")[:KEPT_HITS]
 
 
 def _answers(model: Model, rows: list[dict[str, Any]], folder: Path, longest: int) -> list[str]:
-    prompts = [Content((ImageRef(folder / row["image"]), row["text"])) for row in rows]
+    prompts = [Content((ImageRef(folder / _find(row["image"], folder)), row["text"])) for row in rows]
     return model.generate_batch(prompts, max_new_tokens=longest)
 
 
@@ -151,7 +162,7 @@ def _captions(model: Model, path: Path, limit: int | None, done: Evaluation) -> 
     for name, value in object_scores(mentioned, [set(row["objects"]) for row in rows]).items():
         done.results[f"objects/{name}"] = value
     done.samples["captions"] = [
-        {"image": row["image"], "said": text, "right": right}
+        {"image": str(_find(row["image"], path.parent)), "said": text, "right": right}
         for row, text, right in list(zip(rows, said, exact, strict=True))[:KEPT]
     ]
 
@@ -167,7 +178,7 @@ def _vqa(model: Model, path: Path, limit: int | None, done: Evaluation) -> None:
     for category, marks in sorted(by_category.items()):
         done.results[f"vqa/{category}"] = 100 * float(np.mean(marks))
     done.samples["answers"] = [
-        {"image": row["image"], "asked": row["text"], "said": text, "answer": row["answer"], "right": correct}
+        {"image": str(_find(row["image"], path.parent)), "asked": row["text"], "said": text, "answer": row["answer"], "right": correct}
         for row, text, correct in list(zip(rows, said, right, strict=True))[: 2 * KEPT : 2]
     ]
 
