@@ -60,22 +60,29 @@ def test_info_nce_of_bfloat16_rows_is_computed_in_float32():
     assert info_nce(rows, rows).dtype == torch.float32
 
 
-def test_next_token_loss_matches_the_formula_and_adds_up_over_parts():
+def test_the_gradients_of_info_nce_are_right_whatever_the_tile():
+    torch.manual_seed(0)
+    rows = [torch.randn(count, 4, dtype=torch.float64, requires_grad=True) for count in (7, 7, 3)]
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    ids = torch.tensor([0, 1, 0, 2, 3, 1, 4])
+    for tile in (1, 25, 10**6):
+        loss = lambda q, t, n, at, tile=tile: info_nce(q, t, at, n, ids, tile=tile)  # noqa: E731
+        assert torch.autograd.gradcheck(loss, (*rows[:2], rows[2], temperature))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("tile", [1, 25, 10**6])
+def test_next_token_loss_is_cross_entropy_of_the_heads_logits(tile, softcap):
     rng = np.random.default_rng(1)
-    logits = rng.normal(size=(3, 7, 11))
-    ids = rng.integers(0, 11, size=(3, 7))
-    supervised = rng.random((3, 7)) < 0.5
-    expected, count = 0.0, 0
-    for row in range(3):
-        for position in range(1, 7):
-            if supervised[row, position]:
-                scores = logits[row, position - 1]
-                expected += np.log(np.exp(scores).sum()) - scores[ids[row, position]]
-                count += 1
-    parts = (torch.tensor(logits), torch.tensor(ids), torch.tensor(supervised))
-    assert next_token_loss(*parts, count).item() == pytest.approx(expected / count, abs=1e-9)
-    cut = sum(next_token_loss(*(part[rows] for part in parts), count).item() for rows in (slice(0, 1), slice(1, 3)))
-    assert cut == pytest.approx(expected / count, abs=1e-9)
+    hidden, weight, bias = rng.normal(size=(9, 4)), rng.normal(size=(11, 4)), rng.normal(size=11)
+    labels = rng.integers(0, 11, size=9)
+    logits = hidden @ weight.T + bias
+    logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+    expected = sum(np.log(np.exp(row).sum()) - row[label] for row, label in zip(logits, labels, strict=True))
+    parts = [torch.tensor(part, requires_grad=True) for part in (hidden, weight, bias)]
+    loss = lambda h, w, b: next_token_loss(h, torch.tensor(labels), w, b, softcap, tile)  # noqa: E731
+    assert loss(*parts).item() == pytest.approx(expected, abs=1e-9)
+    assert torch.autograd.gradcheck(loss, parts)
 
 
 def test_retrieval_accuracy_counts_rows_nearest_to_their_own_match():

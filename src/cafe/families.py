@@ -1,21 +1,38 @@
-"""What differs between LVLM families, in one table: which parameters make up the vision tower and the projector."""
+"""What differs between LVLM families, in one table: the names of their parts, and whether their branches may share."""
 
 from dataclasses import dataclass
 from typing import Literal
+
+from jaxtyping import Int64
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cafe.errors import CafeError
+from cafe.packing import Branch, Positions, count_up
 
 PartName = Literal["vision_tower", "projector", "language_model"]
 
 
 @dataclass(frozen=True)
 class Family:
-    """A row of the table. Names are pieces of parameter names; what matches neither is the language model."""
+    """A row of the table.
+
+    Attributes:
+        vision_tower, projector: pieces of parameter names; what matches neither is the language model.
+        shares: whether branches may share a prefix under a tree mask; None where only a trial tells.
+    """
 
     vision_tower: tuple[str, ...]
     projector: tuple[str, ...]
+    shares: bool | None = None
 
 
-_LLAVA = Family(vision_tower=("vision_tower.",), projector=("multi_modal_projector.", "image_newline"))
-_QWEN = Family(vision_tower=("visual.",), projector=("visual.merger.", "visual.deepstack_merger_list."))
+_LLAVA = Family(("vision_tower.",), ("multi_modal_projector.", "image_newline"), shares=True)
+_QWEN = Family(("visual.",), ("visual.merger.", "visual.deepstack_merger_list."), shares=True)
+_IDEFICS = Family(("vision_model.",), ("connector.",), shares=True)
+_GEMMA = Family(  # image tokens see each other both ways
+    ("vision_tower.",), ("multi_modal_projector.", "embed_vision."), shares=False
+)
 
 FAMILIES = {
     "llava": _LLAVA,
@@ -24,12 +41,15 @@ FAMILIES = {
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
     "qwen3_vl": _QWEN,
-    "idefics3": Family(vision_tower=("vision_model.",), projector=("connector.",)),
-    "smolvlm": Family(vision_tower=("vision_model.",), projector=("connector.",)),
+    "idefics3": _IDEFICS,
+    "smolvlm": _IDEFICS,
     "internvl": _LLAVA,
-    "paligemma": _LLAVA,
-    "gemma3": _LLAVA,
+    "gemma3": _GEMMA,
+    "gemma4": _GEMMA,
 }
+
+# Families that would be trained wrong, and why.
+REFUSED = {"paligemma": "it reads all of a chat both ways, so that in training each answer would see itself"}
 
 _UNKNOWN = Family(
     vision_tower=("vision_tower.", "vision_model.", "visual."),
@@ -43,3 +63,34 @@ def part_of(parameter: str, model_type: str) -> PartName:
     if any(piece in parameter for piece in family.projector):
         return "projector"
     return "vision_tower" if any(piece in parameter for piece in family.vision_tower) else "language_model"
+
+
+def may_share(lvlm: PreTrainedModel) -> bool | None:
+    """Whether a model's branches may share a prefix, as far as its configuration tells; None if a trial must.
+
+    Raises:
+        CafeError: the family is refused.
+    """
+    family, text = lvlm.config.model_type, lvlm.config.get_text_config()
+    if family in REFUSED:
+        raise CafeError(f"A {family} model cannot be used: {REFUSED[family]}.")
+    if text._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        return False  # FlashAttention takes no such mask
+    layers = getattr(text, "layer_types", None)
+    if set(layers) != {"full_attention"} if layers else getattr(text, "sliding_window", None):
+        return False  # a sliding window, linear attention or a convolution sees neighbours in the row, not ancestors
+    return FAMILIES.get(family, _UNKNOWN).shares
+
+
+def positions_of(lvlm: PreTrainedModel) -> Positions:
+    """The position ids of a branch, by the model's own function where its family has several axes (M-RoPE)."""
+    if not hasattr(lvlm.base_model, "get_rope_index"):
+        return count_up
+
+    def positions(branch: Branch) -> Int64[Tensor, "3 tokens"]:
+        grids = {name: grid for name, grid in branch.vision.items() if name.endswith("_grid_thw")}
+        types = branch.shown.long()[None].int()
+        found: Tensor = lvlm.base_model.get_rope_index(branch.input_ids[None], mm_token_type_ids=types, **grids)[0]
+        return found[:, 0]
+
+    return positions

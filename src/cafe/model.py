@@ -6,10 +6,11 @@ travels in the checkpoint's `cafe.json`, so that training and use agree.
 
 import copy
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
@@ -18,14 +19,26 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Int64
+from PIL import Image
 from torch import Tensor
-from transformers import AutoModelForImageTextToText, DynamicCache, PreTrainedModel, TextIteratorStreamer
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import (
+    AutoModelForImageTextToText,
+    DynamicCache,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TextIteratorStreamer,
+)
 
 from cafe.content import Content, Dialogue, Turn, open_image
 from cafe.errors import CafeError
+from cafe.families import may_share, positions_of
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
-from cafe.processing import Encoded, Pictures, Processing, load_processor
+from cafe.packing import Branch, Pack, Packing, pack, tree_block_mask, tree_mask
+from cafe.processing import Pictures, Processing, load_processor
+
+logger = logging.getLogger(__name__)
 
 RECORD = "cafe.json"  # what a checkpoint tells about itself, beside the Hugging Face files
 
@@ -37,11 +50,13 @@ class Cafe:
     Attributes:
         lvlm: the Hugging Face model.
         processing: its tokenizer, image processor and prompts.
+        packing: how its branches are laid out.
         record: what the checkpoint tells of its making: temperature, recipe, data, versions.
     """
 
     lvlm: PreTrainedModel
     processing: Processing
+    packing: Packing
     record: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -72,9 +87,11 @@ class Cafe:
         try:
             lvlm = AutoModelForImageTextToText.from_pretrained(str(path), dtype=dtype, attn_implementation=attention)
             processor = load_processor(str(path))
-        except (OSError, ValueError) as error:
+        except (ImportError, OSError, ValueError) as error:  # ImportError: some processors need more packages
             raise CafeError(f"No vision-language model can be loaded from {path}: {_first_line(error)}") from error
-        return cls(lvlm.to(device).eval(), Processing(processor, prompts), record)
+        processing = Processing(processor, prompts)
+        lvlm = lvlm.to(device).eval()
+        return cls(lvlm, processing, packing_for(lvlm, processing), record)
 
     def save(self, path: str | Path, **record: Any) -> None:
         """Writes the checkpoint: complete or not at all. Keyword arguments go into its record."""
@@ -109,7 +126,7 @@ class Cafe:
         vectors = np.zeros((len(rows), self.lvlm.config.get_text_config().hidden_size), np.float32)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            hidden = embed_rows(self.lvlm, self._inputs([rows[index] for index in chosen]))
+            hidden, _ = read(self.lvlm, pack([[rows[index]] for index in chosen], [[]] * len(chosen), self.packing))
             vectors[chosen] = F.normalize(hidden.float(), dim=-1).cpu().numpy()
         return vectors
 
@@ -167,14 +184,11 @@ class Cafe:
         shared = _common_prefix(embedding.input_ids, question.input_ids)
         device = self.lvlm.device
         cache = DynamicCache(config=self.lvlm.config.get_text_config())
-        prefix = Encoded(embedding.input_ids[:shared], embedding.supervised[:shared], embedding.vision)
+        prefix = embedding.cut(shared)
         self.lvlm.base_model(**self._inputs([prefix]), past_key_values=cache, use_cache=True)
         branch = copy.deepcopy(cache)
         rest = embedding.input_ids[None, shared:].to(device)
-        mask = torch.ones(1, len(embedding.input_ids), dtype=torch.long, device=device)
-        hidden = self.lvlm.base_model(
-            input_ids=rest, attention_mask=mask, past_key_values=branch, use_cache=True
-        ).last_hidden_state[0, -1]
+        hidden = self.lvlm.base_model(input_ids=rest, past_key_values=branch, use_cache=True).last_hidden_state[0, -1]
         ids = question.input_ids[None].to(device)
         output = self.lvlm.generate(
             input_ids=ids,
@@ -195,18 +209,18 @@ class Cafe:
         wanted = row.supervised[1:].to(logits.device)
         return -F.cross_entropy(logits[wanted], inputs["input_ids"][0, 1:][wanted], reduction="sum").item()
 
-    def encode_embedding(self, content: Content, pictures: Pictures | None = None) -> Encoded:
+    def encode_embedding(self, content: Content, pictures: Pictures | None = None) -> Branch:
         """The token sequence whose last token is the content's readout."""
         pictures = pictures or self._pictures(content)
         return self.processing.encode_embedding(embedding_messages(content, self.processing.prompts), pictures)
 
-    def encode_prompt(self, content: Content, pictures: Pictures | None = None) -> Encoded:
+    def encode_prompt(self, content: Content, pictures: Pictures | None = None) -> Branch:
         """The token sequence of a user's turn, up to where the model answers."""
         dialogue = Dialogue((Turn("user", content),))
         messages = dialogue_messages(dialogue, self.processing.prompts)
         return self.processing.encode_prompt(messages, pictures or self._pictures(content))
 
-    def encode_dialogue(self, dialogue: Dialogue) -> Encoded:
+    def encode_dialogue(self, dialogue: Dialogue) -> Branch:
         """The token sequence of a whole dialogue."""
         content = Content(tuple(part for turn in dialogue.turns for part in turn.content.parts))
         messages = dialogue_messages(dialogue, self.processing.prompts)
@@ -215,12 +229,12 @@ class Cafe:
     def _pictures(self, content: Content) -> Pictures:
         return self.processing.pictures([open_image(ref) for ref in content.images])
 
-    def _inputs(self, rows: Sequence[Encoded], left: bool = False) -> dict[str, Tensor]:
+    def _inputs(self, rows: Sequence[Branch], left: bool = False) -> dict[str, Tensor]:
         inputs = self.processing.collate(rows, left=left)
         return to_device(inputs, self.lvlm.device, self.lvlm.dtype)
 
     @torch.inference_mode()
-    def _generate(self, rows: Sequence[Encoded], options: dict[str, Any]) -> list[str]:
+    def _generate(self, rows: Sequence[Branch], options: dict[str, Any]) -> list[str]:
         inputs = self._inputs(rows, left=True)
         output = self.lvlm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processing.tokenizer.batch_decode(output, skip_special_tokens=True)]
@@ -232,11 +246,62 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
-def embed_rows(lvlm: PreTrainedModel, inputs: dict[str, Tensor]) -> Float[Tensor, "rows dim"]:
-    """The readout of each row: the base model's last hidden state (after the final norm) at the row's last token."""
+def read(lvlm: PreTrainedModel, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, "supervised dim"]]:
+    """One pass: the last hidden state (after the final norm) of each readout, and before each supervised token."""
+    device = lvlm.device
+    inputs: dict[str, Any] = {**to_device(pack.inputs, device, lvlm.dtype)}
+    if pack.end is not None:
+        inputs["attention_mask"] = attention_mask(pack.end.to(device), lvlm.config.get_text_config())
     hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state
-    last = inputs["attention_mask"].sum(1) - 1
-    return hidden[torch.arange(len(hidden), device=hidden.device), last]
+    readouts, predictors = pack.readouts.to(device), pack.predictors.to(device)
+    return hidden[readouts[:, 0], readouts[:, 1]], hidden[predictors[:, 0], predictors[:, 1]]
+
+
+def attention_mask(end: Int64[Tensor, "rows columns"], config: PreTrainedConfig) -> Tensor | BlockMask:
+    """The mask of trees, as the attention implementation takes it."""
+    if config._attn_implementation == "flex_attention":
+        return tree_block_mask(end)
+    seen = tree_mask(end)
+    if config._attn_implementation == "eager":
+        return torch.zeros(seen.shape, device=end.device).masked_fill(~seen, torch.finfo(torch.float32).min)
+    return seen
+
+
+def packing_for(lvlm: PreTrainedModel, processing: Processing) -> Packing:
+    """How a model's branches are laid out: as trees where it can read them, which an unknown family has to show.
+
+    Rows are as long as the model is wide: then what is computed and masked in attention is little beside the rest.
+    """
+    packing = Packing(
+        share=may_share(lvlm) is not False,
+        columns=lvlm.config.get_text_config().hidden_size,
+        pad=processing.tokenizer.pad_token_id or 0,
+        positions=positions_of(lvlm),
+        token_types=processing.token_types,
+    )
+    if may_share(lvlm) is None and not reads_trees(lvlm, processing, packing):
+        packing = replace(packing, share=False)
+    if not packing.share:
+        logger.warning("The branches of a %s model are read one by one: nothing is shared.", lvlm.config.model_type)
+    return packing
+
+
+@torch.no_grad()
+def reads_trees(lvlm: PreTrainedModel, processing: Processing, packing: Packing) -> bool:
+    """Whether a model reads branches laid out as a tree as it reads them one by one: tried on a small picture."""
+    pictures = processing.pictures([Image.new("RGB", (64, 64), "red")])
+    content = Content.of([Image.new("RGB", (64, 64)), "one"])
+    branches = [
+        processing.encode_prompt(dialogue_messages(Dialogue((Turn("user", content),)), processing.prompts), pictures),
+        processing.encode_embedding(embedding_messages(content, processing.prompts), pictures),
+    ]
+    try:
+        shared, _ = read(lvlm, pack([branches], [[]], packing))
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+    alone, _ = read(lvlm, pack([branches], [[]], replace(packing, share=False)))
+    tolerance = 1e-3 if lvlm.dtype == torch.float32 else 5e-2
+    return bool((shared - alone).norm() <= tolerance * alone.norm())
 
 
 def to_device(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

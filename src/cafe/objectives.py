@@ -3,10 +3,15 @@
 All of them compute in float32 (or float64 where the input is) whatever the model ran in.
 """
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64
 from torch import Tensor
+
+TILE = 4 * 2**20  # logits computed at once: 16 MiB in float32
 
 
 def info_nce(
@@ -16,11 +21,15 @@ def info_nce(
     negatives: Float[Tensor, "negatives dim"] | None = None,
     target_ids: Int64[Tensor, "pairs"] | None = None,
     symmetric: bool = True,
+    tile: int = TILE,
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE with in-batch negatives (CAFe, arXiv 2503.19900; van den Oord et al., arXiv 1807.03748).
 
     Rows need not be normalised. Row i of `queries` matches row i of `targets`; every other pair's target and every
     hard negative is a negative of every query, and every other pair's query is a negative of every target.
+
+    The similarity matrix is never held: it is made in tiles, once for the loss and once more for its gradient, so that
+    memory grows with the number of pairs and not with its square.
 
     Args:
         queries: one embedding a pair.
@@ -29,60 +38,171 @@ def info_nce(
         negatives: hard negatives, for the query-to-target direction.
         target_ids: equal numbers mark equal targets, which are then not each other's negatives.
         symmetric: also contrast targets with queries, and average the two directions.
+        tile: entries of the similarity matrix computed at once.
 
     Returns:
         The mean loss in nats.
     """
-    logits = similarity(queries, targets) / temperature
-    if target_ids is not None:
-        logits = logits.masked_fill(duplicates(target_ids), float("-inf"))
-    matches = torch.arange(len(queries), device=queries.device)
-    forward = logits
+    queries, targets = _normalize(queries), _normalize(targets)
     if negatives is not None and len(negatives):
-        forward = torch.cat([logits, similarity(queries, negatives) / temperature], dim=1)
-    loss = F.cross_entropy(forward, matches)
-    return (loss + F.cross_entropy(logits.T, matches)) / 2 if symmetric else loss
+        targets = torch.cat([targets, _normalize(negatives)])
+    scale = queries.new_ones(()) / temperature
+    loss: Tensor = _InfoNCE.apply(queries, targets, scale, target_ids, symmetric, tile)
+    return loss
+
+
+class _InfoNCE(torch.autograd.Function):
+    """InfoNCE on unit rows: the targets of all pairs, then the hard negatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, queries: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None, symmetric: bool, tile: int
+    ) -> Tensor:
+        pairs = len(queries)
+        positives, by_row = queries.new_empty(pairs), queries.new_empty(pairs)
+        by_column = queries.new_full((pairs,), float("-inf"))
+        for rows, logits in _tiles(queries, targets, scale, ids, tile):
+            positives[rows] = logits.diagonal(rows.start)
+            by_row[rows] = logits.logsumexp(1)
+            if symmetric:
+                torch.logaddexp(by_column, logits[:, :pairs].logsumexp(0), out=by_column)
+        ctx.save_for_backward(queries, targets, scale, ids, by_row, by_column)
+        ctx.symmetric, ctx.tile = symmetric, tile
+        loss = (by_row - positives).mean()
+        return (loss + (by_column - positives).mean()) / 2 if symmetric else loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        queries, targets, scale, ids, by_row, by_column = ctx.saved_tensors
+        pairs, directions = len(queries), 2 if ctx.symmetric else 1
+        grad_queries, grad_targets = torch.empty_like(queries), torch.zeros_like(targets)
+        grad_scale = torch.zeros_like(scale)
+        for rows, logits in _tiles(queries, targets, scale, ids, ctx.tile):
+            share = (logits - by_row[rows, None]).exp_()
+            if ctx.symmetric:
+                share[:, :pairs] += (logits[:, :pairs] - by_column).exp_()
+            share.diagonal(rows.start).sub_(directions)
+            share *= grads[0] / (directions * pairs)
+            grad_queries[rows] = (share @ targets).mul_(scale)
+            grad_targets.addmm_(share.T, queries[rows])
+            if ctx.needs_input_grad[2]:
+                grad_scale += (share * logits.nan_to_num_(neginf=0.0)).sum() / scale
+        return grad_queries, grad_targets.mul_(scale), grad_scale, None, None, None
+
+
+def _tiles(
+    queries: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None, tile: int
+) -> Iterator[tuple[slice, Tensor]]:
+    """The logits, some rows at a time; a duplicate of a pair's target is no negative."""
+    pairs = len(queries)
+    step = max(1, tile // len(targets))
+    for start in range(0, pairs, step):
+        rows = slice(start, min(start + step, pairs))
+        logits = (queries[rows] * scale) @ targets.T
+        if ids is not None:
+            same = ids[rows, None] == ids[None, :]
+            same.diagonal(start).fill_(False)
+            logits[:, :pairs].masked_fill_(same, float("-inf"))
+        yield rows, logits
 
 
 def similarity(rows: Float[Tensor, "rows dim"], columns: Float[Tensor, "columns dim"]) -> Float[Tensor, "rows columns"]:
     """Cosine of every row with every column, in at least float32."""
-    rows, columns = (
-        F.normalize(side if side.dtype == torch.float64 else side.float(), dim=-1) for side in (rows, columns)
-    )
-    return rows @ columns.T
+    return _normalize(rows) @ _normalize(columns).T
 
 
-def duplicates(target_ids: Int64[Tensor, "pairs"]) -> Bool[Tensor, "pairs pairs"]:
-    """True where two different pairs share a target."""
-    same = target_ids[:, None] == target_ids[None, :]
-    return same & ~torch.eye(len(target_ids), dtype=torch.bool, device=target_ids.device)
+def _normalize(rows: Tensor) -> Tensor:
+    return F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1)
 
 
 def next_token_loss(
-    logits: Float[Tensor, "rows tokens vocabulary"],
-    input_ids: Int64[Tensor, "rows tokens"],
-    supervised: Bool[Tensor, "rows tokens"],
-    count: int | Tensor,
+    hidden: Float[Tensor, "supervised dim"],
+    labels: Int64[Tensor, "supervised"],
+    weight: Float[Tensor, "vocabulary dim"],
+    bias: Float[Tensor, "vocabulary"] | None = None,
+    softcap: float | None = None,
+    tile: int = 8 * TILE,
 ) -> Float[Tensor, ""]:
-    """Next-token cross-entropy summed over the supervised tokens and divided by `count`.
+    """Next-token cross-entropy, summed over the supervised tokens.
 
-    `count` is the number of supervised tokens of the whole contrastive batch, over all micro-batches and ranks, so
-    that adding up the parts gives the mean over tokens and not a mean of means.
+    Divide by the number of supervised tokens of the whole contrastive batch, over all micro-batches and ranks: then the
+    parts add up to the mean over tokens and not to a mean of means.
+
+    The head runs on the tokens that predict something, and on some of them at a time; their gradient is taken at once,
+    so that the logits of all are never held and never computed twice.
+
+    Args:
+        hidden: the last hidden state of the token before each supervised one.
+        labels: the supervised tokens.
+        weight, bias: of the language-model head.
+        softcap: logits become softcap * tanh(logits / softcap), where the family does so.
+        tile: logits computed at once.
     """
-    wanted = supervised[:, 1:]
-    chosen = logits[:, :-1][wanted]
-    chosen = chosen if chosen.dtype == torch.float64 else chosen.float()
-    return F.cross_entropy(chosen, input_ids[:, 1:][wanted], reduction="sum") / count
+    loss: Tensor = _NextToken.apply(hidden, labels, weight, bias, softcap, tile)
+    return loss
+
+
+class _NextToken(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        softcap: float | None,
+        tile: int,
+    ) -> Tensor:
+        exact = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        head = weight.to(hidden.dtype)
+        needs_hidden, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and needs_bias else None
+        total = torch.zeros((), dtype=exact, device=hidden.device)
+        step = max(1, tile // len(weight))
+        for start in range(0, len(hidden), step):
+            rows = slice(start, start + step)
+            logits = (hidden[rows] @ head.T).to(exact)
+            if bias is not None:
+                logits += bias
+            if softcap is not None:
+                squashed = torch.tanh(logits / softcap)
+                logits = softcap * squashed
+            wanted = labels[rows, None]
+            shares = logits.log_softmax(-1)
+            total -= shares.gather(1, wanted).sum()
+            if any(ctx.needs_input_grad):
+                grad = shares.exp_().scatter_add_(1, wanted, shares.new_full(wanted.shape, -1.0))
+                if softcap is not None:
+                    grad *= 1 - squashed**2
+                if grad_bias is not None:
+                    grad_bias += grad.sum(0)
+                grad = grad.to(hidden.dtype)
+                if grad_hidden is not None:
+                    grad_hidden[rows] = grad @ head
+                if grad_weight is not None:
+                    grad_weight += grad.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        return hidden, None, weight, bias, None, None
 
 
 def retrieval_accuracy(
     queries: Float[Tensor, "pairs dim"],
     targets: Float[Tensor, "pairs dim"],
     target_ids: Int64[Tensor, "pairs"] | None = None,
+    tile: int = TILE,
 ) -> Float[Tensor, ""]:
     """Share of pairs, both directions averaged, that are nearest to their own match within the batch (0 to 1)."""
-    logits = similarity(queries, targets)
-    if target_ids is not None:
-        logits = logits.masked_fill(duplicates(target_ids), float("-inf"))
-    matches = torch.arange(len(queries), device=queries.device)
-    return ((logits.argmax(1) == matches).float().mean() + (logits.argmax(0) == matches).float().mean()) / 2
+    queries, targets = _normalize(queries), _normalize(targets)
+    pairs = torch.arange(len(queries), device=queries.device)
+    right = queries.new_zeros(())
+    for rows, columns in ((queries, targets), (targets, queries)):
+        for found, logits in _tiles(rows, columns, rows.new_ones(()), target_ids, tile):
+            right += (logits.argmax(1) == pairs[found]).sum()
+    return right / (2 * len(queries))

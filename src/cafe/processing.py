@@ -9,30 +9,51 @@ leaves that one part out. The files written are the family's standard ones eithe
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoProcessor, ProcessorMixin
+from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from cafe.errors import CafeError
 from cafe.instructions import CHATML, Message, Prompts
+from cafe.packing import Branch, collate_vision
+
+
+class _VideoDropped(ProcessorMixin):
+    """What a processor class without video hands its parts to."""
+
+    def __init__(self, *args: Any, video_processor: None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
 
 
 def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """The same processor class with its video part left out, under the same name, so that it saves the same files."""
 
-    def get_attributes(cls: type[ProcessorMixin]) -> list[str]:
-        return [name for name in processor_class.get_attributes() if "video" not in name]
+    class WithoutVideo(processor_class, _VideoDropped):
+        apply_chat_template = ProcessorMixin.apply_chat_template  # SmolVLM's own asks its video processor
 
-    return type(processor_class.__name__, (processor_class,), {"get_attributes": classmethod(get_attributes)})
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in processor_class.get_attributes() if "video" not in name]
+
+        @classmethod
+        def from_args_and_dict(cls, args: list[Any], *rest: Any, **kwargs: Any) -> ProcessorMixin:
+            parts = dict(zip(cls.get_attributes(), args, strict=True))
+            places = [parts.get(name) for name in processor_class.get_attributes()]  # some classes insist on all
+            return super().from_args_and_dict(places, *rest, **kwargs)
+
+    WithoutVideo.__name__ = processor_class.__name__
+    return WithoutVideo
 
 
 def load_processor(path: str) -> ProcessorMixin:
@@ -49,22 +70,10 @@ def load_processor(path: str) -> ProcessorMixin:
     return without_video(processor_class_from_name(PROCESSOR_MAPPING_NAMES[family])).from_pretrained(path)
 
 
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # the names of inputs that mark image tokens in some families
 _EMPTY_ANSWER: Message = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """One token sequence and the pictures it shows.
-
-    Attributes:
-        input_ids: the tokens, image tokens included.
-        supervised: which tokens the language loss is taken on: what the assistant says, and the token that ends it.
-        vision: the image processor's tensors by name; empty without images.
-    """
-
-    input_ids: Int64[Tensor, "tokens"]
-    supervised: Bool[Tensor, "tokens"]
-    vision: dict[str, Tensor] = field(default_factory=dict)
+_WORDS = "\ue000words\ue000"  # stands for the assistant's words where the template is asked what it writes around them
+_SAID: Message = {"role": "assistant", "content": [{"type": "text", "text": _WORDS}]}
 
 
 @dataclass(frozen=True)
@@ -87,12 +96,22 @@ class Processing:
         self.processor = processor
         self.prompts = prompts
         self.tokenizer = processor.tokenizer
-        if prompts.chat_template == "chatml":
-            self.processor.chat_template = self.tokenizer.chat_template = CHATML
         self.placeholder: str = getattr(processor, "image_token", None) or "<image>"
+        if prompts.chat_template == "chatml":
+            self.processor.chat_template = self.tokenizer.chat_template = CHATML.replace("<image>", self.placeholder)
         special = sorted({*self.tokenizer.all_special_tokens, self.placeholder, *self._added()}, key=len, reverse=True)
         self._special = re.compile("|".join(re.escape(token) for token in special))
-        self._end = self._assistant_end()
+        shown: list[Message] = [{"role": "user", "content": [{"type": "image"}]}]
+        if not (processor.chat_template and self.placeholder in self._render(shown, False)):
+            name = type(processor).__name__
+            raise CafeError(
+                f"This {name} has no chat template that shows pictures: set prompts.chat_template to chatml."
+            )
+        self._before, self._end = self._assistant_frame()
+        # What stands for a picture's parts is not always the placeholder (Gemma 3, Aya): it is the most frequent mark.
+        probe, marks = self._process([Image.new("RGB", (64, 64))]), self.tokenizer.added_tokens_decoder
+        [(self.image_token_id, _)] = Counter(t for t in probe["input_ids"][0].tolist() if t in marks).most_common(1)
+        self.token_types = next((name for name in TOKEN_TYPES if name in probe and probe[name].any()), None)
 
     def _added(self) -> list[str]:
         return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
@@ -105,21 +124,24 @@ class Processing:
         """Processes the images of one content together, as the family does for one prompt."""
         if not images:
             return Pictures([], {})
-        # A special token between the placeholders keeps the runs apart whatever the family writes into them.
-        stop = self.tokenizer.eos_token
-        text = stop.join([self.placeholder] * len(images))
-        # The images are nested because some families (LLaVA-OneVision) treat several images of one prompt otherwise.
-        batch = self.processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=False)
+        batch = self._process(images)
         runs: list[list[int]] = [[]]
         for token in batch.pop("input_ids")[0].tolist():
             if token == self.tokenizer.eos_token_id:
                 runs.append([])
             else:
                 runs[-1].append(token)
-        per_token = ("attention_mask", "token_type_ids", "mm_token_type_ids")
+        per_token = ("attention_mask", *TOKEN_TYPES)
         return Pictures(runs, {name: value for name, value in batch.items() if name not in per_token})
 
-    def encode_embedding(self, messages: list[Message], pictures: Pictures, max_tokens: int | None = None) -> Encoded:
+    def _process(self, images: Sequence[Image.Image]) -> BatchFeature:
+        """What the family makes of a prompt that shows images alone."""
+        # A special token between the placeholders keeps the runs apart whatever the family writes into them.
+        text = self.tokenizer.eos_token.join([self.placeholder] * len(images))
+        # The images are nested because some families (LLaVA-OneVision) treat several images of one prompt otherwise.
+        return self.processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=False)
+
+    def encode_embedding(self, messages: list[Message], pictures: Pictures, max_tokens: int | None = None) -> Branch:
         """The branch whose last token is the readout.
 
         Where it is too long, tokens are cut from the end of the content, never from the instruction and the prompt
@@ -138,33 +160,35 @@ class Processing:
             pieces = [*pieces[:-1], pieces[-1][: max(kept, 0)], tail]
             if kept < 0:
                 raise CafeError(f"An embedding prompt of {sum(map(len, pieces))} tokens cannot be cut to {max_tokens}.")
-        return _join([(piece, False) for piece in pieces], pictures)
+        return self._join([(piece, False) for piece in pieces], pictures)
 
-    def encode_dialogue(self, messages: list[Message], pictures: Pictures, max_tokens: int | None = None) -> Encoded:
+    def encode_dialogue(self, messages: list[Message], pictures: Pictures, max_tokens: int | None = None) -> Branch:
         """A whole dialogue; what the assistant says is supervised, together with the token that ends its turn."""
-        runs, done = iter(pictures.runs), ""
+        runs = iter(pictures.runs)
         pieces: list[tuple[list[int], bool]] = []
+        said = [_SAID if message["role"] == "assistant" else message for message in messages]
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
-                prompt = self._render(messages[:index], True)
-                spoken = "".join(part["text"] for part in self._safe([message])[0]["content"]) + self._end
-                pieces += [(piece, False) for piece in self._split(prompt[len(done) :], runs)]
-                pieces.append((self._tokens(spoken), True))
-                done = prompt + spoken
-        encoded = _join(pieces, pictures)
+                prompt = self._render(said[:index], True).rpartition(_WORDS)[2]
+                words = "".join(part["text"] for part in self._safe([message])[0]["content"])
+                pieces += [
+                    (piece, False) for piece in self._split(prompt.removeprefix(self._end if pieces else ""), runs)
+                ]
+                pieces.append((self._tokens(self._before + words + self._end), True))
+        encoded = self._join(pieces, pictures)
         if max_tokens and len(encoded.input_ids) > max_tokens:
             shown = sum(len(run) for run in pictures.runs)
             if sum(map(len, self._split(self._render(messages[:1], True), iter(pictures.runs)))) + shown > max_tokens:
                 raise CafeError(f"The images of a dialogue take {shown} tokens, which do not fit in {max_tokens}.")
-            encoded = Encoded(encoded.input_ids[:max_tokens], encoded.supervised[:max_tokens], encoded.vision)
+            encoded = encoded.cut(max_tokens)
         return encoded
 
-    def encode_prompt(self, messages: list[Message], pictures: Pictures) -> Encoded:
+    def encode_prompt(self, messages: list[Message], pictures: Pictures) -> Branch:
         """A dialogue up to where the assistant begins to speak."""
         text = self._render(messages, True)
-        return _join([(piece, False) for piece in self._split(text, iter(pictures.runs))], pictures)
+        return self._join([(piece, False) for piece in self._split(text, iter(pictures.runs))], pictures)
 
-    def collate(self, rows: Sequence[Encoded], left: bool = False) -> dict[str, Tensor]:
+    def collate(self, rows: Sequence[Branch], left: bool = False) -> dict[str, Tensor]:
         """Model inputs of several sequences: input_ids and attention_mask (rows, tokens), and the vision tensors.
 
         Rows are padded on the right, or on the left for generation.
@@ -174,13 +198,26 @@ class Processing:
         ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad, padding_side=side)
         ones = [torch.ones_like(row.input_ids) for row in rows]
         mask = pad_sequence(ones, batch_first=True, padding_side=side)
-        return {"input_ids": ids, "attention_mask": mask, **collate_vision([row.vision for row in rows])}
+        inputs = {"input_ids": ids, "attention_mask": mask, **collate_vision([row.vision for row in rows])}
+        if self.token_types:
+            inputs[self.token_types] = self.image_tokens(ids)
+        return inputs
 
-    def _assistant_end(self) -> str:
-        """What the template writes right after the assistant's words, without trailing white space."""
-        probe = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
-        said = [*probe, {"role": "assistant", "content": [{"type": "text", "text": "@@"}]}]
-        return self._render(said, False).rsplit("@@", 1)[1].rstrip()
+    def image_tokens(self, ids: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
+        """1 where a token is replaced by a picture's features, 0 elsewhere: what some families call token types."""
+        return (ids == self.image_token_id).long()
+
+    def _assistant_frame(self) -> tuple[str, str]:
+        """What the template writes right before the assistant's words, behind the prompt, and right after them.
+
+        Where it does not end the assistant's turn, the end-of-sequence token does.
+        """
+        asked: list[Message] = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
+        prompt = self._render(asked, True)
+        before, _, end = self._render([*asked, _SAID], False).partition(_WORDS)
+        return before.removeprefix(prompt) if before.startswith(
+            prompt
+        ) else "", end.rstrip() or self.tokenizer.eos_token
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         return self.processor.apply_chat_template(
@@ -213,30 +250,7 @@ class Processing:
             pieces += [next(runs), self._tokens(words)]
         return pieces
 
-
-def _join(pieces: Sequence[tuple[list[int], bool]], pictures: Pictures) -> Encoded:
-    ids = torch.tensor([token for piece, _ in pieces for token in piece])
-    supervised = torch.tensor([flag for piece, flag in pieces for _ in piece])
-    return Encoded(ids, supervised, pictures.vision)
-
-
-def collate_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Joins the vision tensors of several sequences along their first dimension, padding the others with zeros."""
-    names = {name for part in parts for name in part}
-    return {name: _cat_padded([part[name] for part in parts if name in part]) for name in sorted(names)}
-
-
-def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
-    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    padded = [
-        torch.nn.functional.pad(
-            tensor,
-            [
-                amount
-                for size, full in zip(tensor.shape[:0:-1], shape[::-1], strict=True)
-                for amount in (0, full - size)
-            ],
-        )
-        for tensor in tensors
-    ]
-    return torch.cat(padded)
+    def _join(self, pieces: Sequence[tuple[list[int], bool]], pictures: Pictures) -> Branch:
+        ids = torch.tensor([token for piece, _ in pieces for token in piece])
+        supervised = torch.tensor([flag for piece, flag in pieces for _ in piece])
+        return Branch(ids, supervised, self.image_tokens(ids).bool(), pictures.vision)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cafe.data.formats import Source, open_source
-from cafe.data.loading import Batches, Quarantine, load
+from cafe.data.loading import Batches, MicroBatchSize, Quarantine, load
 from cafe.errors import CafeError
 from cafe.instructions import Prompts
 from cafe.processing import Processing, load_processor
@@ -32,10 +32,32 @@ def test_the_order_follows_the_seed_whatever_the_workers(processing, scenes):
 
 def test_a_batch_holds_every_branch(processing, scenes):
     batch = make(processing, scenes / "llava_train.json")[0]
-    assert batch.queries["pixel_values"].shape == (8, 5, 3, 32, 32) and "pixel_values" not in batch.targets
-    assert len(batch.negatives["input_ids"]) >= 16
-    assert batch.supervised.shape == batch.dialogues["input_ids"].shape
-    assert make(processing, scenes / "llava_train.json", hard_negatives=False)[0].negatives is None
+    (micro_batch,) = batch.micro_batches
+    assert micro_batch.embed is micro_batch.joint
+    assert micro_batch.joint.inputs["pixel_values"].shape == (8, 5, 3, 32, 32)  # every picture once
+    assert batch.negatives >= 16
+    assert sorted(micro_batch.slots.tolist()) == list(range(16 + batch.negatives))
+    assert batch.supervised == len(micro_batch.joint.labels) > 0
+    assert make(processing, scenes / "llava_train.json", hard_negatives=False)[0].negatives == 0
+    assert make(processing, scenes / "llava_train.json", contrast=False)[0].micro_batches[0].slots.tolist() == []
+    assert make(processing, scenes / "llava_train.json", language=False)[0].supervised == 0
+
+
+def test_micro_batches_keep_to_their_size_and_hold_all(processing, scenes):
+    whole = make(processing, scenes / "llava_train.json")[0]
+    for size in (MicroBatchSize(tokens=700), MicroBatchSize(crops=11), MicroBatchSize(tokens=1)):
+        batch = make(processing, scenes / "llava_train.json", size=size)[0]
+        assert sum(len(part.slots) for part in batch.micro_batches) == len(whole.micro_batches[0].slots)
+        assert batch.supervised == whole.supervised
+        pictures = [part.joint.inputs["pixel_values"] for part in batch.micro_batches]
+        assert sum(map(len, pictures)) == 8
+        if size.tokens == 1:
+            assert len(batch.micro_batches) == 8
+        elif size.tokens:
+            assert all(part.joint.filled <= size.tokens for part in batch.micro_batches)
+            assert all(len(part.embed.labels) == 0 for part in batch.micro_batches)
+        else:
+            assert all(len(part) * 5 <= size.crops for part in pictures)
 
 
 def test_two_ranks_share_a_global_batch(processing, scenes):

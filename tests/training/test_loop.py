@@ -10,12 +10,11 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from cafe.cli import main
-from cafe.data.formats import Source, open_source
-from cafe.data.loading import Batches
+from cafe.data.formats import Source
 from cafe.instructions import Prompts
 from cafe.model import Cafe
-from cafe.training.loop import JointStep, train
-from cafe.training.optimizer import cosine, make_optimizer, objective_norms
+from cafe.training.loop import train
+from cafe.training.optimizer import cosine, make_optimizer
 from cafe.training.recipe import (
     DataRecipe,
     ModelRecipe,
@@ -23,6 +22,7 @@ from cafe.training.recipe import (
     OptimizerRecipe,
     Recipe,
 )
+from cafe.training.step import JointStep
 
 
 @pytest.fixture(autouse=True)
@@ -60,29 +60,6 @@ def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(rec
     one, two = weights(first), weights(second)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
     assert Cafe.load(first).record["recipe"]["batch_size"] == 8
-
-
-def test_the_objectives_gradients_add_up_to_the_joint_gradient(recipe, random_base):
-    model = Cafe.load(random_base, Prompts(), torch.float32)
-    source = open_source(recipe.data.sources[0])
-    batch = Batches([source], model.processing, 8, 0)[0]
-
-    def gradient(lm: float, contrastive: float) -> torch.Tensor:
-        step = JointStep(model.lvlm, ObjectiveRecipe(lm_weight=lm, contrastive_weight=contrastive))
-        step.zero_grad()
-        losses = step(batch)
-        (lm * losses.lm + contrastive * losses.contrastive).backward()
-        return torch.cat([p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None])
-
-    joint, lm, contrastive = gradient(1, 1), gradient(1, 0), gradient(0, 1)
-    sizes = {len(joint), len(lm)}
-    assert len(sizes) == 1
-    step = JointStep(model.lvlm, ObjectiveRecipe())
-    losses = step(batch)
-    trained = [p for p in step.parameters() if p.requires_grad]
-    norms = objective_norms({"lm": losses.lm, "contrastive": losses.contrastive}, trained)
-    assert norms["grad_norm_lm"] == pytest.approx(lm.norm().item(), rel=1e-3)
-    assert norms["grad_norm_contrastive"] == pytest.approx(contrastive.norm().item(), rel=1e-3)
 
 
 def test_each_part_has_its_own_learning_rate(recipe, random_base):

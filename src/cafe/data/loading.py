@@ -7,57 +7,81 @@ and counted: too large a share of them stops the run.
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Int64
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from cafe.content import Content, Example, ImageRef, open_image
 from cafe.data.formats import Records
 from cafe.errors import CafeError
 from cafe.instructions import dialogue_messages, embedding_messages
-from cafe.processing import Encoded, Pictures, Processing
+from cafe.packing import PLAIN, Branch, Pack, Packing, count_crops, pack, tree_size
+from cafe.processing import Pictures, Processing
 
-Inputs = dict[str, Tensor]
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Some examples of a contrastive batch, laid out for the model.
+
+    Attributes:
+        joint: all their branches.
+        embed: the embedded branches alone, for the gradient cache's first phase; `joint` itself where one forward does.
+        slots: the place of each readout among the batch's embeddings.
+    """
+
+    joint: Pack
+    embed: Pack
+    slots: Int64[Tensor, "readouts"]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One contrastive batch as padded branches. A branch that no example has is None.
+    """One contrastive batch. Its embeddings are those of all queries, then of all targets, then of all hard negatives.
 
     Attributes:
-        queries, targets, negatives: model inputs whose last tokens are readouts.
+        micro_batches: what goes through the model at once.
         target_ids: equal numbers for pairs with equal targets.
-        dialogues: model inputs of the dialogues.
-        supervised: which dialogue tokens the language loss is taken on.
+        negatives: the number of hard negatives.
+        supervised: the number of tokens that the language loss is taken on.
         bad: the messages of records left out.
         sources: the file and record of each example.
     """
 
-    queries: Inputs | None
-    targets: Inputs | None
-    negatives: Inputs | None
+    micro_batches: list[MicroBatch]
     target_ids: Int64[Tensor, "pairs"]
-    dialogues: Inputs | None
-    supervised: Bool[Tensor, "rows tokens"] | None
+    negatives: int
+    supervised: int
     bad: list[str]
     sources: list[str]
+
+
+@dataclass(frozen=True)
+class MicroBatchSize:
+    """How much goes through the model at once; None for no limit.
+
+    Attributes:
+        tokens: what branches share counts once, padding not at all.
+        crops: pictures, or the parts into which they are cut, for the vision tower.
+    """
+
+    tokens: int | None = None
+    crops: int | None = None
 
 
 @dataclass(frozen=True)
 class Branches:
     """The token sequences of one example."""
 
-    query: Encoded | None
-    target: Encoded | None
-    negatives: list[Encoded]
+    query: Branch | None
+    target: Branch | None
+    negatives: list[Branch]
     target_id: int
-    dialogue: Encoded | None
+    dialogue: Branch | None
 
 
 def encode(example: Example, processing: Processing, max_tokens: int | None = None) -> Branches:
@@ -81,12 +105,12 @@ def _encode(example: Example, processing: Processing, max_tokens: int | None) ->
             done[key] = processing.pictures([open_image(ref) for ref in refs])
         return done[key]
 
-    def embedding(content: Content) -> Encoded:
+    def embedding(content: Content) -> Branch:
         messages = embedding_messages(content, processing.prompts)
         return processing.encode_embedding(messages, pictures(content.images), max_tokens)
 
     query = target = dialogue = None
-    negatives: list[Encoded] = []
+    negatives: list[Branch] = []
     target_id = 0
     if example.pair:
         query, target = embedding(example.pair.query), embedding(example.pair.target)
@@ -109,6 +133,9 @@ def _identity(content: Content) -> int:
     return int.from_bytes(digest.digest())
 
 
+UNCUT = MicroBatchSize()
+
+
 class Batches(Dataset[Batch]):
     """Contrastive batch number n of a run, the same for the same seed whichever worker makes it.
 
@@ -118,7 +145,10 @@ class Batches(Dataset[Batch]):
         batch_size: pairs a batch.
         seed: of the order and of every choice within records.
         max_tokens: the longest sequence.
+        contrast, language: whether to make the branches of each loss.
         hard_negatives: whether to use the records' hard negatives.
+        packing: how branches become packs.
+        size: how much goes through the model at once.
         rank, world: which of several processes this is; each takes its own part of every batch.
     """
 
@@ -129,12 +159,23 @@ class Batches(Dataset[Batch]):
         batch_size: int,
         seed: int,
         max_tokens: int | None = None,
+        *,
+        contrast: bool = True,
+        language: bool = True,
         hard_negatives: bool = True,
+        packing: Packing = PLAIN,
+        size: MicroBatchSize = UNCUT,
         rank: int = 0,
         world: int = 1,
     ) -> None:
         self.sources, self.processing, self.batch_size, self.seed = list(sources), processing, batch_size, seed
-        self.max_tokens, self.hard_negatives = max_tokens, hard_negatives
+        self.max_tokens, self.contrast, self.language, self.hard_negatives = (
+            max_tokens,
+            contrast,
+            language,
+            hard_negatives,
+        )
+        self.packing, self.size = packing, size
         self.rank, self.world = rank, world
         self.places = [(which, index) for which, records in enumerate(self.sources) for index in range(len(records))]
         if len(self.places) < batch_size * world:
@@ -164,30 +205,62 @@ class Batches(Dataset[Batch]):
             which, index = self.places[place]
             try:
                 example = self.sources[which].example(index, Random(f"{self.seed} {epoch} {place}"))
-                done.append(encode(example, self.processing, self.max_tokens))
+                done.append(encode(self._wanted(example), self.processing, self.max_tokens))
             except CafeError as error:
                 bad.append(str(error))
             else:
                 names.append(example.source)
         return self._collate(done, bad, names)
 
+    def _wanted(self, example: Example) -> Example:
+        """The parts of an example that are trained on."""
+        pair = example.pair if self.contrast else None
+        if pair and not self.hard_negatives:
+            pair = replace(pair, negatives=())
+        return Example(pair, example.dialogue if self.language else None, example.source)
+
     def _collate(self, done: list[Branches], bad: list[str], names: list[str]) -> Batch:
-        pairs = [branches for branches in done if branches.query]
-        negatives = [row for branches in pairs for row in branches.negatives] if self.hard_negatives else []
-        dialogues = [branches.dialogue for branches in done if branches.dialogue]
+        pairs = sum(branches.query is not None for branches in done)
+        embedded: list[list[Branch]] = []
+        slots: list[list[int]] = []
+        pair, hard = 0, 2 * pairs
+        for branches in done:
+            embedded.append([])
+            slots.append([])
+            if branches.query and branches.target:
+                embedded[-1] += [branches.query, branches.target, *branches.negatives]
+                slots[-1] += [pair, pairs + pair, *range(hard, hard + len(branches.negatives))]
+                pair, hard = pair + 1, hard + len(branches.negatives)
+        spoken = [[branches.dialogue] if branches.dialogue else [] for branches in done]
+        cuts = cut(embedded, spoken, self.size)
+        micro_batches = []
+        for part in cuts:
+            joint = pack(embedded[part], spoken[part], self.packing)
+            alone = len(cuts) == 1 or not any(embedded[part])
+            embed = joint if alone else pack(embedded[part], [[]] * len(spoken[part]), self.packing)
+            places = [slot for example in slots[part] for slot in example]
+            micro_batches.append(MicroBatch(joint, embed, torch.tensor(places, dtype=torch.long)))
         return Batch(
-            queries=self._inputs([branches.query for branches in pairs if branches.query]),
-            targets=self._inputs([branches.target for branches in pairs if branches.target]),
-            negatives=self._inputs(negatives),
-            target_ids=torch.tensor([branches.target_id for branches in pairs], dtype=torch.long),
-            dialogues=self._inputs(dialogues),
-            supervised=pad_sequence([row.supervised for row in dialogues], batch_first=True) if dialogues else None,
+            micro_batches,
+            target_ids=torch.tensor([branches.target_id for branches in done if branches.query], dtype=torch.long),
+            negatives=hard - 2 * pairs,
+            supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
             bad=bad,
             sources=names,
         )
 
-    def _inputs(self, rows: Sequence[Encoded]) -> Inputs | None:
-        return self.processing.collate(rows) if rows else None
+
+def cut(embedded: Sequence[list[Branch]], spoken: Sequence[list[Branch]], size: MicroBatchSize) -> list[slice]:
+    """Cuts examples, in their order, into micro-batches. An example that is too large makes one by itself."""
+    cuts, start, tokens, crops = [], 0, 0, 0
+    for index, branches in enumerate(map(list.__add__, embedded, spoken)):
+        own_tokens, own_crops = tree_size(branches), count_crops(branches)
+        full = (size.tokens and tokens + own_tokens > size.tokens) or (size.crops and crops + own_crops > size.crops)
+        if full and index > start:
+            cuts.append(slice(start, index))
+            start, tokens, crops = index, 0, 0
+        tokens, crops = tokens + own_tokens, crops + own_crops
+    return [*cuts, slice(start, len(embedded))] if embedded else []
 
 
 def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[Batch]:

@@ -178,7 +178,13 @@ def _vqa(model: Model, path: Path, limit: int | None, done: Evaluation) -> None:
     for category, marks in sorted(by_category.items()):
         done.results[f"vqa/{category}"] = 100 * float(np.mean(marks))
     done.samples["answers"] = [
-        {"image": str(_find(row["image"], path.parent)), "asked": row["text"], "said": text, "answer": row["answer"], "right": correct}
+        {
+            "image": str(_find(row["image"], path.parent)),
+            "asked": row["text"],
+            "said": text,
+            "answer": row["answer"],
+            "right": correct,
+        }
         for row, text, correct in list(zip(rows, said, right, strict=True))[: 2 * KEPT : 2]
     ]
 

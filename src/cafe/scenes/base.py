@@ -28,17 +28,20 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from cafe.content import Content, Dialogue, Turn
 from cafe.instructions import CHATML, Prompts, dialogue_messages
-from cafe.processing import Encoded, Processing, without_video
-from cafe.scenes.draw import paint
-from cafe.scenes.words import CAPTION_PROMPT, PARAGRAPH_PROMPT, caption, paragraph, questions
-from cafe.scenes.world import Scene, draw_scene
+from cafe.model import read
+from cafe.objectives import next_token_loss
+from cafe.packing import Branch, Pack, Packing, pack
+from cafe.processing import Processing, without_video
+from cafe.scenes.draw import SIDE, paint
+from cafe.scenes.words import CAPTION_PROMPT, PARAGRAPH_PROMPT, caption, captions, paragraph, questions
+from cafe.scenes.world import PLACES, Scene, draw_scene
 
 BASE = Path(__file__).parent / "base"  # where the trained model ships
 VOCABULARY = 640
-CROP = 32  # pixels; a picture is one crop as a thumbnail and four crops in full: anyres, at tiny size
+CROP = SIDE  # pixels; a picture is read twice, as a thumbnail and as one crop: anyres, at tiny size
 PATCH = 16  # pixels
 WIDTH = 160
-SIMPLE_SHARE = 0.2  # of the steps, with one thing a picture
+IN_READING_ORDER = 0.75  # of the captions: what to look at first is then no guess
 
 
 def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
@@ -65,7 +68,7 @@ def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
     )
     image_processor = LlavaOnevisionImageProcessorPil(
         size={"height": CROP, "width": CROP},
-        image_grid_pinpoints=[[2 * CROP, 2 * CROP]],
+        image_grid_pinpoints=[[SIDE, SIDE]],
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
@@ -115,28 +118,36 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
         tie_word_embeddings=True,
     )
     model = LlavaOnevisionForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+            nn.init.zeros_(parameter)  # each layer begins by passing on what it is given
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def lesson(scene: Scene, kind: str, rng: Random) -> Dialogue:
-    """A dialogue about a scene: a caption, a paragraph, or one question of every kind in any order.
+def lessons(scene: Scene, kind: str, rng: Random) -> list[Dialogue]:
+    """Dialogues about a scene: a caption, a paragraph, or one question of every kind.
 
-    Captions and questions keep apart, so that no answer can be copied from what was said before.
+    Each is a dialogue of its own, so that no answer can be copied from what was said before.
     """
+    picture = paint(scene)
     if kind == "caption":
-        spoken = [(CAPTION_PROMPT, caption(scene.things, rng))]
+        in_order = tuple(sorted(scene.things, key=lambda thing: PLACES.index(thing.place)))
+        told = (
+            captions(in_order)[:: math.factorial(len(in_order))]
+            if rng.random() < IN_READING_ORDER
+            else captions(in_order)
+        )
+        spoken = [(CAPTION_PROMPT, rng.choice(told))]
     elif kind == "paragraph":
         spoken = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
     else:
         spoken = [(question.text, question.answer) for question in questions(scene, rng)]
-        rng.shuffle(spoken)
-    turns = []
-    for index, (asked, answered) in enumerate(spoken):
-        content = Content.of({"image": paint(scene), "text": asked} if index == 0 else asked)
-        turns += [Turn("user", content), Turn("assistant", Content.of(answered))]
-    return Dialogue(tuple(turns))
+    return [
+        Dialogue((Turn("user", Content.of({"image": picture, "text": asked})), Turn("assistant", Content.of(answered))))
+        for asked, answered in spoken
+    ]
 
 
 def corpus(seed: int, count: int) -> Iterator[str]:
@@ -153,39 +164,38 @@ def corpus(seed: int, count: int) -> Iterator[str]:
         yield from (CAPTION_PROMPT, PARAGRAPH_PROMPT, "system\n", "user\n", "assistant\n")
 
 
-class Lessons(Dataset[tuple[dict[str, torch.Tensor], torch.Tensor]]):
-    """Batches of lessons, no scene twice; batch number n is the same for the same seed, whoever makes it.
+class Lessons(Dataset[Pack]):
+    """Packs of lessons, no scene twice; pack number n is the same for the same seed, whoever makes it.
 
-    The first batches show one thing a picture: looking is learned sooner where there is little to say. A batch holds
-    lessons of one kind, so that little is padded.
+    A pack holds lessons of one kind, and each picture once, with all that is said about it behind it.
     """
 
     def __init__(self, processing: Processing, seed: int, steps: int, batch: int) -> None:
         self.processing, self.seed, self.steps, self.batch = processing, seed, steps, batch
+        self.packing = Packing(columns=WIDTH)
 
     def __len__(self) -> int:
         return self.steps
 
-    def _encode(self, index: int, kind: str, max_things: int) -> Encoded:
-        scene = draw_scene(self.seed, "train", index, max_things)
-        dialogue = lesson(scene, kind, Random(f"lesson {scene.name}"))
+    def _encode(self, index: int, kind: str) -> list[Branch]:
+        scene = draw_scene(self.seed, "train", index)
         pictures = self.processing.pictures([paint(scene)])
-        return self.processing.encode_dialogue(dialogue_messages(dialogue, self.processing.prompts), pictures)
+        return [
+            self.processing.encode_dialogue(dialogue_messages(dialogue, self.processing.prompts), pictures)
+            for dialogue in lessons(scene, kind, Random(f"lesson {scene.name}"))
+        ]
 
-    def __getitem__(self, step: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    def __getitem__(self, step: int) -> Pack:
         kind = Random(f"kind {self.seed} {step}").choices(("caption", "questions", "paragraph"), (0.5, 0.42, 0.08))[0]
-        max_things = 1 if step < SIMPLE_SHARE * self.steps else 3
-        rows = [self._encode(step * self.batch + offset, kind, max_things) for offset in range(self.batch)]
-        inputs = self.processing.collate(rows)
-        supervised = nn.utils.rnn.pad_sequence([row.supervised for row in rows], batch_first=True)
-        return inputs, inputs["input_ids"].masked_fill(~supervised, -100)
+        rows = [self._encode(step * self.batch + offset, kind) for offset in range(self.batch)]
+        return pack([[]] * len(rows), rows, self.packing)
 
 
 def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the rest.
 
-    A small model learns to look at the picture in fewer steps than with AdamW alone. Muon's updates are
-    scaled to the size of AdamW's, so that one learning rate serves both.
+    Muon learns to look at the picture in a fraction of AdamW's steps. Its updates are scaled to the size of AdamW's
+    (arXiv 2502.16982), and it bears larger ones.
     """
     inner = {
         name
@@ -195,7 +205,7 @@ def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.
     matrices = [p for name, p in model.named_parameters() if name in inner]
     others = [p for name, p in model.named_parameters() if name not in inner]
     return [
-        torch.optim.Muon(matrices, lr=2 * learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=5 * learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -208,9 +218,9 @@ def _schedule(steps: int) -> Callable[[int], float]:
 def train_base(
     directory: Path,
     seed: int = 0,
-    steps: int = 1300,
-    batch: int = 64,
-    learning_rate: float = 1e-3,
+    steps: int = 2000,
+    batch: int = 32,
+    learning_rate: float = 2e-3,
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> None:
@@ -225,13 +235,13 @@ def train_base(
     )
     optimizers = make_optimizers(model, learning_rate)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps)) for optimizer in optimizers]
-    batches = iter(DataLoader(Lessons(processing, seed, steps, batch), batch_size=None, num_workers=workers))
+    packs = iter(DataLoader(Lessons(processing, seed, steps, batch), batch_size=None, num_workers=workers))
     history, started = [], time.monotonic()
     progress = tqdm(range(steps), desc="base", unit="step", mininterval=5)
     for step in progress:
-        inputs, labels = next(batches)
-        inputs = {name: tensor.to(device) for name, tensor in inputs.items()}
-        loss = model(**inputs, labels=labels.to(device)).loss
+        lesson = next(packs)
+        _, hidden = read(model, lesson)
+        loss = next_token_loss(hidden, lesson.labels.to(device), model.lm_head.weight) / len(lesson.labels)
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

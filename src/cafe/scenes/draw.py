@@ -18,7 +18,7 @@ SIDE = 64  # pixels
 _CELL = SIDE // 2
 _SUPERSAMPLE = 4  # shapes are drawn this much larger, then reduced, for smooth edges
 _TONE_LEVELS = {"dark": 20, "gray": 60, "light": 100}
-_SIZE_PIXELS = {"small": (14.0, 17.0), "large": (24.0, 29.0)}
+_SIZE_PIXELS = {"small": (17.0, 20.0), "large": (26.0, 29.0)}
 
 
 @cache
@@ -93,8 +93,8 @@ def _stencil(thing: Thing, split: Split, pixels: float, rng: Random) -> Image.Im
     side = max(1, round(pixels))
     if thing.kind in DIGITS:
         scan = rng.choice(digit_scans(DIGITS.index(thing.kind), split))
-        image = Image.fromarray((scan * 255).astype(np.uint8), "L")
-        return image.resize((side, side), Image.Resampling.BICUBIC)
+        image = Image.fromarray((scan * 255).astype(np.uint8), "L").resize((side, side), Image.Resampling.BICUBIC)
+        return image.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
     big = side * _SUPERSAMPLE
     image = Image.new("L", (big, big), 0)
     pen = ImageDraw.Draw(image)
@@ -115,7 +115,7 @@ def paint(scene: Scene) -> Image.Image:
         stencil = _stencil(thing, scene.split, rng.uniform(*_SIZE_PIXELS[thing.size]), rng)
         row, column = divmod(PLACES.index(thing.place), 2)
         slack = (_CELL - stencil.width) / 2
-        left, top = (round(cell * _CELL + slack + rng.uniform(-1, 1) * min(slack, 4)) for cell in (column, row))
+        left, top = (round(cell * _CELL + slack + rng.uniform(-1, 1) * min(slack, 2)) for cell in (column, row))
         picture.paste(COLORS[thing.color], (left, top), stencil)
     return picture
 

@@ -1,11 +1,10 @@
-"""AdamW with a learning rate for each part of the model, its schedule, and the gradient norm of each objective."""
+"""AdamW with a learning rate for each part of the model, and its schedule."""
 
 import math
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from cafe.families import part_of
@@ -45,18 +44,6 @@ def cosine(steps: int, warm_up: float) -> Callable[[int], float]:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
 
     return factor
-
-
-def objective_norms(losses: dict[str, Float[Tensor, ""]], parameters: list[nn.Parameter]) -> dict[str, float]:
-    """The norm of each loss's own gradient, before weighting and clipping, as `grad_norm_` and the loss's name."""
-    norms = {}
-    for name, loss in losses.items():
-        grads: tuple[Tensor | None, ...] = ()
-        if loss.requires_grad:
-            grads = torch.autograd.grad(loss, parameters, retain_graph=True, allow_unused=True)
-        squares = [grad.float().square().sum().item() for grad in grads if grad is not None]
-        norms[f"grad_norm_{name}"] = math.sqrt(sum(squares))
-    return norms
 
 
 def describe(lvlm: PreTrainedModel) -> str:

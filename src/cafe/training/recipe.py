@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from cafe.data.formats import Source
+from cafe.data.loading import MicroBatchSize
 from cafe.errors import CafeError
 from cafe.instructions import Prompts
 
@@ -26,7 +27,10 @@ class ModelRecipe:
         precision: "fp32", or "bf16" for bfloat16 arithmetic over float32 weights.
         attention: the attention implementation by transformers' name.
         max_tokens: the longest sequence.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory; an alternative to
+            small micro-batches.
+        share_prefixes: read what branches have in common once, where the family can.
+        row_tokens: the tokens wanted in a row of trees; null for as many as the model is wide.
     """
 
     base: str
@@ -34,6 +38,8 @@ class ModelRecipe:
     attention: str = "sdpa"
     max_tokens: int = 32768
     gradient_checkpointing: bool = False
+    share_prefixes: bool = True
+    row_tokens: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +66,8 @@ class ObjectiveRecipe:
         learn_temperature: train it, as CLIP does.
         hard_negatives: use the records' hard negatives.
         mask_duplicates: pairs with the same target are not each other's negatives.
+        compat: "published" scales the contrastive gradient by one over the number of processes, as the published code
+            does; for comparison.
     """
 
     lm_weight: float = 1.0
@@ -68,6 +76,7 @@ class ObjectiveRecipe:
     learn_temperature: bool = False
     hard_negatives: bool = True
     mask_duplicates: bool = True
+    compat: Literal["exact", "published"] = "exact"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +124,7 @@ class Recipe:
     Attributes:
         output: where the checkpoint and the logs go.
         batch_size: pairs of a contrastive batch in each process.
+        micro_batch: how much of it goes through the model at once; the gradient cache makes up for the cut.
         epochs: passes over the data, unless `steps` says when to stop.
     """
 
@@ -126,6 +136,7 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     batch_size: int = 32
+    micro_batch: MicroBatchSize = field(default_factory=MicroBatchSize)
     epochs: int = 1
     steps: int | None = None
     seed: int = 0

@@ -1,0 +1,378 @@
+"""Prefix trees in rows: what branches share is laid out, and computed, once.
+
+Branches that begin with the same tokens (system prompt, image) form a tree. A row holds trees in depth-first order:
+a prefix once, then what follows it on each branch. Then one number a token says everything about attention: `end`, one
+past the last token below it in its tree. Token i sees token j exactly if j <= i < end[j], that is, if j is i's ancestor
+or i itself; a token's position is the number of its ancestors.
+
+             shared prefix      | query's own | dialogue's own          | another tree
+    tokens   <system> <image>     Compress …    Describe … A red circle.  <system> A red …
+    position 0 1 2 3 4            5 6           5 6 7 8 9                 0 1 2
+
+Pure tensors: no model, no file.
+"""
+
+import heapq
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int64
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.utils.rnn import pad_sequence
+
+Positions = Callable[["Branch"], Int64[Tensor, "axes tokens"]]
+
+
+@dataclass(frozen=True, eq=False)
+class Branch:
+    """One token sequence the model must read, and the pictures it shows.
+
+    Attributes:
+        input_ids: the tokens, image tokens included.
+        supervised: which tokens the language loss is taken on.
+        shown: which tokens stand for pictures.
+        vision: the image processor's tensors by name; empty without images. Branches that show the same pictures
+            share the same mapping: pictures are compared by identity.
+    """
+
+    input_ids: Int64[Tensor, "tokens"]
+    supervised: Bool[Tensor, "tokens"]
+    shown: Bool[Tensor, "tokens"]
+    vision: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def cut(self, length: int) -> "Branch":
+        """The first tokens; all pictures must be among them."""
+        return Branch(self.input_ids[:length], self.supervised[:length], self.shown[:length], self.vision)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of some branches lie in rows.
+
+    Attributes:
+        input_ids: filled up with `pad` behind each row's last token.
+        position_ids: one axis, or three for M-RoPE.
+        end: of each token, the column one past the last token below it; padding sees itself alone.
+        filled: which places hold a token.
+        places: for each branch, the (row, column) of each of its tokens.
+        pictures: for each set of pictures, in the order of their tokens, the first branch that shows it.
+    """
+
+    input_ids: Int64[Tensor, "rows columns"]
+    position_ids: Int64[Tensor, "axes rows columns"]
+    end: Int64[Tensor, "rows columns"]
+    filled: Bool[Tensor, "rows columns"]
+    places: list[Int64[Tensor, "tokens 2"]]
+    pictures: list[int]
+
+
+def count_up(branch: Branch) -> Int64[Tensor, "1 tokens"]:
+    """Position ids of a plain family: 0, 1, 2, ..."""
+    return torch.arange(len(branch))[None]
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How branches become packs.
+
+    Attributes:
+        share: lay branches out as trees; without it every branch is a row by itself, padded on the right, and the
+            model makes its own mask and position ids.
+        columns: the tokens wanted in a row of trees.
+        pad: the token that fills up rows.
+        positions: the position ids of a branch that is alone in its row.
+        token_types: the name of an input that marks image tokens, for models that want one.
+    """
+
+    share: bool = True
+    columns: int = 1024
+    pad: int = 0
+    positions: Positions = count_up
+    token_types: str | None = None
+
+
+PLAIN = Packing()
+
+
+@dataclass(frozen=True)
+class Pack:
+    """What goes through the model at once.
+
+    Attributes:
+        inputs: the model's inputs by name, without the attention mask of trees, which is made from `end`.
+        end: see `Layout`; None where branches do not share.
+        readouts: the (row, column) of the last token of each embedded branch, in their order.
+        predictors: the (row, column) of the tokens before each supervised token.
+        labels: the supervised tokens.
+        filled: the tokens that are not padding.
+    """
+
+    inputs: dict[str, Tensor]
+    end: Int64[Tensor, "rows columns"] | None
+    readouts: Int64[Tensor, "readouts 2"]
+    predictors: Int64[Tensor, "supervised 2"]
+    labels: Int64[Tensor, "supervised"]
+    filled: int
+
+
+def pack(embedded: Sequence[Sequence[Branch]], spoken: Sequence[Sequence[Branch]], packing: Packing = PLAIN) -> Pack:
+    """Lays out the branches of some examples for the model.
+
+    Args:
+        embedded: for each example the branches whose last token is a readout.
+        spoken: for each example the branches whose supervised tokens are to be predicted.
+        packing: how.
+    """
+    groups = [[*first, *second] for first, second in zip(embedded, spoken, strict=True)]
+    layout = lay_out(groups, packing)
+    branches = [branch for group in groups for branch in group]
+    wants = [index < len(first) for first, group in zip(embedded, groups, strict=True) for index in range(len(group))]
+    readouts, predictors, labels = [], [], []
+    for branch, place, embeds in zip(branches, layout.places, wants, strict=True):
+        if embeds:
+            readouts.append(place[-1])
+        else:
+            said = branch.supervised.nonzero()[:, 0]
+            said = said[said > 0]
+            predictors.append(place[said - 1])
+            labels.append(branch.input_ids[said])
+    inputs = {"input_ids": layout.input_ids, **collate_vision([branches[first].vision for first in layout.pictures])}
+    if packing.share:
+        inputs["position_ids"] = layout.position_ids[0] if len(layout.position_ids) == 1 else layout.position_ids
+    else:
+        inputs["attention_mask"] = layout.filled.long()
+        if packing.token_types:
+            shown = torch.zeros_like(layout.input_ids)
+            for branch, place in zip(branches, layout.places, strict=True):
+                shown[place[:, 0], place[:, 1]] = branch.shown.long()
+            inputs[packing.token_types] = shown
+    nowhere = torch.empty(0, 2, dtype=torch.long)
+    return Pack(
+        inputs,
+        layout.end if packing.share else None,
+        torch.stack(readouts) if readouts else nowhere,
+        torch.cat([nowhere, *predictors]),
+        torch.cat([nowhere[:, 0], *labels]),
+        int(layout.filled.sum()),
+    )
+
+
+def lay_out(groups: Sequence[Sequence[Branch]], packing: Packing) -> Layout:
+    """Lays branches out in rows of about `packing.columns` tokens.
+
+    Groups (the branches of one example) are cut into trees that share more than what all branches share, and the trees
+    are spread over rows. Rows are longer than `columns` only where a tree is.
+
+    Args:
+        groups: branches; `Layout.places` has them in this order, group after group.
+        packing: how.
+    """
+    branches = [branch for group in groups for branch in group]
+    if packing.share:
+        keys = _keys(branches)
+        root = _common(keys) if len(branches) > 1 else 0
+        trees = _trees([len(group) for group in groups], keys, root)
+        rows = [
+            _row(members, keys)
+            for members in _fill(trees, [_size(tree, keys) for tree in trees], root, packing.columns)
+        ]
+    else:
+        rows = [_Row.alone(number, len(branch)) for number, branch in enumerate(branches)]
+
+    places: list[Tensor] = [torch.empty(0, 2, dtype=torch.long)] * len(branches)
+    for number, row in enumerate(rows):
+        for member, taken in row.columns.items():
+            places[member] = torch.stack([torch.full((len(taken),), number), torch.from_numpy(taken)], dim=1)
+    ends = [torch.from_numpy(row.end) for row in rows]
+    end = pad_sequence(ends, batch_first=True, padding_value=-1)
+    filled = end >= 0
+    end = torch.where(filled, end, torch.arange(1, end.shape[1] + 1))
+    input_ids = torch.full_like(end, packing.pad)
+    positions = packing.positions if packing.share else count_up
+    position_ids = torch.zeros(len(positions(branches[0])), *end.shape, dtype=torch.long)
+    for branch, place in zip(branches, places, strict=True):
+        input_ids[place[:, 0], place[:, 1]] = branch.input_ids
+        position_ids[:, place[:, 0], place[:, 1]] = positions(branch)
+    return Layout(input_ids, position_ids, end, filled, places, _pictures(branches, places))
+
+
+def tree_mask(end: Int64[Tensor, "rows columns"]) -> Bool[Tensor, "rows 1 columns columns"]:
+    """Who sees whom, densely: True where the second-last dimension's token may look at the last one's."""
+    at = torch.arange(end.shape[1], device=end.device)
+    return ((at[None, :] <= at[:, None]) & (at[:, None] < end[:, None, :]))[:, None]
+
+
+def tree_block_mask(end: Int64[Tensor, "rows columns"]) -> BlockMask:
+    """The same for FlexAttention, which skips the blocks of 128 x 128 tokens that hold nothing to see."""
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < end[row, key])
+
+    def sees_alone(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < end[0, key])
+
+    rows, columns = end.shape
+    if rows == 1:
+        return create_block_mask(sees_alone, None, None, columns, columns, device=end.device)
+    return create_block_mask(sees, rows, None, columns, columns, device=end.device)
+
+
+Keys = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One row: `end` of each token, and the columns of each member branch's tokens."""
+
+    end: Keys
+    columns: dict[int, Keys]
+
+    @classmethod
+    def alone(cls, member: int, length: int) -> "_Row":
+        return cls(np.full(length, length), {member: np.arange(length)})
+
+
+def _keys(branches: Sequence[Branch]) -> list[Keys]:
+    """Each branch as numbers that are equal exactly where its tokens can be shared.
+
+    Pictures that were processed together are shared all or none: the key of their tokens stands for the whole set and
+    for the words between them.
+    """
+    known: dict[tuple[int, bytes], int] = {}
+    keys = []
+    for branch in branches:
+        ids = branch.input_ids.numpy().copy()
+        if branch.shown.any():
+            shown = branch.shown.numpy()
+            number = known.setdefault((id(branch.vision), ids[: np.flatnonzero(shown)[-1] + 1].tobytes()), len(known))
+            ids[shown] = -1 - number
+        keys.append(ids)
+    return keys
+
+
+def _common(keys: Sequence[Keys], start: int = 0) -> int:
+    """How many first numbers all have in common; the first `start` are known to be."""
+    first, length = keys[0], min(map(len, keys))
+    for other in keys[1:]:
+        parted = np.flatnonzero(first[start:length] != other[start:length])
+        length = start + int(parted[0]) if len(parted) else length
+    return length
+
+
+def _nodes(members: Sequence[int], keys: Sequence[Keys], start: int = 0) -> Iterator[tuple[int, int, list[int], int]]:
+    """The tree of some branches, depth first: (start, stop, members, size) of each node.
+
+    A node is the stretch of tokens from `start` to `stop` that its members share; `size` counts the tokens of the node
+    and all below it.
+    """
+    stop = _common([keys[member] for member in members], start)
+    beyond = sorted((member for member in members if len(keys[member]) > stop), key=lambda member: keys[member][stop])
+    below = [
+        node
+        for _, part in groupby(beyond, lambda member: keys[member][stop])
+        for node in _nodes(list(part), keys, stop)
+    ]
+    yield start, stop, list(members), stop - start + sum(node[1] - node[0] for node in below)
+    yield from below
+
+
+def tree_size(branches: Sequence[Branch]) -> int:
+    """The tokens of some branches with what they share counted once."""
+    return _size(range(len(branches)), _keys(branches))
+
+
+def count_crops(branches: Sequence[Branch]) -> int:
+    """The pictures, or parts of pictures, that the vision tower reads for some branches."""
+    visions = {id(branch.vision): branch.vision for branch in branches if "pixel_values" in branch.vision}
+    return sum(math.prod(vision["pixel_values"].shape[:-3]) for vision in visions.values())
+
+
+def _size(members: Sequence[int], keys: Sequence[Keys]) -> int:
+    return next(_nodes(members, keys))[3]
+
+
+def _trees(sizes: Sequence[int], keys: Sequence[Keys], root: int) -> list[list[int]]:
+    """The branches of each group by the token that follows the root."""
+    trees: list[list[int]] = []
+    start = 0
+    for size in sizes:
+        by_next: dict[int, list[int]] = {}
+        for member in range(start, start + size):
+            by_next.setdefault(int(keys[member][root]) if len(keys[member]) > root else -(2**62), []).append(member)
+        trees += by_next.values()
+        start += size
+    return trees
+
+
+def _fill(trees: Sequence[list[int]], sizes: Sequence[int], root: int, columns: int) -> list[list[int]]:
+    """Trees to rows: the largest first, each to the emptiest row, in as few rows as hold them within `columns`.
+
+    So all rows are about as long and little is padded. The root is there once a row.
+    """
+    columns = max(columns, *sizes)
+    own = [size - root for size in sizes]
+    count = max(1, math.ceil(sum(own) / max(1, columns - root)))
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        loads = [(root, row) for row in range(count)]
+        for tree in sorted(range(len(trees)), key=lambda tree: -own[tree]):
+            load, row = heapq.heappop(loads)
+            rows[row] += trees[tree]
+            heapq.heappush(loads, (load + own[tree], row))
+        if max(loads)[0] <= columns:
+            return [row for row in rows if row]
+        count += 1
+
+
+def _row(members: Sequence[int], keys: Sequence[Keys]) -> _Row:
+    """The trees of some branches in one row. Branches that share no first token stand side by side."""
+    columns: dict[int, Keys] = {member: np.empty(len(keys[member]), np.int64) for member in members}
+    ends: list[Keys] = []
+    at = 0
+    for start, stop, sharing, size in _nodes(members, keys):
+        for member in sharing:
+            columns[member][start:stop] = np.arange(at, at + stop - start)
+        ends.append(np.full(stop - start, at + size))
+        at += stop - start
+    return _Row(np.concatenate(ends), columns)
+
+
+def _pictures(branches: Sequence[Branch], places: Sequence[Tensor]) -> list[int]:
+    """The first branch to show each laid-out set of pictures, in the order of the sets' first tokens."""
+    found: dict[tuple[int, int], int] = {}
+    for number, (branch, place) in enumerate(zip(branches, places, strict=True)):
+        if branch.shown.any():
+            row, column = place[branch.shown][0].tolist()
+            found.setdefault((row, column), number)
+    return [found[place] for place in sorted(found)]
+
+
+def collate_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Joins the vision tensors of several sequences along their first dimension, padding the others with zeros."""
+    names = {name for part in parts for name in part}
+    return {name: _cat_padded([part[name] for part in parts if name in part]) for name in sorted(names)}
+
+
+def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
+    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
+    padded = [
+        torch.nn.functional.pad(
+            tensor,
+            [
+                amount
+                for size, full in zip(tensor.shape[:0:-1], shape[::-1], strict=True)
+                for amount in (0, full - size)
+            ],
+        )
+        for tensor in tensors
+    ]
+    return torch.cat(padded)

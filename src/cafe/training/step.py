@@ -1,0 +1,189 @@
+"""The joint step, read top to bottom as the method (CAFe, arXiv 2503.19900).
+
+Each step embeds the queries and targets of one contrastive batch, reads its dialogues, and follows the gradient of
+
+    loss = lm_weight * L_lm + contrastive_weight * L_con.
+
+A batch too large to go through the model at once is cut into micro-batches, and the contrastive gradient takes the way
+of a cache (GradCache, arXiv 2101.06983): embed all without gradient, take the gradient of each embedding, then read the
+micro-batches once more and carry it on. The result does not depend on the cut.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from cafe.data.loading import Batch
+from cafe.model import read
+from cafe.objectives import info_nce, next_token_loss, retrieval_accuracy
+from cafe.packing import Pack
+from cafe.training.distributed import everyone, gather, world
+from cafe.training.recipe import ObjectiveRecipe
+
+LOWEST_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature
+
+
+@dataclass
+class Losses:
+    """Both losses of a batch over all processes, and what the log tells of them.
+
+    `measured` holds the accuracy of retrieval within the batch and the norm of each loss's own gradient.
+    """
+
+    lm: Float[Tensor, ""]
+    contrastive: Float[Tensor, ""]
+    temperature: Float[Tensor, ""]
+    measured: dict[str, float] = field(default_factory=dict)
+
+
+class JointStep(nn.Module):
+    """A contrastive batch in, both losses out, their gradient left in the parameters.
+
+    Args:
+        lvlm: the model.
+        objective: the weights and the temperature.
+        precision: "bf16" reads in bfloat16; the losses are taken in float32 all the same.
+    """
+
+    def __init__(self, lvlm: PreTrainedModel, objective: ObjectiveRecipe, precision: str = "fp32") -> None:
+        super().__init__()
+        self.lvlm: PreTrainedModel = lvlm
+        self.objective = objective
+        self.bf16 = precision == "bf16"
+        self.log_temperature = nn.Parameter(
+            torch.tensor(math.log(objective.temperature)), requires_grad=objective.learn_temperature
+        )
+        if objective.learn_temperature:  # every process has its whole gradient, and gradients are summed
+            self.log_temperature.register_hook(lambda grad: grad / world())
+
+    def forward(self, batch: Batch, share: float = 1.0, measure: bool = False) -> Losses:
+        """Adds the batch's gradient to the parameters'; to be summed over processes.
+
+        Args:
+            batch: this process's part of the contrastive batch.
+            share: factor on the gradient, to average over several batches.
+            measure: fill in `Losses.measured`.
+        """
+        objective, device = self.objective, self.log_temperature.device
+        cached = len(batch.micro_batches) > 1
+        whole = cached and self.lvlm.training and has_dropout(self.lvlm)  # same rows, so that dropout draws the same
+
+        # 1. Embed all queries, targets and hard negatives. A batch of one micro-batch needs no other forward.
+        reads, drawn = [], []
+        with torch.set_grad_enabled(not cached):
+            for micro_batch in batch.micro_batches:
+                drawn.append(random_state(device))
+                reads.append(self.read(micro_batch.joint if whole else micro_batch.embed))
+        slots = [micro_batch.slots.to(device) for micro_batch in batch.micro_batches]
+        vectors = torch.cat([embedded.detach() for embedded, _ in reads])
+        vectors = torch.empty_like(vectors).index_copy_(0, torch.cat(slots), vectors).requires_grad_()
+
+        # 2. Contrast them over all processes, and take the gradient of each.
+        temperature = self.log_temperature.exp().clamp(min=LOWEST_TEMPERATURE)
+        contrastive, accuracy = self.contrast(vectors, batch, temperature, measure)
+        if contrastive.requires_grad:
+            (share * objective.contrastive_weight * contrastive).backward()
+        pull = torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
+        if objective.compat == "published":
+            pull = pull / world()
+
+        # 3. Carry it on into the model, together with the gradient of the language loss.
+        tokens = everyone(torch.tensor(batch.supervised, device=device)).clamp(min=1)
+        gradients = Gradients([parameter for parameter in self.lvlm.parameters() if parameter.requires_grad], measure)
+        lm = vectors.new_zeros(())
+        for number, micro_batch in enumerate(batch.micro_batches):
+            if cached:
+                with drawing(drawn[number], device):
+                    reads[number] = self.read(micro_batch.joint)
+            embedded, said = reads[number]
+            lm += said.detach() / tokens
+            gradients.follow(
+                contrastive=(embedded * pull[slots[number]]).sum(),
+                lm=share * objective.lm_weight * said / tokens,
+            )
+            reads[number] = (embedded.detach(), said.detach())
+        norms = gradients.finish()
+
+        measured = {"accuracy": accuracy.item(), **norms} if measure else {}
+        return Losses(everyone(lm), contrastive.detach(), temperature.detach(), measured)
+
+    def read(self, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
+        """One pass of the model: the embeddings, not yet normalised, and the language loss summed over tokens."""
+        with torch.autocast(self.log_temperature.device.type, torch.bfloat16, enabled=self.bf16):
+            embedded, before = read(self.lvlm, pack)
+            embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
+            head = self.lvlm.get_output_embeddings()
+            softcap = getattr(self.lvlm.config.get_text_config(), "final_logit_softcapping", None)
+            labels = pack.labels.to(before.device)
+            return embedded, next_token_loss(before, labels, head.weight, head.bias, softcap)
+
+    def contrast(
+        self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Tensor, measure: bool
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+        """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them."""
+        pairs = len(batch.target_ids)
+        queries, targets, negatives = (gather(part) for part in vectors.split([pairs, pairs, batch.negatives]))
+        ids = gather(batch.target_ids.to(vectors.device)) if self.objective.mask_duplicates else None
+        if not len(queries):
+            return vectors.new_zeros(()), vectors.new_zeros(())
+        loss = info_nce(queries, targets, temperature, negatives, ids)
+        accuracy = retrieval_accuracy(queries.detach(), targets.detach(), ids) if measure else loss.detach()
+        return loss, accuracy
+
+
+class Gradients:
+    """Collects the gradients of both losses; keeps them apart where their norms are wanted."""
+
+    def __init__(self, parameters: list[nn.Parameter], apart: bool) -> None:
+        self.parameters, self.apart = parameters, apart
+        self.of: dict[str, list[Tensor]] = {}
+
+    def follow(self, **losses: Tensor) -> None:
+        """Takes the gradients of some losses of the same graph, and lets the graph go."""
+        losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
+        if not self.apart and losses:
+            torch.stack(list(losses.values())).sum().backward()
+            return
+        for name, loss in losses.items():
+            grads = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
+            sums = self.of.setdefault(name, [torch.zeros_like(parameter) for parameter in self.parameters])
+            for total, grad in zip(sums, grads, strict=True):
+                if grad is not None:
+                    total += grad
+
+    def finish(self) -> dict[str, float]:
+        """Adds what was kept apart to the parameters' gradients; returns the norm of each."""
+        norms = {}
+        for name, sums in self.of.items():
+            for parameter, grad in zip(self.parameters, sums, strict=True):
+                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
+            norms[f"grad_norm_{name}"] = math.sqrt(
+                sum(everyone(grad.clone()).float().square().sum().item() for grad in sums)
+            )
+        return norms
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether a forward pass in training draws random numbers."""
+    return any(getattr(module, name, 0.0) for module in model.modules() for name in ("p", "attention_dropout"))
+
+
+def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """What the random numbers drawn next depend on."""
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def drawing(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Draws the numbers that were drawn after a state, and leaves the generators as they are."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield

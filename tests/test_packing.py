@@ -1,0 +1,123 @@
+"""The packer against the definition: who shares a prefix, who sees whom, at which position."""
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cafe.packing import Branch, Packing, lay_out, pack, tree_block_mask, tree_mask, tree_size
+
+IMAGE = 99
+
+
+def branch(ids: list[int], vision: dict[str, torch.Tensor] | None = None, spoken: int = 0) -> Branch:
+    """A branch whose last `spoken` tokens are supervised and whose tokens 99 are a picture's."""
+    tokens = torch.tensor(ids)
+    supervised = torch.arange(len(ids)) >= len(ids) - spoken
+    return Branch(tokens, supervised, tokens == IMAGE, vision or {})
+
+
+def picture() -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.rand(1, 3, 4, 4)}
+
+
+def prefix(first: Branch, second: Branch) -> int:
+    """How many tokens two branches may share, by definition: pictures all or none."""
+    length = 0
+    while length < min(len(first), len(second)) and first.input_ids[length] == second.input_ids[length]:
+        if first.shown[length] and first.vision is not second.vision:
+            break
+        length += 1
+    for one in (first, second):
+        places = one.shown.nonzero()[:, 0].tolist()
+        if places and places[0] < length <= places[-1]:
+            length = places[0]
+    return length
+
+
+words = st.lists(st.integers(0, 2), min_size=1, max_size=8)
+
+
+@st.composite
+def examples(draw: st.DrawFn) -> list[list[Branch]]:
+    """Groups of branches over a small alphabet, some with one of the group's pictures, so that prefixes abound."""
+    groups = []
+    for _ in range(draw(st.integers(1, 5))):
+        pictures = [picture(), picture()]
+        group = []
+        for _ in range(draw(st.integers(1, 4))):
+            before, after = draw(words), draw(words)
+            which = draw(st.integers(0, 2))
+            shown = [IMAGE] * 3 if which else []
+            group.append(branch(before + shown + after, pictures[which - 1] if which else None))
+        groups.append(group)
+    return groups
+
+
+@settings(max_examples=200, deadline=None)
+@given(examples(), st.integers(1, 40), st.booleans())
+def test_every_branch_sees_exactly_itself_at_its_own_positions(groups, columns, share):
+    layout = lay_out(groups, Packing(columns=columns, share=share))
+    sees = tree_mask(layout.end)[:, 0]
+    for one, place in zip([b for group in groups for b in group], layout.places, strict=True):
+        rows, at = place[:, 0], place[:, 1]
+        assert len(set(rows.tolist())) == 1
+        assert torch.equal(layout.input_ids[rows, at], one.input_ids)
+        assert layout.position_ids[0, rows, at].tolist() == list(range(len(one)))
+        for index, (row, column) in enumerate(place.tolist()):
+            assert sees[row, column].nonzero()[:, 0].tolist() == sorted(at[: index + 1].tolist())
+    taken = {tuple(place) for places in layout.places for place in places.tolist()}
+    assert len(taken) == layout.filled.sum()  # nothing is there for nobody
+    assert sees.any(-1).all()  # not even padding sees nothing
+
+
+@settings(max_examples=200, deadline=None)
+@given(examples(), st.integers(1, 40))
+def test_within_a_row_a_prefix_is_there_once_and_rows_keep_their_budget(groups, columns):
+    layout = lay_out(groups, Packing(columns=columns))
+    branches = [b for group in groups for b in group]
+    for i, first in enumerate(layout.places):
+        for j, second in enumerate(layout.places[:i]):
+            if first[0, 0] == second[0, 0]:
+                same = (first[:, None] == second[None, :]).all(-1).sum()
+                assert same == prefix(branches[i], branches[j])
+    largest = max(tree_size(group) for group in groups)
+    assert layout.end.shape[1] <= max(columns, largest)
+
+
+@settings(max_examples=50, deadline=None)
+@given(examples())
+def test_the_block_mask_says_the_same(groups):
+    for columns in (1, 10**6):
+        end = lay_out(groups, Packing(columns=columns)).end
+        rows, length = end.shape
+        block = tree_block_mask(end)
+        where = torch.meshgrid(torch.arange(rows), torch.arange(length), torch.arange(length), indexing="ij")
+        assert torch.equal(block.mask_mod(where[0], torch.tensor(0), where[1], where[2]), tree_mask(end)[:, 0])
+
+
+def test_an_image_is_there_once_with_its_tensors_in_the_order_of_its_tokens():
+    first, second = picture(), picture()
+    queries = [branch([1, IMAGE, IMAGE, 2], first), branch([1, IMAGE, IMAGE, 5], second)]
+    targets = [branch([1, 7, 8]), branch([1, 7, 9])]
+    dialogue = branch([1, IMAGE, IMAGE, 3, 4], first, spoken=2)
+    done = pack([[query, target] for query, target in zip(queries, targets, strict=True)], [[dialogue], []])
+    row = done.inputs["input_ids"][0].tolist()
+    assert sorted(row) == sorted([1, IMAGE, IMAGE, 2, 3, 4, IMAGE, IMAGE, 5, 7, 8, 9])
+    order = [first, second] if row.index(2) < row.index(5) else [second, first]
+    assert torch.equal(done.inputs["pixel_values"], torch.cat([vision["pixel_values"] for vision in order]))
+    assert [row[column] for _, column in done.readouts.tolist()] == [2, 8, 5, 9]
+    assert done.labels.tolist() == [3, 4] and [row[column] for _, column in done.predictors.tolist()] == [IMAGE, 3]
+
+
+def test_texts_of_mixed_lengths_leave_hardly_any_padding():
+    generator = torch.Generator().manual_seed(0)
+    groups = []
+    for _ in range(64):
+        vision = picture()
+        long, short = torch.randint(20, 120, (2,), generator=generator).tolist()
+        said = torch.randint(100, 1000, (120,), generator=generator).tolist()
+        prompt = [1, 2, 3, *[IMAGE] * 196]
+        groups.append([branch([*prompt, 5, 6], vision), branch([1, 2, 3, *said[:short]])])
+        groups[-1].append(branch([*prompt, *said[:long]], vision, spoken=long // 2))
+    done = pack([group[:2] for group in groups], [group[2:] for group in groups], Packing(columns=1024))
+    assert done.filled >= 0.98 * done.inputs["input_ids"].numel()
