@@ -8,15 +8,15 @@ SRC = Path(__file__).parents[1] / "src" / "cafe"
 FLOORS = [
     {"errors"},
     {"content"},
-    {"instructions", "families", "objectives"},
-    {"processing"},
+    {"instructions", "packing", "objectives"},
+    {"families", "processing"},
     {"model"},
     {"data"},
     {"training"},
     {"evaluation"},
     {"cli"},
 ]
-SCENES_MAY_IMPORT = {"errors", "content", "instructions", "processing", "scenes"}
+SCENES_MAY_IMPORT = {"errors", "content", "instructions", "packing", "objectives", "processing", "model", "scenes"}
 
 
 def imported_rooms(file: Path) -> set[str]:

@@ -96,19 +96,22 @@ class Processing:
         self.processor = processor
         self.prompts = prompts
         self.tokenizer = processor.tokenizer
-        self.placeholder: str = getattr(processor, "image_token", None) or "<image>"
+        tokens = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
+        placeholders: list[str] = [*filter(None, tokens), "<image>"]
         if prompts.chat_template == "chatml":
-            self.processor.chat_template = self.tokenizer.chat_template = CHATML.replace("<image>", self.placeholder)
-        special = sorted({*self.tokenizer.all_special_tokens, self.placeholder, *self._added()}, key=len, reverse=True)
-        self._special = re.compile("|".join(re.escape(token) for token in special))
-        shown: list[Message] = [{"role": "user", "content": [{"type": "image"}]}]
-        if not (processor.chat_template and self.placeholder in self._render(shown, False)):
+            self.processor.chat_template = self.tokenizer.chat_template = CHATML.replace("<image>", placeholders[0])
+        picture: list[Message] = [{"role": "user", "content": [{"type": "image"}]}]
+        shown = self._render(picture, False) if processor.chat_template else ""
+        self.placeholder = next((token for token in placeholders if token in shown), "")  # stands for a picture
+        if not self.placeholder:
             name = type(processor).__name__
             raise CafeError(
                 f"This {name} has no chat template that shows pictures: set prompts.chat_template to chatml."
             )
+        special = sorted({*self.tokenizer.all_special_tokens, self.placeholder, *self._added()}, key=len, reverse=True)
+        self._special = re.compile("|".join(re.escape(token) for token in special))
         self._before, self._end = self._assistant_frame()
-        # What stands for a picture's parts is not always the placeholder (Gemma 3, Aya): it is the most frequent mark.
+        # A part of a picture may be another token than the placeholder (Gemma 3, Aya): it is the most frequent mark.
         probe, marks = self._process([Image.new("RGB", (64, 64))]), self.tokenizer.added_tokens_decoder
         [(self.image_token_id, _)] = Counter(t for t in probe["input_ids"][0].tolist() if t in marks).most_common(1)
         self.token_types = next((name for name in TOKEN_TYPES if name in probe and probe[name].any()), None)

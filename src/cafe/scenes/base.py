@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
+from statistics import fmean
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -41,6 +42,7 @@ VOCABULARY = 640
 CROP = SIDE  # pixels; a picture is read twice, as a thumbnail and as one crop: anyres, at tiny size
 PATCH = 16  # pixels
 WIDTH = 160
+CAPTIONS_FIRST = 0.3  # of the steps
 IN_READING_ORDER = 0.75  # of the captions: what to look at first is then no guess
 
 
@@ -167,7 +169,8 @@ def corpus(seed: int, count: int) -> Iterator[str]:
 class Lessons(Dataset[Pack]):
     """Packs of lessons, no scene twice; pack number n is the same for the same seed, whoever makes it.
 
-    A pack holds lessons of one kind, and each picture once, with all that is said about it behind it.
+    A pack holds lessons of one kind, and each picture once, with all that is said about it behind it. The first are
+    captions alone: nothing else says as much about a picture in as few words.
     """
 
     def __init__(self, processing: Processing, seed: int, steps: int, batch: int) -> None:
@@ -176,6 +179,11 @@ class Lessons(Dataset[Pack]):
 
     def __len__(self) -> int:
         return self.steps
+
+    def kind(self, step: int) -> str:
+        """What kind of lessons a pack holds."""
+        shares = (1, 0, 0) if step < CAPTIONS_FIRST * self.steps else (0.42, 0.5, 0.08)
+        return Random(f"kind {self.seed} {step}").choices(("caption", "questions", "paragraph"), shares)[0]
 
     def _encode(self, index: int, kind: str) -> list[Branch]:
         scene = draw_scene(self.seed, "train", index)
@@ -186,8 +194,7 @@ class Lessons(Dataset[Pack]):
         ]
 
     def __getitem__(self, step: int) -> Pack:
-        kind = Random(f"kind {self.seed} {step}").choices(("caption", "questions", "paragraph"), (0.5, 0.42, 0.08))[0]
-        rows = [self._encode(step * self.batch + offset, kind) for offset in range(self.batch)]
+        rows = [self._encode(step * self.batch + offset, self.kind(step)) for offset in range(self.batch)]
         return pack([[]] * len(rows), rows, self.packing)
 
 
@@ -235,8 +242,10 @@ def train_base(
     )
     optimizers = make_optimizers(model, learning_rate)
     schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps)) for optimizer in optimizers]
-    packs = iter(DataLoader(Lessons(processing, seed, steps, batch), batch_size=None, num_workers=workers))
-    history, started = [], time.monotonic()
+    lessons_ahead = Lessons(processing, seed, steps, batch)
+    packs = iter(DataLoader(lessons_ahead, batch_size=None, num_workers=workers))
+    history: dict[str, list[float]] = {}
+    started = time.monotonic()
     progress = tqdm(range(steps), desc="base", unit="step", mininterval=5)
     for step in progress:
         lesson = next(packs)
@@ -248,9 +257,9 @@ def train_base(
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
-        history.append(loss.item())
+        history.setdefault(lessons_ahead.kind(step), []).append(loss.item())
         if step % 25 == 24:
-            progress.set_postfix(loss=f"{sum(history[-25:]) / 25:.4f}")
+            progress.set_postfix({kind: f"{fmean(losses[-10:]):.4f}" for kind, losses in history.items()})
     directory.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(directory)
     processing.save(directory)
@@ -259,7 +268,7 @@ def train_base(
         "steps": steps,
         "batch": batch,
         "learning_rate": learning_rate,
-        "loss": sum(history[-50:]) / 50,
+        "loss": {kind: fmean(losses[-25:]) for kind, losses in history.items()},
     }
     (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
-    report(f"{steps} steps in {time.monotonic() - started:.0f} s, last loss {record['loss']:.4f}: {directory}")
+    report(f"{steps} steps in {time.monotonic() - started:.0f} s, last losses {record['loss']}: {directory}")

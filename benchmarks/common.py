@@ -1,0 +1,174 @@
+"""What the benchmarks share: the model and batch they run on, paired timing, and their tables."""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedModel,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
+
+from cafe.data.loading import UNCUT, Batch, MicroBatch, MicroBatchSize, cut
+from cafe.packing import Branch, Packing, pack
+
+CROP, PATCH, SIDE = 84, 14, 168  # pixels: one thumbnail and four crops of 6 x 6 patches, 192 image tokens with newlines
+GRID = CROP // PATCH
+IMAGE_TOKENS = GRID * GRID + (2 * GRID) * (2 * GRID + 1)
+IMAGE, VOCABULARY = 1, 4096
+SYSTEM, INSTRUCTION, PROMPT, CAPTION = 14, 14, 12, 64  # tokens
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of a benchmark: what it must reach and what it aims at, as the direction says."""
+
+    name: str
+    value: float
+    must: float
+    aim: float
+    at_least: bool = True
+
+
+def tiny_llava() -> PreTrainedModel:
+    """A LLaVA-OneVision of 7M parameters with random weights."""
+    torch.manual_seed(0)
+    config = LlavaOnevisionConfig(
+        vision_config=SiglipVisionConfig(
+            image_size=CROP,
+            patch_size=PATCH,
+            hidden_size=192,
+            intermediate_size=768,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            vision_use_head=False,
+        ),
+        text_config=Qwen2Config(
+            vocab_size=VOCABULARY,
+            hidden_size=256,
+            intermediate_size=768,
+            num_hidden_layers=5,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+        image_token_index=IMAGE,
+        video_token_index=2,
+        image_grid_pinpoints=[[SIDE, SIDE]],
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="full",
+        tie_word_embeddings=True,
+    )
+    model = LlavaOnevisionForConditionalGeneration(config)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The branches of some pairs: an image, its caption, and a dialogue that describes the image."""
+
+    queries: list[Branch]
+    targets: list[Branch]
+    dialogues: list[Branch]
+
+
+def make_pairs(count: int, seed: int = 0, caption: int = CAPTION) -> Sides:
+    """Pairs of random pictures and random words in the frame of the method; captions vary by half in length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def words(length: int) -> Tensor:
+        return torch.randint(3, VOCABULARY, (length,), generator=generator)
+
+    system, instruction, sentence, prompt = words(SYSTEM), words(INSTRUCTION), words(INSTRUCTION), words(PROMPT)
+    sides = Sides([], [], [])
+    for _ in range(count):
+        vision = {
+            "pixel_values": torch.rand(1, 5, 3, CROP, CROP, generator=generator),
+            "image_sizes": torch.tensor([[SIDE, SIDE]]),
+        }
+        said = words(int(torch.randint(caption // 2, caption * 3 // 2, (), generator=generator)))
+        picture = torch.full((IMAGE_TOKENS,), IMAGE)
+        sides.queries.append(branch(torch.cat([system, picture, instruction]), vision))
+        sides.targets.append(branch(torch.cat([system, said, sentence]), {}))
+        sides.dialogues.append(branch(torch.cat([system, picture, prompt, said]), vision, len(said)))
+    return sides
+
+
+def branch(ids: Tensor, vision: dict[str, Tensor], spoken: int = 0) -> Branch:
+    """A branch whose last tokens are supervised."""
+    return Branch(ids, torch.arange(len(ids)) >= len(ids) - spoken, ids == IMAGE, vision)
+
+
+def make_batch(sides: Sides, packing: Packing, size: MicroBatchSize = UNCUT) -> Batch:
+    """The pairs as the joint step reads them."""
+    pairs = len(sides.queries)
+    embedded = [[query, target] for query, target in zip(sides.queries, sides.targets, strict=True)]
+    spoken = [[dialogue] for dialogue in sides.dialogues]
+    cuts = cut(embedded, spoken, size)
+    micro_batches = []
+    for part in cuts:
+        joint = pack(embedded[part], spoken[part], packing)
+        alone = pack(embedded[part], [[]] * len(spoken[part]), packing) if len(cuts) > 1 else joint
+        slots = [slot for pair in range(*part.indices(pairs)) for slot in (pair, pairs + pair)]
+        micro_batches.append(MicroBatch(joint, alone, torch.tensor(slots)))
+    return Batch(
+        micro_batches,
+        target_ids=torch.arange(pairs),
+        negatives=0,
+        supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
+        bad=[],
+        sources=[""] * pairs,
+    )
+
+
+def paired(first: Callable[[], object], second: Callable[[], object], repetitions: int = 5) -> tuple[float, float]:
+    """Seconds of each, interleaved, as (median of the first, median of the ratios second / first)."""
+    first()
+    second()
+    times = [(clock(first), clock(second)) for _ in range(repetitions)]
+    return statistics.median(one for one, _ in times), statistics.median(other / one for one, other in times)
+
+
+def clock(work: Callable[[], object]) -> float:
+    """Seconds that some work takes."""
+    started = time.perf_counter()
+    work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def machine() -> str:
+    """What it ran on."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
+    return f"{device} ({platform.machine()}), {versions}"
+
+
+def show(title: str, rows: list[Row]) -> None:
+    """Prints the table, and writes it where `--json FILE` says; a figure that misses what it must makes it fail."""
+    parser = argparse.ArgumentParser(description=title)
+    parser.add_argument("--json", type=Path)
+    options, _ = parser.parse_known_args()
+    print(f"\n{title}\non {machine()}\n\n| figure | measured | must | aim |\n|---|---|---|---|")
+    missed = False
+    for row in rows:
+        sign = "≥" if row.at_least else "≤"
+        print(f"| {row.name} | {row.value:.3g} | {sign} {row.must:g} | {sign} {row.aim:g} |")
+        missed |= row.value < row.must if row.at_least else row.value > row.must
+    if options.json:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    if missed:
+        sys.exit("A figure misses what it must reach.")
