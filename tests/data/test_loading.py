@@ -34,7 +34,7 @@ def test_a_batch_holds_every_branch(processing, scenes):
     batch = make(processing, scenes / "llava_train.json")[0]
     (micro_batch,) = batch.micro_batches
     assert micro_batch.embed is micro_batch.joint
-    assert micro_batch.joint.inputs["pixel_values"].shape == (8, 5, 3, 32, 32)  # every picture once
+    assert micro_batch.joint.inputs["pixel_values"].shape == (8, 2, 3, 64, 64)  # every picture once
     assert batch.negatives >= 16
     assert sorted(micro_batch.slots.tolist()) == list(range(16 + batch.negatives))
     assert batch.supervised == len(micro_batch.joint.labels) > 0
@@ -45,7 +45,7 @@ def test_a_batch_holds_every_branch(processing, scenes):
 
 def test_micro_batches_keep_to_their_size_and_hold_all(processing, scenes):
     whole = make(processing, scenes / "llava_train.json")[0]
-    for size in (MicroBatchSize(tokens=700), MicroBatchSize(crops=11), MicroBatchSize(tokens=1)):
+    for size in (MicroBatchSize(tokens=700), MicroBatchSize(crops=5), MicroBatchSize(tokens=1)):
         batch = make(processing, scenes / "llava_train.json", size=size)[0]
         assert sum(len(part.slots) for part in batch.micro_batches) == len(whole.micro_batches[0].slots)
         assert batch.supervised == whole.supervised
@@ -57,7 +57,7 @@ def test_micro_batches_keep_to_their_size_and_hold_all(processing, scenes):
             assert all(part.joint.filled <= size.tokens for part in batch.micro_batches)
             assert all(len(part.embed.labels) == 0 for part in batch.micro_batches)
         else:
-            assert all(len(part) * 5 <= size.crops for part in pictures)
+            assert all(len(part) * 2 <= size.crops for part in pictures)
 
 
 def test_two_ranks_share_a_global_batch(processing, scenes):

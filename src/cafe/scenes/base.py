@@ -34,15 +34,24 @@ from cafe.objectives import next_token_loss
 from cafe.packing import Branch, Pack, Packing, pack
 from cafe.processing import Processing, without_video
 from cafe.scenes.draw import SIDE, paint
-from cafe.scenes.words import CAPTION_PROMPT, PARAGRAPH_PROMPT, caption, captions, paragraph, questions
-from cafe.scenes.world import PLACES, Scene, draw_scene
+from cafe.scenes.words import (
+    CAPTION_PROMPT,
+    PARAGRAPH_PROMPT,
+    caption,
+    caption_by_place,
+    captions,
+    in_reading_order,
+    paragraph,
+    questions,
+)
+from cafe.scenes.world import Scene, draw_scene
 
 BASE = Path(__file__).parent / "base"  # where the trained model ships
 VOCABULARY = 640
 CROP = SIDE  # pixels; a picture is read twice, as a thumbnail and as one crop: anyres, at tiny size
 PATCH = 16  # pixels
 WIDTH = 160
-CAPTIONS_FIRST = 0.3  # of the steps
+ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.03, 0.35  # of the steps: the easy lessons come first
 IN_READING_ORDER = 0.75  # of the captions: what to look at first is then no guess
 
 
@@ -129,18 +138,15 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
 
 
 def lessons(scene: Scene, kind: str, rng: Random) -> list[Dialogue]:
-    """Dialogues about a scene: a caption, a paragraph, or one question of every kind.
+    """Dialogues about a scene: a caption (of any form, or by place), a paragraph, or one question of every kind.
 
     Each is a dialogue of its own, so that no answer can be copied from what was said before.
     """
-    picture = paint(scene)
-    if kind == "caption":
-        in_order = tuple(sorted(scene.things, key=lambda thing: PLACES.index(thing.place)))
-        told = (
-            captions(in_order)[:: math.factorial(len(in_order))]
-            if rng.random() < IN_READING_ORDER
-            else captions(in_order)
-        )
+    picture, things = paint(scene), in_reading_order(scene.things)
+    if kind == "by place":
+        spoken = [(CAPTION_PROMPT, caption_by_place(things))]
+    elif kind == "caption":
+        told = captions(scene.things) if rng.random() > IN_READING_ORDER else captions(things, orders=1)
         spoken = [(CAPTION_PROMPT, rng.choice(told))]
     elif kind == "paragraph":
         spoken = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
@@ -170,7 +176,7 @@ class Lessons(Dataset[Pack]):
     """Packs of lessons, no scene twice; pack number n is the same for the same seed, whoever makes it.
 
     A pack holds lessons of one kind, and each picture once, with all that is said about it behind it. The first are
-    captions alone: nothing else says as much about a picture in as few words.
+    captions that name each place before what stands there: what to look at is told, only how to look is to be learned.
     """
 
     def __init__(self, processing: Processing, seed: int, steps: int, batch: int) -> None:
@@ -182,11 +188,13 @@ class Lessons(Dataset[Pack]):
 
     def kind(self, step: int) -> str:
         """What kind of lessons a pack holds."""
-        shares = (1, 0, 0) if step < CAPTIONS_FIRST * self.steps else (0.42, 0.5, 0.08)
-        return Random(f"kind {self.seed} {step}").choices(("caption", "questions", "paragraph"), shares)[0]
+        if step < BY_PLACE_UNTIL * self.steps:
+            return "by place"
+        kinds, shares = ("caption", "questions", "paragraph"), (0.42, 0.5, 0.08)
+        return Random(f"kind {self.seed} {step}").choices(kinds, shares)[0]
 
-    def _encode(self, index: int, kind: str) -> list[Branch]:
-        scene = draw_scene(self.seed, "train", index)
+    def _encode(self, index: int, kind: str, max_things: int) -> list[Branch]:
+        scene = draw_scene(self.seed, "train", index, max_things)
         pictures = self.processing.pictures([paint(scene)])
         return [
             self.processing.encode_dialogue(dialogue_messages(dialogue, self.processing.prompts), pictures)
@@ -194,7 +202,9 @@ class Lessons(Dataset[Pack]):
         ]
 
     def __getitem__(self, step: int) -> Pack:
-        rows = [self._encode(step * self.batch + offset, self.kind(step)) for offset in range(self.batch)]
+        max_things = 1 if step < ONE_THING_UNTIL * self.steps else 3
+        first = step * self.batch
+        rows = [self._encode(index, self.kind(step), max_things) for index in range(first, first + self.batch)]
         return pack([[]] * len(rows), rows, self.packing)
 
 
@@ -202,7 +212,7 @@ def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.
     """Muon for the matrices inside the layers, AdamW for the rest.
 
     Muon learns to look at the picture in a fraction of AdamW's steps. Its updates are scaled to the size of AdamW's
-    (arXiv 2502.16982), and it bears larger ones.
+    (arXiv 2502.16982).
     """
     inner = {
         name
@@ -212,7 +222,7 @@ def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.
     matrices = [p for name, p in model.named_parameters() if name in inner]
     others = [p for name, p in model.named_parameters() if name not in inner]
     return [
-        torch.optim.Muon(matrices, lr=5 * learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(matrices, lr=2 * learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 
@@ -227,7 +237,7 @@ def train_base(
     seed: int = 0,
     steps: int = 2000,
     batch: int = 32,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 1e-3,
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> None:

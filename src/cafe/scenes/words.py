@@ -4,7 +4,7 @@ Everything follows from the `Scene` alone, so a program can check any sentence a
 """
 
 from dataclasses import dataclass, replace
-from itertools import pairwise, permutations
+from itertools import islice, pairwise, permutations
 from random import Random
 
 from cafe.scenes.world import COLORS, KINDS, PLACES, SIZES, Scene, Thing
@@ -46,7 +46,8 @@ def _template_at(things: tuple[Thing, ...]) -> str:
     return _join([f"{_full(thing)} at the {thing.place}" for thing in things]) + "."
 
 
-def _template_place_first(things: tuple[Thing, ...]) -> str:
+def caption_by_place(things: tuple[Thing, ...]) -> str:
+    """The caption that names each place before what stands there."""
     return ", ".join(f"{thing.place}: {_full(thing)}" for thing in things) + "."
 
 
@@ -54,12 +55,17 @@ def _template_there_is(things: tuple[Thing, ...]) -> str:
     return "there is " + _join([f"{_full(thing)} in the {thing.place}" for thing in things]) + "."
 
 
-_CAPTION_TEMPLATES = (_template_at, _template_place_first, _template_there_is)
+_CAPTION_TEMPLATES = (_template_at, caption_by_place, _template_there_is)
 
 
-def captions(things: tuple[Thing, ...]) -> list[str]:
-    """Every true short caption: each template with the things in each order."""
-    return [template(order) for template in _CAPTION_TEMPLATES for order in permutations(things)]
+def in_reading_order(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
+    """The things row by row, from the left."""
+    return tuple(sorted(things, key=lambda thing: PLACES.index(thing.place)))
+
+
+def captions(things: tuple[Thing, ...], orders: int | None = None) -> list[str]:
+    """Every true short caption: each template with the things in each order, or in the first `orders` of them."""
+    return [template(order) for template in _CAPTION_TEMPLATES for order in islice(permutations(things), orders)]
 
 
 def caption(things: tuple[Thing, ...], rng: Random) -> str:
