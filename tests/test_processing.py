@@ -25,7 +25,9 @@ def decode(processing, encoded):
 def test_an_images_embedding_prompt_is_the_published_one(processing):
     messages = embedding_messages(Content.of(PICTURE), processing.prompts)
     encoded = processing.encode_embedding(messages, processing.pictures([PICTURE]))
-    image = "<image>" * (16 + 16 + 4)  # a thumbnail of 4 x 4 tokens, a crop of as many, a newline after each of its rows
+    image = "<image>" * (
+        16 + 16 + 4
+    )  # a thumbnail of 4 x 4 tokens, a crop of as many, a newline after each of its rows
     instruction = "\nCompress this image in one word:"
     assert decode(processing, encoded) == (
         f"{SYSTEM}<|im_start|>user\n{image}{instruction}<|im_end|>\n<|im_start|>assistant\n<|im_end|>"

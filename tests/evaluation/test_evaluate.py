@@ -231,3 +231,28 @@ def test_a_real_model_is_measured_and_written(random_base, scenes, tmp_path):
 def test_a_folder_without_evaluation_files_is_one_sentence(tmp_path):
     with pytest.raises(CafeError, match="no evaluation file"):
         evaluate(Collapsed(), tmp_path)
+
+
+def test_pictures_are_found_in_the_folder_or_in_its_images(data):
+    rows = json.loads((data / "dataset_tiny.json").read_text())
+    for row in rows["images"]:
+        row.pop("filepath", None)  # the picture's bare name, as COCO's Karpathy file and POPE's have it
+    (data / "dataset_tiny.json").write_text(json.dumps(rows))
+    for split in ("random", "popular", "adversarial"):
+        (path,) = (data / "pope").glob(f"*_{split}.json")
+        path.write_text(path.read_text().replace("images/", ""))
+    results = evaluate(ColorModel(), data).results
+    assert results["retrieval/image_to_text/R@1"] == results["pope/random/accuracy"] == 100
+
+
+@pytest.mark.parametrize(("file", "other"), [("dataset_tiny.json", "dataset_other.json"), ("pope", "pope")])
+def test_two_files_that_measure_the_same_are_refused_by_name(data, file, other):
+    if file == "pope":
+        (first,) = (data / "pope").glob("*_random.json")
+        second = first.with_name("other_random.json")
+    else:
+        first, second = data / file, data / other
+    second.write_text(first.read_text())
+    with pytest.raises(CafeError, match="measure the same") as error:
+        evaluate(ColorModel(), data)
+    assert first.name in str(error.value) and second.name in str(error.value)

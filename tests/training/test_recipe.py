@@ -1,20 +1,105 @@
 """Recipes: every shipped one builds; a mistake is one sentence that names the key and the nearest right one."""
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
 
 from cafe.errors import CafeError
+from cafe.training.loop import resolve_base
+from cafe.training.optimizer import describe
 from cafe.training.recipe import read_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SCENES = Path(__file__).parents[2] / "recipes" / "scenes.yaml"
 
 
+@dataclass(frozen=True)
+class Geometry:
+    """The published sizes of a base model; `total` in billions, as the Hub states it."""
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    total: float
+    vision: int = 1152
+    vision_layers: int = 26
+    vision_intermediate: int = 4304
+    patch: int = 14
+    side: int = 384
+
+
+HUB = {
+    "llava-hf/llava-onevision-qwen2-0.5b-si-hf": Geometry(896, 24, 14, 2, 4864, 152000, True, 0.9),
+    "llava-hf/llava-onevision-qwen2-7b-si-hf": Geometry(3584, 28, 28, 4, 18944, 152128, False, 8.0),
+}
+
+
+def hub_model(geometry: Geometry) -> LlavaOnevisionForConditionalGeneration:
+    """The model without its weights."""
+    vision = SiglipVisionConfig(
+        hidden_size=geometry.vision,
+        intermediate_size=geometry.vision_intermediate,
+        num_hidden_layers=geometry.vision_layers,
+        num_attention_heads=16,
+        image_size=geometry.side,
+        patch_size=geometry.patch,
+        vision_use_head=False,
+    )
+    text = Qwen2Config(
+        hidden_size=geometry.hidden,
+        intermediate_size=geometry.intermediate,
+        num_hidden_layers=geometry.layers,
+        num_attention_heads=geometry.heads,
+        num_key_value_heads=geometry.kv_heads,
+        vocab_size=geometry.vocabulary,
+        tie_word_embeddings=geometry.tied,
+    )
+    config = LlavaOnevisionConfig(vision_config=vision, text_config=text, tie_word_embeddings=geometry.tied)
+    with torch.device("meta"):
+        return LlavaOnevisionForConditionalGeneration(config)
+
+
+def parameters(of: Geometry) -> dict[str, int]:
+    """Parameters by part, counted from the sizes."""
+    d, m, h = of.vision, of.vision_intermediate, of.hidden
+    norm, kv = 2 * d, of.hidden // of.heads * of.kv_heads
+    patches = (of.side // of.patch) ** 2
+    block = 4 * (d * d + d) + 2 * d * m + d + m + 2 * norm
+    layer = 2 * h * h + h + 2 * (h * kv + kv) + 3 * h * of.intermediate + 2 * h
+    return {
+        "vision tower": 3 * of.patch**2 * d + d + patches * d + of.vision_layers * block + norm,
+        "projector": d * h + h + h * h + h + h,
+        "language model": of.vocabulary * h * (1 if of.tied else 2) + of.layers * layer + h,
+    }
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_builds(path):
+def test_every_recipe_builds_and_reports_what_it_would_train(path):
     recipe = read_recipe(path)
-    assert recipe.data.sources and recipe.model.base
+    assert recipe.data.sources
+    if recipe.model.base not in HUB:
+        model = LlavaOnevisionForConditionalGeneration.from_pretrained(resolve_base(recipe.model.base))
+        assert sum(parameter.numel() for parameter in model.parameters()) <= 3e6
+        assert describe(model).startswith("Training vision tower")
+        return
+    geometry = HUB[recipe.model.base]
+    counts = parameters(geometry)
+    said = describe(hub_model(geometry))
+    found = {
+        part: float(count) for part, count in re.findall(r"([a-z ]+[a-z]) ([0-9.]+)M", said.removeprefix("Training "))
+    }
+    assert {part.strip(): count for part, count in found.items()} == {
+        part: pytest.approx(count / 1e6, abs=0.01) for part, count in counts.items()
+    }
+    assert sum(counts.values()) / 1e9 == pytest.approx(geometry.total, abs=0.05)
 
 
 @pytest.mark.parametrize("size", ["0.5b", "7b"])

@@ -31,6 +31,7 @@ def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> tor
     return torch.optim.AdamW(
         [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
         betas=(recipe.beta1, recipe.beta2),
+        eps=recipe.epsilon,
     )
 
 

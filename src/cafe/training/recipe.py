@@ -97,6 +97,7 @@ class OptimizerRecipe:
     weight_decay: float = 0.0
     beta1: float = 0.9
     beta2: float = 0.999
+    epsilon: float = 1e-8
     warm_up: float = 0.03
     clip: float = 1.0
     accumulate: int = 1
