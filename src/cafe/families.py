@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from jaxtyping import Int64
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cafe.errors import CafeError
@@ -63,6 +63,13 @@ def part_of(parameter: str, model_type: str) -> PartName:
     if any(piece in parameter for piece in family.projector):
         return "projector"
     return "vision_tower" if any(piece in parameter for piece in family.vision_tower) else "language_model"
+
+
+def vision_tower_of(lvlm: PreTrainedModel) -> nn.Module | None:
+    """A model's vision tower, found by its family's name for it."""
+    pieces = FAMILIES.get(lvlm.config.model_type, _UNKNOWN).vision_tower
+    found = (module for name, module in lvlm.named_modules() if f"{name}.".endswith(pieces))
+    return next(found, None)
 
 
 def may_share(lvlm: PreTrainedModel) -> bool | None:

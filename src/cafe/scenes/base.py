@@ -51,7 +51,7 @@ VOCABULARY = 640
 CROP = SIDE  # pixels; a picture is read twice, as a thumbnail and as one crop: anyres, at tiny size
 PATCH = 16  # pixels
 WIDTH = 160
-ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.03, 0.35  # of the steps: the easy lessons come first
+ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.02, 0.27  # of the steps: the easy lessons come first
 IN_READING_ORDER = 0.75  # of the captions: what to look at first is then no guess
 
 
@@ -190,7 +190,7 @@ class Lessons(Dataset[Pack]):
         """What kind of lessons a pack holds."""
         if step < BY_PLACE_UNTIL * self.steps:
             return "by place"
-        kinds, shares = ("caption", "questions", "paragraph"), (0.42, 0.5, 0.08)
+        kinds, shares = ("caption", "questions", "paragraph"), (0.3, 0.65, 0.05)
         return Random(f"kind {self.seed} {step}").choices(kinds, shares)[0]
 
     def _encode(self, index: int, kind: str, max_things: int) -> list[Branch]:
@@ -235,7 +235,7 @@ def _schedule(steps: int) -> Callable[[int], float]:
 def train_base(
     directory: Path,
     seed: int = 0,
-    steps: int = 2000,
+    steps: int = 2700,
     batch: int = 32,
     learning_rate: float = 1e-3,
     workers: int = 1,

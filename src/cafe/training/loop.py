@@ -13,12 +13,14 @@ from tqdm import tqdm
 from cafe.data.formats import open_source
 from cafe.data.loading import Batches, Quarantine, load
 from cafe.errors import CafeError
+from cafe.families import vision_tower_of
 from cafe.model import Cafe
 from cafe.training.distributed import sum_gradients
 from cafe.training.log import Log
-from cafe.training.optimizer import cosine, describe, make_optimizer
+from cafe.training.optimizer import cosine, describe, freeze, make_optimizer
 from cafe.training.recipe import Recipe, recipe_dict
 from cafe.training.step import JointStep
+from cafe.training.vision import VisionCache
 
 
 def train(
@@ -71,7 +73,12 @@ def train(
     quarantine = Quarantine(output / "quarantine.jsonl", recipe.data.max_bad_share)
 
     # The model and its optimiser.
-    joint = JointStep(model.lvlm.train(), objective, recipe.model.precision).to(accelerator.device)
+    freeze(model.lvlm, recipe.model.frozen)
+    tower = vision_tower_of(model.lvlm)
+    vision = None
+    if tower is not None and "vision_tower" in recipe.model.frozen:
+        vision = VisionCache(tower, Path(recipe.model.vision_cache) if recipe.model.vision_cache else None)
+    joint = JointStep(model.lvlm.train(), objective, recipe.model.precision, vision).to(accelerator.device)
     trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, recipe.optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps, recipe.optimizer.warm_up))

@@ -1,14 +1,20 @@
 """AdamW with a learning rate for each part of the model, and its schedule."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from cafe.families import part_of
+from cafe.families import PartName, part_of
 from cafe.training.recipe import OptimizerRecipe
+
+
+def freeze(lvlm: PreTrainedModel, parts: Sequence[PartName]) -> None:
+    """Leaves some parts of a model untrained."""
+    for name, parameter in lvlm.named_parameters():
+        parameter.requires_grad_(part_of(name, lvlm.config.model_type) not in parts)
 
 
 def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ import yaml
 from cafe.data.formats import Source
 from cafe.data.loading import MicroBatchSize
 from cafe.errors import CafeError
+from cafe.families import PartName
 from cafe.instructions import Prompts
 
 
@@ -29,6 +30,8 @@ class ModelRecipe:
         max_tokens: the longest sequence.
         gradient_checkpointing: compute activations again in the backward pass, to save memory; an alternative to
             small micro-batches.
+        frozen: parts that are not trained.
+        vision_cache: a directory that keeps what a frozen vision tower makes of each picture; empty for none.
         share_prefixes: read what branches have in common once, where the family can.
         row_tokens: the tokens wanted in a row of trees; null for as many as the model is wide.
     """
@@ -38,6 +41,8 @@ class ModelRecipe:
     attention: str = "sdpa"
     max_tokens: int = 32768
     gradient_checkpointing: bool = False
+    frozen: tuple[PartName, ...] = ()
+    vision_cache: str = ""
     share_prefixes: bool = True
     row_tokens: int | None = None
 

@@ -11,7 +11,7 @@ micro-batches once more and carry it on. The result does not depend on the cut.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +25,7 @@ from cafe.objectives import info_nce, next_token_loss, retrieval_accuracy
 from cafe.packing import Pack
 from cafe.training.distributed import everyone, gather, world
 from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.vision import VisionCache
 
 LOWEST_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature
 
@@ -49,13 +50,21 @@ class JointStep(nn.Module):
         lvlm: the model.
         objective: the weights and the temperature.
         precision: "bf16" reads in bfloat16; the losses are taken in float32 all the same.
+        vision: what a frozen vision tower made of pictures before.
     """
 
-    def __init__(self, lvlm: PreTrainedModel, objective: ObjectiveRecipe, precision: str = "fp32") -> None:
+    def __init__(
+        self,
+        lvlm: PreTrainedModel,
+        objective: ObjectiveRecipe,
+        precision: str = "fp32",
+        vision: VisionCache | None = None,
+    ) -> None:
         super().__init__()
         self.lvlm: PreTrainedModel = lvlm
         self.objective = objective
         self.bf16 = precision == "bf16"
+        self.vision = vision
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(objective.temperature)), requires_grad=objective.learn_temperature
         )
@@ -70,6 +79,10 @@ class JointStep(nn.Module):
             share: factor on the gradient, to average over several batches.
             measure: fill in `Losses.measured`.
         """
+        with self.vision.step() if self.vision else nullcontext():
+            return self._follow(batch, share, measure)
+
+    def _follow(self, batch: Batch, share: float, measure: bool) -> Losses:
         objective, device = self.objective, self.log_temperature.device
         cached = len(batch.micro_batches) > 1
         whole = cached and self.lvlm.training and has_dropout(self.lvlm)  # same rows, so that dropout draws the same

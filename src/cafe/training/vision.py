@@ -1,0 +1,104 @@
+"""A frozen vision tower reads each crop once a step; once for ever where a directory keeps what it made of it.
+
+A crop is known by a hash of its pixels as the tower gets them, so preprocessing is part of the key; so are the tower's
+weights, in a directory. This is for towers that read crops one by one, as rows of (crops, channels, height, width);
+towers of another kind (Qwen's, which read patches of several pictures) read as ever.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map, tree_map_only
+
+
+class VisionCache:
+    """What a frozen tower made of each crop.
+
+    Args:
+        tower: the tower.
+        directory: where to keep it for later steps and runs; None for one step only.
+    """
+
+    def __init__(self, tower: nn.Module, directory: Path | None = None) -> None:
+        self.tower = tower
+        self.directory = directory / weights_digest(tower) if directory else None
+        self.kept: dict[int, Any] = {}
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Within it, the tower reads no crop twice."""
+        read = self.tower.forward
+        self.tower.forward = lambda *rows, **named: self._forward(read, rows, named)
+        try:
+            yield
+        finally:
+            self.tower.forward = read
+            self.kept.clear()
+
+    @torch.no_grad()
+    def _forward(self, read: Callable[..., Any], rows: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        crops: Tensor = named["pixel_values"] if "pixel_values" in named else rows[0]
+        if crops.ndim != 4:
+            return read(*rows, **named)
+        keys = fingerprints(crops).tolist()
+        unread = {
+            key: row for row, key in enumerate(keys) if key not in self.kept and not self._load(key, crops.device)
+        }
+        if unread:
+            chosen = torch.tensor(list(unread.values()), device=crops.device)
+
+            def choose(value: Any) -> Any:
+                return value[chosen] if isinstance(value, Tensor) and len(value) == len(crops) else value
+
+            made = read(*map(choose, rows), **{name: choose(value) for name, value in named.items()})
+            for row, key in enumerate(unread):
+                self.kept[key] = _row(made, row)
+                self._save(key)
+        again = [self.kept[key] for key in keys]
+        return tree_map(lambda *leaves: None if leaves[0] is None else torch.stack(leaves), *again)
+
+    def _load(self, key: int, device: torch.device) -> bool:
+        file = self._file(key)
+        if file and file.is_file():
+            self.kept[key] = torch.load(file, map_location=device, weights_only=False)
+            return True
+        return False
+
+    def _save(self, key: int) -> None:
+        file = self._file(key)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_suffix(".partial")
+            torch.save(tree_map_only(Tensor, Tensor.clone, self.kept[key]), partial)
+            partial.replace(file)
+
+    def _file(self, key: int) -> Path | None:
+        return self.directory / f"{key % 2**64:016x}.pt" if self.directory else None
+
+
+def _row(made: Any, row: int) -> Any:
+    """One crop's part of what the tower made of several."""
+    return tree_map_only(Tensor, lambda leaf: leaf[row], made)
+
+
+def fingerprints(crops: Float[Tensor, "crops *shape"]) -> Int64[Tensor, "crops"]:
+    """A hash of each crop's bits: a sum of products with fixed random numbers, exact in whatever order it is taken."""
+    bits = crops.flatten(1).contiguous().view(torch.int16)
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(crops.device)
+    return (bits.long() * factors).sum(1)
+
+
+def weights_digest(module: nn.Module) -> str:
+    """A name for a module's weights."""
+    digest = hashlib.blake2b(digest_size=12)
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,87 @@
+"""A frozen tower reads each crop once a step, or never again with a directory, and nothing else changes."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cafe.data.formats import Source, open_source
+from cafe.data.loading import Batch, Batches, MicroBatchSize
+from cafe.families import vision_tower_of
+from cafe.instructions import Prompts
+from cafe.model import Cafe
+from cafe.packing import Packing
+from cafe.training.optimizer import freeze
+from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.step import JointStep
+from cafe.training.vision import VisionCache, fingerprints
+
+PAIRS = 6
+CROPS = 2  # a picture's thumbnail and its crop, which hold the same pixels here: a cache reads one
+
+
+@pytest.fixture
+def model(random_base) -> Cafe:
+    model = Cafe.load(random_base, Prompts(), torch.float32)
+    freeze(model.lvlm, ["vision_tower"])
+    return model
+
+
+@pytest.fixture
+def batch(model, scenes) -> Batch:
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    size = MicroBatchSize(tokens=700)
+    batch = Batches([source], model.processing, PAIRS, 0, packing=Packing(columns=160), size=size)[0]
+    assert len(batch.micro_batches) > 1
+    return batch
+
+
+class Counted:
+    """Counts the crops that a tower is given."""
+
+    def __init__(self, tower: torch.nn.Module) -> None:
+        self.crops, self.read = 0, tower.forward
+        tower.forward = self
+
+    def __call__(self, crops: Tensor, **named: object) -> object:
+        self.crops += len(crops)
+        return self.read(crops, **named)
+
+
+def follow(model: Cafe, batch: Batch, vision: VisionCache | None) -> tuple[float, Tensor]:
+    model.lvlm.zero_grad()
+    losses = JointStep(model.lvlm, ObjectiveRecipe(), vision=vision)(batch)
+    grads = [p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None]
+    return losses.lm.item() + losses.contrastive.item(), torch.cat(grads)
+
+
+def test_a_picture_is_encoded_twice_trained_once_frozen_and_never_from_disk(model, batch, tmp_path):
+    tower = vision_tower_of(model.lvlm)
+    counted = Counted(tower)
+    loss, gradient = follow(model, batch, None)
+    assert counted.crops == 2 * PAIRS * CROPS
+    for cache, times in ((None, 1), (tmp_path, 1), (tmp_path, 0)):
+        counted.crops = 0
+        again, same = follow(model, batch, VisionCache(tower, cache))
+        assert counted.crops == times * PAIRS
+        assert again == pytest.approx(loss, rel=1e-5)
+        assert (same - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_other_weights_do_not_find_the_old_features(model, batch, tmp_path):
+    tower = vision_tower_of(model.lvlm)
+    follow(model, batch, VisionCache(tower, tmp_path))
+    with torch.no_grad():
+        next(tower.parameters()).add_(1)
+    counted = Counted(tower)
+    follow(model, batch, VisionCache(tower, tmp_path))
+    assert counted.crops == PAIRS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_fingerprint_is_a_crops_own_whatever_stands_beside_it(dtype):
+    crops = torch.randn(5, 3, 8, 8).to(dtype)
+    keys = fingerprints(crops)
+    assert len(set(keys.tolist())) == 5
+    assert torch.equal(fingerprints(crops[[3, 1]]), keys[[3, 1]])
+    crops[0, 0, 0, 0] += 1
+    assert fingerprints(crops)[0] != keys[0]
