@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv quickstart test browser clean
+.PHONY: venv quickstart test bench docs browser clean
 
 venv: .venv/installed
 
@@ -14,6 +14,14 @@ test: .venv/installed-dev browser
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/one_pass.py
+	$(BIN)/python benchmarks/info_nce.py
+
+docs: .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 # The test of the web page needs chromium.
 browser:

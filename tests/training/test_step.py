@@ -7,12 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches, MicroBatchSize, encode
 from cafe.instructions import Prompts
 from cafe.model import Cafe
-from cafe.packing import Branch, Packing
+from cafe.packing import Branch, Pack, Packing
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
 
@@ -83,3 +84,64 @@ def test_the_gradient_is_the_plain_one_however_the_batch_is_cut(model, scenes, w
     assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
     found = gradient(model.lvlm)
     assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_dropout_draws_the_same_numbers_when_a_micro_batch_is_read_again(model, scenes):
+    for layer in model.lvlm.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.3
+    model.lvlm.train()
+    batch = batches(model, scenes, **WAYS["cached"])[0]
+    step = JointStep(model.lvlm, ObjectiveRecipe()).double()
+    seen: list[torch.Tensor] = []
+    read = step.read
+
+    def watched(pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+        embedded, said = read(pack)
+        seen.append(embedded.detach())
+        return embedded, said
+
+    step.read = watched
+    step(batch)
+    first, again = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert len(first) == len(batch.micro_batches)
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+    state = torch.get_rng_state()
+    step(batch)
+    assert not torch.equal(seen[-1], again[-1]) and not torch.equal(state, torch.get_rng_state())
+
+
+def test_the_published_scale_is_one_over_the_processes(model, scenes, monkeypatch):
+    batch = batches(model, scenes, packing=Packing(columns=200))[0]
+    grads = {}
+    for compat in ("exact", "published"):
+        model.lvlm.zero_grad()
+        with monkeypatch.context() as patch:
+            patch.setattr("cafe.training.step.world", lambda: 4)
+            JointStep(model.lvlm, ObjectiveRecipe(lm_weight=0.0, compat=compat)).double()(batch)
+        grads[compat] = gradient(model.lvlm)
+    torch.testing.assert_close(grads["published"], grads["exact"] / 4)
+
+
+def test_the_flops_of_a_step_are_those_of_the_formula(model, scenes):
+    """Tower once a picture, layers once a token that is not shared, head on predicting tokens; thrice for backward."""
+    batch = batches(model, scenes, packing=Packing(columns=160))[0]
+    joint = batch.micro_batches[0].joint
+    lvlm = model.lvlm.float()
+    with FlopCounterMode(display=False) as counter:
+        JointStep(lvlm, ObjectiveRecipe())(batch)
+    text, vision = lvlm.config.text_config, lvlm.config.vision_config
+    d, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    layer = 2 * (2 * d * d + 2 * d * kv + 3 * d * text.intermediate_size)
+    rows, columns = joint.inputs["input_ids"].shape
+    attention = 4 * rows * columns**2 * d
+    v, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
+    crops = joint.inputs["pixel_values"].shape[:2].numel()
+    seen = crops * patches
+    tower = vision.num_hidden_layers * (
+        2 * seen * (4 * v * v + 2 * v * vision.intermediate_size) + 4 * seen * patches * v
+    )
+    stem = 2 * seen * 3 * vision.patch_size**2 * v
+    projector = 2 * seen * (v * d + d * d)
+    head = 2 * len(joint.labels) * d * text.vocab_size
+    formula = 3 * (text.num_hidden_layers * (joint.filled * layer + attention) + tower + projector + head) + 2 * stem
+    assert counter.get_total_flops() <= 1.05 * formula

@@ -11,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from cafe.data.formats import open_source
-from cafe.data.loading import Batches, Quarantine, load
+from cafe.data.loading import UNCUT, Batches, Quarantine, load
 from cafe.errors import CafeError
 from cafe.families import vision_tower_of
 from cafe.model import Cafe
@@ -44,6 +44,8 @@ def train(
     model = Cafe.load(base, recipe.prompts, torch.float32, accelerator.device, recipe.model.attention)
     if recipe.model.gradient_checkpointing:
         model.lvlm.gradient_checkpointing_enable()
+        if recipe.micro_batch != UNCUT:
+            report("Gradient checkpointing and micro-batches both save memory by another forward: one of them will do.")
     output = Path(recipe.output)
     output.mkdir(parents=True, exist_ok=True)
 
