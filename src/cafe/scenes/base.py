@@ -39,7 +39,6 @@ from cafe.scenes.words import (
     PARAGRAPH_PROMPT,
     caption,
     caption_by_place,
-    captions,
     in_reading_order,
     paragraph,
     questions,
@@ -51,8 +50,7 @@ VOCABULARY = 640
 CROP = SIDE  # pixels; a picture is read twice, as a thumbnail and as one crop: anyres, at tiny size
 PATCH = 16  # pixels
 WIDTH = 160
-ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.02, 0.27  # of the steps: the easy lessons come first
-IN_READING_ORDER = 0.75  # of the captions: what to look at first is then no guess
+ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.015, 0.2  # of the steps: the easy lessons come first
 
 
 def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
@@ -138,20 +136,24 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
 
 
 def lessons(scene: Scene, kind: str, rng: Random) -> list[Dialogue]:
-    """Dialogues about a scene: a caption (of any form, or by place), a paragraph, or one question of every kind.
+    """Dialogues about a scene: a caption (of any form, or by place), a paragraph, or up to six questions.
 
     Each is a dialogue of its own, so that no answer can be copied from what was said before.
     """
-    picture, things = paint(scene), in_reading_order(scene.things)
+    picture = paint(scene)
     if kind == "by place":
-        spoken = [(CAPTION_PROMPT, caption_by_place(things))]
+        spoken = [(CAPTION_PROMPT, caption_by_place(in_reading_order(scene.things)))]
     elif kind == "caption":
-        told = captions(scene.things) if rng.random() > IN_READING_ORDER else captions(things, orders=1)
-        spoken = [(CAPTION_PROMPT, rng.choice(told))]
+        spoken = [(CAPTION_PROMPT, caption(scene.things, rng))]
     elif kind == "paragraph":
         spoken = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
     else:
-        spoken = [(question.text, question.answer) for question in questions(scene, rng)]
+        # Where something is and whether it is there are the slowest to learn: those are asked twice.
+        first, second = questions(scene, rng), questions(scene, rng)
+        hard = [question for question in (*first, *second) if question.kind in ("presence", "place")]
+        easy = [question for question in first if question.kind not in ("presence", "place")]
+        chosen = dict.fromkeys([*hard, *rng.sample(easy, 2)])
+        spoken = [(question.text, question.answer) for question in chosen]
     return [
         Dialogue((Turn("user", Content.of({"image": picture, "text": asked})), Turn("assistant", Content.of(answered))))
         for asked, answered in spoken
@@ -235,7 +237,7 @@ def _schedule(steps: int) -> Callable[[int], float]:
 def train_base(
     directory: Path,
     seed: int = 0,
-    steps: int = 2700,
+    steps: int = 3500,
     batch: int = 32,
     learning_rate: float = 1e-3,
     workers: int = 1,

@@ -93,8 +93,7 @@ def _stencil(thing: Thing, split: Split, pixels: float, rng: Random) -> Image.Im
     side = max(1, round(pixels))
     if thing.kind in DIGITS:
         scan = rng.choice(digit_scans(DIGITS.index(thing.kind), split))
-        image = Image.fromarray((scan * 255).astype(np.uint8), "L").resize((side, side), Image.Resampling.BICUBIC)
-        return image.rotate(rng.uniform(-10, 10), Image.Resampling.BICUBIC)
+        return Image.fromarray((scan * 255).astype(np.uint8), "L").resize((side, side), Image.Resampling.BICUBIC)
     big = side * _SUPERSAMPLE
     image = Image.new("L", (big, big), 0)
     pen = ImageDraw.Draw(image)

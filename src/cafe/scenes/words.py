@@ -55,6 +55,7 @@ def _template_there_is(things: tuple[Thing, ...]) -> str:
     return "there is " + _join([f"{_full(thing)} in the {thing.place}" for thing in things]) + "."
 
 
+_IN_READING_ORDER = 0.75  # of the captions
 _CAPTION_TEMPLATES = (_template_at, caption_by_place, _template_there_is)
 
 
@@ -69,9 +70,16 @@ def captions(things: tuple[Thing, ...], orders: int | None = None) -> list[str]:
 
 
 def caption(things: tuple[Thing, ...], rng: Random) -> str:
-    """One of `captions`, by lot."""
-    order = tuple(rng.sample(things, len(things)))
-    return rng.choice(_CAPTION_TEMPLATES)(order)
+    """One of `captions`, by lot; most go in reading order, as people do."""
+    return captions_alike(things, things, rng)[0]
+
+
+def captions_alike(things: tuple[Thing, ...], others: tuple[Thing, ...], rng: Random) -> tuple[str, str]:
+    """Captions of things and of their changed versions, thing for thing in the same order and words."""
+    template = rng.choice(_CAPTION_TEMPLATES)
+    order = rng.sample(things, len(things)) if rng.random() > _IN_READING_ORDER else in_reading_order(things)
+    changed = dict(zip(things, others, strict=True))
+    return template(tuple(order)), template(tuple(changed[thing] for thing in order))
 
 
 def paragraph(scene: Scene, rng: Random) -> str:

@@ -18,6 +18,7 @@ from cafe.scenes.words import (
     article,
     caption,
     captions,
+    captions_alike,
     hard_negatives,
     name,
     paragraph,
@@ -159,8 +160,7 @@ def _sugarcrepe(scenes: list[Scene]) -> dict[str, list[dict[str, str]]]:
     for scene in scenes:
         changes = hard_negatives(scene.things, Random(f"sugarcrepe {scene.name}"))
         for change, things in changes.items():
-            # One seed for both: the false caption keeps the template and the order of the true one.
-            true, false = (caption(said, Random(f"{change} {scene.name}")) for said in (scene.things, things))
+            true, false = captions_alike(scene.things, things, Random(f"{change} {scene.name}"))
             row = {"filename": _image(scene), "caption": true, "negative_caption": false}
             files.setdefault(change, []).append(row)
     return files

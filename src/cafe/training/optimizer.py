@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from typing import get_args
 
 import torch
 from torch import nn
@@ -55,9 +56,10 @@ def cosine(steps: int, warm_up: float) -> Callable[[int], float]:
 
 def describe(lvlm: PreTrainedModel) -> str:
     """One line on what is trained: parameters by part, in millions."""
-    counts: dict[str, int] = {}
+    counts = dict.fromkeys(get_args(PartName), 0)
     for name, parameter in lvlm.named_parameters():
         if parameter.requires_grad:
             part = part_of(name, lvlm.config.model_type)
-            counts[part] = counts.get(part, 0) + parameter.numel()
-    return "Training " + ", ".join(f"{part.replace('_', ' ')} {count / 1e6:.2f}M" for part, count in counts.items())
+            counts[part] += parameter.numel()
+    trained = [f"{part.replace('_', ' ')} {count / 1e6:.2f}M" for part, count in counts.items() if count]
+    return "Training " + ", ".join(trained)
