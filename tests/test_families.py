@@ -237,6 +237,9 @@ def test_embeddings_and_answers_are_the_plain_ones(family):
     vector, said = model.embed_and_generate(WIDE, prompt, max_new_tokens=6)
     np.testing.assert_allclose(vector, model.embed([WIDE])[0], atol=1e-5)
     assert said == answer
+    vectors, answers = model.describe([TALL, WIDE], prompt, max_new_tokens=6)
+    np.testing.assert_allclose(vectors, model.embed([TALL, WIDE]), atol=1e-5)
+    assert answers == [model.generate(picture, prompt, max_new_tokens=6) for picture in (TALL, WIDE)]
 
 
 @every_family

@@ -171,33 +171,83 @@ class Cafe:
                 answers[index] = answer
         return answers
 
-    @torch.inference_mode()
     def embed_and_generate(
         self, image: Any, prompt: str, max_new_tokens: int = 128
     ) -> tuple[Float32[np.ndarray, "dim"], str]:
         """An image's embedding and the answer to a prompt about it, from one pass over the image."""
-        content = _prompt_content(image, prompt)
-        pictures = self._pictures(content)
-        shown = Content(tuple(content.images))
-        embedding = self.encode_embedding(shown, pictures)
-        question = self.encode_prompt(content, pictures)
-        shared = _common_prefix(embedding.input_ids, question.input_ids)
-        device = self.lvlm.device
+        vectors, answers = self.describe([image], prompt, max_new_tokens)
+        return vectors[0], answers[0]
+
+    @torch.inference_mode()
+    def describe(
+        self,
+        images: Sequence[Any],
+        prompt: str = "Describe the image.",
+        max_new_tokens: int = 128,
+        batch_size: int = 32,
+    ) -> tuple[Float32[np.ndarray, "images dim"], list[str]]:
+        """Each image's embedding and the likeliest answer to a prompt about it, in the order given.
+
+        An image is read once: both continue from the same cache.
+
+        Args:
+            images: pictures or paths.
+            prompt: what to say to the model about each.
+            max_new_tokens: the longest answer, in tokens.
+            batch_size: how many images go through the model at once; they are sorted by length first.
+        """
+        pairs = []
+        for image in images:
+            content = _prompt_content(image, prompt)
+            if not content.images:
+                raise CafeError("There is no image to describe.")
+            pictures = self._pictures(content)
+            embedding = self.encode_embedding(Content(tuple(content.images)), pictures)
+            pairs.append((embedding, self.encode_prompt(content, pictures)))
+        order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0]))
+        vectors = np.zeros((len(pairs), self.lvlm.config.get_text_config().hidden_size), np.float32)
+        answers = [""] * len(pairs)
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            hidden, said = self._describe([pairs[index] for index in chosen], max_new_tokens)
+            vectors[chosen] = F.normalize(hidden.float(), dim=-1).cpu().numpy()
+            for index, answer in zip(chosen, said, strict=True):
+                answers[index] = answer
+        return vectors, answers
+
+    def _describe(self, pairs: Sequence[tuple[Branch, Branch]], max_new_tokens: int) -> tuple[Tensor, list[str]]:
+        """The readouts of embedding branches and the answers to questions which begin with the same pictures."""
+        shared = [_common_prefix(embedding.input_ids, question.input_ids) for embedding, question in pairs]
+        prefixes = [embedding.cut(length) for (embedding, _), length in zip(pairs, shared, strict=True)]
+        device, base = self.lvlm.device, self.lvlm.base_model
         cache = DynamicCache(config=self.lvlm.config.get_text_config())
-        prefix = embedding.cut(shared)
-        self.lvlm.base_model(**self._inputs([prefix]), past_key_values=cache, use_cache=True)
-        branch = copy.deepcopy(cache)
-        rest = embedding.input_ids[None, shared:].to(device)
-        hidden = self.lvlm.base_model(input_ids=rest, past_key_values=branch, use_cache=True).last_hidden_state[0, -1]
-        ids = question.input_ids[None].to(device)
-        output = self.lvlm.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            **_sampling(max_new_tokens, 0.0, 1.0),
-        )
-        answer = self.processing.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
-        return F.normalize(hidden.float(), dim=-1).cpu().numpy(), answer.strip()
+        inputs = self._inputs(prefixes, left=True)
+        has_axes = hasattr(base, "get_rope_index")  # M-RoPE: the model counts pictures by itself, and keeps the offset
+        if not has_axes:
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        base(**inputs, past_key_values=cache, use_cache=True)
+
+        def mask_of(rest: Tensor) -> Tensor:
+            return torch.cat([inputs["attention_mask"], torch.ones_like(rest)], dim=1)
+
+        # The embedding goes on from a copy of the cache, the answer from the cache itself.
+        rest = torch.stack([e.input_ids[n:] for (e, _), n in zip(pairs, shared, strict=True)]).to(device)
+        mask = mask_of(rest)
+        positions = mask.cumsum(1)[:, -rest.shape[1] :] - 1
+        hidden = base(
+            input_ids=rest,
+            attention_mask=mask,
+            position_ids=(positions + base.rope_deltas).expand(3, -1, -1) if has_axes else positions,
+            past_key_values=copy.deepcopy(cache),
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+
+        asked = torch.stack([q.input_ids[n:] for (_, q), n in zip(pairs, shared, strict=True)]).to(device)
+        ids = torch.cat([inputs["input_ids"], asked], dim=1)
+        options = _sampling(max_new_tokens, 0.0, 1.0)
+        output = self.lvlm.generate(input_ids=ids, attention_mask=mask_of(asked), past_key_values=cache, **options)
+        said = self.processing.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        return hidden, [text.strip() for text in said]
 
     @torch.inference_mode()
     def score(self, content: Any, answer: str) -> float:
