@@ -18,6 +18,9 @@ test: .venv/installed-dev browser
 bench: .venv/installed
 	$(BIN)/python benchmarks/one_pass.py
 	$(BIN)/python benchmarks/info_nce.py
+	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/one_prefill.py
+	$(BIN)/python benchmarks/loading.py
 
 docs: .venv/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'

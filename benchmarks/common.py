@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -22,7 +23,11 @@ from transformers import (
 )
 
 from cafe.data.loading import UNCUT, Batch, MicroBatch, MicroBatchSize, cut
+from cafe.instructions import Prompts
+from cafe.model import Cafe, packing_for
 from cafe.packing import Branch, Packing, pack
+from cafe.processing import Processing
+from cafe.scenes.base import corpus, make_processor
 
 CROP, PATCH, SIDE = 84, 14, 168  # pixels: one thumbnail and four crops of 6 x 6 patches, 192 image tokens with newlines
 GRID = CROP // PATCH
@@ -42,7 +47,7 @@ class Row:
     at_least: bool = True
 
 
-def tiny_llava() -> PreTrainedModel:
+def tiny_llava(image_token: int = IMAGE) -> PreTrainedModel:
     """A LLaVA-OneVision of 7M parameters with random weights."""
     torch.manual_seed(0)
     config = LlavaOnevisionConfig(
@@ -64,7 +69,7 @@ def tiny_llava() -> PreTrainedModel:
             num_key_value_heads=2,
             tie_word_embeddings=True,
         ),
-        image_token_index=IMAGE,
+        image_token_index=image_token,
         video_token_index=2,
         image_grid_pinpoints=[[SIDE, SIDE]],
         vision_feature_layer=-1,
@@ -73,6 +78,19 @@ def tiny_llava() -> PreTrainedModel:
     )
     model = LlavaOnevisionForConditionalGeneration(config)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+
+
+def tiny_cafe() -> Cafe:
+    """That model with the small world's tokenizer, reading pictures as four crops and a thumbnail."""
+    processor = make_processor(corpus(0, 200))
+    processor.image_processor.size = {"height": CROP, "width": CROP}
+    processor.image_processor.image_grid_pinpoints = [[SIDE, SIDE]]
+    processor.num_image_tokens = GRID * GRID
+    processing = Processing(processor, Prompts())
+    lvlm = tiny_llava(processing.image_token_id).eval()
+    lvlm.generation_config.eos_token_id = None  # random weights do not know when to stop
+    lvlm.generation_config.pad_token_id = processing.tokenizer.pad_token_id
+    return Cafe(lvlm, processing, packing_for(lvlm, processing))
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,13 @@ def paired(first: Callable[[], object], second: Callable[[], object], repetition
     second()
     times = [(clock(first), clock(second)) for _ in range(repetitions)]
     return statistics.median(one for one, _ in times), statistics.median(other / one for one, other in times)
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of some work."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return int(counter.get_total_flops())
 
 
 def clock(work: Callable[[], object]) -> float:

@@ -4,9 +4,8 @@ python benchmarks/one_pass.py [--json FILE]
 """
 
 import torch
-from common import Row, Sides, make_batch, make_pairs, paired, show, tiny_llava
+from common import Row, Sides, flops, make_batch, make_pairs, paired, show, tiny_llava
 from published import step_a, step_b
-from torch.utils.flop_counter import FlopCounterMode
 
 from cafe.data.loading import Batch, MicroBatchSize
 from cafe.packing import Packing
@@ -15,14 +14,6 @@ from cafe.training.step import JointStep
 
 PAIRS, CHUNK = 16, 4
 CHUNK_TOKENS = 1800  # about CHUNK pairs
-
-
-def flops(model: torch.nn.Module, work: object) -> int:
-    """Floating-point operations of some work."""
-    with FlopCounterMode(display=False) as counter:
-        work()  # type: ignore[operator]
-    model.zero_grad()
-    return int(counter.get_total_flops())
 
 
 def main() -> None:
@@ -65,8 +56,8 @@ def main() -> None:
         [
             Row("1: pairs/s, ours / A, one pass", against_a, 1.8, 2.2),
             Row("2: pairs/s, ours / B, gradient cache", against_b, 1.6, 2.4),
-            Row("1: FLOPs, A / ours", flops(model, a) / flops(model, lambda: ours(whole)), 1.8, 2.2),
-            Row("2: FLOPs, B / ours", flops(model, b) / flops(model, lambda: ours(cached)), 1.6, 2.4),
+            Row("1: FLOPs, A / ours", flops(a) / flops(lambda: ours(whole)), 1.8, 2.2),
+            Row("2: FLOPs, B / ours", flops(b) / flops(lambda: ours(cached)), 1.6, 2.4),
             Row("5: step time with / without gradient cache", cache_cost, 1.38, 1.30, at_least=False),
             Row("11: tokens that are padding, %", 100 * padding, 2.0, 0.0, at_least=False),
         ],

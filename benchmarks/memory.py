@@ -1,0 +1,92 @@
+"""Peak memory of a step under the gradient cache: as the contrastive batch grows, and beside the published step.
+
+What is counted is what a step takes beyond the model and the batch; each measurement has a process of its own.
+
+python benchmarks/memory.py [--json FILE] [--pairs 4096]
+"""
+
+import argparse
+import gc
+import math
+import multiprocessing
+import re
+from pathlib import Path
+
+import torch
+from common import Row, make_batch, make_pairs, show, tiny_llava
+from published import step_a
+
+from cafe.data.loading import MicroBatchSize
+from cafe.packing import Packing
+from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.step import JointStep
+
+CHUNK_TOKENS = 1800  # of a micro-batch: about 6 pairs
+FEW, BESIDE_A = 64, 128  # pairs
+
+
+def measure(published: bool, pairs: int) -> float:
+    """Bytes that one step takes at its peak, once a small one has made the gradients."""
+    model = tiny_llava()
+    step = JointStep(model, ObjectiveRecipe())
+    small, sides = make_pairs(4), make_pairs(pairs)
+    warm = make_batch(small, Packing(columns=512), MicroBatchSize(tokens=CHUNK_TOKENS))
+    batch = None if published else make_batch(sides, Packing(columns=512), MicroBatchSize(tokens=CHUNK_TOKENS))
+    step(warm)
+    gc.collect()
+    before = reset_peak()
+    if batch is None:
+        step_a(model, sides)
+    else:
+        step(batch)
+    return peak() - before
+
+
+def reset_peak() -> float:
+    """Lets the peak begin anew; returns the bytes in use."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.memory_allocated())
+    Path("/proc/self/clear_refs").write_text("5")
+    return status("VmRSS")
+
+
+def peak() -> float:
+    """The most bytes in use since then."""
+    return float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else status("VmHWM")
+
+
+def status(name: str) -> float:
+    """A number of bytes that Linux tells of this process."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found
+    return float(found[1]) * 1024
+
+
+def apart(published: bool, pairs: int) -> float:
+    """`measure` in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        taken = pool.apply(measure, (published, pairs))
+    print(f"{'A' if published else 'ours'}, {pairs:,} pairs: {taken / 2**20:,.0f} MiB", flush=True)
+    return taken
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=4096, help="of the largest batch")
+    options, _ = parser.parse_known_args()
+    few, many = apart(False, FEW), apart(False, options.pairs)
+    ours, a = apart(False, BESIDE_A), apart(True, BESIDE_A)
+    exponent = math.log(many / few) / math.log(options.pairs / FEW)
+    show(
+        "Peak memory of a step beyond model and batch",
+        [
+            Row(f"6: growth exponent, {FEW} to {options.pairs:,} pairs", exponent, 0.10, 0.03, at_least=False),
+            Row(f"7: ours / A, {BESIDE_A} pairs", ours / a, 0.15, 0.08, at_least=False),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
