@@ -35,10 +35,13 @@ def parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a folder of evaluation files")
-    evaluate.add_argument("checkpoint", help="a directory, a Hub id, or 'scenes' for the shipped base model")
-    evaluate.add_argument("--data", type=Path, required=True)
-    evaluate.add_argument("--output", type=Path, required=True, help="where results.json goes")
-    evaluate.add_argument("--limit", type=int, help="records a suite")
+    evaluate.add_argument("checkpoint", nargs="?", help="a directory, a Hub id, or 'scenes' for the shipped base model")
+    evaluate.add_argument("--data", type=Path, help="the folder of evaluation files")
+    evaluate.add_argument("--suite", default="", help="names, commas between; all whose files are there without it")
+    evaluate.add_argument("--output", type=Path, help="where results.json goes; runs/evaluations/CHECKPOINT without it")
+    evaluate.add_argument("--limit", type=int, help="records a suite, for a quick look")
+    evaluate.add_argument("--batch-size", type=int, help="contents at once")
+    evaluate.add_argument("--list", action="store_true", help="which files each suite expects and where they are had")
     evaluate.set_defaults(run=_evaluate)
 
     report = commands.add_parser("report", help="one HTML page that compares evaluations")
@@ -86,14 +89,43 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from cafe.evaluation.evaluate import evaluate, write
+    from cafe.errors import CafeError
+    from cafe.evaluation.evaluate import choose, evaluate, listing, write
+
+    if options.list:
+        print(listing(options.data))
+        return
+    if not options.checkpoint or not options.data:
+        raise CafeError("cafe evaluate takes a checkpoint and --data with the folder of evaluation files, or --list.")
+    if not options.data.is_dir():
+        raise CafeError(f"The folder of evaluation files {options.data} does not exist.")
+    suites = [name.strip() for name in options.suite.split(",") if name.strip()]
+    choose(options.data, suites)  # before the model is loaded
+
+    from accelerate import PartialState
+
     from cafe.model import Cafe
     from cafe.training.loop import resolve_base
 
-    evaluation = evaluate(Cafe.load(resolve_base(options.checkpoint)), options.data, options.limit)
-    write(evaluation, options.output)
-    for name, value in evaluation.results.items():
-        print(f"{name:44} {value:9.3f}")
+    state = PartialState()  # started by `accelerate launch`, each process takes its share on its own device
+    device = state.device if state.num_processes > 1 else None
+    output = options.output or Path("runs/evaluations") / options.checkpoint.strip("./").replace("/", "-")
+    evaluation = evaluate(
+        Cafe.load(resolve_base(options.checkpoint), device=device),
+        options.data,
+        options.limit,
+        suites=suites,
+        keep=output / "kept",
+        batch_size=options.batch_size,
+        together=True,
+        progress=True,
+    )
+    if state.is_main_process:
+        write(evaluation, output)
+        for name, value in evaluation.results.items():
+            print(f"{name:44} {value:9.3f}")
+        print(f"Written to {output}")
+    state.wait_for_everyone()
 
 
 def _report(options: argparse.Namespace) -> None:

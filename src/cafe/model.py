@@ -5,6 +5,7 @@ travels in the checkpoint's `cafe.json`, so that training and use agree.
 """
 
 import copy
+import hashlib
 import json
 import logging
 import os
@@ -112,6 +113,16 @@ class Cafe:
             shutil.rmtree(old)
         else:
             os.replace(partial, path)
+
+    def fingerprint(self) -> str:
+        """A digest of what decides the answers: weights, precision, device, prompts and image processing."""
+        processor = getattr(self.processing.processor, "image_processor", "")
+        made_of = (self.lvlm.dtype, self.lvlm.device.type, self.processing.prompts, processor, version("transformers"))
+        digest = hashlib.sha256("\n".join(map(str, made_of)).encode())
+        for name, tensor in self.lvlm.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:32]
 
     @torch.inference_mode()
     def embed(self, contents: Any, batch_size: int = 32) -> Float32[np.ndarray, "contents dim"]:

@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 
+from cafe.evaluation import pope
 from cafe.evaluation.metrics import (
     alignment,
-    binary_scores,
     mentioned_objects,
     modality_gap,
-    object_scores,
-    parse_yes_no,
-    recall_at_k,
+    rank_of_match,
+    ranks,
     uniformity,
 )
+from cafe.evaluation.suite import rates
 
 POPE = Path(__file__).parents[3] / "shared" / "data" / "pope"
 
@@ -27,34 +27,38 @@ def unit_rows(seed: int, count: int, dim: int = 8) -> np.ndarray:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_recall_agrees_with_sorting_each_query(seed):
+def test_a_rank_agrees_with_sorting_each_query(seed):
     random = np.random.default_rng(seed)
     similarity = random.normal(size=(30, 40))
     relevant = random.random((30, 40)) < 0.05
     relevant[np.arange(30), random.integers(40, size=30)] = True
-    for k, value in recall_at_k(similarity, relevant, (1, 3, 10)).items():
+    rank = rank_of_match(similarity, relevant)
+    for k in (1, 3, 10):
         hits = [any(relevant[query][np.argsort(-similarity[query])[:k]]) for query in range(30)]
-        assert value == pytest.approx(100 * np.mean(hits))
+        assert (rank < k).tolist() == hits
 
 
-def test_recall_counts_ties_against_the_model():
-    assert recall_at_k(np.zeros((3, 3)), np.eye(3, dtype=bool)) == {1: 0, 5: 100, 10: 100}
-    right = np.eye(4, dtype=bool)
-    assert recall_at_k(np.zeros((4, 4)), right, (1, 3, 4)) == {1: 0.0, 3: 0.0, 4: 100.0}
-    tied = np.array([[1.0, 1.0, 0.0, 0.0]])
-    assert recall_at_k(tied, right[:1], (1, 2)) == {1: 0.0, 2: 100.0}
+def test_ties_count_against_the_model():
+    assert rank_of_match(np.zeros((3, 3)), np.eye(3, dtype=bool)).tolist() == [2, 2, 2]
+    assert rank_of_match(np.array([[1.0, 1.0, 0.0, 0.0]]), np.eye(4, dtype=bool)[:1]).tolist() == [1]
 
 
 def test_two_captions_of_one_image_do_not_tie_with_each_other():
-    assert recall_at_k(np.array([[1.0, 1.0, 0.0]]), np.array([[True, True, False]]), (1,)) == {1: 100.0}
+    assert rank_of_match(np.array([[1.0, 1.0, 0.0]]), np.array([[True, True, False]])).tolist() == [0]
 
 
 def test_a_model_that_gives_nan_finds_nothing():
-    assert recall_at_k(np.full((3, 3), np.nan), np.eye(3, dtype=bool), (1,)) == {1: 0.0}
+    assert rank_of_match(np.full((3, 3), np.nan), np.eye(3, dtype=bool)).tolist() == [2, 2, 2]
 
 
 def test_a_query_without_a_match_finds_nothing():
-    assert recall_at_k(np.ones((1, 3)), np.zeros((1, 3), bool), (1,)) == {1: 0.0}
+    assert rank_of_match(np.ones((1, 3)), np.zeros((1, 3), bool)).tolist() == [3]
+
+
+def test_a_collapsed_model_finds_nothing_however_its_products_are_rounded():
+    row = unit_rows(0, 1, 160).astype(np.float32)
+    images, texts = np.repeat(row, 1500, axis=0), np.repeat(row, 3001, axis=0)
+    assert (ranks(images, texts, np.arange(1500), np.arange(3001) // 2) >= 2999).all()
 
 
 def test_geometry_agrees_with_loops():
@@ -80,10 +84,15 @@ def test_geometry_at_its_ends():
     assert uniformity(np.repeat(rows[:1], 5, axis=0)) == pytest.approx(0)
 
 
+def pope_scores(said: list[str], labels: list[bool]) -> dict[str, float]:
+    rows = [{"marks": pope.marks(answer, label, "pope")} for answer, label in zip(said, labels, strict=True)]
+    return {name.removeprefix("pope/"): value for name, value in rates(rows).items()}
+
+
 @pytest.mark.parametrize("seed", range(4))
-def test_binary_scores_agree_with_scikit_learn(seed):
+def test_pope_scores_agree_with_scikit_learn(seed):
     said, labels = (np.random.default_rng(seed).random((2, 50)) < 0.4).tolist()
-    scores = binary_scores(said, labels)
+    scores = pope_scores(["Yes." if yes else "No." for yes in said], labels)
     for name, reference in (
         ("accuracy", accuracy_score),
         ("precision", precision_score),
@@ -92,11 +101,13 @@ def test_binary_scores_agree_with_scikit_learn(seed):
     ):
         assert scores[name] == pytest.approx(100 * reference(labels, said))
     assert scores["yes_ratio"] == pytest.approx(2 * sum(said))
+    assert scores["strict_accuracy"] == scores["accuracy"] and scores["neither"] == 0
 
 
-def test_binary_scores_of_a_model_that_always_says_no():
-    scores = binary_scores([False, False], [True, False])
-    assert scores == {"accuracy": 50.0, "precision": 0.0, "recall": 0.0, "F1": 0.0, "yes_ratio": 0.0}
+def test_pope_scores_of_a_model_that_always_says_no():
+    scores = pope_scores(["No", "No"], [True, False])
+    shown = ("accuracy", "precision", "recall", "F1", "yes_ratio")
+    assert [scores[name] for name in shown] == [50, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +135,7 @@ def test_binary_scores_of_a_model_that_always_says_no():
     ],
 )
 def test_answers_are_read_as_pope_reads_them(answer, yes):
-    assert parse_yes_no(answer) is yes
+    assert pope.parse_yes_no(answer) is yes
 
 
 @pytest.mark.parametrize("split", ["random", "popular", "adversarial"])
@@ -135,14 +146,8 @@ def test_a_perfect_answer_to_the_real_pope_files_scores_100(split):
     labels = [json.loads(line)["label"] for line in file.read_text().splitlines()]
     assert len(labels) == 3000
     assert labels.count("yes") == labels.count("no") == 1500
-    truth = [label == "yes" for label in labels]
-    assert binary_scores([parse_yes_no(label) for label in labels], truth) == {
-        "accuracy": 100.0,
-        "precision": 100.0,
-        "recall": 100.0,
-        "F1": 100.0,
-        "yes_ratio": 50.0,
-    }
+    scores = pope_scores(labels, [label == "yes" for label in labels])
+    assert [scores[name] for name in ("accuracy", "precision", "recall", "F1", "yes_ratio")] == [100, 100, 100, 100, 50]
 
 
 def test_objects_are_found_as_whole_words():
@@ -151,11 +156,3 @@ def test_objects_are_found_as_whole_words():
     assert mentioned_objects("One star, on the dining table!", vocabulary) == {"one", "star", "dining table"}
     assert mentioned_objects("A someone saw one Cat, stonework.", {"one", "cat", "stone"}) == {"one", "cat"}
     assert mentioned_objects("a dining room and a table", vocabulary) == set()
-
-
-def test_object_scores_count_over_all_texts():
-    scores = object_scores([{"a", "b"}, {"c"}, set()], [{"a"}, {"c", "d"}, {"e"}])
-    assert scores == pytest.approx({"precision": 200 / 3, "recall": 50, "hallucinated": 100 / 3})
-    scores = object_scores([{"cat", "dog"}, set()], [{"cat"}, {"bird"}])
-    assert scores == {"precision": 50, "recall": 50, "hallucinated": 50}
-    assert object_scores([set()], [set()]) == {"precision": 0, "recall": 0, "hallucinated": 0}

@@ -1,0 +1,91 @@
+"""POPE: yes-or-no questions about objects that are or are not in a picture (arXiv 2305.10355)."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from cafe.evaluation.subject import Subject
+from cafe.evaluation.suite import Evaluation, Suite, ask, by_pattern, json_lines, rates
+
+SPLITS = ("random", "popular", "adversarial")
+LONGEST = 8  # tokens of an answer
+
+
+def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
+    """Asks the questions of each split that is there."""
+    done = Evaluation()
+    for path in find(data):
+        split = path.stem.rsplit("_", 1)[-1]
+        rows = json_lines(path, ("image", "text", "label"))[:limit]
+        pictures, said = ask(model, data, path, rows, LONGEST, "val2014")
+        outputs = [
+            {
+                "id": row.get("question_id", number),
+                "group": str(picture),
+                "image": str(picture),
+                "asked": row["text"],
+                "said": answer,
+                "label": row["label"],
+                "marks": marks(answer, row["label"] == "yes", f"pope/{split}"),
+            }
+            for number, (row, picture, answer) in enumerate(zip(rows, pictures, said, strict=True))
+        ]
+        done.outputs[f"pope/{split}"] = outputs
+        done.results |= rates(outputs)
+    for name in ("accuracy", "precision", "recall", "F1", "yes_ratio", "strict_accuracy", "neither"):
+        values = [value for key, value in done.results.items() if key.endswith(f"/{name}")]
+        done.results[f"pope/mean/{name}"] = sum(values) / len(values)
+    return done
+
+
+def marks(answer: str, true: bool, part: str) -> dict[str, Any]:
+    """What an answer counts for, read as POPE reads it; beside it, the strict reading's accuracy.
+
+    F1 is 2 hits over the "yes" said and the "yes" due, so that it is a share of sums like the others.
+    """
+    yes, strict = parse_yes_no(answer), parse_strictly(answer)
+    hit = int(yes and true)
+    return {
+        f"{part}/accuracy": int(yes == true),
+        f"{part}/precision": [hit, int(yes)],
+        f"{part}/recall": [hit, int(true)],
+        f"{part}/F1": [2 * hit, int(yes) + int(true)],
+        f"{part}/yes_ratio": int(yes),
+        f"{part}/strict_accuracy": int(strict is not None and strict == true),
+        f"{part}/neither": int(strict is None),
+    }
+
+
+def parse_yes_no(answer: str) -> bool:
+    """POPE's own reading of an answer: "no" if its first sentence holds the word No, not or no, and "yes" otherwise."""
+    words = answer.split(".")[0].replace(",", "").split(" ")
+    return not {"No", "not", "no"} & set(words)
+
+
+def parse_strictly(answer: str) -> bool | None:
+    """Whether an answer says yes (True) or no (False) in so many words; None where it says neither, or both.
+
+    An answer that begins with either word, in upper or lower case, means it; in any other, exactly one of the two must
+    stand. "There is not" says neither.
+    """
+    words = re.findall(r"[^\W\d_]+", answer.lower())
+    if words and words[0] in ("yes", "no"):
+        return words[0] == "yes"
+    found = {word for word in words if word in ("yes", "no")}
+    return found == {"yes"} if len(found) == 1 else None
+
+
+find = by_pattern(*(f"pope/*_{split}.json" for split in SPLITS))
+
+POPE = Suite(
+    name="pope",
+    measures="yes-or-no questions about objects that are or are not in a picture",
+    files=(
+        *(f"pope/*_{split}.json: the {split} probes, JSON lines" for split in SPLITS),
+        "COCO val2014's pictures, in the folder itself, images/ or val2014/",
+    ),
+    where="github.com/AoiDragon/POPE (output/coco); cocodataset.org (2014 Val images)",
+    sources=("arXiv 2305.10355",),
+    find=find,
+    run=run,
+)

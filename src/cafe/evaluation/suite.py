@@ -1,0 +1,148 @@
+"""What a suite is, what it gives, and the reading of files that suites share."""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cafe.content import Content, ImageRef
+from cafe.errors import CafeError
+from cafe.evaluation.subject import Subject
+
+KEPT = 12  # samples of each sort, for the report
+
+
+@dataclass
+class Evaluation:
+    """What was measured.
+
+    Attributes:
+        results: the flat `suite/part/metric` numbers; rates in percent.
+        outputs: for each part, a row a sample: what was asked and said. A row's "marks" name the results it counts
+            for: `{"pope/random/accuracy": 1}`, or `[numerator, denominator]` where the denominator is not 1. A result
+            with marks is the sum of the numerators over the sum of the denominators (`rates`): that is what the report
+            resamples. "id" pairs the rows of two checkpoints; rows of one "group" (a picture) are resampled together.
+        samples: some of these to look at, and what the report draws.
+        embeddings: some embeddings by side, for the report's map.
+        about: what was evaluated: the data, the limit, the model's fingerprint.
+    """
+
+    results: dict[str, float] = field(default_factory=dict)
+    outputs: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    samples: dict[str, Any] = field(default_factory=dict)
+    embeddings: dict[str, np.ndarray] = field(default_factory=dict)
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, other: "Evaluation") -> None:
+        """Takes in what another suite measured. Of samples and embeddings, the first of a name stay."""
+        self.results |= other.results
+        self.outputs |= other.outputs
+        self.samples = other.samples | self.samples
+        self.embeddings = other.embeddings | self.embeddings
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suite:
+    """One thing that is measured.
+
+    Attributes:
+        name: what `--suite` takes, and the first word of the suite's results.
+        measures: what it measures, in half a sentence.
+        files: the files it expects under the folder of evaluation files, with what they are.
+        where: where the files are had.
+        sources: the published protocol.
+        find: its files under a folder; empty where they are not there. It raises `CafeError` where two of them measure
+            the same.
+        run: measures a model on the files under a folder, on the first `limit` records of each.
+    """
+
+    name: str
+    measures: str
+    files: tuple[str, ...]
+    where: str
+    sources: tuple[str, ...] = ()
+    find: Callable[[Path], list[Path]]
+    run: Callable[[Subject, Path, int | None], Evaluation]
+
+
+def rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Each result that the rows bear marks for, in percent; 0 where nothing counts."""
+    sums: dict[str, list[float]] = {}
+    for row in rows:
+        for name, mark in row["marks"].items():
+            part, whole = mark if isinstance(mark, (list, tuple)) else (mark, 1)
+            total = sums.setdefault(name, [0.0, 0.0])
+            total[0] += part
+            total[1] += whole
+    return {name: 100 * part / whole if whole else 0.0 for name, (part, whole) in sums.items()}
+
+
+def by_pattern(*patterns: str) -> Callable[[Path], list[Path]]:
+    """A `Suite.find`: the files that match, pattern by pattern. Two files that match one pattern are refused."""
+
+    def find(data: Path) -> list[Path]:
+        return [path for pattern in patterns if (path := only(data, pattern))]
+
+    return find
+
+
+def only(data: Path, *patterns: str, but: Sequence[str] = ()) -> Path | None:
+    """The one file under a folder that matches a pattern; none where there is none.
+
+    Raises:
+        CafeError: there are two.
+    """
+    found = sorted({path for pattern in patterns for path in data.glob(pattern) if path.name not in but})
+    if len(found) > 1:
+        names = " and ".join(str(path.relative_to(data)) for path in found)
+        raise CafeError(f"{names} in {data} measure the same: keep one of them in a folder.")
+    return found[0] if found else None
+
+
+def json_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of a JSON lines file, each of which must have the fields."""
+    try:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+    except json.JSONDecodeError as error:
+        raise CafeError(f"The evaluation file {path} is not valid JSON lines: {error}.") from None
+    if not rows:
+        raise CafeError(f"The evaluation file {path} is empty.")
+    for number, row in enumerate(rows, 1):
+        for name in fields:
+            if name not in row:
+                raise CafeError(f"The evaluation file {path} lacks the field {name!r} in record {number}.")
+    return rows
+
+
+def find_picture(name: str | Path, data: Path, source: Path, *folders: str) -> Path:
+    """Where a picture that the file `source` names is, relative to `data`: there, in `images/`, or in other folders.
+
+    Raises:
+        CafeError: it is in none of them.
+    """
+    for folder in ("", "images", *folders):
+        if (data / folder / name).is_file():
+            return Path(folder) / name
+    places = ", ".join(str(data / folder) for folder in ("", "images", *folders))
+    raise CafeError(f"The picture {name}, which {source} names, is in none of {places}.")
+
+
+def ask(
+    model: Subject, data: Path, source: Path, rows: Sequence[dict[str, Any]], longest: int, *folders: str
+) -> tuple[list[Path], list[str]]:
+    """The picture of each record of the file `source`, and what the model answers to the record's "text" about it.
+
+    Raises:
+        CafeError: a picture is not there.
+    """
+    pictures = [find_picture(row["image"], data, source, *folders) for row in rows]
+    shown = zip(pictures, rows, strict=True)
+    return pictures, model.answer([Content((ImageRef(data / at), row["text"])) for at, row in shown], longest)
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` of `count` numbers, evenly spread."""
+    return [int(number) for number in np.linspace(0, count - 1, min(wanted, count))]
