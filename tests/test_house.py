@@ -16,7 +16,17 @@ FLOORS = [
     {"evaluation"},
     {"cli"},
 ]
-SCENES_MAY_IMPORT = {"errors", "content", "instructions", "packing", "objectives", "processing", "model", "scenes"}
+SCENES_MAY_IMPORT = {
+    "errors",
+    "content",
+    "instructions",
+    "packing",
+    "objectives",
+    "processing",
+    "model",
+    "training",
+    "scenes",
+}
 
 
 def imported_rooms(file: Path) -> set[str]:

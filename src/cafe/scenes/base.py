@@ -44,6 +44,7 @@ from cafe.scenes.words import (
     questions,
 )
 from cafe.scenes.world import Scene, draw_scene
+from cafe.training.muon import Muon
 
 BASE = Path(__file__).parent / "base"  # where the trained model ships
 VOCABULARY = 640
@@ -213,8 +214,7 @@ class Lessons(Dataset[Pack]):
 def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices inside the layers, AdamW for the rest.
 
-    Muon learns to look at the picture in a fraction of AdamW's steps. Its updates are scaled to the size of AdamW's
-    (arXiv 2502.16982).
+    Muon learns to look at the picture in a fraction of AdamW's steps.
     """
     inner = {
         name
@@ -224,7 +224,7 @@ def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.
     matrices = [p for name, p in model.named_parameters() if name in inner]
     others = [p for name, p in model.named_parameters() if name not in inner]
     return [
-        torch.optim.Muon(matrices, lr=2 * learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, lr=2 * learning_rate),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
     ]
 

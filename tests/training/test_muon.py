@@ -1,0 +1,36 @@
+"""Muon against PyTorch's own, and against the singular value decomposition."""
+
+import pytest
+import torch
+
+from cafe.training.muon import Muon, orthogonal
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8)])
+def test_singular_values_come_near_one_and_singular_vectors_stay(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = orthogonal(matrices)
+    left, _, right = torch.linalg.svd(matrices, full_matrices=False)
+    values = left.mT @ made @ right.mT
+    diagonal = values.diagonal(dim1=1, dim2=2)
+    assert ((diagonal > 0.6) & (diagonal < 1.3)).all()
+    torch.testing.assert_close(values, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
+
+
+def test_the_steps_are_those_of_pytorch():
+    torch.manual_seed(0)
+    start = [torch.randn(16, 32), torch.randn(32, 16), torch.randn(16, 32)]
+    ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    optimizers = [
+        Muon(ours, lr=0.01, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    ]
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for before, one, other in zip(start, ours, theirs, strict=True):
+        moved, expected = one.detach() - before, other.detach() - before
+        assert (moved - expected).norm() < 0.02 * expected.norm()  # theirs iterates in bfloat16
