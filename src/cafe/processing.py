@@ -71,6 +71,7 @@ def load_processor(path: str) -> ProcessorMixin:
 
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # the names of inputs that mark image tokens in some families
+KNOWN_TEXTS = 4096  # whose tokens are kept
 _EMPTY_ANSWER: Message = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
 _WORDS = "\ue000words\ue000"  # stands for the assistant's words where the template is asked what it writes around them
 _SAID: Message = {"role": "assistant", "content": [{"type": "text", "text": _WORDS}]}
@@ -96,6 +97,7 @@ class Processing:
         self.processor = processor
         self.prompts = prompts
         self.tokenizer = processor.tokenizer
+        self._known: dict[str, list[int]] = {}
         tokens = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
         placeholders: list[str] = [*filter(None, tokens), "<image>"]
         if prompts.chat_template == "chatml":
@@ -243,7 +245,11 @@ class Processing:
         ]
 
     def _tokens(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        if text not in self._known:  # frames and instructions are the same in every prompt
+            if len(self._known) >= KNOWN_TEXTS:
+                self._known.clear()
+            self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return self._known[text]
 
     def _split(self, text: str, runs: Iterator[list[int]]) -> list[list[int]]:
         """The token pieces of a rendered text: words and image runs in turn, beginning and ending with words."""

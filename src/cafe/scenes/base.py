@@ -48,10 +48,10 @@ from cafe.training.muon import Muon
 
 BASE = Path(__file__).parent / "base"  # where the trained model ships
 VOCABULARY = 640
-CROP = SIDE  # pixels; a picture is read twice, as a thumbnail and as one crop: anyres, at tiny size
+CROP = SIDE // 2  # pixels; a picture is read as a thumbnail and four crops, as anyres has it: each place is a crop
 PATCH = 16  # pixels
 WIDTH = 160
-ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.015, 0.2  # of the steps: the easy lessons come first
+ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.015, 0.35  # of the steps: the easy lessons come first
 
 
 def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
@@ -99,7 +99,7 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
         patch_size=PATCH,
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_hidden_layers=3,
+        num_hidden_layers=5,
         num_attention_heads=4,
         vision_use_head=False,
     )
@@ -180,6 +180,7 @@ class Lessons(Dataset[Pack]):
 
     A pack holds lessons of one kind, and each picture once, with all that is said about it behind it. The first are
     captions that name each place before what stands there: what to look at is told, only how to look is to be learned.
+    After a few with one thing, their pictures are full, since each thing is one more to learn from.
     """
 
     def __init__(self, processing: Processing, seed: int, steps: int, batch: int) -> None:
@@ -193,11 +194,11 @@ class Lessons(Dataset[Pack]):
         """What kind of lessons a pack holds."""
         if step < BY_PLACE_UNTIL * self.steps:
             return "by place"
-        kinds, shares = ("caption", "questions", "paragraph"), (0.3, 0.65, 0.05)
+        kinds, shares = ("caption", "questions", "paragraph"), (0.4, 0.55, 0.05)
         return Random(f"kind {self.seed} {step}").choices(kinds, shares)[0]
 
-    def _encode(self, index: int, kind: str, max_things: int) -> list[Branch]:
-        scene = draw_scene(self.seed, "train", index, max_things)
+    def _encode(self, index: int, kind: str, least: int, most: int) -> list[Branch]:
+        scene = draw_scene(self.seed, "train", index, most, least)
         pictures = self.processing.pictures([paint(scene)])
         return [
             self.processing.encode_dialogue(dialogue_messages(dialogue, self.processing.prompts), pictures)
@@ -205,9 +206,9 @@ class Lessons(Dataset[Pack]):
         ]
 
     def __getitem__(self, step: int) -> Pack:
-        max_things = 1 if step < ONE_THING_UNTIL * self.steps else 3
-        first = step * self.batch
-        rows = [self._encode(index, self.kind(step), max_things) for index in range(first, first + self.batch)]
+        kind, first = self.kind(step), step * self.batch
+        least, most = (1, 1) if step < ONE_THING_UNTIL * self.steps else (4, 4) if kind == "by place" else (1, 4)
+        rows = [self._encode(index, kind, least, most) for index in range(first, first + self.batch)]
         return pack([[]] * len(rows), rows, self.packing)
 
 
@@ -237,8 +238,8 @@ def _schedule(steps: int) -> Callable[[int], float]:
 def train_base(
     directory: Path,
     seed: int = 0,
-    steps: int = 3500,
-    batch: int = 32,
+    steps: int = 2500,
+    batch: int = 48,
     learning_rate: float = 1e-3,
     workers: int = 1,
     report: Callable[[str], None] = print,

@@ -18,7 +18,7 @@ SIDE = 64  # pixels
 _CELL = SIDE // 2
 _SUPERSAMPLE = 4  # shapes are drawn this much larger, then reduced, for smooth edges
 _TONE_LEVELS = {"dark": 20, "gray": 60, "light": 100}
-_SIZE_PIXELS = {"small": (17.0, 20.0), "large": (26.0, 29.0)}
+_SIZE_PIXELS = {"small": (20.0, 22.0), "large": (28.0, 30.0)}
 
 
 @cache

@@ -33,8 +33,8 @@ TEXTURES = ("plain", "striped", "checkered")
 TONES = ("dark", "gray", "light")
 
 # Some kinds are common and some rare, and digits keep company with digits: without that, POPE's popular and
-# adversarial probes would not differ from its random ones.
-_KIND_WEIGHTS = {kind: 1.0 + (rank % 6) * 0.35 for rank, kind in enumerate(KINDS)}
+# adversarial probes would not differ from its random ones. There are more digits than shapes, so each is rarer.
+_KIND_WEIGHTS = {kind: (0.6 if kind in DIGITS else 1.0) * (1.0 + (rank % 6) * 0.35) for rank, kind in enumerate(KINDS)}
 _SAME_GROUP = 0.7
 _TEST_SHARE = 8  # one combination in this many belongs to the test split
 
@@ -75,12 +75,12 @@ def _draw_kinds(rng: Random, count: int) -> list[str]:
     return kinds
 
 
-def draw_scene(seed: int, split: Split, index: int, max_things: int = 3) -> Scene:
+def draw_scene(seed: int, split: Split, index: int, max_things: int = 3, min_things: int = 1) -> Scene:
     """The scene number `index` of a split: the same arguments always give the same scene."""
     name = f"{split}-{seed}-{index:06d}"
     rng = Random(name)
     while True:
-        count = rng.choices(range(1, max_things + 1), [1, 2, 2, 2][:max_things])[0]
+        count = rng.choices(range(min_things, max_things + 1), [1, 2, 2, 2][min_things - 1 : max_things])[0]
         places = rng.sample(PLACES, count)
         things = tuple(
             Thing(kind, rng.choice(list(COLORS)), rng.choice(SIZES), place)

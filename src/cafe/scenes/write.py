@@ -79,12 +79,12 @@ def _json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _llava(index: int, scene: Scene) -> dict[str, Any]:
-    """A caption (every tenth time a paragraph) and three questions; false captions as hard negatives."""
+    """A caption (every tenth time a paragraph) and two questions; false captions as hard negatives."""
     rng = Random(f"llava {scene.name}")
     long = index % 10 == 9
     spoken = [
         (PARAGRAPH_PROMPT, paragraph(scene, rng)) if long else (CAPTION_PROMPT, caption(scene.things, rng)),
-        *((question.text, question.answer) for question in rng.sample(questions(scene, rng), 3)),
+        *((question.text, question.answer) for question in rng.sample(questions(scene, rng), 2)),
     ]
     conversations = []
     for turn, (asked, answered) in enumerate(spoken):
