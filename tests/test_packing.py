@@ -54,9 +54,10 @@ def examples(draw: st.DrawFn) -> list[list[Branch]]:
 
 
 @settings(max_examples=200, deadline=None)
-@given(examples(), st.integers(1, 40), st.booleans())
-def test_every_branch_sees_exactly_itself_at_its_own_positions(groups, columns, share):
-    layout = lay_out(groups, Packing(columns=columns, share=share))
+@given(examples(), st.integers(1, 40), st.booleans(), st.sampled_from([1, 16]))
+def test_every_branch_sees_exactly_itself_at_its_own_positions(groups, columns, share, multiple):
+    layout = lay_out(groups, Packing(columns=columns, share=share, multiple=multiple))
+    assert layout.end.shape[1] % multiple == 0
     sees = tree_mask(layout.end)[:, 0]
     for one, place in zip([b for group in groups for b in group], layout.places, strict=True):
         rows, at = place[:, 0], place[:, 1]

@@ -41,6 +41,8 @@ from cafe.processing import Pictures, Processing, load_processor
 
 logger = logging.getLogger(__name__)
 
+ONE_ROW = 2**40  # columns that hold any batch
+FLEX_MULTIPLE = 512  # tokens: four of FlexAttention's blocks
 RECORD = "cafe.json"  # what a checkpoint tells about itself, beside the Hugging Face files
 
 
@@ -332,10 +334,14 @@ def packing_for(lvlm: PreTrainedModel, processing: Processing) -> Packing:
     """How a model's branches are laid out: as trees where it can read them, which an unknown family has to show.
 
     Rows are as long as the model is wide: then what is computed and masked in attention is little beside the rest.
+    FlexAttention computes nothing that is masked, and is compiled for each shape: all goes in one row, of few lengths.
     """
+    text = lvlm.config.get_text_config()
+    flex = text._attn_implementation == "flex_attention"
     packing = Packing(
         share=may_share(lvlm) is not False,
-        columns=lvlm.config.get_text_config().hidden_size,
+        columns=ONE_ROW if flex else text.hidden_size,
+        multiple=FLEX_MULTIPLE if flex else 1,
         pad=processing.tokenizer.pad_token_id or 0,
         positions=positions_of(lvlm),
         token_types=processing.token_types,

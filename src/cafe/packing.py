@@ -88,6 +88,7 @@ class Packing:
         share: lay branches out as trees; without it every branch is a row by itself, padded on the right, and the
             model makes its own mask and position ids.
         columns: the tokens wanted in a row of trees.
+        multiple: rows are filled up to a multiple of this many tokens, so that their shapes are few.
         pad: the token that fills up rows.
         positions: the position ids of a branch that is alone in its row.
         token_types: the name of an input that marks image tokens, for models that want one.
@@ -95,6 +96,7 @@ class Packing:
 
     share: bool = True
     columns: int = 1024
+    multiple: int = 1
     pad: int = 0
     positions: Positions = count_up
     token_types: str | None = None
@@ -194,6 +196,7 @@ def lay_out(groups: Sequence[Sequence[Branch]], packing: Packing) -> Layout:
             places[member] = torch.stack([torch.full((len(taken),), number), torch.from_numpy(taken)], dim=1)
     ends = [torch.from_numpy(row.end) for row in rows]
     end = pad_sequence(ends, batch_first=True, padding_value=-1)
+    end = torch.nn.functional.pad(end, (0, -end.shape[1] % packing.multiple), value=-1)
     filled = end >= 0
     end = torch.where(filled, end, torch.arange(1, end.shape[1] + 1))
     input_ids = torch.full_like(end, packing.pad)
