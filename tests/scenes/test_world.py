@@ -93,4 +93,4 @@ def test_large_things_cover_more_than_small_ones() -> None:
         for thing in scene.things:
             if thing.kind not in DIGITS:
                 covered[thing.size].append(pixels_near(paint(scene), thing.place, thing.color))
-    assert np.mean(covered["large"]) > 2 * np.mean(covered["small"])
+    assert np.mean(covered["large"]) > 1.7 * np.mean(covered["small"])  # 29 pixels wide beside 21

@@ -74,7 +74,7 @@ def test_llava(world: Path) -> None:
         assert set(row) == {"id", "image", "conversations", "negatives"}
         scene, said = SCENES[row["image"]], row["conversations"]
         assert row["id"] == scene.name and scene.split == "train"
-        assert [turn["from"] for turn in said] == ["human", "gpt"] * 4
+        assert [turn["from"] for turn in said] == ["human", "gpt"] * 3
         long = index % 10 == 9
         assert said[0]["value"] == "<image>\n" + (PARAGRAPH_PROMPT if long else CAPTION_PROMPT)
         assert said[1]["value"].startswith("The picture shows") if long else true_of(scene, said[1]["value"])
