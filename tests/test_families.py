@@ -243,6 +243,24 @@ def test_embeddings_and_answers_are_the_plain_ones(family):
 
 
 @every_family
+def test_answers_scored_in_one_pass_have_the_likelihood_of_transformers_own_logits(family):
+    model = make(family)
+    asked = [Content.of([WIDE, "What is it?"]), Content.of("a question"), Content.of([SMALL, TALL, "Which one?"])]
+    said = [["a red circle", "two", "a red circle and more"], ["yes", "no"], ["the first"]]
+    scores = model.score_batch(asked, said, batch_size=2)
+    for content, answers, found in zip(asked, said, scores, strict=True):
+        for answer, score in zip(answers, found, strict=True):
+            row = model.encode_dialogue(chat(content, answer))
+            inputs = model._inputs([row])
+            with torch.inference_mode():
+                logits = model.lvlm(**inputs).logits[0, :-1].double().log_softmax(-1)
+            wanted = row.supervised[1:].nonzero()[:, 0]
+            expected = logits[wanted, row.input_ids[1:][wanted]].sum().item()
+            assert score == pytest.approx(expected, abs=1e-3, rel=1e-4)
+            assert model.score(content, answer) == pytest.approx(score, abs=1e-3, rel=1e-4)
+
+
+@every_family
 def test_a_saved_checkpoint_loads_and_embeds_the_same(family, tmp_path):
     model = make(family)
     model.save(tmp_path / "saved")

@@ -84,6 +84,22 @@ def test_the_score_of_an_answer_is_its_log_likelihood_token_by_token(model, pict
     assert model.score([picture, "What?"], "a circle") == pytest.approx(total, abs=1e-3)
 
 
+def test_scores_of_a_batch_are_those_of_each_answer_alone(model, picture):
+    contents = [[picture, "What?"], "no picture", [picture, "What is left of it, and what is right of it?"]]
+    answers = [["a circle", "a circle left of a square", ""], ["yes", "no"], ["nothing"]]
+    alone = [[model.score(content, said) for said in each] for content, each in zip(contents, answers, strict=True)]
+    for batch_size in (1, 2, 16):
+        scores = model.score_batch(contents, answers, batch_size)
+        assert [len(each) for each in scores] == [3, 2, 1]
+        for found, expected in zip(scores, alone, strict=True):
+            np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_equal_answers_have_exactly_equal_scores(model, picture):
+    [same] = model.score_batch([[picture, "What?"]], [["a circle", "a square", "a circle"]])
+    assert same[0] == same[2] != same[1]
+
+
 def test_a_saved_checkpoint_loads_with_cafe_and_with_plain_transformers(model, picture, tmp_path):
     model.save(tmp_path / "saved", temperature=0.05)
     again = Cafe.load(tmp_path / "saved")

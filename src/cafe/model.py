@@ -262,15 +262,50 @@ class Cafe:
         said = self.processing.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return hidden, [text.strip() for text in said]
 
-    @torch.inference_mode()
     def score(self, content: Any, answer: str) -> float:
         """The log-likelihood, in nats, of an answer and its end, after the content as a user's turn."""
-        turns = (Turn("user", Content.of(content)), Turn("assistant", Content.of(answer)))
-        row = self.encode_dialogue(Dialogue(turns))
-        inputs = self._inputs([row])
-        logits = self.lvlm(**inputs).logits[0, :-1].float()
-        wanted = row.supervised[1:].to(logits.device)
-        return -F.cross_entropy(logits[wanted], inputs["input_ids"][0, 1:][wanted], reduction="sum").item()
+        return float(self.score_batch([content], [[answer]])[0][0])
+
+    @torch.inference_mode()
+    def score_batch(
+        self, contents: Sequence[Any], answers: Sequence[Sequence[str]], batch_size: int = 16
+    ) -> list[Float[np.ndarray, "answers"]]:
+        """The log-likelihood of several answers to each content, in the order given, as `score` has it of one.
+
+        What the answers to a content share, its pictures above all, is read once.
+
+        Args:
+            contents: whatever `Content.of` takes, each a user's turn.
+            answers: the answers to each, at least one.
+            batch_size: how many contents go through the model at once.
+        """
+        scores: list[Float[np.ndarray, "answers"]] = []
+        for start in range(0, len(contents), batch_size):
+            chosen = slice(start, start + batch_size)
+            pairs = zip(contents[chosen], answers[chosen], strict=True)
+            scores += self._score([self._encode_answers(Content.of(content), said) for content, said in pairs])
+        return scores
+
+    def _score(self, said: Sequence[Sequence[Branch]]) -> list[Float[np.ndarray, "answers"]]:
+        """The log-likelihood of what is supervised in the branches of some contents, read in one pass."""
+        rows = pack([[]] * len(said), said, self.packing)
+        _, before = read(self.lvlm, rows)
+        # One answer at a time: the logits of a whole batch would not fit where the vocabulary is large.
+        lengths = [int(branch.supervised[1:].sum()) for branches in said for branch in branches]
+        labels = rows.labels.to(before.device).split(lengths)
+        likelihoods = [
+            -F.cross_entropy(logits_of(self.lvlm, hidden), label, reduction="sum")
+            for hidden, label in zip(before.split(lengths), labels, strict=True)
+        ]
+        return [part.numpy() for part in torch.stack(likelihoods).cpu().split(list(map(len, said)))]
+
+    def _encode_answers(self, content: Content, answers: Sequence[str]) -> list[Branch]:
+        """Dialogues of one user's turn, which show the same pictures."""
+        pictures = self._pictures(content)
+        return [
+            self.encode_dialogue(Dialogue((Turn("user", content), Turn("assistant", Content.of(answer)))), pictures)
+            for answer in answers
+        ]
 
     def encode_embedding(self, content: Content, pictures: Pictures | None = None) -> Branch:
         """The token sequence whose last token is the content's readout."""
@@ -283,11 +318,11 @@ class Cafe:
         messages = dialogue_messages(dialogue, self.processing.prompts)
         return self.processing.encode_prompt(messages, pictures or self._pictures(content))
 
-    def encode_dialogue(self, dialogue: Dialogue) -> Branch:
+    def encode_dialogue(self, dialogue: Dialogue, pictures: Pictures | None = None) -> Branch:
         """The token sequence of a whole dialogue."""
         content = Content(tuple(part for turn in dialogue.turns for part in turn.content.parts))
         messages = dialogue_messages(dialogue, self.processing.prompts)
-        return self.processing.encode_dialogue(messages, self._pictures(content))
+        return self.processing.encode_dialogue(messages, pictures or self._pictures(content))
 
     def _pictures(self, content: Content) -> Pictures:
         return self.processing.pictures([open_image(ref) for ref in content.images])
@@ -318,6 +353,13 @@ def read(lvlm: PreTrainedModel, pack: Pack) -> tuple[Float[Tensor, "readouts dim
     hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state
     readouts, predictors = pack.readouts.to(device), pack.predictors.to(device)
     return hidden[readouts[:, 0], readouts[:, 1]], hidden[predictors[:, 0], predictors[:, 1]]
+
+
+def logits_of(lvlm: PreTrainedModel, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocabulary"]:
+    """The model's logits, in float32, from its last hidden states."""
+    logits: Tensor = lvlm.get_output_embeddings()(hidden).float()
+    softcap = getattr(lvlm.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
+    return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
 def attention_mask(end: Int64[Tensor, "rows columns"], config: PreTrainedConfig) -> Tensor | BlockMask:
