@@ -37,10 +37,16 @@ def parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a folder of evaluation files")
     evaluate.add_argument("checkpoint", nargs="?", help="a directory, a Hub id, or 'scenes' for the shipped base model")
     evaluate.add_argument("--data", type=Path, help="the folder of evaluation files")
-    evaluate.add_argument("--suite", default="", help="names, commas between; all whose files are there without it")
+    evaluate.add_argument("--suite", default="", help="names, commas between, or all; the usual ones without it")
     evaluate.add_argument("--output", type=Path, help="where results.json goes; runs/evaluations/CHECKPOINT without it")
     evaluate.add_argument("--limit", type=int, help="records a suite, for a quick look")
     evaluate.add_argument("--batch-size", type=int, help="contents at once")
+    evaluate.add_argument(
+        "--judge",
+        action="append",
+        default=[],
+        help="who judges THRONE's descriptions: exact, self, or a language model",
+    )
     evaluate.add_argument("--list", action="store_true", help="which files each suite expects and where they are had")
     evaluate.set_defaults(run=_evaluate)
 
@@ -119,6 +125,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         batch_size=options.batch_size,
         together=True,
         progress=True,
+        judges=options.judge,
     )
     if state.is_main_process:
         write(evaluation, output)

@@ -27,6 +27,9 @@ class Prompts:
     """How content becomes a prompt. It travels in the checkpoint, so that training and use agree.
 
     Attributes:
+        mode: "compress" asks the model to compress content into one token, as CAFe does with pictures and texts;
+            "multimodal" takes content as the user's turn as it is, as CAFe and VLM2Vec do with MMEB, whose texts say
+            themselves what is asked.
         system: the system prompt; empty for none.
         image_instruction: follows content that holds an image.
         text_instruction: follows content of text alone.
@@ -35,6 +38,7 @@ class Prompts:
         chat_template: "chatml" for the published frame, "family" for the template the base model came with.
     """
 
+    mode: Literal["compress", "multimodal"] = "compress"
     system: str = "You are a helpful assistant."
     image_instruction: str = "Compress this image in one word:"
     text_instruction: str = "Compress this sentence in one word:"
@@ -46,7 +50,9 @@ Message = dict[str, Any]
 
 
 def embedding_messages(content: Content, prompts: Prompts) -> list[Message]:
-    """The chat that asks the model to compress content into one token."""
+    """The chat that asks the model to compress content into one token, or in multimodal mode the content alone."""
+    if prompts.mode == "multimodal":
+        return [*_system(prompts), _message("user", content)]
     instruction = prompts.image_instruction if content.images else prompts.text_instruction
     return [*_system(prompts), _message("user", Content((*content.parts, instruction)))]
 

@@ -119,12 +119,12 @@ class Cafe:
     def fingerprint(self) -> str:
         """A digest of what decides the answers: weights, precision, device, prompts and image processing."""
         processor = getattr(self.processing.processor, "image_processor", "")
-        made_of = (self.lvlm.dtype, self.lvlm.device.type, self.processing.prompts, processor, version("transformers"))
-        digest = hashlib.sha256("\n".join(map(str, made_of)).encode())
-        for name, tensor in self.lvlm.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()[:32]
+        return fingerprint(self.lvlm, self.processing.prompts, processor)
+
+    def with_prompts(self, **changes: Any) -> "Cafe":
+        """The same weights with other prompts; keyword arguments are fields of `Prompts`."""
+        processing = Processing(self.processing.processor, replace(self.processing.prompts, **changes))
+        return Cafe(self.lvlm, processing, self.packing, self.record)
 
     @torch.inference_mode()
     def embed(self, contents: Any, batch_size: int = 32) -> Float32[np.ndarray, "contents dim"]:
@@ -172,14 +172,22 @@ class Cafe:
         ).start()
         return iter(streamer)
 
-    def generate_batch(self, prompts: Sequence[Content], max_new_tokens: int = 64, batch_size: int = 64) -> list[str]:
-        """The likeliest answer to each content taken as a user's turn, in the order given."""
+    def generate_batch(
+        self,
+        prompts: Sequence[Content],
+        max_new_tokens: int = 64,
+        batch_size: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+    ) -> list[str]:
+        """The answer to each content taken as a user's turn, in the order given; the likeliest unless sampled."""
         rows = [self.encode_prompt(content) for content in prompts]
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
         answers = [""] * len(rows)
+        options = _sampling(max_new_tokens, temperature, top_p)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            said = self._generate([rows[index] for index in chosen], _sampling(max_new_tokens, 0.0, 1.0))
+            said = self._generate([rows[index] for index in chosen], options)
             for index, answer in zip(chosen, said, strict=True):
                 answers[index] = answer
         return answers
@@ -342,6 +350,16 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """A local checkpoint's own record; empty where there is none."""
     file = Path(path) / RECORD
     return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
+    """A digest of a model's weights, precision and device, and of whatever else decides its answers."""
+    made_of = (model.dtype, model.device.type, *parts, version("transformers"))
+    digest = hashlib.sha256("\n".join(map(str, made_of)).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:32]
 
 
 def read(lvlm: PreTrainedModel, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, "supervised dim"]]:

@@ -28,6 +28,7 @@ def evaluate(
     batch_size: int | None = None,
     together: bool = False,
     progress: bool = False,
+    judges: Sequence[str] = (),
 ) -> Evaluation:
     """Runs suites on the files in `data`, on the first `limit` records of each.
 
@@ -36,18 +37,19 @@ def evaluate(
         data: the folder of evaluation files.
         limit: records of each suite; all of them unless given.
         report: takes the lines meant for people.
-        suites: names of suites; every suite whose files are there unless given.
+        suites: names of suites, or "all"; the usual ones whose files are there unless given.
         keep: a folder for embeddings and answers as they come, so that an evaluation that was killed goes on.
         batch_size: contents at once; the model's own choice unless given.
         together: share the work among the processes of torch.distributed, all of which must call this alike.
         progress: show rate and time left.
+        judges: who judges free descriptions: "exact", "self", or language models by directory or Hub id.
 
     Raises:
         CafeError: a suite is unknown or lacks its files, there is no evaluation file at all, or a file is not what it
             should be.
     """
     chosen = choose(data, suites)
-    subject = Subject(model, keep, batch_size, together, progress)
+    subject = Subject(model, keep, batch_size, together, progress, judges)
     about = {"data": str(data.resolve()), "limit": limit, "fingerprint": subject.fingerprint}
     done = Evaluation(samples={"data": str(data.resolve())}, about=about)
     for number, suite in enumerate(chosen, 1):
@@ -60,22 +62,27 @@ def evaluate(
 
 
 def choose(data: Path, names: Sequence[str] = ()) -> list[Suite]:
-    """The suites of these names, or all whose files are in `data`.
+    """The suites of these names; where none is named, the usual ones whose files are in `data`, or whatever is there.
+
+    "all" names every suite whose files are there.
 
     Raises:
         CafeError: a suite is unknown or lacks its files, or there is no evaluation file in `data`.
     """
     known = {suite.name: suite for suite in SUITES}
-    for name in names:
+    named = [name for name in names if name != "all"]
+    for name in named:
         if name not in known:
-            raise CafeError(f"There is no suite {name!r}: there are {', '.join(known)}.")
+            raise CafeError(f"There is no suite {name!r}: there are {', '.join(known)}, and all.")
         if not known[name].find(data):
             expected = "; ".join(known[name].files)
             raise CafeError(f"The suite {name} lacks its files in {data}: {expected}. From: {known[name].where}.")
-    chosen = [suite for suite in SUITES if (suite.name in names if names else suite.find(data))]
-    if not chosen:
+    if named and "all" not in names:
+        return [suite for suite in SUITES if suite.name in named]
+    there = [suite for suite in SUITES if suite.find(data)]
+    if not there:
         raise CafeError(f"There is no evaluation file in {data}: `cafe evaluate --list` says what each suite expects.")
-    return chosen
+    return there if names else [suite for suite in there if suite.usual] or there
 
 
 def listing(data: Path | None = None) -> str:
@@ -83,7 +90,8 @@ def listing(data: Path | None = None) -> str:
     lines = []
     for suite in SUITES:
         found = "" if data is None else "  [files found]" if suite.find(data) else "  [files missing]"
-        lines += [f"{suite.name}: {suite.measures}{found}", *(f"    {file}" for file in suite.files)]
+        named = "" if suite.usual else "  [runs when named]"
+        lines += [f"{suite.name}: {suite.measures}{named}{found}", *(f"    {file}" for file in suite.files)]
         lines += [f"    from: {suite.where}"]
         lines += [f"    protocol: {', '.join(suite.sources)}"] if suite.sources else []
     return "\n".join(lines)
@@ -104,6 +112,9 @@ def write(evaluation: Evaluation, directory: Path) -> None:
         path = directory / "outputs" / f"{part.replace('/', '_')}.jsonl"
         path.parent.mkdir(exist_ok=True)
         _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+    for name, value in evaluation.files.items():
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        _replace(directory / name, json.dumps(value, indent=2) + "\n")
     _replace(directory / "samples.json", json.dumps(evaluation.samples) + "\n")
     np.savez_compressed(directory / "embeddings.npz", **evaluation.embeddings)  # type: ignore[arg-type]
     _replace(about, json.dumps(evaluation.about, indent=2) + "\n")
@@ -120,6 +131,7 @@ def _beside(evaluation: Evaluation, directory: Path) -> Evaluation:
         json.loads((directory / "samples.json").read_text()) | evaluation.samples,
         embeddings | evaluation.embeddings,
         evaluation.about,
+        evaluation.files,
     )
 
 

@@ -59,3 +59,21 @@ def uniformity(rows: Float[np.ndarray, "rows dim"]) -> float:
 def mentioned_objects(text: str, vocabulary: set[str]) -> set[str]:
     """The terms of a closed vocabulary that a text mentions as whole words, in upper or lower case."""
     return {term for term in vocabulary if re.search(rf"\b{re.escape(term)}\b", text, re.IGNORECASE)}
+
+
+def ndcg_at_k(
+    similarity: Float[np.ndarray, "queries candidates"], gains: Float[np.ndarray, "queries candidates"], k: int
+) -> Float[np.ndarray, "queries"]:
+    """Normalised discounted cumulative gain of the first k candidates (Järvelin & Kekäläinen 2002), from 0 to 1.
+
+    The gain at place i (from 1) is divided by log2(i + 1). Ties count against the model: of candidates that score
+    alike, the one with the least gain comes first, and a candidate without a similarity (NaN) comes where it does most
+    harm. 0 for a query to which nothing is relevant.
+    """
+    worst = np.where(gains > 0, -np.inf, np.inf)
+    scores = np.where(np.isnan(similarity), worst, np.round(similarity.astype(np.float64), 6))
+    order = np.lexsort((gains, -scores), axis=1)[:, :k]
+    discount = 1 / np.log2(np.arange(2, order.shape[1] + 2))
+    found = (np.take_along_axis(gains, order, axis=1) * discount).sum(axis=1)
+    best = (-np.sort(-gains, axis=1)[:, :k] * discount).sum(axis=1)
+    return np.divide(found, best, out=np.zeros(len(gains)), where=best > 0)

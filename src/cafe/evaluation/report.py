@@ -42,8 +42,8 @@ CURVES = {
     "temperature": "Temperature",
     "lr": "Learning rate",
 }
-LOWER_IS_BETTER = ("modality_gap", "alignment", "uniformity", "hallucinated")
-NO_DIRECTION = ("yes_ratio", "matched_similarity", "mismatched_similarity")
+LOWER_IS_BETTER = ("modality_gap", "alignment", "uniformity", "hallucinated", "CHAIR_i", "CHAIR_s")
+NO_DIRECTION = ("yes_ratio", "matched_similarity", "mismatched_similarity", "mentions", "split", "datasets")
 PIXEL_ART = 96  # pixels; smaller pictures are enlarged without smoothing
 THUMBNAIL = 192  # pixels; larger pictures are reduced to this
 MAPPED = 300  # embeddings of each side on the map

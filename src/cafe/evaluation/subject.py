@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch.distributed as dist
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from PIL import Image
 from tqdm import tqdm
 
@@ -45,6 +45,7 @@ class Subject:
         batch_size: contents at once; the model's own choice unless given.
         together: share the work among the processes of torch.distributed. All must then call alike.
         progress: show rate and time left of each call.
+        judges: who judges free descriptions, as `judges.py` names them.
     """
 
     def __init__(
@@ -54,13 +55,16 @@ class Subject:
         batch_size: int | None = None,
         together: bool = False,
         progress: bool = False,
+        judges: Sequence[str] = (),
     ) -> None:
         self.model: Any = model
+        self.judges = tuple(judges)
         self.keep = keep
         self.fingerprint: str = model.fingerprint() if keep else ""
         self.suite = ""  # shown beside the progress
         self._batch: dict[str, int] = {"batch_size": batch_size} if batch_size else {}
         self._size = BATCHES * batch_size if batch_size else CHUNK
+        self._together = together
         shared = together and dist.is_initialized()
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         self._progress = progress and self._rank == 0
@@ -87,14 +91,25 @@ class Subject:
 
         return [said for chunk in self._each(f"answer {max_new_tokens}", prompts, compute) for said in chunk]
 
-    def score(self, contents: Sequence[Any], answers: Sequence[str]) -> list[float]:
-        """The log-likelihood, in nats, of each answer after its content."""
+    def score(self, contents: Sequence[Any], answers: Sequence[Sequence[str]]) -> list[Float[np.ndarray, "answers"]]:
+        """The log-likelihood, in nats, of each of some answers to each content."""
 
-        def compute(chunk: list[tuple[Any, str]]) -> list[float]:
-            return [self.model.score(content, answer) for content, answer in chunk]
+        def compute(chunk: list[tuple[Any, tuple[str, ...]]]) -> list[list[float]]:
+            asked, said = zip(*chunk, strict=True)
+            return [scores.tolist() for scores in self.model.score_batch(asked, said, **self._batch)]
 
-        pairs = list(zip(contents, answers, strict=True))
-        return [value for chunk in self._each("score", pairs, compute) for value in chunk]
+        pairs = [(content, tuple(said)) for content, said in zip(contents, answers, strict=True)]
+        return [np.array(scores) for chunk in self._each("score", pairs, compute) for scores in chunk]
+
+    def around(self, model: Any) -> "Subject":
+        """Another model, evaluated in the same way."""
+        other = Subject(model, self.keep, self._batch.get("batch_size"), self._together, self._progress, self.judges)
+        other.suite = self.suite
+        return other
+
+    def with_prompts(self, **changes: Any) -> "Subject":
+        """The same weights with other prompts."""
+        return self.around(self.model.with_prompts(**changes))
 
     def _each(self, kind: str, items: Sequence[Any], compute: Callable[[list[Any]], Any]) -> list[Any]:
         """What `compute` makes of each chunk, all chunks in order, on every process."""

@@ -1,6 +1,7 @@
 """What a suite is, what it gives, and the reading of files that suites share."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,7 @@ class Evaluation:
         samples: some of these to look at, and what the report draws.
         embeddings: some embeddings by side, for the report's map.
         about: what was evaluated: the data, the limit, the model's fingerprint.
+        files: JSON for other people's programs, by the name of the file to write.
     """
 
     results: dict[str, float] = field(default_factory=dict)
@@ -35,11 +37,13 @@ class Evaluation:
     samples: dict[str, Any] = field(default_factory=dict)
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
 
     def add(self, other: "Evaluation") -> None:
         """Takes in what another suite measured. Of samples and embeddings, the first of a name stay."""
         self.results |= other.results
         self.outputs |= other.outputs
+        self.files |= other.files
         self.samples = other.samples | self.samples
         self.embeddings = other.embeddings | self.embeddings
 
@@ -57,6 +61,7 @@ class Suite:
         find: its files under a folder; empty where they are not there. It raises `CafeError` where two of them measure
             the same.
         run: measures a model on the files under a folder, on the first `limit` records of each.
+        usual: it runs where no suite is named; the others are long, and wait to be named.
     """
 
     name: str
@@ -66,6 +71,7 @@ class Suite:
     sources: tuple[str, ...] = ()
     find: Callable[[Path], list[Path]]
     run: Callable[[Subject, Path, int | None], Evaluation]
+    usual: bool = True
 
 
 def rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -141,6 +147,18 @@ def ask(
     pictures = [find_picture(row["image"], data, source, *folders) for row in rows]
     shown = zip(pictures, rows, strict=True)
     return pictures, model.answer([Content((ImageRef(data / at), row["text"])) for at, row in shown], longest)
+
+
+def compose(text: str, refs: Sequence[ImageRef], mark: str) -> Content:
+    """A text and its pictures: each at its mark, a regular expression; those without one come first.
+
+    There are no more marks than pictures.
+    """
+    words = re.split(mark, text)
+    pieces = [words[0].strip("\n"), *(part for pair in zip(refs, words[1:], strict=False) for part in pair)]
+    parts = [part.strip("\n") if isinstance(part, str) else part for part in pieces]
+    said = [part for part in parts if not isinstance(part, str) or part.strip()]
+    return Content((*refs[len(words) - 1 :], *said))
 
 
 def spread(count: int, wanted: int) -> list[int]:

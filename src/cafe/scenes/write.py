@@ -54,6 +54,7 @@ def write_scenes(
     for kind, absent in _pope_absent(splits["test"]).items():
         lines = _pope(splits["test"][:_POPE_IMAGES], absent)
         _json_lines(directory / "pope" / f"scenes_pope_{kind}.json", lines)
+    _json(directory / "annotations" / "instances_scenes.json", _instances(splits["test"]))
     for change, rows in _sugarcrepe(splits["test"]).items():
         _json(directory / "sugarcrepe" / f"{change}.json", {str(n): row for n, row in enumerate(rows)})
     for split, folder in (("train", "mmeb_train"), ("test", "mmeb_eval")):
@@ -153,6 +154,21 @@ def _pope(scenes: list[Scene], absent: Callable[[Scene], list[str]]) -> Iterable
                 number += 1
                 text = f"Is there {article(kind)} {kind} in the image?"
                 yield {"question_id": number, "image": _image(scene), "text": text, "label": label}
+
+
+def _instances(scenes: list[Scene]) -> dict[str, Any]:
+    """The things of each picture as COCO's instances; `info` says how to ask for a description."""
+    number = {kind: index for index, kind in enumerate(KINDS, 1)}
+    return {
+        "info": {"description": "scenes", "prompt": CAPTION_PROMPT},
+        "images": [{"id": index, "file_name": _image(scene)} for index, scene in enumerate(scenes)],
+        "annotations": [
+            {"id": 10 * index + place, "image_id": index, "category_id": number[thing.kind]}
+            for index, scene in enumerate(scenes)
+            for place, thing in enumerate(scene.things)
+        ],
+        "categories": [{"id": index, "name": kind} for kind, index in number.items()],
+    }
 
 
 def _sugarcrepe(scenes: list[Scene]) -> dict[str, list[dict[str, str]]]:

@@ -1,0 +1,81 @@
+"""CIDEr: how like the captions of people a caption is, by the words that tell pictures apart (arXiv 1411.5726).
+
+CIDEr-D as COCO's caption evaluation computes it, by the package pycocoevalcap. Captions are cut into words in lower
+case without punctuation; the official evaluation cuts them with a Java program, so its numbers may differ a little.
+"""
+
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from cafe.content import Content, ImageRef
+from cafe.errors import CafeError
+from cafe.evaluation.retrieval import read
+from cafe.evaluation.subject import Subject
+from cafe.evaluation.suite import Evaluation, Suite, only, rates
+
+PROMPT = "Provide a one-sentence caption for the provided image."
+LONGEST = 64  # tokens of a caption
+
+
+def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
+    """Asks for a caption of each of the first `limit` pictures."""
+    [path] = find(data)
+    collection = read(data, path, limit, None)
+    references = [
+        [text for text, owner in zip(collection.texts, collection.owner, strict=True) if owner == number]
+        for number in range(len(collection.pictures))
+    ]
+    said = model.answer([Content((ImageRef(data / at), PROMPT)) for at in collection.pictures], LONGEST)
+    scores = cider(said, references)
+    rows = [
+        {"id": number, "group": str(at), "image": str(at), "said": text, "marks": {"cider/CIDEr": float(score)}}
+        for number, (at, text, score) in enumerate(zip(collection.pictures, said, scores, strict=True))
+    ]
+    return Evaluation(rates(rows), {"cider": rows})
+
+
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, "captions"]:
+    """CIDEr-D of each caption, from 0 to 10; the weights of words are counted in these references.
+
+    Raises:
+        CafeError: the package pycocoevalcap is not installed.
+    """
+    if not find_spec("pycocoevalcap"):
+        raise CafeError("CIDEr needs the package pycocoevalcap: pip install 'cafe-lvlm[captions]'.")
+    from pycocoevalcap.cider.cider import Cider
+
+    said = {number: [words(text)] for number, text in enumerate(captions)}
+    wanted = {number: [words(text) for text in texts] for number, texts in enumerate(references)}
+    _, scores = Cider().compute_score(wanted, said)
+    return np.asarray(scores, np.float64)
+
+
+def words(text: str) -> str:
+    """The words of a text in lower case, a space between."""
+    return " ".join(re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower()))
+
+
+def find(data: Path) -> list[Path]:
+    """A Karpathy file of its own folder: where retrieval is measured, captions are not asked for without a word."""
+    path = only(data, "cider/dataset_*.json")
+    return [path] if path else []
+
+
+CIDER = Suite(
+    name="cider",
+    measures="captions by their likeness to those of people",
+    files=(
+        "cider/dataset_*.json: a Karpathy file, its split 'test'",
+        "its pictures, in the folder itself, images/, val2014/ or flickr30k-images/",
+    ),
+    where="cs.stanford.edu/people/karpathy/deepimagesent (captions); cocodataset.org (2014 Val images)",
+    sources=("arXiv 1411.5726",),
+    find=find,
+    run=run,
+    usual=False,
+)
