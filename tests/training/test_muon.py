@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cafe.training.muon import Muon, orthogonal
+from cafe.model import Cafe
+from cafe.training.muon import Muon, inner_matrices, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8)])
@@ -21,12 +22,14 @@ def test_the_steps_are_those_of_pytorch():
     torch.manual_seed(0)
     start = [torch.randn(16, 32), torch.randn(32, 16), torch.randn(16, 32)]
     ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
+    biases = [torch.nn.Parameter(torch.ones(4)) for _ in range(2)]
     optimizers = [
-        Muon(ours, lr=0.01, weight_decay=0.1),
+        Muon([{"params": ours, "orthogonal": True}, {"params": biases[:1]}], lr=0.01, weight_decay=0.1),
         torch.optim.Muon(theirs, lr=0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(biases[1:], lr=0.01, weight_decay=0.1),
     ]
     for _ in range(3):
-        for one, other in zip(ours, theirs, strict=True):
+        for one, other in zip([*ours, biases[0]], [*theirs, biases[1]], strict=True):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
         for optimizer in optimizers:
@@ -34,3 +37,22 @@ def test_the_steps_are_those_of_pytorch():
     for before, one, other in zip(start, ours, theirs, strict=True):
         moved, expected = one.detach() - before, other.detach() - before
         assert (moved - expected).norm() < 0.02 * expected.norm()  # theirs iterates in bfloat16
+    assert torch.equal(*biases)
+
+
+def test_what_it_knows_is_saved_and_loaded_again():
+    matrix = torch.nn.Parameter(torch.randn(4, 8))
+    groups = [{"params": [matrix], "orthogonal": True}]
+    first = Muon(groups, lr=0.01)
+    matrix.grad = torch.randn(4, 8)
+    first.step()
+    second = Muon(groups, lr=0.01)
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.state[matrix]["momentum"], first.state[matrix]["momentum"])
+
+
+def test_inner_matrices_are_those_of_linear_layers_but_the_head(random_base):
+    lvlm = Cafe.load(random_base).lvlm
+    inner = inner_matrices(lvlm)
+    for name, parameter in lvlm.named_parameters():
+        assert (name in inner) == (parameter.ndim == 2 and "embed" not in name and "lm_head" not in name), name

@@ -44,7 +44,7 @@ from cafe.scenes.words import (
     questions,
 )
 from cafe.scenes.world import Scene, draw_scene
-from cafe.training.muon import Muon
+from cafe.training.muon import Muon, inner_matrices
 
 BASE = Path(__file__).parent / "base"  # where the trained model ships
 VOCABULARY = 640
@@ -212,22 +212,13 @@ class Lessons(Dataset[Pack]):
         return pack([[]] * len(rows), rows, self.packing)
 
 
-def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for the rest.
-
-    Muon learns to look at the picture in a fraction of AdamW's steps.
-    """
-    inner = {
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 2 and (".layers." in name or "projector" in name)
-    }
+def make_optimizer(model: nn.Module, learning_rate: float) -> Muon:
+    """Muon for the matrices inside the layers, AdamW for the rest."""
+    inner = inner_matrices(model)
     matrices = [p for name, p in model.named_parameters() if name in inner]
     others = [p for name, p in model.named_parameters() if name not in inner]
-    return [
-        Muon(matrices, lr=2 * learning_rate),
-        torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
+    groups = [{"params": matrices, "lr": 2 * learning_rate, "orthogonal": True}, {"params": others}]
+    return Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
 
 
 def _schedule(steps: int) -> Callable[[int], float]:
@@ -253,8 +244,8 @@ def train_base(
     report(
         f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens"
     )
-    optimizers = make_optimizers(model, learning_rate)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps)) for optimizer in optimizers]
+    optimizer = make_optimizer(model, learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
     lessons_ahead = Lessons(processing, seed, steps, batch)
     packs = iter(DataLoader(lessons_ahead, batch_size=None, num_workers=workers))
     history: dict[str, list[float]] = {}
@@ -267,9 +258,8 @@ def train_base(
         model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
+        optimizer.step()
+        schedule.step()
         history.setdefault(lessons_ahead.kind(step), []).append(loss.item())
         if step % 25 == 24:
             progress.set_postfix({kind: f"{fmean(losses[-10:]):.4f}" for kind, losses in history.items()})

@@ -5,7 +5,6 @@ machine; a CPU without units for that needs a hundred times as long, so here a C
 one shape go together.
 """
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,40 +13,46 @@ from torch import Tensor, nn
 
 _QUINTIC = (3.4445, -4.7750, 2.0315)  # of the iteration, from Jordan's Muon
 _STEPS = 5
+_MOMENTUM = 0.95  # of the running mean of gradients
 
 
-class Muon(torch.optim.Optimizer):
-    """Steps of Nesterov momentum, orthogonalised and as large as AdamW's are (arXiv 2502.16982, section 2.2).
+class Muon(torch.optim.AdamW):
+    """Nesterov momentum, orthogonalised, for parameter groups with `orthogonal=True`; AdamW for the others.
 
-    Args:
-        matrices: parameters of two dimensions.
-        lr: the learning rate, on AdamW's scale.
-        momentum: of the running mean of gradients.
-        weight_decay: decoupled, as in AdamW.
+    The matrices of an orthogonal group have two dimensions. Its steps are as large as AdamW's are (arXiv 2502.16982,
+    section 2.2), so that one learning rate serves both; its weight decay is decoupled as AdamW's is.
     """
 
-    def __init__(
-        self, matrices: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.0
-    ) -> None:
-        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One step; `closure` is there for PyTorch's schedulers and not called."""
+    def step(self, closure: Any = None) -> Any:
+        """One step."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[nn.Parameter]] = {}
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    alike.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in alike.items():
-                updates = []
-                for matrix in matrices:
-                    mean = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-                    mean.lerp_(matrix.grad, 1 - group["momentum"])
-                    updates.append(matrix.grad.lerp(mean, group["momentum"]))
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                for matrix, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(matrix.dtype), alpha=rate)
+            if group.get("orthogonal"):
+                self._orthogonal_step(group)
+        return super().step(closure)  # takes the parameters that still have a gradient
+
+    def _orthogonal_step(self, group: dict[str, Any]) -> None:
+        alike: dict[torch.Size, list[nn.Parameter]] = {}
+        for matrix in group["params"]:
+            if matrix.grad is not None:
+                alike.setdefault(matrix.shape, []).append(matrix)
+        for shape, matrices in alike.items():
+            updates = []
+            for matrix in matrices:
+                mean = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                mean.lerp_(matrix.grad, 1 - _MOMENTUM)
+                updates.append(matrix.grad.lerp(mean, _MOMENTUM))
+                matrix.grad = None
+            rate = group["lr"] * 0.2 * max(shape) ** 0.5
+            for matrix, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(matrix.dtype), alpha=rate)
+
+
+def inner_matrices(model: nn.Module) -> set[str]:
+    """The names of the weights of linear layers; neither embeddings nor a head on the vocabulary are among them."""
+    heads = {id(module.weight) for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head"}
+    linear = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear))
+    return {f"{name}.weight" for name, weight in linear if id(weight) not in heads}
 
 
 def orthogonal(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matrices rows columns"]:
