@@ -39,7 +39,11 @@ class Muon(torch.optim.AdamW):
         for shape, matrices in alike.items():
             updates = []
             for matrix in matrices:
-                mean = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                state = self.state[matrix]
+                if not state:  # AdamW wants to find its count of steps here when a state is loaded
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(matrix))
+                state["step"] += 1
+                mean = state["momentum"]
                 mean.lerp_(matrix.grad, 1 - _MOMENTUM)
                 updates.append(matrix.grad.lerp(mean, _MOMENTUM))
                 matrix.grad = None
