@@ -1,11 +1,19 @@
 """Public formats become Examples; bad records are named."""
 
+import io
 import json
+import tarfile
 from random import Random
 
+import datasets
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from samples import png
 
-from cafe.data.formats import Source, open_source
+from cafe.content import open_image
+from cafe.data.formats import Columns, Source, open_source
 from cafe.errors import CafeError
 
 
@@ -77,3 +85,74 @@ def test_a_file_of_another_format_is_named(tmp_path, text):
         open_source(Source(path=str(tmp_path / "x.json")))
     with pytest.raises(CafeError, match=r"none\.json does not exist"):
         open_source(Source(path=str(tmp_path / "none.json")))
+
+
+def tar_of(path, colors):
+    with tarfile.open(path, "w") as file:
+        for color in colors:
+            for kind, data in (("png", png(color)), ("txt", f"it is {color}".encode())):
+                info = tarfile.TarInfo(f"{color}.{kind}")
+                info.size = len(data)
+                file.addfile(info, io.BytesIO(data))
+
+
+def test_shards_are_one_source_whose_records_are_named_by_shard(tmp_path):
+    tar_of(tmp_path / "0.tar", ["red", "green"])
+    tar_of(tmp_path / "1.tar", ["blue"])
+    records = open_source(Source(path=str(tmp_path / "{0..1}.tar"), format="pairs", ask="Describe the image."))
+    examples = [records.example(index, Random(0)) for index in range(len(records))]
+    assert [example.pair.target.text for example in examples] == ["it is red", "it is green", "it is blue"]
+    assert records.chunks == [2, 1] and examples[2].source == f"{tmp_path}/1.tar, record 0 (id blue)"
+    assert examples[0].dialogue.turns[0].content.images == examples[0].pair.query.images
+
+
+def test_a_corrupt_shard_counts_as_so_many_bad_records_as_the_others_have(tmp_path, caplog):
+    for number, colors in enumerate((["red", "green"], ["red", "green", "blue", "black"])):
+        tar_of(tmp_path / f"{number}.tar", colors)
+    (tmp_path / "2.tar").write_bytes(b"nonsense" * 200)
+    records = open_source(Source(path=str(tmp_path / "*.tar"), format="pairs"))
+    assert records.chunks == [2, 4, 3] and "2.tar cannot be read" in caplog.text
+    for index in (6, 8):
+        with pytest.raises(CafeError, match=rf"2\.tar, record {index - 6}: .*cannot be read"):
+            records.example(index, Random(0))
+    for number in range(2):
+        (tmp_path / f"{number}.tar").write_bytes(b"")
+    with pytest.raises(CafeError, match="None of the 3 files"):
+        open_source(Source(path=str(tmp_path / "*.tar"), format="pairs"))
+
+
+def test_conversations_in_parquet_with_their_pictures_inside_are_llavas_too(tmp_path):
+    rows = [
+        {"id": "7", "image": {"bytes": png("red"), "path": "a.png"}, "conversations": turns("<image>\nWhat?", "red")},
+        {"id": "8", "image": None, "conversations": turns("Hello", "Hi")},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    records = open_source(Source(path=str(tmp_path / "a.parquet")))
+    first, second = (records.example(index, Random(0)) for index in range(2))
+    assert first.pair.query.images[0].source == png("red") and first.pair.target.text == "red"
+    assert second.pair is None and "record 1 (id 8)" in second.source
+
+
+def test_a_dataset_is_a_source_by_the_names_of_its_columns(tmp_path):
+    data = [{"img": {"bytes": png("red"), "path": None}, "caption": ["red", "a red one"]}]
+    features = datasets.Features({"img": datasets.Image(), "caption": datasets.List(datasets.Value("string"))})
+    datasets.Dataset.from_list(data, features=features).save_to_disk(tmp_path / "saved")
+    columns = Columns(query_image="img", positive="caption")
+    records = open_source(Source(path=str(tmp_path / "saved"), format="pairs", columns=columns))
+    said = {records.example(0, Random(seed)).pair.target.text for seed in range(20)}
+    assert said == {"red", "a red one"}
+    assert open_image(records.example(0, Random(0)).pair.query.images[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_annotations_and_pictures_may_lie_on_an_object_store():
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/data/a.jsonl", json.dumps({"image": "p/a.png", "conversations": turns("Hi", "red")}).encode())
+    fs.pipe("/data/p/a.png", png("red"))
+    example = open_source(Source(path="memory://data/a.jsonl")).example(0, Random(0))
+    assert open_image(example.pair.query.images[0]).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_a_source_without_records_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text("\n")
+    with pytest.raises(CafeError, match="holds no records"):
+        open_source(Source(path=str(tmp_path / "a.jsonl")))

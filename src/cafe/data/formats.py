@@ -1,38 +1,38 @@
-"""Readers of public file formats. Each gives a list of records that become Examples one at a time, when asked.
+"""Sources opened: files of records that become Examples one at a time, when asked.
 
-Only the annotation file is read here; pictures stay references. A record that cannot become an Example raises
-`CafeError` with the file and the record named.
+A file's kind (JSON, JSON lines, CSV, parquet, tar, a dataset) says how its rows are read, the source's format says what
+a row means; any format may lie in any kind of file. Only an index is read here; pictures stay references. A record that
+cannot become an Example raises `CafeError` with the file and the record named.
 """
 
-import json
-from collections.abc import Callable
+import logging
+from bisect import bisect_right
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Any
 
-from cafe.content import Content, Dialogue, Example, ImageRef, Pair, Part, Turn
+from tqdm import tqdm
+
+from cafe.content import Dialogue, Example, Pair
+from cafe.data.files import expand, is_url
+from cafe.data.karpathy import karpathy, split_of
+from cafe.data.llava import llava
+from cafe.data.mmeb import mmeb
+from cafe.data.pairs import pairs
+from cafe.data.rows import Dataset, Listed, Lost, Rows, load_json, rows_of
+from cafe.data.source import Columns, Format, Source
 from cafe.errors import CafeError
 
-IMAGE_TOKEN = "<image>"  # where an image stands in a LLaVA conversation
-DESCRIBE = "Describe the image."
+__all__ = ["Columns", "Records", "Source", "open_source"]
 
+logger = logging.getLogger(__name__)
 
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """One annotation file and its folder of pictures.
-
-    Attributes:
-        path: the annotation file.
-        images: the folder that image paths are relative to; by default the annotation file's own.
-        format: "llava" or "karpathy".
-        split: of a Karpathy file, which split to read; "train" reads "restval" too.
-    """
-
-    path: str
-    images: str = ""
-    format: Literal["llava", "karpathy"] = "llava"
-    split: str = "train"
+Make = Callable[[Any, Source, Random], tuple[Pair | None, Dialogue | None]]
+FORMATS: dict[Format, Make] = {"llava": llava, "karpathy": karpathy, "mmeb": mmeb, "pairs": pairs}
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,20 @@ class Records:
     """
 
     source: Source
-    rows: list[Any]
-    make: Callable[[Any, Path, Random], tuple[Pair | None, Dialogue | None]]
+    files: Sequence[Rows]
+
+    @cached_property
+    def ends(self) -> list[int]:
+        """For each file, the number of records up to its end."""
+        return list(accumulate(sum(file.chunks) for file in self.files))
+
+    @cached_property
+    def chunks(self) -> list[int]:
+        """The lengths of runs of records that are read best together."""
+        return [length for file in self.files for length in file.chunks]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.ends[-1]
 
     def example(self, index: int, rng: Random) -> Example:
         """Record number `index` as an Example.
@@ -55,95 +64,60 @@ class Records:
         Raises:
             CafeError: the record is bad.
         """
-        row = self.rows[index]
-        name = f"{self.source.path}, record {index}"
-        if isinstance(row, dict) and "id" in row:
-            name += f" (id {row['id']})"
-        images = Path(self.source.images) if self.source.images else Path(self.source.path).parent
+        number = bisect_right(self.ends, index)
+        file = self.files[number]
+        within = index - (self.ends[number - 1] if number else 0)
+        name = f"{file.name}, record {within}"
         try:
-            pair, dialogue = self.make(row, images, rng)
+            row = file[within]
+            if isinstance(row, dict):
+                name += next((f" (id {row[key]})" for key in ("id", "__key__") if key in row), "")
+            pair, dialogue = FORMATS[self.source.format](row, self.source, rng)
         except CafeError as error:
             raise CafeError(f"{name}: {error}") from None
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise CafeError(f"{name}: a field is missing or of the wrong kind ({error}).") from None
         return Example(pair, dialogue, name)
 
 
 def open_source(source: Source) -> Records:
-    """Reads an annotation file.
+    """Finds a source's files and what is in them.
+
+    One file of several that cannot be read is warned of, and its rows, as many as the others have on average, count as
+    bad: so that a run with too many such files stops.
 
     Raises:
-        CafeError: the file is missing or not of the format.
+        CafeError: no file can be read, or a file is not of the format.
     """
-    path = Path(source.path)
-    if not path.is_file():
-        raise CafeError(f"The data file {path} does not exist.")
-    try:
-        if path.suffix == ".jsonl":
-            data: Any = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        else:
-            data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CafeError(f"The data file {path} is not valid JSON: {error}.") from None
-    if source.format == "karpathy":
-        if not isinstance(data, dict) or not isinstance(data.get("images"), list):
-            raise CafeError(f'The data file {path} has no list "images", as a Karpathy split file has.')
-        splits = {"train", "restval"} if source.split == "train" else {source.split}
-        return Records(source, [row for row in data["images"] if row.get("split") in splits], _karpathy)
-    if not isinstance(data, list):
-        raise CafeError(f"The data file {path} is not a list of records, as a LLaVA file is.")
-    return Records(source, data, _llava)
+    if source.path.startswith("dataset:") or (not is_url(source.path) and Path(source.path).is_dir()):
+        return _counted(Records(source, [Dataset(source.path, source.split, source.subset)]))
+    names = expand(source.path)
+    if source.format == "karpathy" and source.path.endswith(".json"):
+        return _counted(Records(source, [_karpathy(name, source.split) for name in names]))
+    read: dict[str, Rows] = {}
+    lost: dict[str, str] = {}
+    for name in tqdm(names, desc=f"index {source.path}", unit="file", disable=len(names) < 8, leave=False):
+        try:
+            read[name] = rows_of(name, source.window)
+        except CafeError as error:
+            if len(names) == 1:
+                raise
+            lost[name] = str(error)
+            logger.warning("%s Its records count as bad.", error)
+    if not read:
+        raise CafeError(f"None of the {len(names)} files of {source.path} can be read. The last: {lost[names[-1]]}")
+    mean = max(1, round(sum(sum(file.chunks) for file in read.values()) / len(read)))
+    return _counted(Records(source, [read[name] if name in read else Lost(name, lost[name], mean) for name in names]))
 
 
-def _llava(row: Any, images: Path, rng: Random) -> tuple[Pair | None, Dialogue | None]:
-    """The pictures match the first thing the assistant says of them (as CAFe pairs them); all turns are the dialogue.
-
-    An optional list "negatives" holds false captions: hard negatives.
-    """
-    paths = [row["image"]] if isinstance(row.get("image"), str) else list(row.get("image") or [])
-    refs = [ImageRef(images / path) for path in paths]
-    waiting = list(refs)
-    turns: list[Turn] = []
-    for index, said in enumerate(row["conversations"]):
-        expected = ("human", "gpt")[index % 2]
-        if said["from"] != expected:
-            raise CafeError(
-                f"turn {index} of the conversation is from {said['from']!r} and should be from {expected!r}."
-            )
-        if not said["value"].strip():
-            raise CafeError(f"turn {index} of the conversation is empty.")
-        if expected == "human":
-            turns.append(Turn("user", Content(tuple(_interleave(said["value"], waiting)))))
-        else:
-            turns.append(Turn("assistant", Content.of(said["value"].strip())))
-    if not turns or len(turns) % 2:
-        raise CafeError("the conversation does not end with an answer.")
-    if waiting:
-        # Some files name an image and mark no place for it: it is shown first.
-        turns[0] = Turn("user", Content((*waiting, *turns[0].content.parts)))
-    negatives = tuple(Content.of(text) for text in row.get("negatives", ()))
-    pair = Pair(Content(tuple(refs)), turns[1].content, negatives) if refs else None
-    return pair, Dialogue(tuple(turns))
+def _counted(records: Records) -> Records:
+    if not len(records):
+        raise CafeError(f"The data file {records.source.path} holds no records.")
+    return records
 
 
-def _interleave(text: str, waiting: list[ImageRef]) -> list[Part]:
-    first, *others = text.split(IMAGE_TOKEN)
-    if len(others) > len(waiting):
-        raise CafeError(f"a turn shows {len(others)} images and only {len(waiting)} are left.")
-    parts: list[Part] = [first.strip("\n")] if first.strip() else []
-    for words in others:
-        parts.append(waiting.pop(0))
-        if words.strip():
-            parts.append(words.strip("\n"))
-    return parts
-
-
-def _karpathy(row: Any, images: Path, rng: Random) -> tuple[Pair | None, Dialogue | None]:
-    """One of the image's captions, by lot, is both the target and what the assistant says."""
-    captions = [sentence["raw"].strip() for sentence in row["sentences"]]
-    if not captions or not all(captions):
-        raise CafeError("a caption is empty.")
-    ref = ImageRef(images / row.get("filepath", "") / row["filename"])
-    caption = Content.of(rng.choice(captions))
-    dialogue = Dialogue((Turn("user", Content((ref, DESCRIBE))), Turn("assistant", caption)))
-    return Pair(Content((ref,)), caption), dialogue
+def _karpathy(name: str, split: str) -> Rows:
+    data = load_json(name)
+    if not isinstance(data, dict) or not isinstance(data.get("images"), list):
+        raise CafeError(f'The data file {name} has no list "images", as a Karpathy split file has.')
+    return Listed(name, split_of(data["images"], split))

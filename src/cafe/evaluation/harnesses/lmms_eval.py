@@ -17,7 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
 from cafe.content import Content, ImageRef
-from cafe.data.formats import IMAGE_TOKEN
+from cafe.data.pictures import IMAGE_TOKEN
 from cafe.errors import CafeError
 from cafe.evaluation.suite import compose
 from cafe.model import Cafe

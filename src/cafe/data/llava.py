@@ -1,0 +1,69 @@
+"""The format of LLaVA and LLaVA-OneVision training data: a conversation about one or more pictures.
+
+    {"id": "1", "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                                    {"from": "gpt", "value": "A cat."}]}
+
+`image` may be a list; `video` is a folder or list of frames, shown at the mark <video> or first. Turns may also be
+`{"role": "user", "content": "..."}`, the content a text or a list of text and image parts.
+"""
+
+from random import Random
+from typing import Any
+
+from cafe.content import Content, Dialogue, ImageRef, Pair, Turn
+from cafe.data.pictures import IMAGE_TOKEN, interleave, pictures
+from cafe.data.source import Source
+from cafe.errors import CafeError
+
+_SPEAKERS = {"user": "human", "assistant": "gpt"}  # the names of chat templates -> LLaVA's
+
+
+def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue | None]:
+    """The pictures match the first thing the assistant says of them (as CAFe pairs them); all turns are the dialogue.
+
+    An optional list "negatives" holds false captions: hard negatives.
+    """
+    frames = pictures(row.get("video"), source)
+    refs = [*frames, *pictures(row.get(source.columns.image), source)]
+    dialogue = converse(row[source.columns.conversations], refs, len(frames))
+    negatives = tuple(Content.of(text) for text in row.get("negatives") or ())
+    pair = Pair(Content(tuple(refs)), dialogue.turns[1].content, negatives) if refs else None
+    return pair, dialogue
+
+
+def converse(said_by_all: list[Any], refs: list[ImageRef], frames: int = 0) -> Dialogue:
+    """A conversation about some pictures; the first `frames` of them stand at the mark <video>.
+
+    Raises:
+        CafeError: the turns do not alternate, one is empty, or they show more pictures than there are.
+    """
+    waiting = list(refs)
+    turns: list[Turn] = []
+    for index, said in enumerate(said_by_all):
+        speaker, value = _said(said)
+        expected = ("human", "gpt")[index % 2]
+        if speaker != expected:
+            raise CafeError(f"turn {index} of the conversation is from {speaker!r} and should be from {expected!r}.")
+        if not value.strip():
+            raise CafeError(f"turn {index} of the conversation is empty.")
+        if expected == "human":
+            marked = value.replace("<video>", IMAGE_TOKEN * frames)
+            turns.append(Turn("user", Content(tuple(interleave(marked, waiting)))))
+        else:
+            turns.append(Turn("assistant", Content.of(value.strip())))
+    if not turns or len(turns) % 2:
+        raise CafeError("the conversation does not end with an answer.")
+    if waiting:
+        # Some files name an image and mark no place for it: it is shown first.
+        turns[0] = Turn("user", Content((*waiting, *turns[0].content.parts)))
+    return Dialogue(tuple(turns))
+
+
+def _said(turn: dict[str, Any]) -> tuple[str, str]:
+    """Who speaks, and what, whichever names the file uses."""
+    if "from" in turn:
+        return turn["from"], turn["value"]
+    content = turn["content"]
+    if not isinstance(content, str):
+        content = "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in content)
+    return _SPEAKERS.get(turn["role"], turn["role"]), content

@@ -1,0 +1,83 @@
+"""Pairs under names that the source's `columns` say: a query, its match and hard negatives.
+
+    {"query": "which is red?", "query_image": "a.jpg", "positive": "the left one", "negatives": ["the right one"]}
+
+A picture may be a path, bytes or base64, and several pictures a list or a folder; a mark <image> in the text is a
+picture's place. A negative may be a text, or a mapping of "text" and "image". A record may also hold a dialogue, as in
+the format of LLaVA, beside its pair or alone.
+"""
+
+import json
+from contextlib import suppress
+from random import Random
+from typing import Any
+
+from cafe.content import Content, Dialogue, Pair, Turn
+from cafe.data.llava import converse
+from cafe.data.pictures import compose, pictures
+from cafe.data.source import Columns, Source
+from cafe.errors import CafeError
+
+_USUAL = Columns()
+
+
+def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue | None]:
+    """The query, its match and its hard negatives; with `source.ask`, also a dialogue of the two."""
+
+    def field(name: str) -> Any:
+        column = getattr(source.columns, name)
+        if column not in row and column != getattr(_USUAL, name):
+            raise CafeError(f"there is no column {column!r}; there are {', '.join(map(str, row))}.")
+        return row.get(column)
+
+    positive = field("positive")
+    if isinstance(positive, (list, tuple)) and positive:
+        positive = rng.choice(positive)
+    query = _content(field("query"), field("query_image"), source)
+    target = _content(positive, field("positive_image"), source)
+    spoken = None
+    if turns := field("conversations"):
+        # What both show is one picture, to be decoded and read once.
+        same = row.get(source.columns.image) == row.get(source.columns.query_image)
+        refs = query.images if same else pictures(row.get(source.columns.image), source)
+        spoken = converse(turns, refs)
+    if spoken and not query.parts and not target.parts:
+        return None, spoken
+    for name, side in (("query", query), ("positive", target)):
+        if not side.parts:
+            raise CafeError(f"the {name} is empty.")
+    texts, images = _list(field("negatives")), _list(field("negative_images"))
+    if texts and images and len(texts) != len(images):
+        raise CafeError(f"there are {len(texts)} negatives and {len(images)} pictures of negatives.")
+    negatives = [
+        _content(text, image, source)
+        for text, image in zip(texts or [None] * len(images), images or [None] * len(texts), strict=True)
+    ]
+    pair = Pair(query, target, tuple(negative for negative in negatives if negative.parts))
+    return pair, spoken or answered(pair, source.ask)
+
+
+def answered(pair: Pair, ask: str | None) -> Dialogue | None:
+    """The query and a request as the user's turn, the target as the answer, where that is text alone."""
+    if ask is None or pair.target.images:
+        return None
+    asked = Content((*pair.query.parts, *([ask] if ask else [])))
+    return Dialogue((Turn("user", asked), Turn("assistant", Content.of(pair.target.text.strip()))))
+
+
+def _content(text: Any, image: Any, source: Source) -> Content:
+    if isinstance(text, dict):
+        text, image = text.get("text"), text.get("image", text.get("images"))
+    if text is not None and not isinstance(text, str):
+        raise CafeError(f"a text is a {type(text).__name__}: {str(text)[:40]}.")
+    return compose(text.strip() if text else "", pictures(image, source))
+
+
+def _list(value: Any) -> list[Any]:
+    """A field that holds several: a list, one alone, or, in a CSV file, a list as JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(json.JSONDecodeError):  # then it is a text that begins with a bracket
+            value = json.loads(value)
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
