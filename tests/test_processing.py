@@ -1,10 +1,14 @@
 """Prompts, token sequences and supervised positions, held against the published frame."""
 
+import io
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from cafe.content import Content, Dialogue, Turn
+from cafe.content import Content, Dialogue, ImageRef, Turn, open_image
 from cafe.errors import CafeError
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
 from cafe.processing import Processing, load_processor
@@ -25,9 +29,7 @@ def decode(processing, encoded):
 def test_an_images_embedding_prompt_is_the_published_one(processing):
     messages = embedding_messages(Content.of(PICTURE), processing.prompts)
     encoded = processing.encode_embedding(messages, processing.pictures([PICTURE]))
-    image = "<image>" * (
-        16 + 16 + 4
-    )  # a thumbnail of 4 x 4 tokens, a crop of as many, a newline after each of its rows
+    image = "<image>" * len(processing.pictures([PICTURE]).runs[0])
     instruction = "\nCompress this image in one word:"
     assert decode(processing, encoded) == (
         f"{SYSTEM}<|im_start|>user\n{image}{instruction}<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
@@ -104,3 +106,55 @@ def test_saved_processor_files_are_the_familys_standard_ones(processing, tmp_pat
 def load_processor_from(directory, processing):
     """The processor alone; a checkpoint would hold the model's configuration beside it."""
     return type(processing.processor).from_pretrained(directory)
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Something like a photograph: shades, fine texture and hard edges."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.cos(y / height * turns) for turns in (3, 5, 7)]
+    shade = 128 + 60 * np.sin(x / width * 5)[..., None] + 40 * np.stack(waves, axis=-1)
+    pixels = shade + rng.normal(0, 12, (height, width, 3))
+    pixels[((x // (width // 9)) % 3 == 0) & ((y // (height // 7)) % 2 == 0)] -= 70
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def test_a_large_jpeg_decoded_small_shows_the_model_the_same_to_a_few_levels_of_255(processing):
+    out = io.BytesIO()
+    photo(1000, 800).save(out, "JPEG", quality=92)
+    ref = ImageRef(out.getvalue())
+    [small] = processing.decode([ref])
+    assert small.size == (250, 200)  # a quarter: an eighth would not be enough
+    whole, drafted = (processing.pictures([image]).vision["pixel_values"] for image in (open_image(ref), small))
+    difference = (whole - drafted).abs() * 0.5 * 255  # the processor divided by a deviation of 0.5
+    assert difference.mean() < 1 and difference.max() <= 8, (difference.mean(), difference.max())
+
+
+def test_what_is_not_much_too_large_is_decoded_as_it_is(processing):
+    data, sizes = [], []
+    for kind, size in (("JPEG", (200, 2000)), ("JPEG", (2001, 1999)), ("PNG", (1000, 1000))):
+        out = io.BytesIO()
+        Image.new("RGB", size).save(out, kind)
+        data.append(ImageRef(out.getvalue()))
+        sizes.append(size)
+    assert [image.size for image in processing.decode(data)] == sizes  # odd sides would not keep the shape
+
+
+def test_in_multimodal_mode_the_content_is_the_users_turn_and_only_it_is_cut(processing):
+    processing = Processing(processing.processor, replace(processing.prompts, mode="multimodal"))
+    content = Content.of([PICTURE, "Find the same color: " + "a red circle " * 50])
+    pictures = processing.pictures([PICTURE])
+    whole = processing.encode_embedding(embedding_messages(content, processing.prompts), pictures)
+    image = "<image>" * len(pictures.runs[0])
+    assert decode(processing, whole) == (
+        f"{SYSTEM}<|im_start|>user\n{image}\n{content.text}<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
+    )
+    cut = processing.encode_embedding(embedding_messages(content, processing.prompts), pictures, max_tokens=150)
+    assert len(cut) == 150
+    end = processing.tokenizer("<|im_end|>\n<|im_start|>assistant\n<|im_end|>")["input_ids"]
+    assert cut.input_ids[-len(end) :].tolist() == end
+    kept = 150 - len(end)
+    assert torch.equal(cut.input_ids[:kept], whole.input_ids[:kept])
+    alone = Content.of(PICTURE)
+    with pytest.raises(CafeError, match="cannot be cut to 20"):
+        processing.encode_embedding(embedding_messages(alone, processing.prompts), pictures, max_tokens=20)

@@ -32,7 +32,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from cafe.content import Content, Dialogue, Turn, open_image
+from cafe.content import Content, Dialogue, Turn
 from cafe.errors import CafeError
 from cafe.families import may_share, positions_of
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
@@ -333,7 +333,7 @@ class Cafe:
         return self.processing.encode_dialogue(messages, pictures or self._pictures(content))
 
     def _pictures(self, content: Content) -> Pictures:
-        return self.processing.pictures([open_image(ref) for ref in content.images])
+        return self.processing.pictures(self.processing.decode(content.images))
 
     def _inputs(self, rows: Sequence[Branch], left: bool = False) -> dict[str, Tensor]:
         inputs = self.processing.collate(rows, left=left)

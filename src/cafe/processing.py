@@ -8,10 +8,12 @@ Without torchvision, transformers cannot construct processors that declare a vid
 leaves that one part out. The files written are the family's standard ones either way.
 """
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
+from cafe.content import ImageRef, open_image
 from cafe.errors import CafeError
 from cafe.instructions import CHATML, Message, Prompts
 from cafe.packing import Branch, collate_vision
@@ -72,9 +75,11 @@ def load_processor(path: str) -> ProcessorMixin:
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # the names of inputs that mark image tokens in some families
 KNOWN_TEXTS = 4096  # whose tokens are kept
+_LARGE = 1024  # pixels of a side; a family that sees them all may see more of a larger picture
 _EMPTY_ANSWER: Message = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
 _WORDS = "\ue000words\ue000"  # stands for the assistant's words where the template is asked what it writes around them
 _SAID: Message = {"role": "assistant", "content": [{"type": "text", "text": _WORDS}]}
+_ASKED: Message = {"role": "user", "content": [{"type": "text", "text": _WORDS}]}
 
 
 @dataclass(frozen=True)
@@ -139,6 +144,17 @@ class Processing:
         per_token = ("attention_mask", *TOKEN_TYPES)
         return Pictures(runs, {name: value for name, value in batch.items() if name not in per_token})
 
+    def decode(self, refs: Sequence[ImageRef]) -> list[Image.Image]:
+        """Opens images, large JPEGs no larger than the family's processor can tell."""
+        return [open_image(ref, enough=self.enough) for ref in refs]
+
+    @cached_property
+    def enough(self) -> int | None:
+        """How many pixels a decoded side needs: twice as many as the model sees of a large square; None for all."""
+        vision = self.pictures([Image.new("RGB", (_LARGE, _LARGE))]).vision
+        seen = max(tensor.numel() // 3 for tensor in vision.values() if tensor.is_floating_point())
+        return 2 * math.ceil(math.sqrt(seen)) if seen < _LARGE**2 else None
+
     def _process(self, images: Sequence[Image.Image]) -> BatchFeature:
         """What the family makes of a prompt that shows images alone."""
         # A special token between the placeholders keeps the runs apart whatever the family writes into them.
@@ -152,20 +168,24 @@ class Processing:
         Where it is too long, tokens are cut from the end of the content, never from the instruction and the prompt
         frame behind it and never from an image.
         """
-        if self.prompts.frame == "closed":
-            text = self._render([*messages, _EMPTY_ANSWER], False).rstrip()
-        else:
-            text = self._render(messages, True)
+        text = self._embedding_text(messages)
         pieces = self._split(text, iter(pictures.runs))
         if max_tokens and sum(map(len, pieces)) > max_tokens:
-            instruction = messages[-1]["content"][-1]["text"]
-            content, _, frame = text.rpartition(instruction)
+            instruction = messages[-1]["content"][-1]["text"] if self.prompts.mode == "compress" else ""
+            frame = self._embedding_text([*messages[:-1], _ASKED]).rpartition(_WORDS)[2]
+            content = text.removesuffix(instruction + frame)
             pieces, tail = self._split(content, iter(pictures.runs)), self._tokens(instruction + frame)
             kept = len(pieces[-1]) - (sum(map(len, pieces)) + len(tail) - max_tokens)
             pieces = [*pieces[:-1], pieces[-1][: max(kept, 0)], tail]
-            if kept < 0:
+            if kept < 0 or content == text:
                 raise CafeError(f"An embedding prompt of {sum(map(len, pieces))} tokens cannot be cut to {max_tokens}.")
         return self._join([(piece, False) for piece in pieces], pictures)
+
+    def _embedding_text(self, messages: list[Message]) -> str:
+        """The prompt whose last token is the readout."""
+        if self.prompts.frame == "closed":
+            return self._render([*messages, _EMPTY_ANSWER], False).rstrip()
+        return self._render(messages, True)
 
     def encode_dialogue(self, messages: list[Message], pictures: Pictures, max_tokens: int | None = None) -> Branch:
         """A whole dialogue; what the assistant says is supervised, together with the token that ends its turn."""
