@@ -34,7 +34,7 @@ def test_a_batch_holds_every_branch(processing, scenes):
     batch = make(processing, scenes / "llava_train.json")[0]
     (micro_batch,) = batch.micro_batches
     assert micro_batch.embed is micro_batch.joint
-    assert micro_batch.joint.inputs["pixel_values"].shape == (8, 2, 3, 64, 64)  # every picture once
+    assert len(micro_batch.joint.inputs["pixel_values"]) == 8  # every picture once
     assert batch.negatives >= 16
     assert sorted(micro_batch.slots.tolist()) == list(range(16 + batch.negatives))
     assert batch.supervised == len(micro_batch.joint.labels) > 0

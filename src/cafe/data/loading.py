@@ -16,8 +16,9 @@ from jaxtyping import Int64
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cafe.content import Content, Example, ImageRef, open_image
+from cafe.content import Content, Example, ImageRef
 from cafe.data.formats import Records
+from cafe.data.mixture import Mixture, Order, epoch_order
 from cafe.errors import CafeError
 from cafe.instructions import dialogue_messages, embedding_messages
 from cafe.packing import PLAIN, Branch, Pack, Packing, count_crops, pack, tree_size
@@ -102,7 +103,7 @@ def _encode(example: Example, processing: Processing, max_tokens: int | None) ->
     def pictures(refs: Sequence[ImageRef]) -> Pictures:
         key = tuple(map(id, refs))
         if key not in done:
-            done[key] = processing.pictures([open_image(ref) for ref in refs])
+            done[key] = processing.pictures(processing.decode(refs))
         return done[key]
 
     def embedding(content: Content) -> Branch:
@@ -115,7 +116,7 @@ def _encode(example: Example, processing: Processing, max_tokens: int | None) ->
     if example.pair:
         query, target = embedding(example.pair.query), embedding(example.pair.target)
         negatives = [embedding(negative) for negative in example.pair.negatives]
-        target_id = _identity(example.pair.target)
+        target_id = identity(example.pair.target)
     if example.dialogue:
         refs = [ref for turn in example.dialogue.turns for ref in turn.content.images]
         messages = dialogue_messages(example.dialogue, processing.prompts)
@@ -123,7 +124,7 @@ def _encode(example: Example, processing: Processing, max_tokens: int | None) ->
     return Branches(query, target, negatives, target_id, dialogue)
 
 
-def _identity(content: Content) -> int:
+def identity(content: Content) -> int:
     """A number that is equal for equal contents, across processes."""
     digest = hashlib.blake2b(digest_size=7)
     for part in content.parts:
@@ -134,15 +135,16 @@ def _identity(content: Content) -> int:
 
 
 UNCUT = MicroBatchSize()
+PROPORTIONAL = Mixture()
 
 
 class Batches(Dataset[Batch]):
     """Contrastive batch number n of a run, the same for the same seed whichever worker makes it.
 
     Args:
-        sources: the opened sources, read as one.
+        sources: the opened sources.
         processing: renders and tokenizes.
-        batch_size: pairs a batch.
+        batch_size: pairs of a batch in each process.
         seed: of the order and of every choice within records.
         max_tokens: the longest sequence.
         contrast, language: whether to make the branches of each loss.
@@ -150,6 +152,7 @@ class Batches(Dataset[Batch]):
         packing: how branches become packs.
         size: how much goes through the model at once.
         rank, world: which of several processes this is; each takes its own part of every batch.
+        mixture: how the sources make one stream.
     """
 
     def __init__(
@@ -167,6 +170,7 @@ class Batches(Dataset[Batch]):
         size: MicroBatchSize = UNCUT,
         rank: int = 0,
         world: int = 1,
+        mixture: Mixture = PROPORTIONAL,
     ) -> None:
         self.sources, self.processing, self.batch_size, self.seed = list(sources), processing, batch_size, seed
         self.max_tokens, self.contrast, self.language, self.hard_negatives = (
@@ -177,23 +181,29 @@ class Batches(Dataset[Batch]):
         )
         self.packing, self.size = packing, size
         self.rank, self.world = rank, world
-        self.places = [(which, index) for which, records in enumerate(self.sources) for index in range(len(records))]
-        if len(self.places) < batch_size * world:
-            raise CafeError(f"The data holds {len(self.places)} records, fewer than one batch of {batch_size * world}.")
-        self.per_epoch = len(self.places) // (batch_size * world)
-        self._order: tuple[int, list[int]] = (-1, [])
+        self.mixture = mixture
+        self._order = (0, self._draw(0))
+        self.per_epoch = len(self._order[1].records) // (batch_size * world)
 
     def __len__(self) -> int:
         """Batches in one epoch; the indices go on beyond it."""
         return self.per_epoch
 
-    def order(self, epoch: int) -> list[int]:
+    def order(self, epoch: int) -> Order:
         """The order of an epoch."""
         if self._order[0] != epoch:
-            order = list(range(len(self.places)))
-            Random(f"order {self.seed} {epoch}").shuffle(order)
-            self._order = (epoch, order)
+            self._order = (epoch, self._draw(epoch))
         return self._order[1]
+
+    def _draw(self, epoch: int) -> Order:
+        return epoch_order(
+            [records.chunks for records in self.sources],
+            [records.source.window for records in self.sources],
+            [records.source.weight for records in self.sources],
+            self.mixture,
+            self.batch_size * self.world,
+            Random(f"order {self.seed} {epoch}"),
+        )
 
     def __getitem__(self, number: int) -> Batch:
         epoch, within = divmod(number, self.per_epoch)
@@ -201,8 +211,9 @@ class Batches(Dataset[Batch]):
         done: list[Branches] = []
         bad: list[str] = []
         names: list[str] = []
-        for place in self.order(epoch)[start : start + self.batch_size]:
-            which, index = self.places[place]
+        order = self.order(epoch)
+        for place in range(start, start + self.batch_size):
+            which, index = int(order.sources[place]), int(order.records[place])
             try:
                 example = self.sources[which].example(index, Random(f"{self.seed} {epoch} {place}"))
                 done.append(encode(self._wanted(example), self.processing, self.max_tokens))

@@ -68,6 +68,7 @@ def train(
         size=recipe.micro_batch,
         rank=accelerator.process_index,
         world=accelerator.num_processes,
+        mixture=recipe.data.mixture,
     )
     accumulate = recipe.optimizer.accumulate
     steps = recipe.steps or max(1, recipe.epochs * len(batches) // accumulate)

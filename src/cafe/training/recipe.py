@@ -14,6 +14,7 @@ import yaml
 
 from cafe.data.formats import Source
 from cafe.data.loading import MicroBatchSize
+from cafe.data.mixture import Mixture
 from cafe.errors import CafeError
 from cafe.families import PartName
 from cafe.instructions import Prompts
@@ -52,12 +53,14 @@ class DataRecipe:
     """What it is trained on.
 
     Attributes:
-        sources: annotation files with their folders of pictures.
+        sources: files of records with their folders of pictures.
+        mixture: how several sources make one stream.
         workers: processes that decode and tokenize.
         max_bad_share: the share of bad records (0 to 1) above which the run stops.
     """
 
     sources: tuple[Source, ...]
+    mixture: Mixture = field(default_factory=Mixture)
     workers: int = 1
     max_bad_share: float = 0.01
 
@@ -167,6 +170,19 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     for override in overrides or []:
         _override(tree, override)
     return _build(Recipe, tree, "", str(path))
+
+
+def read_source(path: str, overrides: list[str] | None = None) -> Source:
+    """A source from the command line: its path, and fields of the form `key=value`, e.g. `format=mmeb`.
+
+    Raises:
+        CafeError: a key is unknown or a value has the wrong type.
+    """
+    tree: dict[str, Any] = {"path": path}
+    for override in overrides or []:
+        _override(tree, override)
+    source: Source = _build(Source, tree, "", "The command line")
+    return source
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
