@@ -62,6 +62,38 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument("--seeds", type=int, default=3)
     ablate.set_defaults(run=_ablate)
 
+    data = commands.add_parser("data", help="look at data").add_subparsers(required=True, metavar="COMMAND")
+    check = data.add_parser("check", help="counts, sizes, lengths, duplicates, bad records, and a page of examples")
+    check.add_argument("what", metavar="SOURCE|RECIPE", help="a data file, or a recipe (.yaml) for all of its sources")
+    check.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, or of the source")
+    check.add_argument(
+        "--base", help="whose tokens to count: a directory, a Hub id or 'scenes'; a recipe says it itself"
+    )
+    check.add_argument("--sample", type=int, default=1000, help="records a source; 0 for all")
+    check.add_argument("--examples", type=int, default=6, help="examples a source on the page")
+    check.add_argument("--workers", type=int, default=1)
+    check.add_argument("--output", type=Path, default=Path("data-check.html"))
+    check.set_defaults(run=_data_check)
+
+    mine = commands.add_parser("mine", help="find hard negatives with a checkpoint; write them as a new source")
+    mine.add_argument("recipe", type=Path)
+    mine.add_argument("overrides", nargs="*", metavar="key=value")
+    mine.add_argument(
+        "--checkpoint", help="what embeds: a directory, a Hub id or 'scenes'; the recipe's base if absent"
+    )
+    mine.add_argument("--output", type=Path, required=True, help="a folder for the new source")
+    mine.add_argument("--negatives", type=int, default=4, help="a record, at most")
+    mine.add_argument("--top", type=int, default=64, help="closest targets to look at")
+    mine.add_argument("--share", type=float, default=0.95, help="of the positive's similarity, not reached; 0 for none")
+    mine.add_argument("--margin", type=float, help="below the positive's similarity")
+    mine.add_argument(
+        "--judge", type=float, nargs="?", const=0.5, metavar="P",
+        help="ask the model of each whether it matches, and drop those it says yes to with probability P (0.5)",
+    )  # fmt: skip
+    mine.add_argument("--question", help="what the judge is asked")
+    mine.add_argument("--batch-size", type=int, default=16)
+    mine.set_defaults(run=_mine)
+
     scenes = commands.add_parser("scenes", help="the small world").add_subparsers(required=True, metavar="COMMAND")
     write = scenes.add_parser("write", help="write generated pictures in public formats")
     write.add_argument("directory", type=Path)
@@ -155,6 +187,70 @@ def _ablate(options: argparse.Namespace) -> None:
     from cafe.training.recipe import read_recipe
 
     ablate(read_recipe(options.recipe, options.overrides), options.seeds)
+
+
+def _data_check(options: argparse.Namespace) -> None:
+    from cafe.data.check import check, write_page
+    from cafe.data.formats import open_source
+    from cafe.errors import CafeError
+    from cafe.instructions import Prompts
+    from cafe.model import read_record
+    from cafe.processing import Processing, load_processor
+    from cafe.training.loop import resolve_base
+    from cafe.training.recipe import read_recipe, read_source
+
+    if options.what.endswith((".yaml", ".yml")):
+        recipe = read_recipe(options.what, options.overrides)
+        sources, max_bad_share, max_tokens = recipe.data.sources, recipe.data.max_bad_share, recipe.model.max_tokens
+        base, prompts = resolve_base(options.base or recipe.model.base), recipe.prompts
+    elif options.base:
+        sources, max_bad_share, max_tokens = (read_source(options.what, options.overrides),), 0.01, None
+        base = resolve_base(options.base)
+        prompts = Prompts(**read_record(base).get("prompts", {}))
+    else:
+        raise CafeError("A source alone does not say which model is to read it: give --base.")
+    processing = Processing(load_processor(base), prompts)
+    checks = check(
+        [open_source(source) for source in sources],
+        processing,
+        max_tokens=max_tokens,
+        sample=options.sample,
+        examples=options.examples,
+        workers=options.workers,
+    )
+    write_page(options.output, checks, processing, max_tokens)
+    for found in checks:
+        print(found.name)
+        for name, value in found.table():
+            print(f"  {name:20} {value}")
+    print(f"The page is {options.output}; spreads are least, median, 95th percentile and most.")
+    for found in checks:
+        if len(found.bad) > max_bad_share * len(found.looks):
+            share = len(found.bad) / len(found.looks)
+            raise CafeError(f"{share:.1%} of the records of {found.name} are bad. The first: {found.bad[0]}")
+
+
+def _mine(options: argparse.Namespace) -> None:
+    from cafe.data.formats import open_source
+    from cafe.data.mine import QUESTION, Mining, mine
+    from cafe.model import Cafe
+    from cafe.training.loop import resolve_base
+    from cafe.training.recipe import read_recipe
+
+    recipe = read_recipe(options.recipe, options.overrides)
+    model = Cafe.load(resolve_base(options.checkpoint or recipe.model.base), recipe.prompts)
+    mining = Mining(
+        negatives=options.negatives,
+        top=options.top,
+        share=options.share or None,
+        margin=options.margin,
+        judge=options.judge,
+        question=options.question or QUESTION,
+        batch_size=options.batch_size,
+        workers=recipe.data.workers,
+    )
+    sources = [open_source(source) for source in recipe.data.sources]
+    mine(model, sources, options.output, mining, recipe.seed, recipe.model.max_tokens)
 
 
 def _scenes_write(options: argparse.Namespace) -> None:
