@@ -32,7 +32,8 @@ def batches(model: Cafe, scenes: Path, **options) -> Batches:
 
 def plain(model: Cafe, scenes: Path, objective: ObjectiveRecipe) -> tuple[torch.Tensor, torch.Tensor]:
     """Both losses, written from the paper: no packing, no cache, the whole similarity matrix, all logits."""
-    source, places = open_source(Source(path=str(scenes / "llava_train.json"))), batches(model, scenes).order(0)[:PAIRS]
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    places = batches(model, scenes).order(0).records[:PAIRS].tolist()
     examples = [encode(source.example(place, Random(f"0 0 {place}")), model.processing) for place in places]
 
     def forward(branch: Branch) -> torch.Tensor:
