@@ -50,8 +50,19 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--list", action="store_true", help="which files each suite expects and where they are had")
     evaluate.set_defaults(run=_evaluate)
 
+    modes = commands.add_parser("bench-modes", help="time embedding, generation and both, at several batch sizes")
+    modes.add_argument("checkpoint", help="a directory, a Hub id, or 'scenes' for the shipped base model")
+    modes.add_argument("--data", type=Path, required=True, help="a folder with pictures in it")
+    modes.add_argument("--batch-sizes", default="1,2,4,8,16,32,64", help="with commas between")
+    modes.add_argument("--repeats", type=int, default=20, help="timings of each mode and size")
+    modes.add_argument("--max-new-tokens", type=int, default=32, help="the longest answer")
+    modes.add_argument("--output", type=Path, help="a JSON file for the rows")
+    modes.set_defaults(run=_bench_modes)
+
     report = commands.add_parser("report", help="one HTML page that compares evaluations")
-    report.add_argument("evaluations", nargs="+", metavar="NAME=DIRECTORY")
+    report.add_argument(
+        "evaluations", nargs="+", metavar="RUN", help="a directory of `cafe evaluate`, or NAME=DIRECTORY"
+    )
     report.add_argument("--log", type=Path, help="the log.jsonl of the last one's training")
     report.add_argument("--output", type=Path, default=Path("report.html"))
     report.set_defaults(run=_report)
@@ -167,16 +178,41 @@ def _evaluate(options: argparse.Namespace) -> None:
     state.wait_for_everyone()
 
 
+def _bench_modes(options: argparse.Namespace) -> None:
+    import json
+    from dataclasses import asdict
+
+    from cafe.errors import CafeError
+    from cafe.evaluation.speed import measure, pictures_in, table
+    from cafe.model import Cafe
+    from cafe.training.loop import resolve_base
+
+    try:
+        sizes = [int(size) for size in options.batch_sizes.split(",")]
+    except ValueError:
+        raise CafeError(f"--batch-sizes takes numbers with commas between, not {options.batch_sizes!r}.") from None
+    if min(sizes) < 1 or options.repeats < 1:
+        raise CafeError("Batch sizes and repeats are 1 or more.")
+    pictures = pictures_in(options.data)
+    model = Cafe.load(resolve_base(options.checkpoint))
+    timings = measure(model, pictures, sizes, options.repeats, options.max_new_tokens, progress=True)
+    print(table(timings))
+    if options.output:
+        rows = [{**asdict(timing), "throughput": timing.throughput} for timing in timings]
+        options.output.write_text(json.dumps(rows, indent=2) + "\n")
+
+
 def _report(options: argparse.Namespace) -> None:
     from cafe.errors import CafeError
     from cafe.evaluation.report import ReportRun, write_report
 
     runs = []
     for evaluation in options.evaluations:
-        name, equals, directory = evaluation.partition("=")
-        if not equals or not (Path(directory) / "results.json").is_file():
-            raise CafeError(f"{evaluation!r} is not NAME=DIRECTORY with a results.json in the directory.")
-        runs.append((name, Path(directory), None))
+        name, equals, place = evaluation.partition("=")
+        directory = Path(place if equals else evaluation)
+        if not (directory / "results.json").is_file():
+            raise CafeError(f"{evaluation!r} is no directory, nor NAME=DIRECTORY, with a results.json in it.")
+        runs.append((name if equals else directory.name, directory, None))
     runs[-1] = (*runs[-1][:2], options.log)
     write_report(options.output, [ReportRun(*run) for run in runs])
     print(f"The report is {options.output}")

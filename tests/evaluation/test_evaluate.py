@@ -1,6 +1,7 @@
 """Evaluation of a model that sees everything, one that sees nothing, and a real one, on scenes and on tiny files."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ import pytest
 from PIL import Image
 
 from cafe import Cafe
+from cafe.cli import main
 from cafe.content import Content
 from cafe.errors import CafeError
 from cafe.evaluation.evaluate import evaluate, write
+from cafe.evaluation.suite import rates
+from cafe.evaluation.suites import SUITES
 from cafe.instructions import Prompts
 
 COLORS = ("red", "green", "blue", "yellow")
@@ -151,7 +155,7 @@ def test_missing_files_skip_their_suite(data):
 def test_limit_takes_the_first_records_of_each_suite(data):
     model = ColorModel()
     evaluation = evaluate(model, data, limit=2, report=silent)
-    assert len(model.asked) == 2 * 5
+    assert len(model.asked) == 2 * 3  # of captions, questions, and POPE's, which asks the same in every split here
     assert evaluation.embeddings["images"].shape == (2, 4)
 
 
@@ -231,6 +235,75 @@ def test_a_real_model_is_measured_and_written(random_base, scenes, tmp_path):
 def test_a_folder_without_evaluation_files_is_one_sentence(tmp_path):
     with pytest.raises(CafeError, match="no evaluation file"):
         evaluate(Collapsed(), tmp_path)
+
+
+def test_the_list_names_every_suite_with_its_files_and_where_they_are_had(capsys):
+    assert main(["evaluate", "--list"]) == 0
+    said = capsys.readouterr().out
+    for suite in SUITES:
+        assert f"{suite.name}: {suite.measures}" in said and suite.where in said
+        assert all(file in said for file in suite.files)
+
+
+def test_names_of_suites_are_unique_and_their_results_are_theirs(data):
+    assert len({suite.name for suite in SUITES}) == len(SUITES)
+    done = evaluate(ColorModel(), data, report=silent, suites=["pope"])
+    assert {name.split("/")[0] for name in done.results} == {"pope"}
+
+
+@pytest.mark.parametrize(
+    ("suite", "message"),
+    [
+        ("flickr30k", r"lacks its files in .*dataset_flickr30k.json.*From: .*karpathy"),
+        ("poppe", "There is no suite 'poppe': there are retrieval, .*pope"),
+    ],
+)
+def test_a_suite_that_cannot_run_is_one_clear_sentence(data, capsys, suite, message):
+    assert main(["evaluate", "never loaded", "--data", str(data), "--suite", suite]) == 1
+    said = capsys.readouterr().err
+    assert re.search(message, said) and len(said.splitlines()) == 1
+
+
+def test_a_picture_that_is_not_there_is_named_before_the_model_is_asked(data):
+    (data / "images" / "blue.png").unlink()
+    model = ColorModel()
+    with pytest.raises(
+        CafeError, match=r"The picture images/blue.png, which .*tiny_pope_random.json names, is in none"
+    ):
+        evaluate(model, data, report=silent, suites=["pope"])
+    assert not model.asked
+
+
+def test_results_can_be_counted_again_from_the_outputs_that_are_written(data, tmp_path):
+    done = evaluate(ColorModel(), data, report=silent)
+    write(done, tmp_path / "out")
+    rows = [json.loads(line) for path in (tmp_path / "out/outputs").glob("*.jsonl") for line in path.open()]
+    again = rates(rows)
+    assert again and all(done.results[name] == value for name, value in again.items())
+    assert {"retrieval/image_to_text/R@1", "vqa/all", "captions/exact", "pope/random/F1"} <= set(again)
+
+
+class Named(ColorModel):
+    """A model with a fingerprint."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+
+    def fingerprint(self) -> str:
+        return self.name
+
+
+def test_suites_run_one_after_the_other_stand_side_by_side(data, tmp_path):
+    for suite in ("retrieval", "pope"):
+        write(evaluate(Named("a"), data, report=silent, suites=[suite], keep=tmp_path / "kept"), tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {name.split("/")[0] for name in results} == {"retrieval", "pope"}
+    assert len(list((tmp_path / "outputs").iterdir())) == 5
+    write(evaluate(Named("b"), data, report=silent, suites=["pope"], keep=tmp_path / "kept"), tmp_path)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert {name.split("/")[0] for name in results} == {"pope"}  # another model's results do not stay
+    assert len(list((tmp_path / "outputs").iterdir())) == 3
 
 
 def test_pictures_are_found_in_the_folder_or_in_its_images(data):

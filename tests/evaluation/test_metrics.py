@@ -5,15 +5,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as strings
+from scipy import stats
+from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from sklearn.neighbors import NearestNeighbors
 
 from cafe.evaluation import pope
 from cafe.evaluation.metrics import (
     alignment,
+    effective_rank,
+    hubness,
     mentioned_objects,
     modality_gap,
     rank_of_match,
     ranks,
+    separability,
+    similarities,
     uniformity,
 )
 from cafe.evaluation.suite import rates
@@ -77,6 +86,54 @@ def test_uniformity_in_blocks_agrees_with_all_pairs_at_once():
     assert uniformity(rows) == pytest.approx(np.log(np.exp(-2 * squared).mean()))
 
 
+@pytest.mark.parametrize("apart", [0.0, 0.05, 1.0])
+def test_separability_agrees_with_scikit_learns_ridge(apart):
+    images, texts = unit_rows(0, 60) + apart, unit_rows(1, 60)
+    labels = np.repeat([1, 0], 30)
+    right = []
+    for fold in (0, 1):
+        fitted = np.concatenate([images[fold::2], texts[fold::2]])
+        tried = np.concatenate([images[1 - fold :: 2], texts[1 - fold :: 2]])
+        right.append(RidgeClassifier(alpha=1e-2).fit(fitted, labels).score(tried, labels))
+    assert separability(images, texts) == pytest.approx(100 * np.mean(right))
+    assert separability(images, texts[:41]) > 0  # unequal sides are evened
+
+
+def test_effective_rank_agrees_with_singular_values():
+    for rows in (unit_rows(0, 50, 8), unit_rows(1, 6, 20)):
+        shares = np.linalg.svd(rows, compute_uv=False)
+        shares = shares / shares.sum()
+        assert effective_rank(rows) == pytest.approx(np.exp(-(shares * np.log(shares)).sum()))
+    assert effective_rank(np.eye(8)) == pytest.approx(8)
+    assert effective_rank(np.ones((9, 4))) == pytest.approx(1, abs=1e-5)
+
+
+def test_hubness_agrees_with_scikit_learns_neighbours_and_scipys_skewness():
+    queries, candidates = unit_rows(0, 1500, 16), unit_rows(1, 300, 16)
+    nearest = NearestNeighbors(n_neighbors=10).fit(candidates).kneighbors(queries, return_distance=False)
+    assert hubness(queries, candidates) == pytest.approx(stats.skew(np.bincount(nearest.ravel(), minlength=300)))
+    assert hubness(np.eye(12), np.eye(12), k=1) == 0  # all are found once
+
+
+def test_similarities_in_blocks_agree_with_all_pairs_at_once():
+    images, texts = unit_rows(0, 1100), unit_rows(1, 2200)
+    owner, bins = np.arange(2200) // 2, np.linspace(-1, 1, 9)
+    matched, mismatched, matches, mismatches = similarities(images, texts, owner, bins)
+    every = images @ texts.T
+    relevant = np.arange(1100)[:, None] == owner
+    assert matched == pytest.approx(every[relevant].mean())
+    assert mismatched == pytest.approx(every[~relevant].mean())
+    assert matches.tolist() == np.histogram(every[relevant], bins)[0].tolist()
+    assert mismatches.tolist() == np.histogram(every[~relevant], bins)[0].tolist()
+
+
+def test_ranks_in_blocks_agree_with_all_pairs_at_once():
+    queries, candidates = unit_rows(0, 1100), unit_rows(1, 330)
+    groups, others = np.arange(1100) % 110, np.arange(330) // 3
+    whole = rank_of_match(queries @ candidates.T, groups[:, None] == others)
+    assert ranks(queries, candidates, groups, others).tolist() == whole.tolist()
+
+
 def test_geometry_at_its_ends():
     rows = unit_rows(0, 10)
     assert modality_gap(rows, rows) == 0
@@ -136,6 +193,42 @@ def test_pope_scores_of_a_model_that_always_says_no():
 )
 def test_answers_are_read_as_pope_reads_them(answer, yes):
     assert pope.parse_yes_no(answer) is yes
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("Yes", True),
+        ("NO!", False),
+        ("no", False),
+        ("No\nthere is none", False),
+        ("Yes, there is no doubt.", True),  # the first word decides
+        ("**Yes**", True),
+        ("The answer is no.", False),
+        ("I would say yes", True),
+        ("yes or no", True),
+        ("It may be yes or no", None),
+        ("There is not a dog", None),
+        ("Nothing", None),
+        ("yesterday", None),
+        ("a dog", None),
+        ("", None),
+    ],
+)
+def test_the_strict_reading_takes_yes_and_no_only_where_they_are_said(answer, said):
+    assert pope.parse_strictly(answer) is said
+
+
+def official(answer: str) -> bool:
+    """POPE's parsing, step by step as FORMATS tells it."""
+    end = answer.find(".")
+    words = (answer[:end] if end != -1 else answer).replace(",", "").split(" ")
+    return not ("No" in words or "not" in words or "no" in words)
+
+
+@given(strings.lists(strings.sampled_from(["No", "no", "not", "NO", "yes", ".", ",", " ", "\n", "a", "know"])))
+def test_the_official_reading_agrees_with_a_second_telling_of_it(pieces):
+    assert pope.parse_yes_no("".join(pieces)) is official("".join(pieces))
 
 
 @pytest.mark.parametrize("split", ["random", "popular", "adversarial"])

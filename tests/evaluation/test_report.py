@@ -57,6 +57,12 @@ def evaluation_of(data: Path, skill: float, gap: float) -> Evaluation:
             "answers": [{"image": "3.png", "asked": "How many?", "said": "two", "answer": "two", "right": right}],
         },
         embeddings={"images": images.astype(np.float32), "texts": texts.astype(np.float32)},
+        outputs={
+            "captions": [{"id": n, "marks": {"captions/exact": int(n < 80 * skill)}} for n in range(100)],
+            "retrieval/text_to_image": [
+                {"id": n, "marks": {"retrieval/text_to_image/R@1": int(n < 90 * skill)}} for n in range(100)
+            ],
+        },
     )
 
 
@@ -86,10 +92,14 @@ def test_the_page_opens_in_a_browser_with_tiles_tables_charts_and_pictures(runs,
     assert '<span class="good">+81.0</span>' in tiles[0]
     assert '<span class="good">−0.750</span>' in tiles[2]  # a smaller gap is better
     assert re.search(r"<th>base</th><th>joint</th>", dom)
-    assert re.search(r'<td>9\.0</td><td class="best">90\.0</td>', dom)
+    assert re.search(r'<td>9\.0<small>[\d.–]+</small></td><td class="best">90\.0<small>[\d.–]+</small></td>', dom)
+    # 81 of 100 pictures differ, all for the better: every test is sure.
+    assert re.search(r'<td class="good">\+81\.0</td><td>\+7\d\.\d to \+8\d\.\d</td><td>&lt; 0.001</td>', dom)
     assert re.search(r"<td>51\.0</td><td>51\.0</td>", dom)
     for section in (
         "results",
+        "intervals",
+        "differences",
         "map",
         "similarities",
         "text-queries",
@@ -99,7 +109,7 @@ def test_the_page_opens_in_a_browser_with_tiles_tables_charts_and_pictures(runs,
         "training",
     ):
         assert f'<section id="{section}">' in dom
-    assert dom.count("<svg") == 2 + 2 + 8
+    assert dom.count("<svg") == 1 + 2 + 2 + 8
     assert dom.count('<li class="right">') == 1 and dom.count('<li class="wrong">') == 9
     assert "a red &amp; blue thing" in dom and "caption &lt;0&gt;" in dom
 

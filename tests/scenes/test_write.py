@@ -126,6 +126,15 @@ def test_captions(world: Path) -> None:
         assert row["objects"] == sorted({thing.kind for thing in things})
 
 
+def test_paragraphs(world: Path) -> None:
+    rows = lines(world / "paragraphs_test.jsonl")
+    assert [row["image"] for row in rows] == TEST_IMAGES and len({row["caption"] for row in rows}) == TEST
+    for row in rows:
+        things = SCENES[row["image"]].things
+        assert set(row) == {"image", "caption"} and row["caption"].count(".") >= 1 + len(things)
+        assert all(f"{thing.size} {thing.color} {thing.kind}" in row["caption"] for thing in things)
+
+
 def test_vqa(world: Path) -> None:
     rows = lines(world / "vqa_test.jsonl")
     assert Counter(row["image"] for row in rows) == dict.fromkeys(TEST_IMAGES, 2)

@@ -1,48 +1,77 @@
-"""How images and texts lie together in the space of embeddings."""
+"""How images and texts lie together in the space of embeddings, for every collection that retrieval measures."""
 
 from pathlib import Path
 
 import numpy as np
 
-from cafe.evaluation.metrics import alignment, modality_gap, uniformity
-from cafe.evaluation.retrieval import embed, find_retrieval, read
+from cafe.evaluation.metrics import (
+    alignment,
+    effective_rank,
+    hubness,
+    modality_gap,
+    separability,
+    similarities,
+    uniformity,
+)
+from cafe.evaluation.retrieval import FLICKR, MSCOCO, OWN, embed
 from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import Evaluation, Suite
 
+HOMES = (OWN, FLICKR, MSCOCO)
+BINS = np.linspace(-1, 1, 81)  # of the histogram of cosines
+
 
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
-    """Measures the collection that retrieval measures."""
-    collection = read(data, find_retrieval(data)[0], limit, None)
-    embedded = embed(model, data, collection)
-    images, texts, owner = embedded.images, embedded.texts, collection.owner
-    similarity = images @ texts.T
-    relevant = np.arange(len(images))[:, None] == owner[None, :]
-    matched, mismatched = similarity[relevant], similarity[~relevant]
-    bins = np.linspace(-1, 1, 81)
-    return Evaluation(
-        {
-            "geometry/modality_gap": modality_gap(images, texts),
-            "geometry/alignment": alignment(images[owner], texts),
-            "geometry/uniformity": uniformity(np.concatenate([images, texts])),
-            "geometry/matched_similarity": float(matched.mean()),
-            "geometry/mismatched_similarity": float(mismatched.mean()),
-        },
-        samples={
-            "histogram": {
-                "bins": bins.tolist(),
-                "matched": np.histogram(matched, bins, density=True)[0].tolist(),
-                "mismatched": np.histogram(mismatched, bins, density=True)[0].tolist(),
-            }
-        },
-    )
+    """Measures each collection; those of your own without the collection's name in the results'."""
+    done = Evaluation()
+    for home in HOMES:
+        if not home.find(data):
+            continue
+        part = "geometry" if home is OWN else f"geometry/{home.name}"
+        collection = home.read(data, limit)
+        images, texts = embed(model, collection)
+        matched, mismatched, matches, mismatches = similarities(images, texts, collection.owner, BINS)
+        results = {
+            "modality_gap": modality_gap(images, texts),
+            "separability": separability(images, texts),
+            "alignment": alignment(images[collection.owner], texts),
+            "uniformity": uniformity(np.concatenate([images, texts])),
+            "effective_rank_images": effective_rank(images),
+            "effective_rank_texts": effective_rank(texts),
+            "hubness_images": hubness(texts, images),
+            "hubness_texts": hubness(images, texts),
+            "matched_similarity": matched,
+            "mismatched_similarity": mismatched,
+        }
+        histogram = {"bins": BINS.tolist(), "matched": _density(matches), "mismatched": _density(mismatches)}
+        done.add(
+            Evaluation({f"{part}/{name}": value for name, value in results.items()}, samples={"histogram": histogram})
+        )
+    return done
+
+
+def _density(counts: np.ndarray) -> list[float]:
+    """Counts as a density over `BINS`."""
+    density: list[float] = (counts / (max(1, counts.sum()) * np.diff(BINS))).tolist()
+    return density
+
+
+def find(data: Path) -> list[Path]:
+    """The files of the collections that are there."""
+    return [path for home in HOMES for path in home.find(data)]
 
 
 GEOMETRY = Suite(
     name="geometry",
-    measures="the modality gap, alignment and uniformity of a collection's embeddings",
-    files=("what retrieval expects",),
-    where="as for retrieval",
-    sources=("arXiv 2203.02053 (modality gap)", "arXiv 2005.10242 (alignment, uniformity)"),
-    find=find_retrieval,
+    measures="modality gap and separability, alignment, uniformity, effective rank and hubness of a collection",
+    files=("what retrieval, flickr30k or coco expect",),
+    where="as for those",
+    sources=(
+        "arXiv 2203.02053 (modality gap)",
+        "arXiv 2005.10242 (alignment, uniformity)",
+        "Roy & Vetterli, EUSIPCO 2007 (effective rank)",
+        "Radovanović et al., JMLR 11, 2010 (hubness)",
+    ),
+    find=find,
     run=run,
 )

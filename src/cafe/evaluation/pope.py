@@ -12,24 +12,28 @@ LONGEST = 8  # tokens of an answer
 
 
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
-    """Asks the questions of each split that is there."""
+    """Asks the questions of each split that is there. What several splits ask is asked once."""
     done = Evaluation()
-    for path in find(data):
+    splits = {path: json_lines(path, ("image", "text", "label"))[:limit] for path in find(data)}
+    asked = {(row["image"], row["text"]): row for rows in splits.values() for row in rows}
+    pictures, said = ask(model, data, next(iter(splits)), list(asked.values()), LONGEST, "val2014")
+    heard = dict(zip(asked, zip(pictures, said, strict=True), strict=True))
+    for path, rows in splits.items():
         split = path.stem.rsplit("_", 1)[-1]
-        rows = json_lines(path, ("image", "text", "label"))[:limit]
-        pictures, said = ask(model, data, path, rows, LONGEST, "val2014")
-        outputs = [
-            {
-                "id": row.get("question_id", number),
-                "group": str(picture),
-                "image": str(picture),
-                "asked": row["text"],
-                "said": answer,
-                "label": row["label"],
-                "marks": marks(answer, row["label"] == "yes", f"pope/{split}"),
-            }
-            for number, (row, picture, answer) in enumerate(zip(rows, pictures, said, strict=True))
-        ]
+        outputs = []
+        for number, row in enumerate(rows):
+            picture, answer = heard[row["image"], row["text"]]
+            outputs.append(
+                {
+                    "id": row.get("question_id", number),
+                    "group": str(picture),
+                    "image": str(picture),
+                    "asked": row["text"],
+                    "said": answer,
+                    "label": row["label"],
+                    "marks": marks(answer, row["label"] == "yes", f"pope/{split}"),
+                }
+            )
         done.outputs[f"pope/{split}"] = outputs
         done.results |= rates(outputs)
     for name in ("accuracy", "precision", "recall", "F1", "yes_ratio", "strict_accuracy", "neither"):

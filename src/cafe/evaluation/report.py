@@ -1,6 +1,5 @@
 """One self-contained HTML page that compares evaluations: no script, no network, pictures and charts inside."""
 
-import base64
 import io
 import json
 import re
@@ -19,12 +18,19 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from cafe.content import ImageRef, open_image
+from cafe.content import ImageRef
 from cafe.errors import CafeError
+from cafe.evaluation.pictures import thumbnail
+from cafe.evaluation.significance import Tally, compare, interval, tallies
 
 HEADLINES = {
     "retrieval/text_to_image/R@1": "Text finds image, R@1",
     "retrieval/image_to_text/R@1": "Image finds text, R@1",
+    "flickr30k/text_to_image/R@1": "Flickr30K, text finds image, R@1",
+    "flickr30k/image_to_text/R@1": "Flickr30K, image finds text, R@1",
+    "coco/text_to_image/R@1": "COCO, text finds image, R@1",
+    "coco/image_to_text/R@1": "COCO, image finds text, R@1",
+    "paragraphs/text_to_image/R@1": "Paragraph finds image, R@1",
     "captions/exact": "Captions exactly right",
     "vqa/all": "Questions answered",
     "pope/adversarial/accuracy": "POPE, adversarial",
@@ -42,10 +48,11 @@ CURVES = {
     "temperature": "Temperature",
     "lr": "Learning rate",
 }
-LOWER_IS_BETTER = ("modality_gap", "alignment", "uniformity", "hallucinated", "CHAIR_i", "CHAIR_s")
+LOWER_IS_BETTER = (
+    *("modality_gap", "separability", "alignment", "uniformity", "hubness_images", "hubness_texts"),
+    *("hallucinated", "neither", "median_rank", "mean_rank", "CHAIR_i", "CHAIR_s"),
+)
 NO_DIRECTION = ("yes_ratio", "matched_similarity", "mismatched_similarity", "mentions", "split", "datasets")
-PIXEL_ART = 96  # pixels; smaller pictures are enlarged without smoothing
-THUMBNAIL = 192  # pixels; larger pictures are reduced to this
 MAPPED = 300  # embeddings of each side on the map
 
 IMAGE_COLOR, TEXT_COLOR, FADED_COLOR = "#2a78d6", "#eb6834", "#8a8f98"
@@ -71,6 +78,8 @@ class _Run:
     samples: dict[str, Any]
     embeddings: dict[str, np.ndarray]
     log: list[dict[str, float]]
+    tallies: dict[str, Tally]
+    intervals: dict[str, tuple[float, float]]
 
 
 def write_report(path: Path, runs: Sequence[ReportRun]) -> None:
@@ -91,6 +100,9 @@ def write_report(path: Path, runs: Sequence[ReportRun]) -> None:
         shown=[run.name for run in shown],
         tiles=_tiles(shown),
         tables=_tables(read),
+        intervals=_intervals(read),
+        comparisons=[_comparison(read[0], run) for run in read[1:]],
+        colors=RUN_COLORS,
         curves=_curves(read),
         maps=_maps(read),
         histograms=_histograms(read),
@@ -110,7 +122,14 @@ def _read(run: ReportRun) -> _Run:
         results = json.loads((run.directory / "results.json").read_text())
         samples = json.loads((run.directory / "samples.json").read_text())
         lines = run.log.read_text().splitlines() if run.log else []
-        return _Run(run.name, results, samples, embeddings, [json.loads(line) for line in lines])
+        log = [json.loads(line) for line in lines]
+        known = {
+            metric: tally
+            for path in sorted((run.directory / "outputs").glob("*.jsonl"))
+            for metric, tally in tallies(map(json.loads, path.read_text().splitlines())).items()
+        }
+        sure = {metric: interval(tally) for metric, tally in known.items()}
+        return _Run(run.name, results, samples, embeddings, log, known, sure)
     except FileNotFoundError as error:
         raise CafeError(f"The run {run.name!r} lacks the file {error.filename}.") from None
     except ValueError as error:
@@ -156,11 +175,85 @@ def _tables(runs: Sequence[_Run]) -> list[dict[str, Any]]:
         values = [run.results.get(metric) for run in runs]
         known = [value for value in values if value is not None]
         best = {1: max(known), -1: min(known), 0: None}[_better(metric)] if len(set(known)) > 1 else None
-        cells = [{"value": _number(metric, value), "best": best is not None and value == best} for value in values]
-        tables.setdefault(suite, []).append(
-            {"name": name.replace("_", " ").replace("/", " · "), "direction": _better(metric), "cells": cells}
-        )
+        cells = [
+            {
+                "value": _number(metric, value),
+                "best": best is not None and value == best,
+                "interval": _range(metric, run.intervals.get(metric)),
+            }
+            for run, value in zip(runs, values, strict=True)
+        ]
+        tables.setdefault(suite, []).append({"name": _label(name), "direction": _better(metric), "cells": cells})
     return [{"suite": suite, "rows": rows} for suite, rows in tables.items()]
+
+
+def _label(name: str) -> str:
+    return name.replace("_", " ").replace("/", " · ")
+
+
+def _range(metric: str, interval: tuple[float, float] | None) -> str:
+    return "–".join(_number(metric, end) for end in interval) if interval else ""
+
+
+def _intervals(runs: Sequence[_Run]) -> Markup | None:
+    """The headline results of all runs as points with their intervals."""
+    rows = [metric for metric in HEADLINES if any(metric in run.intervals for run in runs)]
+    if not rows:
+        return None
+    apart = 0.6 / len(runs)
+
+    def draw(axes: Axes) -> None:
+        for number, run in enumerate(runs):
+            color = RUN_COLORS[number % len(RUN_COLORS)]
+            places = [place for place, metric in enumerate(rows) if metric in run.intervals]
+            values = np.array([run.results[rows[place]] for place in places])
+            ends = np.array([run.intervals[rows[place]] for place in places]).reshape(-1, 2)
+            heights = np.array(places) + apart * (number - (len(runs) - 1) / 2)
+            around = np.abs(ends.T - values)
+            axes.errorbar(values, heights, xerr=around, fmt="o", color=color, markersize=4.5, label=run.name)
+        axes.set(yticks=range(len(rows)), yticklabels=[HEADLINES[metric] for metric in rows], xlabel="percent")
+        axes.invert_yaxis()
+        axes.set_xlim(-2, 102)
+        axes.grid(axis="x", alpha=0.15, color=_INK)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+
+    return _chart("Headline results with intervals", 9.6, 0.7 + len(rows) * (0.2 + 0.16 * len(runs)), draw)
+
+
+def _comparison(first: _Run, second: _Run) -> dict[str, Any]:
+    """Every result for which both runs have outputs of the same samples: the difference and how sure it is."""
+    rows = []
+    for metric, tally in second.tallies.items():
+        found = compare(first.tallies[metric], tally) if metric in first.tallies else None
+        if found is None:
+            continue
+        sure = found.low > 0 or found.high < 0
+        suite, _, name = metric.partition("/")
+        rows.append(
+            {
+                "suite": suite,
+                "name": _label(name),
+                "first": _number(metric, first.tallies[metric].value),
+                "second": _number(metric, tally.value),
+                "difference": _signed(found.difference),
+                "interval": f"{_signed(found.low)} to {_signed(found.high)}",
+                "permutation": _p(found.permutation),
+                "mcnemar": "" if found.mcnemar is None else _p(found.mcnemar),
+                "verdict": ("good" if found.difference * _better(metric) > 0 else "bad")
+                if sure and _better(metric)
+                else "same",
+            }
+        )
+    return {"first": first.name, "second": second.name, "rows": rows}
+
+
+def _signed(value: float) -> str:
+    return ("−" if value < 0 else "+") + f"{abs(value):.1f}"
+
+
+def _p(value: float) -> str:
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
 def _together(runs: Sequence[_Run], kind: str, key: tuple[str, ...]) -> list[list[dict[str, Any] | None]]:
@@ -170,19 +263,16 @@ def _together(runs: Sequence[_Run], kind: str, key: tuple[str, ...]) -> list[lis
 
 
 def _picture_of(folder: str) -> Callable[[str], Markup]:
-    """A function from a picture's path to an `<img>` with the picture inside."""
+    """A function from a picture's path, or a small copy of it, to an `<img>` with the picture inside."""
     known: dict[str, Markup] = {}
 
     def picture(path: str) -> Markup:
         if path not in known:
-            image = open_image(ImageRef(Path(folder) / path))
-            pixelated = max(image.size) <= PIXEL_ART
-            image.thumbnail((THUMBNAIL, THUMBNAIL))
-            buffer = io.BytesIO()
-            kind = "png" if pixelated else "jpeg"
-            image.save(buffer, kind)
-            uri = f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-            known[path] = Markup('<img alt="{}" class="{}" src="{}">').format(path, "pixels" if pixelated else "", uri)
+            inside = path.startswith("data:")
+            uri = path if inside else thumbnail(ImageRef(Path(folder) / path))
+            style = "pixels" if uri.startswith("data:image/png") else ""
+            name = "" if inside else path
+            known[path] = Markup('<img alt="{}" class="{}" src="{}">').format(name, style, uri)
         return known[path]
 
     return picture

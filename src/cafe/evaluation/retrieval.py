@@ -2,27 +2,36 @@
 
 A query's rank is the number of wrong candidates before its best right one, plus 1; ties count against the model. R@k is
 the share of queries whose rank is at most k: a picture finds any of its captions, a caption its one picture.
+
+| a collection's file | what it is |
+|---|---|
+| `dataset_*.json` | Karpathy's split file; its split "test" is read |
+| `*.csv`, `*.jsonl` | a picture's name under `image` or `filename`; one caption or a list under `caption` or `raw` |
+| `*.parquet`, a saved dataset's folder | as the Hub has them: columns `image` and `caption` |
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from cafe.content import ImageRef
+from cafe.data.rows import Dataset, rows_of
 from cafe.errors import CafeError
 from cafe.evaluation.metrics import ranks
+from cafe.evaluation.pictures import thumbnail
 from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import KEPT, Evaluation, Suite, find_picture, only, rates, spread
 
 KS = (1, 5, 10)
 KEPT_HITS = 5
-PROTOCOL = 5  # captions of a picture that the 5K/25K protocol of Flickr30K and COCO takes, the first ones
-NAMED = ("dataset_flickr30k.json", "dataset_coco.json")
+PROTOCOL = 5  # captions of a picture in the 1K and 5K protocols of Flickr30K and COCO: the first ones
+_PICTURE, _CAPTION = ("image", "filename"), ("caption", "captions", "raw", "text")  # names of columns
+_SAVED = ("dataset_dict.json", "state.json")  # one of them is in a folder that the datasets library saved
 
 
 @dataclass(frozen=True)
@@ -30,77 +39,135 @@ class Collection:
     """Pictures and captions.
 
     Attributes:
-        pictures: relative to the folder of evaluation files.
+        pictures: what is embedded: paths, or encoded bytes.
+        names: the pictures' names, relative to the folder of evaluation files where they lie in it.
         texts: the captions, picture by picture.
         owner: for each caption, the number of its picture.
     """
 
-    pictures: list[Path]
+    pictures: list[Path | ImageRef]
+    names: list[str]
     texts: list[str]
     owner: Int[np.ndarray, "texts"]
 
 
 @dataclass(frozen=True)
-class Embedded:
-    """A collection's embeddings: unit rows."""
+class Home:
+    """Where the collection of a suite lies, and how much of it is taken.
 
-    images: Float[np.ndarray, "pictures dim"]
-    texts: Float[np.ndarray, "texts dim"]
+    Attributes:
+        name: the suite's.
+        patterns: of its file, the first that is there; a file that matches none of `but`.
+        captions: the captions of a picture that are taken, the first ones; all if None.
+        folders: where its pictures may lie, besides the folder of evaluation files, the file's own, and `images`.
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    but: tuple[str, ...] = ()
+    captions: int | None = None
+    folders: tuple[str, ...] = ()
+
+    def find(self, data: Path) -> list[Path]:
+        """Its file or files; or the folder of a saved dataset."""
+        for pattern in self.patterns:
+            if pattern.endswith(".parquet"):
+                found = sorted(data.glob(pattern))
+            elif pattern.endswith("/"):
+                found = [data / pattern] if any((data / pattern / mark).is_file() for mark in _SAVED) else []
+            else:
+                path = only(data, pattern, but=self.but)
+                found = [path] if path else []
+            if found:
+                return found
+        return []
+
+    def read(self, data: Path, limit: int | None) -> Collection:
+        """Its first `limit` pictures with their captions.
+
+        Raises:
+            CafeError: a file is not of its format, or a picture is not there.
+        """
+        paths = self.find(data)
+        inside = [str(paths[0].parent.relative_to(data))] if paths[0].parent != data else []
+        folders = [*self.folders, *(f"{own}/{folder}" for own in inside for folder in ("", "images", *self.folders))]
+        collection = Collection([], [], [], np.zeros(0, np.int64))
+        owner: list[int] = []
+        for number, (shown, captions) in enumerate(_gathered(paths, limit)):
+            if isinstance(shown, str):
+                name = str(find_picture(shown, data, paths[0], *folders))
+                collection.pictures.append(data / name)
+            else:
+                name = shown.get("path") or str(number)
+                collection.pictures.append(ImageRef(shown["bytes"]))
+            collection.names.append(name)
+            collection.texts.extend(captions[: self.captions])
+            owner += [number] * len(captions[: self.captions])
+        return Collection(collection.pictures, collection.names, collection.texts, np.array(owner))
+
+    def run(self, model: Subject, data: Path, limit: int | None) -> Evaluation:
+        """Measures both ways; `limit` pictures with their captions make a smaller and easier collection."""
+        collection = self.read(data, limit)
+        names, texts, owner = collection.names, collection.texts, collection.owner
+        images, captions = embed(model, collection)
+        numbers = np.arange(len(names))
+        mapped = {"images": images[:500], "texts": captions[:1000], "owner": owner[:1000]}
+        done = Evaluation(samples=_samples(data, collection, images, captions), embeddings=mapped)
+        for way, rank in (
+            ("image_to_text", ranks(images, captions, numbers, owner)),
+            ("text_to_image", ranks(captions, images, owner, numbers)),
+        ):
+            by_image = way == "image_to_text"
+            rows = [
+                {
+                    "id": number,
+                    "group": names[number if by_image else owner[number]],
+                    **({"image": names[number]} if by_image else {"text": texts[number]}),
+                    "rank": int(place) + 1,
+                    "marks": {f"{self.name}/{way}/R@{k}": int(place < k) for k in KS},
+                }
+                for number, place in enumerate(rank)
+            ]
+            done.outputs[f"{self.name}/{way}"] = rows
+            done.results |= rates(rows)
+            done.results[f"{self.name}/{way}/median_rank"] = float(np.median(rank) + 1)
+            done.results[f"{self.name}/{way}/mean_rank"] = float(np.mean(rank) + 1)
+        return done
 
 
-def embed(model: Subject, data: Path, collection: Collection) -> Embedded:
-    """Embeds both sides, pictures first."""
-    images = model.embed([data / picture for picture in collection.pictures])
-    return Embedded(images, model.embed(collection.texts))
+def embed(
+    model: Subject, collection: Collection
+) -> tuple[Float[np.ndarray, "pictures dim"], Float[np.ndarray, "texts dim"]]:
+    """Unit rows of both sides."""
+    return model.embed(collection.pictures), model.embed(collection.texts)
 
 
-def run(name: str, find: Callable[[Path], list[Path]], model: Subject, data: Path, limit: int | None) -> Evaluation:
-    """Measures both ways; `limit` pictures with their captions make a smaller and easier collection."""
-    collection = read(data, find(data)[0], limit, None if name in ("retrieval", "paragraphs") else PROTOCOL)
-    pictures, texts, owner = collection.pictures, collection.texts, collection.owner
-    embedded = embed(model, data, collection)
-    numbers = np.arange(len(pictures))
-    ways = {
-        "image_to_text": ranks(embedded.images, embedded.texts, numbers, owner),
-        "text_to_image": ranks(embedded.texts, embedded.images, owner, numbers),
-    }
-    mapped = {"images": embedded.images[:500], "texts": embedded.texts[:1000], "owner": owner[:1000]}
-    done = Evaluation(samples=_samples(collection, embedded), embeddings=mapped)
-    for way, rank in ways.items():
-        group = numbers if way == "image_to_text" else owner
-        rows = [
-            {
-                "id": number,
-                "group": str(pictures[group[number]]),
-                **({"image": str(pictures[number])} if way == "image_to_text" else {"text": texts[number]}),
-                "rank": int(place) + 1,
-                "marks": {f"{name}/{way}/R@{k}": int(place < k) for k in KS},
-            }
-            for number, place in enumerate(rank)
-        ]
-        done.outputs[f"{name}/{way}"] = rows
-        done.results |= rates(rows)
-        done.results[f"{name}/{way}/median_rank"] = float(np.median(rank) + 1)
-        done.results[f"{name}/{way}/mean_rank"] = float(np.mean(rank) + 1)
-    return done
+def _samples(
+    data: Path,
+    collection: Collection,
+    images: Float[np.ndarray, "pictures dim"],
+    captions: Float[np.ndarray, "texts dim"],
+) -> dict[str, Any]:
+    """Queries both ways with their first hits. A picture that is not in the folder is shown by a small copy."""
+    texts, owner = collection.texts, collection.owner
 
+    def shown(number: int) -> str:
+        picture = collection.pictures[number]
+        return thumbnail(picture) if isinstance(picture, ImageRef) else str(picture.relative_to(data))
 
-def _samples(collection: Collection, embedded: Embedded) -> dict[str, Any]:
-    pictures, texts, owner = collection.pictures, collection.texts, collection.owner
-    asking, showing = spread(len(texts), KEPT), spread(len(pictures), KEPT // 2)
-    found = _top(embedded.texts[asking] @ embedded.images.T)
-    said = _top(embedded.images[showing] @ embedded.texts.T)
+    asking, showing = spread(len(texts), KEPT), spread(len(images), KEPT // 2)
+    found, said = _top(captions[asking] @ images.T), _top(images[showing] @ captions.T)
     return {
         "text_queries": [
             {
                 "text": texts[query],
-                "hits": [{"image": str(pictures[hit]), "right": bool(owner[query] == hit)} for hit in hits],
+                "hits": [{"image": shown(hit), "right": bool(owner[query] == hit)} for hit in hits],
             }
             for query, hits in zip(asking, found, strict=True)
         ],
         "image_queries": [
             {
-                "image": str(pictures[query]),
+                "image": shown(query),
                 "hits": [{"text": texts[hit], "right": bool(owner[hit] == query)} for hit in hits],
             }
             for query, hits in zip(showing, said, strict=True)
@@ -112,19 +179,56 @@ def _top(scores: Float[np.ndarray, "queries candidates"]) -> Int[np.ndarray, "qu
     return np.argsort(-scores, axis=1, kind="stable")[:, :KEPT_HITS]
 
 
-def read(data: Path, path: Path, limit: int | None, captions: int | None) -> Collection:
-    """The collection of a file: its first `limit` pictures, the first `captions` captions of each; all if None.
+def _gathered(paths: Sequence[Path], limit: int | None) -> list[tuple[str | dict[str, Any], list[str]]]:
+    """The first `limit` pictures (a name, or a mapping of "bytes" and "path"), each with its captions.
 
-    Raises:
-        CafeError: the file is not of its format, or a picture is not there.
+    Rows that name the same picture, as in a file of a caption a row, are one picture's.
     """
-    rows = _karpathy_test(path)[:limit]
-    pictures = [
-        find_picture(Path(row.get("filepath", "")) / row["filename"], data, path, "flickr30k-images") for row in rows
-    ]
-    kept = [[sentence["raw"] for sentence in row["sentences"]][:captions] for row in rows]
-    owner = np.array([index for index, texts in enumerate(kept) for _ in texts])
-    return Collection(pictures, [text for texts in kept for text in texts], owner)
+    found: dict[str | int, tuple[str | dict[str, Any], list[str]]] = {}
+    for number, (shown, captions) in enumerate(_records(paths)):
+        key = shown if isinstance(shown, str) else number
+        if key in found:
+            found[key][1].extend(captions)
+        elif limit is None or len(found) < limit:
+            found[key] = (shown, captions)
+        elif key == number:
+            break
+    return list(found.values())
+
+
+def _records(paths: Sequence[Path]) -> Iterator[tuple[Any, list[str]]]:
+    if paths[0].suffix == ".json":
+        for row in _karpathy_test(paths[0]):
+            yield str(Path(row.get("filepath", "")) / row["filename"]), [said["raw"] for said in row["sentences"]]
+        return
+    for path in paths:
+        number = 0
+        for number, row in enumerate(_rows(path), 1):
+            if row.get("split", "test") not in ("test", None):
+                continue
+            yield _field(row, _PICTURE, path, number), _captions(_field(row, _CAPTION, path, number))
+        if not number:
+            raise CafeError(f"The evaluation file {path} is empty.")
+
+
+def _rows(path: Path) -> Iterable[dict[str, Any]]:
+    rows = Dataset(str(path), "test", "") if path.is_dir() else rows_of(str(path), kept=1)
+    return (rows[index] for index in range(sum(rows.chunks)))
+
+
+def _field(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int) -> Any:
+    """The value under the first of these names that a row has."""
+    for name in names:
+        if row.get(name):
+            return row[name]
+    raise CafeError(f"The evaluation file {path} lacks the field {names[0]!r} in record {number}.")
+
+
+def _captions(value: Any) -> list[str]:
+    """One caption or several; in a CSV file, several are a list in JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        value = json.loads(value)
+    return [value] if isinstance(value, str) else list(value)
 
 
 def _karpathy_test(path: Path) -> list[dict[str, Any]]:
@@ -139,54 +243,77 @@ def _karpathy_test(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def find_retrieval(data: Path) -> list[Path]:
-    """A Karpathy file that is not a named suite's."""
-    path = only(data, "dataset_*.json", but=NAMED)
-    return [path] if path else []
-
-
-def _find(*patterns: str) -> Callable[[Path], list[Path]]:
-    def find(data: Path) -> list[Path]:
-        path = only(data, *patterns)
-        return [path] if path else []
-
-    return find
-
-
-find_flickr30k = _find("dataset_flickr30k.json", "flickr30k/dataset_flickr30k.json")
-find_coco = _find("dataset_coco.json", "coco/dataset_coco.json")
+OWN = Home(
+    "retrieval",
+    ("dataset_*.json", "captions.csv", "captions.jsonl", "captions.parquet"),
+    but=("dataset_flickr30k.json", "dataset_coco.json"),
+)
+FLICKR = Home(
+    "flickr30k",
+    (
+        *("dataset_flickr30k.json", "flickr30k/dataset_flickr30k.json"),
+        *("flickr30k/*.csv", "flickr30k/test*.parquet", "flickr30k/data/test*.parquet", "flickr30k/"),
+    ),
+    captions=PROTOCOL,
+    folders=("flickr30k-images", "images_flickr_1k_test"),
+)
+MSCOCO = Home(
+    "coco",
+    (
+        *("dataset_coco.json", "coco/dataset_coco.json"),
+        *("coco/*.csv", "coco/test*.parquet", "coco/data/test*.parquet", "coco/"),
+    ),
+    captions=PROTOCOL,
+    folders=("val2014", "images_mscoco_2014_5k_test"),
+)
+LONG = Home("paragraphs", ("paragraphs*.csv", "paragraphs*.jsonl", "paragraphs*.parquet"))
 
 RETRIEVAL = Suite(
     name="retrieval",
     measures="pictures find their captions and captions their picture, in a collection of your own",
-    files=("dataset_*.json: a Karpathy file, its split 'test'", "its pictures, in the folder itself or in images/"),
+    files=(
+        "dataset_*.json (Karpathy, its split 'test'), or captions.csv, .jsonl or .parquet (columns image, caption)",
+        "its pictures, in the folder itself or in images/",
+    ),
     where="your own pictures with captions; written by `cafe scenes write DIR`",
-    find=find_retrieval,
-    run=partial(run, "retrieval", find_retrieval),
+    find=OWN.find,
+    run=OWN.run,
 )
-
 FLICKR30K = Suite(
     name="flickr30k",
-    measures="zero-shot retrieval on Flickr30K's 1,000 test pictures, 5 captions each",
+    measures="zero-shot retrieval on Flickr30K's 1,000 test pictures, the first 5 captions each",
     files=(
-        "[flickr30k/]dataset_flickr30k.json: the Karpathy file",
-        "its pictures, in the folder itself, images/ or flickr30k-images/",
+        "[flickr30k/]dataset_flickr30k.json (Karpathy) and its pictures, in flickr30k-images/ or images/",
+        "or flickr30k/: the CSV file and images_flickr_1k_test/, parquet files, or what save_to_disk wrote",
     ),
-    where="cs.stanford.edu/people/karpathy/deepimagesent (file); shannon.cs.illinois.edu/DenotationGraph (pictures)",
+    where="cs.stanford.edu/people/karpathy/deepimagesent and shannon.cs.illinois.edu/DenotationGraph; "
+    "or the Hub dataset nlphuji/flickr_1k_test_image_text_retrieval",
     sources=("arXiv 1412.2306 (split)", "arXiv 2503.19900"),
-    find=find_flickr30k,
-    run=partial(run, "flickr30k", find_flickr30k),
+    find=FLICKR.find,
+    run=FLICKR.run,
 )
-
 COCO = Suite(
     name="coco",
-    measures="zero-shot retrieval on COCO's 5,000 test pictures of Karpathy's split, the first 5 captions each",
+    measures="zero-shot retrieval on the 5,000 test pictures of Karpathy's COCO split, the first 5 captions each",
     files=(
-        "[coco/]dataset_coco.json: the Karpathy file",
-        "COCO's val2014 pictures, in the folder itself, images/ or val2014/",
+        "[coco/]dataset_coco.json (Karpathy) and COCO's val2014 pictures, in val2014/ or images/",
+        "or coco/: the CSV file and images_mscoco_2014_5k_test/, parquet files, or what save_to_disk wrote",
     ),
-    where="cs.stanford.edu/people/karpathy/deepimagesent (captions); cocodataset.org (2014 Val images)",
+    where="cs.stanford.edu/people/karpathy/deepimagesent and cocodataset.org (2014 Val images); "
+    "or the Hub dataset nlphuji/mscoco_2014_5k_test_image_text_retrieval",
     sources=("arXiv 1412.2306 (split)", "arXiv 2503.19900"),
-    find=find_coco,
-    run=partial(run, "coco", find_coco),
+    find=MSCOCO.find,
+    run=MSCOCO.run,
+)
+PARAGRAPHS = Suite(
+    name="paragraphs",
+    measures="retrieval with captions of several sentences, which short-text encoders cut off",
+    files=(
+        "paragraphs*.csv, .jsonl or .parquet (columns image, caption)",
+        "its pictures, in the folder itself or in images/",
+    ),
+    where="DOCCI, DCI, Urban1k and others, with their files renamed; written by `cafe scenes write DIR`",
+    sources=("arXiv 2403.15378 (Urban1k)", "arXiv 2404.19753 (DOCCI)", "arXiv 2312.08578 (DCI)"),
+    find=LONG.find,
+    run=LONG.run,
 )

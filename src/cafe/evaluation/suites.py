@@ -7,7 +7,7 @@ from cafe.evaluation.cider import CIDER
 from cafe.evaluation.geometry import GEOMETRY
 from cafe.evaluation.mmeb import MMEB
 from cafe.evaluation.pope import POPE
-from cafe.evaluation.retrieval import COCO, FLICKR30K, RETRIEVAL
+from cafe.evaluation.retrieval import COCO, FLICKR30K, PARAGRAPHS, RETRIEVAL
 from cafe.evaluation.sugarcrepe import SUGARCREPE
 from cafe.evaluation.throne import THRONE
 from cafe.evaluation.vqa import VQA
@@ -15,6 +15,6 @@ from cafe.evaluation.vqav2 import VQAV2
 from cafe.evaluation.winoground import WINOGROUND
 
 SUITES = (
-    RETRIEVAL, FLICKR30K, COCO, GEOMETRY, MMEB, SUGARCREPE, ARO, WINOGROUND, CAPTIONS, CIDER, VQA, VQAV2, POPE, CHAIR,
+    RETRIEVAL, FLICKR30K, COCO, PARAGRAPHS, GEOMETRY, MMEB, SUGARCREPE, ARO, WINOGROUND, CAPTIONS, CIDER, VQA, VQAV2, POPE, CHAIR,
     THRONE,
 )  # fmt: skip

@@ -50,6 +50,7 @@ def write_scenes(
     _json(directory / "llava_train.json", [_llava(index, scene) for index, scene in enumerate(splits["train"])])
     _json(directory / "dataset_scenes.json", _karpathy([*splits["train"], *splits["test"]]))
     _json_lines(directory / "captions_test.jsonl", (_caption(n, scene) for n, scene in enumerate(splits["test"])))
+    _json_lines(directory / "paragraphs_test.jsonl", map(_paragraph, splits["test"]))
     _json_lines(directory / "vqa_test.jsonl", _vqa(splits["test"]))
     for kind, absent in _pope_absent(splits["test"]).items():
         lines = _pope(splits["test"][:_POPE_IMAGES], absent)
@@ -111,6 +112,10 @@ def _caption(number: int, scene: Scene) -> dict[str, Any]:
     objects = sorted({thing.kind for thing in scene.things})
     row = {"question_id": number, "image": _image(scene), "text": CAPTION_PROMPT}
     return {**row, "answers": captions(scene.things), "objects": objects}
+
+
+def _paragraph(scene: Scene) -> dict[str, Any]:
+    return {"image": _image(scene), "caption": paragraph(scene, Random(f"paragraph {scene.name}"))}
 
 
 def _vqa(scenes: list[Scene]) -> Iterable[dict[str, Any]]:
