@@ -151,13 +151,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     suites = [name.strip() for name in options.suite.split(",") if name.strip()]
     choose(options.data, suites)  # before the model is loaded
 
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     from cafe.model import Cafe
     from cafe.training.loop import resolve_base
 
-    state = PartialState()  # started by `accelerate launch`, each process takes its share on its own device
-    device = state.device if state.num_processes > 1 else None
+    processes = Accelerator()  # started by `accelerate launch`, each process takes its share on its own device
+    device = processes.device if processes.num_processes > 1 else None
     output = options.output or Path("runs/evaluations") / options.checkpoint.strip("./").replace("/", "-")
     evaluation = evaluate(
         Cafe.load(resolve_base(options.checkpoint), device=device),
@@ -170,12 +170,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         progress=True,
         judges=options.judge,
     )
-    if state.is_main_process:
+    if processes.is_main_process:
         write(evaluation, output)
         for name, value in evaluation.results.items():
             print(f"{name:44} {value:9.3f}")
         print(f"Written to {output}")
-    state.wait_for_everyone()
+    processes.wait_for_everyone()
+    processes.end_training()
 
 
 def _bench_modes(options: argparse.Namespace) -> None:

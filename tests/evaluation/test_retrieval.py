@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -128,7 +129,6 @@ def test_every_kind_of_file_gives_the_same_numbers(data, tmp_path, kind):
 
 
 def test_a_dataset_of_the_hub_that_was_saved_to_disk_gives_the_numbers_of_the_karpathy_file(data):
-    datasets = pytest.importorskip("datasets", reason="the extra 'datasets' is not installed")
     karpathy(data, "dataset_flickr30k.json")
     expected = measured(data, "flickr30k")
     (data / "dataset_flickr30k.json").unlink()
