@@ -198,3 +198,9 @@ def test_a_wrong_file_is_one_clear_sentence(data, text, message):
     (data / "captions.csv").write_text(text)
     with pytest.raises(CafeError, match=message):
         measured(data)
+
+
+def test_a_damaged_parquet_file_is_one_clear_sentence(data):
+    (data / "captions.parquet").write_bytes(b"PAR1 no table PAR1")
+    with pytest.raises(CafeError, match=r"captions.parquet cannot be read"):
+        measured(data)

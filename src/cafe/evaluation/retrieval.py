@@ -13,11 +13,13 @@ the share of queries whose rank is at most k: a picture finds any of its caption
 import csv
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
@@ -213,17 +215,20 @@ def _records(paths: Sequence[Path]) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    if path.is_dir():
-        yield from _saved(path)
-    elif path.suffix == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches(64):
-            yield from batch.to_pylist()
-    elif path.suffix == ".csv":
-        csv.field_size_limit(2**31 - 1)
-        with path.open(newline="") as file:
-            yield from csv.DictReader(file)
-    else:
-        yield from json_lines(path, ())
+    try:
+        if path.is_dir():
+            yield from _saved(path)
+        elif path.suffix == ".parquet":
+            for batch in pq.ParquetFile(path).iter_batches(64):
+                yield from batch.to_pylist()
+        elif path.suffix == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            with path.open(newline="") as file:
+                yield from csv.DictReader(file)
+        else:
+            yield from json_lines(path, ())
+    except (pa.ArrowInvalid, csv.Error, UnicodeDecodeError) as error:
+        raise CafeError(f"The evaluation file {path} cannot be read: {error}.") from None
 
 
 def _saved(path: Path) -> Iterable[dict[str, Any]]:
@@ -252,7 +257,8 @@ def _field(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int)
 def _captions(value: Any) -> list[str]:
     """One caption or several; in a CSV file, several are a list in JSON."""
     if isinstance(value, str) and value.startswith("["):
-        value = json.loads(value)
+        with suppress(json.JSONDecodeError):  # then it is a caption that begins with a bracket
+            value = json.loads(value)
     return [value] if isinstance(value, str) else list(value)
 
 
