@@ -98,7 +98,7 @@ def listing(data: Path | None = None) -> str:
 
 
 def write(evaluation: Evaluation, directory: Path) -> None:
-    """Writes `results.json`, `samples.json`, `embeddings.npz`, `about.json`, and `outputs/PART.jsonl` for each part.
+    """Writes `results.json` and what it rests on: `outputs/PART.jsonl`, samples, embeddings, means, what it is about.
 
     What another evaluation of the same model, data and limit wrote there stays beside it.
     """
@@ -117,6 +117,7 @@ def write(evaluation: Evaluation, directory: Path) -> None:
         _replace(directory / name, json.dumps(value, indent=2) + "\n")
     _replace(directory / "samples.json", json.dumps(evaluation.samples) + "\n")
     np.savez_compressed(directory / "embeddings.npz", **evaluation.embeddings)  # type: ignore[arg-type]
+    _replace(directory / "means.json", json.dumps(evaluation.means, indent=2) + "\n")
     _replace(about, json.dumps(evaluation.about, indent=2) + "\n")
     _replace(directory / "results.json", json.dumps(evaluation.results, indent=2) + "\n")
 
@@ -132,6 +133,7 @@ def _beside(evaluation: Evaluation, directory: Path) -> Evaluation:
         embeddings | evaluation.embeddings,
         evaluation.about,
         evaluation.files,
+        means=json.loads((directory / "means.json").read_text()) | evaluation.means,
     )
 
 

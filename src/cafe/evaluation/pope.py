@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, ask, by_pattern, json_lines, rates
+from cafe.evaluation.suite import Evaluation, Suite, ask, by_pattern, json_lines, mean_of, rates
 
 SPLITS = ("random", "popular", "adversarial")
 LONGEST = 8  # tokens of an answer
@@ -37,8 +37,7 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
         done.outputs[f"pope/{split}"] = outputs
         done.results |= rates(outputs)
     for name in ("accuracy", "precision", "recall", "F1", "yes_ratio", "strict_accuracy", "neither"):
-        values = [value for key, value in done.results.items() if key.endswith(f"/{name}")]
-        done.results[f"pope/mean/{name}"] = sum(values) / len(values)
+        mean_of(done, f"pope/mean/{name}", [key for key in done.results if key.endswith(f"/{name}")])
     return done
 
 

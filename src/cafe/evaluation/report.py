@@ -78,7 +78,7 @@ class _Run:
     samples: dict[str, Any]
     embeddings: dict[str, np.ndarray]
     log: list[dict[str, float]]
-    tallies: dict[str, Tally]
+    tallies: dict[str, list[Tally]]
     intervals: dict[str, tuple[float, float]]
 
 
@@ -124,11 +124,15 @@ def _read(run: ReportRun) -> _Run:
         lines = run.log.read_text().splitlines() if run.log else []
         log = [json.loads(line) for line in lines]
         known = {
-            metric: tally
+            metric: [tally]
             for path in sorted((run.directory / "outputs").glob("*.jsonl"))
             for metric, tally in tallies(map(json.loads, path.read_text().splitlines())).items()
         }
-        sure = {metric: interval(tally) for metric, tally in known.items()}
+        means = run.directory / "means.json"
+        for metric, parts in (json.loads(means.read_text()) if means.is_file() else {}).items():
+            if all(part in known for part in parts):
+                known[metric] = [tally for part in parts for tally in known[part]]
+        sure = {metric: interval(tallied) for metric, tallied in known.items()}
         return _Run(run.name, results, samples, embeddings, log, known, sure)
     except FileNotFoundError as error:
         raise CafeError(f"The run {run.name!r} lacks the file {error.filename}.") from None
@@ -224,8 +228,8 @@ def _intervals(runs: Sequence[_Run]) -> Markup | None:
 def _comparison(first: _Run, second: _Run) -> dict[str, Any]:
     """Every result for which both runs have outputs of the same samples: the difference and how sure it is."""
     rows = []
-    for metric, tally in second.tallies.items():
-        found = compare(first.tallies[metric], tally) if metric in first.tallies else None
+    for metric, tallied in second.tallies.items():
+        found = compare(first.tallies[metric], tallied) if metric in first.tallies else None
         if found is None:
             continue
         sure = found.low > 0 or found.high < 0
@@ -234,8 +238,8 @@ def _comparison(first: _Run, second: _Run) -> dict[str, Any]:
             {
                 "suite": suite,
                 "name": _label(name),
-                "first": _number(metric, first.tallies[metric].value),
-                "second": _number(metric, tally.value),
+                "first": _number(metric, first.results[metric]),
+                "second": _number(metric, second.results[metric]),
                 "difference": _signed(found.difference),
                 "interval": f"{_signed(found.low)} to {_signed(found.high)}",
                 "permutation": _p(found.permutation),

@@ -6,7 +6,8 @@ groups are resampled, never single samples.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -78,16 +79,41 @@ def tallies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Tally]:
     return done
 
 
-def interval(tally: Tally, draws: int = DRAWS, seed: int = 0) -> tuple[float, float]:
-    """The percentile bootstrap interval of a result, in percent (Efron, 1979)."""
-    weights = _resamples(len(tally.groups), draws, seed)
-    return _middle(_percent(weights @ tally.parts, weights @ tally.wholes))
+def interval(result: Sequence[Tally], draws: int = DRAWS) -> tuple[float, float]:
+    """The percentile bootstrap interval of a result, in percent (Efron, 1979).
+
+    Args:
+        result: its tally; or several, of which the result is the mean. Parts with the same groups (POPE's splits, which
+            ask about the same pictures) are resampled together, others apart.
+        draws: resamples.
+    """
+    drawn = []
+    for tally in result:
+        weights = _resamples(len(tally.groups), draws, _seed(tally))
+        drawn.append(_percent(weights @ tally.parts, weights @ tally.wholes))
+    return _middle(np.mean(drawn, axis=0))
 
 
-def compare(first: Tally, second: Tally, draws: int = DRAWS, seed: int = 0) -> Comparison | None:
-    """The second result beside the first; None if they are not of the same samples."""
-    if first.marks.keys() != second.marks.keys() or set(first.groups) != set(second.groups):
+def compare(first: Sequence[Tally], second: Sequence[Tally], draws: int = DRAWS) -> Comparison | None:
+    """The second result beside the first, part by part; None if they are not of the same samples."""
+    pairs = list(zip(first, second, strict=False))
+    if len(first) != len(second) or any(
+        a.marks.keys() != b.marks.keys() or set(a.groups) != set(b.groups) for a, b in pairs
+    ):
         return None
+    observed, resampled, swapped = (
+        np.mean(values, axis=0) for values in zip(*(_drawn(*pair, draws) for pair in pairs), strict=True)
+    )
+    low, high = _middle(resampled)
+    extreme = int((np.abs(swapped) >= abs(observed) - 1e-9).sum())
+    exact = _mcnemar(*pairs[0]) if len(pairs) == 1 else None
+    return Comparison(float(observed), low, high, (1 + extreme) / (1 + draws), exact)
+
+
+def _drawn(
+    first: Tally, second: Tally, draws: int
+) -> tuple[float, Float[np.ndarray, "draws"], Float[np.ndarray, "draws"]]:
+    """The difference of a result's part: as it is, in each resample, and in each draw of swaps."""
     order = {group: number for number, group in enumerate(second.groups)}
     aligned = [order[group] for group in first.groups]
     parts = np.stack([first.parts, second.parts[aligned]], axis=1)
@@ -97,13 +123,18 @@ def compare(first: Tally, second: Tally, draws: int = DRAWS, seed: int = 0) -> C
         rates = _percent(parts, wholes)
         return rates[..., 1] - rates[..., 0]
 
-    observed = float(differences(parts.sum(axis=0), wholes.sum(axis=0)))
-    weights = _resamples(len(first.groups), draws, seed)
-    low, high = _middle(differences(weights @ parts, weights @ wholes))
-    swaps = _swaps(len(first.groups), draws, seed)
-    drawn = differences(*(_swapped(side, swaps) for side in (parts, wholes)))
-    extreme = int((np.abs(drawn) >= abs(observed) - 1e-9).sum())
-    return Comparison(observed, low, high, (1 + extreme) / (1 + draws), _mcnemar(first, second))
+    count, seed = len(first.groups), _seed(first)
+    weights, swaps = _resamples(count, draws, seed), _swaps(count, draws, seed)
+    return (
+        float(differences(parts.sum(axis=0), wholes.sum(axis=0))),
+        differences(weights @ parts, weights @ wholes),
+        differences(*(_swapped(side, swaps) for side in (parts, wholes))),
+    )
+
+
+def _seed(tally: Tally) -> int:
+    """Of the draws: one for the same groups, another for others."""
+    return zlib.crc32("\n".join(tally.groups).encode())
 
 
 def _swapped(

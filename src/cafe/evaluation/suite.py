@@ -30,6 +30,7 @@ class Evaluation:
         embeddings: some embeddings by side, for the report's map.
         about: what was evaluated: the data, the limit, the model's fingerprint.
         files: JSON for other people's programs, by the name of the file to write.
+        means: results that are the plain mean of other results, by name.
     """
 
     results: dict[str, float] = field(default_factory=dict)
@@ -38,12 +39,14 @@ class Evaluation:
     embeddings: dict[str, np.ndarray] = field(default_factory=dict)
     about: dict[str, Any] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
+    means: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, other: "Evaluation") -> None:
         """Takes in what another suite measured. Of samples and embeddings, the first of a name stay."""
         self.results |= other.results
         self.outputs |= other.outputs
         self.files |= other.files
+        self.means |= other.means
         self.samples = other.samples | self.samples
         self.embeddings = other.embeddings | self.embeddings
 
@@ -84,6 +87,12 @@ def rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
             total[0] += part
             total[1] += whole
     return {name: 100 * part / whole if whole else 0.0 for name, (part, whole) in sums.items()}
+
+
+def mean_of(done: Evaluation, name: str, of: Sequence[str]) -> None:
+    """Adds a result that is the plain mean of others."""
+    done.results[name] = sum(done.results[each] for each in of) / len(of)
+    done.means[name] = list(of)
 
 
 def by_pattern(*patterns: str) -> Callable[[Path], list[Path]]:
