@@ -228,8 +228,10 @@ def _intervals(runs: Sequence[_Run]) -> Markup | None:
 def _comparison(first: _Run, second: _Run) -> dict[str, Any]:
     """Every result for which both runs have outputs of the same samples: the difference and how sure it is."""
     rows = []
-    for metric, tallied in second.tallies.items():
-        found = compare(first.tallies[metric], tallied) if metric in first.tallies else None
+    for metric in second.results:
+        if metric not in first.tallies or metric not in second.tallies:
+            continue
+        found = compare(first.tallies[metric], second.tallies[metric])
         if found is None:
             continue
         sure = found.low > 0 or found.high < 0
