@@ -12,29 +12,30 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from cafe.content import Content, ImageRef
+from cafe.content import Content
 from cafe.errors import CafeError
-from cafe.evaluation.retrieval import read
+from cafe.evaluation.retrieval import Home
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, only, rates
+from cafe.evaluation.suite import Evaluation, Suite, rates
 
 PROMPT = "Provide a one-sentence caption for the provided image."
 LONGEST = 64  # tokens of a caption
+# A folder of its own: where retrieval is measured, captions are not asked for without a word.
+HOME = Home("cider", ("cider/dataset_*.json",), folders=("val2014", "flickr30k-images"))
 
 
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     """Asks for a caption of each of the first `limit` pictures."""
-    [path] = find(data)
-    collection = read(data, path, limit, None)
+    collection = HOME.read(data, limit)
     references = [
         [text for text, owner in zip(collection.texts, collection.owner, strict=True) if owner == number]
         for number in range(len(collection.pictures))
     ]
-    said = model.answer([Content((ImageRef(data / at), PROMPT)) for at in collection.pictures], LONGEST)
+    said = model.answer([Content.of([picture, PROMPT]) for picture in collection.pictures], LONGEST)
     scores = cider(said, references)
     rows = [
-        {"id": number, "group": str(at), "image": str(at), "said": text, "marks": {"cider/CIDEr": float(score)}}
-        for number, (at, text, score) in enumerate(zip(collection.pictures, said, scores, strict=True))
+        {"id": number, "group": name, "image": name, "said": text, "marks": {"cider/CIDEr": float(score)}}
+        for number, (name, text, score) in enumerate(zip(collection.names, said, scores, strict=True))
     ]
     return Evaluation(rates(rows), {"cider": rows})
 
@@ -60,12 +61,6 @@ def words(text: str) -> str:
     return " ".join(re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower()))
 
 
-def find(data: Path) -> list[Path]:
-    """A Karpathy file of its own folder: where retrieval is measured, captions are not asked for without a word."""
-    path = only(data, "cider/dataset_*.json")
-    return [path] if path else []
-
-
 CIDER = Suite(
     name="cider",
     measures="captions by their likeness to those of people",
@@ -75,7 +70,7 @@ CIDER = Suite(
     ),
     where="cs.stanford.edu/people/karpathy/deepimagesent (captions); cocodataset.org (2014 Val images)",
     sources=("arXiv 1411.5726",),
-    find=find,
+    find=HOME.find,
     run=run,
     usual=False,
 )
