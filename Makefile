@@ -13,7 +13,7 @@ test: .venv/installed-dev browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --dist loadfile
 
 bench: .venv/installed
 	$(BIN)/python benchmarks/one_pass.py

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 from statistics import fmean
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -217,7 +218,10 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> Muon:
     inner = inner_matrices(model)
     matrices = [p for name, p in model.named_parameters() if name in inner]
     others = [p for name, p in model.named_parameters() if name not in inner]
-    groups = [{"params": matrices, "lr": 2 * learning_rate, "orthogonal": True}, {"params": others}]
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "lr": 2 * learning_rate, "orthogonal": True},
+        {"params": others},
+    ]
     return Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
 
 

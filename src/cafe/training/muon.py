@@ -32,23 +32,23 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)  # takes the parameters that still have a gradient
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
-        alike: dict[torch.Size, list[nn.Parameter]] = {}
+        alike: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
         for matrix in group["params"]:
             if matrix.grad is not None:
-                alike.setdefault(matrix.shape, []).append(matrix)
+                alike.setdefault(matrix.shape, []).append((matrix, matrix.grad))
+                matrix.grad = None
         for shape, matrices in alike.items():
             updates = []
-            for matrix in matrices:
+            for matrix, grad in matrices:
                 state = self.state[matrix]
                 if not state:  # AdamW wants to find its count of steps here when a state is loaded
                     state.update(step=torch.zeros(()), momentum=torch.zeros_like(matrix))
                 state["step"] += 1
                 mean = state["momentum"]
-                mean.lerp_(matrix.grad, 1 - _MOMENTUM)
-                updates.append(matrix.grad.lerp(mean, _MOMENTUM))
-                matrix.grad = None
+                mean.lerp_(grad, 1 - _MOMENTUM)
+                updates.append(grad.lerp(mean, _MOMENTUM))
             rate = group["lr"] * 0.2 * max(shape) ** 0.5
-            for matrix, update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
+            for (matrix, _), update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(matrix.dtype), alpha=rate)
 
 
