@@ -10,25 +10,23 @@ the share of queries whose rank is at most k: a picture finds any of its caption
 | `*.parquet`, a saved dataset's folder | as the Hub has them: columns `image` and `caption` |
 """
 
-import csv
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from cafe.content import ImageRef
+from cafe.data.rows import Dataset, rows_of
 from cafe.errors import CafeError
 from cafe.evaluation.metrics import ranks
 from cafe.evaluation.pictures import thumbnail
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import KEPT, Evaluation, Suite, find_picture, json_lines, only, rates, spread
+from cafe.evaluation.suite import KEPT, Evaluation, Suite, find_picture, only, rates, spread
 
 KS = (1, 5, 10)
 KEPT_HITS = 5
@@ -215,35 +213,9 @@ def _records(paths: Sequence[Path]) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        if path.is_dir():
-            yield from _saved(path)
-        elif path.suffix == ".parquet":
-            for batch in pq.ParquetFile(path).iter_batches(64):
-                yield from batch.to_pylist()
-        elif path.suffix == ".csv":
-            csv.field_size_limit(2**31 - 1)
-            with path.open(newline="") as file:
-                yield from csv.DictReader(file)
-        else:
-            yield from json_lines(path, ())
-    except (pa.ArrowInvalid, csv.Error, UnicodeDecodeError) as error:
-        raise CafeError(f"The evaluation file {path} cannot be read: {error}.") from None
-
-
-def _saved(path: Path) -> Iterable[dict[str, Any]]:
-    """The test split of what `save_to_disk` wrote, its pictures not decoded."""
-    try:
-        import datasets
-    except ImportError:
-        raise CafeError(f"{path} was saved by the datasets library, which is not here: pip install datasets.") from None
-    found = datasets.load_from_disk(str(path))
-    if isinstance(found, datasets.DatasetDict):
-        if "test" not in found:
-            raise CafeError(f"The dataset {path} has no split 'test'; there are {', '.join(found)}.")
-        found = found["test"]
-    table = found.with_format("arrow")
-    return (table[number].to_pylist()[0] for number in range(len(found)))
+    rows = Dataset(str(path), "test", "") if path.is_dir() else rows_of(str(path), kept=1)
+    for number in range(sum(rows.chunks)):
+        yield rows[number]
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int) -> Any:
