@@ -124,9 +124,9 @@ def make_pairs(count: int, seed: int = 0, caption: int = CAPTION) -> Sides:
     return sides
 
 
-def branch(ids: Tensor, vision: dict[str, Tensor], spoken: int = 0) -> Branch:
+def branch(ids: Tensor, vision: dict[str, Tensor], spoken: int = 0, image: int = IMAGE) -> Branch:
     """A branch whose last tokens are supervised."""
-    return Branch(ids, torch.arange(len(ids)) >= len(ids) - spoken, ids == IMAGE, vision)
+    return Branch(ids, torch.arange(len(ids)) >= len(ids) - spoken, ids == image, vision)
 
 
 def make_batch(sides: Sides, packing: Packing, size: MicroBatchSize = UNCUT) -> Batch:

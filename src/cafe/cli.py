@@ -34,6 +34,15 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value")
     train.set_defaults(run=_train)
 
+    plan = commands.add_parser("plan", help="what a recipe is expected to cost: parameters, FLOPs, memory, hours")
+    plan.add_argument("recipe", type=Path)
+    plan.add_argument("overrides", nargs="*", metavar="key=value")
+    plan.add_argument("--gpus", type=int, default=1)
+    plan.add_argument("--picture", default="640x480", help="pixels of a typical picture, WIDTHxHEIGHT")
+    plan.add_argument("--caption", type=int, default=200, help="tokens of a typical caption")
+    plan.add_argument("--pairs", type=int, help="records of the data")
+    plan.set_defaults(run=_plan)
+
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a folder of evaluation files")
     evaluate.add_argument("checkpoint", nargs="?", help="a directory, a Hub id, or 'scenes' for the shipped base model")
     evaluate.add_argument("--data", type=Path, help="the folder of evaluation files")
@@ -135,6 +144,18 @@ def _train(options: argparse.Namespace) -> None:
         recipe,
         lambda model: evaluate(model, Path(held_out.data), held_out.limit, report=lambda line: None).results,
     )
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from cafe.errors import CafeError
+    from cafe.training.plan import Data, plan, table
+    from cafe.training.recipe import read_recipe
+
+    width, cross, height = options.picture.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise CafeError(f"--picture should be like 640x480, not {options.picture!r}.")
+    data = Data(width=int(width), height=int(height), caption=options.caption)
+    print(table(plan(read_recipe(options.recipe, options.overrides), options.gpus, data, options.pairs)))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

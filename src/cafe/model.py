@@ -96,13 +96,19 @@ class Cafe:
         lvlm = lvlm.to(device).eval()
         return cls(lvlm, processing, packing_for(lvlm, processing), record)
 
-    def save(self, path: str | Path, **record: Any) -> None:
-        """Writes the checkpoint: complete or not at all. Keyword arguments go into its record."""
+    def save(self, path: str | Path, weights: dict[str, Tensor] | None = None, **record: Any) -> None:
+        """Writes the checkpoint: complete or not at all.
+
+        Args:
+            path: the directory.
+            weights: the model's, where it does not hold them whole itself.
+            record: goes into the checkpoint's record.
+        """
         path = Path(path)
         partial = path.with_name(f".{path.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        self.lvlm.save_pretrained(partial)
+        self.lvlm.save_pretrained(partial, state_dict=weights)
         self.processing.save(partial)
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
         self.record = {**self.record, **record, "prompts": asdict(self.processing.prompts), "versions": versions}

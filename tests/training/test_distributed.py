@@ -1,71 +1,133 @@
-"""Real processes (gloo, on the CPU) take the same steps as one with the same global batches."""
+"""Real processes (gloo, on the CPU) take the same steps as one with the same global batches, sharded or not."""
 
+import json
+import multiprocessing
 import os
 import socket
-import subprocess
-import sys
+import traceback
+from functools import cache
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cafe.training.loop import train
+from cafe.training.recipe import read_recipe
+
 STEPS, GLOBAL_BATCH = 2, 8
 
-RUN = """
-import sys
-import torch
-from cafe.data.formats import Source
-from cafe.data.loading import MicroBatchSize
-from cafe.training.loop import train
-from cafe.training.recipe import DataRecipe, ModelRecipe, ObjectiveRecipe, OptimizerRecipe, Recipe
 
-base, data, output, batch, tokens, steps = sys.argv[1:]
-torch.set_num_threads(1)
-train(Recipe(
-    output=output,
-    model=ModelRecipe(base=base),
-    data=DataRecipe(sources=(Source(path=data),), workers=0),
-    # Large epsilon: AdamW's first steps would make a sign of every rounding error.
-    optimizer=OptimizerRecipe(learning_rate=1e-2, vision_tower_learning_rate=1e-2, epsilon=1e-2, warm_up=0.0),
-    objective=ObjectiveRecipe(learn_temperature=True),
-    micro_batch=MicroBatchSize(tokens=int(tokens) or None),
-    batch_size=int(batch),
-    steps=int(steps),
-    log_every=1,
-))
-"""
+def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
+    """One process of a run."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        train(read_recipe(recipe, overrides), lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())})
+    except BaseException:
+        said.write_text(traceback.format_exc())
+        raise
 
 
-def run(base: Path, data: Path, output: Path, world: int, tokens: int) -> dict[str, torch.Tensor]:
-    """Trains in `world` processes; returns the weights."""
+def run(recipe: Path, output: Path, world: int, *overrides: str, **environment: str) -> str:
+    """Trains in `world` processes, with their common batches of the same size; returns what the first to fail said."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    arguments = [base, data, output, GLOBAL_BATCH // world, tokens, STEPS]
-    command = [sys.executable, "-c", RUN, *map(str, arguments)]
+    own = [f"output={output}", f"batch_size={GLOBAL_BATCH // world}", *overrides]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    server = multiprocessing.get_context("forkserver")  # imports once for all of them
+    server.set_forkserver_preload(["cafe.training.loop"])
     processes = []
-    for rank in range(world):
-        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-        environment = {**os.environ, **(place | meeting if world > 1 else {})}
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    for process in processes:
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said.decode()[-2000:]
-    return load_file(output / "checkpoint" / "model.safetensors")
+    for number in range(world):
+        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
+        there = {**environment, **(place | meeting if world > 1 else {})}
+        said = output.with_name(f"{output.name}-{number}.txt")
+        processes.append((server.Process(target=rank, args=(recipe, own, there, said)), said))
+        processes[-1][0].start()
+    for process, _ in processes:
+        while process.is_alive():
+            process.join(0.2)
+            if any(other.exitcode for other, _ in processes):  # the others would wait for it for ever
+                process.kill()
+    return "".join(said.read_text() for _, said in processes if said.exists())
 
 
 @pytest.fixture(scope="module")
-def one(random_base, scenes, tmp_path_factory):
-    return run(random_base, scenes / "llava_train.json", tmp_path_factory.mktemp("one"), 1, 0)
+def recipe(random_base, scenes, tmp_path_factory):
+    """Two steps on sixteen records: in two processes the first has no picture at first, and the second none at last."""
+    directory = tmp_path_factory.mktemp("recipe")
+    records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
+    order = list(range(len(records)))
+    Random("order 0 0").shuffle(order)
+    for place in (*order[:4], *order[12:14]):
+        records[place].pop("image")
+        for turn in records[place]["conversations"]:
+            turn["value"] = turn["value"].replace("<image>", "").strip()
+    data = directory / "data.json"
+    data.write_text(json.dumps(records))
+    file = directory / "recipe.yaml"
+    # Large epsilon: AdamW's first steps would make a sign of every rounding error.
+    file.write_text(f"""
+output: nowhere
+model: {{base: {random_base}}}
+data: {{workers: 0, sources: [{{path: {data}, images: {scenes}}}]}}
+optimizer: {{learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warm_up: 0.0, clip: 0.5}}
+objective: {{learn_temperature: true}}
+evaluation: {{every: 1}}
+steps: {STEPS}
+log_every: 1
+""")
+    return file
 
 
-@pytest.mark.parametrize(("world", "tokens"), [(2, 0), (2, 500), (4, 250)])
-def test_several_processes_take_the_steps_of_one(one, random_base, scenes, tmp_path, world, tokens):
-    several = run(random_base, scenes / "llava_train.json", tmp_path, world, tokens)
+def results(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The weights and the log."""
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return load_file(output / "checkpoint" / "model.safetensors"), log
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory):
+    """What one process makes of the recipe with some overrides; each is trained once."""
+
+    @cache
+    def of(*overrides: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+        output = tmp_path_factory.mktemp("alone") / "run"
+        assert not run(recipe, output, 1, *overrides)
+        return results(output)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "launcher"),
+    [
+        (2, (), {}),
+        (2, ("micro_batch.tokens=500",), {}),
+        (4, ("micro_batch.tokens=250",), {}),
+        (2, ("model.shard=true",), {}),
+        (2, ("micro_batch.tokens=500",), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+        (4, ("model.shard=true", "micro_batch.tokens=250"), {}),
+        (2, ("model.shard=true", "micro_batch.tokens=500", "model.gradient_checkpointing=true"), {}),
+        (2, ("model.shard=true", "micro_batch.tokens=500", "model.frozen=[vision_tower]"), {}),
+        (2, ("model.shard=true", "model.share_prefixes=false", "optimizer.accumulate=2", "batch_size=2"), {}),
+    ],
+    ids=str,
+)
+def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp_path, world, overrides, launcher):
+    mine = [override for override in overrides if "frozen" in override or "accumulate" in override]
+    one, its_log = alone(*mine, *(["batch_size=4"] if "batch_size=2" in overrides else []))
+    assert not run(recipe, tmp_path / "run", world, *overrides, **launcher)
+    several, log = results(tmp_path / "run")
     start = load_file(random_base / "model.safetensors")
-    assert one.keys() == several.keys()
+    assert one.keys() == several.keys() == start.keys()
     moved = torch.cat([(one[name] - start[name]).flatten() for name in one])
     apart = torch.cat([(one[name] - several[name]).flatten() for name in one])
     assert moved.norm() > 0 and apart.norm() <= 1e-5 * moved.norm()
+    assert len(its_log) == len(log) == 2 * STEPS
+    for record, other in zip(its_log, log, strict=True):
+        assert record.keys() == other.keys()
+        for name in record.keys() - {"seconds"}:
+            assert other[name] == pytest.approx(record[name], rel=1e-5), name

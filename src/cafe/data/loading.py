@@ -13,10 +13,11 @@ from random import Random
 
 import torch
 from jaxtyping import Int64
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from cafe.content import Content, Example, ImageRef
+from cafe.content import Content, Dialogue, Example, ImageRef, Turn
 from cafe.data.formats import Records
 from cafe.data.mixture import Mixture, Order, epoch_order
 from cafe.errors import CafeError
@@ -153,6 +154,8 @@ class Batches(Dataset[Batch]):
         size: how much goes through the model at once.
         rank, world: which of several processes this is; each takes its own part of every batch.
         mixture: how the sources make one stream.
+        blanks: show a blank picture, to which nothing comes, in each micro-batch that has none: where the model is
+            sharded over processes, each of them must run the vision tower as often as any.
     """
 
     def __init__(
@@ -171,6 +174,7 @@ class Batches(Dataset[Batch]):
         rank: int = 0,
         world: int = 1,
         mixture: Mixture = PROPORTIONAL,
+        blanks: bool = False,
     ) -> None:
         self.sources, self.processing, self.batch_size, self.seed = list(sources), processing, batch_size, seed
         self.max_tokens, self.contrast, self.language, self.hard_negatives = (
@@ -181,6 +185,7 @@ class Batches(Dataset[Batch]):
         )
         self.packing, self.size = packing, size
         self.rank, self.world = rank, world
+        self.blank = blank_branch(processing) if blanks else None
         self.mixture = mixture
         self._order = (0, self._draw(0))
         self.per_epoch = len(self._order[1].records) // (batch_size * world)
@@ -246,9 +251,9 @@ class Batches(Dataset[Batch]):
         cuts = cut(embedded, spoken, self.size)
         micro_batches = []
         for part in cuts:
-            joint = pack(embedded[part], spoken[part], self.packing)
+            joint = self._pack(embedded[part], spoken[part])
             alone = len(cuts) == 1 or not any(embedded[part])
-            embed = joint if alone else pack(embedded[part], [[]] * len(spoken[part]), self.packing)
+            embed = joint if alone else self._pack(embedded[part], [[]] * len(spoken[part]))
             places = [slot for example in slots[part] for slot in example]
             micro_batches.append(MicroBatch(joint, embed, torch.tensor(places, dtype=torch.long)))
         return Batch(
@@ -259,6 +264,26 @@ class Batches(Dataset[Batch]):
             bad=bad,
             sources=names,
         )
+
+    def _pack(self, embedded: list[list[Branch]], spoken: list[list[Branch]]) -> Pack:
+        shows = any(branch.vision for group in (*embedded, *spoken) for branch in group)
+        if self.blank and not shows:
+            embedded, spoken = [*embedded, []], [*spoken, [self.blank]]
+        return pack(embedded, spoken, self.packing)
+
+    def nothing(self) -> MicroBatch | None:
+        """A micro-batch of a blank picture alone, where there are blanks."""
+        if self.blank is None:
+            return None
+        empty = self._pack([], [])
+        return MicroBatch(empty, empty, torch.empty(0, dtype=torch.long))
+
+
+def blank_branch(processing: Processing) -> Branch:
+    """A prompt with a small blank picture."""
+    picture = Image.new("RGB", (64, 64))
+    messages = dialogue_messages(Dialogue((Turn("user", Content.of(picture)),)), processing.prompts)
+    return processing.encode_prompt(messages, processing.pictures([picture]))
 
 
 def cut(embedded: Sequence[list[Branch]], spoken: Sequence[list[Branch]], size: MicroBatchSize) -> list[slice]:

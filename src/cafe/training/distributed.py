@@ -1,10 +1,15 @@
 """What the processes of one run share: their number, sums, and rows. One process needs none of it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+BUCKET = 16 * 2**20  # entries of gradients that are summed at once: 64 MiB in float32
 
 
 def world() -> int:
@@ -17,6 +22,14 @@ def everyone(number: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(number)
     return number
+
+
+def most(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers."""
+    largest = torch.tensor(number, device=device)
+    if world() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def gather(rows: Tensor) -> Tensor:
@@ -40,9 +53,53 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Makes every process's gradients their sum over all; a parameter that one did not use has none there."""
-    if world() > 1:
-        for parameter in parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+    """Makes every process's gradients their sum over all; a parameter that one did not use has none there.
+
+    Those of sharded parameters were summed when they were made.
+    """
+    if world() == 1:
+        return
+    buckets: list[list[Tensor]] = []
+    room = 0
+    for parameter in parameters:
+        if isinstance(parameter, DTensor):
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if parameter.numel() > room or parameter.dtype != buckets[-1][-1].dtype:
+            buckets.append([])
+            room = max(BUCKET, parameter.numel())
+        buckets[-1].append(parameter.grad)
+        room -= parameter.numel()
+    for grads in buckets:
+        flat = everyone(torch.cat([grad.flatten() for grad in grads]))
+        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(summed.view_as(grad))
+
+
+def norm_of_sum(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> Float[Tensor, ""]:
+    """The norm of some parameters' gradients together, each summed over processes first, which leaves it as it is."""
+    sharded = [grad for parameter, grad in zip(parameters, grads, strict=True) if isinstance(parameter, DTensor)]
+    square = _norm([grad for grad in sharded if grad is not None]).square()
+    for parameter, grad in zip(parameters, grads, strict=True):
+        if not isinstance(parameter, DTensor):
+            own = torch.zeros_like(parameter) if grad is None else grad.clone()
+            square = square.to(own.device) + everyone(own).float().square().sum()
+    return square.sqrt()
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], largest: float) -> Float[Tensor, ""]:
+    """Scales summed gradients so that their norm together is at most `largest`; returns what it was."""
+    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
+    kinds = [[p for p in with_grad if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
+    norms = [_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
+    norm = torch.stack(norms).norm() if norms else torch.zeros(())
+    for kind in kinds:
+        clip_grads_with_norm_(kind, largest, norm)
+    return norm
+
+
+def _norm(grads: Sequence[Tensor]) -> Tensor:
+    """The norm of gradients that are all sharded or all whole."""
+    norm = get_total_norm(grads)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from torch import nn
 from tqdm import tqdm
 
 from cafe.data.formats import open_source
@@ -15,10 +14,11 @@ from cafe.data.loading import UNCUT, Batches, Quarantine, load
 from cafe.errors import CafeError
 from cafe.families import vision_tower_of
 from cafe.model import Cafe
-from cafe.training.distributed import sum_gradients
+from cafe.training.distributed import clip_gradients, sum_gradients
 from cafe.training.log import Log
 from cafe.training.optimizer import cosine, describe, freeze, make_optimizer
 from cafe.training.recipe import Recipe, recipe_dict
+from cafe.training.sharding import gathered, shard, wants_shards, whole_weights
 from cafe.training.step import JointStep
 from cafe.training.vision import VisionCache
 
@@ -39,9 +39,14 @@ def train(
         CafeError: the recipe, the data or the base model cannot be used, or the loss is no longer finite.
     """
     set_seed(recipe.seed)
+    sharded = wants_shards(recipe.model.shard)
     accelerator = Accelerator()
+    sharded = sharded and accelerator.num_processes > 1
+    if not accelerator.is_main_process:
+        report = _silent
     base = resolve_base(recipe.model.base)
-    model = Cafe.load(base, recipe.prompts, torch.float32, accelerator.device, recipe.model.attention)
+    device = torch.device("cpu") if sharded else accelerator.device
+    model = Cafe.load(base, recipe.prompts, torch.float32, device, recipe.model.attention)
     if recipe.model.gradient_checkpointing:
         model.lvlm.gradient_checkpointing_enable()
         if recipe.micro_batch != UNCUT:
@@ -69,6 +74,7 @@ def train(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         mixture=recipe.data.mixture,
+        blanks=sharded,
     )
     accumulate = recipe.optimizer.accumulate
     steps = recipe.steps or max(1, recipe.epochs * len(batches) // accumulate)
@@ -81,13 +87,16 @@ def train(
     vision = None
     if tower is not None and "vision_tower" in recipe.model.frozen:
         vision = VisionCache(tower, Path(recipe.model.vision_cache) if recipe.model.vision_cache else None)
-    joint = JointStep(model.lvlm.train(), objective, recipe.model.precision, vision).to(accelerator.device)
+    joint = JointStep(model.lvlm.train(), objective, recipe.model.precision, vision, batches.nothing())
+    report(f"{describe(model.lvlm)}; {steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
+    if sharded:
+        shard(joint.read, accelerator.device, joint.read.bf16, whole=vision.tower if vision else None)
+    joint.to(accelerator.device)
     trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, recipe.optimizer)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps, recipe.optimizer.warm_up))
     log = Log(output) if accelerator.is_main_process else None
 
-    report(f"{describe(model.lvlm)}; {steps} steps of {recipe.batch_size} pairs.")
     progress = tqdm(range(1, steps + 1), desc="train", unit="step", disable=not accelerator.is_main_process)
     for step in progress:
         measure = step % recipe.log_every == 0 or step in (1, steps)
@@ -102,7 +111,7 @@ def train(
             if part == 0:
                 shown = losses
         sum_gradients(trained)
-        norm = nn.utils.clip_grad_norm_(trained, recipe.optimizer.clip)
+        norm = clip_gradients(trained, recipe.optimizer.clip)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -119,17 +128,24 @@ def train(
             }
             log.write(step, values)
             progress.set_postfix({name: f"{values[name]:.3f}" for name in ("lm_loss", "contrastive_loss", "accuracy")})
-        if evaluate and log and recipe.evaluation.every and step % recipe.evaluation.every == 0:
-            log.write(step, evaluate(replace(model, lvlm=model.lvlm.eval())))
+        if evaluate and recipe.evaluation.every and step % recipe.evaluation.every == 0:
+            with gathered(joint.read):  # in every process: sharded layers are read by all at once
+                found = evaluate(replace(model, lvlm=model.lvlm.eval()))
+            if log:
+                log.write(step, found)
             model.lvlm.train()
 
-    accelerator.wait_for_everyone()
+    weights = whole_weights(model.lvlm)
     if accelerator.is_main_process:
         model.lvlm.eval()
         temperature = joint.log_temperature.exp().item()
-        model.save(output / "checkpoint", temperature=temperature, recipe=recipe_dict(recipe), steps=steps)
+        model.save(output / "checkpoint", weights, temperature=temperature, recipe=recipe_dict(recipe), steps=steps)
         report(f"The checkpoint is in {output / 'checkpoint'}; {quarantine.bad} of {quarantine.seen} records were bad.")
     return output / "checkpoint"
+
+
+def _silent(line: str) -> None:
+    """Says nothing: one process speaks for all."""
 
 
 def resolve_base(base: str) -> str:

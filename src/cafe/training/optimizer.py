@@ -6,6 +6,7 @@ from typing import get_args
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from cafe.families import PartName, part_of
@@ -29,14 +30,14 @@ def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> tor
         "language_model": recipe.learning_rate,
     }
     rates = {part: recipe.learning_rate if rate is None else rate for part, rate in own.items()}
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}  # sharded and whole ones cannot step together
     for name, parameter in step.named_parameters():
         if parameter.requires_grad:
             rate = rates[part_of(name, family)]
             decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay), []).append(parameter)
+            groups.setdefault((rate, decay, isinstance(parameter, DTensor)), []).append(parameter)
     return torch.optim.AdamW(
-        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()],
+        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay, _), group in groups.items()],
         betas=(recipe.beta1, recipe.beta2),
         eps=recipe.epsilon,
     )

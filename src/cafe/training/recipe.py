@@ -31,6 +31,7 @@ class ModelRecipe:
         max_tokens: the longest sequence.
         gradient_checkpointing: compute activations again in the backward pass, to save memory; an alternative to
             small micro-batches.
+        shard: spread weights, gradients and optimizer state over the processes (FSDP2); without it each has them all.
         frozen: parts that are not trained.
         vision_cache: a directory that keeps what a frozen vision tower makes of each picture; empty for none.
         share_prefixes: read what branches have in common once, where the family can.
@@ -42,6 +43,7 @@ class ModelRecipe:
     attention: str = "sdpa"
     max_tokens: int = 32768
     gradient_checkpointing: bool = False
+    shard: bool = False
     frozen: tuple[PartName, ...] = ()
     vision_cache: str = ""
     share_prefixes: bool = True

@@ -19,11 +19,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cafe.data.loading import Batch
+from cafe.data.loading import Batch, MicroBatch
 from cafe.model import read
 from cafe.objectives import info_nce, next_token_loss, retrieval_accuracy
 from cafe.packing import Pack
-from cafe.training.distributed import everyone, gather, world
+from cafe.training.distributed import everyone, gather, most, norm_of_sum, world
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.vision import VisionCache
 
@@ -43,14 +43,39 @@ class Losses:
     measured: dict[str, float] = field(default_factory=dict)
 
 
+class Reading(nn.Module):
+    """One pass of the model: all that touches its weights, so that sharded ones are whole within it alone.
+
+    Args:
+        lvlm: the model.
+        precision: "bf16" reads in bfloat16; the losses are taken in float32 all the same.
+    """
+
+    def __init__(self, lvlm: PreTrainedModel, precision: str = "fp32") -> None:
+        super().__init__()
+        self.lvlm: PreTrainedModel = lvlm
+        self.bf16 = precision == "bf16"
+
+    def forward(self, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
+        """The embeddings, not yet normalised, and the language loss summed over tokens."""
+        with torch.autocast(self.lvlm.device.type, torch.bfloat16, enabled=self.bf16):
+            embedded, before = read(self.lvlm, pack)
+            embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
+            head = self.lvlm.get_output_embeddings()
+            softcap = getattr(self.lvlm.config.get_text_config(), "final_logit_softcapping", None)
+            labels = pack.labels.to(before.device)
+            return embedded, next_token_loss(before, labels, head.weight, head.bias, softcap)
+
+
 class JointStep(nn.Module):
     """A contrastive batch in, both losses out, their gradient left in the parameters.
 
     Args:
         lvlm: the model.
         objective: the weights and the temperature.
-        precision: "bf16" reads in bfloat16; the losses are taken in float32 all the same.
+        precision: see `Reading`.
         vision: what a frozen vision tower made of pictures before.
+        blank: a micro-batch of nothing, where the model is sharded over processes: each must then read as many as any.
     """
 
     def __init__(
@@ -59,17 +84,22 @@ class JointStep(nn.Module):
         objective: ObjectiveRecipe,
         precision: str = "fp32",
         vision: VisionCache | None = None,
+        blank: MicroBatch | None = None,
     ) -> None:
         super().__init__()
-        self.lvlm: PreTrainedModel = lvlm
+        self.read = Reading(lvlm, precision)
         self.objective = objective
-        self.bf16 = precision == "bf16"
-        self.vision = vision
+        self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
             torch.tensor(math.log(objective.temperature)), requires_grad=objective.learn_temperature
         )
         if objective.learn_temperature:  # every process has its whole gradient, and gradients are summed
             self.log_temperature.register_hook(lambda grad: grad / world())
+
+    @property
+    def lvlm(self) -> PreTrainedModel:
+        """The model."""
+        return self.read.lvlm
 
     def forward(self, batch: Batch, share: float = 1.0, measure: bool = False) -> Losses:
         """Adds the batch's gradient to the parameters'; to be summed over processes.
@@ -84,16 +114,20 @@ class JointStep(nn.Module):
 
     def _follow(self, batch: Batch, share: float, measure: bool) -> Losses:
         objective, device = self.objective, self.log_temperature.device
-        cached = len(batch.micro_batches) > 1
+        trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]  # now, while in shards
+        micro_batches = batch.micro_batches
+        if self.blank:  # every process follows every other's forwards and backwards
+            micro_batches = micro_batches + [self.blank] * (most(len(micro_batches), device) - len(micro_batches))
+        cached = len(micro_batches) > 1
         whole = cached and self.lvlm.training and has_dropout(self.lvlm)  # same rows, so that dropout draws the same
 
         # 1. Embed all queries, targets and hard negatives. A batch of one micro-batch needs no other forward.
         reads, drawn = [], []
         with torch.set_grad_enabled(not cached):
-            for micro_batch in batch.micro_batches:
+            for micro_batch in micro_batches:
                 drawn.append(random_state(device))
                 reads.append(self.read(micro_batch.joint if whole else micro_batch.embed))
-        slots = [micro_batch.slots.to(device) for micro_batch in batch.micro_batches]
+        slots = [micro_batch.slots.to(device) for micro_batch in micro_batches]
         vectors = torch.cat([embedded.detach() for embedded, _ in reads])
         vectors = torch.empty_like(vectors).index_copy_(0, torch.cat(slots), vectors).requires_grad_()
 
@@ -108,9 +142,9 @@ class JointStep(nn.Module):
 
         # 3. Carry it on into the model, together with the gradient of the language loss.
         tokens = everyone(torch.tensor(batch.supervised, device=device)).clamp(min=1)
-        gradients = Gradients([parameter for parameter in self.lvlm.parameters() if parameter.requires_grad], measure)
+        gradients = Gradients(trained, measure)
         lm = vectors.new_zeros(())
-        for number, micro_batch in enumerate(batch.micro_batches):
+        for number, micro_batch in enumerate(micro_batches):
             if cached:
                 with drawing(drawn[number], device):
                     reads[number] = self.read(micro_batch.joint)
@@ -125,16 +159,6 @@ class JointStep(nn.Module):
 
         measured = {"accuracy": accuracy.item(), **norms} if measure else {}
         return Losses(everyone(lm), contrastive.detach(), temperature.detach(), measured)
-
-    def read(self, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
-        """One pass of the model: the embeddings, not yet normalised, and the language loss summed over tokens."""
-        with torch.autocast(self.log_temperature.device.type, torch.bfloat16, enabled=self.bf16):
-            embedded, before = read(self.lvlm, pack)
-            embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
-            head = self.lvlm.get_output_embeddings()
-            softcap = getattr(self.lvlm.config.get_text_config(), "final_logit_softcapping", None)
-            labels = pack.labels.to(before.device)
-            return embedded, next_token_loss(before, labels, head.weight, head.bias, softcap)
 
     def contrast(
         self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Tensor, measure: bool
@@ -151,35 +175,43 @@ class JointStep(nn.Module):
 
 
 class Gradients:
-    """Collects the gradients of both losses; keeps them apart where their norms are wanted."""
+    """Collects the gradients of both losses in the parameters; keeps them apart where their norms are wanted."""
 
     def __init__(self, parameters: list[nn.Parameter], apart: bool) -> None:
         self.parameters, self.apart = parameters, apart
-        self.of: dict[str, list[Tensor]] = {}
+        self.of: dict[str, list[Tensor | None]] = {}
+        self.before = self._swap([None] * len(parameters)) if apart else []
 
     def follow(self, **losses: Tensor) -> None:
         """Takes the gradients of some losses of the same graph, and lets the graph go."""
         losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
-        if not self.apart and losses:
+        if not self.apart:
             torch.stack(list(losses.values())).sum().backward()
             return
-        for name, loss in losses.items():
-            grads = torch.autograd.grad(loss, self.parameters, retain_graph=True, allow_unused=True)
-            sums = self.of.setdefault(name, [torch.zeros_like(parameter) for parameter in self.parameters])
-            for total, grad in zip(sums, grads, strict=True):
-                if grad is not None:
-                    total += grad
+        for left, (name, loss) in enumerate(losses.items(), start=1):
+            self._swap(self.of.get(name, [None] * len(self.parameters)))
+            loss.backward(retain_graph=left < len(losses))
+            self.of[name] = self._swap([None] * len(self.parameters))
 
     def finish(self) -> dict[str, float]:
         """Adds what was kept apart to the parameters' gradients; returns the norm of each."""
+        if not self.apart:
+            return {}
         norms = {}
+        self._swap(self.before)
         for name, sums in self.of.items():
+            norms[f"grad_norm_{name}"] = norm_of_sum(self.parameters, sums).item()
             for parameter, grad in zip(self.parameters, sums, strict=True):
-                parameter.grad = grad if parameter.grad is None else parameter.grad + grad
-            norms[f"grad_norm_{name}"] = math.sqrt(
-                sum(everyone(grad.clone()).float().square().sum().item() for grad in sums)
-            )
+                if grad is not None:
+                    parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
         return norms
+
+    def _swap(self, grads: list[Tensor | None]) -> list[Tensor | None]:
+        """Puts other gradients into the parameters; returns those that were there."""
+        there = [parameter.grad for parameter in self.parameters]
+        for parameter, grad in zip(self.parameters, grads, strict=True):
+            parameter.grad = grad
+        return there
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -1,0 +1,109 @@
+"""Two optimizer steps of the 0.5B recipe's real sizes with random weights, and their peak memory beside the plan's.
+
+The model is LLaVA-OneVision 0.5B as published (SigLIP so400m and Qwen2-0.5B, 0.9B parameters). The pairs are few and
+their pictures one crop and a thumbnail, so that a machine without a GPU can do it. On a CPU the recipe's bfloat16
+arithmetic is left out, everything being float32. What is counted is what the run takes beyond the imported libraries.
+Full training takes about 17 GiB.
+
+python benchmarks/geometry_0_5b.py [--pairs 2] [--json FILE] [key=value ...]
+
+e.g. model.frozen=[vision_tower,projector], or micro_batch.tokens=1800 for the gradient cache.
+"""
+
+import argparse
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import Row, Sides, branch, make_batch, show
+from memory import peak, reset_peak
+from torch import Tensor
+from transformers import AutoModelForImageTextToText, PreTrainedModel
+
+from cafe.packing import Packing
+from cafe.training.distributed import clip_gradients
+from cafe.training.geometry import config_of
+from cafe.training.optimizer import describe, freeze, make_optimizer
+from cafe.training.plan import GIB, Data, load_of, measure, memory_of, picture
+from cafe.training.recipe import read_recipe
+from cafe.training.step import JointStep
+
+RECIPE = Path(__file__).parents[1] / "recipes" / "cafe-0.5b.yaml"
+DATA = Data(width=384, height=384, caption=64)
+STEPS = 2
+
+
+def make_pairs(lvlm: PreTrainedModel, pairs: int) -> Sides:
+    """Random words and pictures of `DATA`'s lengths."""
+    config, seen = lvlm.config, picture(lvlm, DATA)
+    side = config.vision_config.image_size
+
+    def words(length: int) -> Tensor:
+        return torch.randint(1000, 100_000, (length,))
+
+    system, instruction, question = words(DATA.prompt), words(DATA.words), words(DATA.words)
+    sides = Sides([], [], [])
+    for _ in range(pairs):
+        vision = {
+            "pixel_values": torch.rand(1, seen.crops, 3, side, side),
+            "image_sizes": torch.tensor([[DATA.height, DATA.width]]),
+        }
+        said, shown = words(DATA.caption), torch.full((seen.tokens,), config.image_token_index)
+        sides.queries.append(branch(torch.cat([system, shown, instruction]), vision, image=config.image_token_index))
+        sides.targets.append(branch(torch.cat([system, said, instruction]), {}))
+        spoken = torch.cat([system, shown, question, said])
+        sides.dialogues.append(branch(spoken, vision, len(said), config.image_token_index))
+    return sides
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--json")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    precision = "bf16" if device == "cuda" else "fp32"
+    recipe = read_recipe(RECIPE, [f"batch_size={options.pairs}", f"model.precision={precision}", *options.overrides])
+
+    before = reset_peak()
+    torch.manual_seed(0)
+    with torch.device(device):
+        lvlm = AutoModelForImageTextToText.from_config(config_of(recipe.model.base)).train()
+    if recipe.model.gradient_checkpointing:
+        lvlm.gradient_checkpointing_enable()
+    freeze(lvlm, recipe.model.frozen)
+    print(describe(lvlm), flush=True)
+    load, sizes = load_of(recipe, lvlm, DATA, 1), measure(lvlm)
+    batch = make_batch(make_pairs(lvlm, options.pairs), Packing(columns=load.columns), recipe.micro_batch)
+    load = replace(load, micro_batches=len(batch.micro_batches))
+    step = JointStep(lvlm, recipe.objective, recipe.model.precision).to(device)
+    trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(step, lvlm.config.model_type, recipe.optimizer)
+    for number in range(1, STEPS + 1):
+        started = time.perf_counter()
+        losses = step(batch, measure=True)
+        clip_gradients(trained, recipe.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        said = f"lm {losses.lm.item():.3f}, contrastive {losses.contrastive.item():.3f}"
+        print(f"step {number} of {STEPS}: {time.perf_counter() - started:.0f} s, {said}", flush=True)
+    taken = peak() - before
+
+    memory = memory_of(sizes, load, recipe)
+    planned = sum(memory.values())
+    print(f"peak {taken / GIB:.2f} GiB; the plan says {planned / GIB:.2f} GiB:")
+    for name, size in memory.items():
+        print(f"  {name:16} {size / GIB:6.2f}")
+    sys.argv[1:] = ["--json", options.json] if options.json else []
+    show(
+        "The 0.5B recipe's sizes: peak memory of two steps",
+        [Row("the plan's error, of the measured peak", abs(planned / taken - 1), 0.15, 0.05, at_least=False)],
+    )
+
+
+if __name__ == "__main__":
+    main()

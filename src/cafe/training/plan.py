@@ -1,0 +1,484 @@
+"""What a run is expected to cost before it starts: parameters, tokens, FLOPs, memory of each GPU, hours.
+
+Everything follows from the sizes of the model and a few words about the data, by formulas that can be read here. Tests
+hold the FLOPs to torch's own count and the kept activations to what autograd keeps; `benchmarks/geometry_0_5b.py` holds
+the peak memory to a run.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import select_best_resolution
+
+from cafe.errors import CafeError
+from cafe.families import PartName, may_share, part_of
+from cafe.objectives import TILE
+from cafe.training.distributed import BUCKET
+from cafe.training.geometry import config_of, empty_model
+from cafe.training.loop import resolve_base
+from cafe.training.optimizer import freeze
+from cafe.training.recipe import Recipe
+from cafe.training.sharding import layers_of
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A GPU: dense bfloat16 FLOPs a second with float32 accumulation, and bytes of memory, as its maker states them."""
+
+    name: str
+    flops: float
+    memory: float
+    source: str
+
+
+HARDWARE = (
+    Hardware("A100 40 GB", 312e12, 40e9, "NVIDIA A100 datasheet"),
+    Hardware("A100 80 GB", 312e12, 80e9, "NVIDIA A100 datasheet"),
+    Hardware("H100 SXM", 989e12, 80e9, "NVIDIA H100 datasheet, without sparsity"),
+    Hardware("H200 SXM", 989e12, 141e9, "NVIDIA H200 datasheet, without sparsity"),
+    Hardware("RTX 4090", 165.2e12, 24e9, "NVIDIA Ada architecture whitepaper"),
+    Hardware("RTX 3090", 71e12, 24e9, "NVIDIA GA102 architecture whitepaper"),
+)
+RESERVED = 1.5 * GIB  # bytes of a GPU that are kept for CUDA and for what the allocator cannot use
+PAIRS = 100_000  # of a run whose recipe does not say
+MFU = 0.35  # of the peak FLOPs that are used, assumed: not measured on any of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """A typical pair: one picture with its caption, and a dialogue that describes it.
+
+    Attributes:
+        width, height: pixels of the picture.
+        caption: tokens of the caption, which is also the answer.
+        prompt: tokens of the system prompt.
+        words: tokens of an instruction or question with the template around it.
+    """
+
+    width: int = 640
+    height: int = 480
+    caption: int = 200
+    prompt: int = 14
+    words: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """What a picture costs: crops, patches that the tower reads in each, and tokens in the language model."""
+
+    crops: int
+    patches: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What goes through the model in one step of one process.
+
+    Attributes:
+        crops, patches: that the tower reads, and patches of each.
+        rows, columns: of tokens in the language model, padding included.
+        labels: supervised tokens.
+        embedded: the share of the rows, and `embedded_crops` of the crops, that embeds: the gradient cache reads it
+            once more, before the rest.
+        vectors: embeddings, of all processes.
+        micro_batches: how many the step is cut into.
+    """
+
+    crops: float
+    patches: int
+    rows: float
+    columns: int
+    labels: float
+    embedded: float = 1.0
+    embedded_crops: float = 1.0
+    vectors: int = 0
+    micro_batches: int = 1
+
+    @property
+    def tokens(self) -> float:
+        """Of the language model's rows."""
+        return self.rows * self.columns
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stack:
+    """The layers of one part.
+
+    Attributes:
+        layers: their number.
+        width: of the residual stream.
+        heads: width of all query heads together.
+        inner: width of the feed-forward part.
+        gated: a gate and RMS norms, as in Llama and Qwen; else two matrices and layer norms.
+        window: tokens that see each other in all layers but `full` of them; None where all see all.
+        full: see `window`.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    inner: int
+    gated: bool
+    window: int | None = None
+    full: int = 0
+
+    def attention_flops(self, length: int) -> float:
+        """Of the forward pass over one sequence: queries with keys, and weights with values; masked ones count."""
+        seen = self.layers * length
+        if self.window:
+            seen = self.full * length + (self.layers - self.full) * min(self.window, length)
+        return 4.0 * length * seen * self.heads
+
+    def kept(self, bf16: bool) -> float:
+        """Bytes a token that a layer keeps for the backward pass; `tests/training/test_plan.py` counts them."""
+        # Under autocast the residual and what the norms make of it stay in float32.
+        each = {
+            (True, False): (24, 16, 16),
+            (True, True): (26, 8, 8),
+            (False, False): (16, 16, 8),
+            (False, True): (16, 8, 4),
+        }[self.gated, bf16]
+        return sum(size * width for size, width in zip(each, (self.width, self.heads, self.inner), strict=True))
+
+
+@dataclass(frozen=True)
+class Part:
+    """Parameters of one part: all, trained, and in matrices that every token or patch is multiplied with."""
+
+    parameters: int = 0
+    trained: int = 0
+    matrices: int = 0
+    trained_matrices: int = 0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model as the formulas see it.
+
+    Attributes:
+        parts: parameters by part; the head and the embeddings are the language model's.
+        stem: weights of the patch embedding.
+        head, head_trained: weights of the language-model head, and those of them that are trained.
+        vocabulary: tokens.
+        largest, layer, layered: parameters of the largest tensor, of the largest layer, and of all layers.
+        merges: patches that become one row for the projector.
+        tower, language: the layers of each.
+    """
+
+    parts: dict[PartName, Part]
+    stem: int
+    head: int
+    head_trained: int
+    vocabulary: int
+    largest: int
+    layer: int
+    layered: int
+    merges: int
+    tower: Stack
+    language: Stack
+
+    @property
+    def parameters(self) -> int:
+        """Of the model."""
+        return sum(part.parameters for part in self.parts.values())
+
+    @property
+    def trained(self) -> int:
+        """Parameters that are trained."""
+        return sum(part.trained for part in self.parts.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The costs of a run.
+
+    Attributes:
+        sizes: of the model.
+        load: of one step of one GPU.
+        flops: of a step, on all GPUs.
+        memory: bytes of one GPU at the peak, by what they are for.
+        gpus: their number.
+        batch: pairs of a step.
+        pairs: of the whole run.
+    """
+
+    sizes: Sizes
+    load: Load
+    flops: float
+    memory: dict[str, float]
+    gpus: int
+    batch: int
+    pairs: int
+
+    @property
+    def peak(self) -> float:
+        """Bytes of one GPU at the peak."""
+        return sum(self.memory.values())
+
+    def hours(self, hardware: Hardware, mfu: float = MFU) -> float:
+        """Of the whole run."""
+        return self.pairs / self.batch * self.flops / (self.gpus * hardware.flops * mfu) / 3600
+
+
+def measure(lvlm: PreTrainedModel) -> Sizes:
+    """The sizes of a model, whose parameters say whether they are trained; it may be without weights."""
+    family, text, vision = lvlm.config.model_type, lvlm.config.get_text_config(), lvlm.config.vision_config
+    head = lvlm.get_output_embeddings()
+    counts: dict[PartName, list[int]] = {name: [0, 0, 0, 0] for name in get_args(PartName)}
+    for name, parameter in lvlm.named_parameters():
+        counts[part_of(name, family)][0] += parameter.numel()
+        counts[part_of(name, family)][1] += parameter.numel() * parameter.requires_grad
+    stem = 0
+    for name, module in lvlm.named_modules():
+        if isinstance(module, nn.Linear) and module is not head:
+            counts[part_of(f"{name}.", family)][2] += module.weight.numel()
+            counts[part_of(f"{name}.", family)][3] += module.weight.numel() * module.weight.requires_grad
+        elif isinstance(module, nn.Conv2d | nn.Conv3d):
+            stem += module.weight.numel()
+    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers_of(lvlm)]
+    own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    full = len(getattr(vision, "fullatt_block_indexes", []))
+    return Sizes(
+        {name: Part(*count) for name, count in counts.items()},
+        stem=stem,
+        head=head.weight.numel(),
+        head_trained=head.weight.numel() * head.weight.requires_grad,
+        vocabulary=len(head.weight),
+        largest=max(parameter.numel() for parameter in lvlm.parameters()),
+        layer=max(layers),
+        layered=sum(layers),
+        merges=getattr(vision, "spatial_merge_size", 1) ** 2,
+        tower=Stack(
+            layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
+            width=width,
+            heads=width,
+            inner=getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio),
+            gated=bool(full),
+            window=(vision.window_size // vision.patch_size) ** 2 if full else None,
+            full=full,
+        ),
+        language=Stack(
+            layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            heads=own * text.num_attention_heads,
+            inner=text.intermediate_size,
+            gated=True,
+        ),
+    )
+
+
+def picture(lvlm: PreTrainedModel, data: Data) -> Picture:
+    """What a picture of the data costs.
+
+    Raises:
+        CafeError: it is not known for the family.
+    """
+    config, vision = lvlm.config, lvlm.config.vision_config
+    if config.model_type == "llava_onevision":
+        grid = vision.image_size // vision.patch_size
+        best = select_best_resolution((data.height, data.width), config.image_grid_pinpoints)
+        rows, columns = (side // vision.image_size for side in best)
+        height, width = rows * grid, columns * grid  # of the whole picture, from which the padding is cut
+        if data.width / data.height > width / height:
+            height -= 2 * ((height - int(data.height * width / data.width)) // 2)
+        else:
+            width -= 2 * ((width - int(data.width * height / data.height)) // 2)
+        shrink = math.sqrt(height * width / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * grid**2))
+        if shrink > 1.1:
+            height, width = int(height // shrink), int(width // shrink)
+        return Picture(crops=1 + rows * columns, patches=grid**2, tokens=grid**2 + height * width + height)
+    if config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+        merge = vision.spatial_merge_size
+        side = vision.patch_size * merge
+        least, most = (2**16, 2**24) if config.model_type == "qwen3_vl" else (56 * 56, 12845056)  # pixels, as published
+        scale = math.sqrt(min(max(data.height * data.width, least), most) / (data.height * data.width))
+        patches = math.prod(max(1, round(length * scale / side)) * merge for length in (data.height, data.width))
+        return Picture(crops=1, patches=patches, tokens=patches // merge**2)
+    raise CafeError(f"How many tokens a picture takes in a {config.model_type} model is not known to `cafe plan`.")
+
+
+def load_of(recipe: Recipe, lvlm: PreTrainedModel, data: Data, gpus: int) -> Load:
+    """What one step of one GPU reads."""
+    seen, pairs = picture(lvlm, data), recipe.batch_size
+    shares = recipe.model.share_prefixes and may_share(lvlm) is not False
+    contrast, speaks = recipe.objective.contrastive_weight > 0, recipe.objective.lm_weight > 0
+    query = (data.prompt + seen.tokens + data.words) * contrast
+    target = (data.prompt + data.caption + data.words) * contrast
+    dialogue = (data.prompt + seen.tokens + data.words + data.caption) * speaks
+    if shares:  # what the dialogue begins with is the query's
+        own = data.words + data.caption if contrast and speaks else dialogue
+        columns = max(recipe.model.row_tokens or lvlm.config.get_text_config().hidden_size, query + own)
+        tokens, rows, times = query + target + own, pairs * (query + target + own) / columns, 1
+    else:
+        columns, rows, times = max(query, target, dialogue), pairs * (2 * contrast + speaks), contrast + speaks
+        tokens = columns * (2 * contrast + speaks)
+    cut = [1.0]
+    if recipe.micro_batch.tokens:
+        cut.append(pairs / max(1, recipe.micro_batch.tokens // tokens))
+    if recipe.micro_batch.crops:
+        cut.append(pairs / max(1, recipe.micro_batch.crops // seen.crops))
+    return Load(
+        crops=pairs * times * seen.crops,
+        patches=seen.patches,
+        rows=rows,
+        columns=columns,
+        labels=pairs * data.caption * speaks,
+        embedded=(query + target) / (query + target + own) if shares else 2 * contrast / (2 * contrast + speaks),
+        embedded_crops=contrast / times,
+        vectors=2 * pairs * gpus * contrast,
+        micro_batches=math.ceil(max(cut)),
+    )
+
+
+def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, float]:
+    """FLOPs of one step of one GPU, by part: a forward, as much again for each gradient taken, and what is read twice.
+
+    Args:
+        sizes: of the model.
+        load: what it reads.
+        checkpointed: layers are computed once more in the backward pass.
+    """
+    tower, projector, language = (sizes.parts[name] for name in get_args(PartName))
+    cached = load.micro_batches > 1
+    patches, cropped = load.crops * load.patches, load.embedded_crops * cached
+
+    def part(of: Part, rows: float, attention: float, again: float, before: int, layered: bool = True) -> float:
+        """`before`: parameters trained before this part or in it; without any, no gradient is asked of it."""
+        forward = 2 * rows * of.matrices + attention
+        if not before:
+            return forward * (1 + again)
+        return (
+            forward * (1 + again + checkpointed * layered)
+            + 2 * rows * (of.matrices + of.trained_matrices)
+            + 2.5 * attention
+        )
+
+    # A frozen tower keeps what it read, if it reads crop by crop.
+    rereads = cropped if tower.trained or sizes.merges > 1 else 0.0
+    looking = part(tower, patches, load.crops * sizes.tower.attention_flops(load.patches), rereads, tower.trained)
+    return {
+        "vision tower": looking + 2 * patches * sizes.stem * (1 + rereads + (tower.trained > 0)),
+        "projector": part(projector, patches / sizes.merges, 0.0, cropped, tower.trained + projector.trained, False),
+        "language model": part(
+            language,
+            load.tokens,
+            load.rows * sizes.language.attention_flops(load.columns),
+            load.embedded * cached,
+            sizes.trained,
+        ),
+        "head": 2 * load.labels * (2 * sizes.head + sizes.head_trained),
+    }
+
+
+def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[str, float]:
+    """Bytes of one GPU at the peak of a step, by what they are for.
+
+    A step that is logged is counted, which keeps the gradients of both losses apart. The peak is one of three moments:
+    the losses are taken; the last layer is followed backwards; the optimizer steps.
+    """
+    bf16, checkpointed = recipe.model.precision == "bf16", recipe.model.gradient_checkpointing
+    shard = recipe.model.shard and gpus > 1
+    part, cut = 1 / gpus if shard else 1.0, load.micro_batches
+    patches, tokens = load.crops * load.patches / cut, load.tokens / cut
+    looks = sizes.parts["vision_tower"].trained > 0
+    gradients = 4 * sizes.trained * part
+    always = {"weights": 4 * sizes.parameters * part, "optimizer state": 2 * gradients}
+    if shard:  # beside the layers: whole weights and gradients; of the layers, two at a time
+        always["gathered weights"] = 8 * (sizes.parameters - sizes.layered) + 2 * sizes.layer * (2 if bf16 else 4)
+
+    # What the forward pass keeps for the backward pass.
+    per_token = sizes.language.kept(bf16) + load.columns * (2 if bf16 else 4)  # with the mask, one a layer
+    per_patch = sizes.tower.kept(bf16)
+    kept = tokens * sizes.language.layers * (4 * sizes.language.width if checkpointed else per_token)
+    kept += looks * patches * sizes.tower.layers * (4 * sizes.tower.width if checkpointed else per_patch)
+    kept += 16 * (
+        tokens * sizes.language.width + looks * patches * sizes.tower.width
+    )  # what is before and behind layers
+    if bf16 and not checkpointed:  # autocast's copies of the matrices
+        kept += 2 * sum(each.matrices for each in sizes.parts.values())
+
+    # What is there for a moment.
+    tile = min(8 * TILE, load.labels / cut * sizes.vocabulary)
+    losses = (14 if bf16 else 12) * tile + 8 * sizes.head_trained + 2 * bf16 * sizes.head
+    layer = max(tokens * per_token, looks * patches * per_patch)
+    follow = layer * (1.5 if checkpointed else 0.5)  # a layer made again, and its gradients
+    earlier = gradients * 2 if cut > 1 else 0.0  # of micro-batches before
+    moments = [
+        (earlier, kept, losses),
+        (max(earlier, gradients), kept, follow),
+        (2 * gradients, 0.0, 0.0),
+        (gradients, 0.0, 4 * max(BUCKET, sizes.largest) if gpus > 1 and not shard else 0.0),
+    ]
+    moments = [
+        (grads, acts, extra + 12 * TILE + 16 * load.vectors * sizes.language.width) for grads, acts, extra in moments
+    ]
+    names = ("gradients", "activations", "working memory")
+    return always | dict(zip(names, max(moments, key=sum), strict=True))
+
+
+def plan(recipe: Recipe, gpus: int = 1, data: Data | None = None, pairs: int | None = None) -> Plan:
+    """The costs of a recipe.
+
+    Args:
+        recipe: the run.
+        gpus: how many there are; each is one process.
+        data: a typical pair.
+        pairs: records of the data; the recipe's steps decide where it has them.
+
+    Raises:
+        CafeError: the sizes of the base model are not known here.
+    """
+    data = data or Data()
+    lvlm = empty_model(config_of(resolve_base(recipe.model.base)))
+    freeze(lvlm, recipe.model.frozen)
+    sizes, load = measure(lvlm), load_of(recipe, lvlm, data, gpus)
+    batch = recipe.batch_size * gpus
+    if recipe.steps:
+        pairs = recipe.steps * batch * recipe.optimizer.accumulate
+    return Plan(
+        sizes=sizes,
+        load=load,
+        flops=gpus * sum(flops_of(sizes, load, recipe.model.gradient_checkpointing).values()),
+        memory=memory_of(sizes, load, recipe, gpus),
+        gpus=gpus,
+        batch=batch,
+        pairs=pairs * recipe.epochs if pairs and not recipe.steps else pairs or PAIRS,
+    )
+
+
+def table(plan: Plan, mfu: float = MFU) -> str:
+    """A plan as text."""
+    sizes, load = plan.sizes, plan.load
+    trained = {name.replace("_", " "): part.trained / 1e6 for name, part in sizes.parts.items() if part.trained}
+    memory = {name: size / GIB for name, size in plan.memory.items() if size >= 0.05 * GIB}
+    pairs = plan.batch / plan.gpus
+    rows = {
+        "parameters": f"{sizes.parameters / 1e6:,.1f}M, of which {sizes.trained / 1e6:,.1f}M are trained: "
+        + ", ".join(f"{name} {count:,.1f}M" for name, count in trained.items()),
+        "a step": f"{plan.batch} pairs on {_count(plan.gpus, 'GPU')}, "
+        f"in {_count(load.micro_batches, 'micro-batch')} each",
+        "a pair": f"{load.tokens / pairs:,.0f} tokens, {load.crops / pairs:g} crops of {load.patches:,} patches",
+        "FLOPs a step": f"{plan.flops:.3g}",
+        "peak of a GPU": f"{plan.peak / GIB:.1f} GiB: "
+        + ", ".join(f"{name} {size:.1f}" for name, size in memory.items()),
+        "hours": f"for {plan.pairs:,} pairs, if {mfu:.0%} of the peak bfloat16 FLOPs are used (assumed)",
+    }
+    lines = [f"{name:14} {text}" for name, text in rows.items()]
+    for hardware in HARDWARE:
+        fits = plan.peak <= hardware.memory - RESERVED
+        hours = f"{plan.hours(hardware, mfu):,.1f}" if fits else "does not fit"
+        stated = f"{hardware.flops / 1e12:g} TFLOPS, {hardware.memory / 1e9:g} GB: {hardware.source}"
+        lines.append(f"  {hardware.name:12} {hours:>12}   {stated}")
+    return "\n".join(lines)
+
+
+def _count(number: int, name: str) -> str:
+    plural = "es" if name.endswith("h") else "s"
+    return f"{number} {name}{plural if number > 1 else ''}"

@@ -1,0 +1,191 @@
+"""`cafe plan` against torch's count of FLOPs, what autograd keeps, the families' processors and the Hub's totals."""
+
+import re
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+from families import tokenizer
+from PIL import Image
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from cafe.cli import main, parser
+from cafe.data.formats import Source, open_source
+from cafe.data.loading import Batch, Batches, MicroBatchSize
+from cafe.families import vision_tower_of
+from cafe.instructions import Prompts
+from cafe.model import Cafe
+from cafe.packing import Pack, Packing
+from cafe.processing import without_video
+from cafe.training.geometry import HUB, config_of, empty_model
+from cafe.training.optimizer import freeze
+from cafe.training.plan import HARDWARE, Data, Load, Stack, flops_of, measure, picture, plan
+from cafe.training.recipe import ObjectiveRecipe, read_recipe
+from cafe.training.step import JointStep
+from cafe.training.vision import VisionCache
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+# Billions of parameters that the Hub states on each model's page.
+STATED = {
+    "llava-hf/llava-onevision-qwen2-0.5b-si-hf": 0.9,
+    "llava-hf/llava-onevision-qwen2-7b-si-hf": 8.03,
+    "Qwen/Qwen2.5-VL-3B-Instruct": 3.75,
+    "Qwen/Qwen2.5-VL-7B-Instruct": 8.29,
+    "Qwen/Qwen3-VL-2B-Instruct": 2.13,
+    "Qwen/Qwen3-VL-4B-Instruct": 4.44,
+    "Qwen/Qwen3-VL-8B-Instruct": 8.77,
+}
+
+
+@pytest.mark.parametrize("base", HUB)
+def test_the_sizes_of_a_hub_base_make_the_parameters_that_the_hub_states(base):
+    assert measure(empty_model(config_of(base))).parameters / 1e9 == pytest.approx(STATED[base], abs=0.007)
+
+
+def load_of(batch: Batch, patch: int) -> Load:
+    """What a batch's packs hold."""
+    packs = [micro_batch.joint for micro_batch in batch.micro_batches]
+    alone = [micro_batch.embed for micro_batch in batch.micro_batches]
+    side = packs[0].inputs["pixel_values"].shape[-1]
+
+    def tokens(of: Iterable[Pack]) -> int:
+        return sum(pack.inputs["input_ids"].numel() for pack in of)
+
+    def crops(of: Iterable[Pack]) -> int:
+        return sum(pack.inputs["pixel_values"].shape[:-3].numel() for pack in of if "pixel_values" in pack.inputs)
+
+    rows = sum(len(pack.inputs["input_ids"]) for pack in packs)
+    return Load(
+        crops=crops(packs),
+        patches=(side // patch) ** 2,
+        rows=rows,
+        columns=tokens(packs) // rows,
+        labels=batch.supervised,
+        embedded=tokens(alone) / tokens(packs),
+        embedded_crops=crops(alone) / crops(packs),
+        micro_batches=len(packs),
+    )
+
+
+@pytest.mark.parametrize("frozen", [(), ("vision_tower",), ("vision_tower", "language_model")], ids=str)
+@pytest.mark.parametrize("tokens", [None, 700])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, tokens, checkpointed):
+    model = Cafe.load(random_base, Prompts(), torch.float32)
+    freeze(model.lvlm, frozen)
+    if checkpointed:
+        model.lvlm.gradient_checkpointing_enable()
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    batch = Batches([source], model.processing, 6, 0, packing=Packing(columns=160), size=MicroBatchSize(tokens=tokens))[
+        0
+    ]
+    vision = VisionCache(vision_tower_of(model.lvlm)) if frozen else None
+    with FlopCounterMode(display=False) as counter:
+        JointStep(model.lvlm.train(), ObjectiveRecipe(), vision=vision)(batch)
+    expected = sum(
+        flops_of(measure(model.lvlm), load_of(batch, model.lvlm.config.vision_config.patch_size), checkpointed).values()
+    )
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
+
+
+def kept(module: nn.Module, bf16: bool, **inputs: Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward pass, parameters and their copies aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    shapes = {shape for parameter in module.parameters() for shape in (parameter.shape, parameter.T.shape)}
+    found: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in own and tensor.shape not in shapes:
+            found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        module(**inputs)
+    return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_what_a_layer_keeps_is_what_autograd_keeps(bf16):
+    width, inner, heads, tokens = 128, 512, 4, 100
+
+    def language(layers: int) -> int:
+        config = hf.Qwen2Config(
+            hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+            num_key_value_heads=2, vocab_size=8,
+        )  # fmt: skip
+        mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
+        hidden = torch.randn(1, tokens, width, requires_grad=True)
+        return kept(hf.Qwen2Model(config).train(), bf16, inputs_embeds=hidden, attention_mask=mask, use_cache=False)
+
+    def tower(layers: int) -> int:
+        config = hf.SiglipVisionConfig(
+            hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+            image_size=140, patch_size=14, vision_use_head=False,
+        )  # fmt: skip
+        return kept(hf.SiglipVisionModel(config).train(), bf16, pixel_values=torch.randn(1, 3, 140, 140))
+
+    mask = tokens * (2 if bf16 else 4)
+    for count, gated, beside in ((language, True, mask), (tower, False, 0)):
+        stack = Stack(layers=1, width=width, heads=width, inner=inner, gated=gated)
+        assert stack.kept(bf16) + beside == pytest.approx((count(2) - count(1)) / tokens, rel=0.03)
+
+
+@pytest.mark.parametrize("size", [(640, 480), (480, 640), (300, 200), (1000, 300), (2000, 1500)], ids=str)
+def test_a_picture_takes_the_tokens_that_the_familys_processor_gives_it(size):
+    image, data = Image.new("RGB", size), Data(width=size[0], height=size[1])
+    lvlm = empty_model(config_of("llava-hf/llava-onevision-qwen2-0.5b-si-hf"))
+    processor = without_video(hf.LlavaOnevisionProcessor)(
+        hf.LlavaOnevisionImageProcessorPil(),
+        tokenizer(["<image>", "<video>"], pad="<pad>", eos="<end>"),
+        num_image_tokens=729,
+        vision_feature_select_strategy="full",
+    )
+    made = processor(text=["<image>"], images=[[image]], return_tensors="pt")
+    found = picture(lvlm, data)
+    assert (found.tokens, found.crops) == (made["input_ids"].shape[1], made["pixel_values"].shape[1])
+    for base, options in (
+        ("Qwen/Qwen2.5-VL-3B-Instruct", {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}),
+        ("Qwen/Qwen3-VL-2B-Instruct", {"patch_size": 16, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}),
+    ):
+        grid = hf.Qwen2VLImageProcessorPil(**options)([image], return_tensors="pt")["image_grid_thw"][0]
+        found = picture(empty_model(config_of(base)), data)
+        assert (found.patches, found.tokens) == (grid.prod(), grid.prod() // 4)
+
+
+def test_more_gpus_share_a_sharded_models_weights_gradients_and_optimizer_state():
+    recipe = read_recipe(RECIPES / "cafe-7b.yaml", ["model.shard=true"])
+    one, eight = plan(recipe, 1).memory, plan(recipe, 8).memory
+    for name in ("weights", "optimizer state"):
+        assert eight[name] == one[name] / 8
+    assert plan(recipe, 8).peak < plan(recipe, 1).peak / 2
+
+
+EXPECTED = re.compile(r"#   `cafe (plan .+)`: ([\d.,]+) GiB a GPU, ([\d.,]+) hours on (.+)")
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_recipes_stated_memory_and_time_are_what_the_plan_says(path):
+    stated = [EXPECTED.fullmatch(line) for line in path.read_text().splitlines()]
+    found = [match for match in stated if match]
+    assert found
+    for match in found:
+        options = parser().parse_args(shlex.split(match[1]))
+        width, height = map(int, options.picture.split("x"))
+        data = Data(width=width, height=height, caption=options.caption)
+        costs = plan(read_recipe(RECIPES.parent / options.recipe, options.overrides), options.gpus, data, options.pairs)
+        [hardware] = [hardware for hardware in HARDWARE if hardware.name == match[4]]
+        assert f"{costs.peak / 2**30:,.1f}" == match[2] and f"{costs.hours(hardware):,.1f}" == match[3]
+
+
+def test_the_command_prints_the_plan_and_names_a_base_that_it_does_not_know(capsys):
+    assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), "--gpus", "8"]) == 0
+    said = capsys.readouterr().out
+    assert "893.7M" in said and "16 pairs on 8 GPUs" in said and "RTX 3090" in said
+    assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), "model.base=some/one"]) == 1
+    assert "The sizes of some/one are not known" in capsys.readouterr().err
