@@ -13,6 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cafe.data.formats import Source, open_source
+from cafe.data.loading import Batches
+from cafe.errors import CafeError
+from cafe.model import Cafe
 from cafe.training.loop import train
 from cafe.training.recipe import read_recipe
 
@@ -104,12 +108,10 @@ def alone(recipe, tmp_path_factory):
 @pytest.mark.parametrize(
     ("world", "overrides", "launcher"),
     [
-        (2, (), {}),
         (2, ("micro_batch.tokens=500",), {}),
         (4, ("micro_batch.tokens=250",), {}),
         (2, ("model.shard=true",), {}),
         (2, ("micro_batch.tokens=500",), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
-        (4, ("model.shard=true", "micro_batch.tokens=250"), {}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.gradient_checkpointing=true"), {}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.frozen=[vision_tower]"), {}),
         (2, ("model.shard=true", "model.share_prefixes=false", "optimizer.accumulate=2", "batch_size=2"), {}),
@@ -131,3 +133,24 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
         assert record.keys() == other.keys()
         for name in record.keys() - {"seconds"}:
             assert other[name] == pytest.approx(record[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("launcher", "sentence"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED, which wants one loss and one backward pass a step"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "version 1, which is not supported"),
+    ],
+    ids=str,
+)
+def test_a_launcher_that_would_be_wrong_is_refused(recipe, tmp_path, monkeypatch, launcher, sentence):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CafeError, match=sentence):
+        train(read_recipe(recipe, [f"output={tmp_path / 'run'}"]))
+
+
+def test_a_batch_that_the_data_cannot_fill_in_every_process_is_one_sentence(random_base, scenes):
+    source, processing = open_source(Source(path=str(scenes / "llava_train.json"))), Cafe.load(random_base).processing
+    with pytest.raises(CafeError, match="holds 48 records, fewer than one batch of 32 for each of 2 processes"):
+        Batches([source], processing, 32, 0, world=2)
