@@ -2,7 +2,9 @@
 
 import re
 import shlex
+import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from families import tokenizer
 from PIL import Image
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from cafe.cli import main, parser
@@ -24,7 +28,7 @@ from cafe.packing import Pack, Packing
 from cafe.processing import without_video
 from cafe.training.geometry import HUB, config_of, empty_model
 from cafe.training.optimizer import freeze
-from cafe.training.plan import HARDWARE, Data, Load, Stack, flops_of, measure, picture, plan
+from cafe.training.plan import HARDWARE, Data, Load, Stack, flops_of, measure, memory_of, picture, plan
 from cafe.training.recipe import ObjectiveRecipe, read_recipe
 from cafe.training.step import JointStep
 from cafe.training.vision import VisionCache
@@ -156,6 +160,55 @@ def test_a_picture_takes_the_tokens_that_the_familys_processor_gives_it(size):
         grid = hf.Qwen2VLImageProcessorPil(**options)([image], return_tensors="pt")["image_grid_thw"][0]
         found = picture(empty_model(config_of(base)), data)
         assert (found.patches, found.tokens) == (grid.prod(), grid.prod() // 4)
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that are alive, and the most there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.known: set[int] = set()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self.see, made)
+        return made
+
+    def see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.known:
+            self.known.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("tokens", [None, 700])
+def test_the_peak_of_a_step_is_what_its_tensors_take(random_base, scenes, checkpointed, tokens):
+    model = Cafe.load(random_base, Prompts(), torch.float32)
+    if checkpointed:
+        model.lvlm.gradient_checkpointing_enable()
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    size = MicroBatchSize(tokens=tokens)
+    batch = Batches([source], model.processing, 12, 0, packing=Packing(columns=160), size=size)[0]
+    step = JointStep(model.lvlm.train(), ObjectiveRecipe())
+    optimizer = torch.optim.AdamW(step.lvlm.parameters())
+    with Live() as live:
+        for _ in range(2):
+            step(batch, measure=True)
+            optimizer.step()
+            optimizer.zero_grad()
+    recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.precision=fp32"])
+    recipe = replace(recipe, model=replace(recipe.model, gradient_checkpointing=checkpointed))
+    load = replace(load_of(batch, model.lvlm.config.vision_config.patch_size), vectors=24)
+    memory = memory_of(measure(model.lvlm), load, recipe)
+    assert sum(memory.values()) - memory["weights"] == pytest.approx(live.peak, rel=0.15)
 
 
 def test_more_gpus_share_a_sharded_models_weights_gradients_and_optimizer_state():

@@ -416,9 +416,8 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
         (2 * gradients, 0.0, 0.0),
         (gradients, 0.0, 4 * max(BUCKET, sizes.largest) if gpus > 1 and not shard else 0.0),
     ]
-    moments = [
-        (grads, acts, extra + 12 * TILE + 16 * load.vectors * sizes.language.width) for grads, acts, extra in moments
-    ]
+    contrast = 12 * min(TILE, (load.vectors / 2) ** 2) + 16 * load.vectors * sizes.language.width
+    moments = [(grads, acts, extra + contrast) for grads, acts, extra in moments]
     names = ("gradients", "activations", "working memory")
     return always | dict(zip(names, max(moments, key=sum), strict=True))
 
