@@ -221,7 +221,7 @@ def test_the_peak_of_a_step_is_what_its_tensors_take(random_base, scenes, checkp
 
 
 def test_more_gpus_share_a_sharded_models_weights_gradients_and_optimizer_state():
-    recipe = read_recipe(RECIPES / "cafe-7b.yaml", ["model.shard=true"])
+    recipe = read_recipe(RECIPES / "cafe-7b.yaml")
     one, eight = plan(recipe, 1).memory, plan(recipe, 8).memory
     for name in ("weights", "optimizer state"):
         assert eight[name] == one[name] / 8
