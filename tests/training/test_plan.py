@@ -235,7 +235,7 @@ EXPECTED = re.compile(r"#   `cafe (plan .+)`: ([\d.,]+) GiB a GPU, ([\d.,]+) hou
 def test_a_recipes_stated_memory_and_time_are_what_the_plan_says(path):
     stated = [EXPECTED.fullmatch(line) for line in path.read_text().splitlines()]
     found = [match for match in stated if match]
-    assert found
+    assert found or read_recipe(path).model.base not in HUB, "say what `cafe plan` says in a comment, as the others do"
     for match in found:
         options = parser().parse_args(shlex.split(match[1]))
         width, height = map(int, options.picture.split("x"))
