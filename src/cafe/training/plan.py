@@ -349,29 +349,30 @@ def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, 
     cached = load.micro_batches > 1
     patches, cropped = load.crops * load.patches, load.embedded_crops * cached
 
-    def part(of: Part, rows: float, attention: float, again: float, before: int, layered: bool = True) -> float:
+    def part(of: Part, rows: float, attention: float, again: float, before: int, stack: Stack | None = None) -> float:
         """`before`: parameters trained before this part or in it; without any, no gradient is asked of it."""
         forward = 2 * rows * of.matrices + attention
         if not before:
             return forward * (1 + again)
-        return (
-            forward * (1 + again + checkpointed * layered)
-            + 2 * rows * (of.matrices + of.trained_matrices)
-            + 2.5 * attention
-        )
+        backward = 2 * rows * (of.matrices + of.trained_matrices) + 2.5 * attention
+        if stack and checkpointed:  # what nothing behind it in its layer keeps, its last product, is not made again
+            backward += forward - 2 * rows * stack.layers * stack.inner * stack.width
+        return forward * (1 + again) + backward
 
     # A frozen tower keeps what it read, if it reads crop by crop.
     rereads = cropped if tower.trained or sizes.merges > 1 else 0.0
-    looking = part(tower, patches, load.crops * sizes.tower.attention_flops(load.patches), rereads, tower.trained)
+    attention = load.crops * sizes.tower.attention_flops(load.patches)
+    looking = part(tower, patches, attention, rereads, tower.trained, sizes.tower)
     return {
         "vision tower": looking + 2 * patches * sizes.stem * (1 + rereads + (tower.trained > 0)),
-        "projector": part(projector, patches / sizes.merges, 0.0, cropped, tower.trained + projector.trained, False),
+        "projector": part(projector, patches / sizes.merges, 0.0, cropped, tower.trained + projector.trained),
         "language model": part(
             language,
             load.tokens,
             load.rows * sizes.language.attention_flops(load.columns),
             load.embedded * cached,
             sizes.trained,
+            sizes.language,
         ),
         "head": 2 * load.labels * (2 * sizes.head + sizes.head_trained),
     }
