@@ -74,6 +74,7 @@ def load_of(batch: Batch, patch: int) -> Load:
         embedded=tokens(alone) / tokens(packs),
         embedded_crops=crops(alone) / crops(packs),
         micro_batches=len(packs),
+        largest=max(tokens([pack]) for pack in packs) / tokens(packs),
     )
 
 
@@ -110,7 +111,8 @@ def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, token
 def kept(module: nn.Module, bf16: bool, **inputs: Tensor) -> int:
     """Bytes that a forward pass keeps for the backward pass, parameters and their copies aside."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-    shapes = {shape for parameter in module.parameters() for shape in (parameter.shape, parameter.T.shape)}
+    matrices = [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
+    shapes = {shape for matrix in matrices for shape in (matrix.shape, matrix.T.shape)}
     found: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:

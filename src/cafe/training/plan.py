@@ -88,6 +88,7 @@ class Load:
             once more, before the rest.
         vectors: embeddings, of all processes.
         micro_batches: how many the step is cut into.
+        largest: the largest one's share of the step.
     """
 
     crops: float
@@ -99,6 +100,7 @@ class Load:
     embedded_crops: float = 1.0
     vectors: int = 0
     micro_batches: int = 1
+    largest: float = 1.0
 
     @property
     def tokens(self) -> float:
@@ -319,11 +321,11 @@ def load_of(recipe: Recipe, lvlm: PreTrainedModel, data: Data, gpus: int) -> Loa
     else:
         columns, rows, times = max(query, target, dialogue), pairs * (2 * contrast + speaks), contrast + speaks
         tokens = columns * (2 * contrast + speaks)
-    cut = [1.0]
+    together = pairs  # that go through the model at once
     if recipe.micro_batch.tokens:
-        cut.append(pairs / max(1, recipe.micro_batch.tokens // tokens))
+        together = min(together, max(1, recipe.micro_batch.tokens // tokens))
     if recipe.micro_batch.crops:
-        cut.append(pairs / max(1, recipe.micro_batch.crops // seen.crops))
+        together = min(together, max(1, recipe.micro_batch.crops // seen.crops))
     return Load(
         crops=pairs * times * seen.crops,
         patches=seen.patches,
@@ -333,7 +335,8 @@ def load_of(recipe: Recipe, lvlm: PreTrainedModel, data: Data, gpus: int) -> Loa
         embedded=(query + target) / (query + target + own) if shares else 2 * contrast / (2 * contrast + speaks),
         embedded_crops=contrast / times,
         vectors=2 * pairs * gpus * contrast,
-        micro_batches=math.ceil(max(cut)),
+        micro_batches=math.ceil(pairs / together),
+        largest=together / pairs,
     )
 
 
@@ -386,8 +389,8 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
     """
     bf16, checkpointed = recipe.model.precision == "bf16", recipe.model.gradient_checkpointing
     shard = recipe.model.shard and gpus > 1
-    part, cut = 1 / gpus if shard else 1.0, load.micro_batches
-    patches, tokens = load.crops * load.patches / cut, load.tokens / cut
+    part = 1 / gpus if shard else 1.0
+    patches, tokens = load.largest * load.crops * load.patches, load.largest * load.tokens
     looks = sizes.parts["vision_tower"].trained > 0
     gradients = 4 * sizes.trained * part
     always = {"weights": 4 * sizes.parameters * part, "optimizer state": 2 * gradients}
@@ -406,11 +409,11 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
         kept += 2 * sum(each.matrices for each in sizes.parts.values())
 
     # What is there for a moment.
-    tile = min(8 * TILE, load.labels / cut * sizes.vocabulary)
+    tile = min(8 * TILE, load.largest * load.labels * sizes.vocabulary)
     losses = (14 if bf16 else 12) * tile + 8 * sizes.head_trained + 2 * bf16 * sizes.head
     layer = max(tokens * per_token, looks * patches * per_patch)
     follow = layer * (1.5 if checkpointed else 0.5)  # a layer made again, and its gradients
-    earlier = gradients * 2 if cut > 1 else 0.0  # of micro-batches before
+    earlier = gradients * 2 if load.micro_batches > 1 else 0.0  # of micro-batches before
     moments = [
         (earlier, kept, losses),
         (max(earlier, gradients), kept, follow),
