@@ -90,7 +90,7 @@ def train(
     joint = JointStep(model.lvlm.train(), objective, recipe.model.precision, vision, batches.nothing())
     report(f"{describe(model.lvlm)}; {steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
     if sharded:
-        shard(joint.read, accelerator.device, joint.read.bf16, whole=vision.tower if vision else None)
+        shard(joint.reading, accelerator.device, joint.reading.bf16, whole=vision.tower if vision else None)
     joint.to(accelerator.device)
     trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, recipe.optimizer)
@@ -129,7 +129,7 @@ def train(
             log.write(step, values)
             progress.set_postfix({name: f"{values[name]:.3f}" for name in ("lm_loss", "contrastive_loss", "accuracy")})
         if evaluate and recipe.evaluation.every and step % recipe.evaluation.every == 0:
-            with gathered(joint.read):  # in every process: sharded layers are read by all at once
+            with gathered(joint.reading):  # in every process: sharded layers are read by all at once
                 found = evaluate(replace(model, lvlm=model.lvlm.eval()))
             if log:
                 log.write(step, found)

@@ -87,7 +87,7 @@ class JointStep(nn.Module):
         blank: MicroBatch | None = None,
     ) -> None:
         super().__init__()
-        self.read = Reading(lvlm, precision)
+        self.reading = Reading(lvlm, precision)
         self.objective = objective
         self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
@@ -99,7 +99,7 @@ class JointStep(nn.Module):
     @property
     def lvlm(self) -> PreTrainedModel:
         """The model."""
-        return self.read.lvlm
+        return self.reading.lvlm
 
     def forward(self, batch: Batch, share: float = 1.0, measure: bool = False) -> Losses:
         """Adds the batch's gradient to the parameters'; to be summed over processes.
@@ -159,6 +159,11 @@ class JointStep(nn.Module):
 
         measured = {"accuracy": accuracy.item(), **norms} if measure else {}
         return Losses(everyone(lm), contrastive.detach(), temperature.detach(), measured)
+
+    def read(self, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
+        """See `Reading`."""
+        embedded, said = self.reading(pack)
+        return embedded, said
 
     def contrast(
         self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Tensor, measure: bool
