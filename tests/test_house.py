@@ -9,7 +9,7 @@ FLOORS = [
     {"errors"},
     {"content"},
     {"instructions", "packing", "objectives"},
-    {"families", "processing"},
+    {"families", "processing", "image_limits"},
     {"model"},
     {"data"},
     {"training"},

@@ -10,7 +10,7 @@ from pathlib import Path
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     # Imported here so that `cafe --help` answers at once.
-    from cafe.errors import CafeError
+    from cafe.errors import CafeError, Stopped
 
     options = parser().parse_args(arguments)
     try:
@@ -18,6 +18,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CafeError as error:
         print(f"cafe: {error}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"cafe: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print("cafe: stopped.", file=sys.stderr)
         return 130

@@ -1,12 +1,16 @@
 """Batches in a fixed order, and the quarantine."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import get_worker_info
 
 from cafe.data.formats import Source, open_source
-from cafe.data.loading import Batches, MicroBatchSize, Quarantine, load
+from cafe.data.loading import Batch, Batches, MicroBatchSize, Quarantine, load
 from cafe.errors import CafeError
 from cafe.instructions import Prompts
 from cafe.processing import Processing, load_processor
@@ -105,3 +109,41 @@ def test_bad_records_are_quarantined_and_too_many_stop_the_run(processing, scene
 def test_too_little_data_is_one_sentence(processing, scenes):
     with pytest.raises(CafeError, match="48 records, fewer than one batch of 64"):
         Batches([open_source(Source(path=str(scenes / "llava_train.json")))], processing, batch_size=64, seed=0)
+
+
+class Dies(Batches):
+    """Kills the worker that makes batch 2, as often as there are files to remove."""
+
+    lives: Path
+
+    def __getitem__(self, number: int) -> Batch:
+        if number == 2 and get_worker_info() and (lives := sorted(self.lives.iterdir())):
+            lives[0].unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(number)
+
+
+@pytest.mark.parametrize("deaths", [1, 2])
+def test_a_worker_that_dies_is_replaced_but_not_again_at_once(processing, scenes, tmp_path, deaths):
+    batches = Dies([open_source(Source(path=str(scenes / "llava_train.json")))], processing, batch_size=8, seed=3)
+    batches.lives = tmp_path
+    for number in range(deaths):
+        (tmp_path / str(number)).touch()
+    said: list[str] = []
+    state = torch.get_rng_state()
+    stream = load(batches, 0, 4, 1, said.append)
+    if deaths == 2:
+        with pytest.raises(CafeError, match="workers died twice around batch"):
+            list(stream)
+        return
+    expected = [batch.sources for batch in load(make(processing, scenes / "llava_train.json"), 0, 4, 0)]
+    assert [batch.sources for batch in stream] == expected
+    assert len(said) == 1 and "died around batch" in said[0]
+    assert torch.equal(state, torch.get_rng_state())  # a loader that is made anew draws nothing of the run's
+
+
+def test_the_quarantine_forgets_what_came_after_the_saved_step(tmp_path):
+    file = tmp_path / "quarantine.jsonl"
+    file.write_text('{"reason": "one"}\n{"reason": "two"}\n{"reas')
+    quarantine = Quarantine(file, 0.5, bad=1, seen=10)
+    assert file.read_text() == '{"reason": "one"}\n' and (quarantine.bad, quarantine.seen) == (1, 10)

@@ -4,9 +4,13 @@ The order is fixed by the seed. A bad record is left out of its batch, written t
 and counted: too large a share of them stops the run.
 """
 
+import copy
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -84,6 +88,11 @@ class Branches:
     negatives: list[Branch]
     target_id: int
     dialogue: Branch | None
+
+    @property
+    def all(self) -> list[Branch]:
+        """All of them that there are."""
+        return [branch for branch in (self.query, self.target, *self.negatives, self.dialogue) if branch]
 
 
 def encode(example: Example, processing: Processing, max_tokens: int | None = None) -> Branches:
@@ -194,6 +203,29 @@ class Batches(Dataset[Batch]):
         """Batches in one epoch; the indices go on beyond it."""
         return self.per_epoch
 
+    def cut_to(self, size: MicroBatchSize) -> "Batches":
+        """The same batches in micro-batches of another size."""
+        other = copy.copy(self)
+        other.size = size
+        return other
+
+    def largest(self, count: int) -> list[Branches]:
+        """The first `count` examples of this process, those with most tokens first; bad ones are left out."""
+        found = []
+        order, start = self.order(0), self.rank * self.batch_size
+        for place in range(start, start + min(count, self.batch_size)):
+            which, index = int(order.sources[place]), int(order.records[place])
+            try:
+                example = self.sources[which].example(index, Random(f"{self.seed} 0 {place}"))
+                found.append(encode(self._wanted(example), self.processing, self.max_tokens))
+            except CafeError:
+                continue
+        return sorted(found, key=lambda branches: -tree_size(branches.all))
+
+    def of(self, examples: list[Branches]) -> Batch:
+        """A batch of some examples."""
+        return self._collate(examples, [], [""] * len(examples))
+
     def order(self, epoch: int) -> Order:
         """The order of an epoch."""
         if self._order[0] != epoch:
@@ -299,9 +331,60 @@ def cut(embedded: Sequence[list[Branch]], spoken: Sequence[list[Branch]], size: 
     return [*cuts, slice(start, len(embedded))] if embedded else []
 
 
-def load(batches: Batches, start: int, stop: int, workers: int) -> Iterator[Batch]:
-    """Batches number `start` to `stop`, made ahead in worker processes."""
-    return iter(DataLoader(batches, batch_size=None, sampler=range(start, stop), num_workers=workers))
+def load(
+    batches: Batches, start: int, stop: int, workers: int, report: Callable[[str], None] = print
+) -> Iterator[Batch]:
+    """Batches number `start` to `stop`, made ahead in worker processes. Workers that die are replaced.
+
+    Raises:
+        CafeError: they died again soon after.
+    """
+    number, died = start, -NEAR
+    while number < stop:
+        handler = signal.getsignal(signal.SIGCHLD)
+        stream = iter(
+            DataLoader(
+                batches,
+                batch_size=None,
+                sampler=range(number, stop),
+                num_workers=workers,
+                multiprocessing_context="fork" if workers else None,  # some processors' classes cannot be pickled
+                worker_init_fn=_leave_signals_to_the_run,
+                generator=torch.Generator(),  # else making the loader would draw from the run's own
+            )
+        )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGCHLD, handler)  # the loader's would raise in the middle of a step
+        try:
+            for batch in stream:
+                yield batch
+                number += 1
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            if not _tells_of_a_death(error):
+                raise
+            if number - died < NEAR:
+                raise CafeError(
+                    f"The loader workers died twice around batch {number}: often memory is short for them, and fewer "
+                    "of them (data.workers) or smaller pictures need less."
+                ) from None
+            died = number
+            report(f"A loader worker died around batch {number}; new ones go on from there.")
+
+
+NEAR = 10  # batches; workers are ahead of the run by less
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Whether a loader's error says that a worker died: outright, or as its last tensors are fetched from it."""
+    if isinstance(error, RuntimeError):
+        return bool(re.search("DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)))
+    return "in DataLoader worker" not in str(error)
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """^C reaches a whole process group: the run takes it, its workers go on until it ends them by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Quarantine:
@@ -310,14 +393,18 @@ class Quarantine:
     Args:
         file: one JSON line a bad record is appended here.
         max_share: the largest share of bad records (0 to 1) before the run stops.
+        bad, seen: the records of the steps that are already done; what the file names of later ones is dropped.
     """
 
-    def __init__(self, file: Path, max_share: float) -> None:
+    def __init__(self, file: Path, max_share: float, bad: int = 0, seen: int = 0) -> None:
         self.file, self.max_share = file, max_share
-        self.bad = self.seen = 0
+        self.bad, self.seen = bad, seen
+        if file.is_file():
+            lines = file.read_text().splitlines(keepends=True)
+            file.write_text("".join(lines[:bad]))
 
-    def check(self, batch: Batch) -> None:
-        """Counts a batch's records.
+    def check(self, batch: Batch) -> Batch:
+        """Counts a batch's records, and passes it on.
 
         Raises:
             CafeError: more than the set share of at least 100 records, or a whole batch, is bad.
@@ -332,3 +419,4 @@ class Quarantine:
                 f"{self.bad} of {self.seen} records are bad, more than the share of {self.max_share:.2%} "
                 f"that data.max_bad_share allows; {self.file} names them. The last: {(batch.bad or ['none'])[-1]}"
             )
+        return batch

@@ -1,13 +1,18 @@
 """What the processes of one run share: their number, sums, and rows. One process needs none of it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from cafe.errors import CafeError
 
 BUCKET = 16 * 2**20  # entries of gradients that are summed at once: 64 MiB in float32
 
@@ -17,6 +22,45 @@ def world() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def rank() -> int:
+    """Which of them this is, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+T = TypeVar("T")
+
+
+def every_ones(value: T) -> list[T]:
+    """The processes' values, in order."""
+    values: list[Any] = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    return values
+
+
+def first_ones(make: Callable[[], T]) -> T:
+    """What the first process makes, for all; a mistake that it finds is raised in all."""
+    made: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            made[0] = make()
+        except CafeError as error:
+            made[1] = str(error)
+    if world() > 1:
+        dist.broadcast_object_list(made)
+    if made[1] is not None:
+        raise CafeError(made[1])
+    return made[0]
+
+
+def most(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers."""
+    largest = torch.tensor(int(number), device=device)
+    if world() > 1:
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
+
+
 def everyone(number: Tensor) -> Tensor:
     """The sum of a tensor over all processes, in place."""
     if world() > 1:
@@ -24,12 +68,26 @@ def everyone(number: Tensor) -> Tensor:
     return number
 
 
-def most(number: int, device: torch.device) -> int:
-    """The largest of the processes' numbers."""
-    largest = torch.tensor(number, device=device)
-    if world() > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest)
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory ran out, on a GPU or a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
+
+
+@contextmanager
+def within_memory(device: torch.device) -> Iterator[None]:
+    """Makes an out-of-memory error of one process one of all, so that none waits for another that gave up.
+
+    For work in which processes do not wait for each other.
+    """
+    failed = False
+    try:
+        yield
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        failed = True
+    if most(failed, device):
+        raise torch.OutOfMemoryError("Out of memory" if failed else "Another process is out of memory")
 
 
 def gather(rows: Tensor) -> Tensor:

@@ -1,5 +1,9 @@
-"""A run: the recipe's data through the joint step, step after step, to a checkpoint."""
+"""A run: the recipe's data through the joint step, step after step, to a checkpoint.
 
+Whatever ends a run early, the same command goes on from the last saved state and ends with the same weights.
+"""
+
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,18 +13,23 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from cafe.data.formats import open_source
-from cafe.data.loading import UNCUT, Batches, Quarantine, load
-from cafe.errors import CafeError
-from cafe.families import vision_tower_of
+from cafe.data.loading import UNCUT, Quarantine
+from cafe.errors import Stopped
+from cafe.image_limits import limit_images
 from cafe.model import Cafe
-from cafe.training.distributed import clip_gradients, sum_gradients
-from cafe.training.log import Log
-from cafe.training.optimizer import cosine, describe, freeze, make_optimizer
+from cafe.training import checkpoints
+from cafe.training.checkpoints import Position, full_disk, generators, set_generators
+from cafe.training.distributed import clip_gradients, first_ones, most, sum_gradients
+from cafe.training.examine import Examination
+from cafe.training.finite import leave_out
+from cafe.training.log import Log, installed
+from cafe.training.memory import Feed, fitting_size, follow
+from cafe.training.optimizer import cosine, describe, make_optimizer, set_rates
+from cafe.training.output import CHECKPOINT, STATE, claim, finished
 from cafe.training.recipe import Recipe, recipe_dict
-from cafe.training.sharding import gathered, shard, wants_shards, whole_weights
-from cafe.training.step import JointStep
-from cafe.training.vision import VisionCache
+from cafe.training.setup import make_batches, make_joint
+from cafe.training.sharding import shard, wants_shards, whole_weights
+from cafe.training.stopping import stopping
 
 
 def train(
@@ -30,122 +39,124 @@ def train(
 ) -> Path:
     """Follows a recipe and writes the checkpoint; returns its directory.
 
+    A run that broke off is gone on with, and one that is finished is left as it is.
+
     Args:
         recipe: the run.
         evaluate: measures the model every `recipe.evaluation.every` steps; what it returns is logged.
         report: takes the lines meant for people.
 
     Raises:
-        CafeError: the recipe, the data or the base model cannot be used, or the loss is no longer finite.
+        CafeError: the recipe, the data or the base model cannot be used; the output holds another run; too many steps
+            were not finite; the disk is full.
+        Stopped: a signal asked the run to stop, and it has saved where it stands.
     """
+    output = Path(recipe.output)
+    if finished(recipe):
+        report(f"{output / CHECKPOINT} is the end of this recipe already; nothing is left to do.")
+        return output / CHECKPOINT
     set_seed(recipe.seed)
     sharded = wants_shards(recipe.model.shard)
-    accelerator = Accelerator()
+    accelerator = Accelerator(log_with=installed(recipe.trackers), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
-    if not accelerator.is_main_process:
-        report = _silent
-    base = resolve_base(recipe.model.base)
-    device = torch.device("cpu") if sharded else accelerator.device
-    model = Cafe.load(base, recipe.prompts, torch.float32, device, recipe.model.attention)
+    rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
+    report = report if rank == 0 else lambda line: None
+    name = first_ones(lambda: claim(recipe))
+
+    # The model, the data as batches in an order fixed by the seed, the step, and its optimizer.
+    base, place = resolve_base(recipe.model.base), torch.device("cpu") if sharded else device
+    model = Cafe.load(base, recipe.prompts, torch.float32, place, recipe.model.attention)
+    limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     if recipe.model.gradient_checkpointing:
         model.lvlm.gradient_checkpointing_enable()
         if recipe.micro_batch != UNCUT:
             report("Gradient checkpointing and micro-batches both save memory by another forward: one of them will do.")
-    output = Path(recipe.output)
-    output.mkdir(parents=True, exist_ok=True)
-
-    # The data: contrastive batches in an order fixed by the seed, made ahead in worker processes.
-    objective = recipe.objective
-    batches = Batches(
-        [open_source(source) for source in recipe.data.sources],
-        model.processing,
-        recipe.batch_size,
-        recipe.seed,
-        recipe.model.max_tokens,
-        contrast=objective.contrastive_weight > 0,
-        language=objective.lm_weight > 0,
-        hard_negatives=objective.hard_negatives,
-        packing=replace(
-            model.packing,
-            share=model.packing.share and recipe.model.share_prefixes,
-            columns=recipe.model.row_tokens or model.packing.columns,
-        ),
-        size=recipe.micro_batch,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
-        mixture=recipe.data.mixture,
-        blanks=sharded,
-    )
-    accumulate = recipe.optimizer.accumulate
-    steps = recipe.steps or max(1, recipe.epochs * len(batches) // accumulate)
-    stream = load(batches, 0, steps * accumulate, recipe.data.workers)
-    quarantine = Quarantine(output / "quarantine.jsonl", recipe.data.max_bad_share)
-
-    # The model and its optimiser.
-    freeze(model.lvlm, recipe.model.frozen)
-    tower = vision_tower_of(model.lvlm)
-    vision = None
-    if tower is not None and "vision_tower" in recipe.model.frozen:
-        vision = VisionCache(tower, Path(recipe.model.vision_cache) if recipe.model.vision_cache else None)
-    joint = JointStep(model.lvlm.train(), objective, recipe.model.precision, vision, batches.nothing())
-    report(f"{describe(model.lvlm)}; {steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
+    batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded)
+    joint = make_joint(recipe, model, batches.nothing())
+    about = describe(model.lvlm)
     if sharded:
-        shard(joint.reading, accelerator.device, joint.reading.bf16, whole=vision.tower if vision else None)
-    joint.to(accelerator.device)
+        shard(joint.reading, device, joint.reading.bf16, whole=joint.vision.tower if joint.vision else None)
+    joint.to(device)
     trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, recipe.optimizer)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, cosine(steps, recipe.optimizer.warm_up))
-    log = Log(output) if accelerator.is_main_process else None
+    accumulate = recipe.optimizer.accumulate
+    steps = recipe.steps or max(1, recipe.epochs * len(batches) // accumulate)
+    schedule = cosine(steps, recipe.optimizer.warm_up)
+    report(f"{about}; {steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
 
-    progress = tqdm(range(1, steps + 1), desc="train", unit="step", disable=not accelerator.is_main_process)
-    for step in progress:
-        measure = step % recipe.log_every == 0 or step in (1, steps)
-        for part in range(accumulate):
-            batch = next(stream)
-            quarantine.check(batch)
-            losses = joint(batch, share=1 / accumulate, measure=measure and part == 0)
-            loss = objective.lm_weight * losses.lm + objective.contrastive_weight * losses.contrastive
-            if not torch.isfinite(loss):
-                names = ", ".join(batch.sources[:3])
-                raise CafeError(f"The loss is {loss.item()} at step {step}, on {names} and others of its batch.")
-            if part == 0:
-                shown = losses
-        sum_gradients(trained)
-        norm = clip_gradients(trained, recipe.optimizer.clip)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    # Where the run stood when it was last saved; at its start if it never was.
+    at = checkpoints.load(output / STATE, joint, optimizer, report) or Position(generators=generators())
+    if at.step:
+        report(f"Going on after step {at.step}.")
+    if recipe.micro_batch == "auto" and not at.step:
+        at.size = fitting_size(joint, batches, recipe.memory)
+        report(f"Micro-batches of {at.size.tokens or 'all'} tokens and {at.size.crops or 'all'} crops fit.")
+    feed = Feed(batches, at.size, at.step, steps, accumulate, recipe.data.workers, report)
+    named = output / f"quarantine{f'-{rank}' if rank else ''}.jsonl"
+    quarantine = Quarantine(named, recipe.data.max_bad_share, at.bad, at.seen)
+    log = Log(output, accelerator, name, at.step) if rank == 0 else None
+    examination = Examination(recipe, model, joint, evaluate, rank)
+    set_generators(at.generators)
 
-        if measure and log:
-            values = {
-                "loss": loss.item(),
-                "lm_loss": shown.lm.item(),
-                "contrastive_loss": shown.contrastive.item(),
-                "temperature": shown.temperature.item(),
-                "grad_norm": norm.item(),
-                **shown.measured,
-                "lr": max(schedule.get_last_lr()),
-            }
-            log.write(step, values)
-            progress.set_postfix({name: f"{values[name]:.3f}" for name in ("lm_loss", "contrastive_loss", "accuracy")})
-        if evaluate and recipe.evaluation.every and step % recipe.evaluation.every == 0:
-            with gathered(joint.reading):  # in every process: sharded layers are read by all at once
-                found = evaluate(replace(model, lvlm=model.lvlm.eval()))
-            if log:
-                log.write(step, found)
-            model.lvlm.train()
+    with stopping() as stop, full_disk(output):
+        bar = tqdm(range(at.step + 1, steps + 1), "train", steps, initial=at.step, unit="step", disable=log is None)
+        for step in bar:
+            # Both losses of each contrastive batch, and their gradient summed over batches and processes.
+            measure = step % recipe.log_every == 0 or step in (1, steps)
+            parts = [quarantine.check(batch) for batch in next(feed)]
+            losses = follow(joint, parts, feed, measure)
+            lm = torch.stack([each.lm for each in losses]).mean()
+            contrastive = torch.stack([each.contrastive for each in losses]).mean()
+            loss = objective.lm_weight * lm + objective.contrastive_weight * contrastive
+            sum_gradients(trained)
+            norm = clip_gradients(trained, recipe.optimizer.clip)
 
-    weights = whole_weights(model.lvlm)
-    if accelerator.is_main_process:
-        model.lvlm.eval()
-        temperature = joint.log_temperature.exp().item()
-        model.save(output / "checkpoint", weights, temperature=temperature, recipe=recipe_dict(recipe), steps=steps)
-        report(f"The checkpoint is in {output / 'checkpoint'}; {quarantine.bad} of {quarantine.seen} records were bad.")
-    return output / "checkpoint"
+            # One step down the gradient, if it is one.
+            rate = set_rates(optimizer, schedule(step - 1))
+            finite = most(not (loss.isfinite() and norm.isfinite()), device) == 0
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad()
 
+            # What is to be known of it.
+            at.step = step
+            if not finite:
+                leave_out(at, joint, feed.batches, accumulate, recipe.max_skipped, log)
+            elif measure and log:
+                values = {
+                    "loss": loss.item(),
+                    "lm_loss": lm.item(),
+                    "contrastive_loss": contrastive.item(),
+                    "temperature": losses[0].temperature.item(),
+                    "grad_norm": norm.item(),
+                    **losses[0].measured,
+                    "lr": rate,
+                }
+                log.write(step, values)
+                bar.set_postfix({key: f"{values[key]:.3f}" for key in ("lm_loss", "contrastive_loss", "accuracy")})
+            if examination.due(step):
+                examination(at, log)
 
-def _silent(line: str) -> None:
-    """Says nothing: one process speaks for all."""
+            # Where it stands, so that nothing is lost.
+            asked = most(stop.signal, device)
+            if asked or (recipe.save_every and step % recipe.save_every == 0):
+                at = replace(at, size=feed.found, bad=quarantine.bad, seen=quarantine.seen, generators=generators())
+                checkpoints.save(output / STATE, joint, optimizer, at, recipe.keep_last)
+            if asked:
+                raise Stopped(f"Stopped after step {step} of {steps}, which is saved; the same command goes on.", asked)
+
+        weights = whole_weights(model.lvlm)
+        if log:
+            model.lvlm.eval()
+            temperature = joint.log_temperature.exp().item()
+            made = {"temperature": temperature, "recipe": recipe_dict(recipe), "steps": steps}
+            model.save(output / CHECKPOINT, weights, **made)
+            shutil.rmtree(output / STATE, ignore_errors=True)  # only an unfinished run needs it
+            log.close()
+            bad, seen = quarantine.bad, quarantine.seen
+            report(f"The checkpoint is in {output / CHECKPOINT}; {bad} of {seen} records were bad.")
+    accelerator.wait_for_everyone()
+    return output / CHECKPOINT
 
 
 def resolve_base(base: str) -> str:

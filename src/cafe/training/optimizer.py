@@ -43,6 +43,13 @@ def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> tor
     )
 
 
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
+    """Sets each group's learning rate to so much of its own; returns the highest."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+    return max(group["lr"] for group in optimizer.param_groups)
+
+
 def cosine(steps: int, warm_up: float) -> Callable[[int], float]:
     """The learning rate's factor at each step: a straight rise over the warm-up, then a half cosine to zero."""
     rise = max(1, round(steps * warm_up))

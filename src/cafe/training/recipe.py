@@ -36,6 +36,8 @@ class ModelRecipe:
         vision_cache: a directory that keeps what a frozen vision tower makes of each picture; empty for none.
         share_prefixes: read what branches have in common once, where the family can.
         row_tokens: the tokens wanted in a row of trees; null for as many as the model is wide.
+        max_pixels: the largest area at which a picture is read, in pixels; null for the model's own.
+        grids: the (rows, columns) of crops that a picture may be cut into, in families that do so (anyres).
     """
 
     base: str
@@ -48,6 +50,8 @@ class ModelRecipe:
     vision_cache: str = ""
     share_prefixes: bool = True
     row_tokens: int | None = None
+    max_pixels: int | None = None
+    grids: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,14 +122,18 @@ class EvaluationRecipe:
     """Evaluation during training.
 
     Attributes:
-        data: a folder of evaluation files; empty for none.
-        every: steps between evaluations; 0 for only after the last.
-        limit: records a suite; null for all.
+        data: a folder of evaluation files, as `cafe evaluate` takes; empty for none.
+        sources: held-out records, in the formats of the training data, for the language loss and samples.
+        every: steps between evaluations; 0 for none.
+        limit: records a suite, and records of `sources`; null for all.
+        samples: the held-out dialogues whose first question the model answers in the log.
     """
 
     data: str = ""
+    sources: tuple[Source, ...] = ()
     every: int = 0
     limit: int | None = None
+    samples: int = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,8 +143,16 @@ class Recipe:
     Attributes:
         output: where the checkpoint and the logs go.
         batch_size: pairs of a contrastive batch in each process.
-        micro_batch: how much of it goes through the model at once; the gradient cache makes up for the cut.
+        micro_batch: how much of it goes through the model at once; the gradient cache makes up for the cut. "auto"
+            measures at the start what fits.
+        memory: what a process may take in all under "auto", in GiB; null for what is free when it starts.
         epochs: passes over the data, unless `steps` says when to stop.
+        save_every: steps between saved states of the run, from which it goes on when it breaks off; 0 for none.
+        keep_last: how many of them are kept.
+        keep_best: the result of the evaluation during training by which the best checkpoint is kept, such as
+            "retrieval/text_to_image/R@1"; with a minus sign before it, the lowest is the best. Empty for none.
+        max_skipped: steps whose loss or gradient is not finite are left out; after so many the run stops.
+        trackers: where the log goes beside `log.jsonl`.
     """
 
     output: str
@@ -147,11 +163,17 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     batch_size: int = 32
-    micro_batch: MicroBatchSize = field(default_factory=MicroBatchSize)
+    micro_batch: MicroBatchSize | Literal["auto"] = field(default_factory=MicroBatchSize)
+    memory: float | None = None
     epochs: int = 1
     steps: int | None = None
     seed: int = 0
     log_every: int = 10
+    save_every: int = 500
+    keep_last: int = 2
+    keep_best: str = ""
+    max_skipped: int = 10
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -229,7 +251,9 @@ def _convert(kind: Any, value: Any, where: str, file: str) -> Any:
             raise CafeError(f"{file}: {where} should be a list with something in it, not {value!r}.")
         return tuple(_convert(arguments[0], item, f"{where}[{index}]", file) for index, item in enumerate(value))
     if origin in (Union, types.UnionType):
-        return None if value is None else _convert(arguments[0], value, where, file)
+        if any(get_origin(other) is Literal and value in get_args(other) for other in arguments if value is not None):
+            return value
+        return None if value is None and type(None) in arguments else _convert(arguments[0], value, where, file)
     if origin is Literal:
         if value not in arguments:
             raise CafeError(f"{file}: {where} should be one of {', '.join(map(str, arguments))}, not {value!r}.")

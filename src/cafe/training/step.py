@@ -11,7 +11,7 @@ micro-batches once more and carry it on. The result does not depend on the cut.
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from cafe.data.loading import Batch, MicroBatch
 from cafe.model import read
 from cafe.objectives import info_nce, next_token_loss, retrieval_accuracy
 from cafe.packing import Pack
-from cafe.training.distributed import everyone, gather, most, norm_of_sum, world
+from cafe.training.distributed import everyone, gather, most, norm_of_sum, within_memory, world
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.vision import VisionCache
 
@@ -123,7 +123,7 @@ class JointStep(nn.Module):
 
         # 1. Embed all queries, targets and hard negatives. A batch of one micro-batch needs no other forward.
         reads, drawn = [], []
-        with torch.set_grad_enabled(not cached):
+        with self.together(device), torch.set_grad_enabled(not cached):
             for micro_batch in micro_batches:
                 drawn.append(random_state(device))
                 reads.append(self.read(micro_batch.joint if whole else micro_batch.embed))
@@ -144,17 +144,18 @@ class JointStep(nn.Module):
         tokens = everyone(torch.tensor(batch.supervised, device=device)).clamp(min=1)
         gradients = Gradients(trained, measure)
         lm = vectors.new_zeros(())
-        for number, micro_batch in enumerate(micro_batches):
-            if cached:
-                with drawing(drawn[number], device):
-                    reads[number] = self.read(micro_batch.joint)
-            embedded, said = reads[number]
-            lm += said.detach() / tokens
-            gradients.follow(
-                contrastive=(embedded * pull[slots[number]]).sum(),
-                lm=share * objective.lm_weight * said / tokens,
-            )
-            reads[number] = (embedded.detach(), said.detach())
+        with self.together(device):
+            for number, micro_batch in enumerate(micro_batches):
+                if cached:
+                    with drawing(drawn[number], device):
+                        reads[number] = self.read(micro_batch.joint)
+                embedded, said = reads[number]
+                lm += said.detach() / tokens
+                gradients.follow(
+                    contrastive=(embedded * pull[slots[number]]).sum(),
+                    lm=share * objective.lm_weight * said / tokens,
+                )
+                reads[number] = (embedded.detach(), said.detach())
         norms = gradients.finish()
 
         measured = {"accuracy": accuracy.item(), **norms} if measure else {}
@@ -164,6 +165,10 @@ class JointStep(nn.Module):
         """See `Reading`."""
         embedded, said = self.reading(pack)
         return embedded, said
+
+    def together(self, device: torch.device) -> AbstractContextManager[None]:
+        """For work in which processes do not wait for each other, as those do that share a model."""
+        return nullcontext() if self.blank else within_memory(device)
 
     def contrast(
         self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Tensor, measure: bool

@@ -1,0 +1,144 @@
+"""Evaluation during training: what it measures is logged, and the best checkpoint by one of its results is kept."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+
+from cafe.content import Example
+from cafe.data.loading import PROPORTIONAL, UNCUT, Batches
+from cafe.errors import CafeError
+from cafe.model import Cafe
+from cafe.training.checkpoints import Position, generators, set_generators
+from cafe.training.distributed import everyone, first_ones, world
+from cafe.training.finite import read_each
+from cafe.training.log import Log
+from cafe.training.output import BEST
+from cafe.training.recipe import Recipe, recipe_dict
+from cafe.training.setup import make_batches
+from cafe.training.sharding import gathered, whole_weights
+from cafe.training.step import JointStep
+
+BATCH = 8  # held-out dialogues read at once
+
+
+class Examination:
+    """What a recipe wants to be measured during training.
+
+    Every process measures, the same with the same result: a sharded model needs them all, and none waits for another.
+
+    Args:
+        recipe: says what and when.
+        model, joint: what is trained.
+        evaluate: measures the model on `recipe.evaluation.data`.
+        rank: of this process.
+
+    Raises:
+        CafeError: the recipe wants a measurement and does not say of what, or the best checkpoint and no measurement.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: Cafe,
+        joint: JointStep,
+        evaluate: Callable[[Cafe], dict[str, float]] | None,
+        rank: int,
+    ) -> None:
+        wanted = recipe.evaluation
+        self.recipe, self.model, self.joint = recipe, model, joint
+        self.evaluate = evaluate if wanted.data else None
+        if wanted.every and not (self.evaluate or wanted.sources):
+            raise CafeError("evaluation.every is set, and neither evaluation.data nor evaluation.sources says of what.")
+        if recipe.keep_best and not wanted.every:
+            raise CafeError("keep_best goes by a result of the evaluation during training: set evaluation.every too.")
+        self.held_out = (
+            held_out_batches(recipe, model, rank, bool(joint.blank)) if wanted.every and wanted.sources else None
+        )
+
+    def due(self, step: int) -> bool:
+        """Whether it is time."""
+        return bool(self.recipe.evaluation.every) and step % self.recipe.evaluation.every == 0
+
+    def __call__(self, at: Position, log: Log | None) -> None:
+        """Measures, logs what comes out, and keeps the checkpoint if it is the best so far. Training goes on unchanged.
+
+        Raises:
+            CafeError: there is no result of the name that `keep_best` gives.
+        """
+        state = generators()
+        model = replace(self.model, lvlm=self.model.lvlm.eval())
+        samples = {}
+        with gathered(self.joint.reading):
+            results = dict(self.evaluate(model)) if self.evaluate else {}
+            if self.held_out:
+                samples["samples"] = say(model, self.held_out, self.recipe.evaluation.samples)
+        if self.held_out:
+            results["held_out/lm_loss"] = held_out_loss(self.joint, self.held_out, self.recipe)
+        if log:
+            log.write(at.step, {**results, **samples})
+        name = self.recipe.keep_best
+        if name and first_ones(lambda: improves(results, name, at.best)):
+            at.best = first_ones(lambda: results[name.removeprefix("-")])
+            weights = whole_weights(model.lvlm)
+            if log:
+                made = {"recipe": recipe_dict(self.recipe), "steps": at.step, "results": results}
+                model.save(Path(self.recipe.output) / BEST, weights, **made)
+        self.model.lvlm.train()
+        set_generators(state)
+
+
+def held_out_batches(recipe: Recipe, model: Cafe, rank: int, sharded: bool = False) -> Batches:
+    """The dialogues of `recipe.evaluation.sources`."""
+    language = replace(recipe.objective, contrastive_weight=0.0, lm_weight=1.0)
+    data = replace(recipe.data, sources=recipe.evaluation.sources, mixture=PROPORTIONAL)
+    held_out = replace(recipe, data=data, objective=language, batch_size=BATCH, micro_batch=UNCUT)
+    return make_batches(held_out, model, rank, world(), sharded)
+
+
+@torch.no_grad()
+def held_out_loss(joint: JointStep, batches: Batches, recipe: Recipe) -> float:
+    """The mean language loss over the supervised tokens of held-out dialogues."""
+    device = joint.log_temperature.device
+    limit = recipe.evaluation.limit
+    count = min(len(batches), -(-limit // (BATCH * world()))) if limit else len(batches)
+    total, tokens = torch.zeros((), device=device), torch.zeros((), device=device)
+    for number in range(count):
+        batch = batches[number]
+        total += sum(said for _, said in read_each(joint, batch))
+        tokens += batch.supervised
+    return (everyone(total) / everyone(tokens).clamp(min=1)).item()
+
+
+def say(model: Cafe, batches: Batches, count: int) -> list[dict[str, str]]:
+    """What the model answers to the first turn of some held-out dialogues, beside what it should."""
+    examples = list(islice(_dialogues(batches), count))
+    turns = [example.dialogue.turns for example in examples if example.dialogue]
+    said = model.generate_batch([asked.content for asked, *_ in turns]) if turns else []
+    return [
+        {"record": example.source, "asked": asked.content.text, "said": answer, "answer": right.content.text}
+        for example, (asked, right, *_), answer in zip(examples, turns, said, strict=True)
+    ]
+
+
+def _dialogues(batches: Batches) -> Iterator[Example]:
+    order = batches.order(0)
+    for which, index in zip(order.sources, order.records, strict=True):
+        try:
+            example = batches.sources[int(which)].example(int(index), Random(f"sample {which} {index}"))
+        except CafeError:
+            continue
+        if example.dialogue and len(example.dialogue.turns) > 1:
+            yield example
+
+
+def improves(results: dict[str, float], name: str, best: float | None) -> bool:
+    """Whether a result is better than the best so far: higher, or lower where its name has a minus sign before it."""
+    metric = name.removeprefix("-")
+    if metric not in results:
+        known = ", ".join(sorted(results))
+        raise CafeError(f"The evaluation has no result {metric} for keep_best to go by; it has {known}.")
+    return best is None or (results[metric] < best if name.startswith("-") else results[metric] > best)

@@ -1,0 +1,61 @@
+"""A step whose loss or gradient is not finite is left out, and its records are named."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from cafe.data.loading import Batch, Batches, MicroBatchSize
+from cafe.errors import CafeError
+from cafe.training.checkpoints import Position
+from cafe.training.distributed import every_ones, most
+from cafe.training.log import Log
+from cafe.training.step import JointStep
+
+ONE = MicroBatchSize(tokens=1)  # one example a micro-batch
+
+
+def leave_out(at: Position, joint: JointStep, batches: Batches, accumulate: int, largest: int, log: Log | None) -> None:
+    """Counts and logs a step that is left out.
+
+    Raises:
+        CafeError: it is number `largest` of them.
+    """
+    at.skipped += 1
+    records = offenders(joint, batches, range((at.step - 1) * accumulate, at.step * accumulate))
+    if log:
+        log.write(at.step, {"skipped": at.skipped, "records": records})
+    if at.skipped >= largest:
+        others = f" and {len(records) - 3} others" if len(records) > 3 else ""
+        raise CafeError(
+            f"The loss or its gradient was not finite in {at.skipped} steps, the last of them step {at.step} on "
+            f"{', '.join(records[:3])}{others}; log.jsonl names the records of each."
+        )
+
+
+@torch.no_grad()
+def offenders(joint: JointStep, batches: Batches, numbers: Iterable[int]) -> list[str]:
+    """The records, of all processes, from which the model makes something that is not finite.
+
+    Where it makes nothing of the sort from any of them alone, all of them: then it came of the gradient.
+    """
+    found: list[str] = []
+    seen: list[str] = []
+    for number in numbers:
+        batch = batches.cut_to(ONE)[number]
+        for name, (vectors, said) in zip(batch.sources, read_each(joint, batch), strict=True):
+            if not (vectors.isfinite().all() and said.isfinite()):
+                found.append(name)
+        seen += batch.sources
+    everywhere = [name for names in every_ones(found) for name in names]
+    return everywhere or [name for names in every_ones(seen) for name in names]
+
+
+def read_each(joint: JointStep, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """The embeddings and the summed language loss of each micro-batch.
+
+    Where the model is sharded, every process reads as often as any: the last micro-batch again, if need be.
+    """
+    count = len(batch.micro_batches)
+    times = range(most(count, joint.log_temperature.device))
+    return [joint.read(batch.micro_batches[min(index, count - 1)].joint) for index in times][:count]

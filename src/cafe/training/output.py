@@ -1,0 +1,75 @@
+"""The directory of a run: which run it holds, and whether that is done."""
+
+import json
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from cafe.errors import CafeError
+from cafe.model import read_record
+from cafe.training.recipe import Recipe, recipe_dict
+
+RUN = "run.json"
+STATE, CHECKPOINT, BEST = "state", "checkpoint", "best"
+# What may change between a run and its continuation: it changes no step, or by rounding alone.
+FREE = (
+    "output",
+    "save_every",
+    "keep_last",
+    "keep_best",
+    "log_every",
+    "trackers",
+    "max_skipped",
+    "micro_batch",
+    "memory",
+    "evaluation",
+    "data.workers",
+    "data.max_bad_share",
+)
+
+
+def claim(recipe: Recipe) -> str:
+    """Makes the output directory this recipe's; returns the name of the run in it.
+
+    Raises:
+        CafeError: it holds the run of another recipe.
+    """
+    output = Path(recipe.output)
+    file = output / RUN
+    mine = as_json(recipe)
+    name = f"{output.resolve().name}-{uuid4().hex[:8]}"
+    if file.is_file() and any((output / part).exists() for part in (STATE, CHECKPOINT)):
+        run = json.loads(file.read_text())
+        if changed := differences(run["recipe"], mine):
+            raise CafeError(
+                f"{output} holds a run of another recipe ({'; '.join(changed[:3])}): give another output, "
+                "or remove that directory to start anew."
+            )
+        name = run["name"]
+    output.mkdir(parents=True, exist_ok=True)
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps({"name": name, "recipe": mine}, indent=2) + "\n")
+    partial.replace(file)
+    return name
+
+
+def finished(recipe: Recipe) -> bool:
+    """Whether the output directory holds the checkpoint that the recipe ends with."""
+    record = read_record(Path(recipe.output) / CHECKPOINT)
+    return "recipe" in record and not differences(record["recipe"], as_json(recipe))
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as a file gives it back: lists for tuples."""
+    return json.loads(json.dumps(recipe_dict(recipe)))
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """What would change the result, as "field was this and is that"."""
+    if where in FREE:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = [*new, *(name for name in old if name not in new)]
+        below = ((old.get(name), new.get(name), f"{where}.{name}".lstrip(".")) for name in names)
+        return [line for before, now, name in below for line in differences(before, now, name)]
+    return [] if old == new else [f"{where} was {old!r} and is {new!r}"]

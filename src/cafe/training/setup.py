@@ -1,0 +1,48 @@
+"""What a recipe says of data and step, made."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from cafe.data.formats import open_source
+from cafe.data.loading import UNCUT, Batches, MicroBatch, MicroBatchSize
+from cafe.families import vision_tower_of
+from cafe.model import Cafe
+from cafe.training.optimizer import freeze
+from cafe.training.recipe import Recipe
+from cafe.training.step import JointStep
+from cafe.training.vision import VisionCache
+
+
+def make_batches(recipe: Recipe, model: Cafe, rank: int, world: int, sharded: bool = False) -> Batches:
+    """The contrastive batches of a run, this process's part of each, in an order fixed by the seed."""
+    objective = recipe.objective
+    return Batches(
+        [open_source(source) for source in recipe.data.sources],
+        model.processing,
+        recipe.batch_size,
+        recipe.seed,
+        recipe.model.max_tokens,
+        contrast=objective.contrastive_weight > 0,
+        language=objective.lm_weight > 0,
+        hard_negatives=objective.hard_negatives,
+        packing=replace(
+            model.packing,
+            share=model.packing.share and recipe.model.share_prefixes,
+            columns=recipe.model.row_tokens or model.packing.columns,
+        ),
+        size=recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else UNCUT,
+        rank=rank,
+        world=world,
+        mixture=recipe.data.mixture,
+        blanks=sharded,
+    )
+
+
+def make_joint(recipe: Recipe, model: Cafe, blank: MicroBatch | None = None) -> JointStep:
+    """The joint step over a model, with the parts frozen that are not trained."""
+    freeze(model.lvlm, recipe.model.frozen)
+    tower = vision_tower_of(model.lvlm)
+    vision = None
+    if tower is not None and "vision_tower" in recipe.model.frozen:
+        vision = VisionCache(tower, Path(recipe.model.vision_cache) if recipe.model.vision_cache else None)
+    return JointStep(model.lvlm.train(), recipe.objective, recipe.model.precision, vision, blank)

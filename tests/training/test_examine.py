@@ -1,0 +1,105 @@
+"""Evaluation during training: the held-out loss is the plain one, the best checkpoint is kept, nothing moves."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from cafe.content import Content
+from cafe.data.formats import Source
+from cafe.errors import CafeError
+from cafe.instructions import Prompts
+from cafe.model import Cafe
+from cafe.training.examine import BATCH, held_out_batches, held_out_loss, improves, say
+from cafe.training.loop import train
+from cafe.training.recipe import DataRecipe, EvaluationRecipe, ModelRecipe, ObjectiveRecipe, OptimizerRecipe, Recipe
+from cafe.training.step import JointStep
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> None:
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
+    source = Source(path=str(scenes / "llava_train.json"))
+    return Recipe(
+        output=str(tmp_path / "run"),
+        model=ModelRecipe(base=str(random_base)),
+        data=DataRecipe(sources=(source,), workers=0),
+        optimizer=OptimizerRecipe(learning_rate=1e-3),
+        evaluation=EvaluationRecipe(sources=(source,), every=1, limit=BATCH, samples=2),
+        batch_size=2,
+        steps=3,
+        log_every=1,
+    )
+
+
+@torch.no_grad()
+def test_the_held_out_loss_is_that_of_all_logits_dialogue_by_dialogue(recipe, random_base, scenes):
+    model = Cafe.load(random_base, Prompts(), torch.float32)
+    batches = held_out_batches(recipe, model, rank=0)
+    found = held_out_loss(JointStep(model.lvlm, ObjectiveRecipe()), batches, recipe)
+    total = tokens = 0.0
+    for place in batches.order(0).records[:BATCH]:
+        row = model.encode_dialogue(batches.sources[0].example(int(place), Random(0)).dialogue)
+        logits = model.lvlm(**model.processing.collate([row])).logits[0, :-1]
+        said = row.supervised[1:]
+        total += F.cross_entropy(logits[said], row.input_ids[1:][said], reduction="sum").item()
+        tokens += said.sum().item()
+    assert found == pytest.approx(total / tokens, rel=1e-4)
+    first = json.loads((scenes / "llava_train.json").read_text())[int(batches.order(0).records[0])]
+    samples = say(model, batches, 2)
+    assert len(samples) == 2 and samples[0]["answer"] == first["conversations"][1]["value"]
+    asked = model.generate_batch([Content.of([scenes / first["image"], samples[0]["asked"]])])
+    assert samples[0]["said"] == asked[0]
+
+
+def test_a_run_logs_what_it_measures_keeps_the_best_and_trains_on_unchanged(recipe, tmp_path):
+    results = iter([2.0, 3.0, 1.0])
+
+    def evaluate(model: Cafe) -> dict[str, float]:
+        assert not model.lvlm.training
+        torch.rand(7)  # whatever it draws
+        return {"retrieval/text_to_image/R@1": next(results)}
+
+    wanted = replace(recipe.evaluation, data=str(tmp_path))
+    best = replace(recipe, evaluation=wanted, keep_best="retrieval/text_to_image/R@1")
+    checkpoint = train(best, evaluate, report=lambda line: None)
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    measured = [line for line in log if "held_out/lm_loss" in line]
+    assert [line["retrieval/text_to_image/R@1"] for line in measured] == [2.0, 3.0, 1.0]
+    assert all(len(line["samples"]) == 2 for line in measured)
+    record = json.loads((tmp_path / "run" / "best" / "cafe.json").read_text())
+    assert record["steps"] == 2 and record["results"]["retrieval/text_to_image/R@1"] == 3.0
+
+    plain = replace(recipe, output=str(tmp_path / "plain"), evaluation=EvaluationRecipe())
+    unmeasured = load_file(train(plain, report=lambda line: None) / "model.safetensors")
+    weights = load_file(checkpoint / "model.safetensors")
+    assert all(torch.equal(weights[name], unmeasured[name]) for name in weights)
+
+
+def test_better_is_higher_or_lower_with_a_minus_sign():
+    assert improves({"a": 2.0}, "a", None) and improves({"a": 2.0}, "a", 1.0) and not improves({"a": 2.0}, "a", 2.0)
+    assert improves({"a": 2.0}, "-a", 3.0) and not improves({"a": 2.0}, "-a", 1.0)
+    with pytest.raises(CafeError, match="no result b for keep_best to go by; it has a"):
+        improves({"a": 2.0}, "b", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"evaluation": EvaluationRecipe(every=1)}, "neither evaluation.data nor evaluation.sources"),
+        ({"evaluation": EvaluationRecipe(), "keep_best": "a"}, "set evaluation.every too"),
+    ],
+)
+def test_a_recipe_that_cannot_be_measured_is_one_sentence(recipe, changes, sentence):
+    with pytest.raises(CafeError, match=sentence):
+        train(replace(recipe, **changes), report=lambda line: None)

@@ -1,0 +1,43 @@
+"""Whose run an output directory holds."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from cafe.data.formats import Source
+from cafe.errors import CafeError
+from cafe.training.output import claim, finished
+from cafe.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    sources = (Source(path="a.json"), Source(path="b.json"))
+    return Recipe(output=str(tmp_path / "run"), model=ModelRecipe(base="base"), data=DataRecipe(sources=sources))
+
+
+def test_a_run_keeps_its_name_and_refuses_another_recipe(recipe, tmp_path):
+    claim(recipe)
+    other = replace(recipe, optimizer=OptimizerRecipe(learning_rate=0.5))
+    assert claim(other)  # nothing was saved yet: there is nothing to lose
+    (tmp_path / "run" / "state").mkdir()
+    name = claim(other)
+    workers = replace(other.data, workers=7)
+    assert claim(other) == claim(replace(other, save_every=3, log_every=1, data=workers)) == name
+    with pytest.raises(CafeError, match=r"another recipe \(optimizer.learning_rate was 0.5 and is 1e-05\): give"):
+        claim(recipe)
+    fewer = replace(other, data=replace(other.data, sources=other.data.sources[:1]))
+    with pytest.raises(CafeError, match=r"data.sources was \[.*and is \["):
+        claim(fewer)
+
+
+def test_a_run_is_finished_once_its_checkpoint_is_of_the_same_recipe(recipe, tmp_path):
+    assert not finished(recipe)
+    checkpoint = tmp_path / "run" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    claim(recipe)
+    written = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
+    (checkpoint / "cafe.json").write_text(json.dumps({"recipe": written}))
+    assert finished(recipe) and finished(replace(recipe, save_every=1))
+    assert not finished(replace(recipe, seed=1))
