@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 
+from cafe.data.loading import UNCUT, MicroBatchSize
 from cafe.errors import CafeError
 from cafe.families import PartName, may_share, part_of
 from cafe.objectives import TILE
@@ -321,11 +322,12 @@ def load_of(recipe: Recipe, lvlm: PreTrainedModel, data: Data, gpus: int) -> Loa
     else:
         columns, rows, times = max(query, target, dialogue), pairs * (2 * contrast + speaks), contrast + speaks
         tokens = columns * (2 * contrast + speaks)
-    together = pairs  # that go through the model at once
-    if recipe.micro_batch.tokens:
-        together = min(together, max(1, recipe.micro_batch.tokens // tokens))
-    if recipe.micro_batch.crops:
-        together = min(together, max(1, recipe.micro_batch.crops // seen.crops))
+    together = pairs  # that go through the model at once; what "auto" will find is not known before it is measured
+    size = recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else UNCUT
+    if size.tokens:
+        together = min(together, max(1, size.tokens // tokens))
+    if size.crops:
+        together = min(together, max(1, size.crops // seen.crops))
     return Load(
         crops=pairs * times * seen.crops,
         patches=seen.patches,
