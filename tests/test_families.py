@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cafe.content import Content, Dialogue, Example, Pair, Turn, open_image
+from cafe.data.formats import Source
 from cafe.data.loading import Batches, MicroBatchSize, encode
 from cafe.errors import CafeError
 from cafe.families import FAMILIES, may_share, part_of
@@ -139,9 +140,11 @@ class Listed:
     """Records in memory."""
 
     examples: list[Example]
+    source = Source(path="")
 
-    def __len__(self) -> int:
-        return len(self.examples)
+    @property
+    def chunks(self) -> list[int]:
+        return [len(self.examples)]
 
     def example(self, index: int, rng: Random) -> Example:
         return self.examples[index]

@@ -79,7 +79,7 @@ model: {{base: {random_base}}}
 data: {{workers: 0, sources: [{{path: {data}, images: {scenes}}}]}}
 optimizer: {{learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warm_up: 0.0, clip: 0.5}}
 objective: {{learn_temperature: true}}
-evaluation: {{every: 1}}
+evaluation: {{every: 1, data: {scenes}}}
 steps: {STEPS}
 log_every: 1
 """)

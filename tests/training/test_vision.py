@@ -16,7 +16,7 @@ from cafe.training.step import JointStep
 from cafe.training.vision import VisionCache, fingerprints
 
 PAIRS = 6
-CROPS = 2  # a picture's thumbnail and its crop, which hold the same pixels here: a cache reads one
+CROPS = 5  # of a picture: a thumbnail and four
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_picture_is_encoded_twice_trained_once_frozen_and_never_from_disk(mode
     for cache, times in ((None, 1), (tmp_path, 1), (tmp_path, 0)):
         counted.crops = 0
         again, same = follow(model, batch, VisionCache(tower, cache))
-        assert counted.crops == times * PAIRS
+        assert counted.crops == times * PAIRS * CROPS
         assert again == pytest.approx(loss, rel=1e-5)
         assert (same - gradient).norm() <= 1e-5 * gradient.norm()
 
@@ -74,7 +74,7 @@ def test_other_weights_do_not_find_the_old_features(model, batch, tmp_path):
         next(tower.parameters()).add_(1)
     counted = Counted(tower)
     follow(model, batch, VisionCache(tower, tmp_path))
-    assert counted.crops == PAIRS
+    assert counted.crops == PAIRS * CROPS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
