@@ -1,7 +1,8 @@
 """Kills `cafe train` at random instants and starts the same command again, until as many kills are done as asked for.
 
 Runs of a tiny model with dropout, over records of which some are bad, are compared with one that was never killed: the
-weights bit for bit, the log line for line, the quarantine file. Every third kill waits for a save to begin.
+weights bit for bit, the log line for line, the quarantine file. Of four kills one comes anywhere, two come while steps
+are taken, and one as soon as a save has begun.
 
 python benchmarks/kills.py [--kills 20] [--seed 0]
 """
@@ -78,13 +79,42 @@ def kill(process: subprocess.Popen[bytes], happens: Callable[[], bool]) -> bool:
     return process.wait() == -signal.SIGKILL
 
 
-def where(output: Path) -> str:
+def fresh(path: Path, since: float) -> bool:
+    """Whether something was written there after a time."""
+    try:
+        return path.stat().st_mtime >= since
+    except FileNotFoundError:
+        return False
+
+
+def saving(output: Path, since: float) -> bool:
+    """Whether a save has begun after a time, and is not done."""
+    return fresh(output / "state" / ".partial", since) or fresh(output / ".checkpoint.partial", since)
+
+
+def instant(output: Path, kind: int, began: float, chosen: float, whole: float, loop: float) -> Callable[[], bool]:
+    """When to kill a run that began then: a chosen share (0 to 1) of its seconds, or as a save begins."""
+    stepping: list[float] = []  # since when
+
+    def happens() -> bool:
+        if kind == 0:
+            return time.time() > began + chosen * whole
+        if kind == 3:
+            return saving(output, began)
+        if not stepping and fresh(output / "log.jsonl", began):
+            stepping.append(time.time())
+        return bool(stepping) and time.time() > stepping[0] + chosen * loop
+
+    return happens
+
+
+def where(output: Path, since: float) -> str:
     """What a killed run left."""
     log = output / "log.jsonl"
     steps = len(log.read_text().splitlines()) if log.is_file() else 0
     states = sorted(path.name for path in (output / "state").glob("step-*"))
-    saving = (output / "state" / ".partial").exists() or (output / ".checkpoint.partial").exists()
-    return f"{steps:2} steps logged, {states[-1] if states else 'nothing'} saved" + (", in a save" if saving else "")
+    left = f"{steps:2} steps logged, {states[-1] if states else 'nothing'} saved"
+    return left + (", in a save" if saving(output, since) else "")
 
 
 def differences(output: Path, unbroken: Path) -> list[str]:
@@ -113,22 +143,19 @@ def main() -> None:
         started = time.monotonic()
         assert start(recipe, unbroken).wait() == 0
         whole = time.monotonic() - started
+        loop = json.loads((unbroken / "log.jsonl").read_text().splitlines()[-1])["seconds"]
         print(f"on {machine()}\nunbroken: {STEPS} steps, a save every {SAVE_EVERY}, {whole:.0f} s\n")
         kills = runs = broken = 0
         output = directory / "run"
         bar = tqdm(total=options.kills, desc="kills", unit="kill")
         while kills < options.kills:
-            process, at = start(recipe, output), time.monotonic() + chance.uniform(0, whole)
-            in_save = kills % 3 == 2
-
-            def happens(at: float = at, in_save: bool = in_save) -> bool:
-                saving = (output / "state" / ".partial").exists() or (output / ".checkpoint.partial").exists()
-                return saving if in_save else time.monotonic() > at
-
+            began = time.time()
+            process = start(recipe, output)
+            happens = instant(output, kills % 4, began, chance.random(), whole, loop)
             if kill(process, happens):
                 kills += 1
                 bar.update()
-                tqdm.write(f"kill {kills:2}: {where(output)}")
+                tqdm.write(f"kill {kills:2}: {where(output, began)}")
                 continue
             runs, broken = runs + 1, broken + bool(report(output, unbroken))
             shutil.rmtree(output)
