@@ -138,15 +138,17 @@ def parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> None:
     from cafe.evaluation.evaluate import evaluate
+    from cafe.model import Cafe
     from cafe.training.loop import train
     from cafe.training.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
     held_out = recipe.evaluation
-    train(
-        recipe,
-        lambda model: evaluate(model, Path(held_out.data), held_out.limit, report=lambda line: None).results,
-    )
+
+    def measure(model: Cafe) -> dict[str, float]:
+        return evaluate(model, Path(held_out.data), held_out.limit, report=lambda line: None).results
+
+    train(recipe, measure if held_out.data else None)
 
 
 def _plan(options: argparse.Namespace) -> None:

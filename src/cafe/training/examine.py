@@ -33,7 +33,7 @@ class Examination:
     Args:
         recipe: says what and when.
         model, joint: what is trained.
-        evaluate: measures the model on `recipe.evaluation.data`.
+        evaluate: measures the model on `recipe.evaluation.data`; None where there is none.
         rank: of this process.
 
     Raises:
@@ -50,7 +50,7 @@ class Examination:
     ) -> None:
         wanted = recipe.evaluation
         self.recipe, self.model, self.joint = recipe, model, joint
-        self.evaluate = evaluate if wanted.data else None
+        self.evaluate = evaluate
         if wanted.every and not (self.evaluate or wanted.sources):
             raise CafeError("evaluation.every is set, and neither evaluation.data nor evaluation.sources says of what.")
         if recipe.keep_best and not wanted.every:
