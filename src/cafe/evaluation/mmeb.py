@@ -22,12 +22,13 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from cafe.content import Content, ImageRef
+from cafe.data.pictures import compose
 from cafe.errors import CafeError
 from cafe.evaluation.metrics import ndcg_at_k, rank_of_match
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, compose, json_lines, rates
+from cafe.evaluation.suite import Evaluation, Suite, json_lines, rates
 
-MARK = r"<\|image_\d+\|>"  # where a picture stands in a text
+MARK = re.compile(r"<\|image_\d+\|>")  # where a picture stands in a text
 FRAMES = 8  # of a video, evenly spread, as VLM2Vec takes them
 KS = (1, 5, 10)
 PAGE_QUERY = "Find a document image that matches the given query: "
@@ -178,12 +179,12 @@ def content(side: Side, data: Path, source: Path) -> Content:
         CafeError: a picture is not there, or there are more marks than pictures.
     """
     if not side.pictures:
-        return Content.of(re.sub(MARK, "", side.text).strip())
+        return Content.of(MARK.sub("", side.text).strip())
     refs = [ref for picture in side.pictures for ref in _refs(picture, data, source)]
-    marks = len(re.findall(MARK, side.text))
+    marks = len(MARK.findall(side.text))
     if marks and len(refs) != marks:  # a video's one mark stands for all its frames
-        return Content((*refs, *Content.of(re.sub(MARK, "", side.text).strip()).parts))
-    return compose(side.text, refs, MARK)
+        return Content((*refs, *Content.of(MARK.sub("", side.text).strip()).parts))
+    return compose(side.text, list(refs), MARK)
 
 
 def _refs(picture: str | bytes, data: Path, source: Path) -> list[ImageRef]:

@@ -1,7 +1,6 @@
 """What a suite is, what it gives, and the reading of files that suites share."""
 
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,18 +155,6 @@ def ask(
     pictures = [find_picture(row["image"], data, source, *folders) for row in rows]
     shown = zip(pictures, rows, strict=True)
     return pictures, model.answer([Content((ImageRef(data / at), row["text"])) for at, row in shown], longest)
-
-
-def compose(text: str, refs: Sequence[ImageRef], mark: str) -> Content:
-    """A text and its pictures: each at its mark, a regular expression; those without one come first.
-
-    There are no more marks than pictures.
-    """
-    words = re.split(mark, text)
-    pieces = [words[0].strip("\n"), *(part for pair in zip(refs, words[1:], strict=False) for part in pair)]
-    parts = [part.strip("\n") if isinstance(part, str) else part for part in pieces]
-    said = [part for part in parts if not isinstance(part, str) or part.strip()]
-    return Content((*refs[len(words) - 1 :], *said))
 
 
 def spread(count: int, wanted: int) -> list[int]:

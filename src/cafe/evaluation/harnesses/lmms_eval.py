@@ -17,9 +17,8 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
 from cafe.content import Content, ImageRef
-from cafe.data.pictures import IMAGE_TOKEN
+from cafe.data.pictures import IMAGE_TOKEN, compose
 from cafe.errors import CafeError
-from cafe.evaluation.suite import compose
 from cafe.model import Cafe
 
 LONGEST = 1024  # tokens of an answer where a task names no limit
@@ -126,7 +125,7 @@ def content(words: str, visuals: Sequence[Any]) -> Content:
             raise CafeError(f"CAFe's plug-in shows pictures; this task gives a {type(visual).__name__}.")
     refs = [ImageRef(visual) for visual in visuals]
     if words.count(IMAGE_TOKEN) == len(refs):
-        return compose(words, refs, IMAGE_TOKEN)
+        return compose(words, list(refs))
     return Content((*refs, words))
 
 
