@@ -3,56 +3,125 @@
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from cafe.objectives import info_nce, next_token_loss, retrieval_accuracy
+from cafe.objectives import info_nce, matryoshka, next_token_loss, retrieval_accuracy
 
 
-def numpy_info_nce(q, t, temperature, negatives=None, ids=None, symmetric=True):
-    """The formula, row by row."""
+def numpy_info_nce(q, t, temperature, negatives=None, ids=None, symmetric=True, hardness=0.0, margin=None, fixed=None):
+    """The formula, row by row; weights and who is a negative are taken at `fixed` and do not move with q and t."""
     unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
+    held_q, held_t = map(unit, fixed or (q, t))
     q, t = unit(q), unit(t)
+    hard = unit(negatives) if negatives is not None else np.empty((0, q.shape[1]))
     n = len(q)
     ids = np.arange(n) if ids is None else ids
-    allowed = lambda i, j: i == j or ids[i] != ids[j]  # noqa: E731
+
+    def term(cosine, held, match):
+        """What one negative adds to the denominator, given its cosine and that of the match, both held."""
+        if margin is not None and held > match + margin:
+            return 0.0
+        return np.exp(cosine / temperature) * np.exp(hardness * held)
+
     forward = backward = 0.0
     for i in range(n):
-        scores = [q[i] @ t[j] / temperature for j in range(n) if allowed(i, j)]
-        if negatives is not None:
-            scores += [q[i] @ row / temperature for row in unit(negatives)]
-        forward += np.log(np.exp(scores).sum()) - q[i] @ t[i] / temperature
-        scores = [q[j] @ t[i] / temperature for j in range(n) if allowed(i, j)]
-        backward += np.log(np.exp(scores).sum()) - q[i] @ t[i] / temperature
+        match, held = q[i] @ t[i], held_q[i] @ held_t[i]
+        others = [j for j in range(n) if ids[i] != ids[j]]
+        row = sum(term(q[i] @ t[j], held_q[i] @ held_t[j], held) for j in others)
+        row += sum(term(q[i] @ one, held_q[i] @ one, held) for one in hard)
+        column = sum(term(q[j] @ t[i], held_q[j] @ held_t[i], held) for j in others)
+        forward += np.log(np.exp(match / temperature) + row) - match / temperature
+        backward += np.log(np.exp(match / temperature) + column) - match / temperature
     return (forward + backward) / (2 * n) if symmetric else forward / n
+
+
+def numpy_gradient(formula, rows):
+    """By finite differences."""
+    numeric = np.zeros_like(rows)
+    for index in np.ndindex(rows.shape):
+        shift = np.zeros_like(rows)
+        shift[index] = 1e-6
+        numeric[index] = (formula(rows + shift) - formula(rows - shift)) / 2e-6
+    return numeric
 
 
 @pytest.mark.parametrize("negatives", [0, 3])
 @pytest.mark.parametrize("duplicated", [False, True])
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_info_nce_and_its_gradient_match_the_formula(negatives, duplicated, symmetric):
+@pytest.mark.parametrize(("hardness", "margin"), [(0.0, None), (3.0, None), (0.0, 0.1), (3.0, -0.1)])
+def test_info_nce_and_its_gradient_match_the_formula(negatives, duplicated, symmetric, hardness, margin):
     rng = np.random.default_rng(0)
     q, t = rng.normal(size=(2, 6, 5))
     hard = rng.normal(size=(negatives, 5)) if negatives else None
     ids = np.array([0, 1, 0, 2, 3, 1]) if duplicated else None
-
-    torch_q = torch.tensor(q, requires_grad=True)
+    more = {"symmetric": symmetric, "hardness": hardness, "margin": margin}
+    temperature = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
+    torch_q, torch_t = torch.tensor(q, requires_grad=True), torch.tensor(t, requires_grad=True)
+    torch_hard = None if hard is None else torch.tensor(hard, requires_grad=True)
     loss = info_nce(
-        torch_q,
-        torch.tensor(t),
-        0.07,
-        None if hard is None else torch.tensor(hard),
-        None if ids is None else torch.tensor(ids),
-        symmetric,
+        torch_q, torch_t, temperature, torch_hard, None if ids is None else torch.tensor(ids), tile=18, **more
     )
     loss.backward()
-    formula = lambda rows: numpy_info_nce(rows, t, 0.07, hard, ids, symmetric)  # noqa: E731
-    assert loss.item() == pytest.approx(formula(q), abs=1e-9)
 
-    numeric = np.zeros_like(q)
-    for index in np.ndindex(q.shape):
-        shift = np.zeros_like(q)
-        shift[index] = 1e-6
-        numeric[index] = (formula(q + shift) - formula(q - shift)) / 2e-6
-    np.testing.assert_allclose(torch_q.grad.numpy(), numeric, atol=1e-6)
+    def formula(a=q, b=t, c=hard, at=0.07):
+        # What is held is the queries' and targets' own; the hard negatives' shift is too small to change a mask.
+        return numpy_info_nce(a, b, at, c, ids, fixed=(q, t), **more)
+
+    assert loss.item() == pytest.approx(formula(), abs=1e-9)
+    np.testing.assert_allclose(torch_q.grad.numpy(), numpy_gradient(lambda rows: formula(a=rows), q), atol=1e-6)
+    np.testing.assert_allclose(torch_t.grad.numpy(), numpy_gradient(lambda rows: formula(b=rows), t), atol=1e-6)
+    by_temperature = (formula(at=0.07 + 1e-6) - formula(at=0.07 - 1e-6)) / 2e-6
+    assert temperature.grad.item() == pytest.approx(by_temperature, abs=1e-5)
+    if hard is not None and not hardness:
+        np.testing.assert_allclose(
+            torch_hard.grad.numpy(), numpy_gradient(lambda rows: formula(c=rows), hard), atol=1e-6
+        )
+
+
+def test_a_margin_leaves_out_what_resembles_the_match_too_much_and_nothing_else():
+    rng = np.random.default_rng(0)
+    q, t = rng.normal(size=(2, 6, 5))
+    value = lambda margin: info_nce(torch.tensor(q), torch.tensor(t), 0.07, margin=margin).item()  # noqa: E731
+    assert value(2.0) == value(None)  # no cosine is more than 2 above another
+    assert value(0.0) < value(0.5) < value(None)
+    assert value(-2.0) == pytest.approx(0.0, abs=1e-12)  # nothing is left but the matches
+
+
+def test_a_matryoshka_loss_is_the_weighted_mean_over_prefixes():
+    rng = np.random.default_rng(0)
+    q, t, hard = rng.normal(size=(6, 8)), rng.normal(size=(6, 8)), rng.normal(size=(3, 8))
+    torch_q = torch.tensor(q, requires_grad=True)
+    loss = matryoshka({2: 0.5, 4: 2.0}, torch_q, torch.tensor(t), 0.07, torch.tensor(hard), symmetric=False)
+    loss.backward()
+
+    def formula(rows):
+        parts = {2: 0.5, 4: 2.0, 8: 1.0}
+        each = [w * numpy_info_nce(rows[:, :d], t[:, :d], 0.07, hard[:, :d], symmetric=False) for d, w in parts.items()]
+        return sum(each) / sum(parts.values())
+
+    assert loss.item() == pytest.approx(formula(q), abs=1e-9)
+    np.testing.assert_allclose(torch_q.grad.numpy(), numpy_gradient(formula, q), atol=1e-6)
+    plain = info_nce(torch_q, torch.tensor(t), 0.07, torch.tensor(hard))
+    assert matryoshka({}, torch_q, torch.tensor(t), 0.07, torch.tensor(hard)).item() == plain.item()
+
+
+def test_the_memory_of_info_nce_grows_with_the_pairs_and_not_with_their_square():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            made = function(*arguments, **(named or {}))
+            self.size = max(
+                [self.size, *(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor))]
+            )
+            return made
+
+    for pairs in (256, 1024):
+        rows = [torch.randn(pairs, 4, requires_grad=True) for _ in range(2)]
+        with Largest() as largest:
+            info_nce(*rows, 0.07, hardness=2.0, margin=0.1, tile=2048).backward()
+        assert largest.size <= max(2048, 4 * pairs)
 
 
 def test_info_nce_of_bfloat16_rows_is_computed_in_float32():

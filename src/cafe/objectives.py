@@ -3,7 +3,7 @@
 All of them compute in float32 (or float64 where the input is) whatever the model ran in.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ def info_nce(
     negatives: Float[Tensor, "negatives dim"] | None = None,
     target_ids: Int64[Tensor, "pairs"] | None = None,
     symmetric: bool = True,
+    hardness: float = 0.0,
+    margin: float | None = None,
     tile: int = TILE,
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE with in-batch negatives (CAFe, arXiv 2503.19900; van den Oord et al., arXiv 1807.03748).
@@ -38,6 +40,10 @@ def info_nce(
         negatives: hard negatives, for the query-to-target direction.
         target_ids: equal numbers mark equal targets, which are then not each other's negatives.
         symmetric: also contrast targets with queries, and average the two directions.
+        hardness: each negative's term is multiplied by exp(hardness * cosine), held constant in the gradient: the more
+            a negative resembles the match, the more it counts (LLaVE, arXiv 2503.04812). 0 for equal weights.
+        margin: what is more similar than the match by more than this cosine is taken for a match that nobody marked,
+            and is no negative (as in GISTEmbed, arXiv 2402.16829, here with the model as its own guide). None for none.
         tile: entries of the similarity matrix computed at once.
 
     Returns:
@@ -47,8 +53,30 @@ def info_nce(
     if negatives is not None and len(negatives):
         targets = torch.cat([targets, _normalize(negatives)])
     scale = queries.new_ones(()) / temperature
-    loss: Tensor = _InfoNCE.apply(queries, targets, scale, target_ids, symmetric, tile)
+    loss: Tensor = _InfoNCE.apply(queries, targets, scale, target_ids, symmetric, hardness, margin, tile)
     return loss
+
+
+def matryoshka(
+    prefixes: Mapping[int, float],
+    queries: Float[Tensor, "pairs dim"],
+    targets: Float[Tensor, "pairs dim"],
+    temperature: float | Tensor,
+    negatives: Float[Tensor, "negatives dim"],
+    **options: Any,
+) -> Float[Tensor, ""]:
+    """The weighted mean of InfoNCE over prefixes of the embedding (Kusupati et al., arXiv 2205.13147).
+
+    Args:
+        prefixes: the weight of each number of first dimensions; the whole embedding has weight 1.
+        queries, targets, temperature, negatives, options: as `info_nce` takes them.
+    """
+    weights = {**prefixes, queries.shape[1]: 1.0}
+    losses = [
+        weight * info_nce(queries[:, :dim], targets[:, :dim], temperature, negatives[:, :dim], **options)
+        for dim, weight in weights.items()
+    ]
+    return torch.stack(losses).sum() / sum(weights.values())
 
 
 class _InfoNCE(torch.autograd.Function):
@@ -56,54 +84,80 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, queries: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None, symmetric: bool, tile: int
+        ctx: Any,
+        queries: Tensor,
+        targets: Tensor,
+        scale: Tensor,
+        ids: Tensor | None,
+        symmetric: bool,
+        hardness: float,
+        margin: float | None,
+        tile: int,
     ) -> Tensor:
         pairs = len(queries)
         positives, by_row = queries.new_empty(pairs), queries.new_empty(pairs)
         by_column = queries.new_full((pairs,), float("-inf"))
-        for rows, logits in _tiles(queries, targets, scale, ids, tile):
+        for rows, logits, columns in _tiles(queries, targets, scale, ids, hardness, margin, tile):
             positives[rows] = logits.diagonal(rows.start)
             by_row[rows] = logits.logsumexp(1)
             if symmetric:
-                torch.logaddexp(by_column, logits[:, :pairs].logsumexp(0), out=by_column)
+                torch.logaddexp(by_column, columns.logsumexp(0), out=by_column)
         ctx.save_for_backward(queries, targets, scale, ids, by_row, by_column)
-        ctx.symmetric, ctx.tile = symmetric, tile
+        ctx.options = symmetric, hardness, margin, tile
         loss = (by_row - positives).mean()
         return (loss + (by_column - positives).mean()) / 2 if symmetric else loss
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         queries, targets, scale, ids, by_row, by_column = ctx.saved_tensors
-        pairs, directions = len(queries), 2 if ctx.symmetric else 1
+        symmetric, hardness, margin, tile = ctx.options
+        pairs, directions = len(queries), 2 if symmetric else 1
         grad_queries, grad_targets = torch.empty_like(queries), torch.zeros_like(targets)
         grad_scale = torch.zeros_like(scale)
-        for rows, logits in _tiles(queries, targets, scale, ids, ctx.tile):
+        for rows, logits, columns in _tiles(queries, targets, scale, ids, hardness, margin, tile):
             share = (logits - by_row[rows, None]).exp_()
-            if ctx.symmetric:
-                share[:, :pairs] += (logits[:, :pairs] - by_column).exp_()
+            if symmetric:
+                share[:, :pairs] += (columns - by_column).exp_()
             share.diagonal(rows.start).sub_(directions)
             share *= grads[0] / (directions * pairs)
             grad_queries[rows] = (share @ targets).mul_(scale)
             grad_targets.addmm_(share.T, queries[rows])
-            if ctx.needs_input_grad[2]:
-                grad_scale += (share * logits.nan_to_num_(neginf=0.0)).sum() / scale
-        return grad_queries, grad_targets.mul_(scale), grad_scale, None, None, None
+        if ctx.needs_input_grad[2]:  # a logit is cosine * scale, so the sum of share * cosine is this
+            grad_scale = (grad_queries * queries).sum() / scale
+        return grad_queries, grad_targets.mul_(scale), grad_scale, None, None, None, None, None
 
 
 def _tiles(
-    queries: Tensor, targets: Tensor, scale: Tensor, ids: Tensor | None, tile: int
-) -> Iterator[tuple[slice, Tensor]]:
-    """The logits, some rows at a time; a duplicate of a pair's target is no negative."""
+    queries: Tensor,
+    targets: Tensor,
+    scale: Tensor,
+    ids: Tensor | None = None,
+    hardness: float = 0.0,
+    margin: float | None = None,
+    tile: int = TILE,
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The logits of queries over all targets, and over the pairs' own for the other direction, some rows at a time.
+
+    They are of the same numbers, but a margin is from each direction's own match. What is no negative is -inf.
+    """
     pairs = len(queries)
     step = max(1, tile // len(targets))
+    sharp = scale + hardness
+    bounds = None if margin is None else ((queries * targets[:pairs]).sum(1) + margin) * sharp
     for start in range(0, pairs, step):
         rows = slice(start, min(start + step, pairs))
-        logits = (queries[rows] * scale) @ targets.T
+        logits = (queries[rows] * sharp) @ targets.T
+        matches = logits.diagonal(start) * (scale / sharp)
         if ids is not None:
             same = ids[rows, None] == ids[None, :]
-            same.diagonal(start).fill_(False)
             logits[:, :pairs].masked_fill_(same, float("-inf"))
-        yield rows, logits
+        columns = logits[:, :pairs]
+        if bounds is not None:
+            columns = columns.masked_fill(columns > bounds, float("-inf"))
+            logits.masked_fill_(logits > bounds[rows, None], float("-inf"))
+        for each in (logits, columns):
+            each.diagonal(start).copy_(matches)
+        yield rows, logits, columns
 
 
 def similarity(rows: Float[Tensor, "rows dim"], columns: Float[Tensor, "columns dim"]) -> Float[Tensor, "rows columns"]:
@@ -203,6 +257,6 @@ def retrieval_accuracy(
     pairs = torch.arange(len(queries), device=queries.device)
     right = queries.new_zeros(())
     for rows, columns in ((queries, targets), (targets, queries)):
-        for found, logits in _tiles(rows, columns, rows.new_ones(()), target_ids, tile):
+        for found, logits, _ in _tiles(rows, columns, rows.new_ones(()), target_ids, tile=tile):
             right += (logits.argmax(1) == pairs[found]).sum()
     return right / (2 * len(queries))
