@@ -10,6 +10,7 @@ FLOORS = [
     {"content"},
     {"instructions", "packing", "objectives"},
     {"families", "processing", "image_limits"},
+    {"adapters", "export"},
     {"model"},
     {"data"},
     {"training"},

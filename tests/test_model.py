@@ -35,6 +35,14 @@ def test_embeddings_are_float32_unit_vectors_in_the_order_given(model, picture):
         np.testing.assert_allclose(model.embed([content])[0], vector, atol=1e-5)
 
 
+def test_a_prefix_of_an_embedding_is_its_first_dimensions_at_unit_length(model, picture):
+    whole = model.embed(["a red circle", picture])[:, :24]
+    expected = whole / np.linalg.norm(whole, axis=1, keepdims=True)
+    np.testing.assert_allclose(model.embed(["a red circle", picture], dim=24), expected, atol=1e-6)
+    with pytest.raises(CafeError, match="between 1 and the embedding's 160, not 161"):
+        model.embed(["a red circle"], dim=161)
+
+
 def test_the_embedding_is_transformers_own_last_hidden_state(model, picture, random_base):
     lvlm = AutoModelForImageTextToText.from_pretrained(random_base).eval()
     messages = [

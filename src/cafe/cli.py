@@ -1,6 +1,7 @@
 """The command `cafe`: parses, calls, prints. A user's mistake is one sentence and exit status 1, never a traceback."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -45,6 +46,18 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--caption", type=int, default=200, help="tokens of a typical caption")
     plan.add_argument("--pairs", type=int, help="records of the data")
     plan.set_defaults(run=_plan)
+
+    merge = commands.add_parser("merge", help="write a run's adapter and its base as one plain checkpoint")
+    merge.add_argument("directory", metavar="RUN", type=Path, help="the run's output directory, or a checkpoint in it")
+    merge.add_argument("output", type=Path)
+    merge.set_defaults(run=_merge)
+
+    push = commands.add_parser("push", help="upload a run's checkpoint to the Hugging Face Hub, with a model card")
+    push.add_argument("directory", metavar="RUN", type=Path, help="the run's output directory, or a checkpoint in it")
+    push.add_argument("repository", metavar="REPO_ID", help="owner/name; made where there is none")
+    push.add_argument("--results", type=Path, help="an evaluation's directory, whose results.json the card shows")
+    push.add_argument("--public", action="store_true", help="a repository that is made is private without it")
+    push.set_defaults(run=_push)
 
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a folder of evaluation files")
     evaluate.add_argument("checkpoint", nargs="?", help="a directory, a Hub id, or 'scenes' for the shipped base model")
@@ -161,6 +174,39 @@ def _plan(options: argparse.Namespace) -> None:
         raise CafeError(f"--picture should be like 640x480, not {options.picture!r}.")
     data = Data(width=int(width), height=int(height), caption=options.caption)
     print(table(plan(read_recipe(options.recipe, options.overrides), options.gpus, data, options.pairs)))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from cafe.adapters import has_adapter, merge
+    from cafe.errors import CafeError
+    from cafe.model import Cafe, checkpoint_of
+
+    checkpoint = checkpoint_of(options.directory)
+    model = Cafe.load(checkpoint, dtype="auto", device="cpu")
+    if not has_adapter(model.lvlm):
+        raise CafeError(f"{checkpoint} has no adapter to merge: it is a plain checkpoint already.")
+    merge(model.lvlm)
+    model.save(options.output)
+    print(f"The merged checkpoint is in {options.output}")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from cafe.errors import CafeError
+    from cafe.export import model_card, push
+    from cafe.model import checkpoint_of, read_record
+
+    checkpoint = checkpoint_of(options.directory)
+    record = read_record(checkpoint)
+    if not record:
+        raise CafeError(f"{checkpoint} is no checkpoint of cafe: it has no cafe.json.")
+    results = None
+    if options.results:
+        file = options.results / "results.json"
+        if not file.is_file():
+            raise CafeError(f"{options.results} has no results.json: `cafe evaluate` writes one.")
+        results = json.loads(file.read_text())
+    card = model_card(record, results, adapter=(checkpoint / "adapter_config.json").is_file())
+    print(push(checkpoint, options.repository, card, private=not options.public))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

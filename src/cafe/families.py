@@ -1,11 +1,13 @@
 """What differs between LVLM families, in one table: the names of their parts, and whether their branches may share."""
 
 from dataclasses import dataclass
-from typing import Literal
+from importlib.util import find_spec
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from cafe.errors import CafeError
 from cafe.packing import Branch, Positions, count_up
@@ -70,6 +72,28 @@ def vision_tower_of(lvlm: PreTrainedModel) -> nn.Module | None:
     pieces = FAMILIES.get(lvlm.config.model_type, _UNKNOWN).vision_tower
     found = (module for name, module in lvlm.named_modules() if f"{name}.".endswith(pieces))
     return next(found, None)
+
+
+def four_bit_options(path: str, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` takes to hold the language model's matrices in 4 bits (NF4, QLoRA, arXiv 2305.14314).
+
+    The vision tower, the projector and the head stay as they are.
+
+    Raises:
+        CafeError: bitsandbytes is not installed.
+    """
+    if not find_spec("bitsandbytes"):
+        raise CafeError("4-bit weights need the package bitsandbytes: pip install 'cafe-lvlm[4bit]'.")
+    family = FAMILIES.get(AutoConfig.from_pretrained(path).model_type, _UNKNOWN)
+    kept = [*family.vision_tower, *family.projector, "lm_head"]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[f".*{piece.rstrip('.')}" for piece in kept],
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
 
 
 def may_share(lvlm: PreTrainedModel) -> bool | None:

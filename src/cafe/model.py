@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,9 +32,11 @@ from transformers import (
     TextIteratorStreamer,
 )
 
+from cafe.adapters import adapter_of, has_adapter, load_adapter
 from cafe.content import Content, Dialogue, Turn
 from cafe.errors import CafeError
-from cafe.families import may_share, positions_of
+from cafe.export import model_card, write_sentence_transformers
+from cafe.families import four_bit_options, may_share, positions_of
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
 from cafe.packing import Branch, Pack, Packing, pack, tree_block_mask, tree_mask
 from cafe.processing import Pictures, Processing, load_processor
@@ -67,33 +69,44 @@ class Cafe:
         cls,
         path: str | Path,
         prompts: Prompts | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | Literal["auto"] | None = None,
         device: str | torch.device | None = None,
         attention: str = "sdpa",
+        four_bit: bool = False,
     ) -> "Cafe":
-        """Loads a checkpoint of ours or any Hugging Face LVLM.
+        """Loads a checkpoint of ours, an adapter together with its base, or any Hugging Face LVLM.
 
         Args:
             path: a local directory or a Hub id.
             prompts: overrides those of the checkpoint; a model without any gets the published ones.
-            dtype: of the weights; float32 on a CPU and bfloat16 on a GPU unless given.
+            dtype: of the weights, "auto" for that of the files; float32 on a CPU and bfloat16 on a GPU unless given.
             device: a GPU where there is one, unless given.
             attention: the attention implementation by transformers' name.
+            four_bit: hold the language model's matrices in 4 bits, by bitsandbytes.
 
         Raises:
-            CafeError: nothing can be loaded from there.
+            CafeError: nothing can be loaded from there, or a package that it needs is not installed.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         record = read_record(path)
         prompts = prompts or Prompts(**record.get("prompts", {}))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         try:
-            lvlm = AutoModelForImageTextToText.from_pretrained(str(path), dtype=dtype, attn_implementation=attention)
-            processor = load_processor(str(path))
+            adapter = adapter_of(path)
+            base = str((adapter and adapter.base_model_name_or_path) or path)
+            options = four_bit_options(base, device) if four_bit else {}
+            lvlm = AutoModelForImageTextToText.from_pretrained(
+                base, dtype=dtype, attn_implementation=attention, **options
+            )
+            processor = load_processor(str(path), lvlm.config.model_type)
         except (ImportError, OSError, ValueError) as error:  # ImportError: some processors need more packages
             raise CafeError(f"No vision-language model can be loaded from {path}: {_first_line(error)}") from error
         processing = Processing(processor, prompts)
-        lvlm = lvlm.to(device).eval()
+        if not four_bit:
+            lvlm = lvlm.to(device)
+        if adapter:
+            load_adapter(lvlm, path, adapter)
+        lvlm.eval()
         return cls(lvlm, processing, packing_for(lvlm, processing), record)
 
     def save(self, path: str | Path, weights: dict[str, Tensor] | None = None, **record: Any) -> None:
@@ -112,6 +125,9 @@ class Cafe:
         self.processing.save(partial)
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
         self.record = {**self.record, **record, "prompts": asdict(self.processing.prompts), "versions": versions}
+        if not has_adapter(self.lvlm):
+            write_sentence_transformers(partial, self.processing, self.lvlm.config.get_text_config().hidden_size)
+        (partial / "README.md").write_text(model_card(self.record, adapter=has_adapter(self.lvlm)))
         (partial / RECORD).write_text(json.dumps(self.record, indent=2) + "\n")
         if path.exists():
             old = path.with_name(f".{path.name}.old")
@@ -133,20 +149,28 @@ class Cafe:
         return Cafe(self.lvlm, processing, self.packing, self.record)
 
     @torch.inference_mode()
-    def embed(self, contents: Any, batch_size: int = 32) -> Float32[np.ndarray, "contents dim"]:
+    def embed(self, contents: Any, batch_size: int = 32, dim: int | None = None) -> Float32[np.ndarray, "contents dim"]:
         """Embeds contents: unit vectors, in the order given.
 
         Args:
             contents: a sequence of whatever `Content.of` takes: texts, pictures, or both together.
             batch_size: how many go through the model at once; they are sorted by length first.
+            dim: take this many first dimensions alone, for a model trained so; its record says which under
+                `recipe.objective.matryoshka`.
+
+        Raises:
+            CafeError: an embedding has not as many dimensions.
         """
+        width = self.lvlm.config.get_text_config().hidden_size
+        if dim is not None and not 0 < dim <= width:
+            raise CafeError(f"dim should be between 1 and the embedding's {width}, not {dim}.")
         rows = [self.encode_embedding(Content.of(content)) for content in contents]
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
-        vectors = np.zeros((len(rows), self.lvlm.config.get_text_config().hidden_size), np.float32)
+        vectors = np.zeros((len(rows), dim or width), np.float32)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             hidden, _ = read(self.lvlm, pack([[rows[index]] for index in chosen], [[]] * len(chosen), self.packing))
-            vectors[chosen] = F.normalize(hidden.float(), dim=-1).cpu().numpy()
+            vectors[chosen] = F.normalize(hidden[:, :dim].float(), dim=-1).cpu().numpy()
         return vectors
 
     def generate(
@@ -350,6 +374,11 @@ class Cafe:
         inputs = self._inputs(rows, left=True)
         output = self.lvlm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.processing.tokenizer.batch_decode(output, skip_special_tokens=True)]
+
+
+def checkpoint_of(run: Path) -> Path:
+    """The checkpoint of a run, given the run's output directory or the checkpoint itself."""
+    return run / "checkpoint" if (run / "checkpoint").is_dir() else run
 
 
 def read_record(path: str | Path) -> dict[str, Any]:

@@ -59,15 +59,19 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
     return WithoutVideo
 
 
-def load_processor(path: str) -> ProcessorMixin:
+def load_processor(path: str, family: str = "") -> ProcessorMixin:
     """The processor of a local directory or Hub id.
+
+    Args:
+        path: where it is.
+        family: the model's type, where no model is beside it.
 
     Raises:
         CafeError: the model's family has no processor.
     """
     if find_spec("torchvision"):
         return AutoProcessor.from_pretrained(path)
-    family = AutoConfig.from_pretrained(path).model_type
+    family = family or AutoConfig.from_pretrained(path).model_type
     if family not in PROCESSOR_MAPPING_NAMES:
         raise CafeError(f"{path} is a {family} model, for which transformers knows no processor of images and text.")
     return without_video(processor_class_from_name(PROCESSOR_MAPPING_NAMES[family])).from_pretrained(path)

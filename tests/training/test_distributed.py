@@ -78,7 +78,7 @@ output: nowhere
 model: {{base: {random_base}}}
 data: {{workers: 0, sources: [{{path: {data}, images: {scenes}}}]}}
 optimizer: {{learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warm_up: 0.0, clip: 0.5}}
-objective: {{learn_temperature: true}}
+objective: {{learn_temperature: true, hardness: 1.0, margin: 0.3, matryoshka: [32]}}
 evaluation: {{every: 1, data: {scenes}}}
 steps: {STEPS}
 log_every: 1

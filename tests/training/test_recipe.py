@@ -131,6 +131,11 @@ def test_overrides_reach_into_the_tree():
         ("data.sources=[{format: llava}]", r"data.sources\[0\].path is missing"),
         ("seed", "not of the form key=value"),
         ("batch_size.a=1", "batch_size, which is a value"),
+        ("model.adapter={rnk: 8}", "model.adapter.rnk is unknown; the nearest is model.adapter.rank"),
+        ("model.precision=fp16", "model.precision: training in float16"),
+        ("optimizer.name=adam", "optimizer.name should be one of adamw, adafactor"),
+        ("objective.hardness=-1", "objective.hardness should be 0 or more"),
+        ("objective.matryoshka_weights=[1]", "one weight for each of objective.matryoshka"),
     ],
 )
 def test_a_mistake_is_one_sentence(override, sentence):

@@ -11,8 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches, MicroBatchSize, encode
+from cafe.errors import CafeError
 from cafe.instructions import Prompts
 from cafe.model import Cafe
+from cafe.objectives import matryoshka
 from cafe.packing import Branch, Pack, Packing
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
@@ -85,6 +87,37 @@ def test_the_gradient_is_the_plain_one_however_the_batch_is_cut(model, scenes, w
     assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
     found = gradient(model.lvlm)
     assert (found - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_every_option_of_the_contrastive_loss_gives_the_same_gradient_however_the_batch_is_cut(model, scenes):
+    options = ObjectiveRecipe(
+        lm_weight=0.0, temperature=0.1, symmetric=False, hardness=2.0, margin=0.3, matryoshka=(16, 64)
+    )
+    order = batches(model, scenes).order(0)[:PAIRS]
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    examples = [encode(source.example(place, Random(f"0 0 {place}")), model.processing) for place in order]
+
+    def last(branch: Branch) -> torch.Tensor:
+        vision = {name: value.double() if value.is_floating_point() else value for name, value in branch.vision.items()}
+        return model.lvlm.model(input_ids=branch.input_ids[None], **vision).last_hidden_state[0, -1]
+
+    queries = torch.stack([last(e.query) for e in examples])
+    targets = torch.stack([last(e.target) for e in examples])
+    hard = torch.stack([last(row) for e in examples for row in e.negatives])
+    loss = matryoshka({16: 1.0, 64: 1.0}, queries, targets, 0.1, hard, symmetric=False, hardness=2.0, margin=0.3)
+    loss.backward()
+    expected = gradient(model.lvlm)
+    assert loss.item() != pytest.approx(matryoshka({}, queries, targets, 0.1, hard).item(), rel=1e-3)
+    for way in WAYS.values():
+        model.lvlm.zero_grad()
+        found = JointStep(model.lvlm, options).double()(batches(model, scenes, **way)[0])
+        assert found.contrastive.item() == pytest.approx(loss.item(), rel=1e-6)
+        assert (gradient(model.lvlm) - expected).norm() <= 1e-6 * expected.norm()
+
+
+def test_a_prefix_that_no_embedding_has_is_one_sentence(model):
+    with pytest.raises(CafeError, match=r"objective\.matryoshka: 1000 is not a prefix"):
+        JointStep(model.lvlm, ObjectiveRecipe(matryoshka=(64, 1000)))
 
 
 def test_dropout_draws_the_same_numbers_when_a_micro_batch_is_read_again(model, scenes):

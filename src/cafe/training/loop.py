@@ -65,7 +65,9 @@ def train(
 
     # The model, the data as batches in an order fixed by the seed, the step, and its optimizer.
     base, place = resolve_base(recipe.model.base), torch.device("cpu") if sharded else device
-    model = Cafe.load(base, recipe.prompts, torch.float32, place, recipe.model.attention)
+    dtype = torch.bfloat16 if recipe.model.adapter and recipe.model.frozen_weights != "fp32" else torch.float32
+    four_bit = recipe.model.frozen_weights == "4bit"
+    model = Cafe.load(base, recipe.prompts, dtype, place, recipe.model.attention, four_bit)
     limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     if recipe.model.gradient_checkpointing:
         model.lvlm.gradient_checkpointing_enable()

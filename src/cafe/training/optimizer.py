@@ -1,16 +1,32 @@
-"""AdamW with a learning rate for each part of the model, and its schedule."""
+"""The optimizer, with a learning rate for each part of the model, and its schedule."""
 
 import math
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from typing import get_args
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import Adafactor, PreTrainedModel
 
+from cafe.adapters import add_adapter
+from cafe.errors import CafeError
 from cafe.families import PartName, part_of
-from cafe.training.recipe import OptimizerRecipe
+from cafe.training.muon import Muon, inner_matrices
+from cafe.training.recipe import ModelRecipe, OptimizerRecipe
+
+
+def prepare(lvlm: PreTrainedModel, recipe: ModelRecipe) -> None:
+    """Leaves untrained what the recipe does not train, and holds it in the precision that the recipe names."""
+    if recipe.adapter:
+        add_adapter(lvlm, recipe.adapter)
+    else:
+        freeze(lvlm, recipe.frozen)
+    if recipe.frozen_weights == "bf16":
+        for parameter in lvlm.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
 
 
 def freeze(lvlm: PreTrainedModel, parts: Sequence[PartName]) -> None:
@@ -20,9 +36,12 @@ def freeze(lvlm: PreTrainedModel, parts: Sequence[PartName]) -> None:
 
 
 def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """AdamW over a module's trainable parameters, by the part of the family they belong to.
+    """The recipe's optimizer over a module's trainable parameters, by the part of the family they belong to.
 
     Vectors and scalars are not decayed.
+
+    Raises:
+        CafeError: it needs a package that is not installed.
     """
     own = {
         "vision_tower": recipe.vision_tower_learning_rate,
@@ -30,17 +49,34 @@ def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> tor
         "language_model": recipe.learning_rate,
     }
     rates = {part: recipe.learning_rate if rate is None else rate for part, rate in own.items()}
-    groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}  # sharded and whole ones cannot step together
+    inner = inner_matrices(step) if recipe.name == "muon" else set()
+    groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in step.named_parameters():
         if parameter.requires_grad:
             rate = rates[part_of(name, family)]
             decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
-            groups.setdefault((rate, decay, isinstance(parameter, DTensor)), []).append(parameter)
-    return torch.optim.AdamW(
-        [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay, _), group in groups.items()],
-        betas=(recipe.beta1, recipe.beta2),
-        eps=recipe.epsilon,
-    )
+            sharded = isinstance(parameter, DTensor)  # sharded and whole ones cannot step together
+            groups.setdefault((rate, decay, name in inner, sharded), []).append(parameter)
+    parameters = [
+        {"params": group, "lr": rate, "weight_decay": decay, "orthogonal": matrices}
+        for (rate, decay, matrices, _), group in groups.items()
+    ]
+    betas = recipe.beta1, recipe.beta2
+    if recipe.name != "adamw" and any(sharded for *_, sharded in groups):
+        raise CafeError(f"optimizer.name: {recipe.name} does not go with model.shard; adamw does.")
+    if recipe.name == "adamw":
+        return torch.optim.AdamW(parameters, betas=betas, eps=recipe.epsilon)
+    if recipe.name == "muon":
+        return Muon(parameters, betas=betas, eps=recipe.epsilon)
+    if recipe.name == "adafactor":  # with the learning rate that it is given, not one of its own making
+        return Adafactor(parameters, recipe.learning_rate, scale_parameter=False, relative_step=False)
+    if not find_spec("bitsandbytes"):
+        raise CafeError(f"optimizer.name: {recipe.name} needs the package bitsandbytes: pip install 'cafe-lvlm[4bit]'.")
+    from bitsandbytes import optim
+
+    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    made: torch.optim.Optimizer = kinds[recipe.name](parameters, betas=betas, eps=recipe.epsilon)
+    return made
 
 
 def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from cafe.adapters import Adapter
 from cafe.data.formats import Source
 from cafe.data.loading import MicroBatchSize
 from cafe.data.mixture import Mixture
@@ -26,13 +27,16 @@ class ModelRecipe:
 
     Attributes:
         base: a local directory, a Hub id, or "scenes" for the tiny base model that ships with the package.
-        precision: "fp32", or "bf16" for bfloat16 arithmetic over float32 weights.
+        precision: "fp32", or "bf16" for bfloat16 arithmetic over float32 weights. "fp16" is refused.
+        frozen_weights: the precision in which weights that are not trained are held; "4bit" is for the language
+            model's alone and wants bitsandbytes.
         attention: the attention implementation by transformers' name.
         max_tokens: the longest sequence.
         gradient_checkpointing: compute activations again in the backward pass, to save memory; an alternative to
             small micro-batches.
         shard: spread weights, gradients and optimizer state over the processes (FSDP2); without it each has them all.
         frozen: parts that are not trained.
+        adapter: train LoRA or DoRA matrices in place of the weights themselves.
         vision_cache: a directory that keeps what a frozen vision tower makes of each picture; empty for none.
         share_prefixes: read what branches have in common once, where the family can.
         row_tokens: the tokens wanted in a row of trees; null for as many as the model is wide.
@@ -41,17 +45,36 @@ class ModelRecipe:
     """
 
     base: str
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    frozen_weights: Literal["fp32", "bf16", "4bit"] = "fp32"
     attention: str = "sdpa"
     max_tokens: int = 32768
     gradient_checkpointing: bool = False
     shard: bool = False
     frozen: tuple[PartName, ...] = ()
+    adapter: Adapter | None = None
     vision_cache: str = ""
     share_prefixes: bool = True
     row_tokens: int | None = None
     max_pixels: int | None = None
     grids: tuple[tuple[int, ...], ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.precision == "fp16":
+            raise CafeError(
+                "model.precision: training in float16 needs a scaled loss, which is not done here: use bf16, or fp32 "
+                "where a GPU has no bfloat16."
+            )
+        if self.frozen_weights != "fp32" and self.precision != "bf16":
+            raise CafeError(f"model.frozen_weights: {self.frozen_weights} goes with model.precision: bf16.")
+        if self.frozen_weights == "4bit" and not (self.adapter or "language_model" in self.frozen):
+            raise CafeError("model.frozen_weights: 4bit needs model.adapter, or language_model in model.frozen.")
+        if self.frozen_weights != "fp32" and self.shard:
+            raise CafeError(
+                "model.frozen_weights goes without model.shard, which wants a layer's weights of one precision."
+            )
+        if self.adapter and self.frozen:
+            raise CafeError("model.frozen goes without model.adapter, which freezes every part itself.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +101,11 @@ class ObjectiveRecipe:
     Attributes:
         temperature: of the contrastive loss; the starting value if learned.
         learn_temperature: train it, as CLIP does.
+        symmetric: contrast targets with queries too; MMEB training (VLM2Vec) does not, and takes temperature 0.02.
+        hardness: counts a negative more the more it resembles the match; see `info_nce`. 0 for equal weights.
+        margin: a negative more similar than the match by more than this cosine is left out; null for none.
+        matryoshka: numbers of first dimensions that are contrasted by themselves, beside the whole embedding.
+        matryoshka_weights: of these in the mean loss, in which the whole embedding weighs 1; null for 1 each.
         hard_negatives: use the records' hard negatives.
         mask_duplicates: pairs with the same target are not each other's negatives.
         compat: "published" scales the contrastive gradient by one over the number of processes, as the published code
@@ -88,16 +116,37 @@ class ObjectiveRecipe:
     contrastive_weight: float = 1.0
     temperature: float = 0.05
     learn_temperature: bool = False
+    symmetric: bool = True
+    hardness: float = 0.0
+    margin: float | None = None
+    matryoshka: tuple[int, ...] | None = None
+    matryoshka_weights: tuple[float, ...] | None = None
     hard_negatives: bool = True
     mask_duplicates: bool = True
     compat: Literal["exact", "published"] = "exact"
 
+    def __post_init__(self) -> None:
+        if self.hardness < 0:
+            raise CafeError(f"objective.hardness should be 0 or more, not {self.hardness}.")
+        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka or ()):
+            raise CafeError("objective.matryoshka_weights should have one weight for each of objective.matryoshka.")
+
+    @property
+    def prefixes(self) -> dict[int, float]:
+        """The weight of each number of first dimensions that is contrasted by itself."""
+        dims = self.matryoshka or ()
+        return dict(zip(dims, self.matryoshka_weights or [1.0] * len(dims), strict=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerRecipe:
-    """AdamW and its schedule: warm-up, then a cosine to zero.
+    """The optimizer and its schedule: warm-up, then a cosine to zero.
 
     Attributes:
+        name: "adafactor" keeps one number a row and a column in place of AdamW's two a weight, and leaves `beta1`,
+            `beta2` and `epsilon` aside; "muon" makes the steps of the matrices inside the layers orthogonal, AdamW the
+            others; "..._8bit" keeps AdamW's numbers in 8 bits; "paged_..." moves them to the computer's memory where
+            the GPU's is short. These last want bitsandbytes.
         learning_rate: of the language model and whatever has none of its own.
         vision_tower_learning_rate, projector_learning_rate: of these parts; null takes `learning_rate`.
         warm_up: share of the steps (0 to 1).
@@ -105,6 +154,7 @@ class OptimizerRecipe:
         accumulate: contrastive batches whose gradients are averaged before each step.
     """
 
+    name: Literal["adamw", "adafactor", "muon", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     learning_rate: float = 1e-5
     vision_tower_learning_rate: float | None = 2e-6
     projector_learning_rate: float | None = None

@@ -7,7 +7,7 @@ from cafe.data.formats import open_source
 from cafe.data.loading import UNCUT, Batches, MicroBatch, MicroBatchSize
 from cafe.families import vision_tower_of
 from cafe.model import Cafe
-from cafe.training.optimizer import freeze
+from cafe.training.optimizer import prepare
 from cafe.training.recipe import Recipe
 from cafe.training.step import JointStep
 from cafe.training.vision import VisionCache
@@ -39,10 +39,10 @@ def make_batches(recipe: Recipe, model: Cafe, rank: int, world: int, sharded: bo
 
 
 def make_joint(recipe: Recipe, model: Cafe, blank: MicroBatch | None = None) -> JointStep:
-    """The joint step over a model, with the parts frozen that are not trained."""
-    freeze(model.lvlm, recipe.model.frozen)
+    """The joint step over a model, with what is not trained frozen."""
+    prepare(model.lvlm, recipe.model)
     tower = vision_tower_of(model.lvlm)
     vision = None
-    if tower is not None and "vision_tower" in recipe.model.frozen:
+    if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
         vision = VisionCache(tower, Path(recipe.model.vision_cache) if recipe.model.vision_cache else None)
     return JointStep(model.lvlm.train(), recipe.objective, recipe.model.precision, vision, blank)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from cafe.data.loading import Batch, MicroBatch
+from cafe.errors import CafeError
 from cafe.model import read
-from cafe.objectives import info_nce, next_token_loss, retrieval_accuracy
+from cafe.objectives import matryoshka, next_token_loss, retrieval_accuracy
 from cafe.packing import Pack
 from cafe.training.distributed import everyone, gather, most, norm_of_sum, within_memory, world
 from cafe.training.recipe import ObjectiveRecipe
@@ -87,6 +88,9 @@ class JointStep(nn.Module):
         blank: MicroBatch | None = None,
     ) -> None:
         super().__init__()
+        width = lvlm.config.get_text_config().hidden_size
+        if wrong := [dim for dim in objective.prefixes if not 0 < dim < width]:
+            raise CafeError(f"objective.matryoshka: {wrong[0]} is not a prefix of an embedding of {width} dimensions.")
         self.reading = Reading(lvlm, precision)
         self.objective = objective
         self.vision, self.blank = vision, blank
@@ -179,7 +183,18 @@ class JointStep(nn.Module):
         ids = gather(batch.target_ids.to(vectors.device)) if self.objective.mask_duplicates else None
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
-        loss = info_nce(queries, targets, temperature, negatives, ids)
+        objective = self.objective
+        loss = matryoshka(
+            objective.prefixes,
+            queries,
+            targets,
+            temperature,
+            negatives,
+            target_ids=ids,
+            symmetric=objective.symmetric,
+            hardness=objective.hardness,
+            margin=objective.margin,
+        )
         accuracy = retrieval_accuracy(queries.detach(), targets.detach(), ids) if measure else loss.detach()
         return loss, accuracy
 

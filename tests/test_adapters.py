@@ -1,0 +1,248 @@
+"""Adapters: what is adapted, that packing and the gradient cache stay exact with one, and that it can be merged."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import families
+import numpy as np
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from safetensors.torch import load_file
+from test_families import CONTENTS, Listed, examples, gradient, make, plain_losses
+from transformers import AutoModelForImageTextToText
+
+from cafe.adapters import Adapter, add_adapter, has_adapter, targets
+from cafe.cli import main
+from cafe.data.formats import Source
+from cafe.data.loading import Batches, MicroBatchSize
+from cafe.errors import CafeError
+from cafe.families import part_of
+from cafe.model import Cafe
+from cafe.training.loop import train
+from cafe.training.recipe import DataRecipe, ModelRecipe, ObjectiveRecipe, OptimizerRecipe, Recipe
+from cafe.training.step import JointStep
+
+ALL = ("all",)
+NO_PROJECTOR = {"gemma3", "ovis2"}  # theirs is a parameter by itself, or none
+SOME = ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3", "glm4v"]
+CASES = [(family, False) for family in SOME] + [("llava_onevision", True), ("qwen3_vl", True)]
+
+
+def shake(model: Cafe) -> None:
+    """Gives every matrix of an adapter weights that are felt: a fresh one changes nothing."""
+    torch.manual_seed(1)
+    for name, parameter in model.lvlm.named_parameters():
+        if "lora_" in name:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def everywhere(family: str, **options) -> Adapter:
+    return Adapter(
+        rank=4, language_model=ALL, vision_tower=ALL, projector=None if family in NO_PROJECTOR else ALL, **options
+    )
+
+
+def adapted(family: str, **options) -> Cafe:
+    model = make(family)
+    add_adapter(model.lvlm, everywhere(family, **options))
+    shake(model)
+    return model
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_an_adapter_is_felt_wherever_the_weights_it_stands_beside_are(family):
+    model = adapted(family)
+    named = dict(model.lvlm.double().named_parameters())
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
+    assert trained == {name for name in named if "lora_" in name}
+    parts = {"vision_tower", "language_model", *([] if family in NO_PROJECTOR else ["projector"])}
+    assert {part_of(name, family) for name in trained} == parts
+    model.lvlm.requires_grad_(True)
+    lm, contrastive = plain_losses(model, ObjectiveRecipe())
+    (lm + contrastive).backward()
+    layers = [module for module in model.lvlm.modules() if isinstance(module, BaseTunerLayer)]
+    felt = lambda parameter: parameter.grad is not None and bool(parameter.grad.any())  # noqa: E731
+    for layer in layers:
+        assert felt(layer.lora_A["default"].weight) == felt(layer.lora_B["default"].weight) == felt(layer.weight)
+    assert sum(felt(layer.weight) for layer in layers) >= 0.7 * len(layers)  # some towers' last layers are not used
+
+
+@pytest.mark.parametrize(("family", "dora"), CASES)
+def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family, dora):
+    model = adapted(family, dora=dora)
+    model.lvlm.double()
+    objective = ObjectiveRecipe(lm_weight=0.7, contrastive_weight=1.3, temperature=0.1)
+    lm, contrastive = plain_losses(model, objective)
+    (0.7 * lm + 1.3 * contrastive).backward()
+    expected = gradient(model)
+    assert expected.norm() > 0
+    for size in (MicroBatchSize(), MicroBatchSize(tokens=400)):
+        model.lvlm.zero_grad()
+        batch = Batches([Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size)[0]
+        assert (len(batch.micro_batches) > 1) == (size.tokens is not None)
+        losses = JointStep(model.lvlm, objective).double()(batch)
+        assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-5)
+        assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
+        assert (gradient(model) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
+def test_with_dropout_the_gradient_cache_gives_the_gradient_of_one_graph_that_drew_the_same(family):
+    model = adapted(family, dropout=0.3)
+    model.lvlm.double().train()
+    objective = ObjectiveRecipe(temperature=0.1)
+    size = MicroBatchSize(tokens=400)
+    batch = Batches([Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size)[0]
+    step = JointStep(model.lvlm, objective).double()
+    torch.manual_seed(7)
+    reads = [step.reading(micro_batch.joint) for micro_batch in batch.micro_batches]
+    assert len(reads) > 1
+    vectors = torch.cat([embedded for embedded, _ in reads])
+    slots = torch.cat([micro_batch.slots for micro_batch in batch.micro_batches])
+    contrastive, _ = step.contrast(
+        torch.empty_like(vectors).index_copy(0, slots, vectors), batch, torch.tensor(0.1), False
+    )
+    (contrastive + torch.stack([said for _, said in reads]).sum() / batch.supervised).backward()
+    expected = gradient(model)
+    model.lvlm.zero_grad()
+    torch.manual_seed(7)
+    assert step(batch).contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
+    assert (gradient(model) - expected).norm() <= 1e-6 * expected.norm()
+    model.lvlm.zero_grad()
+    step(batch)  # draws anew
+    assert (gradient(model) - expected).norm() > 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(("family", "dora"), CASES)
+def test_an_adapter_is_saved_by_itself_loaded_with_its_base_and_merged_into_the_same_model(family, dora, tmp_path):
+    make(family).save(tmp_path / "base")
+    model = Cafe.load(tmp_path / "base")
+    contents = list(CONTENTS.values())
+    before = model.embed(contents)
+    add_adapter(model.lvlm, everywhere(family, dora=dora))
+    np.testing.assert_allclose(model.embed(contents), before, atol=1e-5)  # a fresh one changes nothing
+    shake(model)
+    expected = model.embed(contents)
+    assert np.abs(expected - before).max() > 0.01
+    model.save(tmp_path / "adapter", temperature=0.05)
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "cafe.json"} <= files and "config.json" not in files
+
+    again = Cafe.load(tmp_path / "adapter")
+    assert type(again.lvlm) is type(model.lvlm) and again.record["temperature"] == 0.05
+    np.testing.assert_allclose(again.embed(contents), expected, atol=1e-6)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    again.lvlm = theirs.merge_and_unload().eval()
+    np.testing.assert_allclose(again.embed(contents), expected, atol=1e-4)
+
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = Cafe.load(tmp_path / "merged")
+    assert not has_adapter(merged.lvlm) and type(merged.lvlm) is type(model.lvlm)
+    np.testing.assert_allclose(merged.embed(contents), expected, atol=1e-4)
+
+
+@pytest.fixture
+def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
+    return Recipe(
+        output=str(tmp_path / "run"),
+        model=ModelRecipe(
+            base=str(random_base), adapter=Adapter(rank=4, vision_tower=("q_proj", "v_proj"), dropout=0.1)
+        ),
+        data=DataRecipe(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
+        optimizer=OptimizerRecipe(learning_rate=1e-2, vision_tower_learning_rate=None),
+        batch_size=8,
+        steps=3,
+        log_every=1,
+    )
+
+
+def test_a_run_trains_the_adapter_alone_and_says_how_much(recipe, tmp_path):
+    said = []
+    checkpoint = train(recipe, report=said.append)
+    assert "Training vision tower 0." in said[0]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["lm_loss"] < log[0]["lm_loss"]
+    model = Cafe.load(checkpoint)
+    assert has_adapter(model.lvlm) and model.record["recipe"]["model"]["adapter"]["rank"] == 4
+    base = dict(Cafe.load(recipe.model.base).lvlm.named_parameters())
+    for name, parameter in model.lvlm.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, base[name.replace(".base_layer", "")])
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    picture = Image.new("RGB", (64, 64), "red")
+    np.testing.assert_allclose(Cafe.load(tmp_path / "merged").embed([picture]), model.embed([picture]), atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["bf16", "4bit"])
+def test_frozen_weights_may_be_held_in_fewer_bits_and_the_adapter_stays_in_float32(recipe, weights):
+    half = replace(recipe.model, precision="bf16", frozen_weights=weights)
+    checkpoint = train(replace(recipe, model=half, steps=1, batch_size=2), report=lambda line: None)
+    weights_of = load_file(checkpoint / "adapter_model.safetensors")
+    assert weights_of and all(tensor.dtype == torch.float32 for tensor in weights_of.values())
+    vectors = Cafe.load(checkpoint, four_bit=weights == "4bit").embed(["a red circle"])
+    assert np.linalg.norm(vectors) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_four_bit_language_model_is_a_quarter_as_large_and_the_rest_is_as_it_was(random_base):
+    lvlm = Cafe.load(random_base, four_bit=True, dtype=torch.bfloat16).lvlm
+    kinds = {name: parameter.dtype for name, parameter in lvlm.named_parameters()}
+    assert {part_of(name, "llava_onevision") for name, kind in kinds.items() if kind == torch.uint8} == {
+        "language_model"
+    }
+    assert lvlm.lm_head.weight.dtype == torch.bfloat16
+    assert all(type(layer.self_attn.q_proj).__name__ == "Linear4bit" for layer in lvlm.model.language_model.layers)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"language_model": ("q_prj",)},
+            "model.adapter.language_model: no linear layer is called 'q_prj'; there are .*q_proj",
+        ),
+        ({"language_model": None}, "names no layer"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_one_sentence(random_base, change, sentence):
+    with pytest.raises(CafeError, match=sentence):
+        targets(Cafe.load(random_base).lvlm, Adapter(**change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"precision": "fp16"}, "use bf16, or fp32"),
+        ({"frozen_weights": "bf16"}, "goes with model.precision: bf16"),
+        ({"frozen_weights": "bf16", "precision": "bf16", "shard": True}, "goes without model.shard"),
+        ({"frozen_weights": "4bit", "precision": "bf16"}, "4bit needs model.adapter"),
+        ({"adapter": Adapter(), "frozen": ("projector",)}, "freezes every part itself"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(fields, sentence):
+    with pytest.raises(CafeError, match=sentence):
+        ModelRecipe(base="scenes", **fields)
+
+
+def test_a_package_that_is_not_there_is_named(random_base, tmp_path, monkeypatch, capsys):
+    model = Cafe.load(random_base)
+    add_adapter(model.lvlm, Adapter(rank=2))
+    with pytest.raises(CafeError, match="has an adapter already"):
+        add_adapter(model.lvlm, Adapter(rank=2))
+    model.save(tmp_path / "adapter")
+    model = Cafe.load(random_base)
+    monkeypatch.setattr("cafe.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("cafe.families.find_spec", lambda name: None)
+    for act in (lambda: add_adapter(model.lvlm, Adapter()), lambda: Cafe.load(tmp_path / "adapter")):
+        with pytest.raises(CafeError, match="needs the package peft"):
+            act()
+    with pytest.raises(CafeError, match="need the package bitsandbytes"):
+        Cafe.load(random_base, four_bit=True)
+    assert main(["merge", str(random_base), str(tmp_path / "merged")]) == 1
+    assert "has no adapter to merge" in capsys.readouterr().err

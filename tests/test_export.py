@@ -1,0 +1,159 @@
+"""What a checkpoint holds for other software: sentence-transformers reads the same embeddings from it."""
+
+import base64
+import json
+import re
+from dataclasses import asdict, replace
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+
+import families
+import numpy as np
+import pytest
+import yaml
+from huggingface_hub import HfApi
+from sentence_transformers import SentenceTransformer
+from test_families import SMALL, TALL, WIDE, make
+from transformers import AutoProcessor
+
+from cafe.cli import main
+from cafe.content import Content
+from cafe.export import model_card
+from cafe.instructions import Prompts
+from cafe.model import Cafe
+from cafe.processing import load_processor
+
+CONTENTS = ["a red circle", SMALL, {"image": WIDE, "text": "what is left of it?"}, "a blue square to the left", TALL]
+ALONE = {"llava", "llava_next", "idefics3", "gemma3", "aya_vision", "ovis2"}  # their processors need no torchvision
+
+
+FRAMES = [*((family, "closed", "compress") for family in families.FAMILIES), ("llava", "open", "compress")]
+
+
+@pytest.mark.parametrize(("family", "frame", "mode"), [*FRAMES, ("qwen2_5_vl", "open", "multimodal")])
+def test_sentence_transformers_gives_our_embeddings_of_text_image_and_both(family, frame, mode, tmp_path, monkeypatch):
+    model = make(family)
+    model.processing.prompts = replace(model.processing.prompts, frame=frame, mode=mode)
+    model.save(tmp_path / "saved")
+    expected = Cafe.load(tmp_path / "saved").embed(CONTENTS)
+    if family not in ALONE:  # without torchvision the processor cannot be read as it is; the files are the same
+        monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda path, **options: load_processor(str(path)))
+    theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
+    for found in (theirs.encode(CONTENTS), np.stack([theirs.encode(content) for content in CONTENTS])):
+        np.testing.assert_allclose((found * expected).sum(1), 1, atol=1e-4)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_the_embedding_template_stands_by_itself_and_takes_what_servers_send(tmp_path):
+    model = make("qwen2_5_vl")
+    model.save(tmp_path / "saved")
+    template = (tmp_path / "saved" / "embedding_template.jinja").read_text()
+    processor = model.processing.processor
+    for content in ("a red circle", [{"type": "text", "text": "a red circle"}]):
+        messages = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, chat_template=template, tokenize=False)
+        ids = processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        assert ids == model.encode_embedding(Content.of("a red circle")).input_ids.tolist()
+    # And conversations go on by the family's own template.
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == processor.chat_template
+
+
+RECORD = {
+    "prompts": asdict(Prompts()),
+    "temperature": 0.05,
+    "steps": 12,
+    "versions": {"torch": "2.13.0"},
+    "recipe": {
+        "model": {"base": "owner/base-model"},
+        "data": {"sources": [{"path": "captions.json"}]},
+        "objective": {"matryoshka": [64, 128]},
+    },
+}
+
+
+def test_the_model_card_shows_results_data_and_recipe():
+    card = model_card(RECORD, {"retrieval/image_to_text/R@1": 61.25})
+    _, about, text = card.split("---\n", 2)
+    assert yaml.safe_load(about)["base_model"] == "owner/base-model"
+    assert "| retrieval/image_to_text/R@1 | 61.250 |" in text and "- `captions.json`" in text
+    assert "first 64, 128 dimensions" in text and "Compress this image in one word:" in text
+    shown = [yaml.safe_load(block) for block in re.findall("```yaml\n(.*?)\n```", text, re.S)]
+    assert shown == [{name: RECORD[name] for name in ("steps", "temperature", "versions")}, RECORD["recipe"]]
+    bare = model_card({"prompts": asdict(Prompts())}, adapter=True)
+    assert "`cafe evaluate` measures" in bare and "library_name: peft" in bare and "base_model" not in bare
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as an upload needs: every file goes into its commit as it is."""
+
+    def do_POST(self) -> None:
+        """Answers, and keeps what was committed."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if "/commit/" in self.path:
+            for line in body.splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    self.server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            said = {
+                "commitUrl": "https://huggingface.co/owner/name/commit/1",
+                "commitOid": "1" * 40,
+                "pullRequestUrl": None,
+            }
+        elif "/preupload/" in self.path:
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            said = {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+        elif self.path != "/api/repos/create":  # the card's head is sent to be checked
+            said = {"errors": [], "warnings": []}
+        else:
+            self.server.made = json.loads(body)
+            said = {"url": f"{self.server.url}/owner/name", "name": "owner/name", "id": "1"}
+        answer = json.dumps(said).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *words) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.url = {}, f"http://127.0.0.1:{server.server_address[1]}"
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr("cafe.export.HfApi", partial(HfApi, endpoint=server.url, token="hf_test"))
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_push_uploads_every_file_and_a_card_with_results_through_the_hubs_own_client(hub, tmp_path, capsys):
+    checkpoint, results = tmp_path / "run" / "checkpoint", tmp_path / "results"
+    checkpoint.mkdir(parents=True)
+    results.mkdir()
+    (checkpoint / "cafe.json").write_text(json.dumps(RECORD))
+    (checkpoint / "README.md").write_text("without results")
+    (checkpoint / "model.safetensors").write_bytes(bytes(1000))
+    (results / "results.json").write_text('{"captions/exact": 90.0}')
+    assert main(["push", str(tmp_path / "run"), "owner/name", "--results", str(results)]) == 0
+    assert hub.url in capsys.readouterr().out
+    assert hub.made["name"] == "name" and hub.made["visibility"] == "private"
+    assert set(hub.files) == {"cafe.json", "README.md", "model.safetensors"}
+    assert hub.files["model.safetensors"] == bytes(1000)
+    assert "| captions/exact | 90.000 |" in hub.files["README.md"].decode()
+
+
+def test_what_cannot_be_pushed_is_one_sentence(hub, tmp_path, capsys):
+    (tmp_path / "cafe.json").write_text(json.dumps(RECORD))
+    wrong = [
+        (["push", str(tmp_path / "no"), "owner/name"], "is no checkpoint of cafe"),
+        (["push", str(tmp_path), "owner/name", "--results", str(tmp_path)], "has no results.json"),
+        (["push", str(tmp_path), "owner/name/more"], "cannot be pushed to owner/name/more"),
+    ]
+    for arguments, sentence in wrong:
+        assert main(arguments) == 1
+        said = capsys.readouterr().err
+        assert sentence in said and said.count("\n") == 1
