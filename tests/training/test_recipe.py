@@ -6,11 +6,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration, Qwen2Config, SiglipVisionConfig
+from transformers import (
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PreTrainedConfig,
+    Qwen2Config,
+    SiglipVisionConfig,
+)
 
+from cafe.adapters import Adapter
 from cafe.errors import CafeError
+from cafe.training.geometry import config_of, empty_model
 from cafe.training.loop import resolve_base
-from cafe.training.optimizer import describe
+from cafe.training.optimizer import describe, prepare
 from cafe.training.recipe import read_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -81,10 +89,26 @@ def parameters(of: Geometry) -> dict[str, int]:
     }
 
 
+def adapter_size(adapter: Adapter, config: PreTrainedConfig) -> int:
+    """Numbers in the two matrices beside each of a language model's: rank times its rows and columns."""
+    text = config.get_text_config()
+    width, inner = text.hidden_size, text.intermediate_size
+    head = getattr(text, "head_dim", None) or width // text.num_attention_heads
+    queries, keys = head * text.num_attention_heads, head * text.num_key_value_heads
+    sides = 2 * (width + queries) + 2 * (width + keys) + 3 * (width + inner)
+    return text.num_hidden_layers * adapter.rank * sides
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_every_recipe_builds_and_reports_what_it_would_train(path):
     recipe = read_recipe(path)
     assert recipe.data.sources
+    if recipe.model.adapter:
+        model = empty_model(config_of(recipe.model.base))
+        prepare(model, recipe.model)
+        found = re.search(r"language model ([0-9.]+)M", describe(model))
+        assert float(found[1]) == pytest.approx(adapter_size(recipe.model.adapter, model.config) / 1e6, abs=0.01)
+        return
     if recipe.model.base not in HUB:
         model = LlavaOnevisionForConditionalGeneration.from_pretrained(resolve_base(recipe.model.base))
         assert sum(parameter.numel() for parameter in model.parameters()) <= 3e6

@@ -20,7 +20,7 @@ from cafe.objectives import TILE
 from cafe.training.distributed import BUCKET
 from cafe.training.geometry import config_of, empty_model
 from cafe.training.loop import resolve_base
-from cafe.training.optimizer import freeze
+from cafe.training.optimizer import prepare
 from cafe.training.recipe import Recipe
 from cafe.training.sharding import layers_of
 
@@ -46,6 +46,7 @@ HARDWARE = (
     Hardware("RTX 3090", 71e12, 24e9, "NVIDIA GA102 architecture whitepaper"),
 )
 RESERVED = 1.5 * GIB  # bytes of a GPU that are kept for CUDA and for what the allocator cannot use
+NF4 = 4.127 / 8  # bytes a weight with its scales, quantised themselves (QLoRA, arXiv 2305.14314, section 3)
 PAIRS = 100_000  # of a run whose recipe does not say
 MFU = 0.35  # of the peak FLOPs that are used, assumed: not measured on any of these
 
@@ -395,7 +396,12 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
     patches, tokens = load.largest * load.crops * load.patches, load.largest * load.tokens
     looks = sizes.parts["vision_tower"].trained > 0
     gradients = 4 * sizes.trained * part
-    always = {"weights": 4 * sizes.parameters * part, "optimizer state": 2 * gradients}
+    language = sizes.parts["language_model"]
+    held = recipe.model.frozen_weights
+    frozen = (4.0 if held == "fp32" else 2.0) * (sizes.parameters - sizes.trained)
+    if held == "4bit":
+        frozen -= (2.0 - NF4) * (language.matrices - language.trained_matrices)
+    always = {"weights": (4 * sizes.trained + frozen) * part, "optimizer state": 2 * gradients}
     if shard:  # beside the layers: whole weights and gradients; of the layers, two at a time
         always["gathered weights"] = 8 * (sizes.parameters - sizes.layered) + 2 * sizes.layer * (2 if bf16 else 4)
 
@@ -408,7 +414,7 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
         tokens * sizes.language.width + looks * patches * sizes.tower.width
     )  # what is before and behind layers
     if bf16 and not checkpointed:  # autocast's copies of the matrices
-        kept += 2 * sum(each.matrices for each in sizes.parts.values())
+        kept += 2 * sum(each.matrices if held == "fp32" else each.trained_matrices for each in sizes.parts.values())
 
     # What is there for a moment.
     tile = min(8 * TILE, load.largest * load.labels * sizes.vocabulary)
@@ -442,7 +448,7 @@ def plan(recipe: Recipe, gpus: int = 1, data: Data | None = None, pairs: int | N
     """
     data = data or Data()
     lvlm = empty_model(config_of(resolve_base(recipe.model.base)))
-    freeze(lvlm, recipe.model.frozen)
+    prepare(lvlm, recipe.model)
     sizes, load = measure(lvlm), load_of(recipe, lvlm, data, gpus)
     batch = recipe.batch_size * gpus
     if recipe.steps:
