@@ -93,7 +93,7 @@ def test_every_option_of_the_contrastive_loss_gives_the_same_gradient_however_th
     options = ObjectiveRecipe(
         lm_weight=0.0, temperature=0.1, symmetric=False, hardness=2.0, margin=0.3, matryoshka=(16, 64)
     )
-    order = batches(model, scenes).order(0)[:PAIRS]
+    order = batches(model, scenes).order(0).records[:PAIRS]
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     examples = [encode(source.example(place, Random(f"0 0 {place}")), model.processing) for place in order]
 
