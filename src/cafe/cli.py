@@ -96,6 +96,7 @@ def parser() -> argparse.ArgumentParser:
     ablate.add_argument("recipe", type=Path)
     ablate.add_argument("overrides", nargs="*", metavar="key=value")
     ablate.add_argument("--seeds", type=int, default=3)
+    ablate.add_argument("--suite", default="", help="names with commas between, or all; the usual ones if not given")
     ablate.set_defaults(run=_ablate)
 
     data = commands.add_parser("data", help="look at data").add_subparsers(required=True, metavar="COMMAND")
@@ -220,7 +221,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise CafeError("cafe evaluate takes a checkpoint and --data with the folder of evaluation files, or --list.")
     if not options.data.is_dir():
         raise CafeError(f"The folder of evaluation files {options.data} does not exist.")
-    suites = [name.strip() for name in options.suite.split(",") if name.strip()]
+    suites = _names(options.suite)
     choose(options.data, suites)  # before the model is loaded
 
     from accelerate import Accelerator
@@ -249,6 +250,10 @@ def _evaluate(options: argparse.Namespace) -> None:
         print(f"Written to {output}")
     processes.wait_for_everyone()
     processes.end_training()
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _bench_modes(options: argparse.Namespace) -> None:
@@ -295,7 +300,7 @@ def _ablate(options: argparse.Namespace) -> None:
     from cafe.evaluation.ablation import ablate
     from cafe.training.recipe import read_recipe
 
-    ablate(read_recipe(options.recipe, options.overrides), options.seeds)
+    ablate(read_recipe(options.recipe, options.overrides), options.seeds, _names(options.suite))
 
 
 def _data_check(options: argparse.Namespace) -> None:
@@ -377,6 +382,8 @@ def _scenes_train_base(options: argparse.Namespace) -> None:
 def _quickstart(options: argparse.Namespace) -> None:
     """Everything once: write the scenes, measure the base, train, measure again, report."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    from dataclasses import replace
+
     from cafe.evaluation.evaluate import evaluate, write
     from cafe.evaluation.report import ReportRun, write_report
     from cafe.model import Cafe
@@ -386,19 +393,17 @@ def _quickstart(options: argparse.Namespace) -> None:
 
     directory: Path = options.directory
     data = directory / "scenes"
-    recipe = read_recipe(
-        options.recipe,
-        [
-            f"output={directory / 'run'}",
-            f"data.sources=[{{path: {data / 'llava_train.json'}, format: llava}}]",
-            f"evaluation.data={data}",
-        ],
-    )
+    recipe = read_recipe(options.recipe, [f"output={directory / 'run'}", f"evaluation.data={data}"])
+    sources = tuple(replace(source, path=str(data / Path(source.path).name)) for source in recipe.data.sources)
+    recipe = replace(recipe, data=replace(recipe.data, sources=sources))
     if not (data / "llava_train.json").is_file():
         write_scenes(data)
-    write(evaluate(Cafe.load(resolve_base(recipe.model.base)), data), directory / "before")
-    checkpoint = train(recipe)
-    write(evaluate(Cafe.load(checkpoint), data), directory / "after")
+
+    def measure(checkpoint: str | Path, place: Path) -> None:
+        write(evaluate(Cafe.load(checkpoint), data, keep=place / "kept", progress=True), place)
+
+    measure(resolve_base(recipe.model.base), directory / "before")
+    measure(train(recipe), directory / "after")
     runs = [
         ReportRun("base", directory / "before", None),
         ReportRun("joint", directory / "after", directory / "run" / "log.jsonl"),

@@ -8,7 +8,6 @@ import copy
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -34,6 +33,7 @@ from transformers import (
 
 from cafe.adapters import adapter_of, has_adapter, load_adapter
 from cafe.content import Content, Dialogue, Turn
+from cafe.disk import aside, place
 from cafe.errors import CafeError
 from cafe.export import model_card, write_sentence_transformers
 from cafe.families import four_bit_options, may_share, positions_of
@@ -118,7 +118,7 @@ class Cafe:
             record: goes into the checkpoint's record.
         """
         path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
+        partial = aside(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         self.lvlm.save_pretrained(partial, state_dict=weights)
@@ -129,14 +129,7 @@ class Cafe:
             write_sentence_transformers(partial, self.processing, self.lvlm.config.get_text_config().hidden_size)
         (partial / "README.md").write_text(model_card(self.record, adapter=has_adapter(self.lvlm)))
         (partial / RECORD).write_text(json.dumps(self.record, indent=2) + "\n")
-        if path.exists():
-            old = path.with_name(f".{path.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(path, old)
-            os.replace(partial, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(partial, path)
+        place(partial, path)
 
     def fingerprint(self) -> str:
         """A digest of what decides the answers: weights, precision, device, prompts and image processing."""

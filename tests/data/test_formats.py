@@ -37,6 +37,17 @@ def test_a_llava_record_pairs_its_image_with_the_first_answer(tmp_path, name):
     assert "record 0 (id 7)" in example.source
 
 
+def test_a_source_that_is_not_contrasted_gives_dialogues_alone(tmp_path):
+    row = {"image": "p.png", "conversations": turns("<image>\nIs it a cat?", "yes")}
+    write(tmp_path / "a.json", [row])
+    example = open_source(Source(path=str(tmp_path / "a.json"), contrast=False)).example(0, Random(0))
+    assert example.pair is None and example.dialogue.turns[1].content.text == "yes"
+    pairs = tmp_path / "pairs.json"
+    pairs.write_text(json.dumps([{"query": "cat", "positive": "a cat"}]))
+    with pytest.raises(CafeError, match="there is no dialogue"):
+        open_source(Source(path=str(pairs), format="pairs", contrast=False)).example(0, Random(0))
+
+
 def test_several_images_stand_where_their_tokens_do(tmp_path):
     row = {"image": ["a.png", "b.png"], "conversations": turns("from <image> to <image>?", "yes")}
     parts = write(tmp_path / "a.json", [row]).example(0, Random(0)).dialogue.turns[0].content.parts

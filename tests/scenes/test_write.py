@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from test_words import solve
 
 from cafe.data.formats import Source, open_source
 from cafe.scenes.words import CAPTION_PROMPT, PARAGRAPH_PROMPT, QUESTION_KINDS, captions
@@ -74,13 +75,24 @@ def test_llava(world: Path) -> None:
         assert set(row) == {"id", "image", "conversations", "negatives"}
         scene, said = SCENES[row["image"]], row["conversations"]
         assert row["id"] == scene.name and scene.split == "train"
-        assert [turn["from"] for turn in said] == ["human", "gpt"] * 3
+        assert [turn["from"] for turn in said] == ["human", "gpt"]
         long = index % 10 == 9
         assert said[0]["value"] == "<image>\n" + (PARAGRAPH_PROMPT if long else CAPTION_PROMPT)
         assert said[1]["value"].startswith("The picture shows") if long else true_of(scene, said[1]["value"])
-        assert not any("<image>" in turn["value"] for turn in said[1:])
-        assert len({turn["value"] for turn in said[2::2]}) == 2
         assert row["negatives"] and not any(true_of(scene, text) for text in row["negatives"])
+
+
+def test_questions_to_train_on(world: Path) -> None:
+    rows = json.loads((world / "vqa_train.json").read_text())
+    assert len(rows) == TRAIN
+    for row in rows:
+        said = [turn["value"] for turn in row["conversations"]]
+        assert SCENES[row["image"]].split == "train"
+        assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * 3
+        assert said[0].startswith("<image>\n") and not any("<image>" in text for text in said[1:])
+        assert len(set(said[::2])) == 3
+        for asked, answered in zip(said[::2], said[1::2], strict=True):
+            assert solve(SCENES[row["image"]].things, asked.removeprefix("<image>\n")) == answered
 
 
 def test_karpathy(world: Path) -> None:
@@ -102,6 +114,7 @@ def test_karpathy(world: Path) -> None:
     ("source", "count"),
     [
         (Source(path="llava_train.json"), TRAIN),
+        (Source(path="vqa_train.json"), TRAIN),
         (Source(path="dataset_scenes.json", format="karpathy"), TRAIN),
         (Source(path="dataset_scenes.json", format="karpathy", split="test"), TEST),
     ],

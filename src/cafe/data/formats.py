@@ -73,6 +73,10 @@ class Records:
             if isinstance(row, dict):
                 name += next((f" (id {row[key]})" for key in ("id", "__key__") if key in row), "")
             pair, dialogue = FORMATS[self.source.format](row, self.source, rng)
+            if not self.source.contrast:
+                pair = None
+                if dialogue is None:
+                    raise CafeError("there is no dialogue, and the source's pairs are not taken (contrast: false).")
         except CafeError as error:
             raise CafeError(f"{name}: {error}") from None
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:

@@ -46,6 +46,8 @@ class Source:
             alone, is what the assistant answers; "" adds nothing; null makes no dialogue.
         frames: the most pictures taken of one list or folder of pictures, evenly spaced: frames of a video; null for
             all.
+        contrast: take the pairs of its records; false reads dialogues alone, as of instruction data whose answers
+            ("yes") are no captions.
         weight: how often the source is drawn, beside its share by size.
         window: parquet row groups or tar files that are read and shuffled together.
     """
@@ -58,6 +60,7 @@ class Source:
     columns: Columns = field(default_factory=Columns)
     ask: str | None = None
     frames: int | None = None
+    contrast: bool = True
     weight: float = 1.0
     window: int = 8
 

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,10 @@ SHOWN = (
 )
 
 
-def ablate(recipe: Recipe, seeds: int) -> str:
+def ablate(recipe: Recipe, seeds: int, suites: Sequence[str] = ()) -> str:
     """Trains and measures every arm for every seed, prints the table and writes it to `ablation.json`; returns it.
 
-    Runs that are already measured are not run again.
+    What was trained or measured before is not done again.
 
     Raises:
         CafeError: the recipe names no evaluation data.
@@ -39,27 +40,23 @@ def ablate(recipe: Recipe, seeds: int) -> str:
     if not recipe.evaluation.data:
         raise CafeError("An ablation needs evaluation.data in its recipe.")
     data, output = Path(recipe.evaluation.data), Path(recipe.output)
-    measured: dict[str, list[dict[str, float]]] = {
-        "base": [_measure(resolve_base(recipe.model.base), data, output / "base")]
-    }
+
+    def measure(checkpoint: str | Path, place: Path) -> dict[str, float]:
+        model = Cafe.load(checkpoint)
+        evaluation = evaluate(model, data, suites=suites, keep=place / "kept", progress=True)
+        write(evaluation, place)
+        return evaluation.results
+
+    measured = {"base": [measure(resolve_base(recipe.model.base), output / "base")]}
     for arm, weights in ARMS.items():
         for seed in range(seeds):
             place = output / f"{arm}-{seed}"
             run = replace(recipe, output=str(place), seed=seed, objective=replace(recipe.objective, **weights))
-            if not (place / "results.json").is_file():
-                train(run)
-            measured.setdefault(arm, []).append(_measure(str(place / "checkpoint"), data, place))
+            measured.setdefault(arm, []).append(measure(train(run), place))
     table = _table(measured)
     (output / "ablation.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(table)
     return table
-
-
-def _measure(checkpoint: str, data: Path, place: Path) -> dict[str, float]:
-    if not (place / "results.json").is_file():
-        write(evaluate(Cafe.load(checkpoint), data), place)
-    results: dict[str, float] = json.loads((place / "results.json").read_text())
-    return results
 
 
 def _table(measured: dict[str, list[dict[str, float]]]) -> str:

@@ -1,7 +1,6 @@
 """Measures a model on a folder of evaluation files: the suites that are asked for, or all whose files are there."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from cafe.disk import write_text
 from cafe.errors import CafeError
 from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import Evaluation, Suite
@@ -111,15 +111,15 @@ def write(evaluation: Evaluation, directory: Path) -> None:
     for part, rows in evaluation.outputs.items():
         path = directory / "outputs" / f"{part.replace('/', '_')}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        _replace(path, "".join(json.dumps(row) + "\n" for row in rows))
+        write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     for name, value in evaluation.files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        _replace(directory / name, json.dumps(value, indent=2) + "\n")
-    _replace(directory / "samples.json", json.dumps(evaluation.samples) + "\n")
+        write_text(directory / name, json.dumps(value, indent=2) + "\n")
+    write_text(directory / "samples.json", json.dumps(evaluation.samples) + "\n")
     np.savez_compressed(directory / "embeddings.npz", **evaluation.embeddings)  # type: ignore[arg-type]
-    _replace(directory / "means.json", json.dumps(evaluation.means, indent=2) + "\n")
-    _replace(about, json.dumps(evaluation.about, indent=2) + "\n")
-    _replace(directory / "results.json", json.dumps(evaluation.results, indent=2) + "\n")
+    write_text(directory / "means.json", json.dumps(evaluation.means, indent=2) + "\n")
+    write_text(about, json.dumps(evaluation.about, indent=2) + "\n")
+    write_text(directory / "results.json", json.dumps(evaluation.results, indent=2) + "\n")
 
 
 def _beside(evaluation: Evaluation, directory: Path) -> Evaluation:
@@ -135,10 +135,3 @@ def _beside(evaluation: Evaluation, directory: Path) -> Evaluation:
         evaluation.files,
         means=json.loads((directory / "means.json").read_text()) | evaluation.means,
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file: complete or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)

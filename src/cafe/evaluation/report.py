@@ -49,10 +49,13 @@ CURVES = {
     "lr": "Learning rate",
 }
 LOWER_IS_BETTER = (
-    *("modality_gap", "separability", "alignment", "uniformity", "hubness_images", "hubness_texts"),
+    *("modality_gap", "separability", "alignment", "uniformity"),
     *("hallucinated", "neither", "median_rank", "mean_rank", "CHAIR_i", "CHAIR_s"),
 )
-NO_DIRECTION = ("yes_ratio", "matched_similarity", "mismatched_similarity", "mentions", "split", "datasets")
+NO_DIRECTION = (
+    *("hubness_images", "hubness_texts", "matched_similarity", "mismatched_similarity"),
+    *("yes_ratio", "mentions", "split", "datasets"),
+)
 MAPPED = 300  # embeddings of each side on the map
 
 IMAGE_COLOR, TEXT_COLOR, FADED_COLOR = "#2a78d6", "#eb6834", "#8a8f98"

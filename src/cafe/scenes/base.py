@@ -52,7 +52,9 @@ VOCABULARY = 640
 CROP = SIDE // 2  # pixels; a picture is read as a thumbnail and four crops, as anyres has it: each place is a crop
 PATCH = 16  # pixels
 WIDTH = 160
-ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.015, 0.35  # of the steps: the easy lessons come first
+ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.015, 0.2  # of the steps: the easy lessons come first
+PARAGRAPHS = 0.1  # of the descriptions
+HARD = ("presence", "color", "place")  # the kinds of question that are learned last
 
 
 def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
@@ -138,22 +140,22 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
 
 
 def lessons(scene: Scene, kind: str, rng: Random) -> list[Dialogue]:
-    """Dialogues about a scene: a caption (of any form, or by place), a paragraph, or up to six questions.
+    """Dialogues about a scene: a caption (by place, or of any form, or a paragraph), or up to eight questions.
 
     Each is a dialogue of its own, so that no answer can be copied from what was said before.
     """
     picture = paint(scene)
     if kind == "by place":
         spoken = [(CAPTION_PROMPT, caption_by_place(in_reading_order(scene.things)))]
+    elif kind == "caption" and rng.random() < PARAGRAPHS:
+        spoken = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
     elif kind == "caption":
         spoken = [(CAPTION_PROMPT, caption(scene.things, rng))]
-    elif kind == "paragraph":
-        spoken = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
     else:
-        # Where something is and whether it is there are the slowest to learn: those are asked twice.
+        # To find the one thing that is named takes longest to learn: what asks for it is asked twice.
         first, second = questions(scene, rng), questions(scene, rng)
-        hard = [question for question in (*first, *second) if question.kind in ("presence", "place")]
-        easy = [question for question in first if question.kind not in ("presence", "place")]
+        hard = [question for question in (*first, *second) if question.kind in HARD]
+        easy = [question for question in first if question.kind not in HARD]
         chosen = dict.fromkeys([*hard, *rng.sample(easy, 2)])
         spoken = [(question.text, question.answer) for question in chosen]
     return [
@@ -176,12 +178,13 @@ def corpus(seed: int, count: int) -> Iterator[str]:
         yield from (CAPTION_PROMPT, PARAGRAPH_PROMPT, "system\n", "user\n", "assistant\n")
 
 
-class Lessons(Dataset[Pack]):
-    """Packs of lessons, no scene twice; pack number n is the same for the same seed, whoever makes it.
+class Lessons(Dataset[dict[str, Pack]]):
+    """What each step reads, by kind of lesson, no scene twice; the same for the same seed, whoever makes it.
 
-    A pack holds lessons of one kind, and each picture once, with all that is said about it behind it. The first are
-    captions that name each place before what stands there: what to look at is told, only how to look is to be learned.
-    After a few with one thing, their pictures are full, since each thing is one more to learn from.
+    Each picture is there once, with all that is said about it behind it. The first lessons are captions that name each
+    place before what stands there: what to look at is told, only how to look is to be learned. After a few with one
+    thing, their pictures are full, since each thing is one more to learn from. Then half of the scenes are described
+    and half are asked about.
     """
 
     def __init__(self, processing: Processing, seed: int, steps: int, batch: int) -> None:
@@ -191,26 +194,28 @@ class Lessons(Dataset[Pack]):
     def __len__(self) -> int:
         return self.steps
 
-    def kind(self, step: int) -> str:
-        """What kind of lessons a pack holds."""
+    def __getitem__(self, step: int) -> dict[str, Pack]:
+        first = step * self.batch
+        scenes = range(first, first + self.batch)
         if step < BY_PLACE_UNTIL * self.steps:
-            return "by place"
-        kinds, shares = ("caption", "questions", "paragraph"), (0.4, 0.55, 0.05)
-        return Random(f"kind {self.seed} {step}").choices(kinds, shares)[0]
+            things = 1 if step < ONE_THING_UNTIL * self.steps else 4
+            return {"by place": self._pack(scenes, "by place", things, things)}
+        half = first + self.batch // 2
+        return {
+            "caption": self._pack(range(first, half), "caption"),
+            "questions": self._pack(range(half, scenes.stop), "questions"),
+        }
 
-    def _encode(self, index: int, kind: str, least: int, most: int) -> list[Branch]:
-        scene = draw_scene(self.seed, "train", index, most, least)
+    def _pack(self, indices: range, kind: str, least: int = 1, most: int = 4) -> Pack:
+        rows = [self._encode(draw_scene(self.seed, "train", index, most, least), kind) for index in indices]
+        return pack([[]] * len(rows), rows, self.packing)
+
+    def _encode(self, scene: Scene, kind: str) -> list[Branch]:
         pictures = self.processing.pictures([paint(scene)])
         return [
             self.processing.encode_dialogue(dialogue_messages(dialogue, self.processing.prompts), pictures)
             for dialogue in lessons(scene, kind, Random(f"lesson {scene.name}"))
         ]
-
-    def __getitem__(self, step: int) -> Pack:
-        kind, first = self.kind(step), step * self.batch
-        least, most = (1, 1) if step < ONE_THING_UNTIL * self.steps else (4, 4) if kind == "by place" else (1, 4)
-        rows = [self._encode(index, kind, least, most) for index in range(first, first + self.batch)]
-        return pack([[]] * len(rows), rows, self.packing)
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> Muon:
@@ -233,7 +238,7 @@ def _schedule(steps: int) -> Callable[[int], float]:
 def train_base(
     directory: Path,
     seed: int = 0,
-    steps: int = 2500,
+    steps: int = 2250,
     batch: int = 48,
     learning_rate: float = 1e-3,
     workers: int = 1,
@@ -250,23 +255,23 @@ def train_base(
     )
     optimizer = make_optimizer(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
-    lessons_ahead = Lessons(processing, seed, steps, batch)
-    packs = iter(DataLoader(lessons_ahead, batch_size=None, num_workers=workers))
+    ahead = iter(DataLoader(Lessons(processing, seed, steps, batch), batch_size=None, num_workers=workers))
     history: dict[str, list[float]] = {}
     started = time.monotonic()
     progress = tqdm(range(steps), desc="base", unit="step", mininterval=5)
     for step in progress:
-        lesson = next(packs)
-        _, hidden = read(model, lesson)
-        loss = next_token_loss(hidden, lesson.labels.to(device), model.lm_head.weight) / len(lesson.labels)
+        packs = next(ahead)
         model.zero_grad()
-        loss.backward()
+        for kind, lesson in packs.items():
+            _, hidden = read(model, lesson)
+            loss = next_token_loss(hidden, lesson.labels.to(device), model.lm_head.weight) / len(lesson.labels)
+            (loss / len(packs)).backward()
+            history.setdefault(kind, []).append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        history.setdefault(lessons_ahead.kind(step), []).append(loss.item())
         if step % 25 == 24:
-            progress.set_postfix({kind: f"{fmean(losses[-10:]):.4f}" for kind, losses in history.items()})
+            progress.set_postfix({kind: f"{fmean(losses[-25:]):.4f}" for kind, losses in history.items()})
     directory.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(directory)
     processing.save(directory)

@@ -55,7 +55,7 @@ def _template_there_is(things: tuple[Thing, ...]) -> str:
     return "there is " + _join([f"{_full(thing)} in the {thing.place}" for thing in things]) + "."
 
 
-_IN_READING_ORDER = 0.75  # of the captions
+_IN_READING_ORDER = 0.9  # of the captions
 _CAPTION_TEMPLATES = (_template_at, caption_by_place, _template_there_is)
 
 

@@ -48,6 +48,7 @@ def write_scenes(
         for scene in tqdm(scenes, desc=f"{split} pictures", unit="picture"):
             paint(scene).save(directory / _image(scene))
     _json(directory / "llava_train.json", [_llava(index, scene) for index, scene in enumerate(splits["train"])])
+    _json(directory / "vqa_train.json", [_llava_questions(scene) for scene in splits["train"]])
     _json(directory / "dataset_scenes.json", _karpathy([*splits["train"], *splits["test"]]))
     _json_lines(directory / "captions_test.jsonl", (_caption(n, scene) for n, scene in enumerate(splits["test"])))
     _json_lines(directory / "paragraphs_test.jsonl", map(_paragraph, splits["test"]))
@@ -81,25 +82,35 @@ def _json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _llava(index: int, scene: Scene) -> dict[str, Any]:
-    """A caption (every tenth time a paragraph) and two questions; false captions as hard negatives."""
+    """A caption, every tenth time a paragraph; false captions as hard negatives."""
     rng = Random(f"llava {scene.name}")
     long = index % 10 == 9
-    spoken = [
-        (PARAGRAPH_PROMPT, paragraph(scene, rng)) if long else (CAPTION_PROMPT, caption(scene.things, rng)),
-        *((question.text, question.answer) for question in rng.sample(questions(scene, rng), 2)),
-    ]
+    said = (PARAGRAPH_PROMPT, paragraph(scene, rng)) if long else (CAPTION_PROMPT, caption(scene.things, rng))
+    negatives = [caption(things, rng) for things in hard_negatives(scene.things, rng).values()]
+    return {"id": scene.name, "image": _image(scene), "conversations": _turns([said]), "negatives": negatives}
+
+
+def _llava_questions(scene: Scene) -> dict[str, Any]:
+    """Three questions, as instruction data has them: nothing said before holds the answer."""
+    rng = Random(f"llava questions {scene.name}")
+    spoken = [(question.text, question.answer) for question in rng.sample(questions(scene, rng), 3)]
+    return {"id": scene.name, "image": _image(scene), "conversations": _turns(spoken)}
+
+
+def _turns(spoken: list[tuple[str, str]]) -> list[dict[str, str]]:
     conversations = []
     for turn, (asked, answered) in enumerate(spoken):
         conversations.append({"from": "human", "value": ("<image>\n" if turn == 0 else "") + asked})
         conversations.append({"from": "gpt", "value": answered})
-    negatives = [caption(things, rng) for things in hard_negatives(scene.things, rng).values()]
-    return {"id": scene.name, "image": _image(scene), "conversations": conversations, "negatives": negatives}
+    return conversations
 
 
 def _karpathy(scenes: list[Scene]) -> dict[str, Any]:
     images = []
     for number, scene in enumerate(scenes):
-        said = Random(f"karpathy {scene.name}").sample(captions(scene.things), 2)
+        rng, said = Random(f"karpathy {scene.name}"), dict[str, None]()
+        while len(said) < 2:
+            said[caption(scene.things, rng)] = None
         sentences = [
             {"raw": text, "tokens": text.strip(".").replace(",", "").replace(":", "").split()} for text in said
         ]

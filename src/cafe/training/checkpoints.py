@@ -11,7 +11,6 @@ manifest, or with a file whose hash is not the manifest's, is damaged: it is nam
 import errno
 import hashlib
 import json
-import os
 import random
 import shutil
 import warnings
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cafe.data.loading import MicroBatchSize
+from cafe.disk import place
 from cafe.errors import CafeError
 from cafe.training.distributed import every_ones, first_ones, rank, world
 
@@ -191,27 +191,6 @@ def damage(saved: Path) -> str | None:
         if _digest(saved / name) != digest:
             return f"{name} is not what was written"
     return None
-
-
-def place(partial: Path, path: Path) -> None:
-    """Makes a directory that is written appear under its name, once it is on the disk."""
-    for file in [*partial.rglob("*"), partial]:
-        _sync(file)
-    old = path.with_name(f".{path.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
-        os.replace(path, old)
-    os.replace(partial, path)
-    _sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _digest(file: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from cafe.disk import write_text
 from cafe.errors import CafeError
 
 FILE = "log.jsonl"
@@ -83,7 +84,5 @@ def keep_lines(path: Path, wanted: Callable[[int, dict[str, Any]], bool]) -> lis
             continue
         if wanted(len(kept), record):
             kept.append((line, record))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(line + "\n" for line, _ in kept))
-    partial.replace(path)
+    write_text(path, "".join(line + "\n" for line, _ in kept))
     return [record for _, record in kept]

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from cafe.disk import write_text
 from cafe.errors import CafeError
 from cafe.model import read_record
 from cafe.training.recipe import Recipe, recipe_dict
@@ -47,9 +48,7 @@ def claim(recipe: Recipe) -> str:
             )
         name = run["name"]
     output.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    partial.write_text(json.dumps({"name": name, "recipe": mine}, indent=2) + "\n")
-    partial.replace(file)
+    write_text(file, json.dumps({"name": name, "recipe": mine}, indent=2) + "\n")
     return name
 
 

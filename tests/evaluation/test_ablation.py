@@ -1,0 +1,69 @@
+"""The ablation: every arm trains from the same base, is measured, and is not trained twice."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from accelerate.state import AcceleratorState
+
+from cafe.data.source import Source
+from cafe.errors import CafeError
+from cafe.evaluation.ablation import ablate
+from cafe.training.recipe import DataRecipe, EvaluationRecipe, ModelRecipe, OptimizerRecipe, Recipe
+
+
+@pytest.fixture
+def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
+    AcceleratorState._reset_state(True)
+    return Recipe(
+        output=str(tmp_path / "ablation"),
+        model=ModelRecipe(base=str(random_base)),
+        data=DataRecipe(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
+        optimizer=OptimizerRecipe(learning_rate=1e-3),
+        evaluation=EvaluationRecipe(data=str(scenes)),
+        batch_size=4,
+        steps=1,
+        log_every=1,
+        trackers=(),
+    )
+
+
+def test_every_arm_is_trained_and_measured_once(recipe, tmp_path, capsys):
+    table = ablate(recipe, seeds=2, suites=["retrieval", "geometry"])
+    output = tmp_path / "ablation"
+    measured = json.loads((output / "ablation.json").read_text())
+    assert {arm: len(runs) for arm, runs in measured.items()} == {
+        "base": 1,
+        "contrastive": 2,
+        "language": 2,
+        "joint": 2,
+    }
+    rows = {row.split(" | ")[0].strip("| "): re.findall(r"[\d.]+ ± [\d.]+", row) for row in table.splitlines()[2:]}
+    for metric in ("retrieval/image_to_text/R@1", "geometry/modality_gap"):
+        for cell, arm in zip(rows[metric], ("contrastive", "language", "joint"), strict=True):
+            values = [run[metric] for run in measured[arm]]
+            assert cell == f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}"
+
+    weights = {
+        arm: json.loads((output / f"{arm}-0" / "checkpoint" / "cafe.json").read_text())["recipe"]["objective"]
+        for arm in ("contrastive", "language", "joint")
+    }
+    assert {arm: (loss["lm_weight"], loss["contrastive_weight"]) for arm, loss in weights.items()} == {
+        "contrastive": (0.0, 1.0),
+        "language": (1.0, 0.0),
+        "joint": (1.0, 1.0),
+    }
+
+    written = {path: path.stat().st_mtime_ns for path in output.glob("*/checkpoint/*.safetensors")}
+    assert len(written) == 6
+    capsys.readouterr()
+    assert ablate(recipe, seeds=2, suites=["retrieval", "geometry"]) == table
+    assert {path: path.stat().st_mtime_ns for path in written} == written
+
+
+def test_without_evaluation_data_there_is_nothing_to_compare(recipe):
+    with pytest.raises(CafeError, match=r"needs evaluation\.data"):
+        ablate(replace(recipe, evaluation=EvaluationRecipe()), seeds=1)
