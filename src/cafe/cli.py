@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Imported here so that `cafe --help` answers at once.
     from cafe.errors import CafeError, Stopped
 
-    options = parser().parse_args(arguments)
+    options = parse(arguments)
     try:
         options.run(options)
     except CafeError as error:
@@ -26,6 +26,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("cafe: stopped.", file=sys.stderr)
         return 130
     return 0
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line as options. argparse takes no key=value that follows an option: those are gathered here."""
+    grammar = parser()
+    options, rest = grammar.parse_known_args(arguments)
+    overrides = [word for word in rest if "overrides" in options and "=" in word and not word.startswith("-")]
+    if unknown := [word for word in rest if word not in overrides]:
+        grammar.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if overrides:
+        options.overrides += overrides
+    return options
 
 
 def parser() -> argparse.ArgumentParser:
