@@ -47,6 +47,24 @@ def test_a_batch_holds_every_branch(processing, scenes):
     assert make(processing, scenes / "llava_train.json", language=False)[0].supervised == 0
 
 
+def test_an_example_with_nothing_to_train_on_is_passed_over(processing, scenes):
+    """As of a source of dialogues alone, where the contrastive loss is trained alone."""
+    sources = [
+        open_source(Source(path=str(scenes / "llava_train.json"))),
+        open_source(Source(path=str(scenes / "vqa_train.json"), contrast=False)),
+    ]
+    both = Batches(sources, processing, batch_size=16, seed=3)
+    alone = Batches(sources, processing, batch_size=16, seed=3, language=False)
+    pairs, dialogues = 0, 0
+    for number in range(3):
+        kept = [name for name in both[number].sources if "llava_train" in name]
+        assert alone[number].sources == kept and len(alone[number].target_ids) == len(kept)
+        assert len(both[number].sources) == 16 and len(both[number].target_ids) == len(kept)
+        pairs, dialogues = pairs + len(kept), dialogues + 16 - len(kept)
+    assert pairs > 10 and dialogues > 10
+    assert len(alone.largest(16)) < 16 == len(both.largest(16))
+
+
 def test_micro_batches_keep_to_their_size_and_hold_all(processing, scenes):
     whole = make(processing, scenes / "llava_train.json")[0]
     for size in (MicroBatchSize(tokens=700), MicroBatchSize(crops=5), MicroBatchSize(tokens=1)):

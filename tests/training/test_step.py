@@ -179,3 +179,11 @@ def test_the_flops_of_a_step_are_those_of_the_formula(model, scenes):
     head = 2 * len(joint.labels) * d * text.vocab_size
     formula = 3 * (text.num_hidden_layers * (joint.filled * layer + attention) + tower + projector + head) + 2 * stem
     assert counter.get_total_flops() <= 1.05 * formula
+
+
+def test_a_batch_with_nothing_to_train_on_changes_nothing(model, scenes):
+    source = open_source(Source(path=str(scenes / "vqa_train.json"), contrast=False))
+    batch = Batches([source], model.processing, PAIRS, seed=0, language=False)[0]
+    losses = JointStep(model.lvlm, ObjectiveRecipe(lm_weight=0.0))(batch, measure=True)
+    assert losses.lm == losses.contrastive == 0
+    assert not gradient(model.lvlm).any()

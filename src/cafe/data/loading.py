@@ -216,8 +216,9 @@ class Batches(Dataset[Batch]):
         for place in range(start, start + min(count, self.batch_size)):
             which, index = int(order.sources[place]), int(order.records[place])
             try:
-                example = self.sources[which].example(index, Random(f"{self.seed} 0 {place}"))
-                found.append(encode(self._wanted(example), self.processing, self.max_tokens))
+                example = self._wanted(self.sources[which].example(index, Random(f"{self.seed} 0 {place}")))
+                if example.pair or example.dialogue:
+                    found.append(encode(example, self.processing, self.max_tokens))
             except CafeError:
                 continue
         return sorted(found, key=lambda branches: -tree_size(branches.all))
@@ -252,8 +253,10 @@ class Batches(Dataset[Batch]):
         for place in range(start, start + self.batch_size):
             which, index = int(order.sources[place]), int(order.records[place])
             try:
-                example = self.sources[which].example(index, Random(f"{self.seed} {epoch} {place}"))
-                done.append(encode(self._wanted(example), self.processing, self.max_tokens))
+                example = self._wanted(self.sources[which].example(index, Random(f"{self.seed} {epoch} {place}")))
+                if not (example.pair or example.dialogue):
+                    continue
+                done.append(encode(example, self.processing, self.max_tokens))
             except CafeError as error:
                 bad.append(str(error))
             else:
@@ -261,7 +264,7 @@ class Batches(Dataset[Batch]):
         return self._collate(done, bad, names)
 
     def _wanted(self, example: Example) -> Example:
-        """The parts of an example that are trained on."""
+        """The parts of an example that are trained on; there may be none."""
         pair = example.pair if self.contrast else None
         if pair and not self.hard_negatives:
             pair = replace(pair, negatives=())
@@ -414,7 +417,7 @@ class Quarantine:
         if batch.bad:
             with self.file.open("a") as out:
                 out.writelines(json.dumps({"reason": reason}) + "\n" for reason in batch.bad)
-        if not batch.sources or (self.seen >= 100 and self.bad > self.max_share * self.seen):
+        if (batch.bad and not batch.sources) or (self.seen >= 100 and self.bad > self.max_share * self.seen):
             raise CafeError(
                 f"{self.bad} of {self.seen} records are bad, more than the share of {self.max_share:.2%} "
                 f"that data.max_bad_share allows; {self.file} names them. The last: {(batch.bad or ['none'])[-1]}"

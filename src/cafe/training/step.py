@@ -88,9 +88,11 @@ class JointStep(nn.Module):
         blank: MicroBatch | None = None,
     ) -> None:
         super().__init__()
-        width = lvlm.config.get_text_config().hidden_size
-        if wrong := [dim for dim in objective.prefixes if not 0 < dim < width]:
-            raise CafeError(f"objective.matryoshka: {wrong[0]} is not a prefix of an embedding of {width} dimensions.")
+        self.width = lvlm.config.get_text_config().hidden_size
+        if wrong := [dim for dim in objective.prefixes if not 0 < dim < self.width]:
+            raise CafeError(
+                f"objective.matryoshka: {wrong[0]} is not a prefix of an embedding of {self.width} dimensions."
+            )
         self.reading = Reading(lvlm, precision)
         self.objective = objective
         self.vision, self.blank = vision, blank
@@ -132,8 +134,11 @@ class JointStep(nn.Module):
                 drawn.append(random_state(device))
                 reads.append(self.read(micro_batch.joint if whole else micro_batch.embed))
         slots = [micro_batch.slots.to(device) for micro_batch in micro_batches]
-        vectors = torch.cat([embedded.detach() for embedded, _ in reads])
-        vectors = torch.empty_like(vectors).index_copy_(0, torch.cat(slots), vectors).requires_grad_()
+        none = torch.zeros(0, self.width, device=device)  # of a batch in which there is nothing to train on
+        vectors = torch.cat([embedded.detach() for embedded, _ in reads] or [none])
+        if slots:
+            vectors = torch.empty_like(vectors).index_copy_(0, torch.cat(slots), vectors)
+        vectors.requires_grad_()
 
         # 2. Contrast them over all processes, and take the gradient of each.
         temperature = self.log_temperature.exp().clamp(min=LOWEST_TEMPERATURE)
