@@ -14,6 +14,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -139,12 +140,11 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
     return model
 
 
-def lessons(scene: Scene, kind: str, rng: Random) -> list[Dialogue]:
+def lessons(scene: Scene, picture: Image.Image, kind: str, rng: Random) -> list[Dialogue]:
     """Dialogues about a scene: a caption (by place, or of any form, or a paragraph), or up to eight questions.
 
     Each is a dialogue of its own, so that no answer can be copied from what was said before.
     """
-    picture = paint(scene)
     if kind == "by place":
         spoken = [(CAPTION_PROMPT, caption_by_place(in_reading_order(scene.things)))]
     elif kind == "caption" and rng.random() < PARAGRAPHS:
@@ -211,10 +211,11 @@ class Lessons(Dataset[dict[str, Pack]]):
         return pack([[]] * len(rows), rows, self.packing)
 
     def _encode(self, scene: Scene, kind: str) -> list[Branch]:
-        pictures = self.processing.pictures([paint(scene)])
+        picture = paint(scene)
+        pictures = self.processing.pictures([picture])
         return [
             self.processing.encode_dialogue(dialogue_messages(dialogue, self.processing.prompts), pictures)
-            for dialogue in lessons(scene, kind, Random(f"lesson {scene.name}"))
+            for dialogue in lessons(scene, picture, kind, Random(f"lesson {scene.name}"))
         ]
 
 
