@@ -21,9 +21,17 @@ ARMS: dict[str, dict[str, Any]] = {
 SHOWN = (
     "retrieval/image_to_text/R@1",
     "retrieval/text_to_image/R@1",
+    "paragraphs/image_to_text/R@1",
+    "paragraphs/text_to_image/R@1",
+    "mmeb/overall/mean",
+    "sugarcrepe/mean/embedding",
+    "sugarcrepe/mean/likelihood",
     "captions/exact",
     "objects/hallucinated",
+    "chair/CHAIR_i",
+    "throne/overall/F1",
     "vqa/all",
+    "pope/mean/accuracy",
     "pope/adversarial/accuracy",
     "geometry/modality_gap",
 )
@@ -61,7 +69,7 @@ def ablate(recipe: Recipe, seeds: int, suites: Sequence[str] = ()) -> str:
 
 def _table(measured: dict[str, list[dict[str, float]]]) -> str:
     lines = ["| | " + " | ".join(measured) + " |", "|---|" + "---|" * len(measured)]
-    for metric in SHOWN:
+    for metric in (name for name in SHOWN if any(name in run for runs in measured.values() for run in runs)):
         cells = [_cell([run[metric] for run in runs if metric in run]) for runs in measured.values()]
         lines.append(f"| {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
