@@ -396,7 +396,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from dataclasses import replace
 
-    from cafe.evaluation.evaluate import evaluate, write
+    from cafe.evaluation.evaluate import measure
     from cafe.evaluation.report import ReportRun, write_report
     from cafe.model import Cafe
     from cafe.scenes.write import write_scenes
@@ -410,12 +410,8 @@ def _quickstart(options: argparse.Namespace) -> None:
     recipe = replace(recipe, data=replace(recipe.data, sources=sources))
     if not (data / "llava_train.json").is_file():
         write_scenes(data)
-
-    def measure(checkpoint: str | Path, place: Path) -> None:
-        write(evaluate(Cafe.load(checkpoint), data, keep=place / "kept", progress=True), place)
-
-    measure(resolve_base(recipe.model.base), directory / "before")
-    measure(train(recipe), directory / "after")
+    measure(Cafe.load(resolve_base(recipe.model.base)), data, directory / "before")
+    measure(Cafe.load(train(recipe)), data, directory / "after")
     runs = [
         ReportRun("base", directory / "before", None),
         ReportRun("joint", directory / "after", directory / "run" / "log.jsonl"),

@@ -27,7 +27,7 @@ def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
         batch_size=4,
         steps=1,
         log_every=1,
-        trackers=(),
+        trackers=None,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe.errors import CafeError
-from cafe.evaluation.evaluate import evaluate, write
+from cafe.evaluation.evaluate import measure
 from cafe.model import Cafe
 from cafe.training.loop import resolve_base, train
 from cafe.training.recipe import Recipe
@@ -48,19 +48,13 @@ def ablate(recipe: Recipe, seeds: int, suites: Sequence[str] = ()) -> str:
     if not recipe.evaluation.data:
         raise CafeError("An ablation needs evaluation.data in its recipe.")
     data, output = Path(recipe.evaluation.data), Path(recipe.output)
-
-    def measure(checkpoint: str | Path, place: Path) -> dict[str, float]:
-        model = Cafe.load(checkpoint)
-        evaluation = evaluate(model, data, suites=suites, keep=place / "kept", progress=True)
-        write(evaluation, place)
-        return evaluation.results
-
-    measured = {"base": [measure(resolve_base(recipe.model.base), output / "base")]}
+    base = Cafe.load(resolve_base(recipe.model.base))
+    measured = {"base": [measure(base, data, output / "base", suites)]}
     for arm, weights in ARMS.items():
         for seed in range(seeds):
             place = output / f"{arm}-{seed}"
             run = replace(recipe, output=str(place), seed=seed, objective=replace(recipe.objective, **weights))
-            measured.setdefault(arm, []).append(measure(train(run), place))
+            measured.setdefault(arm, []).append(measure(Cafe.load(train(run)), data, place, suites))
     table = _table(measured)
     (output / "ablation.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(table)

@@ -14,7 +14,7 @@ from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import Evaluation, Suite
 from cafe.evaluation.suites import SUITES
 
-__all__ = ["Evaluation", "evaluate", "listing", "write"]
+__all__ = ["Evaluation", "evaluate", "listing", "measure", "write"]
 
 
 def evaluate(
@@ -59,6 +59,13 @@ def evaluate(
         subject.suite = suite.name
         done.add(suite.run(subject, data, limit))
     return done
+
+
+def measure(model: Any, data: Path, directory: Path, suites: Sequence[str] = ()) -> dict[str, float]:
+    """Evaluates a model into a directory, with progress, going on from what is kept there; returns the results."""
+    evaluation = evaluate(model, data, suites=suites, keep=directory / "kept", progress=True)
+    write(evaluation, directory)
+    return evaluation.results
 
 
 def choose(data: Path, names: Sequence[str] = ()) -> list[Suite]:

@@ -57,7 +57,7 @@ def train(
         return output / CHECKPOINT
     set_seed(recipe.seed)
     sharded = wants_shards(recipe.model.shard)
-    accelerator = Accelerator(log_with=installed(recipe.trackers), project_dir=output / "trackers")
+    accelerator = Accelerator(log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
     report = report if rank == 0 else lambda line: None

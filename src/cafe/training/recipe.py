@@ -93,10 +93,6 @@ class DataRecipe:
     workers: int = 1
     max_bad_share: float = 0.01
 
-    def __post_init__(self) -> None:
-        if not self.sources:
-            raise CafeError("data.sources names nothing to train on.")
-
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveRecipe:
@@ -206,7 +202,7 @@ class Recipe:
         keep_best: the result of the evaluation during training by which the best checkpoint is kept, such as
             "retrieval/text_to_image/R@1"; with a minus sign before it, the lowest is the best. Empty for none.
         max_skipped: steps whose loss or gradient is not finite are left out; after so many the run stops.
-        trackers: where the log goes beside `log.jsonl`.
+        trackers: where the log goes beside `log.jsonl`; null for nowhere.
     """
 
     output: str
@@ -227,7 +223,7 @@ class Recipe:
     keep_last: int = 2
     keep_best: str = ""
     max_skipped: int = 10
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ("tensorboard",)
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = ("tensorboard",)
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -301,8 +297,8 @@ def _convert(kind: Any, value: Any, where: str, file: str) -> Any:
         return _build(kind, value, where + ".", file)  # type: ignore[arg-type]
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple:
-        if not isinstance(value, list):
-            raise CafeError(f"{file}: {where} should be a list, not {value!r}.")
+        if not isinstance(value, list) or not value:
+            raise CafeError(f"{file}: {where} should be a list with something in it, not {value!r}.")
         return tuple(_convert(arguments[0], item, f"{where}[{index}]", file) for index, item in enumerate(value))
     if origin in (Union, types.UnionType):
         if any(get_origin(other) is Literal and value in get_args(other) for other in arguments if value is not None):

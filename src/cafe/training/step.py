@@ -134,11 +134,10 @@ class JointStep(nn.Module):
                 drawn.append(random_state(device))
                 reads.append(self.read(micro_batch.joint if whole else micro_batch.embed))
         slots = [micro_batch.slots.to(device) for micro_batch in micro_batches]
-        none = torch.zeros(0, self.width, device=device)  # of a batch in which there is nothing to train on
-        vectors = torch.cat([embedded.detach() for embedded, _ in reads] or [none])
-        if slots:
-            vectors = torch.empty_like(vectors).index_copy_(0, torch.cat(slots), vectors)
-        vectors.requires_grad_()
+        none = torch.zeros(0, self.width, device=device)  # for a batch in which there is nothing to train on
+        vectors = torch.cat([none, *(embedded.detach() for embedded, _ in reads)])
+        order = torch.cat([torch.zeros(0, dtype=torch.long, device=device), *slots])
+        vectors = torch.empty_like(vectors).index_copy_(0, order, vectors).requires_grad_()
 
         # 2. Contrast them over all processes, and take the gradient of each.
         temperature = self.log_temperature.exp().clamp(min=LOWEST_TEMPERATURE)
