@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from cafe.data.source import Source
 from cafe.instructions import Prompts
 from cafe.processing import Processing
 from cafe.scenes.base import corpus, make_model, make_processor
 from cafe.scenes.write import write_scenes
+from cafe.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe
 
 torch.set_num_threads(1)  # tests run in several processes
 
@@ -34,3 +36,17 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("scenes")
     write_scenes(directory, train=48, test=24, report=lambda line: None)
     return directory
+
+
+@pytest.fixture
+def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
+    """A short run on the untrained base and the smallest world."""
+    return Recipe(
+        output=str(tmp_path / "run"),
+        model=ModelRecipe(base=str(random_base)),
+        data=DataRecipe(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
+        optimizer=OptimizerRecipe(learning_rate=1e-3, vision_tower_learning_rate=1e-4),
+        batch_size=8,
+        steps=4,
+        log_every=1,
+    )

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import families
 import numpy as np
@@ -17,13 +16,12 @@ from transformers import AutoModelForImageTextToText
 
 from cafe.adapters import Adapter, add_adapter, has_adapter, targets
 from cafe.cli import main
-from cafe.data.formats import Source
 from cafe.data.loading import Batches, MicroBatchSize
 from cafe.errors import CafeError
 from cafe.families import part_of
 from cafe.model import Cafe
 from cafe.training.loop import train
-from cafe.training.recipe import DataRecipe, ModelRecipe, ObjectiveRecipe, OptimizerRecipe, Recipe
+from cafe.training.recipe import ModelRecipe, ObjectiveRecipe, OptimizerRecipe, Recipe
 from cafe.training.step import JointStep
 
 ALL = ("all",)
@@ -149,18 +147,10 @@ def test_an_adapter_is_saved_by_itself_loaded_with_its_base_and_merged_into_the_
 
 
 @pytest.fixture
-def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
-    return Recipe(
-        output=str(tmp_path / "run"),
-        model=ModelRecipe(
-            base=str(random_base), adapter=Adapter(rank=4, vision_tower=("q_proj", "v_proj"), dropout=0.1)
-        ),
-        data=DataRecipe(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
-        optimizer=OptimizerRecipe(learning_rate=1e-2, vision_tower_learning_rate=None),
-        batch_size=8,
-        steps=3,
-        log_every=1,
-    )
+def recipe(recipe: Recipe) -> Recipe:
+    adapter = Adapter(rank=4, vision_tower=("q_proj", "v_proj"), dropout=0.1)
+    optimizer = OptimizerRecipe(learning_rate=1e-2, vision_tower_learning_rate=None)
+    return replace(recipe, model=replace(recipe.model, adapter=adapter), optimizer=optimizer, steps=3)
 
 
 def test_a_run_trains_the_adapter_alone_and_says_how_much(recipe, tmp_path):

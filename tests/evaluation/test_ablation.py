@@ -9,26 +9,17 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
-from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.evaluation.ablation import ablate
-from cafe.training.recipe import DataRecipe, EvaluationRecipe, ModelRecipe, OptimizerRecipe, Recipe
+from cafe.training.recipe import EvaluationRecipe, Recipe
 
 
 @pytest.fixture
-def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
+def recipe(recipe: Recipe, scenes: Path, tmp_path: Path) -> Recipe:
     AcceleratorState._reset_state(True)
-    return Recipe(
-        output=str(tmp_path / "ablation"),
-        model=ModelRecipe(base=str(random_base)),
-        data=DataRecipe(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
-        optimizer=OptimizerRecipe(learning_rate=1e-3),
-        evaluation=EvaluationRecipe(data=str(scenes)),
-        batch_size=4,
-        steps=1,
-        log_every=1,
-        trackers=None,
-    )
+    evaluation = EvaluationRecipe(data=str(scenes))
+    output = str(tmp_path / "ablation")
+    return replace(recipe, output=output, evaluation=evaluation, batch_size=4, steps=1, trackers=None)
 
 
 def test_every_arm_is_trained_and_measured_once(recipe, tmp_path, capsys):

@@ -10,14 +10,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from cafe.data.formats import Source, open_source
+from cafe.data.formats import open_source
 from cafe.data.loading import Batches
 from cafe.errors import CafeError
 from cafe.model import read
 from cafe.packing import Pack
 from cafe.processing import Processing, load_processor
 from cafe.training.loop import train
-from cafe.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe
+from cafe.training.recipe import OptimizerRecipe, Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -26,16 +26,8 @@ def fresh_accelerator() -> None:
 
 
 @pytest.fixture
-def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
-    return Recipe(
-        output=str(tmp_path / "run"),
-        model=ModelRecipe(base=str(random_base)),
-        data=DataRecipe(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
-        optimizer=OptimizerRecipe(learning_rate=1e-3),
-        batch_size=4,
-        steps=4,
-        log_every=1,
-    )
+def recipe(recipe: Recipe) -> Recipe:
+    return replace(recipe, optimizer=OptimizerRecipe(learning_rate=1e-3), batch_size=4)
 
 
 def poison(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> str:

@@ -10,17 +10,13 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from cafe.cli import main
-from cafe.data.formats import Source
 from cafe.instructions import Prompts
 from cafe.model import Cafe
 from cafe.training.loop import train
 from cafe.training.optimizer import cosine, make_optimizer
 from cafe.training.recipe import (
-    DataRecipe,
-    ModelRecipe,
     ObjectiveRecipe,
     OptimizerRecipe,
-    Recipe,
 )
 from cafe.training.step import JointStep
 
@@ -29,19 +25,6 @@ from cafe.training.step import JointStep
 def fresh_accelerator() -> None:
     """accelerate keeps the first run's precision for the life of the process."""
     AcceleratorState._reset_state(True)
-
-
-@pytest.fixture
-def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
-    return Recipe(
-        output=str(tmp_path / "run"),
-        model=ModelRecipe(base=str(random_base)),
-        data=DataRecipe(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
-        optimizer=OptimizerRecipe(learning_rate=1e-3, vision_tower_learning_rate=1e-4),
-        batch_size=8,
-        steps=4,
-        log_every=1,
-    )
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
