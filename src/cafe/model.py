@@ -394,6 +394,8 @@ def read(lvlm: PreTrainedModel, pack: Pack) -> tuple[Float[Tensor, "readouts dim
     """One pass: the last hidden state (after the final norm) of each readout, and before each supervised token."""
     device = lvlm.device
     inputs: dict[str, Any] = {**to_device(pack.inputs, device, lvlm.dtype)}
+    if pack.pixels:
+        inputs["pixel_values"] = pack.pixels.to_values(inputs["pixel_values"]).to(lvlm.dtype)
     if pack.end is not None:
         inputs["attention_mask"] = attention_mask(pack.end.to(device), lvlm.config.get_text_config())
     hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state

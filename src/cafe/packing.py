@@ -26,6 +26,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 
+from cafe.pixels import Normalization, Pixels, as_bytes
+
 Positions = Callable[["Branch"], Int64[Tensor, "axes tokens"]]
 
 
@@ -92,6 +94,7 @@ class Packing:
         pad: the token that fills up rows.
         positions: the position ids of a branch that is alone in its row.
         token_types: the name of an input that marks image tokens, for models that want one.
+        normalization: pack pictures as bytes, of which this makes the model's values; as they are without it.
     """
 
     share: bool = True
@@ -100,6 +103,7 @@ class Packing:
     pad: int = 0
     positions: Positions = count_up
     token_types: str | None = None
+    normalization: Normalization | None = None
 
 
 PLAIN = Packing()
@@ -116,6 +120,7 @@ class Pack:
         predictors: the (row, column) of the tokens before each supervised token.
         labels: the supervised tokens.
         filled: the tokens that are not padding.
+        pixels: what makes values of `pixel_values`, where these are bytes.
     """
 
     inputs: dict[str, Tensor]
@@ -124,6 +129,7 @@ class Pack:
     predictors: Int64[Tensor, "supervised 2"]
     labels: Int64[Tensor, "supervised"]
     filled: int
+    pixels: Pixels | None = None
 
 
 def pack(embedded: Sequence[Sequence[Branch]], spoken: Sequence[Sequence[Branch]], packing: Packing = PLAIN) -> Pack:
@@ -147,7 +153,10 @@ def pack(embedded: Sequence[Sequence[Branch]], spoken: Sequence[Sequence[Branch]
             said = said[said > 0]
             predictors.append(place[said - 1])
             labels.append(branch.input_ids[said])
-    inputs = {"input_ids": layout.input_ids, **collate_vision([branches[first].vision for first in layout.pictures])}
+    pictures, pixels = [branches[first].vision for first in layout.pictures], None
+    if packing.normalization:
+        pictures, pixels = as_bytes(pictures, packing.normalization)
+    inputs = {"input_ids": layout.input_ids, **collate_vision(pictures)}
     if packing.share:
         inputs["position_ids"] = layout.position_ids[0] if len(layout.position_ids) == 1 else layout.position_ids
     else:

@@ -100,6 +100,7 @@ def test_sugarcrepe_by_every_way_and_its_means(pictures):
         assert done.results[f"sugarcrepe/add_att/{way}"] == done.results[f"sugarcrepe/swap/{way}"] == 100
         assert done.results[f"sugarcrepe/add/{way}"] == 50 and done.results[f"sugarcrepe/add_obj/{way}"] == 0
         assert done.results[f"sugarcrepe/mean/{way}"] == pytest.approx(200 / 3)
+        assert len(done.means[f"sugarcrepe/mean/{way}"]) == 3
     assert rates(done.outputs["sugarcrepe/add_att"]).items() <= done.results.items()
     assert set(sugarcrepe.run(Subject(Sees(blind=True)), pictures, None).results.values()) == {0.0}
 

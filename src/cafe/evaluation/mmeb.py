@@ -26,7 +26,7 @@ from cafe.data.pictures import compose
 from cafe.errors import CafeError
 from cafe.evaluation.metrics import ndcg_at_k, rank_of_match
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, json_lines, rates
+from cafe.evaluation.suite import Evaluation, Suite, json_lines, mean_of, rates
 
 MARK = re.compile(r"<\|image_\d+\|>")  # where a picture stands in a text
 FRAMES = 8  # of a video, evenly spread, as VLM2Vec takes them
@@ -136,7 +136,10 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
         done.results |= rates(rows)
         scores[name] = {at: float(np.mean([row["scores"][at] for row in rows])) for at in rows[0]["scores"]}
         scores[name] |= {"num_pred": len(rows), "num_data": len(rows)}
-    done.results |= means(done.results)
+    measured = list(done.results)
+    for group, of in means(measured).items():
+        mean_of(done, group, of)
+    done.results["mmeb/overall/datasets"] = len(measured)
     done.files = score_files(scores, describe(model.model))
     return done
 
@@ -207,14 +210,14 @@ def _shown(side: Side) -> dict[str, str]:
     return {"image": names[0]} if names else {}
 
 
-def means(results: dict[str, float]) -> dict[str, float]:
-    """Means over datasets: of each meta-task, of V1 in and out of distribution, of each modality, and of all.
+def means(results: Sequence[str]) -> dict[str, list[str]]:
+    """Which results each mean is of: each meta-task, V1 in and out of distribution, each modality, and all.
 
     Args:
-        results: `mmeb/DATASET/METRIC` of each dataset that was measured. A mean is over those of them it is about.
+        results: the names `mmeb/DATASET/METRIC` of what was measured. A mean is over those of them it is about.
     """
-    groups: dict[str, list[float]] = {}
-    for result, value in results.items():
+    groups: dict[str, list[str]] = {}
+    for result in results:
         _, name, metric = result.split("/")
         known = DATASETS.get(name)
         about = ["overall"]
@@ -222,8 +225,8 @@ def means(results: dict[str, float]) -> dict[str, float]:
             about += [known.task, known.modality]
             about += [] if known.trained is None else ["IND" if known.trained else "OOD"]
         for group in about:
-            groups.setdefault(f"mmeb/{group}/{'mean' if group == 'overall' else metric}", []).append(value)
-    return {name: float(np.mean(values)) for name, values in groups.items()} | {"mmeb/overall/datasets": len(results)}
+            groups.setdefault(f"mmeb/{group}/{'mean' if group == 'overall' else metric}", []).append(result)
+    return groups
 
 
 def score_files(scores: dict[str, dict[str, float]], metadata: dict[str, Any]) -> dict[str, Any]:

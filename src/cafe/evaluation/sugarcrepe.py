@@ -4,15 +4,14 @@ Seven files: an attribute or object added; an attribute, object or relation repl
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from cafe.errors import CafeError
 from cafe.evaluation.choices import WAYS, ahead, score
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, find_picture, rates
+from cafe.evaluation.suite import Evaluation, Suite, find_picture, mean_of, rates
 
 CHANGES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 FIELDS = ("filename", "caption", "negative_caption")
@@ -35,18 +34,19 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
             rows.append({**row, "marks": marks})
         done.outputs[f"sugarcrepe/{path.stem}"] = rows
         done.results |= rates(rows)
-    done.results |= means(done.results)
+    for name, of in means(list(done.results)).items():
+        mean_of(done, name, of)
     return done
 
 
-def means(results: dict[str, float]) -> dict[str, float]:
-    """The mean of the files of each kind of change, and of all: each file weighs alike."""
-    groups: dict[str, list[float]] = {}
-    for result, value in results.items():
+def means(results: Sequence[str]) -> dict[str, list[str]]:
+    """Which results each mean is of: the files of each kind of change, and all; each file weighs alike."""
+    groups: dict[str, list[str]] = {}
+    for result in results:
         _, change, way = result.split("/")
         for group in (change.partition("_")[0], "mean"):
-            groups.setdefault(f"sugarcrepe/{group}/{way}", []).append(value)
-    return {name: float(np.mean(values)) for name, values in groups.items()}
+            groups.setdefault(f"sugarcrepe/{group}/{way}", []).append(result)
+    return groups
 
 
 def read(path: Path) -> list[dict[str, str]]:

@@ -7,6 +7,7 @@ from cafe.data.formats import open_source
 from cafe.data.loading import UNCUT, Batches, MicroBatch, MicroBatchSize
 from cafe.families import vision_tower_of
 from cafe.model import Cafe
+from cafe.pixels import Normalization
 from cafe.training.optimizer import prepare
 from cafe.training.recipe import Recipe
 from cafe.training.step import JointStep
@@ -29,6 +30,7 @@ def make_batches(recipe: Recipe, model: Cafe, rank: int, world: int, sharded: bo
             model.packing,
             share=model.packing.share and recipe.model.share_prefixes,
             columns=recipe.model.row_tokens or model.packing.columns,
+            normalization=Normalization.of(getattr(model.processing.processor, "image_processor", None)),
         ),
         size=recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else UNCUT,
         rank=rank,
