@@ -174,6 +174,7 @@ def pack(embedded: Sequence[Sequence[Branch]], spoken: Sequence[Sequence[Branch]
         torch.cat([nowhere, *predictors]),
         torch.cat([nowhere[:, 0], *labels]),
         int(layout.filled.sum()),
+        pixels,
     )
 
 

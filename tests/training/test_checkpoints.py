@@ -18,6 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from cafe.adapters import Adapter
 from cafe.data.formats import Source
 from cafe.errors import CafeError, Stopped
 from cafe.training import checkpoints
@@ -159,6 +160,30 @@ def test_a_signal_to_stop_saves_and_the_same_command_goes_on(recipe, unbroken, t
         assert list((tmp_path / "run" / "state").glob("step-*"))
     start(stopped).join()
     assert_same(tmp_path / "run", unbroken)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"optimizer": {"name": "muon"}},
+        {"optimizer": {"name": "adamw_8bit"}},
+        {"model": {"adapter": Adapter(rank=4, dropout=0.1)}, "optimizer": {"vision_tower_learning_rate": None}},
+    ],
+    ids=["muon", "8-bit", "adapter"],
+)
+def test_whatever_is_trained_and_whatever_trains_it_is_gone_on_with(recipe, tmp_path, changes):
+    parts = {part: replace(getattr(recipe, part), **change) for part, change in changes.items()}
+    changed = replace(recipe, **parts, steps=4)
+    whole, broken = (replace(changed, output=str(tmp_path / name)) for name in ("whole", "broken"))
+    state = tmp_path / "broken" / "state" / "step-000002"
+    assert when(state.is_dir, start(broken), signal.SIGKILL) == -signal.SIGKILL
+    for run in (whole, broken):
+        process = start(run)
+        process.join()
+        assert process.exitcode == 0
+    one, other = (next((tmp_path / run / "checkpoint").glob("*model.safetensors")) for run in ("whole", "broken"))
+    assert one.name == other.name and one.read_bytes() == other.read_bytes()
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "broken")
 
 
 def test_a_damaged_state_is_named_and_the_one_before_it_is_used(recipe, unbroken, tmp_path):
