@@ -1,0 +1,83 @@
+"""The lessons of the base model, its training from one seed, and what the shipped one can and cannot do."""
+
+from random import Random
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cafe.content import Content
+from cafe.instructions import Prompts
+from cafe.model import Cafe
+from cafe.processing import Processing, load_processor
+from cafe.scenes.base import BASE, Lessons, in_one_color, train_base
+from cafe.scenes.draw import paint
+from cafe.scenes.words import CAPTION_PROMPT, captions, name, questions
+from cafe.scenes.world import draw_scene, draw_scenes, split_of
+
+TEST = draw_scenes(0, "test", 60, distinct=True)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Cafe:
+    return Cafe.load(BASE)
+
+
+@pytest.fixture(scope="module")
+def lessons() -> Lessons:
+    return Lessons(Processing(load_processor(str(BASE)), Prompts()), seed=0, steps=10, batch=6)
+
+
+def test_lessons_follow_the_seed_and_come_in_their_order(lessons):
+    again = Lessons(lessons.processing, seed=0, steps=10, batch=6)
+    assert [set(lessons[step]) for step in (0, 1, 2, 9)] == [{"by place"}] * 2 + [{"caption", "questions"}] * 2
+    for step in (0, 4):
+        for kind, pack in lessons[step].items():
+            assert all(torch.equal(tensor, again[step][kind].inputs[key]) for key, tensor in pack.inputs.items())
+    shown = [pack.inputs["pixel_values"] for step in range(10) for pack in lessons[step].values()]
+    pictures = torch.cat(shown).flatten(1)
+    assert len(pictures) == 60 == len(pictures.unique(dim=0))
+
+
+def test_a_picture_read_with_others_is_as_read_alone(lessons):
+    painted = [paint(draw_scene(0, "train", index)) for index in range(4)]
+    for together, picture in zip(lessons._read(painted), painted, strict=True):
+        alone = lessons.processing.pictures([picture])
+        assert together.runs == alone.runs
+        assert all(torch.equal(together.vision[key], value) for key, value in alone.vision.items())
+
+
+def test_scenes_in_one_color_are_training_scenes_whose_things_have_a_name_each():
+    changed = 0
+    for scene in (draw_scene(0, "train", index, 4) for index in range(200)):
+        alike = in_one_color(scene)
+        changed += alike != scene
+        assert split_of(alike.things) == "train" and len({name(thing) for thing in alike.things}) == len(alike.things)
+        assert alike == scene or alike.things[0].color == alike.things[1].color
+    assert changed > 50
+
+
+def test_training_repeats_itself_and_ships_a_checkpoint(tmp_path):
+    for directory in ("one", "two"):
+        train_base(tmp_path / directory, steps=2, batch=4, workers=0, report=lambda line: None)
+    one, two = (load_file(tmp_path / directory / "model.safetensors") for directory in ("one", "two"))
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert Cafe.load(tmp_path / "one").embed(["a red circle"]).shape == (1, 160)
+
+
+def test_the_shipped_base_is_small(shipped):
+    assert sum(parameter.numel() for parameter in shipped.lvlm.parameters()) <= 3_000_000
+    assert sum(file.stat().st_size for file in BASE.iterdir()) <= 6_000_000
+
+
+def test_the_shipped_base_talks_and_retrieves_nothing(shipped):
+    pictures = [paint(scene) for scene in TEST]
+    said = shipped.generate_batch([Content.of([picture, CAPTION_PROMPT]) for picture in pictures])
+    assert np.mean([text in captions(scene.things) for text, scene in zip(said, TEST, strict=True)]) >= 0.85
+    asked = [(p, q) for p, scene in zip(pictures, TEST, strict=True) for q in questions(scene, Random(scene.name))]
+    answers = shipped.generate_batch([Content.of([picture, question.text]) for picture, question in asked])
+    assert np.mean([answer == q.answer for answer, (_, q) in zip(answers, asked, strict=True)]) >= 0.9
+    words = shipped.embed([captions(scene.things)[0] for scene in TEST])
+    found = (shipped.embed(pictures) @ words.T).argmax(1)
+    assert np.mean(found == np.arange(len(TEST))) <= 0.1
