@@ -7,7 +7,7 @@ SRC = Path(__file__).parents[1] / "src" / "cafe"
 # Lower rooms first; a room may import those below it and itself.
 FLOORS = [
     {"errors", "disk"},
-    {"content"},
+    {"content", "pixels"},
     {"instructions", "packing", "objectives"},
     {"families", "processing", "image_limits"},
     {"adapters", "export"},

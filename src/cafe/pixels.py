@@ -20,18 +20,15 @@ class Normalization:
     """What an image processor makes of a byte: (byte * factor - mean) / std, the last two by colour."""
 
     factor: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @classmethod
     def of(cls, image_processor: Any) -> "Normalization | None":
         """An image processor's; None where it has another way."""
-        factor, mean, std = (
-            getattr(image_processor, name, None) for name in ("rescale_factor", "image_mean", "image_std")
-        )
-        if factor is None or any(not isinstance(each, (list, tuple)) or len(each) != 3 for each in (mean, std)):
-            return None
-        return cls(float(factor), tuple(mean), tuple(std))
+        factor = getattr(image_processor, "rescale_factor", None)
+        mean, std = (tuple(getattr(image_processor, name, None) or ()) for name in ("image_mean", "image_std"))
+        return cls(factor, mean, std) if factor and len(mean) == len(std) == 3 else None
 
     def to_bytes(self, values: Float32[Tensor, "..."]) -> UInt8[Tensor, "..."] | None:
         """The bytes that values were made of; None if they were not."""
