@@ -34,10 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _keep_freed_memory() -> None:
-    """Has glibc keep what large tensors free: to get it back from the system takes a quarter of a step on a CPU."""
+    """Has glibc keep what large tensors free: to get it back from the system costs each step on a CPU anew."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system, another allocator
+        libc = ctypes.CDLL(None)
         for option in (_MMAP_THRESHOLD, _TRIM_THRESHOLD):
-            ctypes.CDLL(None).mallopt(option, 2**30)
+            libc.mallopt(option, 2**30)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

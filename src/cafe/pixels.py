@@ -32,14 +32,12 @@ class Normalization:
 
     def to_bytes(self, values: Float32[Tensor, "..."]) -> UInt8[Tensor, "..."] | None:
         """The bytes that values were made of; None if they were not."""
-        if not values.is_floating_point() or not _by_color(values):
+        if not values.is_floating_point() or not values.numel() or not _by_color(values):
             return None
         mean, std = self._of(values)
-        raw = (values * std + mean).div_(self.factor).round_()
-        if raw.numel() and (raw.min() < 0 or raw.max() > 255):
-            return None
-        found = raw.to(torch.uint8)
-        return found if torch.allclose(self.to_values(found), values, rtol=0, atol=TOLERANCE) else None
+        raw = torch.addcmul(mean / self.factor, values, std / self.factor).round_().clamp_(0, 255).to(torch.uint8)
+        wrong = self.to_values(raw).sub_(values).abs_().max()
+        return raw if wrong <= TOLERANCE else None
 
     def to_values(self, raw: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
         """The model's values."""

@@ -151,7 +151,7 @@ def test_overrides_reach_into_the_tree():
         ("seed=true", "seed should be a whole number, not True"),
         ("objective.temperature=hot", "objective.temperature should be a number"),
         ("model.precision=fp8", "model.precision should be one of fp32, bf16"),
-        ("data.sources=[]", "data.sources should be a list"),
+        ("data.sources=[]", "data.sources should be a list with something in it"),
         ("data.sources=[{format: llava}]", r"data.sources\[0\].path is missing"),
         ("seed", "not of the form key=value"),
         ("batch_size.a=1", "batch_size, which is a value"),
