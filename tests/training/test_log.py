@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 
 import pytest
 from accelerate import Accelerator
@@ -45,6 +46,7 @@ def test_tensorboard_shows_the_numbers_and_the_samples_and_forgets_what_was_not_
         for step in range(after + 1, 4):
             log.write(step, {"loss": loss * step, "samples": [{"said": "red"}]})
         log.close()
+        time.sleep(1)  # files of one second are told apart by a count in their names, and 10 is read before 9
     board = EventAccumulator(str(tmp_path / "trackers" / "cafe")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("loss")] == [(1, 1.0), (2, 4.0), (3, 6.0)]
     assert any(tag.startswith("samples") for tag in board.Tags()["tensors"])
