@@ -228,7 +228,7 @@ class Lessons(Dataset[dict[str, Pack]]):
     def _pack(self, indices: range, kind: str, least: int = 1, most: int = 4) -> Pack:
         scenes = [draw_scene(self.seed, "train", index, most, least) for index in indices]
         if kind == "questions":
-            scenes[::2] = map(in_one_color, scenes[::2])
+            scenes = [in_one_color(scene) for scene in scenes]
         painted = [paint(scene) for scene in scenes]
         rows = [
             [
