@@ -397,9 +397,9 @@ def read(lvlm: PreTrainedModel, pack: Pack) -> tuple[Float[Tensor, "readouts dim
     if pack.pixels:
         inputs["pixel_values"] = pack.pixels.to_values(inputs["pixel_values"]).to(lvlm.dtype)
     if pack.end is not None:
-        inputs["attention_mask"] = attention_mask(pack.end.to(device), lvlm.config.get_text_config())
+        inputs["attention_mask"] = attention_mask(pack.end.to(device, non_blocking=True), lvlm.config.get_text_config())
     hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state
-    readouts, predictors = pack.readouts.to(device), pack.predictors.to(device)
+    readouts, predictors = (each.to(device, non_blocking=True) for each in (pack.readouts, pack.predictors))
     return hidden[readouts[:, 0], readouts[:, 1]], hidden[predictors[:, 0], predictors[:, 1]]
 
 

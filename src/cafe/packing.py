@@ -15,7 +15,7 @@ Pure tensors: no model, no file.
 import heapq
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import numpy as np
@@ -130,6 +130,17 @@ class Pack:
     labels: Int64[Tensor, "supervised"]
     filled: int
     pixels: Pixels | None = None
+
+    def pin_memory(self) -> "Pack":
+        """The same in memory that a GPU copies from while it computes."""
+        return replace(
+            self,
+            inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
+            end=None if self.end is None else self.end.pin_memory(),
+            readouts=self.readouts.pin_memory(),
+            predictors=self.predictors.pin_memory(),
+            labels=self.labels.pin_memory(),
+        )
 
 
 def pack(embedded: Sequence[Sequence[Branch]], spoken: Sequence[Sequence[Branch]], packing: Packing = PLAIN) -> Pack:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,34 @@ def test_micro_batches_keep_to_their_size_and_hold_all(processing, scenes):
             assert all(len(part.embed.labels) == 0 for part in batch.micro_batches)
         else:
             assert all(len(part) * 2 <= size.crops for part in pictures)
+
+
+def test_every_tensor_of_a_batch_is_pinned_once(processing, scenes, monkeypatch):
+    batch = make(processing, scenes / "llava_train.json", size=MicroBatchSize(crops=20))[0]
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
+    copy = batch.pin_memory()
+    found, given = list(tensors(batch)), list(tensors(copy))
+    assert len(batch.micro_batches) > 1 and len(found) > 10
+    assert sorted(map(id, pinned)) == sorted(map(id, found))
+    assert all(one is not other and torch.equal(one, other) for one, other in zip(found, given, strict=True))
+    assert (copy.negatives, copy.supervised, copy.sources) == (batch.negatives, batch.supervised, batch.sources)
+
+    (one,) = make(processing, scenes / "llava_train.json")[0].pin_memory().micro_batches
+    assert one.embed is one.joint
+
+
+def tensors(value):
+    """All of them in some dataclasses, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif is_dataclass(value):
+        yield from tensors([getattr(value, field.name) for field in fields(value)])
+    elif isinstance(value, dict):
+        yield from tensors(list(value.values()))
+    elif isinstance(value, list):
+        for part in value:
+            yield from tensors(part)
 
 
 def test_two_ranks_share_a_global_batch(processing, scenes):

@@ -44,6 +44,12 @@ class MicroBatch:
     embed: Pack
     slots: Int64[Tensor, "readouts"]
 
+    def pin_memory(self) -> "MicroBatch":
+        """See `Pack`."""
+        joint = self.joint.pin_memory()
+        embed = joint if self.embed is self.joint else self.embed.pin_memory()
+        return MicroBatch(joint, embed, self.slots.pin_memory())
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -64,6 +70,11 @@ class Batch:
     supervised: int
     bad: list[str]
     sources: list[str]
+
+    def pin_memory(self) -> "Batch":
+        """See `Pack`; PyTorch's loader calls it, in a thread of its own."""
+        micro_batches = [micro_batch.pin_memory() for micro_batch in self.micro_batches]
+        return replace(self, micro_batches=micro_batches, target_ids=self.target_ids.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -351,6 +362,7 @@ def load(
                 batch_size=None,
                 sampler=range(number, stop),
                 num_workers=workers,
+                pin_memory=torch.cuda.is_available(),
                 multiprocessing_context="fork" if workers else None,  # some processors' classes cannot be pickled
                 worker_init_fn=_leave_signals_to_the_run,
                 generator=torch.Generator(),  # else making the loader would draw from the run's own

@@ -64,7 +64,7 @@ class Reading(nn.Module):
             embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
             head = self.lvlm.get_output_embeddings()
             softcap = getattr(self.lvlm.config.get_text_config(), "final_logit_softcapping", None)
-            labels = pack.labels.to(before.device)
+            labels = pack.labels.to(before.device, non_blocking=True)
             return embedded, next_token_loss(before, labels, head.weight, head.bias, softcap)
 
 
@@ -133,7 +133,7 @@ class JointStep(nn.Module):
             for micro_batch in micro_batches:
                 drawn.append(random_state(device))
                 reads.append(self.read(micro_batch.joint if whole else micro_batch.embed))
-        slots = [micro_batch.slots.to(device) for micro_batch in micro_batches]
+        slots = [micro_batch.slots.to(device, non_blocking=True) for micro_batch in micro_batches]
         none = torch.zeros(0, self.width, device=device)  # for a batch in which there is nothing to train on
         vectors = torch.cat([none, *(embedded.detach() for embedded, _ in reads)])
         order = torch.cat([torch.zeros(0, dtype=torch.long, device=device), *slots])
@@ -184,7 +184,7 @@ class JointStep(nn.Module):
         """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them."""
         pairs = len(batch.target_ids)
         queries, targets, negatives = (gather(part) for part in vectors.split([pairs, pairs, batch.negatives]))
-        ids = gather(batch.target_ids.to(vectors.device)) if self.objective.mask_duplicates else None
+        ids = gather(batch.target_ids.to(vectors.device, non_blocking=True)) if self.objective.mask_duplicates else None
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
         objective = self.objective
