@@ -33,8 +33,13 @@ def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: 
         raise
 
 
-def run(recipe: Path, output: Path, world: int, *overrides: str, **environment: str) -> str:
-    """Trains in `world` processes, with their common batches of the same size; returns what the first to fail said."""
+def run(
+    recipe: Path, output: Path, world: int, *overrides: str, killed_at: Path | None = None, **environment: str
+) -> str:
+    """Trains in `world` processes, with their common batches of the same size; returns what the first to fail said.
+
+    All are killed as soon as there is something at `killed_at`.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -51,8 +56,9 @@ def run(recipe: Path, output: Path, world: int, *overrides: str, **environment: 
         processes[-1][0].start()
     for process, _ in processes:
         while process.is_alive():
-            process.join(0.2)
-            if any(other.exitcode for other, _ in processes):  # the others would wait for it for ever
+            process.join(0.02)
+            failed = any(other.exitcode for other, _ in processes)  # the others would wait for it for ever
+            if failed or (killed_at and killed_at.exists()):
                 process.kill()
     return "".join(said.read_text() for _, said in processes if said.exists())
 
@@ -133,6 +139,28 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
         assert record.keys() == other.keys()
         for name in record.keys() - {"seconds"}:
             assert other[name] == pytest.approx(record[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("micro_batch.tokens=500",), ("model.shard=true", "model.adapter.rank=4", "model.adapter.dropout=0.1")],
+    ids=str,
+)
+def test_several_processes_killed_go_on_with_the_same_command(recipe, tmp_path, overrides):
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    run(recipe, broken, 2, "save_every=1", *overrides, killed_at=broken / "state" / "step-000001")
+    assert not (broken / "checkpoint").exists()
+    for output in (broken, whole):
+        assert not run(recipe, output, 2, "save_every=1", *overrides)
+    weights = [next((output / "checkpoint").glob("*model.safetensors")).read_bytes() for output in (broken, whole)]
+    assert weights[0] == weights[1]
+    logs = [(output / "log.jsonl").read_text().splitlines() for output in (broken, whole)]
+    assert [untimed(line) for line in logs[0]] == [untimed(line) for line in logs[1]] != []
+
+
+def untimed(line: str) -> dict[str, float]:
+    """A record of the log without its seconds."""
+    return {name: value for name, value in json.loads(line).items() if name != "seconds"}
 
 
 @pytest.mark.parametrize(
