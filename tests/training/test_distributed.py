@@ -52,6 +52,7 @@ def run(
         place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
         there = {**environment, **(place | meeting if world > 1 else {})}
         said = output.with_name(f"{output.name}-{number}.txt")
+        said.unlink(missing_ok=True)
         processes.append((server.Process(target=rank, args=(recipe, own, there, said)), said))
         processes[-1][0].start()
     for process, _ in processes:
