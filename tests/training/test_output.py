@@ -1,6 +1,7 @@
 """Whose run an output directory holds."""
 
 import json
+import multiprocessing
 from dataclasses import replace
 
 import pytest
@@ -30,6 +31,15 @@ def test_a_run_keeps_its_name_and_refuses_another_recipe(recipe, tmp_path):
     fewer = replace(other, data=replace(other.data, sources=other.data.sources[:1]))
     with pytest.raises(CafeError, match=r"data.sources was \[.*and is \["):
         claim(fewer)
+
+
+def test_one_process_at_a_time_trains_into_a_directory(recipe, tmp_path):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        name = pool.apply(claim, (recipe,))
+        with pytest.raises(CafeError, match=rf"^Process \d+ trains into {tmp_path / 'run'}: wait until it ends"):
+            claim(recipe)
+        assert pool.apply(claim, (recipe,)) != name  # the same process may again
+    assert claim(recipe)
 
 
 def test_a_run_is_finished_once_its_checkpoint_is_of_the_same_recipe(recipe, tmp_path):

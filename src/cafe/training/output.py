@@ -1,6 +1,8 @@
 """The directory of a run: which run it holds, and whether that is done."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -10,7 +12,7 @@ from cafe.errors import CafeError
 from cafe.model import read_record
 from cafe.training.recipe import Recipe, recipe_dict
 
-RUN = "run.json"
+RUN, LOCK = "run.json", "run.lock"
 STATE, CHECKPOINT, BEST = "state", "checkpoint", "best"
 # What may change between a run and its continuation: it changes no step, or by rounding alone.
 FREE = (
@@ -30,12 +32,14 @@ FREE = (
 
 
 def claim(recipe: Recipe) -> str:
-    """Makes the output directory this recipe's; returns the name of the run in it.
+    """Makes the output directory this recipe's and, until it ends, this process's; returns the name of the run in it.
 
     Raises:
-        CafeError: it holds the run of another recipe.
+        CafeError: it holds the run of another recipe, or another process trains into it.
     """
     output = Path(recipe.output)
+    output.mkdir(parents=True, exist_ok=True)
+    _lock(output)
     file = output / RUN
     mine = as_json(recipe)
     name = f"{output.resolve().name}-{uuid4().hex[:8]}"
@@ -47,9 +51,22 @@ def claim(recipe: Recipe) -> str:
                 "or remove that directory to start anew."
             )
         name = run["name"]
-    output.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps({"name": name, "recipe": mine}, indent=2) + "\n")
     return name
+
+
+def _lock(output: Path) -> None:
+    # A POSIX lock: it goes with the process however that ends, and loader workers, which may outlive it, have no part.
+    opened = os.open(output / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        other = os.read(opened, 20).decode()
+        raise CafeError(f"Process {other} trains into {output}: wait until it ends, or give another output.") from None
+    except OSError:
+        return  # a file system without locks
+    os.truncate(opened, 0)
+    os.write(opened, str(os.getpid()).encode())
 
 
 def finished(recipe: Recipe) -> bool:
