@@ -6,6 +6,7 @@ python benchmarks/loading.py [--json FILE]
 import json
 import statistics
 import tempfile
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from random import Random
@@ -14,6 +15,7 @@ from common import Row, clock, show, tiny_cafe
 
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batch, Batches, load
+from cafe.pixels import Normalization
 from cafe.scenes.draw import paint
 from cafe.scenes.words import CAPTION_PROMPT, paragraph
 from cafe.scenes.world import draw_scenes
@@ -42,7 +44,8 @@ def main() -> None:
     step = JointStep(model.lvlm.train(), ObjectiveRecipe())
     with tempfile.TemporaryDirectory() as directory:
         source = open_source(Source(path=str(write(Path(directory)))))
-        batches = Batches([source], model.processing, PAIRS, seed=0, packing=model.packing)
+        as_trained = replace(model.packing, normalization=Normalization.of(model.processing.processor.image_processor))
+        batches = Batches([source], model.processing, PAIRS, seed=0, packing=as_trained)
         held = [batches[number] for number in range(GROUP)]
         stream = load(batches, 0, GROUP * (REPETITIONS + 1), workers=1)
 

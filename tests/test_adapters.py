@@ -98,7 +98,7 @@ def test_with_dropout_the_gradient_cache_gives_the_gradient_of_one_graph_that_dr
     batch = Batches([Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size)[0]
     step = JointStep(model.lvlm, objective).double()
     torch.manual_seed(7)
-    reads = [step.reading(micro_batch.joint) for micro_batch in batch.micro_batches]
+    reads = [step.reading(micro_batch.joint) for micro_batch in reversed(batch.micro_batches)][::-1]  # first one last
     assert len(reads) > 1
     vectors = torch.cat([embedded for embedded, _ in reads])
     slots = torch.cat([micro_batch.slots for micro_batch in batch.micro_batches])

@@ -352,8 +352,8 @@ def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, 
         checkpointed: layers are computed once more in the backward pass.
     """
     tower, projector, language = (sizes.parts[name] for name in get_args(PartName))
-    cached = load.micro_batches > 1
-    patches, cropped = load.crops * load.patches, load.embedded_crops * cached
+    again = 1 - 1 / load.micro_batches  # of what is embedded: one micro-batch is read once
+    patches, cropped = load.crops * load.patches, load.embedded_crops * again
 
     def part(of: Part, rows: float, attention: float, again: float, before: int, stack: Stack | None = None) -> float:
         """`before`: parameters trained before this part or in it; without any, no gradient is asked of it."""
@@ -376,7 +376,7 @@ def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, 
             language,
             load.tokens,
             load.rows * sizes.language.attention_flops(load.columns),
-            load.embedded * cached,
+            load.embedded * again,
             sizes.trained,
             sizes.language,
         ),

@@ -6,7 +6,8 @@ Each step embeds the queries and targets of one contrastive batch, reads its dia
 
 A batch too large to go through the model at once is cut into micro-batches, and the contrastive gradient takes the way
 of a cache (GradCache, arXiv 2101.06983): embed all without gradient, take the gradient of each embedding, then read the
-micro-batches once more and carry it on. The result does not depend on the cut.
+micro-batches once more and carry it on; but for one, whose graph fits in memory meanwhile and is kept. The result does
+not depend on the cut.
 """
 
 import math
@@ -124,18 +125,19 @@ class JointStep(nn.Module):
         micro_batches = batch.micro_batches
         if self.blank:  # every process follows every other's forwards and backwards
             micro_batches = micro_batches + [self.blank] * (most(len(micro_batches), device) - len(micro_batches))
-        cached = len(micro_batches) > 1
-        whole = cached and self.lvlm.training and has_dropout(self.lvlm)  # same rows, so that dropout draws the same
+        whole = self.lvlm.training and has_dropout(self.lvlm)  # same rows, so that dropout draws the same
 
-        # 1. Embed all queries, targets and hard negatives. A batch of one micro-batch needs no other forward.
-        reads, drawn = [], []
-        with self.together(device), torch.set_grad_enabled(not cached):
-            for micro_batch in micro_batches:
-                drawn.append(random_state(device))
-                reads.append(self.read(micro_batch.joint if whole else micro_batch.embed))
+        # 1. Embed all queries, targets and hard negatives. The first micro-batch, often the only one, comes last and is
+        # read for both losses at once: it keeps its graph, and needs no other forward.
+        reads, drawn = {}, {}
+        with self.together(device):
+            for number, micro_batch in reversed(list(enumerate(micro_batches))):
+                drawn[number] = random_state(device)
+                with torch.set_grad_enabled(number == 0):
+                    reads[number] = self.read(micro_batch.joint if whole or number == 0 else micro_batch.embed)
         slots = [micro_batch.slots.to(device, non_blocking=True) for micro_batch in micro_batches]
         none = torch.zeros(0, self.width, device=device)  # for a batch in which there is nothing to train on
-        vectors = torch.cat([none, *(embedded.detach() for embedded, _ in reads)])
+        vectors = torch.cat([none, *(reads[number][0].detach() for number in range(len(micro_batches)))])
         order = torch.cat([torch.zeros(0, dtype=torch.long, device=device), *slots])
         vectors = torch.empty_like(vectors).index_copy_(0, order, vectors).requires_grad_()
 
@@ -154,7 +156,7 @@ class JointStep(nn.Module):
         lm = vectors.new_zeros(())
         with self.together(device):
             for number, micro_batch in enumerate(micro_batches):
-                if cached:
+                if number > 0:
                     with drawing(drawn[number], device):
                         reads[number] = self.read(micro_batch.joint)
                 embedded, said = reads[number]
