@@ -55,7 +55,8 @@ def test_the_sizes_of_a_hub_base_make_the_parameters_that_the_hub_states(base):
 def load_of(batch: Batch, patch: int) -> Load:
     """What a batch's packs hold."""
     packs = [micro_batch.joint for micro_batch in batch.micro_batches]
-    alone = [micro_batch.embed for micro_batch in batch.micro_batches]
+    twice = batch.micro_batches[1:] or batch.micro_batches
+    alone, again = [each.embed for each in twice], [each.joint for each in twice]
     side = packs[0].inputs["pixel_values"].shape[-1]
 
     def tokens(of: Iterable[Pack]) -> int:
@@ -71,8 +72,8 @@ def load_of(batch: Batch, patch: int) -> Load:
         rows=rows,
         columns=tokens(packs) // rows,
         labels=batch.supervised,
-        embedded=tokens(alone) / tokens(packs),
-        embedded_crops=crops(alone) / crops(packs),
+        embedded=tokens(alone) / tokens(again),
+        embedded_crops=crops(alone) / crops(again),
         micro_batches=len(packs),
         largest=max(tokens([pack]) for pack in packs) / tokens(packs),
     )

@@ -36,7 +36,8 @@ class MicroBatch:
 
     Attributes:
         joint: all their branches.
-        embed: the embedded branches alone, for the gradient cache's first phase; `joint` itself where one forward does.
+        embed: the embedded branches alone, for the gradient cache's first phase; `joint` itself where they are all, and
+            in the first micro-batch, which is read once.
         slots: the place of each readout among the batch's embeddings.
     """
 
@@ -298,8 +299,8 @@ class Batches(Dataset[Batch]):
         micro_batches = []
         for part in cuts:
             joint = self._pack(embedded[part], spoken[part])
-            alone = len(cuts) == 1 or not any(embedded[part])
-            embed = joint if alone else self._pack(embedded[part], [[]] * len(spoken[part]))
+            one = part == cuts[0] or not (any(embedded[part]) and any(spoken[part]))
+            embed = joint if one else self._pack(embedded[part], [[]] * len(spoken[part]))
             places = [slot for example in slots[part] for slot in example]
             micro_batches.append(MicroBatch(joint, embed, torch.tensor(places, dtype=torch.long)))
         return Batch(
