@@ -8,7 +8,7 @@ from typing import get_args
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
-from transformers import Adafactor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from cafe.adapters import add_adapter
 from cafe.errors import CafeError
@@ -69,6 +69,8 @@ def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> tor
     if recipe.name == "muon":
         return Muon(parameters, betas=betas, eps=recipe.epsilon)
     if recipe.name == "adafactor":  # with the learning rate that it is given, not one of its own making
+        from transformers import Adafactor  # brings peft along, which takes seconds
+
         return Adafactor(parameters, recipe.learning_rate, scale_parameter=False, relative_step=False)
     if not find_spec("bitsandbytes"):
         raise CafeError(f"optimizer.name: {recipe.name} needs the package bitsandbytes: pip install 'cafe-lvlm[4bit]'.")
