@@ -80,6 +80,9 @@ def main() -> None:
     load, sizes = load_of(recipe, lvlm, DATA, 1), measure(lvlm)
     batch = make_batch(make_pairs(lvlm, options.pairs), Packing(columns=load.columns), recipe.micro_batch)
     load = replace(load, micro_batches=len(batch.micro_batches))
+    memory = memory_of(sizes, load, recipe)
+    planned = sum(memory.values())
+    print(f"the plan: {planned / GIB:.2f} GiB at the peak", flush=True)
     step = JointStep(lvlm, recipe.objective, recipe.model.precision).to(device)
     trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(step, lvlm.config.model_type, recipe.optimizer)
@@ -93,8 +96,6 @@ def main() -> None:
         print(f"step {number} of {STEPS}: {time.perf_counter() - started:.0f} s, {said}", flush=True)
     taken = peak() - before
 
-    memory = memory_of(sizes, load, recipe)
-    planned = sum(memory.values())
     print(f"peak {taken / GIB:.2f} GiB; the plan says {planned / GIB:.2f} GiB:")
     for name, size in memory.items():
         print(f"  {name:16} {size / GIB:6.2f}")

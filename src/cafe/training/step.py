@@ -129,17 +129,16 @@ class JointStep(nn.Module):
 
         # 1. Embed all queries, targets and hard negatives. The first micro-batch, often the only one, comes last and is
         # read for both losses at once: it keeps its graph, and needs no other forward.
-        reads, drawn = {}, {}
+        vectors = torch.zeros(2 * len(batch.target_ids) + batch.negatives, self.width, device=device, dtype=self.dtype)
+        slots = [micro_batch.slots.to(device, non_blocking=True) for micro_batch in micro_batches]
+        drawn = {}
         with self.together(device):
             for number, micro_batch in reversed(list(enumerate(micro_batches))):
                 drawn[number] = random_state(device)
                 with torch.set_grad_enabled(number == 0):
-                    reads[number] = self.read(micro_batch.joint if whole or number == 0 else micro_batch.embed)
-        slots = [micro_batch.slots.to(device, non_blocking=True) for micro_batch in micro_batches]
-        none = torch.zeros(0, self.width, device=device)  # for a batch in which there is nothing to train on
-        vectors = torch.cat([none, *(reads[number][0].detach() for number in range(len(micro_batches)))])
-        order = torch.cat([torch.zeros(0, dtype=torch.long, device=device), *slots])
-        vectors = torch.empty_like(vectors).index_copy_(0, order, vectors).requires_grad_()
+                    reading = self.read(micro_batch.joint if whole or number == 0 else micro_batch.embed)
+                vectors[slots[number]] = reading[0].detach()
+        vectors.requires_grad_()
 
         # 2. Contrast them over all processes, and take the gradient of each.
         temperature = self.log_temperature.exp().clamp(min=LOWEST_TEMPERATURE)
@@ -158,18 +157,23 @@ class JointStep(nn.Module):
             for number, micro_batch in enumerate(micro_batches):
                 if number > 0:
                     with drawing(drawn[number], device):
-                        reads[number] = self.read(micro_batch.joint)
-                embedded, said = reads[number]
+                        reading = self.read(micro_batch.joint)
+                embedded, said = reading
                 lm += said.detach() / tokens
                 gradients.follow(
                     contrastive=(embedded * pull[slots[number]]).sum(),
                     lm=share * objective.lm_weight * said / tokens,
                 )
-                reads[number] = (embedded.detach(), said.detach())
+                del reading, embedded, said  # before the next is read
         norms = gradients.finish()
 
         measured = {"accuracy": accuracy.item(), **norms} if measure else {}
         return Losses(everyone(lm), contrastive.detach(), temperature.detach(), measured)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of embeddings."""
+        return torch.float64 if self.lvlm.dtype == torch.float64 else torch.float32
 
     def read(self, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
         """See `Reading`."""
