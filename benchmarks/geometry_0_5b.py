@@ -3,7 +3,7 @@
 The model is LLaVA-OneVision 0.5B as published (SigLIP so400m and Qwen2-0.5B, 0.9B parameters). The pairs are few and
 their pictures one crop and a thumbnail, so that a machine without a GPU can do it. On a CPU the recipe's bfloat16
 arithmetic is left out, everything being float32. What is counted is what the run takes beyond the imported libraries.
-Full training takes about 17 GiB.
+Full training takes more than 24 GiB on a CPU.
 
 python benchmarks/geometry_0_5b.py [--pairs 2] [--json FILE] [key=value ...]
 
