@@ -72,6 +72,7 @@ def test_micro_batches_keep_to_their_size_and_hold_all(processing, scenes):
         batch = make(processing, scenes / "llava_train.json", size=size)[0]
         assert sum(len(part.slots) for part in batch.micro_batches) == len(whole.micro_batches[0].slots)
         assert batch.supervised == whole.supervised
+        assert batch.micro_batches[0].embed is batch.micro_batches[0].joint  # read once
         pictures = [part.joint.inputs["pixel_values"] for part in batch.micro_batches]
         assert sum(map(len, pictures)) == 8
         if size.tokens == 1:
