@@ -143,7 +143,8 @@ def open_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, enough: int | None =
                     image.draft(None, (image.width // part, image.height // part))
                     break
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
+            ImageOps.exif_transpose(image, in_place=True)
+            return _to_rgb(image)
     except FileNotFoundError:
         raise CafeError(f"The image {ref} does not exist.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -156,4 +157,4 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")

@@ -38,6 +38,7 @@ from cafe.errors import CafeError
 from cafe.export import model_card, write_sentence_transformers
 from cafe.families import four_bit_options, may_share, positions_of
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
+from cafe.last_layer import last_layer_at
 from cafe.packing import Branch, Pack, Packing, pack, tree_block_mask, tree_mask
 from cafe.processing import Pictures, Processing, load_processor
 
@@ -398,7 +399,8 @@ def read(lvlm: PreTrainedModel, pack: Pack) -> tuple[Float[Tensor, "readouts dim
         inputs["pixel_values"] = pack.pixels.to_values(inputs["pixel_values"]).to(lvlm.dtype)
     if pack.end is not None:
         inputs["attention_mask"] = attention_mask(pack.end.to(device, non_blocking=True), lvlm.config.get_text_config())
-    hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state
+    with last_layer_at(lvlm, pack.readouts, pack.predictors):
+        hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state
     readouts, predictors = (each.to(device, non_blocking=True) for each in (pack.readouts, pack.predictors))
     return hidden[readouts[:, 0], readouts[:, 1]], hidden[predictors[:, 0], predictors[:, 1]]
 

@@ -30,6 +30,7 @@ from cafe.content import ImageRef, open_image
 from cafe.errors import CafeError
 from cafe.instructions import CHATML, Message, Prompts
 from cafe.packing import Branch, collate_vision
+from cafe.resizing import quicken
 
 
 class _VideoDropped(ProcessorMixin):
@@ -106,6 +107,7 @@ class Processing:
         self.processor = processor
         self.prompts = prompts
         self.tokenizer = processor.tokenizer
+        quicken(processor.image_processor)
         self._known: dict[str, list[int]] = {}
         tokens = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
         placeholders: list[str] = [*filter(None, tokens), "<image>"]

@@ -72,6 +72,7 @@ def load_of(batch: Batch, patch: int) -> Load:
         rows=rows,
         columns=tokens(packs) // rows,
         labels=batch.supervised,
+        read=sum(len(pack.predictors) + len(pack.readouts) for pack in packs),
         embedded=tokens(alone) / tokens(again),
         embedded_crops=crops(alone) / crops(again),
         micro_batches=len(packs),

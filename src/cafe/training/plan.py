@@ -86,6 +86,7 @@ class Load:
         crops, patches: that the tower reads, and patches of each.
         rows, columns: of tokens in the language model, padding included.
         labels: supervised tokens.
+        read: tokens whose last hidden state is read: the labels' and the readouts.
         embedded: the share of the rows, and `embedded_crops` of the crops, that embeds: the gradient cache reads it
             once more, before the rest.
         vectors: embeddings, of all processes.
@@ -98,6 +99,7 @@ class Load:
     rows: float
     columns: int
     labels: float
+    read: float
     embedded: float = 1.0
     embedded_crops: float = 1.0
     vectors: int = 0
@@ -335,6 +337,7 @@ def load_of(recipe: Recipe, lvlm: PreTrainedModel, data: Data, gpus: int) -> Loa
         rows=rows,
         columns=columns,
         labels=pairs * data.caption * speaks,
+        read=pairs * (data.caption * speaks + 2 * contrast),
         embedded=(query + target) / (query + target + own) if shares else 2 * contrast / (2 * contrast + speaks),
         embedded_crops=contrast / times,
         vectors=2 * pairs * gpus * contrast,
@@ -365,6 +368,9 @@ def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, 
             backward += forward - 2 * rows * stack.layers * stack.inner * stack.width
         return forward * (1 + again) + backward
 
+    # Behind attention the last layer works only on the tokens that are read, unless it is made again.
+    stack = sizes.language
+    late = 0 if checkpointed else stack.width * (stack.heads + 3 * stack.inner) / language.matrices
     # A frozen tower keeps what it read, if it reads crop by crop.
     rereads = cropped if tower.trained or sizes.merges > 1 else 0.0
     attention = load.crops * sizes.tower.attention_flops(load.patches)
@@ -374,7 +380,7 @@ def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, 
         "projector": part(projector, patches / sizes.merges, 0.0, cropped, tower.trained + projector.trained),
         "language model": part(
             language,
-            load.tokens,
+            load.tokens - late * (load.tokens - load.read),
             load.rows * sizes.language.attention_flops(load.columns),
             load.embedded * again,
             sizes.trained,
