@@ -15,7 +15,6 @@ from common import Row, clock, show, tiny_cafe
 
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batch, Batches, load
-from cafe.pixels import Normalization
 from cafe.scenes.draw import paint
 from cafe.scenes.words import CAPTION_PROMPT, paragraph
 from cafe.scenes.world import draw_scenes
@@ -44,8 +43,9 @@ def main() -> None:
     step = JointStep(model.lvlm.train(), ObjectiveRecipe())
     with tempfile.TemporaryDirectory() as directory:
         source = open_source(Source(path=str(write(Path(directory)))))
-        as_trained = replace(model.packing, normalization=Normalization.of(model.processing.processor.image_processor))
-        batches = Batches([source], model.processing, PAIRS, seed=0, packing=as_trained)
+        processing, normalization = model.processing.raw()
+        packing = replace(model.packing, normalization=normalization)
+        batches = Batches([source], processing, PAIRS, seed=0, packing=packing)
         held = [batches[number] for number in range(GROUP)]
         stream = load(batches, 0, GROUP * (REPETITIONS + 1), workers=1)
 

@@ -26,7 +26,6 @@ from transformers import AutoProcessor, TrainerCallback
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches, MicroBatchSize, load
 from cafe.model import Cafe
-from cafe.pixels import Normalization
 from cafe.training.optimizer import make_optimizer
 from cafe.training.recipe import ObjectiveRecipe, OptimizerRecipe
 from cafe.training.step import JointStep
@@ -57,8 +56,9 @@ class Ours:
     def __init__(self, model: Cafe, records: Path) -> None:
         source = open_source(Source(path=str(records)))
         size = MicroBatchSize(crops=CROPS * CHUNK)
-        packing = replace(model.packing, normalization=Normalization.of(model.processing.processor.image_processor))
-        self.batches = Batches([source], model.processing, PAIRS, seed=0, language=False, packing=packing, size=size)
+        processing, normalization = model.processing.raw()
+        packing = replace(model.packing, normalization=normalization)
+        self.batches = Batches([source], processing, PAIRS, seed=0, language=False, packing=packing, size=size)
         self.step = JointStep(model.lvlm.train(), OBJECTIVE)
         recipe = OptimizerRecipe(learning_rate=RATE, vision_tower_learning_rate=None, clip=CLIP)
         self.optimizer = make_optimizer(self.step, model.lvlm.config.model_type, recipe)

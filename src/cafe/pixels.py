@@ -30,14 +30,21 @@ class Normalization:
         mean, std = (tuple(getattr(image_processor, name, None) or ()) for name in ("image_mean", "image_std"))
         return cls(factor, mean, std) if factor and len(mean) == len(std) == 3 else None
 
-    def to_bytes(self, values: Float32[Tensor, "..."]) -> UInt8[Tensor, "..."] | None:
-        """The bytes that values were made of; None if they were not."""
+    def to_bytes(self, values: Float32[Tensor, "..."] | UInt8[Tensor, "..."]) -> UInt8[Tensor, "..."] | None:
+        """The bytes that values were made of, or that they are already; None if they were not."""
+        if values.dtype == torch.uint8:
+            return values
         if not values.is_floating_point() or not values.numel() or not _by_color(values):
             return None
         mean, std = self._of(values)
         raw = torch.addcmul(mean / self.factor, values, std / self.factor).round_().clamp_(0, 255).to(torch.uint8)
-        wrong = self.to_values(raw).sub_(values).abs_().max()
-        return raw if wrong <= TOLERANCE else None
+        return raw if self.makes(values, raw) else None
+
+    def makes(self, values: Float32[Tensor, "..."], raw: Tensor) -> bool:
+        """Whether some bytes become just these values."""
+        if raw.dtype != torch.uint8 or raw.shape != values.shape or not _by_color(raw):
+            return False
+        return bool(self.to_values(raw).sub_(values).abs_().max() <= TOLERANCE)
 
     def to_values(self, raw: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
         """The model's values."""

@@ -1,6 +1,6 @@
 """Pillow's image processors with PyTorch's resize in them: the one that torchvision's take, several times faster.
 
-Its values are Pillow's but for one of 255 here and there.
+Its values are Pillow's but for one level of 255 here and there.
 """
 
 from typing import Any

@@ -7,7 +7,6 @@ from cafe.data.formats import open_source
 from cafe.data.loading import UNCUT, Batches, MicroBatch, MicroBatchSize
 from cafe.families import vision_tower_of
 from cafe.model import Cafe
-from cafe.pixels import Normalization
 from cafe.training.optimizer import prepare
 from cafe.training.recipe import Recipe
 from cafe.training.step import JointStep
@@ -17,9 +16,10 @@ from cafe.training.vision import VisionCache
 def make_batches(recipe: Recipe, model: Cafe, rank: int, world: int, sharded: bool = False) -> Batches:
     """The contrastive batches of a run, this process's part of each, in an order fixed by the seed."""
     objective = recipe.objective
+    processing, normalization = model.processing.raw()
     return Batches(
         [open_source(source) for source in recipe.data.sources],
-        model.processing,
+        processing,
         recipe.batch_size,
         recipe.seed,
         recipe.model.max_tokens,
@@ -30,7 +30,7 @@ def make_batches(recipe: Recipe, model: Cafe, rank: int, world: int, sharded: bo
             model.packing,
             share=model.packing.share and recipe.model.share_prefixes,
             columns=recipe.model.row_tokens or model.packing.columns,
-            normalization=Normalization.of(getattr(model.processing.processor, "image_processor", None)),
+            normalization=normalization,
         ),
         size=recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else UNCUT,
         rank=rank,
