@@ -3,7 +3,6 @@
 The model is LLaVA-OneVision 0.5B as published (SigLIP so400m and Qwen2-0.5B, 0.9B parameters). The pairs are few and
 their pictures one crop and a thumbnail, so that a machine without a GPU can do it. On a CPU the recipe's bfloat16
 arithmetic is left out, everything being float32. What is counted is what the run takes beyond the imported libraries.
-Full training takes more than 24 GiB on a CPU.
 
 python benchmarks/geometry_0_5b.py [--pairs 2] [--json FILE] [key=value ...]
 
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 from common import Row, Sides, branch, make_batch, show
-from memory import peak, reset_peak
+from memory import give_back_what_is_freed, peak, reset_peak
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -69,6 +68,7 @@ def main() -> None:
     precision = "bf16" if device == "cuda" else "fp32"
     recipe = read_recipe(RECIPE, [f"batch_size={options.pairs}", f"model.precision={precision}", *options.overrides])
 
+    give_back_what_is_freed()
     before = reset_peak()
     torch.manual_seed(0)
     with torch.device(device):

@@ -34,7 +34,7 @@ def last_layer_at(lvlm: PreTrainedModel, *places: Int64[Tensor, "tokens 2"]) -> 
     """
     handles = []
     at = torch.cat(places).unique(dim=0)  # each once: its gradient must not be counted twice
-    for part in [] if lvlm.training and lvlm.is_gradient_checkpointing else parts_of(lvlm):
+    for part in parts_of(lvlm):
         compute = At(at)
         handles += [part.register_forward_pre_hook(compute.pick), part.register_forward_hook(compute.put)]
     try:
@@ -45,9 +45,11 @@ def last_layer_at(lvlm: PreTrainedModel, *places: Int64[Tensor, "tokens 2"]) -> 
 
 
 def parts_of(lvlm: PreTrainedModel) -> list[nn.Module]:
-    """The parts of the last layer that work behind attention on one token at a time."""
+    """The parts of the last layer that work behind attention on one token at a time; none if it is made again."""
     layer = getattr(lvlm.get_decoder(), "layers", [None])[-1]
     if layer is None or not {name for name, _ in layer.named_children()} <= KNOWN:
+        return []
+    if layer.training and getattr(layer, "gradient_checkpointing", False):
         return []
     return [layer.mlp, *(part for name, part in layer.self_attn.named_children() if name == "o_proj")]
 
