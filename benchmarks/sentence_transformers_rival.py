@@ -25,6 +25,7 @@ from transformers import AutoProcessor, TrainerCallback
 
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches, MicroBatchSize, load
+from cafe.data.raw import raw
 from cafe.model import Cafe
 from cafe.training.optimizer import make_optimizer
 from cafe.training.recipe import ObjectiveRecipe, OptimizerRecipe
@@ -56,7 +57,7 @@ class Ours:
     def __init__(self, model: Cafe, records: Path) -> None:
         source = open_source(Source(path=str(records)))
         size = MicroBatchSize(crops=CROPS * CHUNK)
-        processing, normalization = model.processing.raw()
+        processing, normalization = raw(model.processing)
         packing = replace(model.packing, normalization=normalization)
         self.batches = Batches([source], processing, PAIRS, seed=0, language=False, packing=packing, size=size)
         self.step = JointStep(model.lvlm.train(), OBJECTIVE)

@@ -69,22 +69,6 @@ def test_a_familys_pictures_come_back_joined_as_they_were(family):
         assert torch.allclose(pixels.to_values(sent["pixel_values"]), joined["pixel_values"], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_for_training_the_processor_hands_out_bytes_where_it_can(family):
-    model, _ = make(family)
-    raw, normalization = model.processing.raw()
-    single, several = [noise(1, 90, 31)], [noise(2, 90, 31), noise(3, 48, 32)]
-    values, found = (each.pictures(single).vision["pixel_values"] for each in (model.processing, raw))
-    if family in NOT_BYTES:
-        assert raw is model.processing
-    else:
-        assert found.dtype == torch.uint8
-        assert torch.allclose(normalization.to_values(found), values, rtol=0, atol=1e-6)
-    together = [each.pictures(several).vision["pixel_values"] for each in (model.processing, raw)]
-    assert torch.equal(*together)
-    assert model.processing.pictures(single).vision["pixel_values"].is_floating_point()  # the model's own is as it was
-
-
 def test_a_pack_of_bytes_is_read_as_one_of_values(random_base):
     model = Cafe.load(random_base)
     branches = [[model.encode_embedding(Content.of([noise(n, 64, 64), "what?"]))] for n in range(3)]

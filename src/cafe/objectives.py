@@ -117,9 +117,9 @@ class _InfoNCE(torch.autograd.Function):
         grad_queries, grad_targets = torch.empty_like(queries), torch.zeros_like(targets)
         grad_scale = torch.zeros_like(scale)
         for rows, logits, columns in _tiles(queries, targets, scale, ids, hardness, margin, tile):
-            share = (logits - by_row[rows, None]).exp_()
-            if symmetric:
-                share[:, :pairs] += (columns - by_column).exp_()
+            back = (columns - by_column).exp_() if symmetric else 0.0
+            share = logits.sub_(by_row[rows, None]).exp_()
+            share[:, :pairs] += back
             share.diagonal(rows.start).sub_(directions)
             share *= grads[0] / (directions * pairs)
             grad_queries[rows] = (share @ targets).mul_(scale)

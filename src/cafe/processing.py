@@ -8,7 +8,6 @@ Without torchvision, transformers cannot construct processors that declare a vid
 leaves that one part out. The files written are the family's standard ones either way.
 """
 
-import copy
 import math
 import re
 from collections import Counter
@@ -31,7 +30,6 @@ from cafe.content import ImageRef, open_image
 from cafe.errors import CafeError
 from cafe.instructions import CHATML, Message, Prompts
 from cafe.packing import Branch, collate_vision
-from cafe.pixels import Normalization
 from cafe.resizing import quicken
 
 
@@ -83,7 +81,6 @@ def load_processor(path: str, family: str = "") -> ProcessorMixin:
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # the names of inputs that mark image tokens in some families
 KNOWN_TEXTS = 4096  # whose tokens are kept
 _LARGE = 1024  # pixels of a side; a family that sees them all may see more of a larger picture
-_RAW = {"do_rescale": False, "do_normalize": False}
 _EMPTY_ANSWER: Message = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
 _WORDS = "\ue000words\ue000"  # stands for the assistant's words where the template is asked what it writes around them
 _SAID: Message = {"role": "assistant", "content": [{"type": "text", "text": _WORDS}]}
@@ -112,7 +109,6 @@ class Processing:
         self.tokenizer = processor.tokenizer
         quicken(processor.image_processor)
         self._known: dict[str, list[int]] = {}
-        self._raw = False
         tokens = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
         placeholders: list[str] = [*filter(None, tokens), "<image>"]
         if prompts.chat_template == "chatml":
@@ -140,26 +136,14 @@ class Processing:
         """Writes the family's standard processor files."""
         self.processor.save_pretrained(directory)
 
-    def raw(self) -> "tuple[Processing, Normalization | None]":
-        """The same for training, and the family's normalization.
-
-        Where the family's processor can leave the normalization out, this one's single pictures come as bytes.
-        """
-        normalization, raw = Normalization.of(self.processor.image_processor), copy.copy(self)
-        raw._raw = normalization is not None
-        colors = torch.randint(0, 256, (61, 97, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        probe = [Image.fromarray(colors.numpy())]
-        values, found = (each.pictures(probe).vision["pixel_values"] for each in (self, raw))
-        return raw if normalization and normalization.makes(values, found) else self, normalization
-
     def pictures(self, images: Sequence[Image.Image]) -> Pictures:
         """Processes the images of one content together, as the family does for one prompt."""
         if not images:
             return Pictures([], {})
-        batch = self._process(images)
+        batch, between = self._process(images), self.tokenizer.eos_token_id
         runs: list[list[int]] = [[]]
         for token in batch.pop("input_ids")[0].tolist():
-            if token == self.tokenizer.eos_token_id:
+            if token == between:
                 runs.append([])
             else:
                 runs[-1].append(token)
@@ -182,12 +166,7 @@ class Processing:
         # A special token between the placeholders keeps the runs apart whatever the family writes into them.
         text = self.tokenizer.eos_token.join([self.placeholder] * len(images))
         # The images are nested because some families (LLaVA-OneVision) treat several images of one prompt otherwise.
-        options = {"return_tensors": "pt", "add_special_tokens": False}
-        raw = self._raw and len(images) == 1  # several may be padded with what is 0 once normalized
-        batch = self.processor(text=[text], images=[list(images)], **options, **(_RAW if raw else {}))
-        if raw:
-            batch["pixel_values"] = batch["pixel_values"].to(torch.uint8)
-        return batch
+        return self.processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=False)
 
     def encode_embedding(self, messages: list[Message], pictures: Pictures, max_tokens: int | None = None) -> Branch:
         """The branch whose last token is the readout.

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cafe.data.formats import open_source
 from cafe.data.loading import UNCUT, Batches, MicroBatch, MicroBatchSize
+from cafe.data.raw import raw
 from cafe.families import vision_tower_of
 from cafe.model import Cafe
 from cafe.training.optimizer import prepare
@@ -16,7 +17,7 @@ from cafe.training.vision import VisionCache
 def make_batches(recipe: Recipe, model: Cafe, rank: int, world: int, sharded: bool = False) -> Batches:
     """The contrastive batches of a run, this process's part of each, in an order fixed by the seed."""
     objective = recipe.objective
-    processing, normalization = model.processing.raw()
+    processing, normalization = raw(model.processing)
     return Batches(
         [open_source(source) for source in recipe.data.sources],
         processing,

@@ -1,0 +1,78 @@
+"""Pictures for training, by a shorter way: as bytes, and without a text to count their tokens where these are known.
+
+A family's own processor normalizes each picture, and writes and tokenizes hundreds of image tokens for it. For training
+the first is left to the device, and the second is done once for each size of picture.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from cafe.pixels import Normalization
+from cafe.processing import Pictures, Processing
+
+_RAW = {"do_rescale": False, "do_normalize": False}
+_SIZES = ((97, 61), (61, 97), (300, 180), (64, 64))  # (width, height) of the pictures that both ways are tried on
+
+
+def raw(processing: Processing) -> tuple[Processing, Normalization | None]:
+    """Processing that makes the same of contents, pictures as bytes where it can, and what normalizes these.
+
+    The short way is only gone where it made the same of some pictures of noise.
+    """
+    normalization = Normalization.of(processing.processor.image_processor)
+    if normalization is None:
+        return processing, None
+    draw = np.random.default_rng(0)
+    noise = [Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)) for width, height in _SIZES]
+    short = _Raw(processing, asked_of_image_processor(processing, noise[0]))
+    for image in noise:
+        whole, made = processing.pictures([image]).vision, short.vision(image)
+        same = all(name in made and torch.equal(made[name], whole[name]) for name in whole if name != "pixel_values")
+        if not same or not normalization.makes(whole["pixel_values"], made["pixel_values"]):
+            return processing, normalization
+    return short, normalization
+
+
+class _Raw(Processing):
+    def __init__(self, processing: Processing, options: dict[str, Any]) -> None:
+        self.__dict__.update(processing.__dict__)
+        self.options = options | _RAW
+        self.known: dict[tuple[int, int], list[list[int]]] = {}  # token runs, which depend on a picture's size alone
+        self.names: frozenset[str] = frozenset()
+
+    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+        # Several pictures together may be filled up with values that no byte becomes.
+        if len(images) != 1 or images[0].size not in self.known:
+            whole = super().pictures(images)
+            if len(images) == 1:
+                self.known[images[0].size], self.names = whole.runs, frozenset(whole.vision)
+            return whole
+        made = self.vision(images[0])
+        return Pictures(self.known[images[0].size], {name: made[name] for name in self.names})
+
+    def vision(self, image: Image.Image) -> dict[str, Tensor]:
+        """What the family's image processor makes of a picture, in bytes, and all else that it says of it."""
+        made = self.processor.image_processor([[image]], **self.options)
+        return {**made, "pixel_values": made["pixel_values"].to(torch.uint8)}
+
+
+def asked_of_image_processor(processing: Processing, image: Image.Image) -> dict[str, Any]:
+    """The options with which a family's processor calls its image processor."""
+    images = processing.processor.image_processor
+    preprocess, asked = images.preprocess, dict[str, Any]()
+
+    def listen(given: Any, **options: Any) -> Any:
+        asked.update(options)
+        return preprocess(given, **options)
+
+    images.preprocess = listen
+    try:
+        processing.pictures([image])
+    finally:
+        del images.preprocess
+    return asked
