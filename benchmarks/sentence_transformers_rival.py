@@ -27,6 +27,7 @@ from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches, MicroBatchSize, load
 from cafe.data.raw import raw
 from cafe.model import Cafe
+from cafe.processing import load_processor
 from cafe.training.optimizer import make_optimizer
 from cafe.training.recipe import ObjectiveRecipe, OptimizerRecipe
 from cafe.training.step import JointStep
@@ -90,8 +91,9 @@ class Theirs:
         directory, prompts = records.parent, model.processing.prompts
         model.lvlm.save_pretrained(directory / "model")
         chat = {"add_generation_prompt": True}
-        # Without torchvision the processor cannot be loaded as it is; so theirs is ours.
-        with patch.object(AutoProcessor, "from_pretrained", return_value=model.processing.processor):
+        model.processing.save(directory / "model")
+        # Without torchvision the processor can only be loaded without its video part.
+        with patch.object(AutoProcessor, "from_pretrained", load_processor):
             transformer = Transformer(str(directory / "model"), processing_kwargs={"chat_template": chat})
         pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
         embedder = SentenceTransformer(modules=[transformer, pooling])
