@@ -425,14 +425,15 @@ def attention_mask(end: Int64[Tensor, "rows columns"], config: PreTrainedConfig)
 def packing_for(lvlm: PreTrainedModel, processing: Processing) -> Packing:
     """How a model's branches are laid out: as trees where it can read them, which an unknown family has to show.
 
-    Rows are as long as the model is wide: then what is computed and masked in attention is little beside the rest.
+    Rows are at most twice as long as the model is wide: then what is computed and masked in attention is little beside
+    the rest, six times the width for each token.
     FlexAttention computes nothing that is masked, and is compiled for each shape: all goes in one row, of few lengths.
     """
     text = lvlm.config.get_text_config()
     flex = text._attn_implementation == "flex_attention"
     packing = Packing(
         share=may_share(lvlm) is not False,
-        columns=ONE_ROW if flex else text.hidden_size,
+        columns=ONE_ROW if flex else 2 * text.hidden_size,
         multiple=FLEX_MULTIPLE if flex else 1,
         pad=processing.tokenizer.pad_token_id or 0,
         positions=positions_of(lvlm),

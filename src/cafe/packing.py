@@ -89,7 +89,7 @@ class Packing:
     Attributes:
         share: lay branches out as trees; without it every branch is a row by itself, padded on the right, and the
             model makes its own mask and position ids.
-        columns: the tokens wanted in a row of trees.
+        columns: the most tokens in a row of trees.
         multiple: rows are filled up to a multiple of this many tokens, so that their shapes are few.
         pad: the token that fills up rows.
         positions: the position ids of a branch that is alone in its row.
@@ -190,7 +190,7 @@ def pack(embedded: Sequence[Sequence[Branch]], spoken: Sequence[Sequence[Branch]
 
 
 def lay_out(groups: Sequence[Sequence[Branch]], packing: Packing) -> Layout:
-    """Lays branches out in rows of about `packing.columns` tokens.
+    """Lays branches out in rows of at most `packing.columns` tokens.
 
     Groups (the branches of one example) are cut into trees that share more than what all branches share, and the trees
     are spread over rows. Rows are longer than `columns` only where a tree is.
@@ -338,23 +338,34 @@ def _trees(sizes: Sequence[int], keys: Sequence[Keys], root: int) -> list[list[i
 
 
 def _fill(trees: Sequence[list[int]], sizes: Sequence[int], root: int, columns: int) -> list[list[int]]:
-    """Trees to rows: the largest first, each to the emptiest row, in as few rows as hold them within `columns`.
+    """Trees to rows of at most `columns` tokens, or of the largest tree: as many rows as make the least work.
 
-    So all rows are about as long and little is padded. The root is there once a row.
+    What fits in one row goes there. The root is there once a row. The work of a token is that of the layers' matrices,
+    as of attention over three times the columns, and attention over its row: many rows leave more padding, long ones
+    take more attention.
     """
     columns = max(columns, *sizes)
     own = [size - root for size in sizes]
-    count = max(1, math.ceil(sum(own) / max(1, columns - root)))
-    while True:
-        rows: list[list[int]] = [[] for _ in range(count)]
-        loads = [(root, row) for row in range(count)]
-        for tree in sorted(range(len(trees)), key=lambda tree: -own[tree]):
-            load, row = heapq.heappop(loads)
-            rows[row] += trees[tree]
-            heapq.heappush(loads, (load + own[tree], row))
-        if max(loads)[0] <= columns:
-            return [row for row in rows if row]
-        count += 1
+    least = max(1, math.ceil(sum(own) / max(1, columns - root)))
+    found: list[tuple[int, list[list[int]]]] = []
+    for count in range(least, max(least, len(trees)) + 1):
+        rows, longest = _spread(trees, own, root, count)
+        if longest <= columns:
+            found.append((count * longest * (3 * columns + longest), rows))
+        if found and (count == 1 or count >= 2 * least):
+            break
+    return min(found, key=lambda each: each[0])[1]
+
+
+def _spread(trees: Sequence[list[int]], own: Sequence[int], root: int, count: int) -> tuple[list[list[int]], int]:
+    """Trees over so many rows, the largest first, each to the emptiest row; and the length of the longest."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    loads = [(root, row) for row in range(count)]
+    for tree in sorted(range(len(trees)), key=lambda tree: -own[tree]):
+        load, row = heapq.heappop(loads)
+        rows[row] += trees[tree]
+        heapq.heappush(loads, (load + own[tree], row))
+    return [row for row in rows if row], max(loads)[0]
 
 
 def _row(members: Sequence[int], keys: Sequence[Keys]) -> _Row:

@@ -39,7 +39,7 @@ class ModelRecipe:
         adapter: train LoRA or DoRA matrices in place of the weights themselves.
         vision_cache: a directory that keeps what a frozen vision tower makes of each picture; empty for none.
         share_prefixes: read what branches have in common once, where the family can.
-        row_tokens: the tokens wanted in a row of trees; null for as many as the model is wide.
+        row_tokens: the most tokens in a row of trees; null for twice as many as the model is wide.
         max_pixels: the largest area at which a picture is read, in pixels; null for the model's own.
         grids: the (rows, columns) of crops that a picture may be cut into, in families that do so (anyres).
     """
