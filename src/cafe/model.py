@@ -41,6 +41,7 @@ from cafe.instructions import Prompts, dialogue_messages, embedding_messages
 from cafe.last_layer import last_layer_at
 from cafe.packing import Branch, Pack, Packing, pack, tree_block_mask, tree_mask
 from cafe.processing import Pictures, Processing, load_processor
+from cafe.tree_attention import LONG, TreeMask
 
 logger = logging.getLogger(__name__)
 
@@ -416,6 +417,8 @@ def attention_mask(end: Int64[Tensor, "rows columns"], config: PreTrainedConfig)
     """The mask of trees, as the attention implementation takes it."""
     if config._attn_implementation == "flex_attention":
         return tree_block_mask(end)
+    if end.device.type == "cpu" and end.shape[1] >= LONG and config._attn_implementation == "sdpa":
+        return TreeMask.of(end)
     seen = tree_mask(end)
     if config._attn_implementation == "eager":
         return torch.zeros(seen.shape, device=end.device).masked_fill(~seen, torch.finfo(torch.float32).min)

@@ -65,7 +65,7 @@ def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> tor
     if recipe.name != "adamw" and any(sharded for *_, sharded in groups):
         raise CafeError(f"optimizer.name: {recipe.name} does not go with model.shard; adamw does.")
     if recipe.name == "adamw":
-        return torch.optim.AdamW(parameters, betas=betas, eps=recipe.epsilon)
+        return torch.optim.AdamW(parameters, betas=betas, eps=recipe.epsilon, fused=True)
     if recipe.name == "muon":
         return Muon(parameters, betas=betas, eps=recipe.epsilon)
     if recipe.name == "adafactor":  # with the learning rate that it is given, not one of its own making

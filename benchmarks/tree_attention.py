@@ -1,0 +1,42 @@
+"""A step on a CPU with attention by paths beside the same under the dense mask, as rows grow.
+
+python benchmarks/tree_attention.py [--json FILE]
+"""
+
+from functools import partial
+
+from common import CAPTION, Row, make_batch, make_pairs, paired, show, tiny_llava
+
+import cafe.model
+from cafe.data.loading import Batch
+from cafe.packing import Packing
+from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.step import JointStep
+from cafe.tree_attention import LONG
+
+PAIRS = 8
+CAPTIONS = (CAPTION, 400, 900)  # tokens; rows of the first are shorter than those that are read by paths
+
+
+def main() -> None:
+    """Prints the table."""
+    model = tiny_llava()
+    step = JointStep(model, ObjectiveRecipe())
+
+    def work(batch: Batch, long: int) -> None:
+        cafe.model.LONG = long
+        step(batch)
+        model.zero_grad()
+
+    rows = []
+    for caption in CAPTIONS:
+        batch = make_batch(make_pairs(PAIRS, caption=caption), Packing(columns=512))
+        columns = batch.micro_batches[0].joint.inputs["input_ids"].shape[1]
+        _, ratio = paired(partial(work, batch, 1), partial(work, batch, 2**40))
+        must = 1.0 if columns >= LONG else 0.9
+        rows.append(Row(f"rows of {columns}: steps/s, by paths / dense", ratio, must, 1.1))
+    show("Attention by paths", rows)
+
+
+if __name__ == "__main__":
+    main()

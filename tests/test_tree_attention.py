@@ -1,0 +1,81 @@
+"""Attention by paths against PyTorch's own under the dense mask, and in a model's step."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_packing import branch, examples
+
+import cafe.model
+from cafe.model import attention_mask, read
+from cafe.packing import Packing, lay_out, pack, tree_mask
+from cafe.tree_attention import TreeMask, paths_of
+
+
+def attention(end, mask, **options):
+    """What attention makes of random states, and the gradients of a weighted sum of it."""
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        torch.randn(*end.shape, 2, 8, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
+        for _ in range(3)
+    ]
+    made = F.scaled_dot_product_attention(*states, attn_mask=mask, **options)
+    made.backward(torch.randn(made.shape, generator=generator, dtype=torch.float64))
+    return [made, *(each.grad for each in states)]
+
+
+@settings(max_examples=100, deadline=None)
+@given(examples(), st.integers(1, 60), st.sampled_from([1, 16]), st.sampled_from([None, 0.3]))
+def test_paths_make_what_the_dense_mask_makes(groups, columns, multiple, scale):
+    layout = lay_out(groups, Packing(columns=columns, multiple=multiple))
+    plain = attention(layout.end, tree_mask(layout.end), scale=scale)
+    for one, other in zip(attention(layout.end, TreeMask.of(layout.end), scale=scale), plain, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@settings(max_examples=100, deadline=None)
+@given(examples(), st.integers(1, 60))
+def test_paths_and_what_they_see_are_those_of_the_mask(groups, columns):
+    end = lay_out(groups, Packing(columns=columns)).end
+    seen = torch.zeros(*end.shape, end.shape[1], dtype=torch.bool)
+    alone = torch.ones(end.shape, dtype=torch.bool)
+    for path in paths_of(end):
+        own = slice(path.start, path.stop)
+        alone[path.row, own] = False
+        causal = torch.ones(path.stop - path.start, len(path.sees)).tril(len(path.sees) - (path.stop - path.start))
+        seen[path.row, own] = seen[path.row, own].index_copy(1, path.sees, causal.bool())
+        assert path.bias is None or torch.equal(path.bias == 0, causal.bool())
+    seen |= torch.diag_embed(alone)
+    assert torch.equal(seen, tree_mask(end)[:, 0])
+
+
+def test_all_else_sees_a_plain_mask():
+    end = torch.tensor([[5, 3, 3, 5, 5]])
+    mask = TreeMask.of(end)
+    assert type(mask[:, :, :3]) is torch.Tensor and torch.equal(mask[..., 0], tree_mask(end)[..., 0])
+    half = attention(end, mask[:, :, :, :5])
+    for one, other in zip(half, attention(end, tree_mask(end)), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_a_model_reads_long_rows_by_paths_as_it_reads_short_ones(random_base, monkeypatch, bf16):
+    model = cafe.model.Cafe.load(random_base)
+    said = [[*range(10, 30)], [*range(10, 20), *range(40, 60)], [*range(10, 14), 7, 8]]
+    group = [branch(ids) for ids in said]
+    made = {}
+    for name, long in (("by paths", 1), ("dense", 10**6)):
+        monkeypatch.setattr(cafe.model, "LONG", long)
+        packed = pack([group], [[branch([*range(10, 40)], spoken=9)]], Packing(columns=80))
+        text = model.lvlm.config.get_text_config()
+        assert isinstance(attention_mask(packed.end, text), TreeMask) == (long == 1)
+        model.lvlm.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            embedded, before = read(model.lvlm, packed)
+        (embedded.square().sum() + before.square().sum()).backward()
+        grads = torch.cat([part.grad.flatten() for part in model.lvlm.parameters() if part.grad is not None])
+        made[name] = embedded.detach().float(), before.detach().float(), grads
+    tolerance = 3e-2 if bf16 else 1e-5
+    for one, other in zip(made["by paths"], made["dense"], strict=True):
+        assert (one - other).norm() <= tolerance * other.norm()
