@@ -7,9 +7,9 @@ SRC = Path(__file__).parents[1] / "src" / "cafe"
 # Lower rooms first; a room may import those below it and itself.
 FLOORS = [
     {"errors", "disk"},
-    {"content", "pixels"},
+    {"content", "pixels", "resizing", "last_layer"},
     {"instructions", "packing", "objectives"},
-    {"families", "processing", "image_limits"},
+    {"families", "processing", "image_limits", "tree_attention"},
     {"adapters", "export"},
     {"model"},
     {"data"},
