@@ -42,7 +42,7 @@ def test_sentence_transformers_gives_our_embeddings_of_text_image_and_both(famil
     theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     for found in (theirs.encode(CONTENTS), np.stack([theirs.encode(content) for content in CONTENTS])):
         np.testing.assert_allclose((found * expected).sum(1), 1, atol=1e-4)
-        np.testing.assert_allclose(found, expected, atol=1e-3)  # theirs is Pillow's resize: a level of 255 apart
+        np.testing.assert_allclose(found, expected, atol=2e-3)  # theirs is Pillow's resize: a level of 255 apart
 
 
 def test_the_embedding_template_stands_by_itself_and_takes_what_servers_send(tmp_path):
