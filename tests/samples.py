@@ -2,6 +2,7 @@
 
 import io
 
+import numpy as np
 from PIL import Image
 
 
@@ -10,3 +11,8 @@ def png(color: str, size: tuple[int, int] = (8, 6), kind: str = "PNG") -> bytes:
     out = io.BytesIO()
     Image.new("RGB", size, color).save(out, kind)
     return out.getvalue()
+
+
+def noise(seed: int, width: int, height: int) -> Image.Image:
+    """A picture of random values."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from families import FAMILIES
-from PIL import Image
+from samples import noise
 
 from cafe.content import Content
 from cafe.model import Cafe, read
@@ -17,10 +17,6 @@ from cafe.training.setup import make_batches
 HALF = Normalization(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 OTHER = Normalization(1 / 255, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
 NOT_BYTES = {"gemma4"}  # its processor has the colours last, and no mean
-
-
-def noise(seed: int, width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 def make(family: str) -> tuple[Cafe, Normalization]:

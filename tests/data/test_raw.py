@@ -1,18 +1,13 @@
 """Pictures as training reads them, against the family's own processing."""
 
-import numpy as np
 import pytest
 import torch
 from families import FAMILIES
-from PIL import Image
+from samples import noise
 
 from cafe.data.raw import raw
 
 NOT_BYTES = {"gemma4"}  # its processor has the colours last, and no mean
-
-
-def noise(seed: int, width: int, height: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -16,6 +16,7 @@ from cafe.pixels import Normalization
 from cafe.processing import Pictures, Processing
 
 _RAW = {"do_rescale": False, "do_normalize": False}
+KNOWN_SIZES = 512  # whose token runs are kept, of thousands of numbers each
 _SIZES = ((97, 61), (61, 97), (300, 180), (64, 64))  # (width, height) of the pictures that both ways are tried on
 
 
@@ -50,6 +51,8 @@ class _Raw(Processing):
         if len(images) != 1 or images[0].size not in self.known:
             whole = super().pictures(images)
             if len(images) == 1:
+                if len(self.known) >= KNOWN_SIZES:
+                    self.known.clear()
                 self.known[images[0].size], self.names = whole.runs, frozenset(whole.vision)
             return whole
         made = self.vision(images[0])
