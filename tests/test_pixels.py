@@ -53,6 +53,14 @@ def test_what_is_not_made_of_bytes_is_told(values):
     assert as_bytes(given, HALF) == (given, None)
 
 
+def test_bytes_beside_values_that_no_byte_becomes_are_made_values():
+    raw = torch.randint(0, 256, (1, 3, 2, 2), dtype=torch.uint8)
+    odd = {"pixel_values": torch.full((1, 3, 2, 2), 0.001)}
+    made, pixels = as_bytes([{"pixel_values": raw}, odd], HALF)
+    assert pixels is None and made[1] is odd
+    assert torch.equal(made[0]["pixel_values"], HALF.to_values(raw))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_familys_pictures_come_back_joined_as_they_were(family):
     model, normalization = make(family)

@@ -82,15 +82,21 @@ class Pixels:
 def as_bytes(
     pictures: Sequence[dict[str, Tensor]], normalization: Normalization
 ) -> tuple[list[dict[str, Tensor]], Pixels | None]:
-    """The vision tensors with `pixel_values` as bytes, and how to come back; as they are where one is not of bytes."""
+    """The vision tensors with `pixel_values` as bytes, and how to come back; as values where one is not of bytes."""
     found = [normalization.to_bytes(vision["pixel_values"]) for vision in pictures if "pixel_values" in vision]
     raw = [each for each in found if each is not None]
     if not raw or len(raw) < len(pictures):
-        return list(pictures), None
+        return [_with_values(vision, normalization) for vision in pictures], None
     shapes = tuple(each.shape for each in raw)
     return [{**vision, "pixel_values": each} for vision, each in zip(pictures, raw, strict=True)], Pixels(
         normalization, shapes
     )
+
+
+def _with_values(vision: dict[str, Tensor], normalization: Normalization) -> dict[str, Tensor]:
+    if "pixel_values" not in vision or vision["pixel_values"].dtype != torch.uint8:
+        return vision
+    return {**vision, "pixel_values": normalization.to_values(vision["pixel_values"])}
 
 
 def _by_color(values: Tensor) -> bool:
