@@ -24,10 +24,7 @@ from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
 
 PAIRS, GROUP, WARM, REPETITIONS = 16, 8, 4, 5  # batches of so many pairs: timed, and before the clock runs
-SIZES = (
-    (320, 240),
-    (640, 480),
-)  # (width, height) of the files in pixels: about twice and four times what the model sees
+SIZES = ((320, 240), (640, 480))  # (width, height) of files in pixels: about twice and four times what the model sees
 
 
 def write(directory: Path, width: int = 640, height: int = 480) -> Path:
