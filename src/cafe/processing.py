@@ -107,7 +107,7 @@ class Processing:
         self.processor = processor
         self.prompts = prompts
         self.tokenizer = processor.tokenizer
-        quicken(processor.image_processor)
+        quicken(getattr(processor, "image_processor", None))
         self._known: dict[str, list[int]] = {}
         tokens = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
         placeholders: list[str] = [*filter(None, tokens), "<image>"]

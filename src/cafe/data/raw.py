@@ -25,7 +25,7 @@ def raw(processing: Processing) -> tuple[Processing, Normalization | None]:
 
     The short way is only gone where it made the same of some pictures of noise.
     """
-    normalization = Normalization.of(processing.processor.image_processor)
+    normalization = Normalization.of(getattr(processing.processor, "image_processor", None))
     if normalization is None:
         return processing, None
     draw = np.random.default_rng(0)
