@@ -144,7 +144,8 @@ def make_batch(sides: Sides, packing: Packing, size: MicroBatchSize = UNCUT) -> 
     return Batch(
         micro_batches,
         target_ids=torch.arange(pairs),
-        negatives=0,
+        owners=torch.empty(0, dtype=torch.long),
+        scores=torch.empty(0),
         supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
         bad=[],
         sources=[""] * pairs,

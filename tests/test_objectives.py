@@ -36,6 +36,35 @@ def numpy_info_nce(q, t, temperature, negatives=None, ids=None, symmetric=True, 
     return (forward + backward) / (2 * n) if symmetric else forward / n
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_negatives_that_match_in_part_are_soft_targets(symmetric):
+    rng = np.random.default_rng(0)
+    q, t, hard = rng.normal(size=(4, 5)), rng.normal(size=(4, 5)), rng.normal(size=(5, 5))
+    owners, scores = np.array([0, 0, 2, 3, 3]), np.array([0.5, 0.0, 1.0, 0.2, 0.8])
+
+    def formula(a=q, b=t, c=hard, at=0.07):
+        unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
+        logits = unit(a) @ np.concatenate([unit(b), unit(c)]).T / at
+        wanted = np.concatenate([np.eye(4), scores * (owners == np.arange(4)[:, None])], axis=1)
+        wanted /= wanted.sum(1, keepdims=True)
+        chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        forward = -(wanted * chances).sum(1).mean()
+        columns = logits[:, :4] - np.log(np.exp(logits[:, :4]).sum(0))
+        return (forward - np.diag(columns).mean()) / 2 if symmetric else forward
+
+    rows = [torch.tensor(each, requires_grad=True) for each in (q, t, hard)]
+    temperature = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
+    more = {"owners": torch.tensor(owners), "scores": torch.tensor(scores), "symmetric": symmetric}
+    loss = info_nce(rows[0], rows[1], temperature, rows[2], **more, tile=18)
+    loss.backward()
+    assert loss.item() == pytest.approx(formula(), abs=1e-9)
+    for name, tensor in zip("abc", rows, strict=True):
+        numeric = numpy_gradient(lambda moved, name=name: formula(**{name: moved}), tensor.detach().numpy())
+        np.testing.assert_allclose(tensor.grad.numpy(), numeric, atol=1e-6)
+    by_temperature = (formula(at=0.07 + 1e-6) - formula(at=0.07 - 1e-6)) / 2e-6
+    assert temperature.grad.item() == pytest.approx(by_temperature, abs=1e-5)
+
+
 def numpy_gradient(formula, rows):
     """By finite differences."""
     numeric = np.zeros_like(rows)

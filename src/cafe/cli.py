@@ -152,6 +152,7 @@ def parser() -> argparse.ArgumentParser:
         "--judge", type=float, nargs="?", const=0.5, metavar="P",
         help="ask the model of each whether it matches, and drop those it says yes to with probability P (0.5)",
     )  # fmt: skip
+    mine.add_argument("--soft", action="store_true", help="keep those as soft targets, with that probability")
     mine.add_argument("--question", help="what the judge is asked")
     mine.add_argument("--batch-size", type=int, default=16)
     mine.set_defaults(run=_mine)
@@ -383,7 +384,8 @@ def _mine(options: argparse.Namespace) -> None:
         top=options.top,
         share=options.share or None,
         margin=options.margin,
-        judge=options.judge,
+        judge=options.judge if options.judge is not None or not options.soft else 0.5,
+        soft=options.soft,
         question=options.question or QUESTION,
         batch_size=options.batch_size,
         workers=recipe.data.workers,

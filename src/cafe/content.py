@@ -98,11 +98,24 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two contents that match, and hard negatives that only look like the target."""
+    """Two contents that match, and hard negatives that only look like the target.
+
+    `negative_scores` says how likely each of these matches after all (0 to 1), which makes it a soft target; empty
+    where none does.
+    """
 
     query: Content
     target: Content
     negatives: tuple[Content, ...] = ()
+    negative_scores: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.negative_scores and len(self.negative_scores) != len(self.negatives):
+            raise CafeError(
+                f"there are {len(self.negatives)} negatives and {len(self.negative_scores)} scores of them."
+            )
+        if wrong := [score for score in self.negative_scores if not 0 <= score <= 1]:
+            raise CafeError(f"a negative's score should be between 0 and 1, not {wrong[0]:g}.")
 
 
 @dataclass(frozen=True)

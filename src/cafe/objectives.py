@@ -22,6 +22,8 @@ def info_nce(
     temperature: float | Tensor = 0.05,
     negatives: Float[Tensor, "negatives dim"] | None = None,
     target_ids: Int64[Tensor, "pairs"] | None = None,
+    owners: Int64[Tensor, "negatives"] | None = None,
+    scores: Float[Tensor, "negatives"] | None = None,
     symmetric: bool = True,
     hardness: float = 0.0,
     margin: float | None = None,
@@ -41,6 +43,9 @@ def info_nce(
         temperature: divides the cosine; 0.05 as published.
         negatives: hard negatives, for the query-to-target direction.
         target_ids: equal numbers mark equal targets, which are then not each other's negatives.
+        owners, scores: the query that each hard negative was found for, and how likely it matches that after all: its
+            weight as a target beside the match's weight of 1. So a query's targets are a distribution, and the loss the
+            cross-entropy with it (soft matching scores, as in UniME-V2, arXiv 2510.13515). None for 0 each.
         symmetric: also contrast targets with queries, and average the two directions.
         hardness: each negative's term is multiplied by exp(hardness * cosine), held constant in the gradient: the more
             a negative resembles the match, the more it counts (LLaVE, arXiv 2503.04812). 0 for equal weights.
@@ -56,7 +61,13 @@ def info_nce(
         targets = torch.cat([targets, _normalize(negatives)])
     scale = queries.new_ones(()) / temperature
     loss: Tensor = _InfoNCE.apply(queries, targets, scale, target_ids, symmetric, hardness, margin, tile)
-    return loss
+    if owners is None or scores is None:
+        return loss
+    # Of the cross-entropy, the matches alone are in the loss so far: what the other targets' shares change in it.
+    found, matches = targets[len(queries) :], targets[owners]
+    shares = scores.to(loss) / (1 + scale.new_zeros(len(queries)).index_add(0, owners, scores.to(loss)))[owners]
+    change = shares @ ((matches - found) * queries[owners]).sum(1) * scale / len(queries)
+    return loss + change / (2 if symmetric else 1)
 
 
 def matryoshka(

@@ -40,10 +40,10 @@ def test_a_batch_holds_every_branch(processing, scenes):
     (micro_batch,) = batch.micro_batches
     assert micro_batch.embed is micro_batch.joint
     assert len(micro_batch.joint.inputs["pixel_values"]) == 8  # every picture once
-    assert batch.negatives >= 16
-    assert sorted(micro_batch.slots.tolist()) == list(range(16 + batch.negatives))
+    assert len(batch.owners) >= 16
+    assert sorted(micro_batch.slots.tolist()) == list(range(16 + len(batch.owners)))
     assert batch.supervised == len(micro_batch.joint.labels) > 0
-    assert make(processing, scenes / "llava_train.json", hard_negatives=False)[0].negatives == 0
+    assert make(processing, scenes / "llava_train.json", hard_negatives=False)[0].owners.tolist() == []
     assert make(processing, scenes / "llava_train.json", contrast=False)[0].micro_batches[0].slots.tolist() == []
     assert make(processing, scenes / "llava_train.json", language=False)[0].supervised == 0
 
@@ -93,7 +93,7 @@ def test_every_tensor_of_a_batch_is_pinned_once(processing, scenes, monkeypatch)
     assert len(batch.micro_batches) > 1 and len(found) > 10
     assert sorted(map(id, pinned)) == sorted(found) and found.keys().isdisjoint(given)
     assert all(torch.equal(one, other) for one, other in zip(found.values(), given.values(), strict=True))
-    assert (copy.negatives, copy.supervised, copy.sources) == (batch.negatives, batch.supervised, batch.sources)
+    assert (copy.supervised, copy.sources) == (batch.supervised, batch.sources)
 
     (one,) = make(processing, scenes / "llava_train.json")[0].pin_memory().micro_batches
     assert one.embed is one.joint

@@ -1,6 +1,7 @@
 """Mined negatives are close, are no matches, and come back as a source."""
 
 import json
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -114,8 +115,12 @@ def test_the_judge_keeps_what_the_model_says_no_to(model, scenes):
     ordered = sorted(chances.values())
     threshold = (ordered[3] + ordered[4]) / 2
     kept = judged(model, examples, embedded, found, mining, threshold)
-    assert kept == [[other for other in row if chances[n, other] < threshold] for n, row in enumerate(found)]
-    assert sum(map(len, kept)) == 4
+    says_no = [{other: 0.0 for other in row if chances[n, other] < threshold} for n, row in enumerate(found)]
+    assert kept == says_no and sum(map(len, kept)) == 4
+    soft = judged(model, examples, embedded, found, replace(mining, soft=True), threshold)
+    for number, row in enumerate(found):
+        scores = [chances[number, other] * (chances[number, other] >= threshold) for other in row]
+        assert list(soft[number]) == row and list(soft[number].values()) == pytest.approx(scores, abs=1e-5)
 
 
 def test_the_new_source_holds_the_old_records_with_mined_negatives(model, scenes, tmp_path):
@@ -143,7 +148,7 @@ def test_the_new_source_holds_the_old_records_with_mined_negatives(model, scenes
         total += len(texts)
     assert total > 0
     batch = Batches([mined], model.processing, batch_size=48, seed=0, packing=model.packing)[0]
-    assert batch.negatives == total and batch.bad == []
+    assert len(batch.owners) == total and batch.bad == []
 
 
 def test_pictures_without_a_file_get_one(model, tmp_path):
@@ -186,3 +191,10 @@ def test_the_command_mines_judges_and_writes(random_base, scenes, tmp_path, caps
     pair = mined.example(0, Random(0)).pair
     assert len(pair.negatives) == 4 and all(negative.images for negative in pair.negatives)
     assert isinstance(pair.query, Content) and pair.negatives[0].text == pair.target.text
+
+    soft = ["mine", str(recipe), "--output", str(output), "--share", "0", "--judge", "0.0", "--soft"]
+    assert main(soft) == 0
+    mined = open_source(Source(path=str(output / "records.jsonl"), format="pairs"))
+    batch = Batches([mined], Cafe.load(random_base).processing, batch_size=5, seed=0)[0]
+    assert len(batch.scores) == len(batch.owners) == 20 and (batch.scores > 0).all()
+    assert batch.owners.bincount().tolist() == [4] * 5

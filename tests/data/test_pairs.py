@@ -56,6 +56,16 @@ def test_pictures_of_negatives_stand_beside_their_texts():
         read({"query": "q", "positive": "p", "negatives": ["n"], "negative_images": [b"1", b"2"]})
 
 
+def test_scores_of_negatives_stay_beside_them():
+    row = {"query": "q", "positive": "p", "negatives": ["a", "", "b"], "negative_scores": [0.2, 0.3, 1]}
+    pair, _ = read(row)
+    assert texts(pair.negatives) == ["a", "b"] and pair.negative_scores == (0.2, 1.0)
+    with pytest.raises(CafeError, match="3 negatives and 2 scores"):
+        read(row | {"negative_scores": [0.2, 0.3]})
+    with pytest.raises(CafeError, match=r"between 0 and 1, not 1\.5"):
+        read(row | {"negative_scores": [0.2, 1.5, 0]})
+
+
 def test_with_a_request_the_positive_is_also_said():
     _, dialogue = read({"query_image": b"1", "positive": "a cat"}, ask="Describe the image.")
     assert texts(turn.content for turn in dialogue.turns) == ["Describe the image.", "a cat"]

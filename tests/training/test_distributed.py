@@ -73,6 +73,8 @@ def recipe(random_base, scenes, tmp_path_factory):
     data.write_text(json.dumps(records))
     processing = Cafe.load(random_base).processing
     order = Batches([open_source(Source(path=str(data)))], processing, GLOBAL_BATCH, 0).order(0).records
+    for record in records:
+        record["negative_scores"] = [0.1 * (number % 4) for number, _ in enumerate(record["negatives"])]
     for place in (*order[:4], *order[12:14]):
         records[place].pop("image")
         for turn in records[place]["conversations"]:

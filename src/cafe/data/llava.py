@@ -21,13 +21,14 @@ _SPEAKERS = {"user": "human", "assistant": "gpt"}  # the names of chat templates
 def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue | None]:
     """The pictures match the first thing the assistant says of them (as CAFe pairs them); all turns are the dialogue.
 
-    An optional list "negatives" holds false captions: hard negatives.
+    An optional list "negatives" holds false captions: hard negatives; "negative_scores", how likely each is true.
     """
     frames = pictures(row.get("video"), source)
     refs = [*frames, *pictures(row.get(source.columns.image), source)]
     dialogue = converse(row[source.columns.conversations], refs, len(frames))
     negatives = tuple(Content.of(text) for text in row.get("negatives") or ())
-    pair = Pair(Content(tuple(refs)), dialogue.turns[1].content, negatives) if refs else None
+    scores = tuple(row.get("negative_scores") or ())
+    pair = Pair(Content(tuple(refs)), dialogue.turns[1].content, negatives, scores) if refs else None
     return pair, dialogue
 
 

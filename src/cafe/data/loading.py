@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -59,7 +59,8 @@ class Batch:
     Attributes:
         micro_batches: what goes through the model at once.
         target_ids: equal numbers for pairs with equal targets.
-        negatives: the number of hard negatives.
+        owners: the pair that each hard negative belongs to.
+        scores: how likely each hard negative matches its pair's query after all.
         supervised: the number of tokens that the language loss is taken on.
         bad: the messages of records left out.
         sources: the file and record of each example.
@@ -67,7 +68,8 @@ class Batch:
 
     micro_batches: list[MicroBatch]
     target_ids: Int64[Tensor, "pairs"]
-    negatives: int
+    owners: Int64[Tensor, "negatives"]
+    scores: Float32[Tensor, "negatives"]
     supervised: int
     bad: list[str]
     sources: list[str]
@@ -75,7 +77,8 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """See `Pack`; PyTorch's loader calls it, in a thread of its own."""
         micro_batches = [micro_batch.pin_memory() for micro_batch in self.micro_batches]
-        return replace(self, micro_batches=micro_batches, target_ids=self.target_ids.pin_memory())
+        tensors = {name: getattr(self, name).pin_memory() for name in ("target_ids", "owners", "scores")}
+        return replace(self, micro_batches=micro_batches, **tensors)
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class Branches:
     query: Branch | None
     target: Branch | None
     negatives: list[Branch]
+    scores: Sequence[float]
     target_id: int
     dialogue: Branch | None
 
@@ -134,16 +138,18 @@ def _encode(example: Example, processing: Processing, max_tokens: int | None) ->
 
     query = target = dialogue = None
     negatives: list[Branch] = []
+    scores: Sequence[float] = []
     target_id = 0
     if example.pair:
         query, target = embedding(example.pair.query), embedding(example.pair.target)
         negatives = [embedding(negative) for negative in example.pair.negatives]
+        scores = example.pair.negative_scores or [0.0] * len(negatives)
         target_id = identity(example.pair.target)
     if example.dialogue:
         refs = [ref for turn in example.dialogue.turns for ref in turn.content.images]
         messages = dialogue_messages(example.dialogue, processing.prompts)
         dialogue = processing.encode_dialogue(messages, pictures(refs), max_tokens)
-    return Branches(query, target, negatives, target_id, dialogue)
+    return Branches(query, target, negatives, scores, target_id, dialogue)
 
 
 def identity(content: Content) -> int:
@@ -279,21 +285,26 @@ class Batches(Dataset[Batch]):
         """The parts of an example that are trained on; there may be none."""
         pair = example.pair if self.contrast else None
         if pair and not self.hard_negatives:
-            pair = replace(pair, negatives=())
+            pair = replace(pair, negatives=(), negative_scores=())
         return Example(pair, example.dialogue if self.language else None, example.source)
 
     def _collate(self, done: list[Branches], bad: list[str], names: list[str]) -> Batch:
         pairs = sum(branches.query is not None for branches in done)
         embedded: list[list[Branch]] = []
         slots: list[list[int]] = []
-        pair, hard = 0, 2 * pairs
+        owners: list[int] = []
+        scores: list[float] = []
+        pair = 0
         for branches in done:
             embedded.append([])
             slots.append([])
             if branches.query and branches.target:
                 embedded[-1] += [branches.query, branches.target, *branches.negatives]
+                hard = 2 * pairs + len(owners)
                 slots[-1] += [pair, pairs + pair, *range(hard, hard + len(branches.negatives))]
-                pair, hard = pair + 1, hard + len(branches.negatives)
+                owners += [pair] * len(branches.negatives)
+                scores += branches.scores
+                pair += 1
         spoken = [[branches.dialogue] if branches.dialogue else [] for branches in done]
         cuts = cut(embedded, spoken, self.size)
         micro_batches = []
@@ -306,7 +317,8 @@ class Batches(Dataset[Batch]):
         return Batch(
             micro_batches,
             target_ids=torch.tensor([branches.target_id for branches in done if branches.query], dtype=torch.long),
-            negatives=hard - 2 * pairs,
+            owners=torch.tensor(owners, dtype=torch.long),
+            scores=torch.tensor(scores, dtype=torch.float32),
             supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
             bad=bad,
             sources=names,

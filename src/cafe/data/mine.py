@@ -2,7 +2,8 @@
 
 Every query is compared with every target. The closest targets that are not its own become its negatives, save those so
 close to the positive that they may be matches themselves (positive-aware filtering, NV-Retriever, arXiv 2407.15831).
-The same model's generative half may then judge each: what it says "yes" to is dropped. The result is a new source.
+The same model's generative half may then judge each: what it says "yes" to is dropped, or becomes a soft target. The
+result is a new source.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -50,6 +52,7 @@ class Mining:
             such limit.
         margin: it is below the positive's by at least this; null for no such limit.
         judge: drop what the model itself says "yes" to with at least this probability; null asks nothing.
+        soft: keep it as a soft target instead, with that probability as its score.
         question: what it is asked.
         batch_size: records that go through the model at once.
         workers: processes that decode and tokenize.
@@ -60,6 +63,7 @@ class Mining:
     share: float | None = 0.95
     margin: float | None = None
     judge: float | None = None
+    soft: bool = False
     question: str = QUESTION
     batch_size: int = 16
     workers: int = 1
@@ -99,11 +103,13 @@ def mine(
     embedded = embed_pairs(model, examples, places, mining, max_tokens)
     if not len(embedded.places):
         raise CafeError("No record of these sources holds a pair that can be read: there is nothing to mine.")
-    found = candidates(embedded, mining)
+    found = [dict.fromkeys(row, 0.0) for row in candidates(embedded, mining)]
     if mining.judge is not None:
-        first = [each[: 2 * mining.negatives] for each in found]
+        first = [list(row)[: 2 * mining.negatives] for row in found]
         found = judged(model, examples, embedded, first, mining, mining.judge)
-    chosen = {place: row[: mining.negatives] for place, row in zip(embedded.places, found, strict=True)}
+    chosen = {
+        place: dict(islice(row.items(), mining.negatives)) for place, row in zip(embedded.places, found, strict=True)
+    }
 
     (output / "images").mkdir(parents=True, exist_ok=True)
     path, bad = output / "records.jsonl", dict(embedded.bad)
@@ -113,13 +119,15 @@ def mine(
                 continue
             try:
                 example = examples[place]
-                negatives = [examples[embedded.places[other]].pair for other in chosen.get(place, ())]
+                scores = chosen.get(place, {})
+                negatives = [examples[embedded.places[other]].pair for other in scores]
             except CafeError as error:
                 bad[place] = str(error)
                 continue
             if example.pair:
                 found_ones = tuple(pair.target for pair in negatives if pair)
-                example = replace(example, pair=replace(example.pair, negatives=found_ones))
+                soft = tuple(scores.values()) if mining.soft else ()
+                example = replace(example, pair=replace(example.pair, negatives=found_ones, negative_scores=soft))
             out.write(json.dumps(as_row(example, output), ensure_ascii=False) + "\n")
     path.with_suffix(".partial").replace(path)
     with (output / "quarantine.jsonl").open("w") as out:
@@ -191,7 +199,7 @@ class _Pairs(Dataset[_Part]):
                 example = self.examples[place]
                 if not example.pair:
                     continue
-                pair = replace(example.pair, negatives=())
+                pair = replace(example.pair, negatives=(), negative_scores=())
                 branches = encode(Example(pair, None, example.source), self.processing, self.max_tokens)
             except CafeError as error:
                 bad[place] = str(error)
@@ -342,19 +350,27 @@ def questions(query: Content, others: Sequence[Content], processing: Processing,
 @torch.inference_mode()
 def judged(
     model: Cafe, examples: Examples, embedded: Embedded, found: list[list[int]], mining: Mining, threshold: float
-) -> list[list[int]]:
-    """The candidates that the model does not call matches: its probability of "yes" is below the threshold."""
+) -> list[dict[int, float]]:
+    """The candidates that are kept, and the score of each.
+
+    Those that the model calls matches, because its probability of "yes" is not below the threshold, are dropped, or
+    kept with that probability as their score where `mining.soft` says so. The others' is 0.
+    """
     asked = [number for number, row in enumerate(found) if row]
     size = max(1, mining.batch_size // 4)
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
     data = _Questions(examples, embedded, found, model, mining)
     stream = DataLoader(data, batch_size=None, sampler=groups, num_workers=mining.workers)
-    kept = list(map(list, found))
+    kept: list[dict[int, float]] = [{} for _ in found]
     for numbers, laid in zip(groups, tqdm(stream, desc="judge", unit="batch", total=len(groups)), strict=True):
         hidden, _ = read(model.lvlm, laid)
         chances = iter(yes(model, hidden).tolist())
         for number in numbers:
-            kept[number] = [other for other in found[number] if next(chances) < threshold]
+            scores = {other: next(chances) for other in found[number]}
+            if mining.soft:
+                kept[number] = {other: score if score >= threshold else 0.0 for other, score in scores.items()}
+            else:
+                kept[number] = {other: 0.0 for other, score in scores.items() if score < threshold}
     return kept
 
 
@@ -383,6 +399,8 @@ def as_row(example: Example, output: Path) -> dict[str, Any]:
             row[side], row[f"{side}_image"] = _marked(content, output)
         negatives = [_marked(negative, output) for negative in example.pair.negatives]
         row["negatives"] = [{"text": text, "images": images} for text, images in negatives]
+        if example.pair.negative_scores:
+            row["negative_scores"] = [round(score, 4) for score in example.pair.negative_scores]
     if example.dialogue:
         said = [(turn.role, *_marked(turn.content, output)) for turn in example.dialogue.turns]
         row["image"] = [image for _, _, images in said for image in images]

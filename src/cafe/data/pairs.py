@@ -3,12 +3,15 @@
     {"query": "which is red?", "query_image": "a.jpg", "positive": "the left one", "negatives": ["the right one"]}
 
 A picture may be a path, bytes or base64, and several pictures a list or a folder; a mark <image> in the text is a
-picture's place. A negative may be a text, or a mapping of "text" and "image". A record may also hold a dialogue, as in
+picture's place. A negative may be a text, or a mapping of "text" and "image"; "negative_scores" says how likely each
+matches after all, which makes it a soft target. A record may also hold a dialogue, as in
 the format of LLaVA, beside its pair or alone.
 """
 
 import json
 from contextlib import suppress
+from dataclasses import replace
+from itertools import compress
 from random import Random
 from typing import Any
 
@@ -53,7 +56,10 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
         _content(text, image, source)
         for text, image in zip(texts or [None] * len(images), images or [None] * len(texts), strict=True)
     ]
-    pair = Pair(query, target, tuple(negative for negative in negatives if negative.parts))
+    scores = [float(score) for score in _list(field("negative_scores"))]
+    pair = Pair(query, target, tuple(negatives), tuple(scores))
+    shown = [bool(negative.parts) for negative in negatives]
+    pair = replace(pair, negatives=tuple(compress(negatives, shown)), negative_scores=tuple(compress(scores, shown)))
     return pair, spoken or answered(pair, source.ask)
 
 

@@ -16,6 +16,7 @@ class Columns:
         query, query_image: text and pictures that search; a mark <image> in the text is a picture's place.
         positive, positive_image: the match. Of a list of texts, one is taken by lot.
         negatives, negative_images: hard negatives.
+        negative_scores: how likely each matches after all, 0 to 1: soft targets.
         image, conversations: the pictures and turns of the llava format.
     """
 
@@ -25,6 +26,7 @@ class Columns:
     positive_image: str = "positive_image"
     negatives: str = "negatives"
     negative_images: str = "negative_images"
+    negative_scores: str = "negative_scores"
     image: str = "image"
     conversations: str = "conversations"
 

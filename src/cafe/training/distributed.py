@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from accelerate.utils.memory import should_reduce_batch_size
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -66,6 +66,13 @@ def everyone(number: Tensor) -> Tensor:
     if world() > 1:
         dist.all_reduce(number)
     return number
+
+
+def before(number: int, device: torch.device) -> Int64[Tensor, ""]:
+    """The sum of the numbers of the processes that come before this one."""
+    numbers = torch.zeros(world(), dtype=torch.long, device=device)
+    numbers[rank()] = number
+    return everyone(numbers)[: rank()].sum()
 
 
 def out_of_memory(error: Exception) -> bool:

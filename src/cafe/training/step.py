@@ -25,7 +25,7 @@ from cafe.errors import CafeError
 from cafe.model import read
 from cafe.objectives import matryoshka, next_token_loss, retrieval_accuracy
 from cafe.packing import Pack
-from cafe.training.distributed import everyone, gather, most, norm_of_sum, within_memory, world
+from cafe.training.distributed import before, everyone, gather, most, norm_of_sum, within_memory, world
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.vision import VisionCache
 
@@ -129,7 +129,9 @@ class JointStep(nn.Module):
 
         # 1. Embed all queries, targets and hard negatives. The first micro-batch, often the only one, comes last and is
         # read for both losses at once: it keeps its graph, and needs no other forward.
-        vectors = torch.zeros(2 * len(batch.target_ids) + batch.negatives, self.width, device=device, dtype=self.dtype)
+        vectors = torch.zeros(
+            2 * len(batch.target_ids) + len(batch.owners), self.width, device=device, dtype=self.dtype
+        )
         slots = [micro_batch.slots.to(device, non_blocking=True) for micro_batch in micro_batches]
         drawn = {}
         with self.together(device):
@@ -189,7 +191,9 @@ class JointStep(nn.Module):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them."""
         pairs = len(batch.target_ids)
-        queries, targets, negatives = (gather(part) for part in vectors.split([pairs, pairs, batch.negatives]))
+        queries, targets, negatives = (gather(part) for part in vectors.split([pairs, pairs, len(batch.owners)]))
+        owners = gather(batch.owners.to(vectors.device, non_blocking=True) + before(pairs, vectors.device))
+        scores = gather(batch.scores.to(vectors.device, non_blocking=True))
         ids = gather(batch.target_ids.to(vectors.device, non_blocking=True)) if self.objective.mask_duplicates else None
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
@@ -200,6 +204,8 @@ class JointStep(nn.Module):
             targets,
             temperature,
             negatives,
+            owners=owners,
+            scores=scores,
             target_ids=ids,
             symmetric=objective.symmetric,
             hardness=objective.hardness,
