@@ -123,6 +123,7 @@ def alone(recipe, tmp_path_factory):
         (2, ("micro_batch.tokens=500",), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.gradient_checkpointing=true"), {}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.frozen=[vision_tower]"), {}),
+        (2, ("model.shard=true", "micro_batch.tokens=500", "model.compile=true"), {}),
         (2, ("model.shard=true", "model.share_prefixes=false", "optimizer.accumulate=2", "batch_size=2"), {}),
     ],
     ids=str,

@@ -63,6 +63,7 @@ class Examination:
         """Whether it is time."""
         return bool(self.recipe.evaluation.every) and step % self.recipe.evaluation.every == 0
 
+    @torch.compiler.set_stance("force_eager")  # what is compiled is for training's lengths
     def __call__(self, at: Position, log: Log | None) -> None:
         """Measures, logs what comes out, and keeps the checkpoint if it is the best so far. Training goes on unchanged.
 

@@ -19,6 +19,7 @@ from cafe.image_limits import limit_images
 from cafe.model import Cafe
 from cafe.training import checkpoints
 from cafe.training.checkpoints import Position, full_disk, generators, set_generators
+from cafe.training.compiling import compile_layers
 from cafe.training.distributed import clip_gradients, first_ones, most, sum_gradients
 from cafe.training.examine import Examination
 from cafe.training.finite import leave_out
@@ -79,6 +80,8 @@ def train(
     if sharded:
         shard(joint.reading, device, joint.reading.bf16, whole=joint.vision.tower if joint.vision else None)
     joint.to(device)
+    if recipe.model.compile:
+        compile_layers(model.lvlm)
     trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, recipe.optimizer)
     accumulate = recipe.optimizer.accumulate

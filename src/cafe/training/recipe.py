@@ -34,6 +34,7 @@ class ModelRecipe:
         max_tokens: the longest sequence.
         gradient_checkpointing: compute activations again in the backward pass, to save memory; an alternative to
             small micro-batches.
+        compile: compile the layers (torch.compile): the first steps take minutes, the others less than before.
         shard: spread weights, gradients and optimizer state over the processes (FSDP2); without it each has them all.
         frozen: parts that are not trained.
         adapter: train LoRA or DoRA matrices in place of the weights themselves.
@@ -50,6 +51,7 @@ class ModelRecipe:
     attention: str = "sdpa"
     max_tokens: int = 32768
     gradient_checkpointing: bool = False
+    compile: bool = False
     shard: bool = False
     frozen: tuple[PartName, ...] = ()
     adapter: Adapter | None = None

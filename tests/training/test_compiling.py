@@ -1,0 +1,37 @@
+"""Compiled layers give the gradient of uncompiled ones, under the gradient cache and with dropout."""
+
+import pytest
+import torch
+
+from cafe.data.formats import Source, open_source
+from cafe.data.loading import Batches, MicroBatchSize
+from cafe.model import Cafe
+from cafe.training.compiling import compile_layers
+from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.step import JointStep
+
+
+def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes):
+    model = Cafe.load(random_base)
+    for layer in model.lvlm.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.2
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    batches = Batches([source], model.processing, 6, 0, packing=model.packing, size=MicroBatchSize(tokens=250))
+    step = JointStep(model.lvlm.train(), ObjectiveRecipe())
+
+    def follow(number):
+        torch.manual_seed(number)
+        model.lvlm.zero_grad()
+        losses = step(batches[number], measure=number == 1)
+        gradient = torch.cat([p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None])
+        return losses.lm.item(), losses.contrastive.item(), gradient
+
+    assert len(batches[0].micro_batches) > 1
+    expected = [follow(number) for number in range(2)]
+    compile_layers(model.lvlm)
+    compiled = ["forward" in vars(layer) for layer in model.lvlm.model.language_model.layers]
+    assert all(compiled[:-1]) and not compiled[-1]
+    for number, (lm, contrastive, gradient) in enumerate(expected):
+        found = follow(number)
+        assert found[:2] == pytest.approx((lm, contrastive), rel=1e-5)
+        assert (found[2] - gradient).norm() <= 1e-5 * gradient.norm()
