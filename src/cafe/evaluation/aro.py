@@ -8,7 +8,6 @@ ARO's two other parts, the order of words in COCO's and Flickr30K's captions, ar
 published but made by chance at run time, with a part-of-speech tagger.
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,9 @@ from typing import Any
 import numpy as np
 
 from cafe.content import ImageRef, open_image
-from cafe.errors import CafeError
-from cafe.evaluation.choices import AT_ONCE, WAYS, ahead, score
+from cafe.evaluation.choices import AT_ONCE, WAYS, judged, score
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, find_picture, rates
+from cafe.evaluation.suite import Evaluation, Suite, find_picture, json_records, rates
 
 PARTS = ("relation", "attribution")
 FIELDS = ("image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox_w", "bbox_h")
@@ -31,7 +29,7 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     done = Evaluation()
     for path in find(data):
         part = path.stem.rsplit("_", 1)[-1]
-        records = read(path)[:limit]
+        records = json_records(path, FIELDS)[:limit]
         rows: list[dict[str, Any]] = []
         for start in range(0, len(records), AT_ONCE):
             rows += _measure(model, data, path, part, records[start : start + AT_ONCE], start)
@@ -51,11 +49,9 @@ def _measure(
     scores = score(model, crops, captions)
     rows = []
     for number, (record, picture) in enumerate(zip(records, at, strict=True)):
-        found = {way: scores[way][number] for way in WAYS}
         row = {"id": start + number, "group": str(picture), "image": str(picture), "kind": kind(record)}
         row |= {"caption": captions[number][0], "negative": captions[number][1]}
-        row["scores"] = {way: found[way].tolist() for way in WAYS}
-        rows.append({**row, "marks": {f"aro/{part}/{way}": int(ahead(found[way], way)) for way in WAYS}})
+        rows.append(row | judged(scores, number, f"aro/{part}"))
     return rows
 
 
@@ -77,24 +73,6 @@ def macro(rows: list[dict[str, Any]], mark: str, least: int) -> float:
         kinds[row["kind"]].append(row["marks"][mark])
     shares = [float(np.mean(marks)) for marks in kinds.values() if len(marks) >= least]
     return 100 * float(np.mean(shares)) if shares else 0.0
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of one of ARO's files.
-
-    Raises:
-        CafeError: it is no list of records with ARO's fields.
-    """
-    try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text())
-        lacking = [name for row in rows for name in FIELDS if name not in row]
-    except (ValueError, TypeError) as error:
-        raise CafeError(f"The evaluation file {path} is not an ARO file: {error}.") from None
-    if lacking or not rows:
-        raise CafeError(
-            f"The evaluation file {path} is not an ARO file: {lacking[0] if lacking else 'a record'} is missing."
-        )
-    return rows
 
 
 def find(data: Path) -> list[Path]:
