@@ -126,7 +126,7 @@ def json_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def json_records(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
-    """The records of a JSON file, a list or an object of them by number, each of which must have the fields, not null."""
+    """The records of a JSON file, a list or an object of them by number, which must have every field, not null."""
     try:
         rows = json.loads(path.read_text(), object_pairs_hook=lambda row: {k: v for k, v in row if v is not None})
     except ValueError as error:
