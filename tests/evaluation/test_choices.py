@@ -18,7 +18,7 @@ from cafe.errors import CafeError
 from cafe.evaluation import aro, sugarcrepe, winoground
 from cafe.evaluation.choices import PROMPT, WAYS, ahead, score
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import rates
+from cafe.evaluation.suite import json_records, rates
 
 SUGARCREPE = Path(__file__).parents[3] / "shared" / "data" / "sugarcrepe"
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -112,17 +112,25 @@ def test_a_model_that_prefers_short_captions_without_looking_has_likelihood_but_
     assert results["sugarcrepe/add_obj/likelihood"] == 100 and results["sugarcrepe/add_obj/gain"] == 0
 
 
-@pytest.mark.parametrize("broken", ["[]", "{}", '{"0": {"filename": "a"}}', "no json"])
-def test_a_file_that_is_not_sugarcrepes_is_named(tmp_path, broken):
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        *(("[]", "is empty"), ("{}", "is empty"), ("3", "is empty"), ("no json", "not valid JSON")),
+        ('{"0": {"filename": "a"}}', "lacks the field 'caption' in record 1"),
+        ('{"0": {"filename": "a", "caption": null}}', "lacks the field 'caption' in record 1"),
+        ('["filename"]', "lacks the field 'filename' in record 1"),
+    ],
+)
+def test_a_file_that_is_not_sugarcrepes_is_named(tmp_path, broken, said):
     write_sugarcrepe(tmp_path, "swap_att", [])
     (tmp_path / "sugarcrepe" / "swap_att.json").write_text(broken)
-    with pytest.raises(CafeError, match="swap_att"):
-        sugarcrepe.read(tmp_path / "sugarcrepe" / "swap_att.json")
+    with pytest.raises(CafeError, match=f"swap_att.json {said}|swap_att.json is {said}"):
+        sugarcrepe.run(Subject(Sees()), tmp_path, None)
 
 
 @pytest.mark.skipif(not SUGARCREPE.is_dir(), reason="the real SugarCrepe files are not beside this checkout")
 def test_all_seven_real_sugarcrepe_files_are_read():
-    counts = {path.stem: len(sugarcrepe.read(path)) for path in sugarcrepe.find(SUGARCREPE.parent)}
+    counts = {path.stem: len(json_records(path, sugarcrepe.FIELDS)) for path in sugarcrepe.find(SUGARCREPE.parent)}
     assert counts == {
         "add_att": 692, "add_obj": 2062, "replace_att": 788, "replace_obj": 1652, "replace_rel": 1406, "swap_att": 666,
         "swap_obj": 245,

@@ -1,14 +1,15 @@
-"""ARO: do relations and attributes in a caption matter? (arXiv 2210.01936)
+"""ARO: do relations, attributes and the order of words in a caption matter? (arXiv 2210.01936)
 
 Visual Genome - Relation swaps the two things of a relation, Visual Genome - Attribution the attributes of two things.
-The picture is cut to the box that holds both. `accuracy` is over all records; `macro` is its mean over relations, or
+The picture is cut to the box that holds both. Their result is over all records; `macro` is its mean over relations, or
 over pairs of attributes that come at least 25 times, as the authors report it.
 
-ARO's two other parts, the order of words in COCO's and Flickr30K's captions, are not here: their files are not
-published but made by chance at run time, with a part-of-speech tagger.
+COCO-Order and Flickr30k-Order set each caption of Karpathy's test split against up to four other orders of its words
+(`word_order`), which are made as they are asked. `chance` is what guessing is right in: 20% where all four differ.
+Captions without another order are `left_out`, by number. The authors count these, and orders that chance left as they
+were, for the model.
 """
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -16,22 +17,34 @@ from typing import Any
 import numpy as np
 
 from cafe.content import ImageRef, open_image
-from cafe.errors import CafeError
-from cafe.evaluation.choices import AT_ONCE, WAYS, ahead, score
+from cafe.evaluation.choices import AT_ONCE, WAYS, judged, score
+from cafe.evaluation.retrieval import FLICKR, MSCOCO, Home
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, find_picture, rates
+from cafe.evaluation.suite import Evaluation, Suite, find_picture, json_records, rates
+from cafe.evaluation.word_order import Tagger, candidates, spacy_tags
 
 PARTS = ("relation", "attribution")
 FIELDS = ("image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox_w", "bbox_h")
 LEAST = {"relation": 1, "attribution": 25}  # records of a kind that enter the mean over kinds
+# A folder of its own: the same files may lie beside it for retrieval, and a long suite waits to be asked for.
+ORDERS = tuple(
+    Home(f"{home.name}_order", (f"aro/dataset_{home.name}.json",), folders=home.folders) for home in (MSCOCO, FLICKR)
+)
 
 
-def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
-    """Measures each part that is there, the first `limit` records of each."""
+def run(model: Subject, data: Path, limit: int | None, tag: Tagger = spacy_tags) -> Evaluation:
+    """Measures each part that is there, the first `limit` records or pictures of each.
+
+    Raises:
+        CafeError: a file is not what it should be, or there is no tagger for the order of words.
+    """
     done = Evaluation()
-    for path in find(data):
+    for home in ORDERS:  # first: without a tagger they end the run
+        if home.find(data):
+            done.add(_order(model, data, home, limit, tag))
+    for path in _visual_genome(data):
         part = path.stem.rsplit("_", 1)[-1]
-        records = read(path)[:limit]
+        records = json_records(path, FIELDS)[:limit]
         rows: list[dict[str, Any]] = []
         for start in range(0, len(records), AT_ONCE):
             rows += _measure(model, data, path, part, records[start : start + AT_ONCE], start)
@@ -51,12 +64,26 @@ def _measure(
     scores = score(model, crops, captions)
     rows = []
     for number, (record, picture) in enumerate(zip(records, at, strict=True)):
-        found = {way: scores[way][number] for way in WAYS}
         row = {"id": start + number, "group": str(picture), "image": str(picture), "kind": kind(record)}
         row |= {"caption": captions[number][0], "negative": captions[number][1]}
-        row["scores"] = {way: found[way].tolist() for way in WAYS}
-        rows.append({**row, "marks": {f"aro/{part}/{way}": int(ahead(found[way], way)) for way in WAYS}})
+        rows.append(row | judged(scores, number, f"aro/{part}"))
     return rows
+
+
+def _order(model: Subject, data: Path, home: Home, limit: int | None, tag: Tagger) -> Evaluation:
+    name, collection = f"aro/{home.name}", home.read(data, limit)
+    captions = [candidates(words) for words in tag(collection.texts)]
+    asked = [number for number, some in enumerate(captions) if len(some) > 1]
+    owners = collection.owner[asked]
+    scores = score(model, [collection.pictures[owner] for owner in owners], [captions[number] for number in asked])
+    rows = []
+    for place, (number, owner) in enumerate(zip(asked, owners, strict=True)):
+        picture = collection.names[owner]
+        row = {"id": number, "group": picture, "image": picture, "captions": captions[number]}
+        row |= judged(scores, place, name)
+        row["marks"][f"{name}/chance"] = 1 / len(captions[number])
+        rows.append(row)
+    return Evaluation(rates(rows) | {f"{name}/left_out": len(captions) - len(asked)}, {name: rows})
 
 
 def cut(path: Path, record: dict[str, Any]) -> ImageRef:
@@ -79,34 +106,26 @@ def macro(rows: list[dict[str, Any]], mark: str, least: int) -> float:
     return 100 * float(np.mean(shares)) if shares else 0.0
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of one of ARO's files.
-
-    Raises:
-        CafeError: it is no list of records with ARO's fields.
-    """
-    try:
-        rows: list[dict[str, Any]] = json.loads(path.read_text())
-        lacking = [name for row in rows for name in FIELDS if name not in row]
-    except (ValueError, TypeError) as error:
-        raise CafeError(f"The evaluation file {path} is not an ARO file: {error}.") from None
-    if lacking or not rows:
-        raise CafeError(
-            f"The evaluation file {path} is not an ARO file: {lacking[0] if lacking else 'a record'} is missing."
-        )
-    return rows
-
-
 def find(data: Path) -> list[Path]:
-    """The parts that are there."""
+    """The files of the parts that are there."""
+    return [*_visual_genome(data), *(path for home in ORDERS for path in home.find(data))]
+
+
+def _visual_genome(data: Path) -> list[Path]:
     return [path for part in PARTS if (path := data / "aro" / f"visual_genome_{part}.json").is_file()]
 
 
 ARO = Suite(
     name="aro",
-    measures="a true caption against one with its relation or its attributes swapped, by embedding and by likelihood",
-    files=("aro/visual_genome_relation.json, aro/visual_genome_attribution.json", "their pictures, in aro/images/"),
-    where="github.com/mertyg/vision-language-models-are-bows",
+    measures="a true caption against one with its relation or its attributes swapped, or its words in other orders, by "
+    "embedding and by likelihood",
+    files=(
+        "aro/visual_genome_relation.json, aro/visual_genome_attribution.json",
+        "their pictures, in aro/images/",
+        "aro/dataset_coco.json, aro/dataset_flickr30k.json (Karpathy): for the order of words, which needs spaCy",
+        "their pictures, in val2014/, flickr30k-images/ or images/",
+    ),
+    where="github.com/mertyg/vision-language-models-are-bows; cs.stanford.edu/people/karpathy/deepimagesent",
     sources=("arXiv 2210.01936",),
     find=find,
     run=run,

@@ -60,3 +60,16 @@ def score(model: Subject, pictures: Sequence[Any], captions: Sequence[Sequence[s
 def ahead(scores: Float[np.ndarray, "captions"], way: str) -> bool:
     """Whether the first caption scores higher than each of the others."""
     return bool((scores[0] > scores[1:] + MARGINS[way]).all())
+
+
+def judged(scores: Scores, number: int, name: str) -> dict[str, Any]:
+    """By way, the scores of one picture's captions and the marks whether the first is ahead, for the picture's row.
+
+    Args:
+        scores: what `score` gave.
+        number: of the picture.
+        name: the result that it counts for, less the way.
+    """
+    found = {way: scores[way][number] for way in WAYS}
+    marks = {f"{name}/{way}": int(ahead(each, way)) for way, each in found.items()}
+    return {"scores": {way: each.tolist() for way, each in found.items()}, "marks": marks}

@@ -54,7 +54,7 @@ LOWER_IS_BETTER = (
 )
 NO_DIRECTION = (
     *("hubness_images", "hubness_texts", "matched_similarity", "mismatched_similarity"),
-    *("yes_ratio", "mentions", "split", "datasets"),
+    *("yes_ratio", "mentions", "split", "datasets", "chance", "left_out"),
 )
 MAPPED = 300  # embeddings of each side on the map
 

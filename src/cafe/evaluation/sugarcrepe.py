@@ -3,15 +3,13 @@
 Seven files: an attribute or object added; an attribute, object or relation replaced; attributes or objects swapped.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cafe.errors import CafeError
-from cafe.evaluation.choices import WAYS, ahead, score
+from cafe.evaluation.choices import judged, score
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, find_picture, mean_of, rates
+from cafe.evaluation.suite import Evaluation, Suite, find_picture, json_records, mean_of, rates
 
 CHANGES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
 FIELDS = ("filename", "caption", "negative_caption")
@@ -21,17 +19,14 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     """Measures every file that is there, the first `limit` records of each."""
     done = Evaluation()
     for path in find(data):
-        records = read(path)[:limit]
+        records = json_records(path, FIELDS)[:limit]
         at = [find_picture(record["filename"], data, path, "val2017") for record in records]
         captions = [(record["caption"], record["negative_caption"]) for record in records]
         scores = score(model, [data / picture for picture in at], captions)
         rows: list[dict[str, Any]] = []
         for number, (picture, (right, wrong)) in enumerate(zip(at, captions, strict=True)):
-            found = {way: scores[way][number] for way in WAYS}
             row = {"id": number, "group": str(picture), "image": str(picture), "caption": right, "negative": wrong}
-            row["scores"] = {way: found[way].tolist() for way in WAYS}
-            marks = {f"sugarcrepe/{path.stem}/{way}": int(ahead(found[way], way)) for way in WAYS}
-            rows.append({**row, "marks": marks})
+            rows.append(row | judged(scores, number, f"sugarcrepe/{path.stem}"))
         done.outputs[f"sugarcrepe/{path.stem}"] = rows
         done.results |= rates(rows)
     for name, of in means(list(done.results)).items():
@@ -47,24 +42,6 @@ def means(results: Sequence[str]) -> dict[str, list[str]]:
         for group in (change.partition("_")[0], "mean"):
             groups.setdefault(f"sugarcrepe/{group}/{way}", []).append(result)
     return groups
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """The records of one of SugarCrepe's files: a JSON object of them by number.
-
-    Raises:
-        CafeError: it is not of that form.
-    """
-    try:
-        rows = list(json.loads(path.read_text()).values())
-        complete = bool(rows) and all(isinstance(row[name], str) for row in rows for name in FIELDS)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CafeError(f"The evaluation file {path} is not a SugarCrepe file: {error!r}.") from None
-    if not complete:
-        raise CafeError(
-            f"The evaluation file {path} is not a SugarCrepe file: a record lacks one of {', '.join(FIELDS)}."
-        )
-    return rows
 
 
 def find(data: Path) -> list[Path]:

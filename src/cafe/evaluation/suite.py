@@ -119,14 +119,27 @@ def only(data: Path, *patterns: str, but: Sequence[str] = ()) -> Path | None:
 def json_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     """The records of a JSON lines file, each of which must have the fields."""
     try:
-        rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
     except json.JSONDecodeError as error:
         raise CafeError(f"The evaluation file {path} is not valid JSON lines: {error}.") from None
-    if not rows:
+    return _complete(path, rows, fields)
+
+
+def json_records(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The records of a JSON file, a list or an object of them by number, which must have every field, not null."""
+    try:
+        rows = json.loads(path.read_text(), object_pairs_hook=lambda row: {k: v for k, v in row if v is not None})
+    except ValueError as error:
+        raise CafeError(f"The evaluation file {path} is not valid JSON: {error}.") from None
+    return _complete(path, list(rows.values()) if isinstance(rows, dict) else rows, fields)
+
+
+def _complete(path: Path, rows: Any, fields: Sequence[str]) -> list[dict[str, Any]]:
+    if not rows or not isinstance(rows, list):
         raise CafeError(f"The evaluation file {path} is empty.")
     for number, row in enumerate(rows, 1):
         for name in fields:
-            if name not in row:
+            if not isinstance(row, dict) or name not in row:
                 raise CafeError(f"The evaluation file {path} lacks the field {name!r} in record {number}.")
     return rows
 
