@@ -24,9 +24,10 @@ from transformers import (
 
 from cafe.data.loading import UNCUT, Batch, MicroBatch, MicroBatchSize, cut
 from cafe.instructions import Prompts
-from cafe.model import Cafe, packing_for
+from cafe.model import Cafe
 from cafe.packing import Branch, Packing, pack
 from cafe.processing import Processing
+from cafe.reading import packing_for
 from cafe.scenes.base import corpus, make_processor
 
 CROP, PATCH, SIDE = 84, 14, 168  # pixels: one thumbnail and four crops of 6 x 6 patches, 192 image tokens with newlines

@@ -18,8 +18,9 @@ from transformers import (
 )
 
 from cafe.instructions import CHATML, Prompts
-from cafe.model import Cafe, packing_for
+from cafe.model import Cafe
 from cafe.processing import Processing, without_video
+from cafe.reading import packing_for
 
 WIDTH = 32
 

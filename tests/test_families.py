@@ -17,9 +17,10 @@ from cafe.data.loading import Batches, MicroBatchSize, encode
 from cafe.errors import CafeError
 from cafe.families import FAMILIES, may_share, part_of
 from cafe.instructions import Message, Prompts, dialogue_messages, embedding_messages
-from cafe.model import Cafe, attention_mask
+from cafe.model import Cafe
 from cafe.packing import Branch, lay_out, pack
 from cafe.processing import Processing
+from cafe.reading import attention_mask
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
 
@@ -88,7 +89,7 @@ def plain_hidden(model: Cafe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
     model = make(family)
     assert model.packing.share == (family not in READ_ONE_BY_ONE)
-    warned = [record for record in caplog.records if record.name == "cafe.model"]
+    warned = [record for record in caplog.records if record.name == "cafe.reading"]
     assert len(warned) == (family in READ_ONE_BY_ONE)
 
     content, other, text = Content.of(CONTENTS[kind]), Content.of([TALL, "it"]), Content.of("a blue square")

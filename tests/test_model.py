@@ -10,8 +10,6 @@ from cafe import Cafe
 from cafe.content import Content
 from cafe.errors import CafeError
 from cafe.instructions import Prompts, embedding_messages
-from cafe.model import read
-from cafe.packing import pack
 from cafe.scenes.draw import paint
 from cafe.scenes.world import draw_scene
 
@@ -123,17 +121,3 @@ def test_a_saved_checkpoint_loads_with_cafe_and_with_plain_transformers(model, p
 def test_nothing_to_load_is_one_sentence(tmp_path):
     with pytest.raises(CafeError, match=str(tmp_path)):
         Cafe.load(tmp_path)
-
-
-def test_flex_attention_reads_trees_as_sdpa_does(random_base, picture):
-    """All in one row, filled up to a few lengths; without the compiler, which is not what is tested."""
-    found = []
-    for attention in ("sdpa", "flex_attention"):
-        model = Cafe.load(random_base, attention=attention)
-        content = Content.of([picture, "a red circle"])
-        branches = [model.encode_embedding(content), model.encode_prompt(content)]
-        done = pack([branches, [model.encode_embedding(Content.of("a blue star"))]], [[], []], model.packing)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            found.append(read(model.lvlm, done)[0])
-    assert done.inputs["input_ids"].shape == (1, 512)
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)

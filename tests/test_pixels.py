@@ -9,9 +9,10 @@ from families import FAMILIES
 from samples import noise
 
 from cafe.content import Content
-from cafe.model import Cafe, read
+from cafe.model import Cafe
 from cafe.packing import collate_vision, pack
 from cafe.pixels import Normalization, as_bytes
+from cafe.reading import read
 from cafe.training.setup import make_batches
 
 HALF = Normalization(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from test_packing import branch, examples
 
 import cafe.model
-from cafe.model import attention_mask, read
 from cafe.packing import Packing, lay_out, pack, tree_mask
+from cafe.reading import attention_mask, read
 from cafe.tree_attention import TreeMask, paths_of
 
 

@@ -7,7 +7,6 @@ travels in the checkpoint's `cafe.json`, so that training and use agree.
 import copy
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -19,14 +18,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Float32, Int64
-from PIL import Image
+from jaxtyping import Float, Float32
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import (
     AutoModelForImageTextToText,
     DynamicCache,
-    PreTrainedConfig,
     PreTrainedModel,
     TextIteratorStreamer,
 )
@@ -36,17 +32,11 @@ from cafe.content import Content, Dialogue, Turn
 from cafe.disk import aside, place
 from cafe.errors import CafeError
 from cafe.export import model_card, write_sentence_transformers
-from cafe.families import four_bit_options, may_share, positions_of
+from cafe.families import four_bit_options
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
-from cafe.last_layer import last_layer_at
-from cafe.packing import Branch, Pack, Packing, pack, tree_block_mask, tree_mask
+from cafe.packing import Branch, Packing, pack
 from cafe.processing import Pictures, Processing, load_processor
-from cafe.tree_attention import LONG, TreeMask
 
-logger = logging.getLogger(__name__)
-
-ONE_ROW = 2**40  # columns that hold any batch
-FLEX_MULTIPLE = 512  # tokens: four of FlexAttention's blocks
 RECORD = "cafe.json"  # what a checkpoint tells about itself, beside the Hugging Face files
 
 
@@ -390,89 +380,6 @@ def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
-
-
-def read(lvlm: PreTrainedModel, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, "supervised dim"]]:
-    """One pass: the last hidden state (after the final norm) of each readout, and before each supervised token."""
-    device = lvlm.device
-    inputs: dict[str, Any] = {**to_device(pack.inputs, device, lvlm.dtype)}
-    if pack.pixels:
-        inputs["pixel_values"] = pack.pixels.to_values(inputs["pixel_values"]).to(lvlm.dtype)
-    if pack.end is not None:
-        inputs["attention_mask"] = attention_mask(pack.end.to(device, non_blocking=True), lvlm.config.get_text_config())
-    with last_layer_at(lvlm, pack.readouts, pack.predictors):
-        hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state
-    readouts, predictors = (each.to(device, non_blocking=True) for each in (pack.readouts, pack.predictors))
-    return hidden[readouts[:, 0], readouts[:, 1]], hidden[predictors[:, 0], predictors[:, 1]]
-
-
-def logits_of(lvlm: PreTrainedModel, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocabulary"]:
-    """The model's logits, in float32, from its last hidden states."""
-    logits: Tensor = lvlm.get_output_embeddings()(hidden).float()
-    softcap = getattr(lvlm.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
-    return torch.tanh(logits / softcap) * softcap if softcap else logits
-
-
-def attention_mask(end: Int64[Tensor, "rows columns"], config: PreTrainedConfig) -> Tensor | BlockMask:
-    """The mask of trees, as the attention implementation takes it."""
-    if config._attn_implementation == "flex_attention":
-        return tree_block_mask(end)
-    if end.device.type == "cpu" and end.shape[1] >= LONG and config._attn_implementation == "sdpa":
-        return TreeMask.of(end)
-    seen = tree_mask(end)
-    if config._attn_implementation == "eager":
-        return torch.zeros(seen.shape, device=end.device).masked_fill(~seen, torch.finfo(torch.float32).min)
-    return seen
-
-
-def packing_for(lvlm: PreTrainedModel, processing: Processing) -> Packing:
-    """How a model's branches are laid out: as trees where it can read them, which an unknown family has to show.
-
-    Rows are at most twice as long as the model is wide: then what is computed and masked in attention is little beside
-    the rest, six times the width for each token.
-    FlexAttention computes nothing that is masked, and is compiled for each shape: all goes in one row, of few lengths.
-    """
-    text = lvlm.config.get_text_config()
-    flex = text._attn_implementation == "flex_attention"
-    packing = Packing(
-        share=may_share(lvlm) is not False,
-        columns=ONE_ROW if flex else 2 * text.hidden_size,
-        multiple=FLEX_MULTIPLE if flex else 1,
-        pad=processing.tokenizer.pad_token_id or 0,
-        positions=positions_of(lvlm),
-        token_types=processing.token_types,
-    )
-    if may_share(lvlm) is None and not reads_trees(lvlm, processing, packing):
-        packing = replace(packing, share=False)
-    if not packing.share:
-        logger.warning("The branches of a %s model are read one by one: nothing is shared.", lvlm.config.model_type)
-    return packing
-
-
-@torch.no_grad()
-def reads_trees(lvlm: PreTrainedModel, processing: Processing, packing: Packing) -> bool:
-    """Whether a model reads branches laid out as a tree as it reads them one by one: tried on a small picture."""
-    pictures = processing.pictures([Image.new("RGB", (64, 64), "red")])
-    content = Content.of([Image.new("RGB", (64, 64)), "one"])
-    branches = [
-        processing.encode_prompt(dialogue_messages(Dialogue((Turn("user", content),)), processing.prompts), pictures),
-        processing.encode_embedding(embedding_messages(content, processing.prompts), pictures),
-    ]
-    try:
-        shared, _ = read(lvlm, pack([branches], [[]], packing))
-    except (RuntimeError, ValueError, TypeError, IndexError):
-        return False
-    alone, _ = read(lvlm, pack([branches], [[]], replace(packing, share=False)))
-    tolerance = 1e-3 if lvlm.dtype == torch.float32 else 5e-2
-    return bool((shared - alone).norm() <= tolerance * alone.norm())
-
-
-def to_device(inputs: dict[str, Tensor], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The inputs on a device, pictures in the model's precision."""
-    return {
-        name: tensor.to(device, dtype if tensor.is_floating_point() else None, non_blocking=True)
-        for name, tensor in inputs.items()
-    }
 
 
 def _prompt_content(image: Any, prompt: str) -> Content:

@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from cafe.data.formats import open_source
 from cafe.data.loading import Batches
 from cafe.errors import CafeError
-from cafe.model import read
 from cafe.packing import Pack
 from cafe.processing import Processing, load_processor
+from cafe.reading import read
 from cafe.training.loop import train
 from cafe.training.recipe import OptimizerRecipe, Recipe
 

@@ -12,8 +12,9 @@ from cafe.data.formats import Source, open_source
 from cafe.data.loading import UNCUT, Batches, MicroBatchSize
 from cafe.errors import CafeError
 from cafe.instructions import Prompts
-from cafe.model import Cafe, read
+from cafe.model import Cafe
 from cafe.packing import Pack, count_crops, tree_size
+from cafe.reading import read
 from cafe.training.memory import Feed, fitting_size, follow
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep

@@ -34,9 +34,10 @@ from cafe.data.loading import encode, identity
 from cafe.data.pictures import IMAGE_TOKEN
 from cafe.errors import CafeError
 from cafe.instructions import dialogue_messages
-from cafe.model import Cafe, read
+from cafe.model import Cafe
 from cafe.packing import Branch, Pack, pack
 from cafe.processing import Processing
+from cafe.reading import read
 
 QUESTION = "Is the last of these a correct match for what comes before it? Answer yes or no."
 

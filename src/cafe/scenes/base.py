@@ -32,10 +32,10 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 
 from cafe.content import Content, Dialogue, Turn
 from cafe.instructions import CHATML, Prompts, dialogue_messages
-from cafe.model import read
 from cafe.objectives import next_token_loss
 from cafe.packing import Pack, Packing, pack
 from cafe.processing import Pictures, Processing, without_video
+from cafe.reading import read
 from cafe.scenes.draw import SIDE, paint
 from cafe.scenes.words import (
     CAPTION_PROMPT,

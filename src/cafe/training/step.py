@@ -22,9 +22,9 @@ from transformers import PreTrainedModel
 
 from cafe.data.loading import Batch, MicroBatch
 from cafe.errors import CafeError
-from cafe.model import read
 from cafe.objectives import matryoshka, next_token_loss, retrieval_accuracy
 from cafe.packing import Pack
+from cafe.reading import read
 from cafe.training.distributed import before, everyone, gather, most, norm_of_sum, within_memory, world
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.vision import VisionCache

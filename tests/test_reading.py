@@ -1,0 +1,25 @@
+"""Packs through a tiny random model of a real family."""
+
+import torch
+
+from cafe.content import Content
+from cafe.model import Cafe
+from cafe.packing import pack
+from cafe.reading import read
+from cafe.scenes.draw import paint
+from cafe.scenes.world import draw_scene
+
+
+def test_flex_attention_reads_trees_as_sdpa_does(random_base):
+    """All in one row, filled up to a few lengths; without the compiler, which is not what is tested."""
+    picture = paint(draw_scene(0, "test", 0))
+    found = []
+    for attention in ("sdpa", "flex_attention"):
+        model = Cafe.load(random_base, attention=attention)
+        content = Content.of([picture, "a red circle"])
+        branches = [model.encode_embedding(content), model.encode_prompt(content)]
+        done = pack([branches, [model.encode_embedding(Content.of("a blue star"))]], [[], []], model.packing)
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            found.append(read(model.lvlm, done)[0])
+    assert done.inputs["input_ids"].shape == (1, 512)
+    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
