@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_packing import branch, examples
 
-import cafe.model
+import cafe.reading
+from cafe.model import Cafe
 from cafe.packing import Packing, lay_out, pack, tree_mask
 from cafe.reading import attention_mask, read
 from cafe.tree_attention import TreeMask, paths_of
@@ -61,12 +62,12 @@ def test_all_else_sees_a_plain_mask():
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_a_model_reads_long_rows_by_paths_as_it_reads_short_ones(random_base, monkeypatch, bf16):
-    model = cafe.model.Cafe.load(random_base)
+    model = Cafe.load(random_base)
     said = [[*range(10, 30)], [*range(10, 20), *range(40, 60)], [*range(10, 14), 7, 8]]
     group = [branch(ids) for ids in said]
     made = {}
     for name, long in (("by paths", 1), ("dense", 10**6)):
-        monkeypatch.setattr(cafe.model, "LONG", long)
+        monkeypatch.setattr(cafe.reading, "LONG", long)
         packed = pack([group], [[branch([*range(10, 40)], spoken=9)]], Packing(columns=80))
         text = model.lvlm.config.get_text_config()
         assert isinstance(attention_mask(packed.end, text), TreeMask) == (long == 1)

@@ -36,6 +36,7 @@ from cafe.families import four_bit_options
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
 from cafe.packing import Branch, Packing, pack
 from cafe.processing import Pictures, Processing, load_processor
+from cafe.reading import logits_of, packing_for, read, to_device
 
 RECORD = "cafe.json"  # what a checkpoint tells about itself, beside the Hugging Face files
 
@@ -209,7 +210,7 @@ class Cafe:
 
     def embed_and_generate(
         self, image: Any, prompt: str, max_new_tokens: int = 128
-    ) -> tuple[Float32[np.ndarray, "dim"], str]:
+    ) -> tuple[Float32[np.ndarray, " dim"], str]:
         """An image's embedding and the answer to a prompt about it, from one pass over the image."""
         vectors, answers = self.describe([image], prompt, max_new_tokens)
         return vectors[0], answers[0]
@@ -292,7 +293,7 @@ class Cafe:
     @torch.inference_mode()
     def score_batch(
         self, contents: Sequence[Any], answers: Sequence[Sequence[str]], batch_size: int = 16
-    ) -> list[Float[np.ndarray, "answers"]]:
+    ) -> list[Float[np.ndarray, " answers"]]:
         """The log-likelihood of several answers to each content, in the order given, as `score` has it of one.
 
         What the answers to a content share, its pictures above all, is read once.
@@ -302,14 +303,14 @@ class Cafe:
             answers: the answers to each, at least one.
             batch_size: how many contents go through the model at once.
         """
-        scores: list[Float[np.ndarray, "answers"]] = []
+        scores: list[Float[np.ndarray, " answers"]] = []
         for start in range(0, len(contents), batch_size):
             chosen = slice(start, start + batch_size)
             pairs = zip(contents[chosen], answers[chosen], strict=True)
             scores += self._score([self._encode_answers(Content.of(content), said) for content, said in pairs])
         return scores
 
-    def _score(self, said: Sequence[Sequence[Branch]]) -> list[Float[np.ndarray, "answers"]]:
+    def _score(self, said: Sequence[Sequence[Branch]]) -> list[Float[np.ndarray, " answers"]]:
         """The log-likelihood of what is supervised in the branches of some contents, read in one pass."""
         rows = pack([[]] * len(said), said, self.packing)
         _, before = read(self.lvlm, rows)

@@ -21,9 +21,9 @@ def info_nce(
     targets: Float[Tensor, "pairs dim"],
     temperature: float | Tensor = 0.05,
     negatives: Float[Tensor, "negatives dim"] | None = None,
-    target_ids: Int64[Tensor, "pairs"] | None = None,
-    owners: Int64[Tensor, "negatives"] | None = None,
-    scores: Float[Tensor, "negatives"] | None = None,
+    target_ids: Int64[Tensor, " pairs"] | None = None,
+    owners: Int64[Tensor, " negatives"] | None = None,
+    scores: Float[Tensor, " negatives"] | None = None,
     symmetric: bool = True,
     hardness: float = 0.0,
     margin: float | None = None,
@@ -184,9 +184,9 @@ def _normalize(rows: Tensor) -> Tensor:
 
 def next_token_loss(
     hidden: Float[Tensor, "supervised dim"],
-    labels: Int64[Tensor, "supervised"],
+    labels: Int64[Tensor, " supervised"],
     weight: Float[Tensor, "vocabulary dim"],
-    bias: Float[Tensor, "vocabulary"] | None = None,
+    bias: Float[Tensor, " vocabulary"] | None = None,
     softcap: float | None = None,
     tile: int = 8 * TILE,
 ) -> Float[Tensor, ""]:
@@ -278,7 +278,7 @@ class _NextToken(torch.autograd.Function):
 def retrieval_accuracy(
     queries: Float[Tensor, "pairs dim"],
     targets: Float[Tensor, "pairs dim"],
-    target_ids: Int64[Tensor, "pairs"] | None = None,
+    target_ids: Int64[Tensor, " pairs"] | None = None,
     tile: int = TILE,
 ) -> Float[Tensor, ""]:
     """Share of pairs, both directions averaged, that are nearest to their own match within the batch (0 to 1)."""

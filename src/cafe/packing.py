@@ -43,9 +43,9 @@ class Branch:
             share the same mapping: pictures are compared by identity.
     """
 
-    input_ids: Int64[Tensor, "tokens"]
-    supervised: Bool[Tensor, "tokens"]
-    shown: Bool[Tensor, "tokens"]
+    input_ids: Int64[Tensor, " tokens"]
+    supervised: Bool[Tensor, " tokens"]
+    shown: Bool[Tensor, " tokens"]
     vision: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -127,7 +127,7 @@ class Pack:
     end: Int64[Tensor, "rows columns"] | None
     readouts: Int64[Tensor, "readouts 2"]
     predictors: Int64[Tensor, "supervised 2"]
-    labels: Int64[Tensor, "supervised"]
+    labels: Int64[Tensor, " supervised"]
     filled: int
     pixels: Pixels | None = None
 

@@ -35,7 +35,7 @@ class Path:
     row: int
     start: int
     stop: int
-    sees: Int64[Tensor, "seen"]
+    sees: Int64[Tensor, " seen"]
     bias: Float[Tensor, "own seen"] | None
 
     def own(self, states: Float[Tensor, "rows heads columns dim"]) -> Float[Tensor, "1 heads own dim"]:

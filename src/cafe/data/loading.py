@@ -43,7 +43,7 @@ class MicroBatch:
 
     joint: Pack
     embed: Pack
-    slots: Int64[Tensor, "readouts"]
+    slots: Int64[Tensor, " readouts"]
 
     def pin_memory(self) -> "MicroBatch":
         """See `Pack`."""
@@ -67,9 +67,9 @@ class Batch:
     """
 
     micro_batches: list[MicroBatch]
-    target_ids: Int64[Tensor, "pairs"]
-    owners: Int64[Tensor, "negatives"]
-    scores: Float32[Tensor, "negatives"]
+    target_ids: Int64[Tensor, " pairs"]
+    owners: Int64[Tensor, " negatives"]
+    scores: Float32[Tensor, " negatives"]
     supervised: int
     bad: list[str]
     sources: list[str]

@@ -168,8 +168,8 @@ class Embedded:
     places: list[tuple[int, int]]
     queries: Float32[np.ndarray, "pairs dim"]
     targets: Float32[np.ndarray, "pairs dim"]
-    query_ids: Int64[np.ndarray, "pairs"]
-    target_ids: Int64[np.ndarray, "pairs"]
+    query_ids: Int64[np.ndarray, " pairs"]
+    target_ids: Int64[np.ndarray, " pairs"]
     bad: dict[tuple[int, int], str]
 
 
@@ -375,7 +375,7 @@ def judged(
     return kept
 
 
-def yes(model: Cafe, hidden: Float[Tensor, "questions dim"]) -> Float[Tensor, "questions"]:
+def yes(model: Cafe, hidden: Float[Tensor, "questions dim"]) -> Float[Tensor, " questions"]:
     """The probability of "yes" against "no" as the next word, from the hidden state before it."""
     logits = model.lvlm.get_output_embeddings()(hidden).float()
     positive, negative = (_first_tokens(model.processing, word) for word in ("yes", "no"))

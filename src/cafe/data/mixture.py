@@ -31,8 +31,8 @@ class Mixture:
 class Order:
     """One epoch's records in their order: of which source, and its which record."""
 
-    sources: Int64[np.ndarray, "records"]
-    records: Int64[np.ndarray, "records"]
+    sources: Int64[np.ndarray, " records"]
+    records: Int64[np.ndarray, " records"]
 
 
 def epoch_order(
@@ -107,7 +107,7 @@ def apportion(parts: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def shuffled(chunks: Sequence[int], window: int, rng: Random) -> Int64[np.ndarray, "records"]:
+def shuffled(chunks: Sequence[int], window: int, rng: Random) -> Int64[np.ndarray, " records"]:
     """All records of a source by lot: its chunks in any order, and those of a window mixed with each other."""
     starts = np.cumsum([0, *chunks]).tolist()
     order = list(range(len(chunks)))

@@ -25,7 +25,7 @@ PROMPT = "Describe the image."
 MARGINS = {"embedding": 1e-6, "likelihood": 1e-4, "gain": 1e-4}
 AT_ONCE = 2048  # pictures whose scores are computed before the next are opened
 
-Scores = dict[str, list[Float[np.ndarray, "captions"]]]
+Scores = dict[str, list[Float[np.ndarray, " captions"]]]
 
 
 def score(model: Subject, pictures: Sequence[Any], captions: Sequence[Sequence[str]]) -> Scores:
@@ -57,7 +57,7 @@ def score(model: Subject, pictures: Sequence[Any], captions: Sequence[Sequence[s
     }
 
 
-def ahead(scores: Float[np.ndarray, "captions"], way: str) -> bool:
+def ahead(scores: Float[np.ndarray, " captions"], way: str) -> bool:
     """Whether the first caption scores higher than each of the others."""
     return bool((scores[0] > scores[1:] + MARGINS[way]).all())
 

@@ -40,7 +40,7 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     return Evaluation(rates(rows), {"cider": rows})
 
 
-def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, "captions"]:
+def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " captions"]:
     """CIDEr-D of each caption, from 0 to 10; the weights of words are counted in these references.
 
     Raises:

@@ -12,9 +12,9 @@ _SAME = 1e-6  # cosines this near are one: equal vectors may differ by this in f
 def ranks(
     queries: Float[np.ndarray, "queries dim"],
     candidates: Float[np.ndarray, "candidates dim"],
-    query_group: Int[np.ndarray, "queries"],
-    candidate_group: Int[np.ndarray, "candidates"],
-) -> Int[np.ndarray, "queries"]:
+    query_group: Int[np.ndarray, " queries"],
+    candidate_group: Int[np.ndarray, " candidates"],
+) -> Int[np.ndarray, " queries"]:
     """For each query, how many candidates of other groups come before the best one of its own; 0 is best.
 
     Ties count against the model: a candidate that scores as high, to float32's rounding, comes before. So a collapsed
@@ -31,7 +31,7 @@ def ranks(
 
 def rank_of_match(
     similarity: Float[np.ndarray, "queries candidates"], relevant: Bool[np.ndarray, "queries candidates"]
-) -> Int[np.ndarray, "queries"]:
+) -> Int[np.ndarray, " queries"]:
     """`ranks` of given similarities: the number of irrelevant candidates that score at least as high as a match."""
     best = np.where(relevant, similarity, -np.inf).max(axis=1, keepdims=True)
     return (~(similarity < best - _SAME) & ~relevant).sum(axis=1)
@@ -110,9 +110,9 @@ def hubness(
 def similarities(
     images: Float[np.ndarray, "images dim"],
     texts: Float[np.ndarray, "texts dim"],
-    owner: Int[np.ndarray, "texts"],
-    bins: Float[np.ndarray, "edges"],
-) -> tuple[float, float, Int[np.ndarray, "bins"], Int[np.ndarray, "bins"]]:
+    owner: Int[np.ndarray, " texts"],
+    bins: Float[np.ndarray, " edges"],
+) -> tuple[float, float, Int[np.ndarray, " bins"], Int[np.ndarray, " bins"]]:
     """Mean cosine of matched and of mismatched pairs of an image and a text, and how many of each fall in each bin."""
     sums, counts = np.zeros(2), np.zeros(2)
     histograms = np.zeros((2, len(bins) - 1), np.int64)
@@ -134,7 +134,7 @@ def mentioned_objects(text: str, vocabulary: set[str]) -> set[str]:
 
 def ndcg_at_k(
     similarity: Float[np.ndarray, "queries candidates"], gains: Float[np.ndarray, "queries candidates"], k: int
-) -> Float[np.ndarray, "queries"]:
+) -> Float[np.ndarray, " queries"]:
     """Normalised discounted cumulative gain of the first k candidates (Järvelin & Kekäläinen 2002), from 0 to 1.
 
     The gain at place i (from 1) is divided by log2(i + 1). Ties count against the model: of candidates that score

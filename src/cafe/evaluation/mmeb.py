@@ -149,7 +149,7 @@ def dataset(name: str, path: Path) -> Dataset:
     return DATASETS.get(name, Dataset("visdoc" if path.is_dir() and _corpus(path) else "image", name))
 
 
-def score(similarity: Float[np.ndarray, "candidates"], gains: dict[int, float]) -> dict[str, float]:
+def score(similarity: Float[np.ndarray, " candidates"], gains: dict[int, float]) -> dict[str, float]:
     """hit@k (a right candidate is among the first k) and ndcg_linear@k of one query, from 0 to 1."""
     gain = np.zeros(len(similarity))
     gain[list(gains)] = list(gains.values())
@@ -162,10 +162,10 @@ def score(similarity: Float[np.ndarray, "candidates"], gains: dict[int, float]) 
 
 def embed(
     model: Subject, data: Path, source: Path, questions: Sequence[Question]
-) -> list[Float[np.ndarray, "candidates"]]:
+) -> list[Float[np.ndarray, " candidates"]]:
     """The similarity of each query with its candidates. Equal contents are embedded once."""
     numbers: dict[Side, int] = {}
-    places: dict[int, Int[np.ndarray, "candidates"]] = {}  # by identity: questions may share their candidates
+    places: dict[int, Int[np.ndarray, " candidates"]] = {}  # by identity: questions may share their candidates
     for question in questions:
         numbers.setdefault(question.query, len(numbers))
         if id(question.candidates) not in places:

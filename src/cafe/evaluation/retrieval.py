@@ -49,7 +49,7 @@ class Collection:
     pictures: list[Path | ImageRef]
     names: list[str]
     texts: list[str]
-    owner: Int[np.ndarray, "texts"]
+    owner: Int[np.ndarray, " texts"]
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ class Tally:
     """
 
     groups: tuple[str, ...]
-    parts: Float[np.ndarray, "groups"]
-    wholes: Float[np.ndarray, "groups"]
+    parts: Float[np.ndarray, " groups"]
+    wholes: Float[np.ndarray, " groups"]
     marks: Mapping[str, tuple[float, float]]
 
     @property
@@ -112,7 +112,7 @@ def compare(first: Sequence[Tally], second: Sequence[Tally], draws: int = DRAWS)
 
 def _drawn(
     first: Tally, second: Tally, draws: int
-) -> tuple[float, Float[np.ndarray, "draws"], Float[np.ndarray, "draws"]]:
+) -> tuple[float, Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]:
     """The difference of a result's part: as it is, in each resample, and in each draw of swaps."""
     order = {group: number for number, group in enumerate(second.groups)}
     aligned = [order[group] for group in first.groups]

@@ -91,7 +91,7 @@ class Subject:
 
         return [said for chunk in self._each(f"answer {max_new_tokens}", prompts, compute) for said in chunk]
 
-    def score(self, contents: Sequence[Any], answers: Sequence[Sequence[str]]) -> list[Float[np.ndarray, "answers"]]:
+    def score(self, contents: Sequence[Any], answers: Sequence[Sequence[str]]) -> list[Float[np.ndarray, " answers"]]:
         """The log-likelihood, in nats, of each of some answers to each content."""
 
         def compute(chunk: list[tuple[Any, tuple[str, ...]]]) -> list[list[float]]:

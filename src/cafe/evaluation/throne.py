@@ -58,7 +58,7 @@ def agree(cast: Bool[np.ndarray, "votes pictures classes"]) -> tuple[Pairs, Pair
 
 
 def marks(
-    stated: Bool[np.ndarray, "classes"], split: Bool[np.ndarray, "classes"], present: Bool[np.ndarray, "classes"]
+    stated: Bool[np.ndarray, " classes"], split: Bool[np.ndarray, " classes"], present: Bool[np.ndarray, " classes"]
 ) -> dict[str, Any]:
     """What a picture counts for in the overall scores, which are shares of sums over all pairs that are not split."""
     hits, said, true = (int((which & ~split).sum()) for which in (stated & present, stated, present))

@@ -42,7 +42,7 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
 
 
 def right(
-    first: Float[ndarray, "captions"], second: Float[ndarray, "captions"], margin: float = 0.0
+    first: Float[ndarray, " captions"], second: Float[ndarray, " captions"], margin: float = 0.0
 ) -> tuple[bool, bool]:
     """Whether the pictures find their captions, and the captions their pictures.
 

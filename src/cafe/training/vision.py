@@ -87,7 +87,7 @@ def _row(made: Any, row: int) -> Any:
     return tree_map_only(Tensor, lambda leaf: leaf[row], made)
 
 
-def fingerprints(crops: Float[Tensor, "crops *shape"]) -> Int64[Tensor, "crops"]:
+def fingerprints(crops: Float[Tensor, " crops *shape"]) -> Int64[Tensor, " crops"]:
     """A hash of each crop's bits: a sum of products with fixed random numbers, exact in whatever order it is taken."""
     bits = crops.flatten(1).contiguous().view(torch.int16)
     generator = torch.Generator().manual_seed(0)
