@@ -206,9 +206,12 @@ def _plan(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from cafe.adapters import has_adapter, merge
     from cafe.errors import CafeError
-    from cafe.model import Cafe, checkpoint_of
+    from cafe.model import Cafe, checkpoint_of, may_write
 
     checkpoint = checkpoint_of(options.directory)
+    if options.output.resolve() == checkpoint.resolve():
+        raise CafeError(f"The merged checkpoint would take the place of the adapter {checkpoint}: name another output.")
+    may_write(options.output)
     model = Cafe.load(checkpoint, dtype="auto", device="cpu")
     if not has_adapter(model.lvlm):
         raise CafeError(f"{checkpoint} has no adapter to merge: it is a plain checkpoint already.")

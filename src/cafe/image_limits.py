@@ -71,6 +71,13 @@ def limit_images(
             images.min_patches = min(images.min_patches, images.max_patches)
 
 
+def agree(lvlm: PreTrainedModel, processor: ProcessorMixin) -> None:
+    """Tells a model the grids that its processor cuts pictures into: an adapter brings its processor, not its model."""
+    grids = getattr(getattr(processor, "image_processor", None), "image_grid_pinpoints", None)
+    if grids and hasattr(lvlm.config, "image_grid_pinpoints"):
+        lvlm.config.image_grid_pinpoints = grids
+
+
 def _set_size(images: Any, **sizes: int) -> None:
     images.size = type(images.size)(**{**dict(images.size), **sizes})
 

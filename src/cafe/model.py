@@ -8,12 +8,12 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from threading import Thread
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from transformers import (
     PreTrainedModel,
     TextIteratorStreamer,
 )
+from transformers.utils import cached_file
 
 from cafe.adapters import adapter_of, has_adapter, load_adapter
 from cafe.content import Content, Dialogue, Turn
@@ -33,11 +34,14 @@ from cafe.disk import aside, place
 from cafe.errors import CafeError
 from cafe.export import model_card, write_sentence_transformers
 from cafe.families import four_bit_options
+from cafe.image_limits import agree
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
 from cafe.packing import Branch, Packing, pack
 from cafe.processing import Pictures, Processing, load_processor
 from cafe.reading import logits_of, packing_for, read, to_device
 
+T = TypeVar("T")
+SORTED = 8  # batches within which rows are sorted by length
 RECORD = "cafe.json"  # what a checkpoint tells about itself, beside the Hugging Face files
 
 
@@ -81,7 +85,7 @@ class Cafe:
             CafeError: nothing can be loaded from there, or a package that it needs is not installed.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        record = read_record(path)
+        record = _record_of(path)
         prompts = prompts or Prompts(**record.get("prompts", {}))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         try:
@@ -95,6 +99,7 @@ class Cafe:
         except (ImportError, OSError, ValueError) as error:  # ImportError: some processors need more packages
             raise CafeError(f"No vision-language model can be loaded from {path}: {_first_line(error)}") from error
         processing = Processing(processor, prompts)
+        agree(lvlm, processor)
         if not four_bit:
             lvlm = lvlm.to(device)
         if adapter:
@@ -109,8 +114,12 @@ class Cafe:
             path: the directory.
             weights: the model's, where it does not hold them whole itself.
             record: goes into the checkpoint's record.
+
+        Raises:
+            CafeError: there is something else at the path.
         """
         path = Path(path)
+        may_write(path)
         partial = aside(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
@@ -140,7 +149,7 @@ class Cafe:
 
         Args:
             contents: a sequence of whatever `Content.of` takes: texts, pictures, or both together.
-            batch_size: how many go through the model at once; they are sorted by length first.
+            batch_size: how many go through the model at once, some of similar length.
             dim: take this many first dimensions alone, for a model trained so; its record says which under
                 `recipe.objective.matryoshka`.
 
@@ -150,12 +159,11 @@ class Cafe:
         width = self.lvlm.config.get_text_config().hidden_size
         if dim is not None and not 0 < dim <= width:
             raise CafeError(f"dim should be between 1 and the embedding's {width}, not {dim}.")
-        rows = [self.encode_embedding(Content.of(content)) for content in contents]
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
-        vectors = np.zeros((len(rows), dim or width), np.float32)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            hidden, _ = read(self.lvlm, pack([[rows[index]] for index in chosen], [[]] * len(chosen), self.packing))
+        contents = list(contents)
+        vectors = np.zeros((len(contents), dim or width), np.float32)
+        encode = lambda content: self.encode_embedding(Content.of(content))  # noqa: E731
+        for chosen, rows in _batches(contents, encode, batch_size):
+            hidden, _ = read(self.lvlm, pack([[row] for row in rows], [[]] * len(rows), self.packing))
             vectors[chosen] = F.normalize(hidden[:, :dim].float(), dim=-1).cpu().numpy()
         return vectors
 
@@ -183,10 +191,9 @@ class Cafe:
         if not stream:
             return self._generate([self.encode_prompt(content)], options)[0]
         streamer = TextIteratorStreamer(self.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        Thread(
-            target=self._generate, args=([self.encode_prompt(content)], {**options, "streamer": streamer}), daemon=True
-        ).start()
-        return iter(streamer)
+        return _stream(
+            lambda: self._generate([self.encode_prompt(content)], {**options, "streamer": streamer}), streamer
+        )
 
     def generate_batch(
         self,
@@ -197,14 +204,10 @@ class Cafe:
         top_p: float = 1.0,
     ) -> list[str]:
         """The answer to each content taken as a user's turn, in the order given; the likeliest unless sampled."""
-        rows = [self.encode_prompt(content) for content in prompts]
-        order = sorted(range(len(rows)), key=lambda index: -len(rows[index].input_ids))
-        answers = [""] * len(rows)
+        answers = [""] * len(prompts)
         options = _sampling(max_new_tokens, temperature, top_p)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            said = self._generate([rows[index] for index in chosen], options)
-            for index, answer in zip(chosen, said, strict=True):
+        for chosen, rows in _batches(prompts, self.encode_prompt, batch_size):
+            for index, answer in zip(chosen, self._generate(rows, options), strict=True):
                 answers[index] = answer
         return answers
 
@@ -231,22 +234,21 @@ class Cafe:
             images: pictures or paths.
             prompt: what to say to the model about each.
             max_new_tokens: the longest answer, in tokens.
-            batch_size: how many images go through the model at once; they are sorted by length first.
+            batch_size: how many images go through the model at once, some of similar length.
         """
-        pairs = []
-        for image in images:
+
+        def encode(image: Any) -> tuple[Branch, Branch]:
             content = _prompt_content(image, prompt)
             if not content.images:
                 raise CafeError("There is no image to describe.")
             pictures = self._pictures(content)
             embedding = self.encode_embedding(Content(tuple(content.images)), pictures)
-            pairs.append((embedding, self.encode_prompt(content, pictures)))
-        order = sorted(range(len(pairs)), key=lambda index: -len(pairs[index][0]))
-        vectors = np.zeros((len(pairs), self.lvlm.config.get_text_config().hidden_size), np.float32)
-        answers = [""] * len(pairs)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            hidden, said = self._describe([pairs[index] for index in chosen], max_new_tokens)
+            return embedding, self.encode_prompt(content, pictures)
+
+        vectors = np.zeros((len(images), self.lvlm.config.get_text_config().hidden_size), np.float32)
+        answers = [""] * len(images)
+        for chosen, pairs in _batches(images, encode, batch_size, lambda pair: len(pair[0])):
+            hidden, said = self._describe(pairs, max_new_tokens)
             vectors[chosen] = F.normalize(hidden.float(), dim=-1).cpu().numpy()
             for index, answer in zip(chosen, said, strict=True):
                 answers[index] = answer
@@ -373,6 +375,28 @@ def read_record(path: str | Path) -> dict[str, Any]:
     return json.loads(file.read_text()) if file.is_file() else {}
 
 
+def may_write(path: Path) -> None:
+    """Makes sure that writing a checkpoint takes the place of nothing else.
+
+    Raises:
+        CafeError: there is something at the path that is not a checkpoint.
+    """
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / RECORD).is_file()):
+        raise CafeError(f"{path} holds something that is no checkpoint of cafe, and is left as it is.")
+
+
+def _record_of(path: str | Path) -> dict[str, Any]:
+    """The record of a local checkpoint, or of one on the Hub."""
+    if Path(path).exists():
+        return read_record(path)
+    missing = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors")}
+    try:
+        file = cached_file(str(path), RECORD, **missing)
+    except OSError:  # no such repository: the model will not be found either, and says so
+        return {}
+    return read_record(Path(file).parent) if file else {}
+
+
 def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
     """A digest of a model's weights, precision and device, and of whatever else decides its answers."""
     made_of = (model.dtype, model.device.type, *parts, version("transformers"))
@@ -381,6 +405,38 @@ def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
+
+
+def _batches(
+    items: Sequence[Any], encode: Callable[[Any], T], batch_size: int, length: Callable[[Any], int] = len
+) -> Iterator[tuple[list[int], list[T]]]:
+    """Items of similar length, encoded, with their places: sorted within some batches, so that few wait encoded."""
+    for start in range(0, len(items), SORTED * batch_size):
+        rows = [encode(item) for item in items[start : start + SORTED * batch_size]]
+        order = sorted(range(len(rows)), key=lambda place: -length(rows[place]))
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            yield [start + place for place in chosen], [rows[place] for place in chosen]
+
+
+def _stream(generate: Callable[[], Any], streamer: TextIteratorStreamer) -> Iterator[str]:
+    """The pieces of text that come through a streamer while a thread generates; its mistakes are raised behind them."""
+    mistakes: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            generate()
+        except BaseException as error:
+            mistakes.append(error)
+            streamer.end()
+
+    def pieces() -> Iterator[str]:
+        yield from streamer
+        if mistakes:
+            raise mistakes[0]
+
+    Thread(target=work, daemon=True).start()
+    return pieces()
 
 
 def _prompt_content(image: Any, prompt: str) -> Content:

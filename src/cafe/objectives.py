@@ -206,7 +206,9 @@ def next_token_loss(
         softcap: logits become softcap * tanh(logits / softcap), where the family does so.
         tile: logits computed at once.
     """
-    fused = liger() if hidden.is_cuda and hidden.dtype != torch.float64 and hidden.requires_grad else None
+    fused = (
+        liger() if len(labels) and hidden.is_cuda and hidden.dtype != torch.float64 and hidden.requires_grad else None
+    )
     if fused and softcap is None:
         loss: Tensor = fused(hidden, weight, labels, bias, reduction="sum", accum_dtype=torch.float32)
     else:

@@ -208,9 +208,9 @@ class Processing:
                 pieces.append((self._tokens(self._before + words + self._end), True))
         encoded = self._join(pieces, pictures)
         if max_tokens and len(encoded.input_ids) > max_tokens:
-            shown = sum(len(run) for run in pictures.runs)
-            if sum(map(len, self._split(self._render(messages[:1], True), iter(pictures.runs)))) + shown > max_tokens:
-                raise CafeError(f"The images of a dialogue take {shown} tokens, which do not fit in {max_tokens}.")
+            if encoded.shown[max_tokens:].any():
+                end = int(encoded.shown.nonzero()[-1]) + 1
+                raise CafeError(f"The last image of a dialogue ends at token {end}, and {max_tokens} are read.")
             encoded = encoded.cut(max_tokens)
         return encoded
 

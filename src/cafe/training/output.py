@@ -9,7 +9,7 @@ from uuid import uuid4
 
 from cafe.disk import write_text
 from cafe.errors import CafeError
-from cafe.model import read_record
+from cafe.model import may_write, read_record
 from cafe.training.recipe import Recipe, recipe_dict
 
 RUN, LOCK = "run.json", "run.lock"
@@ -35,9 +35,10 @@ def claim(recipe: Recipe) -> str:
     """Makes the output directory this recipe's and, until it ends, this process's; returns the name of the run in it.
 
     Raises:
-        CafeError: it holds the run of another recipe, or another process trains into it.
+        CafeError: it holds the run of another recipe or something else, or another process trains into it.
     """
     output = Path(recipe.output)
+    may_write(output / CHECKPOINT)
     output.mkdir(parents=True, exist_ok=True)
     _lock(output)
     file = output / RUN
