@@ -147,6 +147,7 @@ def make_batch(sides: Sides, packing: Packing, size: MicroBatchSize = UNCUT) -> 
         target_ids=torch.arange(pairs),
         owners=torch.empty(0, dtype=torch.long),
         scores=torch.empty(0),
+        negative_ids=torch.empty(0, dtype=torch.long),
         supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
         bad=[],
         sources=[""] * pairs,

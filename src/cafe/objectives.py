@@ -21,7 +21,7 @@ def info_nce(
     targets: Float[Tensor, "pairs dim"],
     temperature: float | Tensor = 0.05,
     negatives: Float[Tensor, "negatives dim"] | None = None,
-    target_ids: Int64[Tensor, " pairs"] | None = None,
+    target_ids: Int64[Tensor, " targets"] | None = None,
     owners: Int64[Tensor, " negatives"] | None = None,
     scores: Float[Tensor, " negatives"] | None = None,
     symmetric: bool = True,
@@ -42,7 +42,8 @@ def info_nce(
         targets: its match.
         temperature: divides the cosine; 0.05 as published.
         negatives: hard negatives, for the query-to-target direction.
-        target_ids: equal numbers mark equal targets, which are then not each other's negatives.
+        target_ids: of the targets, and of the hard negatives behind them if wanted; equal numbers mark equal contents,
+            of which a query's own target makes none a negative.
         owners, scores: the query that each hard negative was found for, and how likely it matches that after all: its
             weight as a target beside the match's weight of 1. So a query's targets are a distribution, and the loss the
             cross-entropy with it (soft matching scores, as in UniME-V2, arXiv 2510.13515). None for 0 each.
@@ -163,7 +164,7 @@ def _tiles(
         matches = logits.diagonal(start) * (scale / sharp)
         if ids is not None:
             same = ids[rows, None] == ids[None, :]
-            logits[:, :pairs].masked_fill_(same, float("-inf"))
+            logits[:, : len(ids)].masked_fill_(same, float("-inf"))
         columns = logits[:, :pairs]
         if bounds is not None:
             columns = columns.masked_fill(columns > bounds, float("-inf"))

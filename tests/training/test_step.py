@@ -185,8 +185,7 @@ def test_the_flops_of_a_step_are_those_of_the_formula(model, scenes):
 
 
 def test_a_batch_with_nothing_to_train_on_changes_nothing(model, scenes):
-    source = open_source(Source(path=str(scenes / "vqa_train.json"), contrast=False))
-    batch = Batches([source], model.processing, PAIRS, seed=0, language=False)[0]
+    batch = batches(model, scenes, language=False).of([])
     losses = JointStep(model.lvlm, ObjectiveRecipe(lm_weight=0.0))(batch, measure=True)
     assert losses.lm == losses.contrastive == 0
     assert not gradient(model.lvlm).any()

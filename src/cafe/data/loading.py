@@ -11,6 +11,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -61,6 +62,7 @@ class Batch:
         target_ids: equal numbers for pairs with equal targets.
         owners: the pair that each hard negative belongs to.
         scores: how likely each hard negative matches its pair's query after all.
+        negative_ids: as `target_ids`, for the hard negatives.
         supervised: the number of tokens that the language loss is taken on.
         bad: the messages of records left out.
         sources: the file and record of each example.
@@ -70,6 +72,7 @@ class Batch:
     target_ids: Int64[Tensor, " pairs"]
     owners: Int64[Tensor, " negatives"]
     scores: Float32[Tensor, " negatives"]
+    negative_ids: Int64[Tensor, " negatives"]
     supervised: int
     bad: list[str]
     sources: list[str]
@@ -77,7 +80,8 @@ class Batch:
     def pin_memory(self) -> "Batch":
         """See `Pack`; PyTorch's loader calls it, in a thread of its own."""
         micro_batches = [micro_batch.pin_memory() for micro_batch in self.micro_batches]
-        tensors = {name: getattr(self, name).pin_memory() for name in ("target_ids", "owners", "scores")}
+        names = ("target_ids", "owners", "scores", "negative_ids")
+        tensors = {name: getattr(self, name).pin_memory() for name in names}
         return replace(self, micro_batches=micro_batches, **tensors)
 
 
@@ -103,6 +107,7 @@ class Branches:
     negatives: list[Branch]
     scores: Sequence[float]
     target_id: int
+    negative_ids: list[int]
     dialogue: Branch | None
 
     @property
@@ -139,17 +144,18 @@ def _encode(example: Example, processing: Processing, max_tokens: int | None) ->
     query = target = dialogue = None
     negatives: list[Branch] = []
     scores: Sequence[float] = []
-    target_id = 0
+    target_id, negative_ids = 0, []
     if example.pair:
         query, target = embedding(example.pair.query), embedding(example.pair.target)
         negatives = [embedding(negative) for negative in example.pair.negatives]
         scores = example.pair.negative_scores or [0.0] * len(negatives)
         target_id = identity(example.pair.target)
+        negative_ids = [identity(negative) for negative in example.pair.negatives]
     if example.dialogue:
         refs = [ref for turn in example.dialogue.turns for ref in turn.content.images]
         messages = dialogue_messages(example.dialogue, processing.prompts)
         dialogue = processing.encode_dialogue(messages, pictures(refs), max_tokens)
-    return Branches(query, target, negatives, scores, target_id, dialogue)
+    return Branches(query, target, negatives, scores, target_id, negative_ids, dialogue)
 
 
 def identity(content: Content) -> int:
@@ -162,6 +168,7 @@ def identity(content: Content) -> int:
     return int.from_bytes(digest.digest())
 
 
+LOOKED_AT = 100  # records, for what is trained
 UNCUT = MicroBatchSize()
 PROPORTIONAL = Mixture()
 
@@ -216,10 +223,34 @@ class Batches(Dataset[Batch]):
         self.mixture = mixture
         self._order = (0, self._draw(0))
         self.per_epoch = len(self._order[1].records) // (batch_size * world)
+        self._look()
 
     def __len__(self) -> int:
         """Batches in one epoch; the indices go on beyond it."""
         return self.per_epoch
+
+    def _look(self) -> None:
+        """Makes sure that the first records hold something of what is trained."""
+        idle = 0
+        for place in range(min(LOOKED_AT, len(self.order(0).records))):
+            with suppress(CafeError):  # bad ones are told of as they come
+                example = self._drawn(0, place)
+                if example.pair or example.dialogue:
+                    return
+                idle += 1
+        if idle:
+            parts = [name for name, trained in (("pair", self.contrast), ("dialogue", self.language)) if trained]
+            raise CafeError(f"None of the first {idle} records holds a {' or a '.join(parts)}, to be trained on.")
+
+    def _drawn(self, epoch: int, place: int) -> Example:
+        """The record at a place of an epoch's order, with what is trained of it; that may be nothing."""
+        order = self.order(epoch)
+        records = self.sources[int(order.sources[place])]
+        example = records.example(int(order.records[place]), Random(f"{self.seed} {epoch} {place}"))
+        pair = example.pair if self.contrast else None
+        if pair and not self.hard_negatives:
+            pair = replace(pair, negatives=(), negative_scores=())
+        return Example(pair, example.dialogue if self.language else None, example.source)
 
     def cut_to(self, size: MicroBatchSize) -> "Batches":
         """The same batches in micro-batches of another size."""
@@ -230,11 +261,10 @@ class Batches(Dataset[Batch]):
     def largest(self, count: int) -> list[Branches]:
         """The first `count` examples of this process, those with most tokens first; bad ones are left out."""
         found = []
-        order, start = self.order(0), self.rank * self.batch_size
+        start = self.rank * self.batch_size
         for place in range(start, start + min(count, self.batch_size)):
-            which, index = int(order.sources[place]), int(order.records[place])
             try:
-                example = self._wanted(self.sources[which].example(index, Random(f"{self.seed} 0 {place}")))
+                example = self._drawn(0, place)
                 if example.pair or example.dialogue:
                     found.append(encode(example, self.processing, self.max_tokens))
             except CafeError:
@@ -267,11 +297,9 @@ class Batches(Dataset[Batch]):
         done: list[Branches] = []
         bad: list[str] = []
         names: list[str] = []
-        order = self.order(epoch)
         for place in range(start, start + self.batch_size):
-            which, index = int(order.sources[place]), int(order.records[place])
             try:
-                example = self._wanted(self.sources[which].example(index, Random(f"{self.seed} {epoch} {place}")))
+                example = self._drawn(epoch, place)
                 if not (example.pair or example.dialogue):
                     continue
                 done.append(encode(example, self.processing, self.max_tokens))
@@ -281,19 +309,13 @@ class Batches(Dataset[Batch]):
                 names.append(example.source)
         return self._collate(done, bad, names)
 
-    def _wanted(self, example: Example) -> Example:
-        """The parts of an example that are trained on; there may be none."""
-        pair = example.pair if self.contrast else None
-        if pair and not self.hard_negatives:
-            pair = replace(pair, negatives=(), negative_scores=())
-        return Example(pair, example.dialogue if self.language else None, example.source)
-
     def _collate(self, done: list[Branches], bad: list[str], names: list[str]) -> Batch:
         pairs = sum(branches.query is not None for branches in done)
         embedded: list[list[Branch]] = []
         slots: list[list[int]] = []
         owners: list[int] = []
         scores: list[float] = []
+        negative_ids: list[int] = []
         pair = 0
         for branches in done:
             embedded.append([])
@@ -304,6 +326,7 @@ class Batches(Dataset[Batch]):
                 slots[-1] += [pair, pairs + pair, *range(hard, hard + len(branches.negatives))]
                 owners += [pair] * len(branches.negatives)
                 scores += branches.scores
+                negative_ids += branches.negative_ids
                 pair += 1
         spoken = [[branches.dialogue] if branches.dialogue else [] for branches in done]
         cuts = cut(embedded, spoken, self.size)
@@ -319,6 +342,7 @@ class Batches(Dataset[Batch]):
             target_ids=torch.tensor([branches.target_id for branches in done if branches.query], dtype=torch.long),
             owners=torch.tensor(owners, dtype=torch.long),
             scores=torch.tensor(scores, dtype=torch.float32),
+            negative_ids=torch.tensor(negative_ids, dtype=torch.long),
             supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
             bad=bad,
             sources=names,
@@ -435,14 +459,17 @@ class Quarantine:
         """Counts a batch's records, and passes it on.
 
         Raises:
-            CafeError: more than the set share of at least 100 records, or a whole batch, is bad.
+            CafeError: more than the set share of at least 100 records is bad, or all of the first 8 or more.
         """
         self.bad += len(batch.bad)
         self.seen += len(batch.bad) + len(batch.sources)
         if batch.bad:
             with self.file.open("a") as out:
                 out.writelines(json.dumps({"reason": reason}) + "\n" for reason in batch.bad)
-        if (batch.bad and not batch.sources) or (self.seen >= 100 and self.bad > self.max_share * self.seen):
+        if self.bad == self.seen >= 8:
+            named = f"{self.file} names them. The last: {batch.bad[-1]}"
+            raise CafeError(f"All of the first {self.bad} records are bad; {named}")
+        if self.seen >= 100 and self.bad > self.max_share * self.seen:
             raise CafeError(
                 f"{self.bad} of {self.seen} records are bad, more than the share of {self.max_share:.2%} "
                 f"that data.max_bad_share allows; {self.file} names them. The last: {(batch.bad or ['none'])[-1]}"

@@ -143,7 +143,10 @@ class JointStep(nn.Module):
         vectors.requires_grad_()
 
         # 2. Contrast them over all processes, and take the gradient of each.
-        temperature = self.log_temperature.exp().clamp(min=LOWEST_TEMPERATURE)
+        if objective.learn_temperature:
+            with torch.no_grad():  # not in the graph: what is below the bound could never rise again
+                self.log_temperature.clamp_(min=math.log(LOWEST_TEMPERATURE))
+        temperature = self.log_temperature.exp()
         contrastive, accuracy = self.contrast(vectors, batch, temperature, measure)
         if contrastive.requires_grad:
             (share * objective.contrastive_weight * contrastive).backward()
@@ -194,7 +197,10 @@ class JointStep(nn.Module):
         queries, targets, negatives = (gather(part) for part in vectors.split([pairs, pairs, len(batch.owners)]))
         owners = gather(batch.owners.to(vectors.device, non_blocking=True) + before(pairs, vectors.device))
         scores = gather(batch.scores.to(vectors.device, non_blocking=True))
-        ids = gather(batch.target_ids.to(vectors.device, non_blocking=True)) if self.objective.mask_duplicates else None
+        ids = None
+        if self.objective.mask_duplicates:
+            numbers = (batch.target_ids, batch.negative_ids)
+            ids = torch.cat([gather(each.to(vectors.device, non_blocking=True)) for each in numbers])
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
         objective = self.objective
@@ -211,7 +217,8 @@ class JointStep(nn.Module):
             hardness=objective.hardness,
             margin=objective.margin,
         )
-        accuracy = retrieval_accuracy(queries.detach(), targets.detach(), ids) if measure else loss.detach()
+        own = None if ids is None else ids[: len(queries)]
+        accuracy = retrieval_accuracy(queries.detach(), targets.detach(), own) if measure else loss.detach()
         return loss, accuracy
 
 
