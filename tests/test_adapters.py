@@ -170,6 +170,26 @@ def test_a_run_trains_the_adapter_alone_and_says_how_much(recipe, tmp_path):
     np.testing.assert_allclose(Cafe.load(tmp_path / "merged").embed([picture]), model.embed([picture]), atol=1e-5)
 
 
+def test_limits_on_pictures_hold_with_an_adapter_and_merged(recipe, tmp_path, capsys):
+    limited = replace(recipe, model=replace(recipe.model, grids=((1, 1),)), steps=1)
+    checkpoint = train(limited, report=lambda line: None)
+    assert main(["merge", str(checkpoint), str(tmp_path / "merged")]) == 0
+    picture = Image.new("RGB", (64, 64), "red")
+    found = [Cafe.load(path).embed([picture]) for path in (checkpoint, tmp_path / "merged")]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["image_grid_pinpoints"] == [[32, 32]]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "keep.txt").touch()
+    for output, sentence in (
+        (tmp_path / "home", "no checkpoint of cafe"),
+        (checkpoint, "take the place of the adapter"),
+    ):
+        assert main(["merge", str(checkpoint), str(output)]) == 1
+        assert sentence in capsys.readouterr().err
+    assert (tmp_path / "home" / "keep.txt").exists() and (checkpoint / "adapter_config.json").exists()
+
+
 @pytest.fixture(scope="module")
 def even_base(random_base, tmp_path_factory):
     """A base whose text has multiples of 64 everywhere, as bitsandbytes wants on CPUs with AVX-512 for bfloat16."""

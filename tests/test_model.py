@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+import cafe.model
 from cafe import Cafe
 from cafe.content import Content
 from cafe.errors import CafeError
@@ -116,6 +117,46 @@ def test_a_saved_checkpoint_loads_with_cafe_and_with_plain_transformers(model, p
     model.save(tmp_path / "saved", temperature=0.07)  # over an older one
     assert Cafe.load(tmp_path / "saved").record["temperature"] == 0.07
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+def test_saving_takes_the_place_of_nothing_but_a_checkpoint(model, tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(CafeError, match="holds something that is no checkpoint"):
+        model.save(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_the_prompts_of_a_checkpoint_on_the_hub_are_its_own(model, tmp_path, monkeypatch):
+    """As the Hub's client keeps it after a download."""
+    home = tmp_path / "models--me--mine"
+    model.with_prompts(mode="multimodal", chat_template="model").save(home / "snapshots" / "abc")
+    (home / "refs").mkdir()
+    (home / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert Cafe.load("me/mine").processing.prompts.mode == "multimodal"
+    with pytest.raises(CafeError, match="me/other"):
+        Cafe.load("me/other")
+
+
+def test_few_contents_wait_encoded(model, picture, monkeypatch):
+    events = []
+    encode, forward = Cafe.encode_embedding, cafe.model.read
+    monkeypatch.setattr(Cafe, "encode_embedding", lambda *given: events.append("encoded") or encode(*given))
+    monkeypatch.setattr("cafe.model.read", lambda *given: events.append("read") or forward(*given))
+    contents = ["word " * (number % 7 + 1) for number in range(40)]
+    vectors = model.embed(contents, batch_size=2)
+    assert events[:17] == ["encoded"] * 16 + ["read"] and events.count("read") == 20
+    np.testing.assert_allclose(vectors, np.concatenate([model.embed([content]) for content in contents]), atol=1e-5)
+
+
+def test_a_stream_that_breaks_ends_and_says_why(model, picture, monkeypatch):
+    def breaks(*args, **options):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(model.lvlm, "generate", breaks)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(model.generate(picture, "What is it?", stream=True))
 
 
 def test_nothing_to_load_is_one_sentence(tmp_path):

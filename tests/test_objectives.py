@@ -108,6 +108,18 @@ def test_info_nce_and_its_gradient_match_the_formula(negatives, duplicated, symm
         )
 
 
+def test_a_hard_negative_equal_to_a_target_is_no_negative_of_its_query():
+    rng = np.random.default_rng(0)
+    q, t, hard = (torch.tensor(rng.normal(size=(rows, 5))) for rows in (3, 3, 2))
+    hard[0] = t[1]  # found for another pair
+    ids = torch.tensor([7, 8, 9, 8, 5])
+    loss = info_nce(q, t, 0.07, hard, target_ids=ids, symmetric=False)
+    unit = [torch.nn.functional.normalize(rows, dim=1) for rows in (q, t, hard)]
+    logits = unit[0] @ torch.cat(unit[1:]).T / 0.07
+    logits[1, 3] = -torch.inf
+    assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.arange(3)).item(), rel=1e-9)
+
+
 def test_a_margin_leaves_out_what_resembles_the_match_too_much_and_nothing_else():
     rng = np.random.default_rng(0)
     q, t = rng.normal(size=(2, 6, 5))

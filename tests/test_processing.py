@@ -92,6 +92,21 @@ def test_images_are_never_cut(processing):
         processing.encode_embedding(messages, processing.pictures([PICTURE]), max_tokens=20)
 
 
+@pytest.mark.parametrize("system", [None, ""])
+def test_a_dialogue_is_cut_behind_its_last_image_and_nowhere_before(processing, system):
+    if system is not None:
+        processing = Processing(processing.processor, replace(processing.prompts, system=system))
+    turns = (Turn("user", Content.of(["some words first " * 5, PICTURE])), Turn("assistant", Content.of("red " * 20)))
+    messages, pictures = dialogue_messages(Dialogue(turns), processing.prompts), processing.pictures([PICTURE])
+    whole = processing.encode_dialogue(messages, pictures)
+    end = int(whole.shown.nonzero()[-1]) + 1
+    assert end < len(whole.input_ids)
+    cut = processing.encode_dialogue(messages, pictures, max_tokens=end)
+    assert torch.equal(cut.input_ids, whole.input_ids[:end])
+    with pytest.raises(CafeError, match=f"ends at token {end}, and {end - 1} are read"):
+        processing.encode_dialogue(messages, pictures, max_tokens=end - 1)
+
+
 def test_saved_processor_files_are_the_familys_standard_ones(processing, tmp_path):
     processing.save(tmp_path)
     assert "LlavaOnevisionProcessor" in (tmp_path / "processor_config.json").read_text()

@@ -128,6 +128,13 @@ def test_equal_targets_have_equal_ids(processing, scenes, tmp_path):
     )
     ids = batches[0].target_ids
     assert len(torch.unique(ids)) == 7
+    for row in rows:
+        row["negatives"] = [rows[0]["conversations"][1]["value"], "something else"]
+    (tmp_path / "b.json").write_text(json.dumps(rows))
+    source = Source(path=str(tmp_path / "b.json"), images=str(scenes))
+    batch = Batches([open_source(source)], processing, batch_size=8, seed=0)[0]
+    assert batch.owners.tolist() == [pair for pair in range(8) for _ in range(2)]
+    assert len(torch.unique(batch.negative_ids)) == 2 and batch.negative_ids[0] in batch.target_ids
 
 
 def test_bad_records_are_quarantined_and_too_many_stop_the_run(processing, scenes, tmp_path):
@@ -152,6 +159,25 @@ def test_bad_records_are_quarantined_and_too_many_stop_the_run(processing, scene
     with pytest.raises(CafeError, match="records are bad"):
         for number in range(20):
             strict.check(batches[number])
+
+
+def test_all_bad_from_the_start_stops_a_run_and_one_bad_record_does_not(tmp_path):
+    def batch(bad, good):
+        empty = torch.empty(0, dtype=torch.long)
+        return Batch([], empty, empty, torch.empty(0), empty, 0, ["broken"] * bad, ["fine"] * good)
+
+    quarantine = Quarantine(tmp_path / "one.jsonl", max_share=0.5)
+    for bad, good in ((0, 1), (1, 0), (1, 0)):
+        quarantine.check(batch(bad, good))
+    with pytest.raises(CafeError, match="All of the first 9 records are bad"):
+        for _ in range(3):
+            Quarantine(tmp_path / "all.jsonl", max_share=0.5).check(batch(9, 0))
+
+
+def test_data_without_what_is_trained_is_one_sentence(processing, scenes):
+    source = open_source(Source(path=str(scenes / "vqa_train.json"), contrast=False))
+    with pytest.raises(CafeError, match="None of the first 48 records holds a pair"):
+        Batches([source], processing, batch_size=8, seed=0, language=False)
 
 
 def test_too_little_data_is_one_sentence(processing, scenes):

@@ -120,6 +120,15 @@ def test_a_prefix_that_no_embedding_has_is_one_sentence(model):
         JointStep(model.lvlm, ObjectiveRecipe(matryoshka=(64, 1000)))
 
 
+def test_a_temperature_that_is_given_is_taken_and_a_learned_one_comes_back_from_its_bound(model, scenes):
+    batch = batches(model, scenes, language=False)[0]
+    given = JointStep(model.lvlm, ObjectiveRecipe(temperature=0.005))
+    assert given(batch).temperature.item() == pytest.approx(0.005)
+    learned = JointStep(model.lvlm, ObjectiveRecipe(temperature=0.005, learn_temperature=True))
+    assert learned(batch).temperature.item() == pytest.approx(0.01)
+    assert learned.log_temperature.grad.abs() > 0
+
+
 def test_dropout_draws_the_same_numbers_when_a_micro_batch_is_read_again(model, scenes):
     for layer in model.lvlm.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.3
