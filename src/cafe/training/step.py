@@ -98,7 +98,7 @@ class JointStep(nn.Module):
         self.objective = objective
         self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
-            torch.tensor(math.log(objective.temperature)), requires_grad=objective.learn_temperature
+            torch.tensor([math.log(objective.temperature)]), requires_grad=objective.learn_temperature
         )
         if objective.learn_temperature:  # every process has its whole gradient, and gradients are summed
             self.log_temperature.register_hook(lambda grad: grad / world())
@@ -141,7 +141,7 @@ class JointStep(nn.Module):
         vectors.requires_grad_()
 
         # 2. Contrast them over all processes, and take the gradient of each.
-        temperature = self.log_temperature.exp().clamp(min=LOWEST_TEMPERATURE)
+        temperature = self.log_temperature[0].exp().clamp(min=LOWEST_TEMPERATURE)
         contrastive, accuracy = self.contrast(vectors, batch, temperature, measure)
         if contrastive.requires_grad:
             (share * objective.contrastive_weight * contrastive).backward()
