@@ -1,4 +1,7 @@
-"""Real processes (gloo, on the CPU) take the same steps as one with the same global batches, sharded or not."""
+"""Real processes (gloo, on the CPU) take the same steps as one with the same global batches, sharded or not.
+
+Those under DeepSpeed run where it is installed.
+"""
 
 import json
 import multiprocessing
@@ -6,6 +9,7 @@ import os
 import socket
 import traceback
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,6 +24,13 @@ from cafe.training.loop import train
 from cafe.training.recipe import read_recipe
 
 STEPS, GLOBAL_BATCH = 2, 8
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+
+
+def under_zero(*values: object, stage: str) -> object:
+    """A test's values, and the launcher that asks for DeepSpeed."""
+    installed = pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed: see pyproject.toml")
+    return pytest.param(*values, ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}, marks=installed)
 
 
 def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
@@ -125,6 +136,9 @@ def alone(recipe, tmp_path_factory):
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.frozen=[vision_tower]"), {}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.compile=true"), {}),
         (2, ("model.shard=true", "model.share_prefixes=false", "optimizer.accumulate=2", "batch_size=2"), {}),
+        under_zero(2, ("micro_batch.tokens=500",), stage="1"),
+        under_zero(2, ("optimizer.accumulate=2", "batch_size=2"), stage="2"),
+        under_zero(4, ("micro_batch.tokens=250", "model.frozen=[vision_tower]"), stage="2"),
     ],
     ids=str,
 )
@@ -146,16 +160,21 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
 
 
 @pytest.mark.parametrize(
-    "overrides",
-    [("micro_batch.tokens=500",), ("model.shard=true", "model.adapter.rank=4", "model.adapter.dropout=0.1")],
+    ("overrides", "launcher"),
+    [
+        (("micro_batch.tokens=500",), {}),
+        (("model.shard=true", "model.adapter.rank=4", "model.adapter.dropout=0.1"), {}),
+        under_zero(("micro_batch.tokens=500",), stage="1"),
+        under_zero(("model.adapter.rank=4", "model.adapter.dropout=0.1"), stage="2"),
+    ],
     ids=str,
 )
-def test_several_processes_killed_go_on_with_the_same_command(recipe, tmp_path, overrides):
+def test_several_processes_killed_go_on_with_the_same_command(recipe, tmp_path, overrides, launcher):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    run(recipe, broken, 2, "save_every=1", *overrides, killed_at=broken / "state" / "step-000001")
+    run(recipe, broken, 2, "save_every=1", *overrides, killed_at=broken / "state" / "step-000001", **launcher)
     assert not (broken / "checkpoint").exists()
     for output in (broken, whole):
-        assert not run(recipe, output, 2, "save_every=1", *overrides)
+        assert not run(recipe, output, 2, "save_every=1", *overrides, **launcher)
     weights = [next((output / "checkpoint").glob("*model.safetensors")).read_bytes() for output in (broken, whole)]
     assert weights[0] == weights[1]
     logs = [(output / "log.jsonl").read_text().splitlines() for output in (broken, whole)]
@@ -170,7 +189,9 @@ def untimed(line: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("launcher", "sentence"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DEEPSPEED, which wants one loss and one backward pass a step"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which wants one loss and one backward pass a step"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO of stage 3: stages 1 and 2 are supported"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "ZeRO of stage 2, offloaded: stages 1 and 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "version 1, which is not supported"),
     ],
     ids=str,

@@ -124,8 +124,8 @@ def load(
             _read(found, module, optimizer)
     except (CheckpointException, KeyError):
         raise CafeError(
-            f"{found} holds other weights than this model trains, as after a change of the base model or of this "
-            "package: give another output, or remove that directory to start anew."
+            f"{found} holds other weights than this run trains, as after a change of the base model, of the launcher "
+            "(DeepSpeed or not) or of this package: give another output, or remove that directory to start anew."
         ) from None
     own = torch.load(found / f"process-{rank()}.pt")
     return Position(**{**own, "size": MicroBatchSize(**own["size"]) if own["size"] else None})
@@ -136,8 +136,15 @@ def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, A
     kept = module.state_dict().keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
     weights = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    known, stepped = set(weights.values()), [weight for group in optimizer.param_groups for weight in group["params"]]
+    weights |= {f"{_part(rank())}{at}": weight for at, weight in enumerate(stepped) if weight not in known}
     state = {name: optimizer.state[weight] for name, weight in weights.items() if weight in optimizer.state}
     return {"weights": {**buffers, **weights}, "optimizer": state}
+
+
+def _part(process: int) -> str:
+    """How the name begins of what only one process's optimizer holds, see `Zero`."""
+    return f"part-{process}-"
 
 
 def _read(found: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -145,9 +152,10 @@ def _read(found: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> N
     wanted: dict[str, Any] = {f"weights.{name}": weight for name, weight in weights.items()}
     # An optimizer makes its state at its first step: here, what the files hold of it, as large as it was.
     entries: dict[str, tuple[str, str]] = {}
+    others = tuple(_part(process) for process in range(world()) if process != rank())
     for key, saved in dcp.FileSystemReader(found).read_metadata().state_dict_metadata.items():
         part, _, rest = key.partition(".")
-        if part == "optimizer":
+        if part == "optimizer" and not rest.startswith(others):
             name, _, entry = rest.rpartition(".")
             entries[key] = (name, entry)
             if not isinstance(saved, TensorStorageMetadata):

@@ -31,6 +31,7 @@ from cafe.training.recipe import Recipe, recipe_dict
 from cafe.training.setup import make_batches, make_joint
 from cafe.training.sharding import shard, wants_shards, whole_weights
 from cafe.training.stopping import stopping
+from cafe.training.zero import Zero, wants_zero
 
 
 def train(
@@ -58,6 +59,7 @@ def train(
         return output / CHECKPOINT
     set_seed(recipe.seed)
     sharded = wants_shards(recipe.model.shard)
+    divided = wants_zero(recipe)
     accelerator = Accelerator(log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
@@ -84,7 +86,8 @@ def train(
         compile_layers(model.lvlm)
     trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, recipe.optimizer)
-    accumulate = recipe.optimizer.accumulate
+    clip, accumulate = recipe.optimizer.clip, recipe.optimizer.accumulate
+    zero = Zero(trained, optimizer, clip) if divided and accelerator.num_processes > 1 else None
     steps = recipe.steps or max(1, recipe.epochs * len(batches) // accumulate)
     schedule = cosine(steps, recipe.optimizer.warm_up)
     report(f"{about}; {steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
@@ -113,14 +116,17 @@ def train(
             lm = torch.stack([each.lm for each in losses]).mean()
             contrastive = torch.stack([each.contrastive for each in losses]).mean()
             loss = objective.lm_weight * lm + objective.contrastive_weight * contrastive
-            sum_gradients(trained)
-            norm = clip_gradients(trained, recipe.optimizer.clip)
+            if zero:
+                norm = zero.sum_gradients()
+            else:
+                sum_gradients(trained)
+                norm = clip_gradients(trained, clip)
 
             # One step down the gradient, if it is one.
             rate = set_rates(optimizer, schedule(step - 1))
             finite = most(not (loss.isfinite() and norm.isfinite()), device) == 0
             if finite:
-                optimizer.step()
+                (zero or optimizer).step()
             optimizer.zero_grad()
 
             # What is to be known of it.

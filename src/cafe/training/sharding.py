@@ -27,18 +27,19 @@ def wants_shards(asked: bool) -> bool:
     Raises:
         CafeError: the launcher is set to an engine that would be wrong here.
     """
-    told = {name for name in ("DEEPSPEED", "MEGATRON_LM", "FSDP") if _flag(f"ACCELERATE_USE_{name}")}
-    if engine := told - {"FSDP"}:
+    if flag("ACCELERATE_USE_MEGATRON_LM"):
         raise CafeError(
-            f"accelerate is set to {engine.pop()}, which wants one loss and one backward pass a step where the "
-            "gradient cache makes several: set it to FSDP of version 2, which shards the same."
+            "accelerate is set to Megatron-LM, which wants one loss and one backward pass a step where the gradient "
+            "cache makes several: set it to FSDP of version 2 or to DeepSpeed."
         )
+    told = flag("ACCELERATE_USE_FSDP")
     if told and os.environ.get("FSDP_VERSION") != "2":
         raise CafeError("accelerate is set to FSDP of version 1, which is not supported: set fsdp_version to 2.")
-    return bool(told) or asked
+    return told or asked
 
 
-def _flag(name: str) -> bool:
+def flag(name: str) -> bool:
+    """Whether an environment variable says yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 

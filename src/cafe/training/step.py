@@ -98,7 +98,7 @@ class JointStep(nn.Module):
         self.objective = objective
         self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
-            torch.tensor(math.log(objective.temperature)), requires_grad=objective.learn_temperature
+            torch.tensor([math.log(objective.temperature)]), requires_grad=objective.learn_temperature
         )
         if objective.learn_temperature:  # every process has its whole gradient, and gradients are summed
             self.log_temperature.register_hook(lambda grad: grad / world())
@@ -146,7 +146,7 @@ class JointStep(nn.Module):
         if objective.learn_temperature:
             with torch.no_grad():  # not in the graph: what is below the bound could never rise again
                 self.log_temperature.clamp_(min=math.log(LOWEST_TEMPERATURE))
-        temperature = self.log_temperature.exp()
+        temperature = self.log_temperature[0].exp()
         contrastive, accuracy = self.contrast(vectors, batch, temperature, measure)
         if contrastive.requires_grad:
             (share * objective.contrastive_weight * contrastive).backward()
