@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 import numpy as np
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cafe.content import Content, Example, open_image
@@ -26,6 +26,7 @@ from cafe.data.loading import encode
 from cafe.errors import CafeError
 from cafe.packing import Branch
 from cafe.processing import Processing
+from cafe.workers import ahead
 
 THUMBNAIL = 160  # pixels
 SHOWN_TOKENS = 600  # of a branch; what is longer is cut short on the page
@@ -135,9 +136,7 @@ def check(
         indices: Sequence[int] = range(len(records))
         if sample and sample < len(records):
             indices = sorted(Random(seed).sample(indices, sample))
-        stream = DataLoader(
-            _Looks(records, processing, max_tokens, seed), batch_size=None, sampler=indices, num_workers=workers
-        )
+        stream = ahead(_Looks(records, processing, max_tokens, seed), indices, workers)
         looks = list(tqdm(stream, desc=f"check {records.source.path}", unit="record", total=len(indices)))
         good = [index for index, look in zip(indices, looks, strict=True) if not look.bad]
         shown = sorted(Random(seed).sample(good, min(examples, len(good))))
