@@ -67,6 +67,12 @@ def test_one_prefill_gives_the_vectors_and_answers_of_both_modes(random_base, sc
     assert run(model, "embed", pictures, 4)[1] == [] and run(model, "generate", pictures, 4)[0] is None
 
 
+def test_pictures_of_every_kind_that_is_read_are_found(tmp_path):
+    for name in ("a.bmp", "b.GIF", "c.png", "d.txt", "e.tiff"):
+        (tmp_path / name).touch()
+    assert [picture.name for picture in pictures_in(tmp_path)] == ["a.bmp", "b.GIF", "c.png", "e.tiff"]
+
+
 def test_a_folder_without_pictures_is_one_sentence(tmp_path):
     with pytest.raises(CafeError, match="no pictures under"):
         pictures_in(tmp_path)

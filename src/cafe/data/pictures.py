@@ -51,10 +51,8 @@ def pictures(value: Any, source: Source) -> list[ImageRef]:
     name = join(source.folder, value)
     if name.lower().endswith(_VIDEOS):
         raise CafeError(f"{value} is a video, and no decoder is here: give a folder or a list of its frames.")
-    if not Path(name).suffix:
-        frames = _folder(name)
-        if frames:
-            return thin(frames, source.frames)
+    if not Path(name).suffix and (frames := frames_in(name)):
+        return thin(frames, source.frames)
     return [_ref(name)]
 
 
@@ -69,8 +67,12 @@ def _ref(name: str) -> ImageRef:
     return ImageRef(read(name) if is_url(name) else Path(name))
 
 
-def _folder(name: str) -> list[ImageRef]:
-    """The pictures of a folder, in the order of their names and of the numbers in them."""
+def frames_in(name: str) -> list[ImageRef]:
+    """The pictures of a folder, in the order of their names and of the numbers in them; none if it is no folder.
+
+    Raises:
+        CafeError: it is a folder and holds no pictures.
+    """
     fs, path = fsspec.url_to_fs(name)
     if not fs.isdir(path):
         return []

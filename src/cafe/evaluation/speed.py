@@ -14,12 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from cafe.content import Content, ImageRef
+from cafe.data.pictures import is_picture
 from cafe.errors import CafeError
 
 PROMPT = "Describe the image."
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 MODES = ("embed", "generate", "embed, then generate", "both in one prefill")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def pictures_in(folder: Path, most: int = 512) -> list[Path]:
     Raises:
         CafeError: there is none.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)[:most]
+    found = sorted(path for path in folder.rglob("*") if is_picture(path.name))[:most]
     if not found:
         raise CafeError(f"There are no pictures under {folder}.")
     return found
