@@ -91,7 +91,7 @@ def test_the_page_holds_everything_and_needs_nothing(messy, processing, tmp_path
     write_page(tmp_path / "page.html", check([open_source(messy)], processing, examples=6), processing)
     html = (tmp_path / "page.html").read_text()
     assert not re.search(r"<script|https?://|<link", html)
-    assert html.count('<img src="data:image/jpeg') >= 12  # the query and the dialogue of each
+    assert html.count('<img src="data:image/png') >= 12  # the query and the dialogue of each
     assert html.count('class="supervised"') > 20 and html.count('class="readout"') == 1 + 12
     assert "missing.png does not exist" in html and "<b>&" not in html
 

@@ -4,9 +4,7 @@ Records go the way they go in training (decoded, rendered, tokenized), so what i
 examples as the model will read them: every token, the supervised ones colored, a picture where its run of tokens is.
 """
 
-import base64
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,19 +14,18 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cafe.content import Content, Example, open_image
 from cafe.data.formats import Records
 from cafe.data.loading import encode
+from cafe.data.pictures import thumbnail
 from cafe.errors import CafeError
 from cafe.packing import Branch
 from cafe.processing import Processing
 from cafe.workers import ahead
 
-THUMBNAIL = 160  # pixels
 SHOWN_TOKENS = 600  # of a branch; what is longer is cut short on the page
 BINS = 30
 
@@ -240,13 +237,6 @@ def _words(tokenizer: Any, ids: list[int]) -> str:
     return f" {text}" if spaced and not text.startswith(" ") else text
 
 
-def _thumbnail(image: Image.Image) -> str:
-    small, out = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(out, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
 def _card(example: Example, processing: Processing, max_tokens: int | None) -> dict[str, Any]:
     """An example for the page: its name and its branches as spans."""
     branches = encode(example, processing, max_tokens)
@@ -255,7 +245,7 @@ def _card(example: Example, processing: Processing, max_tokens: int | None) -> d
     rows = []
     for name, content in contents(example).items():
         images = processing.decode(content.images)
-        shown = list(zip(processing.pictures(images).runs, map(_thumbnail, images), strict=True))
+        shown = list(zip(processing.pictures(images).runs, map(thumbnail, images), strict=True))
         branch = named[name]
         assert branch is not None
         parts = spans(branch, shown, processing, embedded=name != "dialogue")
