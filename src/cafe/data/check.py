@@ -238,10 +238,12 @@ def _words(tokenizer: Any, ids: list[int]) -> str:
 
 
 def _card(example: Example, processing: Processing, max_tokens: int | None) -> dict[str, Any]:
-    """An example for the page: its name and its branches as spans."""
+    """An example for the page: its name and its branches as spans; a soft target with its score."""
     branches = encode(example, processing, max_tokens)
     named = {"query": branches.query, "target": branches.target, "dialogue": branches.dialogue}
     named |= {f"negative {number + 1}": branch for number, branch in enumerate(branches.negatives)}
+    soft = example.pair.negative_scores if example.pair else ()
+    scores = {f"negative {number + 1}": f"{score:.2f}" for number, score in enumerate(soft)}
     rows = []
     for name, content in contents(example).items():
         images = processing.decode(content.images)
@@ -249,9 +251,8 @@ def _card(example: Example, processing: Processing, max_tokens: int | None) -> d
         branch = named[name]
         assert branch is not None
         parts = spans(branch, shown, processing, embedded=name != "dialogue")
-        rows.append(
-            {"name": name, "tokens": len(branch), "spans": parts[:SHOWN_TOKENS], "cut": len(parts) - SHOWN_TOKENS}
-        )
+        told = {"name": name, "score": scores.get(name), "tokens": len(branch)}
+        rows.append({**told, "spans": parts[:SHOWN_TOKENS], "cut": len(parts) - SHOWN_TOKENS})
     return {"name": example.source, "rows": rows}
 
 
