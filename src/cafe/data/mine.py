@@ -37,7 +37,7 @@ from cafe.instructions import dialogue_messages
 from cafe.model import Cafe
 from cafe.packing import Branch, Pack, pack
 from cafe.processing import Processing
-from cafe.reading import read
+from cafe.reading import logits_of, read
 from cafe.workers import ahead
 
 QUESTION = "Is the last of these a correct match for what comes before it? Answer yes or no."
@@ -378,7 +378,7 @@ def judged(
 
 def yes(model: Cafe, hidden: Float[Tensor, "questions dim"]) -> Float[Tensor, " questions"]:
     """The probability of "yes" against "no" as the next word, from the hidden state before it."""
-    logits = model.lvlm.get_output_embeddings()(hidden).float()
+    logits = logits_of(model.lvlm, hidden)
     positive, negative = (_first_tokens(model.processing, word) for word in ("yes", "no"))
     return torch.sigmoid(
         logits[:, sorted(positive - negative)].logsumexp(1) - logits[:, sorted(negative - positive)].logsumexp(1)
