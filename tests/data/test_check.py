@@ -91,9 +91,20 @@ def test_the_page_holds_everything_and_needs_nothing(messy, processing, tmp_path
     write_page(tmp_path / "page.html", check([open_source(messy)], processing, examples=6), processing)
     html = (tmp_path / "page.html").read_text()
     assert not re.search(r"<script|https?://|<link", html)
-    assert html.count('<img src="data:image/jpeg') >= 12  # the query and the dialogue of each
+    assert html.count('<img src="data:image/png') >= 12  # the query and the dialogue of each
     assert html.count('class="supervised"') > 20 and html.count('class="readout"') == 1 + 12
     assert "missing.png does not exist" in html and "<b>&" not in html
+
+
+def test_a_soft_target_is_shown_with_its_score(processing, tmp_path):
+    row = {"query": "a dog", "positive": "a hound", "negatives": ["a puppy", "a car"], "negative_scores": [0.8, 0]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"negative_scores": None}))
+    source = Source(path=str(tmp_path / "a.jsonl"), format="pairs")
+    write_page(tmp_path / "page.html", check([open_source(source)], processing), processing)
+    html = (tmp_path / "page.html").read_text()
+    assert re.findall(r"(negative \d)<small>\d+ tokens(.*?)</small>", html) == [
+        ("negative 1", "<br>score 0.80"), ("negative 2", "<br>score 0.00"), ("negative 1", ""), ("negative 2", ""),
+    ]  # fmt: skip
 
 
 def test_the_command_prints_writes_and_fails_on_too_many_bad_records(messy, random_base, scenes, tmp_path, capsys):

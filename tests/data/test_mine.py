@@ -27,6 +27,7 @@ from cafe.data.mine import (
     questions,
     search,
     search_blocks,
+    yes,
 )
 from cafe.errors import CafeError
 from cafe.model import Cafe
@@ -121,6 +122,14 @@ def test_the_judge_keeps_what_the_model_says_no_to(model, scenes):
     for number, row in enumerate(found):
         scores = [chances[number, other] * (chances[number, other] >= threshold) for other in row]
         assert list(soft[number]) == row and list(soft[number].values()) == pytest.approx(scores, abs=1e-5)
+
+
+def test_the_judge_caps_its_logits_as_its_model_does(model, monkeypatch):
+    config = model.lvlm.config.get_text_config()
+    hidden = 1e6 * torch.randn(8, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    assert ((yes(model, hidden) < 1e-3) | (yes(model, hidden) > 1 - 1e-3)).all()
+    monkeypatch.setattr(config, "final_logit_softcapping", 1.0, raising=False)
+    assert ((yes(model, hidden) > 0.01) & (yes(model, hidden) < 0.99)).all()
 
 
 def test_the_new_source_holds_the_old_records_with_mined_negatives(model, scenes, tmp_path):

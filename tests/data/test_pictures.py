@@ -7,10 +7,10 @@ import fsspec
 import numpy as np
 import pytest
 from PIL import Image
-from samples import png
+from samples import noise, png
 
 from cafe.content import Content, ImageRef, open_image
-from cafe.data.pictures import compose, pictures, thin
+from cafe.data.pictures import compose, pictures, thin, thumbnail
 from cafe.data.source import Source
 from cafe.errors import CafeError
 
@@ -77,3 +77,14 @@ def test_pictures_stand_at_their_marks_and_the_others_first():
     assert compose("", [one]) == Content((one,)) and compose("", []) == Content(())
     with pytest.raises(CafeError, match="shows 2 images and only 1"):
         compose("<image> <image>", [one])
+
+
+def test_a_small_copy_of_a_small_picture_is_exact_and_of_a_large_one_is_reduced():
+    small, large = noise(0, 64, 48), noise(1, 400, 200)
+    kinds, shown = [], []
+    for picture in (small, large):
+        kind, data = thumbnail(picture).split(";base64,")
+        kinds.append(kind)
+        shown.append(open_image(ImageRef(base64.b64decode(data))))
+    assert kinds == ["data:image/png", "data:image/jpeg"] and large.size == (400, 200)
+    assert shown[0].tobytes() == small.tobytes() and shown[1].size == (192, 96)

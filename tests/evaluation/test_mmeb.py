@@ -267,6 +267,17 @@ def test_videos_are_folders_of_frames_evenly_spread_and_some_rank_all_candidates
     assert [Path(str(ref)).name for ref in content(listed, data, lines).images] == ["red.png", "blue.png"]
 
 
+def test_frames_are_in_the_order_of_their_numbers_as_in_training(tmp_path):
+    (tmp_path / "clip").mkdir()
+    for number in (0, 11, 2, 1):
+        (tmp_path / "clip" / f"{number}.bmp").touch()
+    shown = content(Side("", ("clip",)), tmp_path, tmp_path / "MSVD.jsonl")
+    assert [Path(str(ref)).stem for ref in shown.images] == ["0", "1", "2", "11"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CafeError, match="empty holds no pictures"):
+        content(Side("", ("empty",)), tmp_path, tmp_path / "MSVD.jsonl")
+
+
 def write_corpus(folder: Path, judged: list[dict]) -> None:
     pages = []
     for color in COLORS:

@@ -9,7 +9,7 @@ import pytest
 
 from cafe import Cafe
 from cafe.errors import CafeError
-from cafe.evaluation.speed import MODES, measure, pictures_in, run, table
+from cafe.evaluation.speed import MODES, pictures_in, run, table, time_modes
 
 
 class Watched:
@@ -40,7 +40,7 @@ class Watched:
 
 def test_median_and_tail_are_those_of_the_clock():
     model = Watched()
-    timings = measure(model, [Path("a"), Path("b"), Path("c")], (1, 4), repeats=21, clock=model.clock)
+    timings = time_modes(model, [Path("a"), Path("b"), Path("c")], (1, 4), repeats=21, clock=model.clock)
     assert [(timing.mode, timing.batch_size) for timing in timings] == [(m, size) for size in (1, 4) for m in MODES]
     # Each round makes five calls; call number n takes n ms more. The first round does not count.
     embedding = [1.0 + 0.001 * (5 * number) for number in range(1, 22)]
@@ -53,7 +53,7 @@ def test_median_and_tail_are_those_of_the_clock():
 
 def test_the_table_has_a_row_a_mode_and_batch_size():
     model = Watched()
-    lines = table(measure(model, [Path("a")], (1, 2), repeats=1, clock=model.clock)).splitlines()
+    lines = table(time_modes(model, [Path("a")], (1, 2), repeats=1, clock=model.clock)).splitlines()
     assert len(lines) == 2 + 2 * len(MODES)
     assert all(line.count("|") == lines[0].count("|") for line in lines)
 
@@ -65,6 +65,12 @@ def test_one_prefill_gives_the_vectors_and_answers_of_both_modes(random_base, sc
     apart, said = run(model, "embed, then generate", pictures, 4)
     assert answers == said and np.allclose(vectors, apart, atol=1e-4)
     assert run(model, "embed", pictures, 4)[1] == [] and run(model, "generate", pictures, 4)[0] is None
+
+
+def test_pictures_of_every_kind_that_is_read_are_found(tmp_path):
+    for name in ("a.bmp", "b.GIF", "c.png", "d.txt", "e.tiff"):
+        (tmp_path / name).touch()
+    assert [picture.name for picture in pictures_in(tmp_path)] == ["a.bmp", "b.GIF", "c.png", "e.tiff"]
 
 
 def test_a_folder_without_pictures_is_one_sentence(tmp_path):

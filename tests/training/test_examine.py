@@ -1,14 +1,17 @@
 """Evaluation during training: the held-out loss is the plain one, the best checkpoint is kept, nothing moves."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from PIL import Image
 from safetensors.torch import load_file
 
 from cafe.content import Content
@@ -86,9 +89,25 @@ def test_a_run_logs_what_it_measures_keeps_the_best_and_trains_on_unchanged(reci
     assert all(torch.equal(weights[name], unmeasured[name]) for name in weights)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_is_measured_in_the_precision_that_it_reads_in(recipe, precision):
+    def evaluate(model: Cafe) -> dict[str, float]:
+        [vector] = model.embed([Image.new("RGB", (64, 64), "red")])
+        return {"length": float(np.linalg.norm(vector)), "bf16": torch.is_autocast_enabled("cpu")}
+
+    mixed = replace(recipe.model, precision=precision, frozen_weights=precision, frozen=("vision_tower",))
+    train(replace(recipe, model=mixed), evaluate, report=lambda line: None)
+    log = [json.loads(line) for line in (Path(recipe.output) / "log.jsonl").read_text().splitlines()]
+    measured = [line for line in log if "samples" in line]
+    assert [line["bf16"] for line in measured] == [precision == "bf16"] * 3
+    assert [line["length"] for line in measured] == pytest.approx([1.0] * 3)
+
+
 def test_better_is_higher_or_lower_with_a_minus_sign():
     assert improves({"a": 2.0}, "a", None) and improves({"a": 2.0}, "a", 1.0) and not improves({"a": 2.0}, "a", 2.0)
     assert improves({"a": 2.0}, "-a", 3.0) and not improves({"a": 2.0}, "-a", 1.0)
+    assert not improves({"a": math.nan}, "a", None) and not improves({"a": math.inf}, "a", 1.0)
+    assert improves({"a": 2.0}, "a", math.nan) and improves({"a": 2.0}, "-a", -math.inf)
     with pytest.raises(CafeError, match="no result b for keep_best to go by; it has a"):
         improves({"a": 2.0}, "b", None)
 

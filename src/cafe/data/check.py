@@ -4,9 +4,7 @@ Records go the way they go in training (decoded, rendered, tokenized), so what i
 examples as the model will read them: every token, the supervised ones colored, a picture where its run of tokens is.
 """
 
-import base64
 import hashlib
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -16,18 +14,18 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cafe.content import Content, Example, open_image
 from cafe.data.formats import Records
 from cafe.data.loading import encode
+from cafe.data.pictures import thumbnail
 from cafe.errors import CafeError
 from cafe.packing import Branch
 from cafe.processing import Processing
+from cafe.workers import ahead
 
-THUMBNAIL = 160  # pixels
 SHOWN_TOKENS = 600  # of a branch; what is longer is cut short on the page
 BINS = 30
 
@@ -135,9 +133,7 @@ def check(
         indices: Sequence[int] = range(len(records))
         if sample and sample < len(records):
             indices = sorted(Random(seed).sample(indices, sample))
-        stream = DataLoader(
-            _Looks(records, processing, max_tokens, seed), batch_size=None, sampler=indices, num_workers=workers
-        )
+        stream = ahead(_Looks(records, processing, max_tokens, seed), indices, workers)
         looks = list(tqdm(stream, desc=f"check {records.source.path}", unit="record", total=len(indices)))
         good = [index for index, look in zip(indices, looks, strict=True) if not look.bad]
         shown = sorted(Random(seed).sample(good, min(examples, len(good))))
@@ -241,28 +237,22 @@ def _words(tokenizer: Any, ids: list[int]) -> str:
     return f" {text}" if spaced and not text.startswith(" ") else text
 
 
-def _thumbnail(image: Image.Image) -> str:
-    small, out = image.copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
-    small.save(out, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode()
-
-
 def _card(example: Example, processing: Processing, max_tokens: int | None) -> dict[str, Any]:
-    """An example for the page: its name and its branches as spans."""
+    """An example for the page: its name and its branches as spans; a soft target with its score."""
     branches = encode(example, processing, max_tokens)
     named = {"query": branches.query, "target": branches.target, "dialogue": branches.dialogue}
     named |= {f"negative {number + 1}": branch for number, branch in enumerate(branches.negatives)}
+    soft = example.pair.negative_scores if example.pair else ()
+    scores = {f"negative {number + 1}": f"{score:.2f}" for number, score in enumerate(soft)}
     rows = []
     for name, content in contents(example).items():
         images = processing.decode(content.images)
-        shown = list(zip(processing.pictures(images).runs, map(_thumbnail, images), strict=True))
+        shown = list(zip(processing.pictures(images).runs, map(thumbnail, images), strict=True))
         branch = named[name]
         assert branch is not None
         parts = spans(branch, shown, processing, embedded=name != "dialogue")
-        rows.append(
-            {"name": name, "tokens": len(branch), "spans": parts[:SHOWN_TOKENS], "cut": len(parts) - SHOWN_TOKENS}
-        )
+        told = {"name": name, "score": scores.get(name), "tokens": len(branch)}
+        rows.append({**told, "spans": parts[:SHOWN_TOKENS], "cut": len(parts) - SHOWN_TOKENS})
     return {"name": example.source, "rows": rows}
 
 

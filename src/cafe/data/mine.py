@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32, Int64
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cafe.content import Content, Dialogue, Example, ImageRef, Turn
@@ -37,7 +37,8 @@ from cafe.instructions import dialogue_messages
 from cafe.model import Cafe
 from cafe.packing import Branch, Pack, pack
 from cafe.processing import Processing
-from cafe.reading import read
+from cafe.reading import logits_of, read
+from cafe.workers import ahead
 
 QUESTION = "Is the last of these a correct match for what comes before it? Answer yes or no."
 
@@ -220,7 +221,7 @@ def embed_pairs(
     """Embeds the query and the target of every record that has them."""
     data = _Pairs(examples, places, model, mining.batch_size, max_tokens)
     starts = range(0, len(places), mining.batch_size)
-    stream = DataLoader(data, batch_size=None, sampler=starts, num_workers=mining.workers)
+    stream = ahead(data, starts, mining.workers)
     kept: list[tuple[int, int]] = []
     vectors, ids, bad = [], [], {}
     for part in tqdm(stream, desc="embed", unit="batch", total=len(starts)):
@@ -361,7 +362,7 @@ def judged(
     size = max(1, mining.batch_size // 4)
     groups = [asked[start : start + size] for start in range(0, len(asked), size)]
     data = _Questions(examples, embedded, found, model, mining)
-    stream = DataLoader(data, batch_size=None, sampler=groups, num_workers=mining.workers)
+    stream = ahead(data, groups, mining.workers)
     kept: list[dict[int, float]] = [{} for _ in found]
     for numbers, laid in zip(groups, tqdm(stream, desc="judge", unit="batch", total=len(groups)), strict=True):
         hidden, _ = read(model.lvlm, laid)
@@ -377,7 +378,7 @@ def judged(
 
 def yes(model: Cafe, hidden: Float[Tensor, "questions dim"]) -> Float[Tensor, " questions"]:
     """The probability of "yes" against "no" as the next word, from the hidden state before it."""
-    logits = model.lvlm.get_output_embeddings()(hidden).float()
+    logits = logits_of(model.lvlm, hidden)
     positive, negative = (_first_tokens(model.processing, word) for word in ("yes", "no"))
     return torch.sigmoid(
         logits[:, sorted(positive - negative)].logsumexp(1) - logits[:, sorted(negative - positive)].logsumexp(1)

@@ -17,7 +17,7 @@ from cafe.data.pictures import compose, pictures
 from cafe.data.source import Source
 from cafe.errors import CafeError
 
-_MARK = re.compile(r"<\|image_\d+\|>")
+MARK = re.compile(r"<\|image_\d+\|>")  # where a picture stands in a text
 
 
 def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue | None]:
@@ -35,4 +35,4 @@ def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue |
 
 
 def _side(text: str | None, image: Any, source: Source) -> Content:
-    return compose(text or "", pictures(image, source), _MARK)
+    return compose(text or "", pictures(image, source), MARK)

@@ -1,7 +1,8 @@
-"""Pictures as records name them, and their places in a text."""
+"""Pictures as records name them, their places in a text, and small copies of them as text."""
 
 import base64
 import binascii
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from cafe.data.source import Source
 from cafe.errors import CafeError
 
 IMAGE_TOKEN = "<image>"  # where an image stands in a text
+PIXEL_ART = 96  # pixels; smaller pictures are shown as they are, to be enlarged without smoothing
+THUMBNAIL = 192  # pixels; larger pictures are shown reduced to this
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
 _VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 # The first characters of JPEG, PNG, GIF and WebP files in base64. A path to a picture has a dot; base64 has none.
@@ -51,10 +54,8 @@ def pictures(value: Any, source: Source) -> list[ImageRef]:
     name = join(source.folder, value)
     if name.lower().endswith(_VIDEOS):
         raise CafeError(f"{value} is a video, and no decoder is here: give a folder or a list of its frames.")
-    if not Path(name).suffix:
-        frames = _folder(name)
-        if frames:
-            return thin(frames, source.frames)
+    if not Path(name).suffix and (frames := frames_in(name)):
+        return thin(frames, source.frames)
     return [_ref(name)]
 
 
@@ -69,8 +70,12 @@ def _ref(name: str) -> ImageRef:
     return ImageRef(read(name) if is_url(name) else Path(name))
 
 
-def _folder(name: str) -> list[ImageRef]:
-    """The pictures of a folder, in the order of their names and of the numbers in them."""
+def frames_in(name: str) -> list[ImageRef]:
+    """The pictures of a folder, in the order of their names and of the numbers in them; none if it is no folder.
+
+    Raises:
+        CafeError: it is a folder and holds no pictures.
+    """
     fs, path = fsspec.url_to_fs(name)
     if not fs.isdir(path):
         return []
@@ -118,3 +123,12 @@ def compose(text: str, refs: list[ImageRef], token: str | re.Pattern[str] = IMAG
     waiting = list(refs)
     parts = interleave(text, waiting, token)
     return Content((*waiting, *parts))
+
+
+def thumbnail(image: Image.Image) -> str:
+    """A `data:` URI of a picture, for a page or a JSON file: PNG of a small one, JPEG of a reduced one."""
+    small, out = image.copy(), io.BytesIO()
+    kind = "png" if max(image.size) <= PIXEL_ART else "jpeg"
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(out, kind)
+    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"

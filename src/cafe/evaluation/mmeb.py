@@ -10,7 +10,6 @@ Contents are embedded in multimodal mode: the record's text and pictures are the
 over datasets weighs each dataset alike, as the leaderboard does. Ties count against the model.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,13 +21,13 @@ import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from cafe.content import Content, ImageRef
-from cafe.data.pictures import compose
+from cafe.data.mmeb import MARK
+from cafe.data.pictures import compose, frames_in
 from cafe.errors import CafeError
 from cafe.evaluation.metrics import ndcg_at_k, rank_of_match
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, json_lines, mean_of, rates
+from cafe.evaluation.suite import Evaluation, Suite, json_lines, mean_of, rates, spread
 
-MARK = re.compile(r"<\|image_\d+\|>")  # where a picture stands in a text
 FRAMES = 8  # of a video, evenly spread, as VLM2Vec takes them
 KS = (1, 5, 10)
 PAGE_QUERY = "Find a document image that matches the given query: "
@@ -197,12 +196,8 @@ def _refs(picture: str | bytes, data: Path, source: Path) -> list[ImageRef]:
     if path is None:
         places = ", ".join(str(data / folder) for folder in FOLDERS)
         raise CafeError(f"The picture {picture}, which {source} names, is in none of {places}.")
-    if path.is_file():
-        return [ImageRef(path)]
-    frames = sorted(frame for frame in path.iterdir() if frame.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-    if not frames:
-        raise CafeError(f"The folder {path}, which {source} names, holds no frames.")
-    return [ImageRef(frames[at]) for at in np.linspace(0, len(frames) - 1, min(FRAMES, len(frames)), dtype=int)]
+    frames = [ImageRef(path)] if path.is_file() else frames_in(str(path))
+    return [frames[at] for at in spread(len(frames), FRAMES)]
 
 
 def _shown(side: Side) -> dict[str, str]:

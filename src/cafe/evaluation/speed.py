@@ -14,12 +14,12 @@ import numpy as np
 from tqdm import tqdm
 
 from cafe.content import Content, ImageRef
+from cafe.data.pictures import is_picture
 from cafe.errors import CafeError
 
 PROMPT = "Describe the image."
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 MODES = ("embed", "generate", "embed, then generate", "both in one prefill")
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Timing:
         return self.batch_size / self.p50
 
 
-def measure(
+def time_modes(
     model: Any,
     pictures: Sequence[Path],
     batch_sizes: Sequence[int] = BATCH_SIZES,
@@ -74,6 +74,9 @@ def measure(
     return timings
 
 
+measure = time_modes  # as cli.py still calls it
+
+
 def run(model: Any, mode: str, pictures: Sequence[Path], max_new_tokens: int) -> tuple[Any, list[str]]:
     """One batch in one mode; its vectors and answers, None and empty where the mode gives none."""
     size = len(pictures)
@@ -101,7 +104,7 @@ def pictures_in(folder: Path, most: int = 512) -> list[Path]:
     Raises:
         CafeError: there is none.
     """
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES)[:most]
+    found = sorted(path for path in folder.rglob("*") if is_picture(path.name))[:most]
     if not found:
         raise CafeError(f"There are no pictures under {folder}.")
     return found

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
     LlavaOnevisionConfig,
@@ -49,6 +49,7 @@ from cafe.scenes.words import (
 )
 from cafe.scenes.world import Scene, draw_scene, split_of
 from cafe.training.muon import Muon, inner_matrices
+from cafe.workers import ahead
 
 BASE = Path(__file__).parent / "base"  # where the trained model ships
 VOCABULARY = 640
@@ -210,9 +211,6 @@ class Lessons(Dataset[dict[str, Pack]]):
         self.processing, self.seed, self.steps, self.batch = processing, seed, steps, batch
         self.packing = Packing(columns=COLUMNS)
 
-    def __len__(self) -> int:
-        return self.steps
-
     def __getitem__(self, step: int) -> dict[str, Pack]:
         first = step * self.batch
         scenes = range(first, first + self.batch)
@@ -283,12 +281,12 @@ def train_base(
     )
     optimizer = make_optimizer(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
-    ahead = iter(DataLoader(Lessons(processing, seed, steps, batch), batch_size=None, num_workers=workers))
+    stream = iter(ahead(Lessons(processing, seed, steps, batch), range(steps), workers))
     history: dict[str, list[float]] = {}
     started = time.monotonic()
     progress = tqdm(range(steps), desc="base", unit="step", mininterval=5)
     for step in progress:
-        packs = next(ahead)
+        packs = next(stream)
         model.zero_grad()
         for kind, lesson in packs.items():
             _, hidden = read(model, lesson)

@@ -1,5 +1,6 @@
 """Evaluation during training: what it measures is logged, and the best checkpoint by one of its results is kept."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -73,7 +74,8 @@ class Examination:
         state = generators()
         model = replace(self.model, lvlm=self.model.lvlm.eval())
         samples = {}
-        with gathered(self.joint.reading):
+        reading, device = self.joint.reading, model.lvlm.device.type
+        with gathered(reading), torch.autocast(device, torch.bfloat16, enabled=reading.bf16):
             results = dict(self.evaluate(model)) if self.evaluate else {}
             if self.held_out:
                 samples["samples"] = say(model, self.held_out, self.recipe.evaluation.samples)
@@ -137,9 +139,15 @@ def _dialogues(batches: Batches) -> Iterator[Example]:
 
 
 def improves(results: dict[str, float], name: str, best: float | None) -> bool:
-    """Whether a result is better than the best so far: higher, or lower where its name has a minus sign before it."""
+    """Whether a result is better than the best so far: higher, or lower where its name has a minus sign before it.
+
+    What is not finite is never better, and never the best.
+    """
     metric = name.removeprefix("-")
     if metric not in results:
         known = ", ".join(sorted(results))
         raise CafeError(f"The evaluation has no result {metric} for keep_best to go by; it has {known}.")
-    return best is None or (results[metric] < best if name.startswith("-") else results[metric] > best)
+    found = results[metric]
+    if best is None or not math.isfinite(best):
+        return math.isfinite(found)
+    return math.isfinite(found) and (found < best if name.startswith("-") else found > best)
