@@ -290,7 +290,7 @@ def _bench_modes(options: argparse.Namespace) -> None:
     from dataclasses import asdict
 
     from cafe.errors import CafeError
-    from cafe.evaluation.speed import measure, pictures_in, table
+    from cafe.evaluation.speed import pictures_in, table, time_modes
     from cafe.model import Cafe
     from cafe.training.loop import resolve_base
 
@@ -302,7 +302,7 @@ def _bench_modes(options: argparse.Namespace) -> None:
         raise CafeError("Batch sizes and repeats are 1 or more.")
     pictures = pictures_in(options.data)
     model = Cafe.load(resolve_base(options.checkpoint))
-    timings = measure(model, pictures, sizes, options.repeats, options.max_new_tokens, progress=True)
+    timings = time_modes(model, pictures, sizes, options.repeats, options.max_new_tokens, progress=True)
     print(table(timings))
     if options.output:
         rows = [{**asdict(timing), "throughput": timing.throughput} for timing in timings]

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float32, Int64
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from cafe.content import Content, Dialogue, Example, ImageRef, Turn
 from cafe.data.formats import Records
@@ -29,6 +29,7 @@ from cafe.errors import CafeError
 from cafe.instructions import dialogue_messages, embedding_messages
 from cafe.packing import PLAIN, Branch, Pack, Packing, count_crops, pack, tree_size
 from cafe.processing import Pictures, Processing
+from cafe.workers import ahead
 
 
 @dataclass(frozen=True)
@@ -394,13 +395,11 @@ def load(
     while number < stop:
         handler = signal.getsignal(signal.SIGCHLD)
         stream = iter(
-            DataLoader(
+            ahead(
                 batches,
-                batch_size=None,
-                sampler=range(number, stop),
-                num_workers=workers,
+                range(number, stop),
+                workers,
                 pin_memory=torch.cuda.is_available(),
-                multiprocessing_context="fork" if workers else None,  # some processors' classes cannot be pickled
                 worker_init_fn=_leave_signals_to_the_run,
                 generator=torch.Generator(),  # else making the loader would draw from the run's own
             )

@@ -18,9 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
-from cafe.content import ImageRef
+from cafe.content import ImageRef, open_image
+from cafe.data.pictures import thumbnail
 from cafe.errors import CafeError
-from cafe.evaluation.pictures import thumbnail
 from cafe.evaluation.significance import Tally, compare, interval, tallies
 
 HEADLINES = {
@@ -278,7 +278,7 @@ def _picture_of(folder: str) -> Callable[[str], Markup]:
     def picture(path: str) -> Markup:
         if path not in known:
             inside = path.startswith("data:")
-            uri = path if inside else thumbnail(ImageRef(Path(folder) / path))
+            uri = path if inside else thumbnail(open_image(ImageRef(Path(folder) / path)))
             style = "pixels" if uri.startswith("data:image/png") else ""
             name = "" if inside else path
             known[path] = Markup('<img alt="{}" class="{}" src="{}">').format(name, style, uri)

@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from cafe.content import ImageRef
+from cafe.content import ImageRef, open_image
+from cafe.data.pictures import thumbnail
 from cafe.data.rows import Dataset, rows_of
 from cafe.errors import CafeError
 from cafe.evaluation.metrics import ranks
-from cafe.evaluation.pictures import thumbnail
 from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import KEPT, Evaluation, Suite, find_picture, only, rates, spread
 
@@ -154,7 +154,7 @@ def _samples(
 
     def shown(number: int) -> str:
         picture = collection.pictures[number]
-        return thumbnail(picture) if isinstance(picture, ImageRef) else str(picture.relative_to(data))
+        return thumbnail(open_image(picture)) if isinstance(picture, ImageRef) else str(picture.relative_to(data))
 
     asking, showing = spread(len(texts), KEPT), spread(len(images), KEPT // 2)
     found, said = _top(captions[asking] @ images.T), _top(images[showing] @ captions.T)

@@ -74,9 +74,6 @@ def time_modes(
     return timings
 
 
-measure = time_modes  # as cli.py still calls it
-
-
 def run(model: Any, mode: str, pictures: Sequence[Path], max_new_tokens: int) -> tuple[Any, list[str]]:
     """One batch in one mode; its vectors and answers, None and empty where the mode gives none."""
     size = len(pictures)
