@@ -7,7 +7,7 @@ from functools import partial
 
 from common import CAPTION, Row, make_batch, make_pairs, paired, show, tiny_llava
 
-import cafe.model
+import cafe.reading
 from cafe.data.loading import Batch
 from cafe.packing import Packing
 from cafe.training.recipe import ObjectiveRecipe
@@ -24,7 +24,7 @@ def main() -> None:
     step = JointStep(model, ObjectiveRecipe())
 
     def work(batch: Batch, long: int) -> None:
-        cafe.model.LONG = long
+        cafe.reading.LONG = long
         step(batch)
         model.zero_grad()
 
