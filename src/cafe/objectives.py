@@ -207,6 +207,8 @@ def next_token_loss(
         softcap: logits become softcap * tanh(logits / softcap), where the family does so.
         tile: logits computed at once.
     """
+    if not torch.is_grad_enabled():  # of which a Function is not told
+        hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
     fused = (
         liger() if len(labels) and hidden.is_cuda and hidden.dtype != torch.float64 and hidden.requires_grad else None
     )

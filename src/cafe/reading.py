@@ -32,7 +32,9 @@ def read(lvlm: PreTrainedModel, pack: Pack) -> tuple[Float[Tensor, "readouts dim
     if pack.pixels:
         inputs["pixel_values"] = pack.pixels.to_values(inputs["pixel_values"]).to(lvlm.dtype)
     if pack.end is not None:
-        inputs["attention_mask"] = attention_mask(pack.end.to(device, non_blocking=True), lvlm.config.get_text_config())
+        end, half = pack.end.to(device, non_blocking=True), torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if half else lvlm.dtype
+        inputs["attention_mask"] = attention_mask(end, lvlm.config.get_text_config(), dtype)
     with last_layer_at(lvlm, pack.readouts, pack.predictors):
         hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state
     readouts, predictors = (each.to(device, non_blocking=True) for each in (pack.readouts, pack.predictors))
@@ -46,16 +48,18 @@ def logits_of(lvlm: PreTrainedModel, hidden: Float[Tensor, "tokens dim"]) -> Flo
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
-def attention_mask(end: Int64[Tensor, "rows columns"], config: PreTrainedConfig) -> Tensor | BlockMask:
+def attention_mask(
+    end: Int64[Tensor, "rows columns"], config: PreTrainedConfig, dtype: torch.dtype = torch.float32
+) -> Tensor | BlockMask:
     """The mask of trees, as the attention implementation takes it."""
     if config._attn_implementation == "flex_attention":
         return tree_block_mask(end)
     if end.device.type == "cpu" and end.shape[1] >= LONG and config._attn_implementation == "sdpa":
         return TreeMask.of(end)
+    # As numbers: of truth values, every layer would make such numbers for itself and keep them for its backward pass.
     seen = tree_mask(end)
-    if config._attn_implementation == "eager":
-        return torch.zeros(seen.shape, device=end.device).masked_fill(~seen, torch.finfo(torch.float32).min)
-    return seen
+    hidden = torch.finfo(dtype).min if config._attn_implementation == "eager" else float("-inf")
+    return torch.zeros(seen.shape, dtype=dtype, device=end.device).masked_fill_(~seen, hidden)
 
 
 def packing_for(lvlm: PreTrainedModel, processing: Processing) -> Packing:

@@ -51,12 +51,13 @@ class Reading(nn.Module):
     Args:
         lvlm: the model.
         precision: "bf16" reads in bfloat16; the losses are taken in float32 all the same.
+        language: whether the language loss is trained on; else it has no gradient, which a head would fill with zeros.
     """
 
-    def __init__(self, lvlm: PreTrainedModel, precision: str = "fp32") -> None:
+    def __init__(self, lvlm: PreTrainedModel, precision: str = "fp32", language: bool = True) -> None:
         super().__init__()
         self.lvlm: PreTrainedModel = lvlm
-        self.bf16 = precision == "bf16"
+        self.bf16, self.language = precision == "bf16", language
 
     def forward(self, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
         """The embeddings, not yet normalised, and the language loss summed over tokens."""
@@ -66,7 +67,8 @@ class Reading(nn.Module):
             head = self.lvlm.get_output_embeddings()
             softcap = getattr(self.lvlm.config.get_text_config(), "final_logit_softcapping", None)
             labels = pack.labels.to(before.device, non_blocking=True)
-            return embedded, next_token_loss(before, labels, head.weight, head.bias, softcap)
+            with torch.set_grad_enabled(self.language and torch.is_grad_enabled()):
+                return embedded, next_token_loss(before, labels, head.weight, head.bias, softcap)
 
 
 class JointStep(nn.Module):
@@ -94,7 +96,7 @@ class JointStep(nn.Module):
             raise CafeError(
                 f"objective.matryoshka: {wrong[0]} is not a prefix of an embedding of {self.width} dimensions."
             )
-        self.reading = Reading(lvlm, precision)
+        self.reading = Reading(lvlm, precision, language=objective.lm_weight > 0)
         self.objective = objective
         self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
