@@ -44,6 +44,12 @@ def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(rec
     assert Cafe.load(first).record["recipe"]["batch_size"] == 8
 
 
+def test_a_log_of_every_0_steps_tells_of_the_first_and_the_last(recipe, tmp_path):
+    train(replace(recipe, steps=3, log_every=0), report=lambda line: None)
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 3]
+
+
 def test_each_part_has_its_own_learning_rate(recipe, random_base):
     model = Cafe.load(random_base, Prompts(), torch.float32)
     rates = OptimizerRecipe(learning_rate=1e-3, vision_tower_learning_rate=1e-4, projector_learning_rate=1e-5)

@@ -107,7 +107,7 @@ def train(
         bar = tqdm(range(at.step + 1, steps + 1), "train", steps, initial=at.step, unit="step", disable=log is None)
         for step in bar:
             # Both losses of each contrastive batch, and their gradient summed over batches and processes.
-            measure = step % recipe.log_every == 0 or step in (1, steps)
+            measure = step in (1, steps) or (recipe.log_every > 0 and step % recipe.log_every == 0)
             parts = [quarantine.check(batch) for batch in next(feed)]
             losses = follow(joint, parts, feed, measure)
             lm = torch.stack([each.lm for each in losses]).mean()
