@@ -10,6 +10,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from cafe.cli import main
+from cafe.data.loading import MicroBatchSize
 from cafe.instructions import Prompts
 from cafe.model import Cafe
 from cafe.training.loop import train
@@ -67,14 +68,17 @@ def test_a_learned_temperature_moves(recipe):
     assert Cafe.load(checkpoint).record["temperature"] != pytest.approx(0.05, abs=1e-6)
 
 
-def test_bf16_and_accumulation_run(recipe):
+def test_bf16_checkpointing_micro_batches_and_accumulation_run_without_a_warning(recipe):
     half = replace(
         recipe,
         model=replace(recipe.model, precision="bf16", gradient_checkpointing=True),
         optimizer=replace(recipe.optimizer, accumulate=2),
+        micro_batch=MicroBatchSize(tokens=400),
         steps=2,
     )
-    assert (train(half, report=lambda line: None) / "cafe.json").is_file()
+    said: list[str] = []
+    assert (train(half, report=said.append) / "cafe.json").is_file()
+    assert [line.split()[0] for line in said] == ["Training", "The"]
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from cafe.data.loading import UNCUT, Quarantine
+from cafe.data.loading import Quarantine
 from cafe.errors import Stopped
 from cafe.image_limits import limit_images
 from cafe.model import Cafe
@@ -72,8 +72,6 @@ def train(
     limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     if recipe.model.gradient_checkpointing:
         model.lvlm.gradient_checkpointing_enable()
-        if recipe.micro_batch != UNCUT:
-            report("Gradient checkpointing and micro-batches both save memory by another forward: one of them will do.")
     batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded)
     joint = make_joint(recipe, model, batches.nothing())
     about = describe(model.lvlm)

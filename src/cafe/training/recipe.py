@@ -41,8 +41,8 @@ class ModelRecipe:
             model's alone and wants bitsandbytes.
         attention: the attention implementation by transformers' name.
         max_tokens: the longest sequence.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory; an alternative to
-            small micro-batches.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory where even those of a
+            small micro-batch are too many: of one pair in a model of 7 billion, for example.
         compile: compile the layers (torch.compile): the first steps take minutes, the others less than before.
         shard: spread weights, gradients and optimizer state over the processes (FSDP2); without it each has them all.
         frozen: parts that are not trained.
