@@ -177,18 +177,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from cafe.evaluation.evaluate import evaluate
-    from cafe.model import Cafe
+    from cafe.evaluation.evaluate import during
     from cafe.training.loop import train
     from cafe.training.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
-    held_out = recipe.evaluation
-
-    def measure(model: Cafe) -> dict[str, float]:
-        return evaluate(model, Path(held_out.data), held_out.limit, report=lambda line: None).results
-
-    train(recipe, measure if held_out.data else None)
+    train(recipe, during(recipe))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -245,8 +239,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         return
     if not options.checkpoint or not options.data:
         raise CafeError("cafe evaluate takes a checkpoint and --data with the folder of evaluation files, or --list.")
-    if not options.data.is_dir():
-        raise CafeError(f"The folder of evaluation files {options.data} does not exist.")
     suites = _names(options.suite)
     choose(options.data, suites)  # before the model is loaded
 
@@ -411,7 +403,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from dataclasses import replace
 
-    from cafe.evaluation.evaluate import measure
+    from cafe.evaluation.evaluate import during, measure
     from cafe.evaluation.report import ReportRun, write_report
     from cafe.model import Cafe
     from cafe.scenes.write import write_scenes
@@ -426,7 +418,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     if not (data / "llava_train.json").is_file():
         write_scenes(data)
     measure(Cafe.load(resolve_base(recipe.model.base)), data, directory / "before")
-    measure(Cafe.load(train(recipe)), data, directory / "after")
+    measure(Cafe.load(train(recipe, during(recipe))), data, directory / "after")
     runs = [
         ReportRun("base", directory / "before", None),
         ReportRun("joint", directory / "after", directory / "run" / "log.jsonl"),

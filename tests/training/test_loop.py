@@ -11,11 +11,15 @@ from safetensors.torch import load_file
 
 from cafe.cli import main
 from cafe.data.loading import MicroBatchSize
+from cafe.data.source import Source
+from cafe.errors import CafeError
 from cafe.instructions import Prompts
 from cafe.model import Cafe
-from cafe.training.loop import train
+from cafe.training.loop import resolve_base, train
 from cafe.training.optimizer import cosine, make_optimizer
 from cafe.training.recipe import (
+    DataRecipe,
+    EvaluationRecipe,
     ObjectiveRecipe,
     OptimizerRecipe,
 )
@@ -85,6 +89,28 @@ def test_the_schedule_warms_up_and_falls_to_zero():
     factor = cosine(100, 0.1)
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0
     assert factor(55) == pytest.approx(0.5) and factor(100) == 0.0
+
+
+def test_missing_files_are_named_before_a_model_is_loaded(recipe, tmp_path):
+    model = replace(recipe.model, base=str(tmp_path))  # no model is there
+    with pytest.raises(CafeError, match=r"no\.json does not exist"):
+        train(replace(recipe, model=model, data=DataRecipe(sources=(Source(path="no.json"),))))
+
+
+def test_evaluation_data_wants_something_that_measures(recipe, scenes):
+    with pytest.raises(CafeError, match=r"nothing measures evaluation\.data"):
+        train(replace(recipe, evaluation=EvaluationRecipe(data=str(scenes), every=1)))
+
+
+def test_a_base_is_a_run_a_directory_or_an_id(random_base, tmp_path, monkeypatch):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    assert resolve_base(str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoint")
+    assert (resolve_base(str(random_base)), resolve_base("owner/name")) == (str(random_base), "owner/name")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_base("~/run/checkpoint") == str(tmp_path / "run" / "checkpoint")
+    for missing in ("/no", "./no", "../no", "~/no", "runs/no/checkpoint"):
+        with pytest.raises(CafeError, match=f"directory {missing} does not exist"):
+            resolve_base(missing)
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, capsys):

@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
+from cafe.data.formats import open_source
 from cafe.data.loading import Quarantine
-from cafe.errors import Stopped
+from cafe.errors import CafeError, Stopped
 from cafe.image_limits import limit_images
-from cafe.model import Cafe
+from cafe.model import Cafe, checkpoint_of
 from cafe.training import checkpoints
 from cafe.training.checkpoints import Position, full_disk, generators, set_generators
 from cafe.training.compiling import compile_layers
@@ -53,6 +54,11 @@ def train(
         Stopped: a signal asked the run to stop, and it has saved where it stands.
     """
     output = Path(recipe.output)
+    if recipe.evaluation.every and recipe.evaluation.data and not evaluate:
+        raise CafeError(
+            "evaluation.every is set, and nothing measures evaluation.data: `train` takes what does, which "
+            "cafe.evaluation.evaluate.during(recipe) makes."
+        )
     if finished(recipe):
         report(f"{output / CHECKPOINT} is the end of this recipe already; nothing is left to do.")
         return output / CHECKPOINT
@@ -64,7 +70,8 @@ def train(
     report = report if rank == 0 else lambda line: None
     name = first_ones(lambda: claim(recipe))
 
-    # The model, the data as batches in an order fixed by the seed, the step, and its optimizer.
+    # The data, which may be missing, the model, batches in an order fixed by the seed, the step, and its optimizer.
+    sources = [open_source(source) for source in recipe.data.sources]
     base, place = resolve_base(recipe.model.base), torch.device("cpu") if sharded else device
     dtype = torch.bfloat16 if recipe.model.adapter and recipe.model.frozen_weights != "fp32" else torch.float32
     four_bit = recipe.model.frozen_weights == "4bit"
@@ -72,7 +79,7 @@ def train(
     limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     if recipe.model.gradient_checkpointing:
         model.lvlm.gradient_checkpointing_enable()
-    batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded)
+    batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded, sources)
     joint = make_joint(recipe, model, batches.nothing())
     about = describe(model.lvlm)
     if sharded:
@@ -163,5 +170,16 @@ def train(
 
 
 def resolve_base(base: str) -> str:
-    """Where a base model is: the shipped one's directory for "scenes", else the path or Hub id itself."""
-    return str(Path(__file__).parents[1] / "scenes" / "base") if base == "scenes" else base
+    """Where a base model is: for "scenes" the shipped one's directory, for a run its checkpoint, else as it is given.
+
+    Raises:
+        CafeError: it can be no Hub id, and no directory is there.
+    """
+    if base == "scenes":
+        return str(Path(__file__).parents[1] / "scenes" / "base")
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return str(checkpoint_of(path))
+    if base.startswith(("/", "./", "../", "~")) or base.count("/") > 1:
+        raise CafeError(f"The model's directory {base} does not exist.")
+    return base
