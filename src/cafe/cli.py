@@ -53,6 +53,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _count(text: str) -> int:
+    """A number of things."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"should be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = argparse.ArgumentParser(prog="cafe", description="One vision-language checkpoint that retrieves and talks.")
@@ -66,10 +77,10 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a recipe is expected to cost: parameters, FLOPs, memory, hours")
     plan.add_argument("recipe", type=Path)
     plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--gpus", type=int, default=1)
+    plan.add_argument("--gpus", type=_count, default=1)
     plan.add_argument("--picture", default="640x480", help="pixels of a typical picture, WIDTHxHEIGHT")
     plan.add_argument("--caption", type=int, default=200, help="tokens of a typical caption")
-    plan.add_argument("--pairs", type=int, help="records of the data")
+    plan.add_argument("--pairs", type=_count, help="records of the data")
     plan.set_defaults(run=_plan)
 
     merge = commands.add_parser("merge", help="write a run's adapter and its base as one plain checkpoint")
@@ -88,9 +99,11 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("checkpoint", nargs="?", help="a directory, a Hub id, or 'scenes' for the shipped base model")
     evaluate.add_argument("--data", type=Path, help="the folder of evaluation files")
     evaluate.add_argument("--suite", default="", help="names, commas between, or all; the usual ones without it")
-    evaluate.add_argument("--output", type=Path, help="where results.json goes; runs/evaluations/CHECKPOINT without it")
-    evaluate.add_argument("--limit", type=int, help="records a suite, for a quick look")
-    evaluate.add_argument("--batch-size", type=int, help="contents at once")
+    evaluate.add_argument(
+        "--output", type=Path, help="where results.json goes; runs/evaluations/CHECKPOINT[-limit-N] without it"
+    )
+    evaluate.add_argument("--limit", type=_count, help="records a suite, for a quick look")
+    evaluate.add_argument("--batch-size", type=_count, help="contents at once")
     evaluate.add_argument(
         "--judge",
         action="append",
@@ -103,9 +116,9 @@ def parser() -> argparse.ArgumentParser:
     modes = commands.add_parser("bench-modes", help="time embedding, generation and both, at several batch sizes")
     modes.add_argument("checkpoint", help="a directory, a Hub id, or 'scenes' for the shipped base model")
     modes.add_argument("--data", type=Path, required=True, help="a folder with pictures in it")
-    modes.add_argument("--batch-sizes", default="1,2,4,8,16,32,64", help="with commas between")
-    modes.add_argument("--repeats", type=int, default=20, help="timings of each mode and size")
-    modes.add_argument("--max-new-tokens", type=int, default=32, help="the longest answer")
+    modes.add_argument("--batch-sizes", type=_counts, default="1,2,4,8,16,32,64", help="with commas between")
+    modes.add_argument("--repeats", type=_count, default=20, help="timings of each mode and size")
+    modes.add_argument("--max-new-tokens", type=_count, default=32, help="the longest answer")
     modes.add_argument("--output", type=Path, help="a JSON file for the rows")
     modes.set_defaults(run=_bench_modes)
 
@@ -120,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
     ablate = commands.add_parser("ablate", help="train contrastive-only, language-only and joint; mean ± sd over seeds")
     ablate.add_argument("recipe", type=Path)
     ablate.add_argument("overrides", nargs="*", metavar="key=value")
-    ablate.add_argument("--seeds", type=int, default=3)
+    ablate.add_argument("--seeds", type=_count, default=3)
     ablate.add_argument("--suite", default="", help="names with commas between, or all; the usual ones if not given")
     ablate.set_defaults(run=_ablate)
 
@@ -144,8 +157,8 @@ def parser() -> argparse.ArgumentParser:
         "--checkpoint", help="what embeds: a directory, a Hub id or 'scenes'; the recipe's base if absent"
     )
     mine.add_argument("--output", type=Path, required=True, help="a folder for the new source")
-    mine.add_argument("--negatives", type=int, default=4, help="a record, at most")
-    mine.add_argument("--top", type=int, default=64, help="closest targets to look at")
+    mine.add_argument("--negatives", type=_count, default=4, help="a record, at most")
+    mine.add_argument("--top", type=_count, default=64, help="closest targets to look at")
     mine.add_argument("--share", type=float, default=0.95, help="of the positive's similarity, not reached; 0 for none")
     mine.add_argument("--margin", type=float, help="below the positive's similarity")
     mine.add_argument(
@@ -154,7 +167,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     mine.add_argument("--soft", action="store_true", help="keep those as soft targets, with that probability")
     mine.add_argument("--question", help="what the judge is asked")
-    mine.add_argument("--batch-size", type=int, default=16)
+    mine.add_argument("--batch-size", type=_count, default=16)
     mine.set_defaults(run=_mine)
 
     scenes = commands.add_parser("scenes", help="the small world").add_subparsers(required=True, metavar="COMMAND")
@@ -190,8 +203,8 @@ def _plan(options: argparse.Namespace) -> None:
     from cafe.training.plan import Data, plan, table
     from cafe.training.recipe import read_recipe
 
-    width, cross, height = options.picture.partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
+    width, _, height = options.picture.partition("x")
+    if not all(side.isdecimal() and int(side) for side in (width, height)):
         raise CafeError(f"--picture should be like 640x480, not {options.picture!r}.")
     data = Data(width=int(width), height=int(height), caption=options.caption)
     print(table(plan(read_recipe(options.recipe, options.overrides), options.gpus, data, options.pairs)))
@@ -200,9 +213,10 @@ def _plan(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from cafe.adapters import has_adapter, merge
     from cafe.errors import CafeError
-    from cafe.model import Cafe, checkpoint_of
+    from cafe.model import Cafe
+    from cafe.training.loop import resolve_base
 
-    checkpoint = checkpoint_of(options.directory)
+    checkpoint = resolve_base(str(options.directory))
     model = Cafe.load(checkpoint, dtype="auto", device="cpu")
     if not has_adapter(model.lvlm):
         raise CafeError(f"{checkpoint} has no adapter to merge: it is a plain checkpoint already.")
@@ -249,7 +263,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     processes = Accelerator()  # started by `accelerate launch`, each process takes its share on its own device
     device = processes.device if processes.num_processes > 1 else None
-    output = options.output or Path("runs/evaluations") / options.checkpoint.strip("./").replace("/", "-")
+    name = options.checkpoint.strip("./").replace("/", "-") + (f"-limit-{options.limit}" if options.limit else "")
+    output = options.output or Path("runs/evaluations") / name
     evaluation = evaluate(
         Cafe.load(resolve_base(options.checkpoint), device=device),
         options.data,
@@ -278,20 +293,13 @@ def _bench_modes(options: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from cafe.errors import CafeError
     from cafe.evaluation.speed import measure, pictures_in, table
     from cafe.model import Cafe
     from cafe.training.loop import resolve_base
 
-    try:
-        sizes = [int(size) for size in options.batch_sizes.split(",")]
-    except ValueError:
-        raise CafeError(f"--batch-sizes takes numbers with commas between, not {options.batch_sizes!r}.") from None
-    if min(sizes) < 1 or options.repeats < 1:
-        raise CafeError("Batch sizes and repeats are 1 or more.")
     pictures = pictures_in(options.data)
     model = Cafe.load(resolve_base(options.checkpoint))
-    timings = measure(model, pictures, sizes, options.repeats, options.max_new_tokens, progress=True)
+    timings = measure(model, pictures, options.batch_sizes, options.repeats, options.max_new_tokens, progress=True)
     print(table(timings))
     if options.output:
         rows = [{**asdict(timing), "throughput": timing.throughput} for timing in timings]
@@ -327,21 +335,21 @@ def _data_check(options: argparse.Namespace) -> None:
     from cafe.errors import CafeError
     from cafe.instructions import Prompts
     from cafe.model import read_record
-    from cafe.processing import Processing, load_processor
     from cafe.training.loop import resolve_base
-    from cafe.training.recipe import read_recipe, read_source
+    from cafe.training.recipe import ModelRecipe, read_recipe, read_source
+    from cafe.training.setup import processing_of
 
     if options.what.endswith((".yaml", ".yml")):
         recipe = read_recipe(options.what, options.overrides)
         sources, max_bad_share, max_tokens = recipe.data.sources, recipe.data.max_bad_share, recipe.model.max_tokens
-        base, prompts = resolve_base(options.base or recipe.model.base), recipe.prompts
+        base, prompts, model = resolve_base(options.base or recipe.model.base), recipe.prompts, recipe.model
     elif options.base:
         sources, max_bad_share, max_tokens = (read_source(options.what, options.overrides),), 0.01, None
         base = resolve_base(options.base)
-        prompts = Prompts(**read_record(base).get("prompts", {}))
+        prompts, model = Prompts(**read_record(base).get("prompts", {})), ModelRecipe(base=base)
     else:
         raise CafeError("A source alone does not say which model is to read it: give --base.")
-    processing = Processing(load_processor(base), prompts)
+    processing = processing_of(base, prompts, model)
     checks = check(
         [open_source(source) for source in sources],
         processing,
@@ -365,12 +373,17 @@ def _data_check(options: argparse.Namespace) -> None:
 def _mine(options: argparse.Namespace) -> None:
     from cafe.data.formats import open_source
     from cafe.data.mine import QUESTION, Mining, mine
+    from cafe.image_limits import limit_images
     from cafe.model import Cafe
     from cafe.training.loop import resolve_base
     from cafe.training.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
-    model = Cafe.load(resolve_base(options.checkpoint or recipe.model.base), recipe.prompts)
+    if options.checkpoint:  # which says itself how it was trained to read
+        model = Cafe.load(resolve_base(options.checkpoint))
+    else:
+        model = Cafe.load(resolve_base(recipe.model.base), recipe.prompts)
+        limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     mining = Mining(
         negatives=options.negatives,
         top=options.top,
