@@ -112,5 +112,5 @@ def test_mining_reads_as_training_does_and_by_a_checkpoint_as_that_was_trained(
 
 
 def test_a_run_that_is_not_there_is_named(capsys):
-    assert main(["merge", "/no", "merged"]) == 1
-    assert capsys.readouterr().err == "cafe: The model's directory /no does not exist.\n"
+    assert main(["merge", "runs/no", "merged"]) == 1
+    assert capsys.readouterr().err == "cafe: The run runs/no does not exist.\n"

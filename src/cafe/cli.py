@@ -96,7 +96,9 @@ def parser() -> argparse.ArgumentParser:
     push.set_defaults(run=_push)
 
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a folder of evaluation files")
-    evaluate.add_argument("checkpoint", nargs="?", help="a directory, a Hub id, or 'scenes' for the shipped base model")
+    evaluate.add_argument(
+        "checkpoint", nargs="?", help="a run, a directory, a Hub id, or 'scenes' for the shipped base"
+    )
     evaluate.add_argument("--data", type=Path, help="the folder of evaluation files")
     evaluate.add_argument("--suite", default="", help="names, commas between, or all; the usual ones without it")
     evaluate.add_argument(
@@ -114,7 +116,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     modes = commands.add_parser("bench-modes", help="time embedding, generation and both, at several batch sizes")
-    modes.add_argument("checkpoint", help="a directory, a Hub id, or 'scenes' for the shipped base model")
+    modes.add_argument("checkpoint", help="a run, a directory, a Hub id, or 'scenes' for the shipped base")
     modes.add_argument("--data", type=Path, required=True, help="a folder with pictures in it")
     modes.add_argument("--batch-sizes", type=_counts, default="1,2,4,8,16,32,64", help="with commas between")
     modes.add_argument("--repeats", type=_count, default=20, help="timings of each mode and size")
@@ -142,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("what", metavar="SOURCE|RECIPE", help="a data file, or a recipe (.yaml) for all of its sources")
     check.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, or of the source")
     check.add_argument(
-        "--base", help="whose tokens to count: a directory, a Hub id or 'scenes'; a recipe says it itself"
+        "--base", help="whose tokens to count: a run, a directory, a Hub id or 'scenes'; a recipe says it itself"
     )
     check.add_argument("--sample", type=int, default=1000, help="records a source; 0 for all")
     check.add_argument("--examples", type=int, default=6, help="examples a source on the page")
@@ -154,7 +156,7 @@ def parser() -> argparse.ArgumentParser:
     mine.add_argument("recipe", type=Path)
     mine.add_argument("overrides", nargs="*", metavar="key=value")
     mine.add_argument(
-        "--checkpoint", help="what embeds: a directory, a Hub id or 'scenes'; the recipe's base if absent"
+        "--checkpoint", help="what embeds: a run, a directory, a Hub id or 'scenes'; the recipe's base if absent"
     )
     mine.add_argument("--output", type=Path, required=True, help="a folder for the new source")
     mine.add_argument("--negatives", type=_count, default=4, help="a record, at most")
@@ -213,10 +215,11 @@ def _plan(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     from cafe.adapters import has_adapter, merge
     from cafe.errors import CafeError
-    from cafe.model import Cafe
-    from cafe.training.loop import resolve_base
+    from cafe.model import Cafe, checkpoint_of
 
-    checkpoint = resolve_base(str(options.directory))
+    if not options.directory.is_dir():
+        raise CafeError(f"The run {options.directory} does not exist.")
+    checkpoint = checkpoint_of(options.directory)
     model = Cafe.load(checkpoint, dtype="auto", device="cpu")
     if not has_adapter(model.lvlm):
         raise CafeError(f"{checkpoint} has no adapter to merge: it is a plain checkpoint already.")

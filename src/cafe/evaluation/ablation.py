@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe.errors import CafeError
-from cafe.evaluation.evaluate import during, measure
+from cafe.evaluation.evaluate import choose, during, measure
 from cafe.model import Cafe
 from cafe.training.loop import resolve_base, train
 from cafe.training.recipe import Recipe
@@ -48,6 +48,7 @@ def ablate(recipe: Recipe, seeds: int, suites: Sequence[str] = ()) -> str:
     if not recipe.evaluation.data:
         raise CafeError("An ablation needs evaluation.data in its recipe.")
     data, output = Path(recipe.evaluation.data), Path(recipe.output)
+    choose(data, suites)  # before a model is loaded
     base = Cafe.load(resolve_base(recipe.model.base))
     measured = {"base": [measure(base, data, output / "base", suites)]}
     for arm, weights in ARMS.items():
