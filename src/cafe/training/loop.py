@@ -54,16 +54,16 @@ def train(
         Stopped: a signal asked the run to stop, and it has saved where it stands.
     """
     output = Path(recipe.output)
-    if recipe.evaluation.every and recipe.evaluation.data and not evaluate:
-        raise CafeError(
-            "evaluation.every is set, and nothing measures evaluation.data: `train` takes what does, which "
-            "cafe.evaluation.evaluate.during(recipe) makes."
-        )
     if finished(recipe):
         report(f"{output / CHECKPOINT} is the end of this recipe already; nothing is left to do.")
         return output / CHECKPOINT
     set_seed(recipe.seed)
     sharded = wants_shards(recipe.model.shard)
+    if recipe.evaluation.every and recipe.evaluation.data and not evaluate:
+        raise CafeError(
+            "evaluation.every is set, and nothing measures evaluation.data: `train` takes what does, which "
+            "cafe.evaluation.evaluate.during(recipe) makes."
+        )
     accelerator = Accelerator(log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
