@@ -1,8 +1,28 @@
-"""The command line: overrides may stand before and behind options, and what is unknown is refused."""
+"""The command line: overrides may stand before and behind options, what is unknown is refused, what is read counts."""
+
+from random import Random
 
 import pytest
 
-from cafe.cli import parse
+from cafe.adapters import Adapter, add_adapter
+from cafe.cli import main, parse
+from cafe.data.check import spread
+from cafe.data.formats import Source, open_source
+from cafe.data.loading import encode
+from cafe.image_limits import limit_images
+from cafe.model import Cafe
+from cafe.scenes.base import CROP
+
+
+@pytest.fixture
+def small(random_base, scenes, tmp_path):
+    """A recipe that reads each picture as one crop."""
+    file = tmp_path / "small.yaml"
+    file.write_text(
+        f"output: x\nmodel: {{base: {random_base}, grids: [[1, 1]]}}\nprompts: {{mode: multimodal}}\n"
+        f"data: {{workers: 0, sources: [{{path: {scenes}/llava_train.json}}]}}\n"
+    )
+    return file
 
 
 @pytest.mark.parametrize(
@@ -31,3 +51,66 @@ def test_what_is_unknown_is_refused(line, unknown, capsys):
     with pytest.raises(SystemExit):
         parse(line.split())
     assert f"unrecognized arguments: {unknown}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "plan recipe.yaml --gpus 0",
+        "evaluate a --limit 0",
+        "ablate r.yaml --seeds -1",
+        "bench-modes a --batch-sizes 1,0",
+    ],
+)
+def test_a_number_of_things_is_above_0(line, capsys):
+    with pytest.raises(SystemExit):
+        parse(line.split())
+    assert "should be a whole number above 0, not" in capsys.readouterr().err
+
+
+def test_a_picture_has_pixels(capsys):
+    assert main(["plan", "recipe.yaml", "--picture", "0x480"]) == 1
+    assert "--picture should be like 640x480, not '0x480'" in capsys.readouterr().err
+
+
+def test_the_data_check_counts_the_tokens_that_training_reads(small, random_base, scenes, tmp_path, capsys):
+    page = str(tmp_path / "page.html")
+    assert main(["data", "check", str(small), "prompts={}", "--workers", "0", "--output", page]) == 0
+    model = Cafe.load(random_base)
+    limit_images(model.lvlm, model.processing.processor, grids=[(1, 1)])
+    records = open_source(Source(path=f"{scenes}/llava_train.json"))
+    examples = [records.example(index, Random(0)) for index in range(len(records))]
+    lengths = [len(encode(example, model.processing).query) for example in examples]
+    assert f"query, tokens        {spread(lengths)}\n" in capsys.readouterr().out
+
+
+def test_the_data_check_reads_by_an_adapters_base_and_names_what_is_none(random_base, scenes, tmp_path, capsys):
+    model = Cafe.load(random_base)
+    add_adapter(model.lvlm, Adapter())
+    model.save(tmp_path / "run" / "checkpoint")
+    command = ["data", "check", f"{scenes}/llava_train.json", "--sample", "2", "--workers", "0"]
+    command += ["--output", str(tmp_path / "page.html"), "--base"]
+    assert main([*command, str(tmp_path / "run")]) == 0
+    capsys.readouterr()
+    for base, sentence in (("/no", "directory /no does not exist"), (str(tmp_path), "No processor can be loaded from")):
+        assert main([*command, base]) == 1
+        said = capsys.readouterr().err
+        assert sentence in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_mining_reads_as_training_does_and_by_a_checkpoint_as_that_was_trained(
+    checkpoint, small, random_base, tmp_path, monkeypatch
+):
+    read = []
+    monkeypatch.setattr("cafe.data.mine.mine", lambda model, *rest: read.append(model.processing))
+    command = ["mine", str(small), "--output", str(tmp_path / "mined")]
+    assert main([*command, *(["--checkpoint", str(random_base)] if checkpoint else [])]) == 0
+    [processing] = read
+    one_crop = processing.processor.image_processor.image_grid_pinpoints == [[CROP, CROP]]
+    assert (processing.prompts.mode == "multimodal", one_crop) == (not checkpoint, not checkpoint)
+
+
+def test_a_run_that_is_not_there_is_named(capsys):
+    assert main(["merge", "runs/no", "merged"]) == 1
+    assert capsys.readouterr().err == "cafe: The run runs/no does not exist.\n"

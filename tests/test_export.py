@@ -149,6 +149,14 @@ def test_push_uploads_every_file_and_a_card_with_results_through_the_hubs_own_cl
     assert "| captions/exact | 90.000 |" in hub.files["README.md"].decode()
 
 
+def test_a_hub_out_of_reach_is_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("cafe.export.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="hf_test"))
+    (tmp_path / "cafe.json").write_text(json.dumps(RECORD))
+    assert main(["push", str(tmp_path), "owner/name"]) == 1
+    said = capsys.readouterr().err
+    assert "cannot be pushed to owner/name: " in said and said.count("\n") == 1
+
+
 def test_what_cannot_be_pushed_is_one_sentence(hub, tmp_path, capsys):
     (tmp_path / "cafe.json").write_text(json.dumps(RECORD))
     wrong = [

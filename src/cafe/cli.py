@@ -53,6 +53,17 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def _count(text: str) -> int:
+    """A number of things."""
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"should be a whole number above 0, not {text!r}")
+    return int(text)
+
+
+def _counts(text: str) -> list[int]:
+    return [_count(part) for part in text.split(",")]
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = argparse.ArgumentParser(prog="cafe", description="One vision-language checkpoint that retrieves and talks.")
@@ -66,10 +77,10 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a recipe is expected to cost: parameters, FLOPs, memory, hours")
     plan.add_argument("recipe", type=Path)
     plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--gpus", type=int, default=1)
+    plan.add_argument("--gpus", type=_count, default=1)
     plan.add_argument("--picture", default="640x480", help="pixels of a typical picture, WIDTHxHEIGHT")
     plan.add_argument("--caption", type=int, default=200, help="tokens of a typical caption")
-    plan.add_argument("--pairs", type=int, help="records of the data")
+    plan.add_argument("--pairs", type=_count, help="records of the data")
     plan.set_defaults(run=_plan)
 
     merge = commands.add_parser("merge", help="write a run's adapter and its base as one plain checkpoint")
@@ -85,12 +96,16 @@ def parser() -> argparse.ArgumentParser:
     push.set_defaults(run=_push)
 
     evaluate = commands.add_parser("evaluate", help="measure a checkpoint on a folder of evaluation files")
-    evaluate.add_argument("checkpoint", nargs="?", help="a directory, a Hub id, or 'scenes' for the shipped base model")
+    evaluate.add_argument(
+        "checkpoint", nargs="?", help="a run, a directory, a Hub id, or 'scenes' for the shipped base"
+    )
     evaluate.add_argument("--data", type=Path, help="the folder of evaluation files")
     evaluate.add_argument("--suite", default="", help="names, commas between, or all; the usual ones without it")
-    evaluate.add_argument("--output", type=Path, help="where results.json goes; runs/evaluations/CHECKPOINT without it")
-    evaluate.add_argument("--limit", type=int, help="records a suite, for a quick look")
-    evaluate.add_argument("--batch-size", type=int, help="contents at once")
+    evaluate.add_argument(
+        "--output", type=Path, help="where results.json goes; runs/evaluations/CHECKPOINT[-limit-N] without it"
+    )
+    evaluate.add_argument("--limit", type=_count, help="records a suite, for a quick look")
+    evaluate.add_argument("--batch-size", type=_count, help="contents at once")
     evaluate.add_argument(
         "--judge",
         action="append",
@@ -101,11 +116,11 @@ def parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
 
     modes = commands.add_parser("bench-modes", help="time embedding, generation and both, at several batch sizes")
-    modes.add_argument("checkpoint", help="a directory, a Hub id, or 'scenes' for the shipped base model")
+    modes.add_argument("checkpoint", help="a run, a directory, a Hub id, or 'scenes' for the shipped base")
     modes.add_argument("--data", type=Path, required=True, help="a folder with pictures in it")
-    modes.add_argument("--batch-sizes", default="1,2,4,8,16,32,64", help="with commas between")
-    modes.add_argument("--repeats", type=int, default=20, help="timings of each mode and size")
-    modes.add_argument("--max-new-tokens", type=int, default=32, help="the longest answer")
+    modes.add_argument("--batch-sizes", type=_counts, default="1,2,4,8,16,32,64", help="with commas between")
+    modes.add_argument("--repeats", type=_count, default=20, help="timings of each mode and size")
+    modes.add_argument("--max-new-tokens", type=_count, default=32, help="the longest answer")
     modes.add_argument("--output", type=Path, help="a JSON file for the rows")
     modes.set_defaults(run=_bench_modes)
 
@@ -120,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
     ablate = commands.add_parser("ablate", help="train contrastive-only, language-only and joint; mean ± sd over seeds")
     ablate.add_argument("recipe", type=Path)
     ablate.add_argument("overrides", nargs="*", metavar="key=value")
-    ablate.add_argument("--seeds", type=int, default=3)
+    ablate.add_argument("--seeds", type=_count, default=3)
     ablate.add_argument("--suite", default="", help="names with commas between, or all; the usual ones if not given")
     ablate.set_defaults(run=_ablate)
 
@@ -129,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("what", metavar="SOURCE|RECIPE", help="a data file, or a recipe (.yaml) for all of its sources")
     check.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe, or of the source")
     check.add_argument(
-        "--base", help="whose tokens to count: a directory, a Hub id or 'scenes'; a recipe says it itself"
+        "--base", help="whose tokens to count: a run, a directory, a Hub id or 'scenes'; a recipe says it itself"
     )
     check.add_argument("--sample", type=int, default=1000, help="records a source; 0 for all")
     check.add_argument("--examples", type=int, default=6, help="examples a source on the page")
@@ -141,11 +156,11 @@ def parser() -> argparse.ArgumentParser:
     mine.add_argument("recipe", type=Path)
     mine.add_argument("overrides", nargs="*", metavar="key=value")
     mine.add_argument(
-        "--checkpoint", help="what embeds: a directory, a Hub id or 'scenes'; the recipe's base if absent"
+        "--checkpoint", help="what embeds: a run, a directory, a Hub id or 'scenes'; the recipe's base if absent"
     )
     mine.add_argument("--output", type=Path, required=True, help="a folder for the new source")
-    mine.add_argument("--negatives", type=int, default=4, help="a record, at most")
-    mine.add_argument("--top", type=int, default=64, help="closest targets to look at")
+    mine.add_argument("--negatives", type=_count, default=4, help="a record, at most")
+    mine.add_argument("--top", type=_count, default=64, help="closest targets to look at")
     mine.add_argument("--share", type=float, default=0.95, help="of the positive's similarity, not reached; 0 for none")
     mine.add_argument("--margin", type=float, help="below the positive's similarity")
     mine.add_argument(
@@ -154,7 +169,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     mine.add_argument("--soft", action="store_true", help="keep those as soft targets, with that probability")
     mine.add_argument("--question", help="what the judge is asked")
-    mine.add_argument("--batch-size", type=int, default=16)
+    mine.add_argument("--batch-size", type=_count, default=16)
     mine.set_defaults(run=_mine)
 
     scenes = commands.add_parser("scenes", help="the small world").add_subparsers(required=True, metavar="COMMAND")
@@ -177,18 +192,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from cafe.evaluation.evaluate import evaluate
-    from cafe.model import Cafe
+    from cafe.evaluation.evaluate import during
     from cafe.training.loop import train
     from cafe.training.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
-    held_out = recipe.evaluation
-
-    def measure(model: Cafe) -> dict[str, float]:
-        return evaluate(model, Path(held_out.data), held_out.limit, report=lambda line: None).results
-
-    train(recipe, measure if held_out.data else None)
+    train(recipe, during(recipe))
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -196,8 +205,8 @@ def _plan(options: argparse.Namespace) -> None:
     from cafe.training.plan import Data, plan, table
     from cafe.training.recipe import read_recipe
 
-    width, cross, height = options.picture.partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
+    width, _, height = options.picture.partition("x")
+    if not all(side.isdecimal() and int(side) for side in (width, height)):
         raise CafeError(f"--picture should be like 640x480, not {options.picture!r}.")
     data = Data(width=int(width), height=int(height), caption=options.caption)
     print(table(plan(read_recipe(options.recipe, options.overrides), options.gpus, data, options.pairs)))
@@ -208,6 +217,8 @@ def _merge(options: argparse.Namespace) -> None:
     from cafe.errors import CafeError
     from cafe.model import Cafe, checkpoint_of, may_write
 
+    if not options.directory.is_dir():
+        raise CafeError(f"The run {options.directory} does not exist.")
     checkpoint = checkpoint_of(options.directory)
     if options.output.resolve() == checkpoint.resolve():
         raise CafeError(f"The merged checkpoint would take the place of the adapter {checkpoint}: name another output.")
@@ -248,8 +259,6 @@ def _evaluate(options: argparse.Namespace) -> None:
         return
     if not options.checkpoint or not options.data:
         raise CafeError("cafe evaluate takes a checkpoint and --data with the folder of evaluation files, or --list.")
-    if not options.data.is_dir():
-        raise CafeError(f"The folder of evaluation files {options.data} does not exist.")
     suites = _names(options.suite)
     choose(options.data, suites)  # before the model is loaded
 
@@ -260,7 +269,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     processes = Accelerator()  # started by `accelerate launch`, each process takes its share on its own device
     device = processes.device if processes.num_processes > 1 else None
-    output = options.output or Path("runs/evaluations") / options.checkpoint.strip("./").replace("/", "-")
+    name = options.checkpoint.strip("./").replace("/", "-") + (f"-limit-{options.limit}" if options.limit else "")
+    output = options.output or Path("runs/evaluations") / name
     evaluation = evaluate(
         Cafe.load(resolve_base(options.checkpoint), device=device),
         options.data,
@@ -289,20 +299,13 @@ def _bench_modes(options: argparse.Namespace) -> None:
     import json
     from dataclasses import asdict
 
-    from cafe.errors import CafeError
     from cafe.evaluation.speed import pictures_in, table, time_modes
     from cafe.model import Cafe
     from cafe.training.loop import resolve_base
 
-    try:
-        sizes = [int(size) for size in options.batch_sizes.split(",")]
-    except ValueError:
-        raise CafeError(f"--batch-sizes takes numbers with commas between, not {options.batch_sizes!r}.") from None
-    if min(sizes) < 1 or options.repeats < 1:
-        raise CafeError("Batch sizes and repeats are 1 or more.")
     pictures = pictures_in(options.data)
     model = Cafe.load(resolve_base(options.checkpoint))
-    timings = time_modes(model, pictures, sizes, options.repeats, options.max_new_tokens, progress=True)
+    timings = time_modes(model, pictures, options.batch_sizes, options.repeats, options.max_new_tokens, progress=True)
     print(table(timings))
     if options.output:
         rows = [{**asdict(timing), "throughput": timing.throughput} for timing in timings]
@@ -338,21 +341,21 @@ def _data_check(options: argparse.Namespace) -> None:
     from cafe.errors import CafeError
     from cafe.instructions import Prompts
     from cafe.model import read_record
-    from cafe.processing import Processing, load_processor
     from cafe.training.loop import resolve_base
-    from cafe.training.recipe import read_recipe, read_source
+    from cafe.training.recipe import ModelRecipe, read_recipe, read_source
+    from cafe.training.setup import processing_of
 
     if options.what.endswith((".yaml", ".yml")):
         recipe = read_recipe(options.what, options.overrides)
         sources, max_bad_share, max_tokens = recipe.data.sources, recipe.data.max_bad_share, recipe.model.max_tokens
-        base, prompts = resolve_base(options.base or recipe.model.base), recipe.prompts
+        base, prompts, model = resolve_base(options.base or recipe.model.base), recipe.prompts, recipe.model
     elif options.base:
         sources, max_bad_share, max_tokens = (read_source(options.what, options.overrides),), 0.01, None
         base = resolve_base(options.base)
-        prompts = Prompts(**read_record(base).get("prompts", {}))
+        prompts, model = Prompts(**read_record(base).get("prompts", {})), ModelRecipe(base=base)
     else:
         raise CafeError("A source alone does not say which model is to read it: give --base.")
-    processing = Processing(load_processor(base), prompts)
+    processing = processing_of(base, prompts, model)
     checks = check(
         [open_source(source) for source in sources],
         processing,
@@ -376,12 +379,17 @@ def _data_check(options: argparse.Namespace) -> None:
 def _mine(options: argparse.Namespace) -> None:
     from cafe.data.formats import open_source
     from cafe.data.mine import QUESTION, Mining, mine
+    from cafe.image_limits import limit_images
     from cafe.model import Cafe
     from cafe.training.loop import resolve_base
     from cafe.training.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
-    model = Cafe.load(resolve_base(options.checkpoint or recipe.model.base), recipe.prompts)
+    if options.checkpoint:  # which says itself how it was trained to read
+        model = Cafe.load(resolve_base(options.checkpoint))
+    else:
+        model = Cafe.load(resolve_base(recipe.model.base), recipe.prompts)
+        limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     mining = Mining(
         negatives=options.negatives,
         top=options.top,
@@ -414,7 +422,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from dataclasses import replace
 
-    from cafe.evaluation.evaluate import measure
+    from cafe.evaluation.evaluate import during, measure
     from cafe.evaluation.report import ReportRun, write_report
     from cafe.model import Cafe
     from cafe.scenes.write import write_scenes
@@ -429,7 +437,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     if not (data / "llava_train.json").is_file():
         write_scenes(data)
     measure(Cafe.load(resolve_base(recipe.model.base)), data, directory / "before")
-    measure(Cafe.load(train(recipe)), data, directory / "after")
+    measure(Cafe.load(train(recipe, during(recipe))), data, directory / "after")
     runs = [
         ReportRun("base", directory / "before", None),
         ReportRun("joint", directory / "after", directory / "run" / "log.jsonl"),

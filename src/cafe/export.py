@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError, HTTPError
 from jinja2 import ChainableUndefined, Environment
 from PIL import Image
 
@@ -143,7 +143,7 @@ def push(checkpoint: Path, repository: str, card: str, private: bool = True) -> 
         where = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=["README.md"])
         api.upload_file(repo_id=repository, path_or_fileobj=card.encode(), path_in_repo="README.md")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise CafeError(
             f"{checkpoint} cannot be pushed to {repository}: {str(error).strip().splitlines()[0]}"
         ) from error

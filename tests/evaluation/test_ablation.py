@@ -55,6 +55,14 @@ def test_every_arm_is_trained_and_measured_once(recipe, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
+def test_arms_are_measured_during_training_where_the_recipe_says_so(recipe, tmp_path):
+    examined = replace(recipe.evaluation, every=1, limit=2)
+    ablate(replace(recipe, evaluation=examined, keep_best="vqa/all"), seeds=1, suites=["vqa"])
+    assert {path.parent.name for path in (tmp_path / "ablation").glob("*/best")} == {
+        "contrastive-0", "language-0", "joint-0"
+    }  # fmt: skip
+
+
 def test_without_evaluation_data_there_is_nothing_to_compare(recipe):
     with pytest.raises(CafeError, match=r"needs evaluation\.data"):
         ablate(replace(recipe, evaluation=EvaluationRecipe()), seeds=1)

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from cafe import Cafe
 from cafe.cli import main
 from cafe.content import Content
 from cafe.errors import CafeError
-from cafe.evaluation.evaluate import evaluate, write
+from cafe.evaluation.evaluate import during, evaluate, write
 from cafe.evaluation.suite import rates
 from cafe.evaluation.suites import SUITES
 from cafe.instructions import Prompts
+from cafe.training.recipe import EvaluationRecipe
 
 COLORS = ("red", "green", "blue", "yellow")
 
@@ -333,3 +335,25 @@ def test_two_files_that_measure_the_same_are_refused_by_name(data, file, other):
     with pytest.raises(CafeError, match="measure the same") as error:
         evaluate(ColorModel(), data)
     assert first.name in str(error.value) and second.name in str(error.value)
+
+
+def test_a_quick_look_at_a_run_has_a_folder_of_its_own(random_base, scenes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/checkpoint").symlink_to(random_base)
+    assert main(["evaluate", "run", "--data", str(scenes), "--suite", "vqa", "--limit", "2"]) == 0
+    assert [path.parent.name for path in Path("runs/evaluations").glob("*/results.json")] == ["run-limit-2"]
+
+
+@pytest.mark.parametrize(
+    ("folder", "best", "message"),
+    [
+        ("no", "", "folder of evaluation files .*no does not exist"),
+        ("", "retrieval/text_to_image/R@1", "those there begin with held_out"),
+        (".", "R@1", "There will be no result R@1 for keep_best: .* retrieval, .*objects"),
+    ],
+)
+def test_what_training_could_not_measure_is_said_before_it(recipe, data, folder, best, message):
+    evaluation = EvaluationRecipe(data=folder and str(data / folder), every=1)
+    with pytest.raises(CafeError, match=message):
+        during(replace(recipe, evaluation=evaluation, keep_best=best))

@@ -10,11 +10,16 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from cafe.cli import main
+from cafe.data.loading import MicroBatchSize
+from cafe.data.source import Source
+from cafe.errors import CafeError
 from cafe.instructions import Prompts
 from cafe.model import Cafe
-from cafe.training.loop import train
+from cafe.training.loop import resolve_base, train
 from cafe.training.optimizer import cosine, make_optimizer
 from cafe.training.recipe import (
+    DataRecipe,
+    EvaluationRecipe,
     ObjectiveRecipe,
     OptimizerRecipe,
 )
@@ -44,6 +49,12 @@ def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(rec
     assert Cafe.load(first).record["recipe"]["batch_size"] == 8
 
 
+def test_a_log_of_every_0_steps_tells_of_the_first_and_the_last(recipe, tmp_path):
+    train(replace(recipe, steps=3, log_every=0), report=lambda line: None)
+    log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 3]
+
+
 def test_each_part_has_its_own_learning_rate(recipe, random_base):
     model = Cafe.load(random_base, Prompts(), torch.float32)
     rates = OptimizerRecipe(learning_rate=1e-3, vision_tower_learning_rate=1e-4, projector_learning_rate=1e-5)
@@ -61,20 +72,45 @@ def test_a_learned_temperature_moves(recipe):
     assert Cafe.load(checkpoint).record["temperature"] != pytest.approx(0.05, abs=1e-6)
 
 
-def test_bf16_and_accumulation_run(recipe):
+def test_bf16_checkpointing_micro_batches_and_accumulation_run_without_a_warning(recipe):
     half = replace(
         recipe,
         model=replace(recipe.model, precision="bf16", gradient_checkpointing=True),
         optimizer=replace(recipe.optimizer, accumulate=2),
+        micro_batch=MicroBatchSize(tokens=400),
         steps=2,
     )
-    assert (train(half, report=lambda line: None) / "cafe.json").is_file()
+    said: list[str] = []
+    assert (train(half, report=said.append) / "cafe.json").is_file()
+    assert [line.split()[0] for line in said] == ["Training", "The"]
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
     factor = cosine(100, 0.1)
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0
     assert factor(55) == pytest.approx(0.5) and factor(100) == 0.0
+
+
+def test_missing_files_are_named_before_a_model_is_loaded(recipe, tmp_path):
+    model = replace(recipe.model, base=str(tmp_path))  # no model is there
+    with pytest.raises(CafeError, match=r"no\.json does not exist"):
+        train(replace(recipe, model=model, data=DataRecipe(sources=(Source(path="no.json"),))))
+
+
+def test_evaluation_data_wants_something_that_measures(recipe, scenes):
+    with pytest.raises(CafeError, match=r"nothing measures evaluation\.data"):
+        train(replace(recipe, evaluation=EvaluationRecipe(data=str(scenes), every=1)))
+
+
+def test_a_base_is_a_run_a_directory_or_an_id(random_base, tmp_path, monkeypatch):
+    (tmp_path / "run" / "checkpoint").mkdir(parents=True)
+    assert resolve_base(str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoint")
+    assert (resolve_base(str(random_base)), resolve_base("owner/name")) == (str(random_base), "owner/name")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert resolve_base("~/run/checkpoint") == str(tmp_path / "run" / "checkpoint")
+    for missing in ("/no", "./no", "../no", "~/no", "runs/no/checkpoint"):
+        with pytest.raises(CafeError, match=f"directory {missing} does not exist"):
+            resolve_base(missing)
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, capsys):

@@ -160,6 +160,18 @@ def test_overrides_reach_into_the_tree():
         ("optimizer.name=adam", "optimizer.name should be one of adamw, adafactor"),
         ("objective.hardness=-1", "objective.hardness should be 0 or more"),
         ("objective.matryoshka_weights=[1]", "one weight for each of objective.matryoshka"),
+        ("objective.temperature=0", "objective.temperature should be above 0, not 0"),
+        ("objective.temperature=.nan", "objective.temperature should be above 0, not nan"),
+        ("objective={lm_weight: 0, contrastive_weight: 0}", "are both 0: nothing is learned"),
+        ("optimizer.accumulate=0", "optimizer.accumulate should be above 0, not 0"),
+        ("optimizer.learning_rate=-1", "optimizer.learning_rate should be 0 or more"),
+        ("model.frozen=[vision_tower, projector, language_model]", "model.frozen names every part"),
+        ("model.max_tokens=0", "model.max_tokens should be above 0"),
+        ("data.workers=-1", "data.workers should be 0 or more"),
+        ("evaluation.limit=0", "evaluation.limit should be above 0"),
+        ("micro_batch.tokens=0", "micro_batch.tokens should be above 0"),
+        ("batch_size=0", "batch_size should be above 0, not 0"),
+        ("log_every=-1", "log_every should be 0 or more"),
     ],
 )
 def test_a_mistake_is_one_sentence(override, sentence):

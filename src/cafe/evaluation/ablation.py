@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe.errors import CafeError
-from cafe.evaluation.evaluate import measure
+from cafe.evaluation.evaluate import choose, during, measure
 from cafe.model import Cafe
 from cafe.training.loop import resolve_base, train
 from cafe.training.recipe import Recipe
@@ -48,13 +48,15 @@ def ablate(recipe: Recipe, seeds: int, suites: Sequence[str] = ()) -> str:
     if not recipe.evaluation.data:
         raise CafeError("An ablation needs evaluation.data in its recipe.")
     data, output = Path(recipe.evaluation.data), Path(recipe.output)
+    choose(data, suites)  # before a model is loaded
     base = Cafe.load(resolve_base(recipe.model.base))
     measured = {"base": [measure(base, data, output / "base", suites)]}
     for arm, weights in ARMS.items():
         for seed in range(seeds):
             place = output / f"{arm}-{seed}"
             run = replace(recipe, output=str(place), seed=seed, objective=replace(recipe.objective, **weights))
-            measured.setdefault(arm, []).append(measure(Cafe.load(train(run)), data, place, suites))
+            trained = Cafe.load(train(run, during(run)))
+            measured.setdefault(arm, []).append(measure(trained, data, place, suites))
     table = _table(measured)
     (output / "ablation.json").write_text(json.dumps(measured, indent=2) + "\n")
     print(table)

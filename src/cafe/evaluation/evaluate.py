@@ -13,8 +13,9 @@ from cafe.errors import CafeError
 from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import Evaluation, Suite
 from cafe.evaluation.suites import SUITES
+from cafe.training.recipe import Recipe
 
-__all__ = ["Evaluation", "evaluate", "listing", "measure", "write"]
+__all__ = ["Evaluation", "during", "evaluate", "listing", "measure", "write"]
 
 
 def evaluate(
@@ -68,6 +69,23 @@ def measure(model: Any, data: Path, directory: Path, suites: Sequence[str] = ())
     return evaluation.results
 
 
+def during(recipe: Recipe) -> Callable[[Any], dict[str, float]] | None:
+    """What measures a model on `evaluation.data` during training, as a recipe says; None where it does not say so.
+
+    Raises:
+        CafeError: there is no evaluation file, or no suite gives the result that `keep_best` names.
+    """
+    wanted, best = recipe.evaluation, recipe.keep_best.removeprefix("-")
+    if not wanted.every:
+        return None
+    data = Path(wanted.data)
+    suites = [suite.name for suite in choose(data)] if wanted.data else []
+    first = [*suites, *(["objects"] if "captions" in suites else []), "held_out"]
+    if best and best.split("/")[0] not in first:
+        raise CafeError(f"There will be no result {best} for keep_best: those there begin with {', '.join(first)}.")
+    return (lambda model: evaluate(model, data, wanted.limit, lambda line: None).results) if wanted.data else None
+
+
 def choose(data: Path, names: Sequence[str] = ()) -> list[Suite]:
     """The suites of these names; where none is named, the usual ones whose files are in `data`, or whatever is there.
 
@@ -76,6 +94,8 @@ def choose(data: Path, names: Sequence[str] = ()) -> list[Suite]:
     Raises:
         CafeError: a suite is unknown or lacks its files, or there is no evaluation file in `data`.
     """
+    if not data.is_dir():
+        raise CafeError(f"The folder of evaluation files {data} does not exist.")
     known = {suite.name: suite for suite in SUITES}
     named = [name for name in names if name != "all"]
     for name in named:

@@ -13,10 +13,11 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from cafe.data.loading import UNCUT, Quarantine
-from cafe.errors import Stopped
+from cafe.data.formats import open_source
+from cafe.data.loading import Quarantine
+from cafe.errors import CafeError, Stopped
 from cafe.image_limits import limit_images
-from cafe.model import Cafe
+from cafe.model import Cafe, checkpoint_of
 from cafe.training import checkpoints
 from cafe.training.checkpoints import Position, full_disk, generators, set_generators
 from cafe.training.compiling import compile_layers
@@ -60,13 +61,19 @@ def train(
     set_seed(recipe.seed)
     sharded = wants_shards(recipe.model.shard)
     divided = wants_zero(recipe)
+    if recipe.evaluation.every and recipe.evaluation.data and not evaluate:
+        raise CafeError(
+            "evaluation.every is set, and nothing measures evaluation.data: `train` takes what does, which "
+            "cafe.evaluation.evaluate.during(recipe) makes."
+        )
     accelerator = Accelerator(log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
     report = report if rank == 0 else lambda line: None
     name = first_ones(lambda: claim(recipe))
 
-    # The model, the data as batches in an order fixed by the seed, the step, and its optimizer.
+    # The data, which may be missing, the model, batches in an order fixed by the seed, the step, and its optimizer.
+    sources = [open_source(source) for source in recipe.data.sources]
     base, place = resolve_base(recipe.model.base), torch.device("cpu") if sharded else device
     dtype = torch.bfloat16 if recipe.model.adapter and recipe.model.frozen_weights != "fp32" else torch.float32
     four_bit = recipe.model.frozen_weights == "4bit"
@@ -74,9 +81,7 @@ def train(
     limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     if recipe.model.gradient_checkpointing:
         model.lvlm.gradient_checkpointing_enable()
-        if recipe.micro_batch != UNCUT:
-            report("Gradient checkpointing and micro-batches both save memory by another forward: one of them will do.")
-    batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded)
+    batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded, sources)
     joint = make_joint(recipe, model, batches.nothing())
     about = describe(model.lvlm)
     if sharded:
@@ -110,7 +115,7 @@ def train(
         bar = tqdm(range(at.step + 1, steps + 1), "train", steps, initial=at.step, unit="step", disable=log is None)
         for step in bar:
             # Both losses of each contrastive batch, and their gradient summed over batches and processes.
-            measure = step % recipe.log_every == 0 or step in (1, steps)
+            measure = step in (1, steps) or (recipe.log_every > 0 and step % recipe.log_every == 0)
             parts = [quarantine.check(batch) for batch in next(feed)]
             losses = follow(joint, parts, feed, measure)
             lm = torch.stack([each.lm for each in losses]).mean()
@@ -171,5 +176,16 @@ def train(
 
 
 def resolve_base(base: str) -> str:
-    """Where a base model is: the shipped one's directory for "scenes", else the path or Hub id itself."""
-    return str(Path(__file__).parents[1] / "scenes" / "base") if base == "scenes" else base
+    """Where a base model is: for "scenes" the shipped one's directory, for a run its checkpoint, else as it is given.
+
+    Raises:
+        CafeError: it can be no Hub id, and no directory is there.
+    """
+    if base == "scenes":
+        return str(Path(__file__).parents[1] / "scenes" / "base")
+    path = Path(base).expanduser()
+    if path.is_dir():
+        return str(checkpoint_of(path))
+    if base.startswith(("/", "./", "../", "~")) or base.count("/") > 1:
+        raise CafeError(f"The model's directory {base} does not exist.")
+    return base

@@ -6,6 +6,7 @@ one sentence, with the nearest right key.
 
 import difflib
 import types
+from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -21,6 +22,14 @@ from cafe.families import PartName
 from cafe.instructions import Prompts
 
 
+def _check(numbers: Any, where: str, *, above_0: Sequence[str] = (), from_0: Sequence[str] = ()) -> None:
+    """Refuses numbers that are out of their range; null is in every one."""
+    for name in (*above_0, *from_0):
+        value = getattr(numbers, name)
+        if value is not None and not (value > 0 or (value == 0 and name in from_0)):
+            raise CafeError(f"{where}{name} should be {'0 or more' if name in from_0 else 'above 0'}, not {value}.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelRecipe:
     """What is trained.
@@ -32,8 +41,8 @@ class ModelRecipe:
             model's alone and wants bitsandbytes.
         attention: the attention implementation by transformers' name.
         max_tokens: the longest sequence.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory; an alternative to
-            small micro-batches.
+        gradient_checkpointing: compute activations again in the backward pass, to save memory where even those of a
+            small micro-batch are too many: of one pair in a model of 7 billion, for example.
         compile: compile the layers (torch.compile): the first steps take minutes, the others less than before.
         shard: spread weights, gradients and optimizer state over the processes (FSDP2); without it each has them all.
         frozen: parts that are not trained.
@@ -62,6 +71,7 @@ class ModelRecipe:
     grids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        _check(self, "model.", above_0=("max_tokens", "row_tokens", "max_pixels"))
         if self.precision == "fp16":
             raise CafeError(
                 "model.precision: training in float16 needs a scaled loss, which is not done here: use bf16, or fp32 "
@@ -77,6 +87,8 @@ class ModelRecipe:
             )
         if self.adapter and self.frozen:
             raise CafeError("model.frozen goes without model.adapter, which freezes every part itself.")
+        if set(self.frozen) == set(get_args(PartName)):
+            raise CafeError("model.frozen names every part of the model: nothing is left to train.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +106,9 @@ class DataRecipe:
     mixture: Mixture = field(default_factory=Mixture)
     workers: int = 1
     max_bad_share: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check(self, "data.", from_0=("workers", "max_bad_share"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +143,9 @@ class ObjectiveRecipe:
     compat: Literal["exact", "published"] = "exact"
 
     def __post_init__(self) -> None:
-        if self.hardness < 0:
-            raise CafeError(f"objective.hardness should be 0 or more, not {self.hardness}.")
+        _check(self, "objective.", above_0=("temperature",), from_0=("lm_weight", "contrastive_weight", "hardness"))
+        if not (self.lm_weight or self.contrastive_weight):
+            raise CafeError("objective.lm_weight and objective.contrastive_weight are both 0: nothing is learned.")
         if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka or ()):
             raise CafeError("objective.matryoshka_weights should have one weight for each of objective.matryoshka.")
 
@@ -168,6 +184,10 @@ class OptimizerRecipe:
     clip: float = 1.0
     accumulate: int = 1
 
+    def __post_init__(self) -> None:
+        rates = ("learning_rate", "vision_tower_learning_rate", "projector_learning_rate", "weight_decay", "warm_up")
+        _check(self, "optimizer.", above_0=("epsilon", "clip", "accumulate"), from_0=rates)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationRecipe:
@@ -187,6 +207,9 @@ class EvaluationRecipe:
     limit: int | None = None
     samples: int = 4
 
+    def __post_init__(self) -> None:
+        _check(self, "evaluation.", above_0=("limit",), from_0=("every", "samples"))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -199,6 +222,7 @@ class Recipe:
             measures at the start what fits.
         memory: what a process may take in all under "auto", in GiB; null for what is free when it starts.
         epochs: passes over the data, unless `steps` says when to stop.
+        log_every: steps between lines of the log; with 0 it tells of the first and the last alone.
         save_every: steps between saved states of the run, from which it goes on when it breaks off; 0 for none.
         keep_last: how many of them are kept.
         keep_best: the result of the evaluation during training by which the best checkpoint is kept, such as
@@ -226,6 +250,16 @@ class Recipe:
     keep_best: str = ""
     max_skipped: int = 10
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = ("tensorboard",)
+
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "",
+            above_0=("batch_size", "memory", "epochs", "steps", "keep_last"),
+            from_0=("seed", "log_every", "save_every", "max_skipped"),
+        )
+        if self.micro_batch != "auto":
+            _check(self.micro_batch, "micro_batch.", above_0=("tokens", "crops"))
 
 
 def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:

@@ -1,25 +1,60 @@
 """What a recipe says of data and step, made."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cafe.data.formats import open_source
+from transformers import AutoConfig
+
+from cafe.adapters import adapter_of
+from cafe.data.formats import Records, open_source
 from cafe.data.loading import UNCUT, Batches, MicroBatch, MicroBatchSize
 from cafe.data.raw import raw
+from cafe.errors import CafeError
 from cafe.families import vision_tower_of
+from cafe.image_limits import limit_images
+from cafe.instructions import Prompts
 from cafe.model import Cafe
+from cafe.processing import Processing, load_processor
+from cafe.training.geometry import empty_model
 from cafe.training.optimizer import prepare
-from cafe.training.recipe import Recipe
+from cafe.training.recipe import ModelRecipe, Recipe
 from cafe.training.step import JointStep
 from cafe.training.vision import VisionCache
 
 
-def make_batches(recipe: Recipe, model: Cafe, rank: int, world: int, sharded: bool = False) -> Batches:
-    """The contrastive batches of a run, this process's part of each, in an order fixed by the seed."""
+def processing_of(base: str, prompts: Prompts, recipe: ModelRecipe) -> Processing:
+    """What a base model, or an adapter's, reads texts and pictures by, as the recipe limits it; without the weights.
+
+    Raises:
+        CafeError: nothing of the sort can be loaded from there, or the limits are not for it.
+    """
+    try:
+        adapter = adapter_of(base)
+        config = AutoConfig.from_pretrained((adapter and adapter.base_model_name_or_path) or base)
+        processor = load_processor(base, config.model_type)
+    except (ImportError, OSError, ValueError) as error:
+        raise CafeError(f"No processor can be loaded from {base}: {str(error).strip().splitlines()[0]}") from error
+    limit_images(empty_model(config), processor, recipe.max_pixels, recipe.grids)
+    return Processing(processor, prompts)
+
+
+def make_batches(
+    recipe: Recipe,
+    model: Cafe,
+    rank: int,
+    world: int,
+    sharded: bool = False,
+    sources: Sequence[Records] | None = None,
+) -> Batches:
+    """The contrastive batches of a run, this process's part of each, in an order fixed by the seed.
+
+    The recipe's sources are opened here unless they were before.
+    """
     objective = recipe.objective
     processing, normalization = raw(model.processing)
     return Batches(
-        [open_source(source) for source in recipe.data.sources],
+        sources or [open_source(source) for source in recipe.data.sources],
         processing,
         recipe.batch_size,
         recipe.seed,
