@@ -101,7 +101,7 @@ def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, token
     batch = Batches([source], model.processing, 6, 0, packing=Packing(columns=160), size=MicroBatchSize(tokens=tokens))[
         0
     ]
-    vision = VisionCache(vision_tower_of(model.lvlm)) if frozen else None
+    vision = VisionCache(vision_tower_of(model.lvlm), model.lvlm.config) if frozen else None
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         JointStep(model.lvlm.train(), ObjectiveRecipe(), vision=vision)(batch)
     expected = sum(
