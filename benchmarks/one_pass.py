@@ -41,7 +41,7 @@ def main() -> None:
     def against_b(precision: str = "fp32", frozen: bool = False) -> float:
         """Pairs/s of ours over those of B, both under a gradient cache."""
         tower = model.model.vision_tower.requires_grad_(not frozen)
-        other = JointStep(model, ObjectiveRecipe(), precision, VisionCache(tower) if frozen else None)
+        other = JointStep(model, ObjectiveRecipe(), precision, VisionCache(tower, model.config) if frozen else None)
 
         def cached_step() -> None:
             other(cached)

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
-from families import FAMILIES
+import transformers as hf
+from families import FAMILIES, TEXT
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import PreTrainedModel
 
 from cafe.last_layer import last_layer_at, parts_of
 
 OTHER_LAYERS = {"gemma4"}  # something follows the feed-forward part of its layers
+IDS = torch.randint(10, 40, (2, 7), generator=torch.Generator().manual_seed(0))
 PLACES = torch.tensor([[0, 4], [1, 0], [0, 4], [1, 6]])  # one of them twice
 
 
@@ -20,10 +23,9 @@ def make(family):
 
 def gradients(lvlm, weight, *context):
     """The hidden states at `PLACES`, and the gradient of their weighted sum."""
-    ids = torch.randint(10, 40, (2, 7), generator=torch.Generator().manual_seed(0))
     lvlm.zero_grad()
     with last_layer_at(lvlm, *context):
-        hidden = lvlm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state
+        hidden = lvlm.base_model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
     read = hidden[PLACES[:, 0], PLACES[:, 1]]
     (read * weight).sum().backward()
     return read, torch.cat([part.grad.flatten() for part in lvlm.parameters() if part.grad is not None]), hidden
@@ -42,6 +44,35 @@ def test_what_is_read_and_its_gradient_are_those_of_the_whole_layer(family):
         gradients(lvlm, weight, PLACES[:2], PLACES[2:])[:2], gradients(lvlm, weight, everywhere())[:2], strict=True
     ):
         torch.testing.assert_close(one, plain, rtol=1e-5, atol=1e-6)
+
+
+def ernie_moe() -> PreTrainedModel:
+    """Experts for words and others for pictures, which are told the kinds of all tokens."""
+    text = {
+        **TEXT, "vocab_size": 64, "mlp_layer_types": ["sparse", "sparse"], "moe_intermediate_size": [16, 16],
+        "moe_num_experts": 2, "moe_k": 1, "moe_num_shared_experts": 1,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+    }  # fmt: skip
+    vision = {"depth": 1, "num_heads": 2, "patch_size": 4, "hidden_size": 32, "intermediate_size": 64}
+    config = hf.AutoConfig.for_model("ernie4_5_vl_moe", text_config=text, vision_config=vision)
+    return hf.AutoModelForImageTextToText.from_config(config)
+
+
+def gpt_oss() -> PreTrainedModel:
+    """Experts who return their router's scores beside what they make."""
+    return hf.GptOssForCausalLM(hf.GptOssConfig(**TEXT, vocab_size=64, num_local_experts=2, num_experts_per_tok=1))
+
+
+@pytest.mark.parametrize(("make", "parts"), [(ernie_moe, 1), (gpt_oss, 2)])
+def test_experts_are_read_as_the_whole_layer_is(make, parts):
+    torch.manual_seed(0)
+    lvlm = make().train()
+    assert len(parts_of(lvlm)) == parts
+    weight = torch.randn(len(PLACES), 1, generator=torch.Generator().manual_seed(1))
+    some, whole = (gradients(lvlm, weight, context)[:2] for context in (PLACES, everywhere()))
+    plain = lvlm.base_model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
+    torch.testing.assert_close(some[0], plain[PLACES[:, 0], PLACES[:, 1]], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(some[1], whole[1], rtol=1e-5, atol=1e-5)
 
 
 def test_only_what_is_read_is_computed_and_the_layer_is_whole_again_behind_it():

@@ -3,6 +3,9 @@
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import create_block_mask
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from cafe.packing import Branch, Packing, lay_out, pack, tree_block_mask, tree_mask, tree_size
 
@@ -94,6 +97,39 @@ def test_the_block_mask_says_the_same(groups):
         block = tree_block_mask(end)
         where = torch.meshgrid(torch.arange(rows), torch.arange(length), torch.arange(length), indexing="ij")
         assert torch.equal(block.mask_mod(where[0], torch.tensor(0), where[1], where[2]), tree_mask(end)[:, 0])
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.sampled_from([1, 128, 512]), st.sampled_from([700, 10**6]))
+def test_the_blocks_are_those_that_pytorch_finds_in_the_whole_mask(data, multiple, columns):
+    lengths = st.integers(1, 400)
+    groups, token = [], 0
+    for _ in range(data.draw(st.integers(1, 4))):
+        prefix, *own = data.draw(st.lists(lengths, min_size=2, max_size=4))
+        groups.append([branch([0, *[token] * prefix, *[token + 1 + i] * length]) for i, length in enumerate(own)])
+        token += 10
+    end = lay_out(groups, Packing(columns=columns, multiple=multiple)).end
+    mask = tree_mask(end)
+    found = tree_block_mask(end)
+    rows, length = end.shape
+    expected = create_block_mask(lambda r, h, q, k: mask[r, 0, q, k], rows, None, length, length, device="cpu")
+    assert found.shape == expected.shape
+    for part in ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices", "q_num_blocks", "q_indices"):
+        assert torch.equal(getattr(found, part), getattr(expected, part))
+
+
+def test_the_block_mask_of_a_long_row_is_made_in_little_memory():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            tree_map_only(torch.Tensor, lambda tensor: setattr(self, "numel", max(self.numel, tensor.numel())), made)
+            return made
+
+    with Largest() as largest:
+        tree_block_mask(torch.full((1, 8192), 8192))
+    assert largest.numel <= 8192
 
 
 def test_an_image_is_there_once_with_its_tensors_in_the_order_of_its_tokens():

@@ -6,6 +6,7 @@ token learns of another. So the last layer's feed-forward part, most of its work
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -51,7 +52,9 @@ def parts_of(lvlm: PreTrainedModel) -> list[nn.Module]:
         return []
     if layer.training and getattr(layer, "gradient_checkpointing", False):
         return []
-    return [layer.mlp, *(part for name, part in layer.self_attn.named_children() if name == "o_proj")]
+    parts = [part for name, part in layer.self_attn.named_children() if name == "o_proj"]
+    alone = len(signature(layer.mlp.forward).parameters) == 1  # experts may want to be told the kind of each token
+    return [*parts, layer.mlp] if alone else parts
 
 
 class At:
@@ -68,8 +71,10 @@ class At:
         self.places = self.places.to(hidden.device, non_blocking=True)
         return (hidden[self.places[:, 0], self.places[:, 1]][None],)
 
-    def put(self, module: nn.Module, args: Any, made: Tensor) -> Tensor:
-        """Behind it; zeros elsewhere."""
+    def put(self, module: nn.Module, args: Any, made: Any) -> Any:
+        """Behind it; zeros elsewhere. What experts return beside, as their router's scores, is left as it is."""
+        if isinstance(made, tuple):
+            return (self.put(module, args, made[0]), *made[1:])
         every = made.new_zeros(*self.shape[:2], made.shape[-1])
         every[self.places[:, 0], self.places[:, 1]] = made[0]
         return every

@@ -23,10 +23,12 @@ import torch
 from jaxtyping import Bool, Int64
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.utils.rnn import pad_sequence
 
 from cafe.pixels import Normalization, Pixels, as_bytes
+
+BLOCK = 128  # tokens a side of FlexAttention's blocks
 
 Positions = Callable[["Branch"], Int64[Tensor, "axes tokens"]]
 
@@ -236,7 +238,10 @@ def tree_mask(end: Int64[Tensor, "rows columns"]) -> Bool[Tensor, "rows 1 column
 
 
 def tree_block_mask(end: Int64[Tensor, "rows columns"]) -> BlockMask:
-    """The same for FlexAttention, which skips the blocks of 128 x 128 tokens that hold nothing to see."""
+    """The same for FlexAttention, which skips the blocks of 128 x 128 tokens that hold nothing to see.
+
+    What a block holds follows from the smallest and largest `end` among its keys: no mask of all tokens is made.
+    """
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return (key <= query) & (query < end[row, key])
@@ -245,9 +250,24 @@ def tree_block_mask(end: Int64[Tensor, "rows columns"]) -> BlockMask:
         return (key <= query) & (query < end[0, key])
 
     rows, columns = end.shape
-    if rows == 1:
-        return create_block_mask(sees_alone, None, None, columns, columns, device=end.device)
-    return create_block_mask(sees, rows, None, columns, columns, device=end.device)
+    blocks = torch.nn.functional.pad(end, (0, -columns % BLOCK)).unflatten(1, (-1, BLOCK))
+    least, most = (found[:, None, None, :] for found in blocks.aminmax(dim=2))
+    at = torch.arange(blocks.shape[1], device=end.device)
+    first = BLOCK * at[:, None]  # query of each block
+    some = (at <= at[:, None]) & (first < most)
+    full = (at < at[:, None]) & (first + BLOCK <= least)
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~full),
+        *_listed(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees_alone if rows == 1 else sees,
+        seq_lengths=(columns, columns),
+    )
+
+
+def _listed(blocks: Bool[Tensor, "rows 1 queries keys"]) -> tuple[Tensor, Tensor]:
+    """For each block of queries, how many blocks of keys are meant, and all blocks' numbers, these first."""
+    return blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
 
 
 Keys = NDArray[np.int64]

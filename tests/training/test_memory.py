@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import FAMILIES
 from transformers import PreTrainedModel
 
 from cafe.data.formats import Source, open_source
@@ -84,6 +85,20 @@ def test_a_step_that_runs_out_of_memory_is_repeated_exactly_in_halves(model, bat
     assert [part.joint.filled for part in later.micro_batches] == [
         part.joint.filled for part in smaller[1].micro_batches
     ]
+
+
+def test_a_family_whose_pictures_are_rows_of_patches_is_halved_by_tokens_alone(scenes, monkeypatch):
+    model = FAMILIES["qwen2_vl"]()
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    batches = Batches([source], model.processing, PAIRS, seed=0, packing=model.packing)
+    said: list[str] = []
+    feed = Feed(batches, None, 0, 1, 1, 0, said.append)
+    parts = next(feed)
+    tokens = parts[0].micro_batches[0].joint.filled // 2
+    RunsOut(monkeypatch, times=1)
+    follow(JointStep(model.lvlm, ObjectiveRecipe()), parts, feed, measure=False)
+    assert feed.found == MicroBatchSize(tokens) and said[0].endswith(f"in micro-batches of {tokens} tokens.")
+    assert 2 <= len(feed.batches[0].micro_batches) < PAIRS
 
 
 def test_without_dropout_the_gradient_is_that_of_a_step_that_never_broke(model, batches, monkeypatch):

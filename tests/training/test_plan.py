@@ -1,11 +1,14 @@
 """`cafe plan` against torch's count of FLOPs, what autograd keeps, the families' processors and the Hub's totals."""
 
+import math
 import re
 import shlex
 import weakref
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,14 +25,17 @@ from cafe.cli import main, parser
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batch, Batches, MicroBatchSize
 from cafe.families import vision_tower_of
+from cafe.image_limits import limit_images
 from cafe.instructions import Prompts
 from cafe.model import Cafe
-from cafe.packing import Pack, Packing
+from cafe.packing import Pack, Packing, tree_size
 from cafe.processing import without_video
 from cafe.training.geometry import HUB, config_of, empty_model
 from cafe.training.optimizer import freeze
 from cafe.training.plan import HARDWARE, Data, Load, Stack, flops_of, measure, memory_of, picture, plan
+from cafe.training.plan import load_of as planned
 from cafe.training.recipe import ObjectiveRecipe, read_recipe
+from cafe.training.setup import make_batches
 from cafe.training.step import JointStep
 from cafe.training.vision import VisionCache
 
@@ -101,13 +107,13 @@ def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, token
     batch = Batches([source], model.processing, 6, 0, packing=Packing(columns=160), size=MicroBatchSize(tokens=tokens))[
         0
     ]
-    vision = VisionCache(vision_tower_of(model.lvlm)) if frozen else None
+    vision = VisionCache(vision_tower_of(model.lvlm), model.lvlm.config) if frozen else None
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         JointStep(model.lvlm.train(), ObjectiveRecipe(), vision=vision)(batch)
     expected = sum(
         flops_of(measure(model.lvlm), load_of(batch, model.lvlm.config.vision_config.patch_size), checkpointed).values()
     )
-    assert expected == pytest.approx(counter.get_total_flops(), rel=0.05)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
 def kept(module: nn.Module, bf16: bool, **inputs: Tensor) -> int:
@@ -153,8 +159,12 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(bf16):
         assert stack.kept(bf16) + beside == pytest.approx((count(2) - count(1)) / tokens, rel=0.03)
 
 
+LIMITS = {"max_pixels": 500_000}, {"grids": ((1, 1),)}, {"max_pixels": 500_000, "grids": ((1, 1), (1, 3), (2, 2))}
+
+
+@pytest.mark.parametrize("limits", [{}, *LIMITS], ids=str)
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (300, 200), (1000, 300), (2000, 1500)], ids=str)
-def test_a_picture_takes_the_tokens_that_the_familys_processor_gives_it(size):
+def test_a_picture_takes_the_tokens_that_the_familys_processor_gives_it(size, limits):
     image, data = Image.new("RGB", size), Data(width=size[0], height=size[1])
     lvlm = empty_model(config_of("llava-hf/llava-onevision-qwen2-0.5b-si-hf"))
     processor = without_video(hf.LlavaOnevisionProcessor)(
@@ -163,16 +173,52 @@ def test_a_picture_takes_the_tokens_that_the_familys_processor_gives_it(size):
         num_image_tokens=729,
         vision_feature_select_strategy="full",
     )
+    limit_images(empty_model(lvlm.config), processor, **limits)
     made = processor(text=["<image>"], images=[[image]], return_tensors="pt")
-    found = picture(lvlm, data)
+    found = picture(lvlm, data, **limits)
     assert (found.tokens, found.crops) == (made["input_ids"].shape[1], made["pixel_values"].shape[1])
     for base, options in (
         ("Qwen/Qwen2.5-VL-3B-Instruct", {"size": {"shortest_edge": 3136, "longest_edge": 12845056}}),
         ("Qwen/Qwen3-VL-2B-Instruct", {"patch_size": 16, "size": {"shortest_edge": 65536, "longest_edge": 16777216}}),
     ):
-        grid = hf.Qwen2VLImageProcessorPil(**options)([image], return_tensors="pt")["image_grid_thw"][0]
-        found = picture(empty_model(config_of(base)), data)
+        if "grids" in limits:
+            continue
+        lvlm, images = empty_model(config_of(base)), hf.Qwen2VLImageProcessorPil(**options)
+        limit_images(lvlm, SimpleNamespace(image_processor=images), **limits)
+        grid = images([image], return_tensors="pt")["image_grid_thw"][0]
+        found = picture(lvlm, data, **limits)
         assert (found.patches, found.tokens) == (grid.prod(), grid.prod() // 4)
+
+
+def test_a_run_is_planned_with_the_recipes_limits():
+    recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.grids=[[1,1]]"])
+    assert plan(recipe).load.crops == 2 * recipe.batch_size  # the picture and its thumbnail
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("tokens", [None, 400])
+def test_the_rows_are_those_of_training(random_base, scenes, recipe, share, tokens):
+    """Of pairs whose captions are equally long, as the plan takes them to be."""
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, share_prefixes=share),
+        objective=ObjectiveRecipe(hard_negatives=False),
+        batch_size=48,
+        micro_batch=MicroBatchSize(tokens=tokens),
+    )
+    model = Cafe.load(random_base, recipe.prompts, torch.float32)
+    batches = make_batches(recipe, model, 0, 1)
+    by_length = groupby(batches.largest(48), lambda example: len(example.target))
+    examples = max((list(alike) for _, alike in by_length), key=len)
+    rows = [part.joint.inputs["input_ids"].shape for part in batches.of(examples).micro_batches]
+    query, target = examples[0].query, examples[0].target
+    prompt = len(query) + len(target) - tree_size([query, target])
+    words = len(query) - int(query.shown.sum()) - prompt
+    data = Data(width=64, height=64, prompt=prompt, words=words, caption=len(target) - prompt - words)
+    found = planned(replace(recipe, batch_size=len(examples)), model.lvlm, data, 1)
+    assert found.micro_batches == len(rows)
+    assert found.columns == pytest.approx(max(columns for _, columns in rows), rel=0.06)
+    assert found.tokens == pytest.approx(sum(map(math.prod, rows)), rel=0.06)
 
 
 class Live(TorchDispatchMode):
@@ -222,6 +268,23 @@ def test_the_peak_of_a_step_is_what_its_tensors_take(random_base, scenes, checkp
     load = replace(load_of(batch, model.lvlm.config.vision_config.patch_size), vectors=24)
     memory = memory_of(measure(model.lvlm), load, recipe)
     assert sum(memory.values()) - memory["weights"] == pytest.approx(live.peak, rel=0.15)
+
+
+def test_what_a_frozen_tower_made_is_counted(random_base, scenes):
+    model = Cafe.load(random_base, Prompts(), torch.float32)
+    freeze(model.lvlm, ("vision_tower",))
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    batch = Batches([source], model.processing, 48, 0, packing=model.packing, size=MicroBatchSize(tokens=200))[0]
+    tower, peaks = vision_tower_of(model.lvlm), []
+    for vision in (None, VisionCache(tower, model.lvlm.config)):
+        step = JointStep(model.lvlm.train(), ObjectiveRecipe(), vision=vision)
+        with Live() as live:
+            step(batch)
+        model.lvlm.zero_grad()
+        peaks.append(live.peak)
+    recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.precision=fp32"])
+    load = load_of(batch, model.lvlm.config.vision_config.patch_size)
+    assert memory_of(measure(model.lvlm), load, recipe)["vision cache"] == pytest.approx(peaks[1] - peaks[0], rel=0.15)
 
 
 def test_more_gpus_share_a_sharded_models_weights_gradients_and_optimizer_state():

@@ -2,14 +2,19 @@
 
 import pytest
 import torch
+from families import FAMILIES, WIDTH
+from PIL import Image
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from cafe.content import Content
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batch, Batches, MicroBatchSize
 from cafe.families import vision_tower_of
 from cafe.instructions import Prompts
 from cafe.model import Cafe
-from cafe.packing import Packing
+from cafe.packing import Packing, pack
+from cafe.reading import read
 from cafe.training.optimizer import freeze
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
@@ -63,7 +68,7 @@ def test_a_picture_is_encoded_twice_trained_once_frozen_and_never_from_disk(mode
     assert counted.crops == 2 * PAIRS * CROPS - kept
     for cache, times in ((None, 1), (tmp_path, 1), (tmp_path, 0)):
         counted.crops = 0
-        again, same = follow(model, batch, VisionCache(tower, cache))
+        again, same = follow(model, batch, VisionCache(tower, model.lvlm.config, cache))
         assert counted.crops == times * PAIRS * CROPS
         assert again == pytest.approx(loss, rel=1e-5)
         assert (same - gradient).norm() <= 1e-5 * gradient.norm()
@@ -71,12 +76,63 @@ def test_a_picture_is_encoded_twice_trained_once_frozen_and_never_from_disk(mode
 
 def test_other_weights_do_not_find_the_old_features(model, batch, tmp_path):
     tower = vision_tower_of(model.lvlm)
-    follow(model, batch, VisionCache(tower, tmp_path))
+    follow(model, batch, VisionCache(tower, model.lvlm.config, tmp_path))
     with torch.no_grad():
         next(tower.parameters()).add_(1)
     counted = Counted(tower)
-    follow(model, batch, VisionCache(tower, tmp_path))
+    follow(model, batch, VisionCache(tower, model.lvlm.config, tmp_path))
     assert counted.crops == PAIRS * CROPS
+
+
+@pytest.mark.parametrize("every", [False, True])  # hidden states, which older versions of transformers return
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [
+        ("llava", -2),
+        ("llava_next", [-2, 2]),
+        ("llava_onevision", -1),
+        ("internvl", -1),
+        ("internvl", -2),
+        ("gemma3", None),
+    ],
+)
+def test_of_what_a_tower_returns_only_what_the_model_reads_is_kept(family, layers, every, tmp_path):
+    model = FAMILIES[family]()
+    tower = vision_tower_of(model.lvlm)
+    count = len(layers) if isinstance(layers, list) else 1
+    if layers is not None:
+        model.lvlm.config.vision_feature_layer = layers
+    if count > 1:
+        model.lvlm.model.multi_modal_projector.linear_1 = torch.nn.Linear(count * WIDTH, WIDTH)
+    done = pack([[model.encode_embedding(Content.of(Image.new("RGB", (64, 64), "red")))]], [[]], model.packing)
+    plain = tower.forward
+    with torch.no_grad():
+        expected = read(model.lvlm, done)[0]
+        if every and layers is not None:
+            tower.forward = lambda *rows, **named: plain(*rows, **named | {"output_hidden_states": True})
+        for _ in range(2):
+            vision = VisionCache(tower, model.lvlm.config, tmp_path)
+            with vision.step():
+                for _ in range(2):
+                    torch.testing.assert_close(read(model.lvlm, done)[0], expected)
+                for made in vision.kept.values():
+                    assert sum(leaf.ndim == 2 for leaf in tree_leaves(made) if leaf is not None) == count
+            tower.forward = None  # the second time from disk
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "gemma3"])
+def test_a_step_of_one_micro_batch_holds_nothing_beside_what_the_tower_made(family):
+    model = FAMILIES[family]()
+    tower = vision_tower_of(model.lvlm)
+    crops = torch.randn(3, 3, 32, 32)
+    vision = VisionCache(tower, model.lvlm.config)
+    with vision.step():
+        made = tower(crops, output_hidden_states=-1 if family == "llava_onevision" else None)
+        kept, returned = (
+            {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(of) if leaf is not None}
+            for of in (list(vision.kept.values()), made)
+        )
+        assert kept and kept <= returned
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -70,10 +70,11 @@ class Feed:
                 "texts (model.max_tokens), or set model.gradient_checkpointing."
             )
         tokens = most(max(micro_batch.joint.filled for micro_batch in micro_batches), device) // 2
-        crops = most(max(crops_of(micro_batch.joint.inputs) for micro_batch in micro_batches), device) // 2
-        self.found = MicroBatchSize(max(tokens, 1), max(crops, 1))
+        crops = most(max(crops_of(micro_batch.joint.inputs) for micro_batch in micro_batches), device)
+        self.found = MicroBatchSize(max(tokens, 1), max(crops // 2, 1) if crops else None)
         self.batches = self.batches.cut_to(self.found)
-        self.report(f"Memory ran out at step {self.step}: again in micro-batches of {tokens} tokens, {crops} crops.")
+        size = f"{self.found.tokens} tokens" + (f", {self.found.crops} crops" if self.found.crops else "")
+        self.report(f"Memory ran out at step {self.step}: again in micro-batches of {size}.")
         numbers = range((self.step - 1) * self.accumulate, self.step * self.accumulate)
         self.stream = self._load()
         return [self.batches[number] for number in numbers]
@@ -117,8 +118,9 @@ def release(joint: JointStep) -> None:
 
 
 def crops_of(inputs: dict[str, torch.Tensor]) -> int:
-    """The crops among a model's inputs, as `count_crops` counts them."""
-    return math.prod(inputs["pixel_values"].shape[:-3]) if "pixel_values" in inputs else 0
+    """The crops among a model's inputs, as `count_crops` counts them; 0 if patches are joined, which tokens tell of."""
+    pixels = inputs.get("pixel_values")
+    return 0 if pixels is None else math.prod(pixels.shape[:-3] or [0])
 
 
 def fitting_size(joint: JointStep, batches: Batches, limit: float | None = None) -> MicroBatchSize:

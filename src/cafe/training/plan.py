@@ -6,17 +6,23 @@ the peak memory to a run.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from types import SimpleNamespace
+from typing import Any, get_args
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from cafe.data.loading import UNCUT, MicroBatchSize
 from cafe.errors import CafeError
 from cafe.families import PartName, may_share, part_of
+from cafe.image_limits import limit_images
 from cafe.objectives import TILE
+from cafe.packing import Branch, Packing, lay_out, tree_size
 from cafe.training.distributed import BUCKET
 from cafe.training.geometry import config_of, empty_model
 from cafe.training.loop import resolve_base
@@ -280,16 +286,23 @@ def measure(lvlm: PreTrainedModel) -> Sizes:
     )
 
 
-def picture(lvlm: PreTrainedModel, data: Data) -> Picture:
-    """What a picture of the data costs.
+def picture(
+    lvlm: PreTrainedModel, data: Data, max_pixels: int | None = None, grids: Sequence[Sequence[int]] = ()
+) -> Picture:
+    """What a picture of the data costs under the limits that a recipe sets; see `limit_images`.
 
     Raises:
-        CafeError: it is not known for the family.
+        CafeError: it is not known for the family, or the limits are not for it.
     """
     config, vision = lvlm.config, lvlm.config.vision_config
+    processor: Any = SimpleNamespace(image_processor=SimpleNamespace())  # as published
+    images = processor.image_processor
     if config.model_type == "llava_onevision":
+        images.size = {"height": vision.image_size, "width": vision.image_size}
+        images.image_grid_pinpoints = config.image_grid_pinpoints
+        limit_images(lvlm, processor, max_pixels, grids)
         grid = vision.image_size // vision.patch_size
-        best = select_best_resolution((data.height, data.width), config.image_grid_pinpoints)
+        best = select_best_resolution((data.height, data.width), images.image_grid_pinpoints)
         rows, columns = (side // vision.image_size for side in best)
         height, width = rows * grid, columns * grid  # of the whole picture, from which the padding is cut
         if data.width / data.height > width / height:
@@ -301,44 +314,50 @@ def picture(lvlm: PreTrainedModel, data: Data) -> Picture:
             height, width = int(height // shrink), int(width // shrink)
         return Picture(crops=1 + rows * columns, patches=grid**2, tokens=grid**2 + height * width + height)
     if config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        merge = vision.spatial_merge_size
-        side = vision.patch_size * merge
-        least, most = (2**16, 2**24) if config.model_type == "qwen3_vl" else (56 * 56, 12845056)  # pixels, as published
-        scale = math.sqrt(min(max(data.height * data.width, least), most) / (data.height * data.width))
-        patches = math.prod(max(1, round(length * scale / side)) * merge for length in (data.height, data.width))
-        return Picture(crops=1, patches=patches, tokens=patches // merge**2)
+        least, most = (2**16, 2**24) if config.model_type == "qwen3_vl" else (56 * 56, 12845056)
+        images.size, images.merge_size = {"shortest_edge": least, "longest_edge": most}, vision.spatial_merge_size
+        limit_images(lvlm, processor, max_pixels, grids)
+        side = vision.patch_size * images.merge_size
+        resized = smart_resize(data.height, data.width, side, *images.size.values())
+        tokens = math.prod(resized) // side**2
+        return Picture(crops=1, patches=tokens * images.merge_size**2, tokens=tokens)
     raise CafeError(f"How many tokens a picture takes in a {config.model_type} model is not known to `cafe plan`.")
+
+
+def typical(data: Data, seen: Picture, contrast: bool, speaks: bool, number: int = 0) -> list[Branch]:
+    """The branches of a pair: query, target and dialogue, of tokens that are equal where those of real data are."""
+    prompt, shown, caption = [0] * data.prompt, [-1 - number] * seen.tokens, [3 + number] * data.caption
+    embedded = [prompt + shown + [1] * data.words, prompt + caption + [1] * data.words] if contrast else []
+    spoken = [prompt + shown + [2] * data.words + caption] if speaks else []
+    none = torch.zeros(0, dtype=torch.bool)
+    return [Branch(torch.tensor(tokens), none, none) for tokens in embedded + spoken]
 
 
 def load_of(recipe: Recipe, lvlm: PreTrainedModel, data: Data, gpus: int) -> Load:
     """What one step of one GPU reads."""
-    seen, pairs = picture(lvlm, data), recipe.batch_size
+    seen, pairs = picture(lvlm, data, recipe.model.max_pixels, recipe.model.grids), recipe.batch_size
     shares = recipe.model.share_prefixes and may_share(lvlm) is not False
     contrast, speaks = recipe.objective.contrastive_weight > 0, recipe.objective.lm_weight > 0
-    query = (data.prompt + seen.tokens + data.words) * contrast
-    target = (data.prompt + data.caption + data.words) * contrast
-    dialogue = (data.prompt + seen.tokens + data.words + data.caption) * speaks
-    if shares:  # what the dialogue begins with is the query's
-        own = data.words + data.caption if contrast and speaks else dialogue
-        columns = max(recipe.model.row_tokens or lvlm.config.get_text_config().hidden_size, query + own)
-        tokens, rows, times = query + target + own, pairs * (query + target + own) / columns, 1
-    else:
-        columns, rows, times = max(query, target, dialogue), pairs * (2 * contrast + speaks), contrast + speaks
-        tokens = columns * (2 * contrast + speaks)
+    times = 1 if shares else contrast + speaks
     together = pairs  # that go through the model at once; what "auto" will find is not known before it is measured
+    pair = typical(data, seen, contrast, speaks)
     size = recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else UNCUT
     if size.tokens:
-        together = min(together, max(1, size.tokens // tokens))
+        together = min(together, max(1, size.tokens // tree_size(pair)))
     if size.crops:
         together = min(together, max(1, size.crops // seen.crops))
+    width = recipe.model.row_tokens or 2 * lvlm.config.get_text_config().hidden_size  # as in `packing_for`
+    groups = [typical(data, seen, contrast, speaks, number) for number in range(together)]
+    rows, columns = lay_out(groups, Packing(share=shares, columns=width)).end.shape
+    embedded = pair[: 2 * contrast]
     return Load(
         crops=pairs * times * seen.crops,
         patches=seen.patches,
-        rows=rows,
+        rows=rows * pairs / together,
         columns=columns,
         labels=pairs * data.caption * speaks,
         read=pairs * (data.caption * speaks + 2 * contrast),
-        embedded=(query + target) / (query + target + own) if shares else 2 * contrast / (2 * contrast + speaks),
+        embedded=tree_size(embedded) / tree_size(pair) if shares else len(embedded) / len(pair),
         embedded_crops=contrast / times,
         vectors=2 * pairs * gpus * contrast,
         micro_batches=math.ceil(pairs / together),
@@ -422,6 +441,10 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
     if bf16 and not checkpointed:  # autocast's copies of the matrices
         kept += 2 * sum(each.matrices if held == "fp32" else each.trained_matrices for each in sizes.parts.values())
 
+    # What a frozen tower made of all crops, if it reads crop by crop.
+    reads = 0.0 if looks or sizes.merges > 1 else load.crops * load.patches
+    made = reads * sizes.tower.width * (4 if held == "fp32" else 2)
+
     # What is there for a moment.
     tile = min(8 * TILE, load.largest * load.labels * sizes.vocabulary)
     losses = (14 if bf16 else 12) * tile + 8 * sizes.head_trained + 2 * bf16 * sizes.head
@@ -429,14 +452,14 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
     follow = layer * (1.5 if checkpointed else 0.5)  # a layer made again, and its gradients
     earlier = gradients * 2 if load.micro_batches > 1 else 0.0  # of micro-batches before
     moments = [
-        (earlier, kept, losses),
-        (max(earlier, gradients), kept, follow),
-        (2 * gradients, 0.0, 0.0),
-        (gradients, 0.0, 4 * max(BUCKET, sizes.largest) if gpus > 1 and not shard else 0.0),
+        (earlier, kept, made, losses),
+        (max(earlier, gradients), kept, made, follow),
+        (2 * gradients, 0.0, made, 0.0),
+        (gradients, 0.0, 0.0, 4 * max(BUCKET, sizes.largest) if gpus > 1 and not shard else 0.0),
     ]
     contrast = 12 * min(TILE, (load.vectors / 2) ** 2) + 16 * load.vectors * sizes.language.width
-    moments = [(grads, acts, extra + contrast) for grads, acts, extra in moments]
-    names = ("gradients", "activations", "working memory")
+    moments = [(grads, acts, made, extra + contrast) for grads, acts, made, extra in moments]
+    names = ("gradients", "activations", "vision cache", "working memory")
     return always | dict(zip(names, max(moments, key=sum), strict=True))
 
 

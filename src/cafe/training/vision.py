@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map, tree_map_only
+from transformers import PreTrainedConfig
+from transformers.utils import ModelOutput
 
 
 class VisionCache:
@@ -22,12 +24,15 @@ class VisionCache:
 
     Args:
         tower: the tower.
+        config: of its model, which says what is read of the tower's output.
         directory: where to keep it for later steps and runs; None for one step only.
     """
 
-    def __init__(self, tower: nn.Module, directory: Path | None = None) -> None:
+    def __init__(self, tower: nn.Module, config: PreTrainedConfig, directory: Path | None = None) -> None:
         self.tower = tower
-        self.directory = directory / weights_digest(tower) if directory else None
+        self.layers = layers_read(config)
+        name = "_".join([weights_digest(tower), *map(str, self.layers or [])])
+        self.directory = directory / name if directory else None
         self.kept: dict[int, Any] = {}
 
     @contextmanager
@@ -57,11 +62,24 @@ class VisionCache:
                 return value[chosen] if isinstance(value, Tensor) and len(value) == len(crops) else value
 
             made = read(*map(choose, rows), **{name: choose(value) for name, value in named.items()})
+            self._forget(made)
             for row, key in enumerate(unread):
                 self.kept[key] = _row(made, row)
                 self._save(key)
+            if len(unread) == len(keys):
+                return made  # what is kept are views of it: a step of one micro-batch holds nothing twice
         again = [self.kept[key] for key in keys]
         return tree_map(lambda *leaves: None if leaves[0] is None else torch.stack(leaves), *again)
+
+    def _forget(self, made: ModelOutput) -> None:
+        """Drops what the model does not read; older versions of transformers return the hidden states of all layers."""
+        if self.layers is None or not made.get("hidden_states"):
+            return
+        states = made["hidden_states"]
+        chosen = {range(len(states))[layer] for layer in self.layers}
+        made["hidden_states"] = tuple(each if index in chosen else None for index, each in enumerate(states))
+        if chosen:
+            made["last_hidden_state"] = None
 
     def _load(self, key: int, device: torch.device) -> bool:
         file = self._file(key)
@@ -80,6 +98,19 @@ class VisionCache:
 
     def _file(self, key: int) -> Path | None:
         return self.directory / f"{key % 2**64:016x}.pt" if self.directory else None
+
+
+def layers_read(config: PreTrainedConfig) -> list[int] | None:
+    """The hidden states of its tower that a model reads: none, if it reads the last one behind the final norm.
+
+    None for families of which it is not known.
+    """
+    if config.model_type not in ("llava", "llava_next", "llava_onevision", "internvl"):
+        return None
+    layers = config.vision_feature_layer
+    if config.model_type == "internvl" and layers == -1:
+        return []
+    return [layers] if isinstance(layers, int) else list(layers)
 
 
 def _row(made: Any, row: int) -> Any:
