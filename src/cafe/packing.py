@@ -358,13 +358,15 @@ def _trees(sizes: Sequence[int], keys: Sequence[Keys], root: int) -> list[list[i
 
 
 def _fill(trees: Sequence[list[int]], sizes: Sequence[int], root: int, columns: int) -> list[list[int]]:
-    """Trees to rows of at most `columns` tokens, or of the largest tree: as many rows as make the least work.
+    """Trees to rows of at most `columns` tokens: as many rows as make the least work.
 
+    Where the largest tree is longer than that, rows may be an eighth longer than it, for small trees beside large ones.
     What fits in one row goes there. The root is there once a row. The work of a token is that of the layers' matrices,
     as of attention over three times the columns, and attention over its row: many rows leave more padding, long ones
     take more attention.
     """
-    columns = max(columns, *sizes)
+    largest = max(sizes)
+    columns = columns if largest <= columns else largest + largest // 8
     own = [size - root for size in sizes]
     least = max(1, math.ceil(sum(own) / max(1, columns - root)))
     found: list[tuple[int, list[list[int]]]] = []

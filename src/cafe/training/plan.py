@@ -431,13 +431,13 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
         always["gathered weights"] = 8 * (sizes.parameters - sizes.layered) + 2 * sizes.layer * (2 if bf16 else 4)
 
     # What the forward pass keeps for the backward pass.
-    per_token = sizes.language.kept(bf16) + load.columns * (2 if bf16 else 4)  # with the mask, one a layer
-    per_patch = sizes.tower.kept(bf16)
+    per_token, per_patch = sizes.language.kept(bf16), sizes.tower.kept(bf16)
     kept = tokens * sizes.language.layers * (4 * sizes.language.width if checkpointed else per_token)
     kept += looks * patches * sizes.tower.layers * (4 * sizes.tower.width if checkpointed else per_patch)
     kept += 16 * (
         tokens * sizes.language.width + looks * patches * sizes.tower.width
     )  # what is before and behind layers
+    kept += tokens * load.columns * (2 if bf16 else 4)  # the mask
     if bf16 and not checkpointed:  # autocast's copies of the matrices
         kept += 2 * sum(each.matrices if held == "fp32" else each.trained_matrices for each in sizes.parts.values())
 
