@@ -6,6 +6,7 @@ from families import FAMILIES, WIDTH
 from PIL import Image
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from transformers import LlavaConfig, PixtralVisionConfig, PixtralVisionModel
 
 from cafe.content import Content
 from cafe.data.formats import Source, open_source
@@ -72,6 +73,23 @@ def test_a_picture_is_encoded_twice_trained_once_frozen_and_never_from_disk(mode
         assert counted.crops == times * PAIRS * CROPS
         assert again == pytest.approx(loss, rel=1e-5)
         assert (same - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_a_tower_that_lays_pictures_end_to_end_reads_as_ever():
+    size = {"image_size": 32, "patch_size": 8, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1}
+    config = LlavaConfig(vision_config=PixtralVisionConfig(num_attention_heads=2, **size))
+    tower, crops = PixtralVisionModel(config.vision_config).eval(), torch.rand(2, 3, 32, 32)
+    cache = VisionCache(tower, config)
+
+    def read_some(count: int) -> Tensor:
+        return tower(crops[:count], image_sizes=torch.tensor([[32, 32]] * count)).last_hidden_state
+
+    with torch.no_grad():
+        expected = [read_some(count) for count in (1, 2)]
+        with cache.step():
+            found = [read_some(count) for count in (1, 2)]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_other_weights_do_not_find_the_old_features(model, batch, tmp_path):

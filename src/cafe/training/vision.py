@@ -2,7 +2,7 @@
 
 A crop is known by a hash of its pixels as the tower gets them, so preprocessing is part of the key; so are the tower's
 weights, in a directory. This is for towers that read crops one by one, as rows of (crops, channels, height, width);
-towers of another kind (Qwen's, which read patches of several pictures) read as ever.
+towers of another kind (Qwen's and Pixtral's, which read patches of several pictures) read as ever.
 """
 
 import hashlib
@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_map, tree_map_only
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
+ROWS_OF_SEVERAL = ("pixtral",)  # towers that lay all pictures end to end
+
 
 class VisionCache:
     """What a frozen tower made of each crop.
@@ -31,8 +33,10 @@ class VisionCache:
     def __init__(self, tower: nn.Module, config: PreTrainedConfig, directory: Path | None = None) -> None:
         self.tower = tower
         self.layers = layers_read(config)
-        name = "_".join([weights_digest(tower), *map(str, self.layers or [])])
-        self.directory = directory / name if directory else None
+        self.by_itself = getattr(getattr(config, "vision_config", None), "model_type", "") not in ROWS_OF_SEVERAL
+        self.directory = None
+        if directory:
+            self.directory = directory / "_".join([weights_digest(tower), *map(str, self.layers or [])])
         self.kept: dict[int, Any] = {}
 
     @contextmanager
@@ -49,7 +53,7 @@ class VisionCache:
     @torch.no_grad()
     def _forward(self, read: Callable[..., Any], rows: tuple[Any, ...], named: dict[str, Any]) -> Any:
         crops: Tensor = named["pixel_values"] if "pixel_values" in named else rows[0]
-        if crops.ndim != 4:
+        if crops.ndim != 4 or not self.by_itself:
             return read(*rows, **named)
         keys = fingerprints(crops).tolist()
         unread = {
