@@ -4,10 +4,14 @@ import pytest
 import torch
 import transformers as hf
 from families import FAMILIES, TEXT
+from test_packing import branch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from cafe.last_layer import last_layer_at, parts_of
+from cafe.packing import Packing, pack
+from cafe.reading import attention_mask
 
 OTHER_LAYERS = {"gemma4"}  # something follows the feed-forward part of its layers
 IDS = torch.randint(10, 40, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -73,6 +77,40 @@ def test_experts_are_read_as_the_whole_layer_is(make, parts):
     plain = lvlm.base_model(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state
     torch.testing.assert_close(some[0], plain[PLACES[:, 0], PLACES[:, 1]], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(some[1], whole[1], rtol=1e-5, atol=1e-5)
+
+
+class Queries(TorchDispatchMode):
+    """How many tokens ask in each call of attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asking: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:
+            self.asking.append(args[0].shape[2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_in_the_last_layer_only_what_is_read_asks_others():
+    lvlm = make("llava_onevision")
+    said = [branch([*range(10, 30)], spoken=3), branch([*range(10, 25), *range(30, 36)])]
+    packed = pack([said[1:]], [said[:1]], Packing(columns=40))
+    made = []
+    for unread in (0, 40):  # with as many more tokens read, all ask
+        more = torch.cartesian_prod(torch.arange(1), torch.arange(min(unread, packed.end.shape[1])))
+        lvlm.zero_grad()
+        with Queries() as queries, last_layer_at(lvlm, packed.readouts, packed.predictors, more):
+            mask = attention_mask(packed.end, lvlm.config.get_text_config())
+            hidden = lvlm.base_model(**packed.inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        places = torch.cat([packed.readouts, packed.predictors])
+        read = hidden[places[:, 0], places[:, 1]]
+        read.square().sum().backward()
+        made.append((read, torch.cat([part.grad.flatten() for part in lvlm.parameters() if part.grad is not None])))
+        assert queries.asking[-1] == (len(places) if not unread else packed.end.shape[1])
+        assert queries.asking[-2] == packed.end.shape[1]
+    for some, every in zip(*made, strict=True):
+        torch.testing.assert_close(some, every, rtol=1e-5, atol=1e-6)
 
 
 def test_only_what_is_read_is_computed_and_the_layer_is_whole_again_behind_it():

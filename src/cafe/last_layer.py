@@ -1,15 +1,16 @@
-"""The last layer's work behind attention, done only where its output is read.
+"""The last layer's work, done only where its output is read.
 
-Of the last hidden states a step reads those of the readouts and those before supervised tokens, and behind attention no
-token learns of another. So the last layer's feed-forward part, most of its work, runs on those tokens alone.
+Of the last hidden states a step reads those of the readouts and those before supervised tokens. So in the last layer
+only these tokens ask others in attention, under a mask of ours, and only these go through the feed-forward part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -34,10 +35,14 @@ def last_layer_at(lvlm: PreTrainedModel, *places: Int64[Tensor, "tokens 2"]) -> 
     Where layers are made again for the backward pass, or are of another kind, all tokens are computed.
     """
     handles = []
-    at = torch.cat(places).unique(dim=0)  # each once: its gradient must not be counted twice
-    for part in parts_of(lvlm):
+    at = torch.cat(places).unique(dim=0)  # each once, in order: its gradient must not be counted twice
+    parts = parts_of(lvlm)
+    for part in parts:
         compute = At(at)
         handles += [part.register_forward_pre_hook(compute.pick), part.register_forward_hook(compute.put)]
+    if parts:
+        attention = lvlm.get_decoder().layers[-1].self_attn
+        handles.append(attention.register_forward_pre_hook(Askers(at).narrow, with_kwargs=True))
     try:
         yield
     finally:
@@ -78,3 +83,56 @@ class At:
         every = made.new_zeros(*self.shape[:2], made.shape[-1])
         every[self.places[:, 0], self.places[:, 1]] = made[0]
         return every
+
+
+class Askers:
+    """The tokens that ask in attention: of each row those at its places, filled up to as many as any row has."""
+
+    def __init__(self, places: Int64[Tensor, "tokens 2"]) -> None:
+        self.rows, self.columns = places.unbind(1)
+        counts = self.rows.bincount()
+        self.slots = torch.arange(len(places)) - (counts.cumsum(0) - counts)[self.rows]
+        self.grid = torch.zeros(len(counts), int(counts.max()) if len(places) else 0, dtype=torch.long)
+        self.grid[self.rows, self.slots] = self.columns
+
+    def narrow(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """Before the attention module: gives it a mask that lets these tokens alone ask."""
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.ndim != 4 or len(mask) != len(self.grid):
+            return args, kwargs
+        if 2 * self.grid.shape[1] > mask.shape[2]:  # not much less than all
+            return args, kwargs
+        narrowed: Narrowed = mask.as_subclass(Narrowed)
+        narrowed.askers = self
+        return args, {**kwargs, "attention_mask": narrowed}
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
+        """PyTorch's attention for these tokens; zeros for the others."""
+        grid, rows, slots, columns = (
+            each.to(query.device, non_blocking=True) for each in (self.grid, self.rows, self.slots, self.columns)
+        )
+        at = grid[:, None, :, None]
+        asking = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
+        seen = mask.gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        made = F.scaled_dot_product_attention(asking, key, value, attn_mask=seen, **options).transpose(1, 2)
+        every = made.new_zeros(len(query), query.shape[2], *made.shape[2:])
+        every[rows, columns] = made[rows, slots]
+        return every.transpose(1, 2)
+
+
+class Narrowed(Tensor):
+    """A mask under which PyTorch's attention computes some tokens alone. To all else it is that mask."""
+
+    askers: Askers
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        with torch._C.DisableTorchFunctionSubclass():
+            mask = kwargs.get("attn_mask")
+            if func is F.scaled_dot_product_attention and isinstance(mask, Narrowed) and hasattr(mask, "askers"):
+                query, key, value = args
+                return mask.askers.attend(query, key, value, kwargs.pop("attn_mask"), **kwargs)
+            return func(*args, **kwargs)

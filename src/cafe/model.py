@@ -36,6 +36,7 @@ from cafe.export import model_card, write_sentence_transformers
 from cafe.families import four_bit_options
 from cafe.image_limits import agree
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
+from cafe.last_layer import last_layer_at
 from cafe.packing import Branch, Packing, pack
 from cafe.processing import Pictures, Processing, load_processor
 from cafe.reading import logits_of, packing_for, read, to_device
@@ -264,7 +265,8 @@ class Cafe:
         has_axes = hasattr(base, "get_rope_index")  # M-RoPE: the model counts pictures by itself, and keeps the offset
         if not has_axes:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        base(**inputs, past_key_values=cache, use_cache=True)
+        with last_layer_at(self.lvlm, torch.empty(0, 2, dtype=torch.long)):  # the cache is all that is read
+            base(**inputs, past_key_values=cache, use_cache=True)
 
         def mask_of(rest: Tensor) -> Tensor:
             return torch.cat([inputs["attention_mask"], torch.ones_like(rest)], dim=1)

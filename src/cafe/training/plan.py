@@ -387,9 +387,12 @@ def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, 
             backward += forward - 2 * rows * stack.layers * stack.inner * stack.width
         return forward * (1 + again) + backward
 
-    # Behind attention the last layer works only on the tokens that are read, unless it is made again.
+    # The last layer works only on the tokens that are read, unless it is made again.
     stack = sizes.language
     late = 0 if checkpointed else stack.width * (stack.heads + 3 * stack.inner) / language.matrices
+    asking = load.rows * stack.attention_flops(load.columns)
+    if not checkpointed and 2 * load.read <= load.tokens:
+        asking -= 4.0 * load.columns * (load.tokens - load.read) * stack.heads
     # A frozen tower keeps what it read, if it reads crop by crop.
     rereads = cropped if tower.trained or sizes.merges > 1 else 0.0
     attention = load.crops * sizes.tower.attention_flops(load.patches)
@@ -400,7 +403,7 @@ def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, 
         "language model": part(
             language,
             load.tokens - late * (load.tokens - load.read),
-            load.rows * sizes.language.attention_flops(load.columns),
+            asking,
             load.embedded * again,
             sizes.trained,
             sizes.language,
