@@ -6,7 +6,7 @@ from pathlib import Path
 SRC = Path(__file__).parents[1] / "src" / "cafe"
 # Lower rooms first; a room may import those below it and itself.
 FLOORS = [
-    {"errors", "disk", "workers"},
+    {"errors", "disk", "masks", "workers"},
     {"content", "pixels", "resizing", "last_layer"},
     {"instructions", "packing", "objectives"},
     {"families", "processing", "image_limits", "tree_attention"},

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from test_packing import branch, examples
 
 import cafe.reading
+from cafe.masks import OwnWay
 from cafe.model import Cafe
 from cafe.packing import Packing, lay_out, pack, tree_mask
 from cafe.reading import attention_mask, read
-from cafe.tree_attention import TreeMask, paths_of
+from cafe.tree_attention import by_paths, paths_of
 
 
 def attention(end, mask, **options):
@@ -31,7 +32,7 @@ def attention(end, mask, **options):
 def test_paths_make_what_the_dense_mask_makes(groups, columns, multiple, scale):
     layout = lay_out(groups, Packing(columns=columns, multiple=multiple))
     plain = attention(layout.end, tree_mask(layout.end), scale=scale)
-    for one, other in zip(attention(layout.end, TreeMask.of(layout.end), scale=scale), plain, strict=True):
+    for one, other in zip(attention(layout.end, by_paths(layout.end), scale=scale), plain, strict=True):
         torch.testing.assert_close(one, other)
 
 
@@ -53,7 +54,7 @@ def test_paths_and_what_they_see_are_those_of_the_mask(groups, columns):
 
 def test_all_else_sees_a_plain_mask():
     end = torch.tensor([[5, 3, 3, 5, 5]])
-    mask = TreeMask.of(end)
+    mask = by_paths(end)
     assert type(mask[:, :, :3]) is torch.Tensor and torch.equal(mask[..., 0], tree_mask(end)[..., 0])
     half = attention(end, mask[:, :, :, :5])
     for one, other in zip(half, attention(end, tree_mask(end)), strict=True):
@@ -70,7 +71,7 @@ def test_a_model_reads_long_rows_by_paths_as_it_reads_short_ones(random_base, mo
         monkeypatch.setattr(cafe.reading, "LONG", long)
         packed = pack([group], [[branch([*range(10, 40)], spoken=9)]], Packing(columns=80))
         text = model.lvlm.config.get_text_config()
-        assert isinstance(attention_mask(packed.end, text), TreeMask) == (long == 1)
+        assert isinstance(attention_mask(packed.end, text), OwnWay) == (long == 1)
         model.lvlm.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             embedded, before = read(model.lvlm, packed)

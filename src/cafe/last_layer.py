@@ -4,7 +4,7 @@ Of the last hidden states a step reads those of the readouts and those before su
 only these tokens ask others in attention, under a mask of ours, and only these go through the feed-forward part.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from inspect import signature
 from typing import Any
@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from cafe.masks import OwnWay
 
 # What a layer of a known kind is made of; one with other parts may mix tokens in them.
 KNOWN = {
@@ -102,37 +104,17 @@ class Askers:
             return args, kwargs
         if 2 * self.grid.shape[1] > mask.shape[2]:  # not much less than all
             return args, kwargs
-        narrowed: Narrowed = mask.as_subclass(Narrowed)
-        narrowed.askers = self
-        return args, {**kwargs, "attention_mask": narrowed}
+        return args, {**kwargs, "attention_mask": OwnWay.of(mask, self.attend)}
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, **options: Any) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
         """PyTorch's attention for these tokens; zeros for the others."""
         grid, rows, slots, columns = (
             each.to(query.device, non_blocking=True) for each in (self.grid, self.rows, self.slots, self.columns)
         )
         at = grid[:, None, :, None]
         asking = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
-        seen = mask.gather(2, at.expand(-1, mask.shape[1], -1, mask.shape[3]))
+        seen = attn_mask.gather(2, at.expand(-1, attn_mask.shape[1], -1, attn_mask.shape[3]))
         made = F.scaled_dot_product_attention(asking, key, value, attn_mask=seen, **options).transpose(1, 2)
         every = made.new_zeros(len(query), query.shape[2], *made.shape[2:])
         every[rows, columns] = made[rows, slots]
         return every.transpose(1, 2)
-
-
-class Narrowed(Tensor):
-    """A mask under which PyTorch's attention computes some tokens alone. To all else it is that mask."""
-
-    askers: Askers
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        with torch._C.DisableTorchFunctionSubclass():
-            mask = kwargs.get("attn_mask")
-            if func is F.scaled_dot_product_attention and isinstance(mask, Narrowed) and hasattr(mask, "askers"):
-                query, key, value = args
-                return mask.askers.attend(query, key, value, kwargs.pop("attn_mask"), **kwargs)
-            return func(*args, **kwargs)

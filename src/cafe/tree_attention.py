@@ -5,8 +5,9 @@ each other in the row and in the tree, attention is causal, and the kernel skips
 path sees the same ancestors everywhere, and nothing else. On a GPU FlexAttention does this.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from cafe.masks import OwnWay
 from cafe.packing import tree_mask
 
 LONG = 768  # columns from which on the calls save more than they cost: `benchmarks/tree_attention.py`
@@ -78,33 +80,18 @@ def paths_of(end: Int64[Tensor, "rows columns"]) -> Iterator[Path]:
             yield Path(row, start, stop, sees, bias if len(ancestors) else None)
 
 
-class TreeMask(Tensor):
-    """`tree_mask` of rows on a CPU, of which PyTorch's attention takes the paths. To all else it is that mask."""
-
-    paths: Sequence[Path]
-
-    @classmethod
-    def of(cls, end: Int64[Tensor, "rows columns"]) -> "TreeMask":
-        """The mask of trees."""
-        mask: TreeMask = tree_mask(end).as_subclass(cls)
-        mask.paths = list(paths_of(end))
-        return mask
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        call = _attend if func is F.scaled_dot_product_attention else func
-        with torch._C.DisableTorchFunctionSubclass():
-            return call(*args, **(kwargs or {}))
+def by_paths(end: Int64[Tensor, "rows columns"]) -> OwnWay:
+    """`tree_mask` of rows on a CPU, of which PyTorch's attention takes the paths."""
+    return OwnWay.of(tree_mask(end), partial(_attend, list(paths_of(end))))
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+def _attend(
+    paths: Sequence[Path], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any
+) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         query, key, value = (each.to(half) for each in (query, key, value))
-    paths = getattr(attn_mask, "paths", None)  # a part of the mask has none
-    if paths is None or not query.shape == key.shape == value.shape or options.get("dropout_p"):
+    if not query.shape == key.shape == value.shape or options.get("dropout_p"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     made: Tensor = _ByPaths.apply(query, key, value, paths, options.get("scale"))
     return made
