@@ -15,7 +15,7 @@ test: .venv/installed-dev browser
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
 
-bench: .venv/installed
+bench: .venv/installed-dev
 	$(BIN)/python benchmarks/one_pass.py
 	$(BIN)/python benchmarks/info_nce.py
 	$(BIN)/python benchmarks/memory.py

@@ -14,6 +14,7 @@ from random import Random
 
 from common import Row, clock, show, tiny_cafe
 
+from cafe import content
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batch, Batches, load
 from cafe.data.raw import raw
@@ -74,6 +75,7 @@ def compare(width: int, height: int) -> float:
 
 def main() -> None:
     """Prints the table."""
+    print(f"JPEG files are decoded by {'simplejpeg' if content.simplejpeg else 'Pillow'}", flush=True)
     rows = [
         Row(f"13: pairs/s, files of {width} x {height} / memory", compare(width, height), 0.95, 0.99)
         for width, height in SIZES

@@ -1,10 +1,13 @@
 """Contents from what people have at hand, and images decoded on purpose."""
 
+import io
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from cafe.content import Content, ImageRef, open_image
+from cafe import content
+from cafe.content import Content, ImageRef, open_image, open_pixels
 from cafe.errors import CafeError
 
 
@@ -36,9 +39,9 @@ def test_transparency_is_laid_over_white_and_16_bits_scale_to_8(tmp_path):
     assert open_image(ImageRef(tmp_path / "ink.jpg")).mode == "RGB"
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n damaged"])
-def test_a_damaged_image_is_named(tmp_path, content):
-    (tmp_path / "bad.png").write_bytes(content)
+@pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n damaged"])
+def test_a_damaged_image_is_named(tmp_path, data):
+    (tmp_path / "bad.png").write_bytes(data)
     with pytest.raises(CafeError, match=r"bad\.png"):
         open_image(ImageRef(tmp_path / "bad.png"))
 
@@ -56,3 +59,49 @@ def test_too_many_pixels_are_refused_before_decoding(tmp_path):
     Image.new("1", (300, 300)).save(tmp_path / "big.png")
     with pytest.raises(CafeError, match="300 x 300"):
         open_image(ImageRef(tmp_path / "big.png"), max_pixels=1000)
+
+
+def encoded(image: Image.Image, kind: str, **options) -> ImageRef:
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return ImageRef(out.getvalue())
+
+
+@pytest.fixture(params=["simplejpeg", "Pillow"])
+def decoder(request, monkeypatch):
+    """Runs a test with either decoder of plain JPEGs."""
+    if request.param == "Pillow":
+        monkeypatch.setattr(content, "simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
+    return request.param
+
+
+@pytest.mark.parametrize("enough", [None, 16, 40, 64])  # as it is, and at an eighth, a quarter and a half
+@pytest.mark.parametrize("options", [{"quality": 95, "subsampling": 0}, {"quality": 30}, {"progressive": True}])
+def test_pixels_in_an_array_are_those_of_the_picture(decoder, enough, options):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 240, 3), np.uint8))
+    for image in (noise, noise.resize((30, 20)).resize((240, 160))):
+        ref = encoded(image, "JPEG", **options)
+        shown = open_image(ref, enough=enough)
+        assert shown.height == {None: 160, 16: 20, 40: 40, 64: 80}[enough]
+        assert np.array_equal(open_pixels(ref, enough=enough), shown)
+
+
+def test_so_are_those_of_pictures_that_are_no_plain_jpegs(decoder):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 8, 3), np.uint8))
+    turned = noise.getexif()
+    turned[0x0112] = 6
+    jpegs = [encoded(noise.convert(mode), "JPEG") for mode in ("L", "CMYK")]
+    for ref in (*jpegs, encoded(noise, "JPEG", exif=turned), encoded(noise, "PNG"), ImageRef(noise.convert("RGBA"))):
+        assert np.array_equal(open_pixels(ref), open_image(ref))
+    assert open_pixels(encoded(noise, "JPEG", exif=turned)).shape == (8, 5, 3)
+
+
+def test_a_damaged_jpeg_is_named(decoder, tmp_path):
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "whole.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
+    with pytest.raises(CafeError, match=r"cut\.jpg cannot be decoded: .*truncated"):
+        open_pixels(ImageRef(tmp_path / "cut.jpg"))
+    with pytest.raises(CafeError, match="64 x 64"):
+        open_pixels(ImageRef(tmp_path / "whole.jpg"), max_pixels=1000)

@@ -4,14 +4,24 @@ Images are references (a path, bytes, or a picture already in memory), decoded w
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from jaxtyping import UInt8
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from PIL.ExifTags import Base
 
 from cafe.errors import CafeError
+
+try:
+    import simplejpeg
+except ImportError:
+    simplejpeg = None
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, in pixels
 
@@ -146,8 +156,34 @@ def open_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, enough: int | None =
     """
     if isinstance(ref.source, Image.Image):
         return _to_rgb(ImageOps.exif_transpose(ref.source))
+    with _opened(ref.source, max_pixels, enough) as image:
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        return _to_rgb(image)
+
+
+def open_pixels(
+    ref: ImageRef, max_pixels: int = MAX_PIXELS, enough: int | None = None
+) -> UInt8[NDArray[np.uint8], "height width 3"]:
+    """What `open_image` decodes, in an array. A plain JPEG comes there by half the work where simplejpeg is installed.
+
+    Pillow's decoder and simplejpeg's are the same, libjpeg-turbo, and so are the values.
+    """
+    if simplejpeg and not isinstance(ref.source, Image.Image):
+        with _opened(ref.source, max_pixels, enough) as image:
+            if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(Base.Orientation, 1) == 1:
+                data = ref.source if isinstance(ref.source, bytes) else ref.source.read_bytes()
+                with suppress(ValueError):  # it is damaged, and Pillow says how
+                    return simplejpeg.decode_jpeg(data, min_height=image.height, min_width=image.width)
+    return np.array(open_image(ref, max_pixels, enough))  # a copy, which may be written to
+
+
+@contextmanager
+def _opened(source: Path | bytes, max_pixels: int, enough: int | None) -> Iterator[Image.Image]:
+    """An encoded image before it is decoded, set to be decoded at the size that `open_image` tells of."""
+    ref = ImageRef(source)  # for messages
     try:
-        with Image.open(io.BytesIO(ref.source) if isinstance(ref.source, bytes) else ref.source) as image:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             if image.width * image.height > max_pixels:
                 raise CafeError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
             for part in (8, 4, 2):
@@ -155,9 +191,7 @@ def open_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, enough: int | None =
                 if enough and whole and min(image.size) >= part * enough:
                     image.draft(None, (image.width // part, image.height // part))
                     break
-            image.load()
-            ImageOps.exif_transpose(image, in_place=True)
-            return _to_rgb(image)
+            yield image
     except FileNotFoundError:
         raise CafeError(f"The image {ref} does not exist.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -353,7 +353,7 @@ class Cafe:
         return self.processing.encode_dialogue(messages, pictures or self._pictures(content))
 
     def _pictures(self, content: Content) -> Pictures:
-        return self.processing.pictures(self.processing.decode(content.images))
+        return self.processing.shown(content.images)
 
     def _inputs(self, rows: Sequence[Branch], left: bool = False) -> dict[str, Tensor]:
         inputs = self.processing.collate(rows, left=left)

@@ -11,12 +11,12 @@ leaves that one part out. The files written are the family's standard ones eithe
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Int64
@@ -78,8 +78,10 @@ def load_processor(path: str, family: str = "") -> ProcessorMixin:
     return without_video(processor_class_from_name(PROCESSOR_MAPPING_NAMES[family])).from_pretrained(path)
 
 
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # the names of inputs that mark image tokens in some families
-KNOWN_TEXTS = 4096  # whose tokens are kept
+KNOWN = 4096  # texts whose tokens are kept, and chats whose prompts are
 _LARGE = 1024  # pixels of a side; a family that sees them all may see more of a larger picture
 _EMPTY_ANSWER: Message = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
 _WORDS = "\ue000words\ue000"  # stands for the assistant's words where the template is asked what it writes around them
@@ -95,6 +97,15 @@ class Pictures:
     vision: dict[str, Tensor]
 
 
+def known(before: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
+    """What was made of a key before, or else now: frames and instructions are the same in every prompt."""
+    if key not in before:
+        if len(before) >= KNOWN:
+            before.clear()
+        before[key] = make()
+    return before[key]
+
+
 class Processing:
     """Turns chats and pictures into token sequences, and sequences into batches.
 
@@ -108,7 +119,8 @@ class Processing:
         self.prompts = prompts
         self.tokenizer = processor.tokenizer
         quicken(getattr(processor, "image_processor", None))
-        self._known: dict[str, list[int]] = {}
+        self._known_tokens: dict[str, list[int]] = {}
+        self._known_prompts: dict[tuple[str, bool], str] = {}
         tokens = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
         placeholders: list[str] = [*filter(None, tokens), "<image>"]
         if prompts.chat_template == "chatml":
@@ -149,6 +161,10 @@ class Processing:
                 runs[-1].append(token)
         per_token = ("attention_mask", *TOKEN_TYPES)
         return Pictures(runs, {name: value for name, value in batch.items() if name not in per_token})
+
+    def shown(self, refs: Sequence[ImageRef]) -> Pictures:
+        """Decodes and processes the images of one content."""
+        return self.pictures(self.decode(refs))
 
     def decode(self, refs: Sequence[ImageRef]) -> list[Image.Image]:
         """Opens images, large JPEGs no larger than the family's processor can tell."""
@@ -251,9 +267,12 @@ class Processing:
         ) else "", end.rstrip() or self.tokenizer.eos_token
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        return self.processor.apply_chat_template(
-            self._safe(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        def make() -> str:
+            return self.processor.apply_chat_template(
+                self._safe(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+
+        return known(self._known_prompts, (repr(messages), add_generation_prompt), make)
 
     def _safe(self, messages: list[Message]) -> list[Message]:
         """The messages with special tokens in their text broken up, so that a user's words stay words."""
@@ -271,11 +290,10 @@ class Processing:
         ]
 
     def _tokens(self, text: str) -> list[int]:
-        if text not in self._known:  # frames and instructions are the same in every prompt
-            if len(self._known) >= KNOWN_TEXTS:
-                self._known.clear()
-            self._known[text] = self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
-        return self._known[text]
+        def make() -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+
+        return known(self._known_tokens, text, make)
 
     def _split(self, text: str, runs: Iterator[list[int]]) -> list[list[int]]:
         """The token pieces of a rendered text: words and image runs in turn, beginning and ending with words."""

@@ -1,10 +1,12 @@
 """Pictures as training reads them, against the family's own processing."""
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES
 from samples import noise
 
+from cafe.content import ImageRef
 from cafe.data.raw import raw
 
 NOT_BYTES = {"gemma4"}  # its processor has the colours last, and no mean
@@ -22,7 +24,7 @@ def test_the_short_way_makes_the_same_pictures_and_tokens(family):
         return
     for seed, size in enumerate([(90, 31), (48, 64), (90, 31), (300, 200), (48, 64)]):
         image = noise(seed, *size)
-        whole, made = processing.pictures([image]), short.pictures([image])
+        whole, made = processing.pictures([image]), short.picture(np.array(image))
         values = made.vision.pop("pixel_values")
         seen = size in [(90, 31), (48, 64)] and seed > 1
         assert (values.dtype == torch.uint8) == seen  # of a size seen before
@@ -37,11 +39,9 @@ def test_the_short_way_makes_the_same_pictures_and_tokens(family):
 def test_several_pictures_together_go_the_familys_way():
     processing = FAMILIES["smolvlm"]().processing  # fills up the smaller of two with zeros
     short, _ = raw(processing)
-    images = [noise(0, 90, 31), noise(1, 48, 64)]
+    refs = [ImageRef(noise(0, 90, 31)), ImageRef(noise(1, 48, 64))]
     for _ in range(2):
-        assert torch.equal(
-            short.pictures(images).vision["pixel_values"], processing.pictures(images).vision["pixel_values"]
-        )
+        assert torch.equal(short.shown(refs).vision["pixel_values"], processing.shown(refs).vision["pixel_values"])
 
 
 def test_a_family_whose_processor_does_not_say_the_same_keeps_its_own_way(monkeypatch):

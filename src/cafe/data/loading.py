@@ -135,7 +135,7 @@ def _encode(example: Example, processing: Processing, max_tokens: int | None) ->
     def pictures(refs: Sequence[ImageRef]) -> Pictures:
         key = tuple(map(id, refs))
         if key not in done:
-            done[key] = processing.pictures(processing.decode(refs))
+            done[key] = processing.shown(refs)
         return done[key]
 
     def embedding(content: Content) -> Branch:

@@ -9,13 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import UInt8
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from cafe.content import ImageRef, open_pixels
 from cafe.pixels import Normalization
 from cafe.processing import Pictures, Processing
 
-_RAW = {"do_rescale": False, "do_normalize": False}
+# A picture comes as an array in RGB. That its colours are last is said, because a low one could be taken for another.
+_RAW = {"do_convert_rgb": False, "input_data_format": "channels_last", "do_rescale": False, "do_normalize": False}
 KNOWN_SIZES = 512  # whose token runs are kept, of thousands of numbers each
 _SIZES = ((97, 61), (61, 97), (300, 180), (64, 64))  # (width, height) of the pictures that both ways are tried on
 
@@ -32,7 +36,7 @@ def raw(processing: Processing) -> tuple[Processing, Normalization | None]:
     noise = [Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)) for width, height in _SIZES]
     short = _Raw(processing, asked_of_image_processor(processing, noise[0]))
     for image in noise:
-        whole, made = processing.pictures([image]).vision, short.vision(image)
+        whole, made = processing.pictures([image]).vision, short.vision(np.array(image))
         same = all(name in made and torch.equal(made[name], whole[name]) for name in whole if name != "pixel_values")
         if not same or not normalization.makes(whole["pixel_values"], made["pixel_values"]):
             return processing, normalization
@@ -43,24 +47,27 @@ class _Raw(Processing):
     def __init__(self, processing: Processing, options: dict[str, Any]) -> None:
         self.__dict__.update(processing.__dict__)
         self.options = options | _RAW
-        self.known: dict[tuple[int, int], list[list[int]]] = {}  # token runs, which depend on a picture's size alone
+        self.known: dict[tuple[int, ...], list[list[int]]] = {}  # token runs, which depend on a picture's size alone
         self.names: frozenset[str] = frozenset()
 
-    def pictures(self, images: Sequence[Image.Image]) -> Pictures:
+    def shown(self, refs: Sequence[ImageRef]) -> Pictures:
         # Several pictures together may be filled up with values that no byte becomes.
-        if len(images) != 1 or images[0].size not in self.known:
-            whole = super().pictures(images)
-            if len(images) == 1:
-                if len(self.known) >= KNOWN_SIZES:
-                    self.known.clear()
-                self.known[images[0].size], self.names = whole.runs, frozenset(whole.vision)
-            return whole
-        made = self.vision(images[0])
-        return Pictures(self.known[images[0].size], {name: made[name] for name in self.names})
+        return self.picture(open_pixels(refs[0], enough=self.enough)) if len(refs) == 1 else super().shown(refs)
 
-    def vision(self, image: Image.Image) -> dict[str, Tensor]:
+    def picture(self, pixels: UInt8[NDArray[np.uint8], "height width 3"]) -> Pictures:
+        """A picture alone; the first of a size goes the family's own way."""
+        if pixels.shape not in self.known:
+            whole = self.pictures([Image.fromarray(pixels)])
+            if len(self.known) >= KNOWN_SIZES:
+                self.known.clear()
+            self.known[pixels.shape], self.names = whole.runs, frozenset(whole.vision)
+            return whole
+        made = self.vision(pixels)
+        return Pictures(self.known[pixels.shape], {name: made[name] for name in self.names})
+
+    def vision(self, pixels: UInt8[NDArray[np.uint8], "height width 3"]) -> dict[str, Tensor]:
         """What the family's image processor makes of a picture, in bytes, and all else that it says of it."""
-        made = self.processor.image_processor([[image]], **self.options)
+        made = self.processor.image_processor([[pixels]], **self.options)
         return {**made, "pixel_values": made["pixel_values"].to(torch.uint8)}
 
 
