@@ -49,7 +49,8 @@ def shard(reading: nn.Module, device: torch.device, bf16: bool = False, whole: n
     Args:
         reading: what holds the model; its parameters are whole within its `forward` and nowhere else.
         device: of this process.
-        bf16: gather layers in bfloat16, which is half the traffic; gradients are summed in float32 all the same.
+        bf16: gather layers in bfloat16, which is half the traffic; gradients are summed in float32 all the same. Not on
+            a CPU, whose layer norm takes no bfloat16 weights beside float32 inputs.
         whole: a part that stays whole in each process, because it is not read equally often: a cached vision tower.
     """
     kept = set(whole.to(device).parameters()) if whole else set()
@@ -58,7 +59,7 @@ def shard(reading: nn.Module, device: torch.device, bf16: bool = False, whole: n
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in list(layers_of(reading)):
         if kept.isdisjoint(layer.parameters()):
-            fully_shard(layer, mesh=mesh, mp_policy=half if bf16 else exact)
+            fully_shard(layer, mesh=mesh, mp_policy=half if bf16 and device.type != "cpu" else exact)
     fully_shard(reading, mesh=mesh, mp_policy=exact, ignored_params=kept)
     for module in reading.modules():
         if isinstance(module, FSDPModule):
