@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-TILE = 4 * 2**20  # logits computed at once: 16 MiB in float32
+TILE = 2 * 2**20  # similarities computed at once: 8 MiB in float32
+HEAD_TILE = 32 * 2**20  # logits of the language head computed at once: 128 MiB
 
 
 def info_nce(
@@ -52,7 +53,7 @@ def info_nce(
             a negative resembles the match, the more it counts (LLaVE, arXiv 2503.04812). 0 for equal weights.
         margin: what is more similar than the match by more than this cosine is taken for a match that nobody marked,
             and is no negative (as in GISTEmbed, arXiv 2402.16829, here with the model as its own guide). None for none.
-        tile: entries of the similarity matrix computed at once.
+        tile: entries of the similarity matrix computed at once, or as many as the targets have where that is less.
 
     Returns:
         The mean loss in nats.
@@ -155,7 +156,7 @@ def _tiles(
     They are of the same numbers, but a margin is from each direction's own match. What is no negative is -inf.
     """
     pairs = len(queries)
-    step = max(1, tile // len(targets))
+    step = max(1, min(tile // len(targets), targets.shape[1]))  # rows: a tile holds no more numbers than the targets
     sharp = scale + hardness
     bounds = None if margin is None else ((queries * targets[:pairs]).sum(1) + margin) * sharp
     for start in range(0, pairs, step):
@@ -189,7 +190,7 @@ def next_token_loss(
     weight: Float[Tensor, "vocabulary dim"],
     bias: Float[Tensor, " vocabulary"] | None = None,
     softcap: float | None = None,
-    tile: int = 8 * TILE,
+    tile: int = HEAD_TILE,
 ) -> Float[Tensor, ""]:
     """Next-token cross-entropy, summed over the supervised tokens.
 

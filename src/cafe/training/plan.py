@@ -21,7 +21,7 @@ from cafe.data.loading import UNCUT, MicroBatchSize
 from cafe.errors import CafeError
 from cafe.families import PartName, may_share, part_of
 from cafe.image_limits import limit_images
-from cafe.objectives import TILE
+from cafe.objectives import HEAD_TILE, TILE
 from cafe.packing import Branch, Packing, lay_out, tree_size
 from cafe.training.distributed import BUCKET
 from cafe.training.geometry import config_of, empty_model
@@ -449,7 +449,7 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
     made = reads * sizes.tower.width * (4 if held == "fp32" else 2)
 
     # What is there for a moment.
-    tile = min(8 * TILE, load.largest * load.labels * sizes.vocabulary)
+    tile = min(HEAD_TILE, load.largest * load.labels * sizes.vocabulary)
     losses = (14 if bf16 else 12) * tile + 8 * sizes.head_trained + 2 * bf16 * sizes.head
     layer = max(tokens * per_token, looks * patches * per_patch)
     follow = layer * (1.5 if checkpointed else 0.5)  # a layer made again, and its gradients
@@ -460,7 +460,8 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
         (2 * gradients, 0.0, made, 0.0),
         (gradients, 0.0, 0.0, 4 * max(BUCKET, sizes.largest) if gpus > 1 and not shard else 0.0),
     ]
-    contrast = 12 * min(TILE, (load.vectors / 2) ** 2) + 16 * load.vectors * sizes.language.width
+    pairs, width = load.vectors / 2, sizes.language.width
+    contrast = 12 * min(TILE, pairs * min(pairs, width)) + 16 * load.vectors * width
     moments = [(grads, acts, made, extra + contrast) for grads, acts, made, extra in moments]
     names = ("gradients", "activations", "vision cache", "working memory")
     return always | dict(zip(names, max(moments, key=sum), strict=True))
