@@ -34,22 +34,22 @@ DATA = Data(width=384, height=384, caption=64)
 STEPS = 2
 
 
-def make_pairs(lvlm: PreTrainedModel, pairs: int) -> Sides:
-    """Random words and pictures of `DATA`'s lengths."""
-    config, seen = lvlm.config, picture(lvlm, DATA)
+def make_pairs(lvlm: PreTrainedModel, pairs: int, data: Data) -> Sides:
+    """Random words and pictures of these lengths and sizes."""
+    config, seen = lvlm.config, picture(lvlm, data)
     side = config.vision_config.image_size
 
     def words(length: int) -> Tensor:
         return torch.randint(1000, 100_000, (length,))
 
-    system, instruction, question = words(DATA.prompt), words(DATA.words), words(DATA.words)
+    system, instruction, question = words(data.prompt), words(data.words), words(data.words)
     sides = Sides([], [], [])
     for _ in range(pairs):
         vision = {
             "pixel_values": torch.rand(1, seen.crops, 3, side, side),
-            "image_sizes": torch.tensor([[DATA.height, DATA.width]]),
+            "image_sizes": torch.tensor([[data.height, data.width]]),
         }
-        said, shown = words(DATA.caption), torch.full((seen.tokens,), config.image_token_index)
+        said, shown = words(data.caption), torch.full((seen.tokens,), config.image_token_index)
         sides.queries.append(branch(torch.cat([system, shown, instruction]), vision, image=config.image_token_index))
         sides.targets.append(branch(torch.cat([system, said, instruction]), {}))
         spoken = torch.cat([system, shown, question, said])
@@ -78,7 +78,7 @@ def main() -> None:
     freeze(lvlm, recipe.model.frozen)
     print(describe(lvlm), flush=True)
     load, sizes = load_of(recipe, lvlm, DATA, 1), measure(lvlm)
-    batch = make_batch(make_pairs(lvlm, options.pairs), Packing(columns=load.columns), recipe.micro_batch)
+    batch = make_batch(make_pairs(lvlm, options.pairs, DATA), Packing(columns=load.columns), recipe.micro_batch)
     load = replace(load, micro_batches=len(batch.micro_batches))
     memory = memory_of(sizes, load, recipe)
     planned = sum(memory.values())

@@ -7,7 +7,7 @@ embeddings without gradient, chunk by chunk, then once more with it (VLM2Vec's w
 
 import torch
 import torch.nn.functional as F
-from common import CROP, Sides
+from common import Sides
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
@@ -17,28 +17,29 @@ from cafe.packing import Branch, collate_vision
 TEMPERATURE = 0.05
 
 
-def padded(rows: list[Branch], device: torch.device) -> dict[str, Tensor]:
+def padded(rows: list[Branch], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Rows padded on the right."""
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
     mask = pad_sequence([torch.ones_like(row.input_ids) for row in rows], batch_first=True)
     inputs = {"input_ids": ids, "attention_mask": mask, **collate_vision([row.vision for row in rows if row.vision])}
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
+    return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()}
 
 
 def embed(model: PreTrainedModel, rows: list[Branch]) -> Tensor:
     """The last hidden state of each row's last token; rows without an image send a blank one through the tower."""
-    inputs = padded(rows, model.device)
+    inputs = padded(rows, model.device, model.dtype)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(rows)), inputs["attention_mask"].sum(1) - 1]
     if "pixel_values" not in inputs:
-        blank = torch.zeros(len(rows), 3, CROP, CROP, device=model.device)
+        side = model.config.vision_config.image_size
+        blank = torch.zeros(len(rows), 3, side, side, dtype=model.dtype, device=model.device)
         last = last + 0 * model.model.vision_tower(blank).last_hidden_state.sum()
     return F.normalize(last.float(), dim=-1)
 
 
 def language(model: PreTrainedModel, rows: list[Branch]) -> Tensor:
     """Next-token loss, summed, with logits at every token."""
-    inputs = padded(rows, model.device)
+    inputs = padded(rows, model.device, model.dtype)
     supervised = pad_sequence([row.supervised for row in rows], batch_first=True).to(model.device)
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     labels = inputs["input_ids"][:, 1:].masked_fill(~supervised[:, 1:], -100)

@@ -16,6 +16,7 @@ def test_flex_attention_reads_trees_as_sdpa_does(random_base):
     found = []
     for attention in ("sdpa", "flex_attention"):
         model = Cafe.load(random_base, attention=attention)
+        assert model.lvlm.config.vision_config._attn_implementation == "sdpa"
         content = Content.of([picture, "a red circle"])
         branches = [model.encode_embedding(content), model.encode_prompt(content)]
         done = pack([branches, [model.encode_embedding(Content.of("a blue star"))]], [[], []], model.packing)

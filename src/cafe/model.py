@@ -79,7 +79,8 @@ class Cafe:
             prompts: overrides those of the checkpoint; a model without any gets the published ones.
             dtype: of the weights, "auto" for that of the files; float32 on a CPU and bfloat16 on a GPU unless given.
             device: a GPU where there is one, unless given.
-            attention: the attention implementation by transformers' name.
+            attention: the attention implementation by transformers' name. FlexAttention, compiled for each shape, is
+                the language model's alone: it is for trees, and pictures come in numbers of their own.
             four_bit: hold the language model's matrices in 4 bits, by bitsandbytes.
 
         Raises:
@@ -93,8 +94,9 @@ class Cafe:
             adapter = adapter_of(path)
             base = str((adapter and adapter.base_model_name_or_path) or path)
             options = four_bit_options(base, device) if four_bit else {}
+            by_part = {"text_config": attention} if attention == "flex_attention" else attention
             lvlm = AutoModelForImageTextToText.from_pretrained(
-                base, dtype=dtype, attn_implementation=attention, **options
+                base, dtype=dtype, attn_implementation=by_part, **options
             )
             processor = load_processor(str(path), lvlm.config.model_type)
         except (ImportError, OSError, ValueError) as error:  # ImportError: some processors need more packages

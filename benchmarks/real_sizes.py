@@ -1,0 +1,109 @@
+"""The joint step at LLaVA-OneVision's real sizes beside the published one: pairs/s, memory, and how busy the GPU is.
+
+Weights are random. A and B are those of `published.py`; all read the same pairs in bfloat16, by PyTorch's SDPA, and
+ours once more by FlexAttention. The share of the GPU's peak that is used (MFU) counts what the plan's formula counts:
+no operation twice, none on padding. Made for one GPU; `--layers 1` tries it on a CPU.
+
+python benchmarks/real_sizes.py [--recipe recipes/cafe-7b.yaml] [--pairs 8] [--chunk 2] [--dtype bfloat16] [--json FILE]
+"""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from common import Row, flops, make_batch, paired, show
+from geometry_0_5b import make_pairs
+from memory import peak, reset_peak
+from published import step_a, step_b
+from transformers import AutoModelForImageTextToText
+
+from cafe.data.loading import MicroBatchSize
+from cafe.packing import Packing, tree_size
+from cafe.reading import FLEX_MULTIPLE, ONE_ROW
+from cafe.training.geometry import config_of
+from cafe.training.plan import GIB, HARDWARE, MFU, Data, flops_of, load_of, measure
+from cafe.training.recipe import read_recipe
+from cafe.training.step import JointStep
+
+DATA = Data(width=640, height=480, caption=200)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "cafe-0.5b.yaml")
+    parser.add_argument("--pairs", type=int, default=8)
+    parser.add_argument("--chunk", type=int, default=2, help="pairs that go through the model at once, with a cache")
+    parser.add_argument("--dtype", default="float32", help="of the weights")
+    parser.add_argument("--layers", type=int, help="of the language model and of the vision tower, if not all")
+    parser.add_argument("--json")
+    options = parser.parse_args()
+
+    on_gpu = torch.cuda.is_available()
+    recipe = read_recipe(options.recipe, [f"batch_size={options.pairs}", "model.gradient_checkpointing=false"])
+    config = config_of(recipe.model.base)
+    for part in (config.text_config, config.vision_config) if options.layers else ():
+        part.num_hidden_layers = options.layers
+    if options.layers:
+        config.text_config.layer_types = config.text_config.layer_types[: options.layers]
+    torch.manual_seed(0)
+    with torch.device("cuda" if on_gpu else "cpu"):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, options.dtype)).train()
+    step = JointStep(model, recipe.objective, "bf16").to(model.device)
+    sides = make_pairs(model, options.pairs, DATA)
+    load, sizes = load_of(recipe, model, DATA, 1), measure(model)
+    trees = [list(pair) for pair in zip(sides.queries, sides.targets, sides.dialogues, strict=True)]
+    size = MicroBatchSize(tokens=options.chunk * max(map(tree_size, trees)))
+    rows = Packing(columns=load.columns)
+    whole, cut = make_batch(sides, rows), make_batch(sides, rows, size)
+
+    def repeated(work: Callable[[], object], published: bool = False) -> Callable[[], None]:
+        def once() -> None:
+            model.zero_grad(set_to_none=False)
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=published):  # ours sees to it itself
+                work()
+
+        return once
+
+    a = repeated(lambda: step_a(model, sides), published=True)
+    b = repeated(lambda: step_b(model, sides, options.chunk), published=True)
+    ours, cached = repeated(lambda: step(whole)), repeated(lambda: step(cut))
+    taken = {}
+    for name, work in (("A", a), ("ours, one pass", ours), ("B", b), ("ours, cached", cached)):
+        work()  # makes the gradients, which are no part of it
+        gc.collect()
+        before = reset_peak()
+        work()
+        taken[name] = peak() - before
+        print(f"{name}: {taken[name] / GIB:.2f} GiB beyond weights and gradients", flush=True)
+    seconds, against_a = paired(ours, a)
+    seconds_cached, against_b = paired(cached, b)
+    table = [
+        Row("1: pairs/s, ours / A, one pass", against_a, 1.8, 2.2),
+        Row("2: pairs/s, ours / B, gradient cache", against_b, 1.6, 2.4),
+        Row("1: FLOPs, A / ours", flops(a) / flops(ours), 1.8, 2.2),
+        Row("7: memory, ours cached / A", taken["ours, cached"] / taken["A"], 0.15, 0.08, at_least=False),
+    ]
+    print(f"{options.pairs / seconds:.2f} pairs/s in one pass, {options.pairs / seconds_cached:.2f} cached", flush=True)
+    if on_gpu:
+        model.set_attn_implementation({"text_config": "flex_attention"})
+        flat = make_batch(sides, Packing(columns=ONE_ROW, multiple=FLEX_MULTIPLE))
+        flex_seconds, _ = paired(repeated(lambda: step(flat)), lambda: None)
+        print(f"{options.pairs / flex_seconds:.2f} pairs/s in one pass by FlexAttention", flush=True)
+        name = torch.cuda.get_device_name()
+        best = next(hardware.flops for hardware in HARDWARE if hardware.name.split()[0] in name)
+        work = sum(flops_of(sizes, replace(load, micro_batches=1)).values())
+        table += [
+            Row("MFU by SDPA", work / seconds / best, MFU, 0.45),
+            Row("MFU by FlexAttention", work / flex_seconds / best, MFU, 0.45),
+        ]
+    sys.argv[1:] = ["--json", options.json] if options.json else []
+    show(f"The sizes of {recipe.model.base}, {options.pairs} pairs, {options.dtype} weights", table)
+
+
+if __name__ == "__main__":
+    main()
