@@ -197,6 +197,9 @@ def test_winoground_as_json_lines_and_as_parquet(pictures):
     pq.write_table(pa.Table.from_pylist([{"caption_0": "a"}]), pictures / "winoground" / "test.parquet")
     with pytest.raises(CafeError, match="caption_1"):
         winoground.read(pictures / "winoground" / "test.parquet")
+    (pictures / "winoground" / "test.parquet").write_bytes(b"no table")
+    with pytest.raises(CafeError, match=r"test.parquet is not valid parquet"):
+        winoground.read(pictures / "winoground" / "test.parquet")
 
 
 def aro_records() -> list[dict]:
@@ -230,3 +233,7 @@ def test_aro_cuts_the_picture_to_the_box_and_averages_over_kinds(tmp_path):
     (tmp_path / "aro" / "visual_genome_relation.json").write_text(json.dumps([{"image_path": "both.png"}]))
     with pytest.raises(CafeError, match="true_caption"):
         aro.run(Subject(Sees()), tmp_path, None)
+    for change, said in (({"bbox_w": 0}, "box of record 2 .* holds nothing"), ({"bbox_x": "8"}, "should be a number")):
+        (tmp_path / "aro" / "visual_genome_relation.json").write_text(json.dumps([records[0], records[1] | change]))
+        with pytest.raises(CafeError, match=said):
+            aro.run(Subject(Sees()), tmp_path, None)

@@ -324,6 +324,7 @@ def test_documents_rank_the_whole_corpus_by_graded_relevance(data):
     ("change", "said"),
     [
         ({"tgt_text": []}, "0 texts"),
+        ({"tgt_text": "red"}, "0 texts"),  # not its letters
         ({"tgt_img_path": ["", ""]}, "3 texts and 2 pictures"),
         ({"qry_img_path": "absent.png"}, "absent.png"),
         ({"qry_text": "<|image_1|><|image_2|>"}, None),  # more marks than pictures: the picture comes first

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cafe.content import ImageRef, open_image
+from cafe.errors import CafeError
 from cafe.evaluation.choices import AT_ONCE, WAYS, judged, score
 from cafe.evaluation.retrieval import FLICKR, MSCOCO, Home
 from cafe.evaluation.subject import Subject
@@ -24,7 +25,9 @@ from cafe.evaluation.suite import Evaluation, Suite, find_picture, json_records,
 from cafe.evaluation.word_order import Tagger, candidates, spacy_tags
 
 PARTS = ("relation", "attribution")
-FIELDS = ("image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox_w", "bbox_h")
+FIELDS = {name: str for name in ("image_path", "true_caption", "false_caption")} | {
+    f"bbox_{side}": (int, float) for side in "xywh"
+}
 LEAST = {"relation": 1, "attribution": 25}  # records of a kind that enter the mean over kinds
 # A folder of its own: the same files may lie beside it for retrieval, and a long suite waits to be asked for.
 ORDERS = tuple(
@@ -60,6 +63,9 @@ def _measure(
 ) -> list[dict[str, Any]]:
     at = [find_picture(record["image_path"], data, path, "aro/images", "aro") for record in records]
     captions = [(record["true_caption"], record["false_caption"]) for record in records]
+    empty = next((start + n for n, box in enumerate(records, 1) if min(box["bbox_w"], box["bbox_h"]) < 1), None)
+    if empty:
+        raise CafeError(f"The box of record {empty} of {path} holds nothing of the picture.")
     crops = [cut(data / picture, record) for picture, record in zip(at, records, strict=True)]
     scores = score(model, crops, captions)
     rows = []

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from cafe.content import Content, ImageRef
@@ -27,7 +25,7 @@ from cafe.errors import CafeError
 from cafe.evaluation import mmeb_video
 from cafe.evaluation.metrics import ndcg_at_k, rank_of_match
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, json_lines, mean_of, rates, spread
+from cafe.evaluation.suite import Evaluation, Suite, json_lines, mean_of, parquet_rows, rates, spread
 
 FRAMES = 8  # of a video, evenly spread, as VLM2Vec takes them
 KS = (1, 5, 10)
@@ -317,7 +315,8 @@ def read_records(
     rows = _rows(path, video, data, limit)
     questions = []
     for number, row in enumerate(rows):
-        texts, pictures = row["tgt_text"], row["tgt_img_path"] or [""] * len(row["tgt_text"])
+        texts = row["tgt_text"] if isinstance(row["tgt_text"], (list, tuple)) else []
+        pictures = row["tgt_img_path"] or [""] * len(texts)
         if not texts or len(texts) != len(pictures):
             raise CafeError(
                 f"Record {number} of {path} has {len(texts)} texts and {len(pictures)} pictures of candidates."
@@ -343,7 +342,10 @@ def _rows(path: Path, video: str, data: Path, limit: int | None) -> list[dict[st
     """The first rows of a file or folder, in MMEB-eval's fields."""
 
     def rows(fields: Sequence[str], most: int | None) -> list[dict[str, Any]]:
-        found = json_lines(path, fields) if path.suffix == ".jsonl" else _table(_parts(path), path, fields, most)
+        lines = path.suffix == ".jsonl"
+        found = (
+            json_lines(path, dict.fromkeys(fields, object)) if lines else parquet_rows(_parts(path), path, fields, most)
+        )
         return found[:most]
 
     form = mmeb_video.FORMS.get(video)
@@ -366,7 +368,7 @@ def read_corpus(path: Path, limit: int | None = None) -> list[Question]:
     """
 
     def rows(part: str, *columns: str) -> list[dict[str, Any]]:
-        return _table(_parts(path / part), path / part, columns)
+        return parquet_rows(_parts(path / part), path / part, columns)
 
     pages = rows("corpus", "corpus-id", "image")
     number = {row["corpus-id"]: at for at, row in enumerate(pages)}
@@ -391,23 +393,6 @@ def _encoded(image: Any, path: Path) -> str | bytes:
     if not isinstance(picture, (str, bytes)) or not picture:
         raise CafeError(f"A page of the corpus of {path} has no picture.")
     return picture
-
-
-def _table(parts: Sequence[Path], path: Path, columns: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of parquet files that must have the columns."""
-    rows: list[dict[str, Any]] = []
-    for part in parts:
-        try:
-            table = pq.read_table(part)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CafeError(f"The evaluation file {part} is not valid parquet: {error}.") from None
-        for column in columns:
-            if column not in table.column_names:
-                raise CafeError(f"The evaluation file {part} lacks the column {column!r}.")
-        rows += table.slice(0, limit).to_pylist()
-    if not rows:
-        raise CafeError(f"There is no record in {path}.")
-    return rows
 
 
 MMEB = Suite(

@@ -12,7 +12,7 @@ from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import Evaluation, Suite, find_picture, json_records, mean_of, rates
 
 CHANGES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
-FIELDS = ("filename", "caption", "negative_caption")
+FIELDS = {"filename": str, "caption": str, "negative_caption": str}
 
 
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
