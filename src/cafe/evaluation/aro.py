@@ -53,8 +53,8 @@ def run(model: Subject, data: Path, limit: int | None, tag: Tagger = spacy_tags)
             rows += _measure(model, data, path, part, records[start : start + AT_ONCE], start)
         done.outputs[f"aro/{part}"] = rows
         done.results |= rates(rows)
-        for way in WAYS:
-            done.results[f"aro/{part}/macro_{way}"] = macro(rows, f"aro/{part}/{way}", LEAST[part])
+        means = {way: macro(rows, f"aro/{part}/{way}", LEAST[part]) for way in WAYS}
+        done.results |= {f"aro/{part}/macro_{way}": mean for way, mean in means.items() if mean is not None}
     return done
 
 
@@ -103,13 +103,13 @@ def kind(record: dict[str, Any]) -> str:
     return record["relation_name"] if "relation_name" in record else "_".join(record.get("attributes", ()))
 
 
-def macro(rows: list[dict[str, Any]], mark: str, least: int) -> float:
-    """The mean over kinds of the share that is right, in percent; 0 where no kind comes often enough."""
+def macro(rows: list[dict[str, Any]], mark: str, least: int) -> float | None:
+    """The mean over kinds of the share that is right, in percent; None where no kind comes often enough."""
     kinds: dict[str, list[int]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row["marks"][mark])
     shares = [float(np.mean(marks)) for marks in kinds.values() if len(marks) >= least]
-    return 100 * float(np.mean(shares)) if shares else 0.0
+    return 100 * float(np.mean(shares)) if shares else None
 
 
 def find(data: Path) -> list[Path]:
@@ -131,7 +131,8 @@ ARO = Suite(
         "aro/dataset_coco.json, aro/dataset_flickr30k.json (Karpathy): for the order of words, which needs spaCy",
         "their pictures, in val2014/, flickr30k-images/ or images/",
     ),
-    where="github.com/mertyg/vision-language-models-are-bows; cs.stanford.edu/people/karpathy/deepimagesent",
+    where="github.com/mertyg/vision-language-models-are-bows; cs.stanford.edu/people/karpathy/deepimagesent; "
+    "its first two written small by `cafe scenes write DIR`",
     sources=("arXiv 2210.01936",),
     find=find,
     run=run,

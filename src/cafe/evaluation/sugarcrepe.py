@@ -56,7 +56,8 @@ SUGARCREPE = Suite(
         "sugarcrepe/{" + ",".join(CHANGES) + "}.json",
         "COCO val2017's pictures, in the folder itself, images/ or val2017/",
     ),
-    where="github.com/RAIVNLab/sugar-crepe (data); cocodataset.org (2017 Val images)",
+    where="github.com/RAIVNLab/sugar-crepe (data); cocodataset.org (2017 Val images); "
+    "written small by `cafe scenes write DIR`",
     sources=("arXiv 2306.14610",),
     find=find,
     run=run,

@@ -45,7 +45,7 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     for path in find(data):
         name = path.name.removesuffix(ENDS[0]).removesuffix(".jsonl")
         records = read(path)[:limit]
-        asked = [{**record, "text": record["text"] + SHORTLY} for record in records]
+        asked = [{**record, "text": record["text"] + record.get("prompt", SHORTLY)} for record in records]
         rows = []
         for record, begun in zip(records, ask(model, data, path, asked, LONGEST, "val2014"), strict=True):
             score = accuracy(begun["said"], record["answers"])
@@ -98,6 +98,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         asked = json.loads(path.read_text())
         split = asked.get("data_subtype", "val2014")
+        prompt = (asked.get("info") or {}).get("prompt", SHORTLY)
         given = {row["question_id"]: row for row in json.loads(beside.read_text())["annotations"]}
         if not asked["questions"]:
             raise CafeError(f"The evaluation file {path} is empty.")
@@ -106,6 +107,7 @@ def read(path: Path) -> list[dict[str, Any]]:
                 "question_id": row["question_id"],
                 "image": f"COCO_{split}_{row['image_id']:012}.jpg",
                 "text": row["question"],
+                "prompt": prompt,
                 "answers": [answer["answer"] for answer in given[row["question_id"]]["answers"]],
                 "kind": given[row["question_id"]].get("answer_type", ""),
             }
@@ -130,7 +132,8 @@ VQAV2 = Suite(
         "or vqa/NAME.jsonl: image, text (the question), answers (ten of them)",
         "the pictures, in the folder itself, images/ or val2014/",
     ),
-    where="visualqa.org (questions and annotations); okvqa.allenai.org; cocodataset.org (2014 Val images)",
+    where="visualqa.org (questions and annotations); okvqa.allenai.org; cocodataset.org (2014 Val images); "
+    "written small by `cafe scenes write DIR`",
     sources=("arXiv 1505.00468", "arXiv 1612.00837"),
     find=find,
     run=run,
