@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv quickstart test bench docs browser clean
+.PHONY: venv quickstart test test-lmms bench docs browser clean
 
 venv: .venv/installed
 
@@ -14,6 +14,15 @@ test: .venv/installed-dev browser
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
+
+# lmms-eval requires torchvision, which this package does without, and versions of its own: its test has an environment of its own.
+# What lmms-eval 0.7 imports besides; newer filelocks lack what it looks into.
+LMMS := black isort evaluate jsonlines numexpr sacrebleu pytablewriter tqdm-multiprocess loguru tenacity tiktoken \
+	python-dotenv zss openpyxl ftfy einops nltk pycocoevalcap sentencepiece 'av<16' opencv-python-headless latex2sympy2 \
+	math-verify openai peft wandb 'filelock<4'
+
+test-lmms: .venv-lmms/installed
+	.venv-lmms/bin/pytest tests/evaluation/test_lmms_eval.py
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/one_pass.py
@@ -44,5 +53,12 @@ browser:
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+.venv-lmms/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-lmms
+	.venv-lmms/bin/pip install -q --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt)
+	.venv-lmms/bin/pip install -q --disable-pip-version-check -c constraints.txt -e . datasets pytest $(LMMS)
+	.venv-lmms/bin/pip install -q --disable-pip-version-check --no-deps lmms-eval
+	touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-lmms runs

@@ -262,12 +262,15 @@ def _evaluate(options: argparse.Namespace) -> None:
     suites = _names(options.suite)
     choose(options.data, suites)  # before the model is loaded
 
+    import torch
     from accelerate import Accelerator
 
     from cafe.model import Cafe
     from cafe.training.loop import resolve_base
 
-    processes = Accelerator()  # started by `accelerate launch`, each process takes its share on its own device
+    # Started by `accelerate launch` or `torchrun`, each process takes its share on its own device. The latter does not
+    # say that there is no GPU, and accelerate would take each process for the only one.
+    processes = Accelerator(cpu=not torch.accelerator.is_available())
     device = processes.device if processes.num_processes > 1 else None
     name = options.checkpoint.strip("./").replace("/", "-") + (f"-limit-{options.limit}" if options.limit else "")
     output = options.output or Path("runs/evaluations") / name

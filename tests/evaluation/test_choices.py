@@ -150,6 +150,18 @@ def test_a_real_model_on_the_scenes_scores_captions_as_it_does_one_by_one(scenes
         assert row["scores"]["gain"][number] == pytest.approx(seen - model.score(PROMPT, text), abs=2e-3)
 
 
+def test_winoground_and_aro_on_the_scenes_with_a_real_model(scenes, random_base):
+    model = Subject(Cafe.load(random_base))
+    done = winoground.run(model, scenes, 3)
+    assert len(done.outputs["winoground"]) == 3 and done.results.keys() == {
+        f"winoground/{way}/{name}" for way in WAYS for name in ("text", "image", "group")
+    }
+    done = aro.run(model, scenes, 3)
+    assert [len(done.outputs[f"aro/{part}"]) for part in ("relation", "attribution")] == [3, 3]
+    # Three records are too few for a mean over pairs of attributes, which wants 25 of a kind.
+    assert "aro/relation/macro_gain" in done.results and "aro/attribution/macro_gain" not in done.results
+
+
 def test_winogrounds_scores_agree_with_all_orders_of_four_similarities():
     for a, b, c, d in itertools.product(range(3), repeat=4):  # captions 0 and 1 on picture 0, then on picture 1
         text, image = winoground.right(np.array([a, b]), np.array([c, d]))
@@ -197,6 +209,9 @@ def test_winoground_as_json_lines_and_as_parquet(pictures):
     pq.write_table(pa.Table.from_pylist([{"caption_0": "a"}]), pictures / "winoground" / "test.parquet")
     with pytest.raises(CafeError, match="caption_1"):
         winoground.read(pictures / "winoground" / "test.parquet")
+    (pictures / "winoground" / "test.parquet").write_bytes(b"no table")
+    with pytest.raises(CafeError, match=r"test.parquet is not valid parquet"):
+        winoground.read(pictures / "winoground" / "test.parquet")
 
 
 def aro_records() -> list[dict]:
@@ -230,3 +245,7 @@ def test_aro_cuts_the_picture_to_the_box_and_averages_over_kinds(tmp_path):
     (tmp_path / "aro" / "visual_genome_relation.json").write_text(json.dumps([{"image_path": "both.png"}]))
     with pytest.raises(CafeError, match="true_caption"):
         aro.run(Subject(Sees()), tmp_path, None)
+    for change, said in (({"bbox_w": 0}, "box of record 2 .* holds nothing"), ({"bbox_x": "8"}, "should be a number")):
+        (tmp_path / "aro" / "visual_genome_relation.json").write_text(json.dumps([records[0], records[1] | change]))
+        with pytest.raises(CafeError, match=said):
+            aro.run(Subject(Sees()), tmp_path, None)

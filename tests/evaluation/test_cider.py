@@ -1,6 +1,7 @@
 """CIDEr through pycocoevalcap: as a caption is more like those of people, it is more; against the formula by hand."""
 
 import json
+import shutil
 from collections import Counter
 
 import numpy as np
@@ -74,6 +75,22 @@ def test_the_suite_asks_for_a_caption_of_each_test_picture(tmp_path):
     expected = 100 * np.mean(by_formula(list(said.values()), [[text] for text in said.values()]))
     assert done.results == {"cider/CIDEr": pytest.approx(expected)}
     assert [row["said"] for row in done.outputs["cider"]] == list(said.values())
+
+
+def test_on_the_scenes_karpathy_file_each_of_a_pictures_captions_is_a_reference(scenes, tmp_path):
+    (tmp_path / "cider").mkdir()
+    shutil.copy(scenes / "dataset_scenes.json", tmp_path / "cider")
+    (tmp_path / "images").symlink_to(scenes / "images")
+    rows = json.loads((scenes / "dataset_scenes.json").read_text())["images"]
+    said = {row["filename"]: [text["raw"] for text in row["sentences"]] for row in rows if row["split"] == "test"}
+
+    class Knows:
+        def generate_batch(self, prompts, max_new_tokens=64, batch_size=64):
+            return [said[prompt.images[0].source.name][1] for prompt in prompts]
+
+    done = cider.run(Subject(Knows()), tmp_path, None)
+    expected = 100 * np.mean(by_formula([texts[1] for texts in said.values()], list(said.values())))
+    assert done.results == {"cider/CIDEr": pytest.approx(expected)} and len(done.outputs["cider"]) == len(said)
 
 
 def test_without_the_package_the_way_to_it_is_said(monkeypatch):

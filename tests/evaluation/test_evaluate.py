@@ -169,12 +169,36 @@ def test_limit_takes_the_first_records_of_each_suite(data):
         ("captions_test.jsonl", "\n", "captions_test.jsonl is empty"),
         ("dataset_tiny.json", "[]", "not a Karpathy file"),
         ("dataset_tiny.json", '{"images": []}', "no complete image in its split 'test'"),
+        ("dataset_tiny.json", "\xff", "not a Karpathy file"),
+        ("vqa_test.jsonl", "\xff", "vqa_test.jsonl is not valid JSON lines: .*can't decode"),
+        (
+            "vqa_test.jsonl",
+            '{"image": "red.png", "text": "how many?", "answer": 3, "category": "count"}',
+            "field 'answer' in record 1 of .*vqa_test.jsonl should be text, not 3",
+        ),
+        (
+            "captions_test.jsonl",
+            '{"image": "red.png", "text": "what?", "answers": "red", "objects": []}',
+            "field 'answers' in record 1 of .* should be a list, not 'red'",
+        ),
+        (
+            "pope/tiny_pope_random.json",
+            '{"image": "red.png", "text": "Is there a circle?", "label": "Yes"}',
+            "label in record 1 of .*tiny_pope_random.json should be yes or no, not 'Yes'",
+        ),
     ],
 )
 def test_a_broken_file_is_one_clear_sentence(data, file, text, message):
-    (data / file).write_text(text)
+    (data / file).write_text(text, encoding="latin-1")  # of which most is no UTF-8
     with pytest.raises(CafeError, match=message):
         evaluate(ColorModel(), data, report=silent)
+
+
+def test_a_mark_that_ends_lines_elsewhere_may_stand_inside_a_text(data):
+    row = {"image": "red.png", "text": "red\u2028or\x85blue?", "answer": "red", "category": "color"}
+    (data / "vqa_test.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    done = evaluate(ColorModel(), data, report=silent, suites=["vqa"])
+    assert done.outputs["vqa"][0]["asked"] == row["text"]
 
 
 class Oracle:

@@ -5,7 +5,9 @@ lmms-eval's form.
 """
 
 import sys
+import tomllib
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -74,6 +76,15 @@ def visuals(document: dict) -> list[Image.Image]:
 
 def asked(words: str, document: int, **options) -> Request:
     return Request((words, options, visuals, document, "task", "test"))
+
+
+def test_the_entry_point_names_the_class_and_stands_apart_from_it(plugin):
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["entry-points"]
+    module, _, name = declared["lmms_eval.models"]["cafe"].partition(":")
+    assert module != plugin.__name__  # which lmms-eval may be asked for by, before anything of it is there
+    made = getattr(import_module(module), name)()
+    path = made["simple_class_path"] if isinstance(made, dict) else made.simple_class_path
+    assert path == f"{plugin.__name__}.CafeModel"
 
 
 def test_answers_are_cafes_in_the_order_asked_whatever_the_options(wrapped, model):

@@ -139,6 +139,7 @@ def test_geometry_at_its_ends():
     assert modality_gap(rows, rows) == 0
     assert alignment(rows, -rows) == pytest.approx(4)
     assert uniformity(np.repeat(rows[:1], 5, axis=0)) == pytest.approx(0)
+    assert separability(rows[:1], rows) == 50  # nothing to fit
 
 
 def pope_scores(said: list[str], labels: list[bool]) -> dict[str, float]:

@@ -324,6 +324,7 @@ def test_documents_rank_the_whole_corpus_by_graded_relevance(data):
     ("change", "said"),
     [
         ({"tgt_text": []}, "0 texts"),
+        ({"tgt_text": "red"}, "0 texts"),  # not its letters
         ({"tgt_img_path": ["", ""]}, "3 texts and 2 pictures"),
         ({"qry_img_path": "absent.png"}, "absent.png"),
         ({"qry_text": "<|image_1|><|image_2|>"}, None),  # more marks than pictures: the picture comes first
@@ -349,6 +350,38 @@ def test_missing_columns_broken_files_and_datasets_that_are_there_twice_are_name
     (data / "mmeb_eval" / "SUN397.jsonl").write_text("{}\n")
     with pytest.raises(CafeError, match="measure the same"):
         datasets(data)
+
+
+def test_the_scenes_as_pages_of_documents_and_as_videos_of_a_frame(scenes, random_base, tmp_path):
+    rows = json.loads((scenes / "dataset_scenes.json").read_text())["images"]
+    said = {row["filename"]: row["sentences"][0]["raw"] for row in rows if row["split"] == "test"}
+    folder, names = tmp_path / "mmeb_eval" / "VisRAG_SlideVQA", list(said)
+    at = {name: scenes / "images" / "test" / name for name in names}
+    pages = [{"corpus-id": name, "image": {"bytes": at[name].read_bytes(), "path": name}} for name in names]
+    table(folder / "corpus" / "train-00000-of-00001.parquet", pages)
+    asked = [{"query-id": number, "query": said[name]} for number, name in enumerate(names)]
+    table(folder / "queries" / "train-00000-of-00001.parquet", asked)
+    judged = [{"query-id": number, "corpus-id": name, "score": 1} for number, name in enumerate(names)]
+    table(folder / "qrels" / "train-00000-of-00001.parquet", judged)
+    for name in names:
+        frames = tmp_path / "video-tasks" / "frames" / "video_ret" / "MSR-VTT" / Path(name).stem
+        frames.mkdir(parents=True)
+        shutil.copy(at[name], frames / "0000.png")
+    clips = [{"video_id": Path(name).stem, "caption": said[name]} for name in names]
+    table(tmp_path / "mmeb_eval" / "MSR-VTT.parquet", clips)
+
+    done = run(Subject(Cafe.load(random_base)), tmp_path, 3)
+    assert done.results.keys() >= {"mmeb/VisRAG_SlideVQA/NDCG@5", "mmeb/MSR-VTT/P@1", "mmeb/video/P@1"}
+    pixels = {at[name].read_bytes(): number for number, name in enumerate(names)}
+
+    def knows(content: Content) -> np.ndarray:
+        if not content.images:
+            return np.eye(len(names))[next(n for n, name in enumerate(names) if content.text.endswith(said[name]))]
+        source = content.images[0].source
+        return np.eye(len(names))[pixels[source if isinstance(source, bytes) else Path(source).read_bytes()]]
+
+    done = run(Subject(ByName(knows)), tmp_path, None)
+    assert done.results["mmeb/VisRAG_SlideVQA/NDCG@5"] == done.results["mmeb/MSR-VTT/P@1"] == 100
 
 
 def test_the_scenes_are_measured_by_a_real_model_and_by_one_that_knows_the_answers(scenes, random_base, tmp_path):

@@ -114,6 +114,16 @@ def test_the_page_opens_in_a_browser_with_tiles_tables_charts_and_pictures(runs,
     assert "a red &amp; blue thing" in dom and "caption &lt;0&gt;" in dom
 
 
+def test_a_tile_claims_no_change_that_its_interval_does_not_leave(runs, tmp_path):
+    write(evaluation_of(tmp_path, 0.61, 0.25), tmp_path / "before")
+    write(evaluation_of(tmp_path, 0.6, 0.25), tmp_path / "after")  # one picture of 100 is lost
+    write_report(tmp_path / "report.html", runs)
+    page = (tmp_path / "report.html").read_text()
+    tiles = re.findall(r'<div class="tile">.*?</div>\s*</div>', page, re.DOTALL)
+    assert '<span class="same">−0.9</span>' in tiles[0] and 'class="bad"' not in page
+    assert "In color where" in page.split("</header>")[0]
+
+
 def test_the_picture_of_the_page_is_not_blank(runs, tmp_path):
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
     write_report(page, runs)

@@ -75,11 +75,12 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(alone, random_
     assert model.embedded < 3 * LIMIT  # pictures and two captions each: some were kept
 
 
-def test_two_processes_give_what_one_gives(alone, random_base, scenes, tmp_path):
+@pytest.mark.parametrize("launched", [{"ACCELERATE_USE_CPU": "true"}, {}], ids=["accelerate launch", "torchrun"])
+def test_two_processes_give_what_one_gives(launched, alone, random_base, scenes, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", **launched}
     ranks = [
         start(command(random_base, scenes, tmp_path), RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
         for rank in range(2)

@@ -105,6 +105,24 @@ def test_vqas_own_pair_of_files_by_kind_of_answer(data, names):
         read(find(data)[0])
 
 
+def test_on_the_scenes_a_model_that_knows_the_answers_is_right(scenes):
+    given = json.loads((scenes / "vqa" / "scenes_annotations.json").read_text())["annotations"]
+    asked = json.loads((scenes / "vqa" / "scenes_questions.json").read_text())["questions"]
+    names = [f"COCO_val2014_{row['image_id']:012}.jpg" for row in asked]
+    answers = {
+        (name, row["question"]): annotation["answers"][0]["answer"].upper() + "."
+        for name, row, annotation in zip(names, asked, given, strict=True)
+    }
+
+    class Knows:
+        def generate_batch(self, prompts, max_new_tokens=16, batch_size=64):
+            return [answers[prompt.images[0].source.name, prompt.text] for prompt in prompts]
+
+    results = run(Subject(Knows()), scenes, None).results
+    kinds = {"all", *(row["answer_type"].replace("/", "_") for row in given)}
+    assert results == {f"vqav2/scenes/{kind}": 100 for kind in kinds}
+
+
 def test_json_lines_with_ten_answers(data):
     row = {"image": "COCO_val2014_000000000007.jpg", "text": "is it red?"}
     answers = [["red"] * 10, [{"answer": "red"}, *[{"answer": "blue"}] * 9]]

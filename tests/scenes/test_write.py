@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 from collections import Counter
+from itertools import permutations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 from test_words import solve
 
 from cafe.data.formats import Source, open_source
-from cafe.scenes.words import CAPTION_PROMPT, PARAGRAPH_PROMPT, QUESTION_KINDS, captions
+from cafe.scenes.words import CAPTION_PROMPT, PARAGRAPH_PROMPT, QUESTION_KINDS, captions, relation_between
 from cafe.scenes.world import KINDS, Scene, draw_scenes
 from cafe.scenes.write import write_scenes
 
@@ -201,6 +202,64 @@ def test_sugarcrepe(world: Path, change: str) -> None:
         words, false = row["caption"].split(), row["negative_caption"].split()
         assert len(words) == len(false)
         assert sum(a != b for a, b in zip(words, false, strict=True)) <= 4  # two places have two words each
+
+
+def true_pair(scene: Scene, text: str) -> bool:
+    """Whether "the A is left of the B" or "the A and the B" holds in a scene."""
+    named = {f"the {thing.color} {thing.kind}": thing for thing in scene.things}
+    for first, second in permutations(named, 2):
+        relation = relation_between(named[first], named[second])
+        if text in (f"{first} and {second}", f"{first} is {relation} {second}"):
+            return True
+    return False
+
+
+@pytest.mark.parametrize("part", ["relation", "attribution"])
+def test_aro(world: Path, part: str) -> None:
+    rows = json.loads((world / "aro" / f"visual_genome_{part}.json").read_text())
+    assert rows
+    for row in rows:
+        kind = {"relation": "relation_name", "attribution": "attributes"}[part]
+        captioned = {"image_path", "true_caption", "false_caption"}
+        assert set(row) == captioned | {f"bbox_{side}" for side in "xywh"} | {kind}
+        scene, true, false = SCENES[row["image_path"]], row["true_caption"], row["false_caption"]
+        assert true_pair(scene, true) and not true_pair(scene, false)
+        assert Counter(true.split()) == Counter(false.split())  # of the same words
+        for thing in scene.things:
+            if f"{thing.color} {thing.kind}" in true:
+                at = 32 * ("right" in thing.place), 32 * ("bottom" in thing.place)
+                within = (row["bbox_x"], row["bbox_w"]), (row["bbox_y"], row["bbox_h"])
+                assert all(
+                    low <= place and place + 32 <= low + size for place, (low, size) in zip(at, within, strict=True)
+                )
+
+
+def test_winoground(world: Path) -> None:
+    rows = lines(world / "winoground" / "examples.jsonl")
+    assert [row["id"] for row in rows] == list(range(len(rows))) and rows
+    for row in rows:
+        assert set(row) == {"id", "caption_0", "caption_1", "image_0", "image_1"}
+        first, second = row["caption_0"], row["caption_1"]
+        assert first != second and Counter(re.findall(r"\w+", first)) == Counter(re.findall(r"\w+", second))
+        pictures = [(world / "winoground" / "images" / f"{row[f'image_{side}']}.png").read_bytes() for side in (0, 1)]
+        (scene,) = (s for path, s in SCENES.items() if (world / path).read_bytes() == pictures[0])
+        assert true_of(scene, first) and not true_of(scene, second) and pictures[0] != pictures[1]
+
+
+def test_vqa_v2(world: Path) -> None:
+    asked = json.loads((world / "vqa" / "scenes_questions.json").read_text())
+    given = json.loads((world / "vqa" / "scenes_annotations.json").read_text())["annotations"]
+    assert asked["data_subtype"] == "val2014" and len(asked["questions"]) == len(given) == 2 * TEST
+    for question, annotation in zip(asked["questions"], given, strict=True):
+        assert set(question) == {"question_id", "image_id", "question"}
+        assert (question["question_id"], question["image_id"]) == (annotation["question_id"], annotation["image_id"])
+        assert annotation["answer_type"] in ("yes/no", "number", "other")
+        assert [answer["answer_id"] for answer in annotation["answers"]] == list(range(1, 11))
+        answers = {answer["answer"] for answer in annotation["answers"]}
+        scene = SCENES[TEST_IMAGES[question["image_id"]]]
+        assert answers == {solve(scene.things, question["question"])}
+        with Image.open(world / "val2014" / f"COCO_val2014_{question['image_id']:012}.jpg") as picture:
+            assert (picture.format, picture.size) == ("JPEG", (64, 64))
 
 
 def table(world: Path, split: str, task: str) -> list[dict[str, Any]]:

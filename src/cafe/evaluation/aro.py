@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cafe.content import ImageRef, open_image
+from cafe.errors import CafeError
 from cafe.evaluation.choices import AT_ONCE, WAYS, judged, score
 from cafe.evaluation.retrieval import FLICKR, MSCOCO, Home
 from cafe.evaluation.subject import Subject
@@ -24,7 +25,9 @@ from cafe.evaluation.suite import Evaluation, Suite, find_picture, json_records,
 from cafe.evaluation.word_order import Tagger, candidates, spacy_tags
 
 PARTS = ("relation", "attribution")
-FIELDS = ("image_path", "true_caption", "false_caption", "bbox_x", "bbox_y", "bbox_w", "bbox_h")
+FIELDS = {name: str for name in ("image_path", "true_caption", "false_caption")} | {
+    f"bbox_{side}": (int, float) for side in "xywh"
+}
 LEAST = {"relation": 1, "attribution": 25}  # records of a kind that enter the mean over kinds
 # A folder of its own: the same files may lie beside it for retrieval, and a long suite waits to be asked for.
 ORDERS = tuple(
@@ -50,8 +53,8 @@ def run(model: Subject, data: Path, limit: int | None, tag: Tagger = spacy_tags)
             rows += _measure(model, data, path, part, records[start : start + AT_ONCE], start)
         done.outputs[f"aro/{part}"] = rows
         done.results |= rates(rows)
-        for way in WAYS:
-            done.results[f"aro/{part}/macro_{way}"] = macro(rows, f"aro/{part}/{way}", LEAST[part])
+        means = {way: macro(rows, f"aro/{part}/{way}", LEAST[part]) for way in WAYS}
+        done.results |= {f"aro/{part}/macro_{way}": mean for way, mean in means.items() if mean is not None}
     return done
 
 
@@ -60,6 +63,9 @@ def _measure(
 ) -> list[dict[str, Any]]:
     at = [find_picture(record["image_path"], data, path, "aro/images", "aro") for record in records]
     captions = [(record["true_caption"], record["false_caption"]) for record in records]
+    empty = next((start + n for n, box in enumerate(records, 1) if min(box["bbox_w"], box["bbox_h"]) < 1), None)
+    if empty:
+        raise CafeError(f"The box of record {empty} of {path} holds nothing of the picture.")
     crops = [cut(data / picture, record) for picture, record in zip(at, records, strict=True)]
     scores = score(model, crops, captions)
     rows = []
@@ -97,13 +103,13 @@ def kind(record: dict[str, Any]) -> str:
     return record["relation_name"] if "relation_name" in record else "_".join(record.get("attributes", ()))
 
 
-def macro(rows: list[dict[str, Any]], mark: str, least: int) -> float:
-    """The mean over kinds of the share that is right, in percent; 0 where no kind comes often enough."""
+def macro(rows: list[dict[str, Any]], mark: str, least: int) -> float | None:
+    """The mean over kinds of the share that is right, in percent; None where no kind comes often enough."""
     kinds: dict[str, list[int]] = defaultdict(list)
     for row in rows:
         kinds[row["kind"]].append(row["marks"][mark])
     shares = [float(np.mean(marks)) for marks in kinds.values() if len(marks) >= least]
-    return 100 * float(np.mean(shares)) if shares else 0.0
+    return 100 * float(np.mean(shares)) if shares else None
 
 
 def find(data: Path) -> list[Path]:
@@ -125,7 +131,8 @@ ARO = Suite(
         "aro/dataset_coco.json, aro/dataset_flickr30k.json (Karpathy): for the order of words, which needs spaCy",
         "their pictures, in val2014/, flickr30k-images/ or images/",
     ),
-    where="github.com/mertyg/vision-language-models-are-bows; cs.stanford.edu/people/karpathy/deepimagesent",
+    where="github.com/mertyg/vision-language-models-are-bows; cs.stanford.edu/people/karpathy/deepimagesent; "
+    "its first two written small by `cafe scenes write DIR`",
     sources=("arXiv 2210.01936",),
     find=find,
     run=run,

@@ -1,41 +1,31 @@
 """Captions that are exactly right and the objects they mention, where all right captions and objects are known."""
 
 from pathlib import Path
-from typing import Any
 
 from cafe.evaluation.metrics import mentioned_objects
 from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import KEPT, Evaluation, Suite, ask, by_pattern, json_lines, rates
 
 LONGEST = 96  # tokens of a caption
+FIELDS = {"image": str, "text": str, "answers": list, "objects": list}
 
 
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     """Asks for a description of each picture."""
     (path,) = find(data)
-    rows = json_lines(path, ("image", "text", "answers", "objects"))[:limit]
-    pictures, said = ask(model, data, path, rows, LONGEST)
+    rows = json_lines(path, FIELDS)[:limit]
     vocabulary = {word for row in rows for word in row["objects"]}
-    outputs: list[dict[str, Any]] = []
-    for number, (row, picture, text) in enumerate(zip(rows, pictures, said, strict=True)):
-        mentioned, present = mentioned_objects(text, vocabulary), set(row["objects"])
+    outputs = []
+    for row, begun in zip(rows, ask(model, data, path, rows, LONGEST), strict=True):
+        mentioned, present = mentioned_objects(begun["said"], vocabulary), set(row["objects"])
         true = len(mentioned & present)
-        outputs.append(
-            {
-                "id": row.get("question_id", number),
-                "group": str(picture),
-                "image": str(picture),
-                "said": text,
-                "mentioned": sorted(mentioned),
-                "objects": sorted(present),
-                "marks": {
-                    "captions/exact": int(text in row["answers"]),
-                    "objects/precision": [true, len(mentioned)],
-                    "objects/recall": [true, len(present)],
-                    "objects/hallucinated": [len(mentioned) - true, len(mentioned)],
-                },
-            }
-        )
+        marks = {
+            "captions/exact": int(begun["said"] in row["answers"]),
+            "objects/precision": [true, len(mentioned)],
+            "objects/recall": [true, len(present)],
+            "objects/hallucinated": [len(mentioned) - true, len(mentioned)],
+        }
+        outputs.append({**begun, "mentioned": sorted(mentioned), "objects": sorted(present), "marks": marks})
     shown = [
         {"image": row["image"], "said": row["said"], "right": bool(row["marks"]["captions/exact"])}
         for row in outputs[:KEPT]

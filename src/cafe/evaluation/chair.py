@@ -66,7 +66,8 @@ CHAIR = Suite(
         "annotations/synonyms.txt: CHAIR's own list of words (may be left out)",
         "the pictures, in the folder itself, images/ or val2014/",
     ),
-    where="cocodataset.org (2014 Train/Val annotations, 2014 Val images); github.com/LisaAnne/Hallucination (words)",
+    where="cocodataset.org (2014 Train/Val annotations, 2014 Val images); github.com/LisaAnne/Hallucination (words); "
+    "written small by `cafe scenes write DIR`",
     sources=("arXiv 1809.02156",),
     find=find,
     run=run,

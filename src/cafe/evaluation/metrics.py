@@ -62,9 +62,11 @@ def separability(
     """How often a linear classifier tells images from texts, in percent, on rows it was not fitted to; chance is 50.
 
     Ridge regression on the sides' signs, equally many rows of each (2,000 at most), fitted to every other row and tried
-    on the rest, both ways.
+    on the rest, both ways. A single row of a side leaves nothing to fit or to try: it is given what chance is.
     """
     count = min(len(images), len(texts), 2000)
+    if count < 2:
+        return 50.0
     picked = [side[np.linspace(0, len(side) - 1, count).astype(int)].astype(np.float64) for side in (images, texts)]
     right = []
     for fold in (0, 1):

@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from jaxtyping import Float, Int
 
 from cafe.content import Content, ImageRef
 from cafe.data.mmeb import MARK
 from cafe.data.pictures import compose, frames_in
 from cafe.errors import CafeError
+from cafe.evaluation import mmeb_video
 from cafe.evaluation.metrics import ndcg_at_k, rank_of_match
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, json_lines, mean_of, rates, spread
+from cafe.evaluation.suite import Evaluation, Suite, json_lines, mean_of, parquet_rows, rates, spread
 
 FRAMES = 8  # of a video, evenly spread, as VLM2Vec takes them
 KS = (1, 5, 10)
@@ -122,7 +121,11 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     scores: dict[str, dict[str, float]] = {}
     for name, path in datasets(data).items():
         known = dataset(name, path)
-        questions = read_corpus(path, limit) if known.modality == "visdoc" else read_records(path, limit, known.whole)
+        questions = (
+            read_corpus(path, limit)
+            if known.modality == "visdoc"
+            else read_records(path, limit, known.whole, name if known.modality == "video" else "", data)
+        )
         found = embed(model, data, path, questions)
         rows: list[dict[str, Any]] = []
         for question, similarity in zip(questions, found, strict=True):
@@ -290,7 +293,9 @@ def _parts(path: Path) -> list[Path]:
     return sorted(path.glob("test*.parquet")) or sorted(path.glob("*.parquet")) if path.is_dir() else [path]
 
 
-def read_records(path: Path, limit: int | None = None, whole: bool = False) -> list[Question]:
+def read_records(
+    path: Path, limit: int | None = None, whole: bool = False, video: str = "", data: Path = Path()
+) -> list[Question]:
     """Rows of MMEB-eval: `qry_text`, `qry_img_path`, and the lists `tgt_text` and `tgt_img_path`, the right one first.
 
     Where `qry_inst` and `tgt_inst` stand beside, they come before the query's text, and before a candidate's text where
@@ -300,16 +305,18 @@ def read_records(path: Path, limit: int | None = None, whole: bool = False) -> l
     Args:
         path: parquet or JSON lines.
         limit: the first rows.
-        whole: every query ranks the candidates of all these rows.
+        whole: every query ranks the candidates of all these rows, and those named in `NAME_labels.txt` beside.
+        video: the name of a dataset of videos, whose rows may have the Hub's own columns.
+        data: the folder of evaluation files, where frames lie.
 
     Raises:
         CafeError: a row lacks a field, has no candidate, or lists of different lengths.
     """
-    fields = ("qry_text", "qry_img_path", "tgt_text", "tgt_img_path")
-    rows = json_lines(path, fields) if path.suffix == ".jsonl" else _table(_parts(path), path, fields, limit)
+    rows = _rows(path, video, data, limit)
     questions = []
-    for number, row in enumerate(rows[:limit]):
-        texts, pictures = row["tgt_text"], row["tgt_img_path"] or [""] * len(row["tgt_text"])
+    for number, row in enumerate(rows):
+        texts = row["tgt_text"] if isinstance(row["tgt_text"], (list, tuple)) else []
+        pictures = row["tgt_img_path"] or [""] * len(texts)
         if not texts or len(texts) != len(pictures):
             raise CafeError(
                 f"Record {number} of {path} has {len(texts)} texts and {len(pictures)} pictures of candidates."
@@ -319,12 +326,32 @@ def read_records(path: Path, limit: int | None = None, whole: bool = False) -> l
             for text, names in zip(texts, pictures, strict=True)
         ]
         query = _side(row["qry_text"], row["qry_img_path"], row.get("qry_inst"))
-        questions.append(Question(query, list(dict.fromkeys(sides)), id=number))
+        right = dict.fromkeys(sides[: row.get("right", 1)])
+        questions.append(Question(query, list(dict.fromkeys(sides)), dict.fromkeys(range(len(right)), 1.0), number))
     if not whole:
         return questions
-    every = list(dict.fromkeys(side for question in questions for side in question.candidates))
+    labels = path.with_name(f"{video or path.stem}_labels.txt")
+    named = labels.read_text().splitlines() if labels.is_file() else []
+    candidates = [side for question in questions for side in question.candidates]
+    every = list(dict.fromkeys([*candidates, *(Side(name.strip()) for name in named if name.strip())]))
     at = {side: place for place, side in enumerate(every)}
     return [Question(one.query, every, {at[one.candidates[0]]: 1.0}, one.id) for one in questions]
+
+
+def _rows(path: Path, video: str, data: Path, limit: int | None) -> list[dict[str, Any]]:
+    """The first rows of a file or folder, in MMEB-eval's fields."""
+
+    def rows(fields: Sequence[str], most: int | None) -> list[dict[str, Any]]:
+        lines = path.suffix == ".jsonl"
+        found = (
+            json_lines(path, dict.fromkeys(fields, object)) if lines else parquet_rows(_parts(path), path, fields, most)
+        )
+        return found[:most]
+
+    form = mmeb_video.FORMS.get(video)
+    if form and "qry_text" not in rows((), 1)[0]:
+        return mmeb_video.records(video, rows(form.columns, limit), data, path, FOLDERS)
+    return rows(("qry_text", "qry_img_path", "tgt_text", "tgt_img_path"), limit)
 
 
 def _side(text: str | None, pictures: str | Sequence[str] | None, instruction: str | None = "") -> Side:
@@ -341,7 +368,7 @@ def read_corpus(path: Path, limit: int | None = None) -> list[Question]:
     """
 
     def rows(part: str, *columns: str) -> list[dict[str, Any]]:
-        return _table(_parts(path / part), path / part, columns)
+        return parquet_rows(_parts(path / part), path / part, columns)
 
     pages = rows("corpus", "corpus-id", "image")
     number = {row["corpus-id"]: at for at, row in enumerate(pages)}
@@ -368,29 +395,13 @@ def _encoded(image: Any, path: Path) -> str | bytes:
     return picture
 
 
-def _table(parts: Sequence[Path], path: Path, columns: Sequence[str], limit: int | None = None) -> list[dict[str, Any]]:
-    """The rows of parquet files that must have the columns."""
-    rows: list[dict[str, Any]] = []
-    for part in parts:
-        try:
-            table = pq.read_table(part)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CafeError(f"The evaluation file {part} is not valid parquet: {error}.") from None
-        for column in columns:
-            if column not in table.column_names:
-                raise CafeError(f"The evaluation file {part} lacks the column {column!r}.")
-        rows += table.slice(0, limit).to_pylist()
-    if not rows:
-        raise CafeError(f"There is no record in {path}.")
-    return rows
-
-
 MMEB = Suite(
     name="mmeb",
     measures="queries of text, picture or both find their match: 36 datasets, and V2's videos and documents",
     files=(
         "mmeb_eval/NAME.parquet, .jsonl, or mmeb_eval/NAME/test*.parquet: a dataset's records",
         "mmeb_eval/NAME/{queries,corpus,qrels}/*.parquet: a visual-document dataset of V2",
+        "mmeb_eval/NAME.parquet or .jsonl: a video dataset of V2, in the columns of its Hub dataset VLM2Vec/NAME",
         "their pictures and folders of frames, in the folder itself or in " + ", ".join(FOLDERS[1:]),
     ),
     where="the Hub datasets TIGER-Lab/MMEB-eval (V1), ziyjiang/MMEB_Test_Instruct and TIGER-Lab/MMEB-V2; "

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from cafe.errors import CafeError
 from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import Evaluation, Suite, ask, by_pattern, json_lines, mean_of, rates
 
@@ -14,31 +15,36 @@ LONGEST = 8  # tokens of an answer
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     """Asks the questions of each split that is there. What several splits ask is asked once."""
     done = Evaluation()
-    splits = {path: json_lines(path, ("image", "text", "label"))[:limit] for path in find(data)}
+    splits = {path: read(path)[:limit] for path in find(data)}
     asked = {(row["image"], row["text"]): row for rows in splits.values() for row in rows}
-    pictures, said = ask(model, data, next(iter(splits)), list(asked.values()), LONGEST, "val2014")
-    heard = dict(zip(asked, zip(pictures, said, strict=True), strict=True))
+    heard = dict(
+        zip(asked, ask(model, data, next(iter(splits)), list(asked.values()), LONGEST, "val2014"), strict=True)
+    )
     for path, rows in splits.items():
         split = path.stem.rsplit("_", 1)[-1]
         outputs = []
         for number, row in enumerate(rows):
-            picture, answer = heard[row["image"], row["text"]]
-            outputs.append(
-                {
-                    "id": row.get("question_id", number),
-                    "group": str(picture),
-                    "image": str(picture),
-                    "asked": row["text"],
-                    "said": answer,
-                    "label": row["label"],
-                    "marks": marks(answer, row["label"] == "yes", f"pope/{split}"),
-                }
-            )
+            begun, label = heard[row["image"], row["text"]], row["label"]
+            counted = marks(begun["said"], label == "yes", f"pope/{split}")
+            outputs.append({**begun, "id": row.get("question_id", number), "label": label, "marks": counted})
         done.outputs[f"pope/{split}"] = outputs
         done.results |= rates(outputs)
     for name in ("accuracy", "precision", "recall", "F1", "yes_ratio", "strict_accuracy", "neither"):
         mean_of(done, f"pope/mean/{name}", [key for key in done.results if key.endswith(f"/{name}")])
     return done
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The questions of a split.
+
+    Raises:
+        CafeError: a record lacks a field, or its label is neither yes nor no.
+    """
+    rows = json_lines(path, {"image": str, "text": str, "label": str})
+    for number, row in enumerate(rows, 1):
+        if row["label"] not in ("yes", "no"):
+            raise CafeError(f"The label in record {number} of {path} should be yes or no, not {row['label']!r}.")
+    return rows
 
 
 def marks(answer: str, true: bool, part: str) -> dict[str, Any]:
@@ -87,7 +93,8 @@ POPE = Suite(
         *(f"pope/*_{split}.json: the {split} probes, JSON lines" for split in SPLITS),
         "COCO val2014's pictures, in the folder itself, images/ or val2014/",
     ),
-    where="github.com/AoiDragon/POPE (output/coco); cocodataset.org (2014 Val images)",
+    where="github.com/AoiDragon/POPE (output/coco); cocodataset.org (2014 Val images); "
+    "written small by `cafe scenes write DIR`",
     sources=("arXiv 2305.10355",),
     find=find,
     run=run,

@@ -21,7 +21,7 @@ from sklearn.decomposition import PCA
 from cafe.content import ImageRef, open_image
 from cafe.data.pictures import thumbnail
 from cafe.errors import CafeError
-from cafe.evaluation.significance import Tally, compare, interval, tallies
+from cafe.evaluation.significance import Comparison, Tally, compare, interval, tallies
 
 HEADLINES = {
     "retrieval/text_to_image/R@1": "Text finds image, R@1",
@@ -31,11 +31,16 @@ HEADLINES = {
     "coco/text_to_image/R@1": "COCO, text finds image, R@1",
     "coco/image_to_text/R@1": "COCO, image finds text, R@1",
     "paragraphs/text_to_image/R@1": "Paragraph finds image, R@1",
+    "mmeb/overall/mean": "MMEB, mean over datasets",
+    "sugarcrepe/mean/embedding": "SugarCrepe, by embedding",
+    "sugarcrepe/mean/likelihood": "SugarCrepe, by likelihood",
     "captions/exact": "Captions exactly right",
     "vqa/all": "Questions answered",
     "pope/adversarial/accuracy": "POPE, adversarial",
     "objects/recall": "Objects mentioned",
     "objects/hallucinated": "Objects hallucinated",
+    "chair/CHAIR_i": "CHAIR, mentions hallucinated",
+    "throne/overall/F1": "THRONE, F1",
     "geometry/modality_gap": "Modality gap",
 }
 CURVES = {
@@ -168,7 +173,7 @@ def _tiles(runs: Sequence[_Run]) -> list[dict[str, str]]:
             change = after - before
             tile["before"] = _number(metric, before)
             tile["change"] = ("+" if change >= 0 else "−") + _number(metric, abs(change))
-            tile["verdict"] = "same" if change == 0 else "good" if change * _better(metric) > 0 else "bad"
+            tile["verdict"] = _verdict(metric, change, _compared(runs[0], runs[-1], metric))
         tiles.append(tile)
     return tiles
 
@@ -232,12 +237,9 @@ def _comparison(first: _Run, second: _Run) -> dict[str, Any]:
     """Every result for which both runs have outputs of the same samples: the difference and how sure it is."""
     rows = []
     for metric in second.results:
-        if metric not in first.tallies or metric not in second.tallies:
-            continue
-        found = compare(first.tallies[metric], second.tallies[metric])
+        found = _compared(first, second, metric)
         if found is None:
             continue
-        sure = found.low > 0 or found.high < 0
         suite, _, name = metric.partition("/")
         rows.append(
             {
@@ -249,12 +251,25 @@ def _comparison(first: _Run, second: _Run) -> dict[str, Any]:
                 "interval": f"{_signed(found.low)} to {_signed(found.high)}",
                 "permutation": _p(found.permutation),
                 "mcnemar": "" if found.mcnemar is None else _p(found.mcnemar),
-                "verdict": ("good" if found.difference * _better(metric) > 0 else "bad")
-                if sure and _better(metric)
-                else "same",
+                "verdict": _verdict(metric, found.difference, found),
             }
         )
     return {"first": first.name, "second": second.name, "rows": rows}
+
+
+def _compared(first: _Run, second: _Run, metric: str) -> Comparison | None:
+    """What separates the runs in a result; None where they have no outputs of the same samples."""
+    if metric not in first.tallies or metric not in second.tallies:
+        return None
+    return compare(first.tallies[metric], second.tallies[metric])
+
+
+def _verdict(metric: str, change: float, found: Comparison | None) -> str:
+    """Whether a change is for the better; "same" where it is neither, or where its interval does not leave out zero."""
+    unsure = found is not None and found.low <= 0 <= found.high
+    if unsure or not change * _better(metric):
+        return "same"
+    return "good" if change * _better(metric) > 0 else "bad"
 
 
 def _signed(value: float) -> str:

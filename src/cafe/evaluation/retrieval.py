@@ -95,6 +95,8 @@ class Home:
         collection = Collection([], [], [], np.zeros(0, np.int64))
         owner: list[int] = []
         for number, (shown, captions) in enumerate(_gathered(paths, limit)):
+            if not all(isinstance(caption, str) and caption.strip() for caption in captions):
+                raise CafeError(f"A caption of picture {number + 1} of the evaluation file {paths[0]} is no text.")
             if isinstance(shown, str):
                 name = str(find_picture(shown, data, paths[0], *folders))
                 collection.pictures.append(data / name)
@@ -231,7 +233,7 @@ def _captions(value: Any) -> list[str]:
     if isinstance(value, str) and value.startswith("["):
         with suppress(json.JSONDecodeError):  # then it is a caption that begins with a bracket
             value = json.loads(value)
-    return [value] if isinstance(value, str) else list(value)
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def _karpathy_test(path: Path) -> list[dict[str, Any]]:
@@ -239,7 +241,7 @@ def _karpathy_test(path: Path) -> list[dict[str, Any]]:
     try:
         rows = [row for row in json.loads(path.read_text())["images"] if row["split"] == "test"]
         complete = all(row["filename"] and row["sentences"][0]["raw"] for row in rows)
-    except (json.JSONDecodeError, KeyError, IndexError, TypeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError) as error:
         raise CafeError(f"The evaluation file {path} is not a Karpathy file: {error!r}.") from None
     if not rows or not complete:
         raise CafeError(f"The evaluation file {path} has no complete image in its split 'test'.")

@@ -12,7 +12,7 @@ from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import Evaluation, Suite, find_picture, json_records, mean_of, rates
 
 CHANGES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
-FIELDS = ("filename", "caption", "negative_caption")
+FIELDS = {"filename": str, "caption": str, "negative_caption": str}
 
 
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
@@ -56,7 +56,8 @@ SUGARCREPE = Suite(
         "sugarcrepe/{" + ",".join(CHANGES) + "}.json",
         "COCO val2017's pictures, in the folder itself, images/ or val2017/",
     ),
-    where="github.com/RAIVNLab/sugar-crepe (data); cocodataset.org (2017 Val images)",
+    where="github.com/RAIVNLab/sugar-crepe (data); cocodataset.org (2017 Val images); "
+    "written small by `cafe scenes write DIR`",
     sources=("arXiv 2306.14610",),
     find=find,
     run=run,

@@ -1,18 +1,22 @@
 """What a suite is, what it gives, and the reading of files that suites share."""
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
 from cafe.evaluation.subject import Subject
 
 KEPT = 12  # samples of each sort, for the report
+
+Fields = Mapping[str, type | tuple[type, ...]]  # what each record of a file must have, and of which kind
 
 
 @dataclass
@@ -116,16 +120,17 @@ def only(data: Path, *patterns: str, but: Sequence[str] = ()) -> Path | None:
     return found[0] if found else None
 
 
-def json_lines(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+def json_lines(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """The records of a JSON lines file, each of which must have the fields."""
     try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-    except json.JSONDecodeError as error:
+        # Not `splitlines`, which also cuts at marks that may stand inside a text, such as U+2028.
+        rows = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
+    except ValueError as error:
         raise CafeError(f"The evaluation file {path} is not valid JSON lines: {error}.") from None
     return _complete(path, rows, fields)
 
 
-def json_records(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
+def json_records(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """The records of a JSON file, a list or an object of them by number, which must have every field, not null."""
     try:
         rows = json.loads(path.read_text(), object_pairs_hook=lambda row: {k: v for k, v in row if v is not None})
@@ -134,13 +139,38 @@ def json_records(path: Path, fields: Sequence[str]) -> list[dict[str, Any]]:
     return _complete(path, list(rows.values()) if isinstance(rows, dict) else rows, fields)
 
 
-def _complete(path: Path, rows: Any, fields: Sequence[str]) -> list[dict[str, Any]]:
+def _complete(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
     if not rows or not isinstance(rows, list):
         raise CafeError(f"The evaluation file {path} is empty.")
     for number, row in enumerate(rows, 1):
-        for name in fields:
+        for name, kind in fields.items():
             if not isinstance(row, dict) or name not in row:
                 raise CafeError(f"The evaluation file {path} lacks the field {name!r} in record {number}.")
+            if not isinstance(row[name], kind):
+                wanted = "text" if kind is str else "a list" if kind is list else "a number"
+                raise CafeError(
+                    f"The field {name!r} in record {number} of the evaluation file {path} should be {wanted}, "
+                    f"not {row[name]!r:.40}."
+                )
+    return rows
+
+
+def parquet_rows(
+    parts: Sequence[Path], path: Path, columns: Iterable[str], limit: int | None = None
+) -> list[dict[str, Any]]:
+    """The rows of the parquet files of `path`, the first `limit` of each; the files must have the columns."""
+    rows: list[dict[str, Any]] = []
+    for part in parts:
+        try:
+            table = pq.read_table(part)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise CafeError(f"The evaluation file {part} is not valid parquet: {error}.") from None
+        for column in columns:
+            if column not in table.column_names:
+                raise CafeError(f"The evaluation file {part} lacks the column {column!r}.")
+        rows += table.slice(0, limit).to_pylist()
+    if not rows:
+        raise CafeError(f"There is no record in {path}.")
     return rows
 
 
@@ -159,15 +189,22 @@ def find_picture(name: str | Path, data: Path, source: Path, *folders: str) -> P
 
 def ask(
     model: Subject, data: Path, source: Path, rows: Sequence[dict[str, Any]], longest: int, *folders: str
-) -> tuple[list[Path], list[str]]:
-    """The picture of each record of the file `source`, and what the model answers to the record's "text" about it.
+) -> list[dict[str, Any]]:
+    """Asks the "text" of each record of the file `source` about its picture.
+
+    Returns:
+        for each record, how its output row begins: its id and picture, what was asked and what was said.
 
     Raises:
         CafeError: a picture is not there.
     """
     pictures = [find_picture(row["image"], data, source, *folders) for row in rows]
     shown = zip(pictures, rows, strict=True)
-    return pictures, model.answer([Content((ImageRef(data / at), row["text"])) for at, row in shown], longest)
+    said = model.answer([Content((ImageRef(data / at), row["text"])) for at, row in shown], longest)
+    return [
+        {"id": row.get("question_id", number), "group": str(at), "image": str(at), "asked": row["text"], "said": text}
+        for number, (row, at, text) in enumerate(zip(rows, pictures, said, strict=True))
+    ]
 
 
 def spread(count: int, wanted: int) -> list[int]:

@@ -99,7 +99,8 @@ THRONE = Suite(
         "annotations/synonyms.txt: words for the judge 'exact' (may be left out)",
         "the pictures, in the folder itself, images/ or val2017/",
     ),
-    where="cocodataset.org (2017 Train/Val annotations, Val images); judges: any language model, in the paper FLAN-T5",
+    where="cocodataset.org (2017 Train/Val annotations, Val images), or written small by `cafe scenes write DIR`; "
+    "judges: any language model, in the paper FLAN-T5",
     sources=("arXiv 2405.05256",),
     find=find,
     run=run,

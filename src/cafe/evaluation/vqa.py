@@ -6,27 +6,18 @@ from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import KEPT, Evaluation, Suite, ask, by_pattern, json_lines, rates
 
 LONGEST = 16  # tokens of an answer
+FIELDS = {"image": str, "text": str, "answer": str, "category": str}
 
 
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     """Asks each question; an answer is right if it is the expected one, in upper or lower case."""
     (path,) = find(data)
-    rows = json_lines(path, ("image", "text", "answer", "category"))[:limit]
-    pictures, said = ask(model, data, path, rows, LONGEST)
+    rows = json_lines(path, FIELDS)[:limit]
     outputs = []
-    for number, (row, picture, text) in enumerate(zip(rows, pictures, said, strict=True)):
-        right = int(text.lower() == row["answer"].lower())
-        outputs.append(
-            {
-                "id": row.get("question_id", number),
-                "group": str(picture),
-                "image": str(picture),
-                "asked": row["text"],
-                "said": text,
-                "answer": row["answer"],
-                "marks": {"vqa/all": right, f"vqa/{row['category']}": right},
-            }
-        )
+    for row, begun in zip(rows, ask(model, data, path, rows, LONGEST), strict=True):
+        right = int(begun["said"].lower() == row["answer"].lower())
+        marks = {"vqa/all": right, f"vqa/{row['category']}": right}
+        outputs.append({**begun, "answer": row["answer"], "marks": marks})
     measured = rates(outputs)
     results = {name: measured[name] for name in ("vqa/all", *sorted(set(measured) - {"vqa/all"}))}
     shown = [

@@ -45,15 +45,13 @@ def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     for path in find(data):
         name = path.name.removesuffix(ENDS[0]).removesuffix(".jsonl")
         records = read(path)[:limit]
-        asked = [{**record, "text": record["text"] + SHORTLY} for record in records]
-        pictures, said = ask(model, data, path, asked, LONGEST, "val2014")
+        asked = [{**record, "text": record["text"] + record.get("prompt", SHORTLY)} for record in records]
         rows = []
-        for number, (record, picture, answer) in enumerate(zip(records, pictures, said, strict=True)):
-            score = accuracy(answer, record["answers"])
+        for record, begun in zip(records, ask(model, data, path, asked, LONGEST, "val2014"), strict=True):
+            score = accuracy(begun["said"], record["answers"])
             kinds = ["all", *([record["kind"].replace("/", "_")] if record.get("kind") else [])]
-            row = {"id": record.get("question_id", number), "group": str(picture), "image": str(picture)}
-            row |= {"asked": record["text"], "said": answer, "answers": record["answers"]}
-            rows.append({**row, "marks": {f"vqav2/{name}/{kind}": score for kind in kinds}})
+            marks = {f"vqav2/{name}/{kind}": score for kind in kinds}
+            rows.append({**begun, "asked": record["text"], "answers": record["answers"], "marks": marks})
         done.outputs[f"vqav2/{name}"] = rows
         done.results |= rates(rows)
     return done
@@ -89,7 +87,7 @@ def read(path: Path) -> list[dict[str, Any]]:
         CafeError: a file is not of its format, or the annotations are not beside the questions.
     """
     if path.suffix == ".jsonl":
-        rows = json_lines(path, ("image", "text", "answers"))
+        rows = json_lines(path, {"image": str, "text": str, "answers": list})
         answers = [[a["answer"] if isinstance(a, dict) else a for a in row["answers"]] for row in rows]
         if not all(answers):
             raise CafeError(f"The evaluation file {path} has no answers in record {answers.index([]) + 1}.")
@@ -100,12 +98,16 @@ def read(path: Path) -> list[dict[str, Any]]:
     try:
         asked = json.loads(path.read_text())
         split = asked.get("data_subtype", "val2014")
+        prompt = (asked.get("info") or {}).get("prompt", SHORTLY)
         given = {row["question_id"]: row for row in json.loads(beside.read_text())["annotations"]}
+        if not asked["questions"]:
+            raise CafeError(f"The evaluation file {path} is empty.")
         return [
             {
                 "question_id": row["question_id"],
                 "image": f"COCO_{split}_{row['image_id']:012}.jpg",
                 "text": row["question"],
+                "prompt": prompt,
                 "answers": [answer["answer"] for answer in given[row["question_id"]]["answers"]],
                 "kind": given[row["question_id"]].get("answer_type", ""),
             }
@@ -130,7 +132,8 @@ VQAV2 = Suite(
         "or vqa/NAME.jsonl: image, text (the question), answers (ten of them)",
         "the pictures, in the folder itself, images/ or val2014/",
     ),
-    where="visualqa.org (questions and annotations); okvqa.allenai.org; cocodataset.org (2014 Val images)",
+    where="visualqa.org (questions and annotations); okvqa.allenai.org; cocodataset.org (2014 Val images); "
+    "written small by `cafe scenes write DIR`",
     sources=("arXiv 1505.00468", "arXiv 1612.00837"),
     find=find,
     run=run,

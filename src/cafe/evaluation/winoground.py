@@ -7,17 +7,15 @@ caption prefers its picture, and the group score that in which both hold. By cha
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
 from jaxtyping import Float
 from numpy import ndarray
 
 from cafe.content import ImageRef
-from cafe.errors import CafeError
 from cafe.evaluation.choices import MARGINS, WAYS, score
 from cafe.evaluation.subject import Subject
-from cafe.evaluation.suite import Evaluation, Suite, find_picture, json_lines, only, rates
+from cafe.evaluation.suite import Evaluation, Suite, find_picture, json_lines, only, parquet_rows, rates
 
-FIELDS = ("caption_0", "caption_1", "image_0", "image_1")
+FIELDS = {"caption_0": str, "caption_1": str, "image_0": str, "image_1": str}
 
 
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
@@ -64,11 +62,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix == ".jsonl":
         return json_lines(path, FIELDS)
-    table = pq.read_table(path)
-    lacking = [name for name in FIELDS if name not in table.column_names]
-    if lacking:
-        raise CafeError(f"The evaluation file {path} lacks the column {lacking[0]!r}.")
-    return table.to_pylist()
+    return parquet_rows([path], path, FIELDS)
 
 
 def _picture(value: Any, data: Path, source: Path) -> ImageRef:
@@ -92,7 +86,7 @@ WINOGROUND = Suite(
         "winoground/examples.jsonl: caption_0, caption_1, image_0, image_1; or the Hub dataset's parquet file",
         "the pictures NAME.png, in winoground/images/ or inside the parquet file",
     ),
-    where="the Hub dataset facebook/winoground",
+    where="the Hub dataset facebook/winoground; written small by `cafe scenes write DIR`",
     sources=("arXiv 2204.03162",),
     find=find,
     run=run,

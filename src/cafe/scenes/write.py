@@ -3,6 +3,8 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -11,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from tqdm import tqdm
 
-from cafe.scenes.draw import crop_place, paint
+from cafe.scenes.draw import SIDE, crop_place, paint
 from cafe.scenes.words import (
     CAPTION_PROMPT,
     PARAGRAPH_PROMPT,
@@ -23,13 +25,19 @@ from cafe.scenes.words import (
     name,
     paragraph,
     questions,
+    relation_between,
+    swap_places,
 )
-from cafe.scenes.world import KINDS, PLACES, Scene, draw_scenes
+from cafe.scenes.world import KINDS, PLACES, Scene, Thing, draw_scenes
 
 MMEB_IMAGE = "<|image_1|>"  # where an image stands in an MMEB text
 _CANDIDATES = 8  # of one MMEB evaluation row
 _MMEB_ROWS = 400  # of one MMEB task
 _POPE_IMAGES = 200
+_VQA_IMAGES = 100  # of the pair of files in VQA v2's form, whose pictures have COCO's names
+_WINOGROUND = 200  # examples, at most
+_PEOPLE = 10  # who answer a question of VQA
+_QUARTER = SIDE // 2  # pixels
 
 
 def write_scenes(
@@ -59,6 +67,10 @@ def write_scenes(
     _json(directory / "annotations" / "instances_scenes.json", _instances(splits["test"]))
     for change, rows in _sugarcrepe(splits["test"]).items():
         _json(directory / "sugarcrepe" / f"{change}.json", {str(n): row for n, row in enumerate(rows)})
+    for part, records in _aro(splits["test"]).items():
+        _json(directory / "aro" / f"visual_genome_{part}.json", records)
+    _write_winoground(splits["test"], directory / "winoground")
+    _write_vqav2(splits["test"][:_VQA_IMAGES], directory)
     for split, folder in (("train", "mmeb_train"), ("test", "mmeb_eval")):
         for task, rows in _mmeb(splits[split][:_MMEB_ROWS], directory).items():
             table = _mmeb_training(rows) if split == "train" else _mmeb_evaluation(rows)
@@ -196,6 +208,72 @@ def _sugarcrepe(scenes: list[Scene]) -> dict[str, list[dict[str, str]]]:
             row = {"filename": _image(scene), "caption": true, "negative_caption": false}
             files.setdefault(change, []).append(row)
     return files
+
+
+def _aro(scenes: list[Scene]) -> dict[str, list[dict[str, Any]]]:
+    """ARO's two parts from Visual Genome: who is where of whom, and whose color is whose; the box holds both things."""
+    parts: dict[str, list[dict[str, Any]]] = {"relation": [], "attribution": []}
+    for scene in scenes:
+        for pair in combinations(scene.things, 2):
+            first, second = sorted(pair, key=lambda thing: (thing.color, thing.kind))
+            box = {"image_path": _image(scene), **_box(first, second)}
+            if relation := relation_between(first, second):
+                said = [f"the {name(a)} is {relation} the {name(b)}" for a, b in ((first, second), (second, first))]
+                row = {**box, "true_caption": said[0], "false_caption": said[1]}
+                parts["relation"].append({**row, "relation_name": relation})
+            if first.color != second.color and first.kind != second.kind:
+                others = replace(first, color=second.color), replace(second, color=first.color)
+                said = [f"the {name(a)} and the {name(b)}" for a, b in ((first, second), others)]
+                row = {**box, "true_caption": said[0], "false_caption": said[1]}
+                parts["attribution"].append({**row, "attributes": [first.color, second.color]})
+    return parts
+
+
+def _box(*things: Thing) -> dict[str, int]:
+    """The rectangle of quarters that holds things, in pixels."""
+    rows, columns = zip(*(divmod(PLACES.index(thing.place), 2) for thing in things), strict=True)
+    low, left = _QUARTER * min(rows), _QUARTER * min(columns)
+    width, height = (_QUARTER * (1 + max(places) - min(places)) for places in (columns, rows))
+    return {"bbox_x": left, "bbox_y": low, "bbox_w": width, "bbox_h": height}
+
+
+def _write_winoground(scenes: list[Scene], directory: Path) -> None:
+    """Each picture beside one in which two things have changed places, with captions of the same words."""
+    (directory / "images").mkdir(parents=True, exist_ok=True)
+    rows: list[dict[str, Any]] = []
+    for scene in scenes:
+        rng = Random(f"winoground {scene.name}")
+        things = swap_places(scene.things, rng)
+        if things is None or len(rows) == _WINOGROUND:
+            continue
+        said, pictures = captions_alike(scene.things, things, rng), (scene, replace(scene, things=things))
+        names = [f"ex_{len(rows)}_img_{side}" for side in (0, 1)]
+        for title, picture in zip(names, pictures, strict=True):
+            paint(picture).save(directory / "images" / f"{title}.png")
+        sides = {
+            f"{field}_{side}": pair[side] for field, pair in (("caption", said), ("image", names)) for side in (0, 1)
+        }
+        rows.append({"id": len(rows), **sides})
+    _json_lines(directory / "examples.jsonl", rows)
+
+
+def _write_vqav2(scenes: list[Scene], directory: Path) -> None:
+    """Questions and annotations as VQA v2 has them, ten people of one mind, and the pictures under COCO's names."""
+    asked: list[dict[str, Any]] = []
+    given: list[dict[str, Any]] = []
+    (directory / "val2014").mkdir(parents=True, exist_ok=True)
+    for number, scene in enumerate(scenes):
+        paint(scene).save(directory / "val2014" / f"COCO_val2014_{number:012}.jpg", quality=95, subsampling=0)
+        rng = Random(f"vqa v2 {scene.name}")
+        for question in rng.sample(questions(scene, rng), 2):
+            about = {"question_id": len(asked), "image_id": number}
+            asked.append({**about, "question": question.text})
+            kind = {"presence": "yes/no", "count": "number"}.get(question.kind, "other")
+            answers = [{"answer_id": person, "answer": question.answer} for person in range(1, _PEOPLE + 1)]
+            given.append({**about, "answer_type": kind, "question_type": question.kind, "answers": answers})
+    info = {"description": "scenes", "prompt": ""}  # the small world's model knows no request to be short
+    _json(directory / "vqa" / "scenes_questions.json", {"info": info, "data_subtype": "val2014", "questions": asked})
+    _json(directory / "vqa" / "scenes_annotations.json", {"data_subtype": "val2014", "annotations": given})
 
 
 def _mmeb(scenes: list[Scene], directory: Path) -> dict[str, list[dict[str, Any]]]:

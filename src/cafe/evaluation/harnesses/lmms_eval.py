@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from lmms_eval.api.instance import Instance
 from lmms_eval.api.model import lmms
-from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
 
 from cafe.content import Content, ImageRef
@@ -22,11 +21,6 @@ from cafe.errors import CafeError
 from cafe.model import Cafe
 
 LONGEST = 1024  # tokens of an answer where a task names no limit
-
-
-def manifest() -> ModelManifest:
-    """What the entry point gives: where `--model cafe` is found."""
-    return ModelManifest(model_id="cafe", simple_class_path=f"{__name__}.CafeModel")
 
 
 class CafeModel(lmms):
