@@ -15,12 +15,6 @@ test: .venv/installed-dev browser
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2 --dist loadfile
 
-# lmms-eval requires torchvision, which this package does without, and versions of its own: its test has an environment of its own.
-# What lmms-eval 0.7 imports besides; newer filelocks lack what it looks into.
-LMMS := black isort evaluate jsonlines numexpr sacrebleu pytablewriter tqdm-multiprocess loguru tenacity tiktoken \
-	python-dotenv zss openpyxl ftfy einops nltk pycocoevalcap sentencepiece 'av<16' opencv-python-headless latex2sympy2 \
-	math-verify openai peft wandb 'filelock<4'
-
 test-lmms: .venv-lmms/installed
 	.venv-lmms/bin/pytest tests/evaluation/test_lmms_eval.py
 
@@ -52,6 +46,12 @@ browser:
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
+
+# lmms-eval wants torchvision, which this package does without, and versions of its own: it has an environment of its own.
+# These are what its version 0.7 imports besides; newer filelocks lack what it looks into.
+LMMS := black isort evaluate jsonlines numexpr sacrebleu pytablewriter tqdm-multiprocess loguru tenacity tiktoken \
+	python-dotenv zss openpyxl ftfy einops nltk pycocoevalcap sentencepiece 'av<16' opencv-python-headless latex2sympy2 \
+	math-verify openai peft wandb 'filelock<4'
 
 .venv-lmms/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lmms
