@@ -31,7 +31,7 @@ from cafe.model import Cafe
 from cafe.packing import Pack, Packing, tree_size
 from cafe.processing import without_video
 from cafe.training.geometry import HUB, config_of, empty_model
-from cafe.training.optimizer import freeze
+from cafe.training.optimizer import checkpoint_layers, freeze
 from cafe.training.plan import HARDWARE, Data, Load, Stack, flops_of, measure, memory_of, picture, plan
 from cafe.training.plan import load_of as planned
 from cafe.training.recipe import ObjectiveRecipe, read_recipe
@@ -102,7 +102,7 @@ def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, token
     model = Cafe.load(random_base, Prompts(), torch.float32)
     freeze(model.lvlm, frozen)
     if checkpointed:
-        model.lvlm.gradient_checkpointing_enable()
+        checkpoint_layers(model.lvlm)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     batch = Batches([source], model.processing, 6, 0, packing=Packing(columns=160), size=MicroBatchSize(tokens=tokens))[
         0
@@ -252,7 +252,7 @@ class Live(TorchDispatchMode):
 def test_the_peak_of_a_step_is_what_its_tensors_take(random_base, scenes, checkpointed, tokens):
     model = Cafe.load(random_base, Prompts(), torch.float32)
     if checkpointed:
-        model.lvlm.gradient_checkpointing_enable()
+        checkpoint_layers(model.lvlm)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     size = MicroBatchSize(tokens=tokens)
     batch = Batches([source], model.processing, 12, 0, packing=Packing(columns=160), size=size)[0]

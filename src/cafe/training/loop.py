@@ -79,8 +79,6 @@ def train(
     four_bit = recipe.model.frozen_weights == "4bit"
     model = Cafe.load(base, recipe.prompts, dtype, place, recipe.model.attention, four_bit)
     limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
-    if recipe.model.gradient_checkpointing:
-        model.lvlm.gradient_checkpointing_enable()
     batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded, sources)
     joint = make_joint(recipe, model, batches.nothing())
     about = describe(model.lvlm)
