@@ -196,13 +196,15 @@ class JointStep(nn.Module):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them."""
         pairs = len(batch.target_ids)
-        queries, targets, negatives = (gather(part) for part in vectors.split([pairs, pairs, len(batch.owners)]))
-        owners = gather(batch.owners.to(vectors.device, non_blocking=True) + before(pairs, vectors.device))
-        scores = gather(batch.scores.to(vectors.device, non_blocking=True))
-        ids = None
-        if self.objective.mask_duplicates:
-            numbers = (batch.target_ids, batch.negative_ids)
-            ids = torch.cat([gather(each.to(vectors.device, non_blocking=True)) for each in numbers])
+        queries, targets, negatives = vectors.split([pairs, pairs, len(batch.owners)])
+        target_ids, owners, scores, negative_ids = (
+            each.to(vectors.device, non_blocking=True)
+            for each in (batch.target_ids, batch.owners, batch.scores, batch.negative_ids)
+        )
+        owners = owners + before(pairs, vectors.device)
+        queries, targets, target_ids = gather(queries, targets, target_ids)
+        negatives, owners, scores, negative_ids = gather(negatives, owners, scores, negative_ids)
+        ids = torch.cat([target_ids, negative_ids]) if self.objective.mask_duplicates else None
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
         objective = self.objective
