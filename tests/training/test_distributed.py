@@ -77,7 +77,10 @@ def run(
 
 @pytest.fixture(scope="module")
 def recipe(random_base, scenes, tmp_path_factory):
-    """Two steps on sixteen records: in two processes the first has no picture at first, and the second none at last."""
+    """Two steps on sixteen records: in two processes the first has no picture at first, and the second none at last.
+
+    One record is bad and one has no negatives, so that the processes hold unequal numbers of both.
+    """
     directory = tmp_path_factory.mktemp("recipe")
     records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
     data = directory / "data.json"
@@ -90,6 +93,8 @@ def recipe(random_base, scenes, tmp_path_factory):
         records[place].pop("image")
         for turn in records[place]["conversations"]:
             turn["value"] = turn["value"].replace("<image>", "").strip()
+    records[order[5]]["image"] = "missing.png"
+    records[order[6]] |= {"negatives": [], "negative_scores": []}
     data.write_text(json.dumps(records))
     file = directory / "recipe.yaml"
     # Large epsilon: AdamW's first steps would make a sign of every rounding error.
