@@ -100,7 +100,8 @@ class JointStep(nn.Module):
         self.objective = objective
         self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
-            torch.tensor([math.log(objective.temperature)]), requires_grad=objective.learn_temperature
+            torch.tensor([math.log(objective.temperature)], dtype=self.dtype),
+            requires_grad=objective.learn_temperature,
         )
         if objective.learn_temperature:  # every process has its whole gradient, and gradients are summed
             self.log_temperature.register_hook(lambda grad: grad / world())
