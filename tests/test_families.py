@@ -20,7 +20,7 @@ from cafe.instructions import Message, Prompts, dialogue_messages, embedding_mes
 from cafe.model import Cafe
 from cafe.packing import Branch, lay_out, pack
 from cafe.processing import Processing
-from cafe.reading import attention_mask
+from cafe.reading import attention_mask, packing_for
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
 
@@ -114,6 +114,13 @@ def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
         assert branch.input_ids.tolist() == [*own["input_ids"][0].tolist(), *extra]
         found = hidden[place[:length, 0], place[:length, 1]]
         torch.testing.assert_close(found, plain_hidden(model, own), atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_a_trial_finds_by_itself_which_families_share(family, monkeypatch):
+    model = make(family)
+    monkeypatch.setattr("cafe.reading.may_share", lambda lvlm: None)  # as of a family that nobody knows
+    assert packing_for(model.lvlm, model.processing).share == (family not in READ_ONE_BY_ONE)
 
 
 @every_family
