@@ -19,7 +19,7 @@ from cafe.model import Cafe
 from cafe.objectives import matryoshka
 from cafe.packing import Branch, Pack, Packing
 from cafe.training.recipe import ObjectiveRecipe
-from cafe.training.step import JointStep
+from cafe.training.step import JointStep, has_dropout
 
 PAIRS = 6
 
@@ -178,6 +178,17 @@ def test_dropout_draws_the_same_numbers_when_a_micro_batch_is_read_again(model, 
     state = torch.get_rng_state()
     step(batch)
     assert not torch.equal(seen[-1], last) and not torch.equal(state, torch.get_rng_state())
+
+
+def test_dropout_is_found_in_every_part(model):
+    lvlm = model.lvlm
+    tower = next(part for part in lvlm.model.vision_tower.modules() if hasattr(part, "dropout"))
+    layer = lvlm.model.language_model.layers[0].self_attn
+    assert not has_dropout(lvlm) and not has_dropout(nn.Dropout(0.0)) and has_dropout(nn.Dropout(0.1))
+    for part, name in ((tower, "dropout"), (layer, "attention_dropout")):
+        setattr(part, name, 0.3)
+        assert has_dropout(lvlm)
+        setattr(part, name, 0.0)
 
 
 def test_the_published_scale_is_one_over_the_processes(model, scenes, monkeypatch):

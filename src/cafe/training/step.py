@@ -30,6 +30,7 @@ from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.vision import VisionCache
 
 LOWEST_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature
+DROPOUT = ("p", "attention_dropout", "dropout")  # what layers of dropout, language models and vision towers call it
 
 
 @dataclass
@@ -269,7 +270,8 @@ class Gradients:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether a forward pass in training draws random numbers."""
-    return any(getattr(module, name, 0.0) for module in model.modules() for name in ("p", "attention_dropout"))
+    rates = (getattr(module, name, 0.0) for module in model.modules() for name in DROPOUT)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)  # a module by such a name has its own
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
