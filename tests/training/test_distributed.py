@@ -164,6 +164,19 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
             assert other[name] == pytest.approx(record[name], rel=1e-5), name
 
 
+def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, recipe, random_base, tmp_path):
+    fixed = "objective.learn_temperature=false"
+    one, _ = alone(fixed, "objective.contrastive_weight=0.5")
+    assert not run(recipe, tmp_path / "run", 2, fixed, "objective.compat=published")
+    several, _ = results(tmp_path / "run")
+    other, _ = alone(fixed)
+    start = load_file(random_base / "model.safetensors")
+    apart, unscaled, moved = (
+        torch.cat([(one[name] - each[name]).flatten() for name in one]).norm() for each in (several, other, start)
+    )
+    assert apart <= 1e-5 * moved <= 1e-3 * unscaled
+
+
 @pytest.mark.parametrize(
     ("overrides", "launcher"),
     [
