@@ -24,7 +24,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 from cafe.packing import Packing
 from cafe.training.distributed import clip_gradients
 from cafe.training.geometry import config_of
-from cafe.training.optimizer import describe, freeze, make_optimizer
+from cafe.training.optimizer import describe, make_optimizer, prepare
 from cafe.training.plan import GIB, Data, load_of, measure, memory_of, picture
 from cafe.training.recipe import read_recipe
 from cafe.training.step import JointStep
@@ -73,9 +73,7 @@ def main() -> None:
     torch.manual_seed(0)
     with torch.device(device):
         lvlm = AutoModelForImageTextToText.from_config(config_of(recipe.model.base)).train()
-    if recipe.model.gradient_checkpointing:
-        lvlm.gradient_checkpointing_enable()
-    freeze(lvlm, recipe.model.frozen)
+    prepare(lvlm, recipe.model)
     print(describe(lvlm), flush=True)
     load, sizes = load_of(recipe, lvlm, DATA, 1), measure(lvlm)
     batch = make_batch(make_pairs(lvlm, options.pairs, DATA), Packing(columns=load.columns), recipe.micro_batch)

@@ -27,7 +27,8 @@ from cafe.training.step import JointStep
 ALL = ("all",)
 NO_PROJECTOR = {"gemma3", "ovis2"}  # theirs is a parameter by itself, or none
 SOME = ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3", "glm4v"]
-CASES = [(family, False) for family in SOME] + [("llava_onevision", True), ("qwen3_vl", True)]
+DORA = [("llava_onevision", True), ("qwen3_vl", True)]
+CASES = [(family, False) for family in SOME] + DORA
 
 
 def shake(model: Cafe) -> None:
@@ -70,7 +71,7 @@ def test_an_adapter_is_felt_wherever_the_weights_it_stands_beside_are(family):
     assert sum(felt(layer.weight) for layer in layers) >= 0.7 * len(layers)  # some towers' last layers are not used
 
 
-@pytest.mark.parametrize(("family", "dora"), CASES)
+@pytest.mark.parametrize(("family", "dora"), [(family, False) for family in families.FAMILIES] + DORA)
 def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family, dora):
     model = adapted(family, dora=dora)
     model.lvlm.double()

@@ -15,12 +15,12 @@ from cafe.content import Content, Dialogue, Example, Pair, Turn, open_image
 from cafe.data.formats import Source
 from cafe.data.loading import Batches, MicroBatchSize, encode
 from cafe.errors import CafeError
-from cafe.families import FAMILIES, may_share, part_of
+from cafe.families import FAMILIES, may_share, part_of, vision_tower_of
 from cafe.instructions import Message, Prompts, dialogue_messages, embedding_messages
 from cafe.model import Cafe
 from cafe.packing import Branch, lay_out, pack
 from cafe.processing import Processing
-from cafe.reading import attention_mask
+from cafe.reading import attention_mask, packing_for
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
 
@@ -114,6 +114,13 @@ def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
         assert branch.input_ids.tolist() == [*own["input_ids"][0].tolist(), *extra]
         found = hidden[place[:length, 0], place[:length, 1]]
         torch.testing.assert_close(found, plain_hidden(model, own), atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_a_trial_finds_by_itself_which_families_share(family, monkeypatch):
+    model = make(family)
+    monkeypatch.setattr("cafe.reading.may_share", lambda lvlm: None)  # as of a family that nobody knows
+    assert packing_for(model.lvlm, model.processing).share == (family not in READ_ONE_BY_ONE)
 
 
 @every_family
@@ -241,7 +248,10 @@ def test_embeddings_and_answers_are_the_plain_ones(family):
     vector, said = model.embed_and_generate(WIDE, prompt, max_new_tokens=6)
     np.testing.assert_allclose(vector, model.embed([WIDE])[0], atol=1e-5)
     assert said == answer
-    vectors, answers = model.describe([TALL, WIDE], prompt, max_new_tokens=6)
+    looks = []
+    with vision_tower_of(model.lvlm).register_forward_hook(lambda *_: looks.append(1)):
+        vectors, answers = model.describe([TALL, WIDE], prompt, max_new_tokens=6)
+    assert len(looks) == 1  # at all pictures, once
     np.testing.assert_allclose(vectors, model.embed([TALL, WIDE]), atol=1e-5)
     assert answers == [model.generate(picture, prompt, max_new_tokens=6) for picture in (TALL, WIDE)]
 

@@ -7,7 +7,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
-from cafe.packing import Branch, Packing, lay_out, pack, tree_block_mask, tree_mask, tree_size
+from cafe.packing import Branch, Packing, count_crops, lay_out, pack, tree_block_mask, tree_mask, tree_size
 
 IMAGE = 99
 
@@ -144,6 +144,19 @@ def test_an_image_is_there_once_with_its_tensors_in_the_order_of_its_tokens():
     assert torch.equal(done.inputs["pixel_values"], torch.cat([vision["pixel_values"] for vision in order]))
     assert [row[column] for _, column in done.readouts.tolist()] == [2, 8, 5, 9]
     assert done.labels.tolist() == [3, 4] and [row[column] for _, column in done.predictors.tolist()] == [IMAGE, 3]
+
+
+def test_crops_are_counted_however_a_family_lays_them_out():
+    grids = {"image_grid_thw": torch.tensor([[1, 4, 6], [1, 2, 2]])}
+    for shape, count, more in [
+        ((2, 3, 8, 8), 2, {}),  # pictures
+        ((2, 5, 3, 8, 8), 10, {}),  # pictures, and the parts of each
+        ((28, 96), 2, grids),  # patches of all pictures
+        ((2, 28, 96), 2, {}),  # pictures, and the patches of each
+    ]:
+        vision = {"pixel_values": torch.zeros(shape), **more}
+        shown = [branch([1, IMAGE, 2], vision), branch([1, IMAGE, 3], vision), branch([4])]
+        assert count_crops(shown) == count
 
 
 def test_texts_of_mixed_lengths_leave_hardly_any_padding():

@@ -337,7 +337,12 @@ def tree_size(branches: Sequence[Branch]) -> int:
 def count_crops(branches: Sequence[Branch]) -> int:
     """The pictures, or parts of pictures, that the vision tower reads for some branches."""
     visions = {id(branch.vision): branch.vision for branch in branches if "pixel_values" in branch.vision}
-    return sum(math.prod(vision["pixel_values"].shape[:-3]) for vision in visions.values())
+    return sum(_crops(vision) for vision in visions.values())
+
+
+def _crops(vision: Mapping[str, Tensor]) -> int:
+    rows = vision.get("image_grid_thw", vision["pixel_values"])  # patches of several pictures are joined, grids are not
+    return math.prod(rows.shape[:-3]) if rows.ndim > 3 else len(rows)
 
 
 def _size(members: Sequence[int], keys: Sequence[Keys]) -> int:

@@ -96,7 +96,7 @@ def reads_trees(lvlm: PreTrainedModel, processing: Processing, packing: Packing)
         processing.encode_embedding(embedding_messages(content, processing.prompts), pictures),
     ]
     try:
-        shared, _ = read(lvlm, pack([branches], [[]], packing))
+        shared, _ = read(lvlm, pack([branches], [[]], replace(packing, columns=ONE_ROW)))  # two rows would try nothing
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False
     alone, _ = read(lvlm, pack([branches], [[]], replace(packing, share=False)))

@@ -78,7 +78,10 @@ def run(
 
 @pytest.fixture(scope="module")
 def recipe(random_base, scenes, tmp_path_factory):
-    """Two steps on sixteen records: in two processes the first has no picture at first, and the second none at last."""
+    """Two steps on sixteen records: in two processes the first has no picture at first, and the second none at last.
+
+    One record is bad and one has no negatives, so that the processes hold unequal numbers of both.
+    """
     directory = tmp_path_factory.mktemp("recipe")
     records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
     data = directory / "data.json"
@@ -91,6 +94,8 @@ def recipe(random_base, scenes, tmp_path_factory):
         records[place].pop("image")
         for turn in records[place]["conversations"]:
             turn["value"] = turn["value"].replace("<image>", "").strip()
+    records[order[5]]["image"] = "missing.png"
+    records[order[6]] |= {"negatives": [], "negative_scores": []}
     data.write_text(json.dumps(records))
     file = directory / "recipe.yaml"
     # Large epsilon: AdamW's first steps would make a sign of every rounding error.
@@ -160,6 +165,19 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
         assert record.keys() == other.keys()
         for name in record.keys() - {"seconds"}:
             assert other[name] == pytest.approx(record[name], rel=close), name
+
+
+def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, recipe, random_base, tmp_path):
+    fixed = "objective.learn_temperature=false"
+    one, _ = alone(fixed, "objective.contrastive_weight=0.5")
+    assert not run(recipe, tmp_path / "run", 2, fixed, "objective.compat=published")
+    several, _ = results(tmp_path / "run")
+    other, _ = alone(fixed)
+    start = load_file(random_base / "model.safetensors")
+    apart, unscaled, moved = (
+        torch.cat([(one[name] - each[name]).flatten() for name in one]).norm() for each in (several, other, start)
+    )
+    assert apart <= 1e-5 * moved <= 1e-3 * unscaled
 
 
 @pytest.mark.parametrize(

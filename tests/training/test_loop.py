@@ -72,7 +72,7 @@ def test_a_learned_temperature_moves(recipe):
     assert Cafe.load(checkpoint).record["temperature"] != pytest.approx(0.05, abs=1e-6)
 
 
-def test_bf16_checkpointing_micro_batches_and_accumulation_run_without_a_warning(recipe):
+def test_bf16_checkpointing_micro_batches_and_accumulation_run_and_the_second_and_third_warn_together(recipe):
     half = replace(
         recipe,
         model=replace(recipe.model, precision="bf16", gradient_checkpointing=True),
@@ -82,7 +82,11 @@ def test_bf16_checkpointing_micro_batches_and_accumulation_run_without_a_warning
     )
     said: list[str] = []
     assert (train(half, report=said.append) / "cafe.json").is_file()
-    assert [line.split()[0] for line in said] == ["Training", "The"]
+    assert [line.split()[0] for line in said] == ["Training", "Warning:", "The"]
+    assert "model.gradient_checkpointing and micro_batch" in said[1]
+    whole = replace(half, output=half.output + "-whole", micro_batch=MicroBatchSize())
+    train(whole, report=said.append)
+    assert [line.split()[0] for line in said[3:]] == ["Training", "The"]
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
+from test_families import make
 from transformers import PreTrainedModel
 
 from cafe.data.formats import Source, open_source
@@ -87,10 +87,15 @@ def test_a_step_that_runs_out_of_memory_is_repeated_exactly_in_halves(model, bat
     ]
 
 
-def test_a_family_whose_pictures_are_rows_of_patches_is_halved_by_tokens_alone(scenes, monkeypatch):
-    model = FAMILIES["qwen2_vl"]()
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma4"])
+def test_a_family_whose_pictures_are_rows_of_patches_is_cut_by_tokens_alone(family, scenes, monkeypatch):
+    model = make(family)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     batches = Batches([source], model.processing, PAIRS, seed=0, packing=model.packing)
+    with monkeypatch.context() as patch:
+        RunsOut(patch, 3 * tree_size(batches.largest(1)[0].all))
+        size = fitting_size(JointStep(model.lvlm, ObjectiveRecipe()), batches)
+        assert size.tokens and not size.crops
     said: list[str] = []
     feed = Feed(batches, None, 0, 1, 1, 0, said.append)
     parts = next(feed)

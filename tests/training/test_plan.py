@@ -13,25 +13,28 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as hf
-from families import tokenizer
+from families import FAMILIES, tokenizer
 from PIL import Image
+from samples import noise
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cafe.cli import main, parser
+from cafe.content import Content
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batch, Batches, MicroBatchSize
 from cafe.families import vision_tower_of
 from cafe.image_limits import limit_images
 from cafe.instructions import Prompts
 from cafe.model import Cafe
-from cafe.packing import Pack, Packing, tree_size
+from cafe.packing import Pack, Packing, pack, tree_size
 from cafe.processing import without_video
+from cafe.reading import read
 from cafe.training.geometry import HUB, config_of, empty_model
-from cafe.training.optimizer import freeze
+from cafe.training.optimizer import checkpoint_layers, freeze
 from cafe.training.plan import HARDWARE, Data, Load, Stack, flops_of, measure, memory_of, picture, plan
 from cafe.training.plan import load_of as planned
 from cafe.training.recipe import ObjectiveRecipe, read_recipe
@@ -102,7 +105,7 @@ def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, token
     model = Cafe.load(random_base, Prompts(), torch.float32)
     freeze(model.lvlm, frozen)
     if checkpointed:
-        model.lvlm.gradient_checkpointing_enable()
+        checkpoint_layers(model.lvlm)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     batch = Batches([source], model.processing, 6, 0, packing=Packing(columns=160), size=MicroBatchSize(tokens=tokens))[
         0
@@ -252,7 +255,7 @@ class Live(TorchDispatchMode):
 def test_the_peak_of_a_step_is_what_its_tensors_take(random_base, scenes, checkpointed, tokens):
     model = Cafe.load(random_base, Prompts(), torch.float32)
     if checkpointed:
-        model.lvlm.gradient_checkpointing_enable()
+        checkpoint_layers(model.lvlm)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     size = MicroBatchSize(tokens=tokens)
     batch = Batches([source], model.processing, 12, 0, packing=Packing(columns=160), size=size)[0]
@@ -285,6 +288,21 @@ def test_what_a_frozen_tower_made_is_counted(random_base, scenes):
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.precision=fp32"])
     load = load_of(batch, model.lvlm.config.vision_config.patch_size)
     assert memory_of(measure(model.lvlm), load, recipe)["vision cache"] == pytest.approx(peaks[1] - peaks[0], rel=0.15)
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_what_a_frozen_tower_leaves_of_a_patch_is_what_the_cache_keeps(family):
+    model = FAMILIES[family]()
+    freeze(model.lvlm, ("vision_tower", "projector"))
+    sizes, tower = measure(model.lvlm), vision_tower_of(model.lvlm)
+    branch = model.encode_embedding(Content.of(noise(0, 64, 64)))
+    patches = branch.vision["pixel_values"].numel() // (3 * model.lvlm.config.vision_config.patch_size**2)
+    patches //= getattr(model.lvlm.config.vision_config, "temporal_patch_size", 1)
+    vision = VisionCache(tower, model.lvlm.config)
+    with torch.no_grad(), vision.step():
+        read(model.lvlm, pack([[branch]], [[]], model.packing))
+        kept = sum(leaf.numel() for leaf in tree_leaves(list(vision.kept.values())) if leaf is not None)
+    assert sizes.looks_once and kept == sizes.leaves * patches
 
 
 def test_more_gpus_share_a_sharded_models_weights_gradients_and_optimizer_state():

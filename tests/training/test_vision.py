@@ -4,6 +4,7 @@ import pytest
 import torch
 from families import FAMILIES, WIDTH
 from PIL import Image
+from test_families import SMALL, TALL, WIDE, Listed, examples, make
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, PixtralVisionConfig, PixtralVisionModel
@@ -19,7 +20,7 @@ from cafe.reading import read
 from cafe.training.optimizer import freeze
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
-from cafe.training.vision import VisionCache, fingerprints
+from cafe.training.vision import VisionCache, fingerprints, fingerprints_of_patches
 
 PAIRS = 6
 CROPS = 5  # of a picture: a thumbnail and four
@@ -73,6 +74,33 @@ def test_a_picture_is_encoded_twice_trained_once_frozen_and_never_from_disk(mode
         assert counted.crops == times * PAIRS * CROPS
         assert again == pytest.approx(loss, rel=1e-5)
         assert (same - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
+def test_pictures_end_to_end_are_read_once_too_where_their_grids_are_told(family, tmp_path):
+    model = make(family)
+    freeze(model.lvlm, ["vision_tower", "projector"])
+    size = MicroBatchSize(tokens=400)
+    batch = Batches([Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size)[0]
+    patches = sum(len(model.processing.pictures([each]).vision["pixel_values"]) for each in (SMALL, WIDE, TALL))
+    tower = vision_tower_of(model.lvlm)
+    counted = Counted(tower)
+    loss, gradient = follow(model, batch, None)
+    assert counted.crops > 2 * patches  # some are in several contents
+    for cache, times in ((None, 1), (tmp_path, 1), (tmp_path, 0)):
+        counted.crops = 0
+        again, same = follow(model, batch, VisionCache(tower, model.lvlm.config, cache))
+        assert counted.crops == times * patches
+        assert again == pytest.approx(loss, rel=1e-5)
+        assert (same - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_pictures_of_the_same_patches_in_another_grid_are_others():
+    patches, other = torch.randn(12, 6), torch.randn(4, 6)
+    grids = torch.tensor([[1, 3, 4], [1, 2, 2]])
+    keys = fingerprints_of_patches(torch.cat([patches, other]), grids)
+    turned = fingerprints_of_patches(torch.cat([other, patches]), torch.tensor([[1, 2, 2], [1, 4, 3]]))
+    assert turned[0] == keys[1] and turned[1] != keys[0] != keys[1]
 
 
 def test_a_tower_that_lays_pictures_end_to_end_reads_as_ever():
@@ -134,7 +162,7 @@ def test_of_what_a_tower_returns_only_what_the_model_reads_is_kept(family, layer
                 for _ in range(2):
                     torch.testing.assert_close(read(model.lvlm, done)[0], expected)
                 for made in vision.kept.values():
-                    assert sum(leaf.ndim == 2 for leaf in tree_leaves(made) if leaf is not None) == count
+                    assert sum(leaf.ndim == 3 for leaf in tree_leaves(made) if leaf is not None) == count
             tower.forward = None  # the second time from disk
 
 

@@ -97,24 +97,29 @@ def within_memory(device: torch.device) -> Iterator[None]:
         raise torch.OutOfMemoryError("Out of memory" if failed else "Another process is out of memory")
 
 
-def gather(rows: Tensor) -> Tensor:
-    """All processes' rows; they need not be equally many.
+def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """All processes' rows of some tensors with as many rows each; those of different processes need not be as many.
 
     Only this process's own rows carry gradient. That is all that its parameters contribute to a loss which every
     process computes from all rows alike: the sum of the processes' gradients is the gradient of that one loss.
     """
     if world() == 1:
-        return rows
-    counts = [torch.zeros(1, dtype=torch.long, device=rows.device) for _ in range(world())]
-    dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
-    longest = int(max(counts))
-    padded = rows.new_zeros(longest, *rows.shape[1:])
-    padded[: len(rows)] = rows.detach()
-    parts = [torch.empty_like(padded) for _ in range(world())]
-    dist.all_gather(parts, padded)
-    parts = [part[: int(count)] for part, count in zip(parts, counts, strict=True)]
-    parts[dist.get_rank()] = rows
-    return torch.cat(parts)
+        return tensors
+    own, device = len(tensors[0]), tensors[0].device
+    counts = torch.zeros(world(), dtype=torch.long, device=device)
+    counts[rank()] = own
+    lengths = everyone(counts).tolist()
+
+    def every(rows: Tensor) -> Tensor:
+        padded = rows.new_zeros(max(lengths), *rows.shape[1:])
+        padded[:own] = rows.detach()
+        parts = [torch.empty_like(padded) for _ in lengths]
+        dist.all_gather(parts, padded)
+        parts = [part[:length] for part, length in zip(parts, lengths, strict=True)]
+        parts[rank()] = rows
+        return torch.cat(parts)
+
+    return tuple(map(every, tensors))
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -14,7 +14,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from cafe.data.formats import open_source
-from cafe.data.loading import Quarantine
+from cafe.data.loading import UNCUT, Quarantine
 from cafe.errors import CafeError, Stopped
 from cafe.image_limits import limit_images
 from cafe.model import Cafe, checkpoint_of
@@ -79,8 +79,6 @@ def train(
     four_bit = recipe.model.frozen_weights == "4bit"
     model = Cafe.load(base, recipe.prompts, dtype, place, recipe.model.attention, four_bit)
     limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
-    if recipe.model.gradient_checkpointing:
-        model.lvlm.gradient_checkpointing_enable()
     batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded, sources)
     joint = make_joint(recipe, model, batches.nothing())
     about = describe(model.lvlm)
@@ -105,6 +103,11 @@ def train(
         at.size = fitting_size(joint, batches, recipe.memory)
         report(f"Micro-batches of {at.size.tokens or 'all'} tokens and {at.size.crops or 'all'} crops fit.")
     feed = Feed(batches, at.size, at.step, steps, accumulate, recipe.data.workers, report)
+    if recipe.model.gradient_checkpointing and feed.batches.size != UNCUT:
+        report(
+            "Warning: model.gradient_checkpointing and micro_batch both save memory by one more forward pass; together "
+            "they are for where a single pair does not fit without the first."
+        )
     named = output / f"quarantine{f'-{rank}' if rank else ''}.jsonl"
     quarantine = Quarantine(named, recipe.data.max_bad_share, at.bad, at.seen)
     log = Log(output, accelerator, name, at.step) if rank == 0 else None

@@ -118,7 +118,7 @@ def release(joint: JointStep) -> None:
 
 
 def crops_of(inputs: dict[str, torch.Tensor]) -> int:
-    """The crops among a model's inputs, as `count_crops` counts them; 0 if patches are joined, which tokens tell of."""
+    """The crops among a model's inputs; 0 if they are patches of pictures of any size, of which tokens tell more."""
     pixels = inputs.get("pixel_values")
     return 0 if pixels is None else math.prod(pixels.shape[:-3] or [0])
 
@@ -177,7 +177,8 @@ def fitting_size(joint: JointStep, batches: Batches, limit: float | None = None)
         return UNCUT
     more = room / max(taken, 1.0)  # what one example takes beside its tokens makes this an underestimate
     tokens, crops = (int(more * sum(size[part] for size in sizes[:fit])) for part in (0, 1))
-    return MicroBatchSize(-most(-tokens, device), -most(-crops, device) or None)
+    of_one_size = crops_of(batch.micro_batches[0].joint.inputs) > 0
+    return MicroBatchSize(-most(-tokens, device), -most(-crops * of_one_size, device) or None)
 
 
 class Meter:

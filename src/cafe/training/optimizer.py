@@ -18,7 +18,12 @@ from cafe.training.recipe import ModelRecipe, OptimizerRecipe
 
 
 def prepare(lvlm: PreTrainedModel, recipe: ModelRecipe) -> None:
-    """Leaves untrained what the recipe does not train, and holds it in the precision that the recipe names."""
+    """Leaves untrained what the recipe does not train, and holds it in the precision that the recipe names.
+
+    Layers are made again for the backward pass where it says so.
+    """
+    if recipe.gradient_checkpointing:
+        checkpoint_layers(lvlm)
     if recipe.adapter:
         add_adapter(lvlm, recipe.adapter)
     else:
@@ -27,6 +32,12 @@ def prepare(lvlm: PreTrainedModel, recipe: ModelRecipe) -> None:
         for parameter in lvlm.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
+
+
+def checkpoint_layers(lvlm: PreTrainedModel) -> None:
+    """Makes layers keep no activations, but make them again for the backward pass."""
+    older = lvlm.gradient_checkpointing_enable  # the only name in transformers 5.10, and deprecated in 5.23
+    getattr(lvlm, "activation_checkpointing_enable", older)()
 
 
 def freeze(lvlm: PreTrainedModel, parts: Sequence[PartName]) -> None:

@@ -179,7 +179,8 @@ class Sizes:
         head, head_trained: weights of the language-model head, and those of them that are trained.
         vocabulary: tokens.
         largest, layer, layered: parameters of the largest tensor, of the largest layer, and of all layers.
-        merges: patches that become one row for the projector.
+        merges: patches that become one row for the projector, which is then a part of the tower.
+        leaves: numbers that the model reads of what the tower makes of a patch.
         tower, language: the layers of each.
     """
 
@@ -192,6 +193,7 @@ class Sizes:
     layer: int
     layered: int
     merges: int
+    leaves: float
     tower: Stack
     language: Stack
 
@@ -199,6 +201,12 @@ class Sizes:
     def parameters(self) -> int:
         """Of the model."""
         return sum(part.parameters for part in self.parts.values())
+
+    @property
+    def looks_once(self) -> bool:
+        """Whether what the tower makes of a picture is kept through a step."""
+        inner: tuple[PartName, ...] = ("vision_tower", "projector") if self.merges > 1 else ("vision_tower",)
+        return not any(self.parts[part].trained for part in inner)
 
     @property
     def trained(self) -> int:
@@ -257,6 +265,7 @@ def measure(lvlm: PreTrainedModel) -> Sizes:
     own = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
     full = len(getattr(vision, "fullatt_block_indexes", []))
+    merges, deep = getattr(vision, "spatial_merge_size", 1) ** 2, getattr(vision, "deepstack_visual_indexes", [])
     return Sizes(
         {name: Part(*count) for name, count in counts.items()},
         stem=stem,
@@ -266,7 +275,8 @@ def measure(lvlm: PreTrainedModel) -> Sizes:
         largest=max(parameter.numel() for parameter in lvlm.parameters()),
         layer=max(layers),
         layered=sum(layers),
-        merges=getattr(vision, "spatial_merge_size", 1) ** 2,
+        merges=merges,
+        leaves=width if merges == 1 else text.hidden_size * (1 + len(deep)) / merges,
         tower=Stack(
             layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
             width=width,
@@ -393,13 +403,13 @@ def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, 
     asking = load.rows * stack.attention_flops(load.columns)
     if not checkpointed and 2 * load.read <= load.tokens:
         asking -= 4.0 * load.columns * (load.tokens - load.read) * stack.heads
-    # A frozen tower keeps what it read, if it reads crop by crop.
-    rereads = cropped if tower.trained or sizes.merges > 1 else 0.0
+    rereads = 0.0 if sizes.looks_once else cropped
+    projects = rereads if sizes.merges > 1 else cropped
     attention = load.crops * sizes.tower.attention_flops(load.patches)
     looking = part(tower, patches, attention, rereads, tower.trained, sizes.tower)
     return {
         "vision tower": looking + 2 * patches * sizes.stem * (1 + rereads + (tower.trained > 0)),
-        "projector": part(projector, patches / sizes.merges, 0.0, cropped, tower.trained + projector.trained),
+        "projector": part(projector, patches / sizes.merges, 0.0, projects, tower.trained + projector.trained),
         "language model": part(
             language,
             load.tokens - late * (load.tokens - load.read),
@@ -444,9 +454,9 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
     if bf16 and not checkpointed:  # autocast's copies of the matrices
         kept += 2 * sum(each.matrices if held == "fp32" else each.trained_matrices for each in sizes.parts.values())
 
-    # What a frozen tower made of all crops, if it reads crop by crop.
-    reads = 0.0 if looks or sizes.merges > 1 else load.crops * load.patches
-    made = reads * sizes.tower.width * (4 if held == "fp32" else 2)
+    # What a frozen tower made of all crops; of a projector in it, autocast makes bfloat16.
+    made = load.crops * load.patches * sizes.leaves * sizes.looks_once
+    made *= 2 if held != "fp32" or (bf16 and sizes.merges > 1) else 4
 
     # What is there for a moment.
     tile = min(HEAD_TILE, load.largest * load.labels * sizes.vocabulary)

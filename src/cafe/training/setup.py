@@ -82,6 +82,7 @@ def make_joint(recipe: Recipe, model: Cafe, blank: MicroBatch | None = None) -> 
     tower = vision_tower_of(model.lvlm)
     vision = None
     if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
-        directory = Path(recipe.model.vision_cache) if recipe.model.vision_cache else None
+        kept = recipe.model.vision_cache
+        directory = Path(kept) / recipe.model.precision if kept else None  # what it makes is of that precision
         vision = VisionCache(tower, model.lvlm.config, directory)
     return JointStep(model.lvlm.train(), recipe.objective, recipe.model.precision, vision, blank)

@@ -30,6 +30,7 @@ from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.vision import VisionCache
 
 LOWEST_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature
+DROPOUT = ("p", "attention_dropout", "dropout")  # what layers of dropout, language models and vision towers call it
 
 
 @dataclass
@@ -100,7 +101,8 @@ class JointStep(nn.Module):
         self.objective = objective
         self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
-            torch.tensor([math.log(objective.temperature)]), requires_grad=objective.learn_temperature
+            torch.tensor([math.log(objective.temperature)], dtype=self.dtype),
+            requires_grad=objective.learn_temperature,
         )
         if objective.learn_temperature:  # every process has its whole gradient, and gradients are summed
             self.log_temperature.register_hook(lambda grad: grad / world())
@@ -196,13 +198,15 @@ class JointStep(nn.Module):
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them."""
         pairs = len(batch.target_ids)
-        queries, targets, negatives = (gather(part) for part in vectors.split([pairs, pairs, len(batch.owners)]))
-        owners = gather(batch.owners.to(vectors.device, non_blocking=True) + before(pairs, vectors.device))
-        scores = gather(batch.scores.to(vectors.device, non_blocking=True))
-        ids = None
-        if self.objective.mask_duplicates:
-            numbers = (batch.target_ids, batch.negative_ids)
-            ids = torch.cat([gather(each.to(vectors.device, non_blocking=True)) for each in numbers])
+        queries, targets, negatives = vectors.split([pairs, pairs, len(batch.owners)])
+        target_ids, owners, scores, negative_ids = (
+            each.to(vectors.device, non_blocking=True)
+            for each in (batch.target_ids, batch.owners, batch.scores, batch.negative_ids)
+        )
+        owners = owners + before(pairs, vectors.device)
+        queries, targets, target_ids = gather(queries, targets, target_ids)
+        negatives, owners, scores, negative_ids = gather(negatives, owners, scores, negative_ids)
+        ids = torch.cat([target_ids, negative_ids]) if self.objective.mask_duplicates else None
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
         objective = self.objective
@@ -266,7 +270,8 @@ class Gradients:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether a forward pass in training draws random numbers."""
-    return any(getattr(module, name, 0.0) for module in model.modules() for name in ("p", "attention_dropout"))
+    rates = (getattr(module, name, 0.0) for module in model.modules() for name in DROPOUT)
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)  # a module by such a name has its own
 
 
 def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -1,13 +1,15 @@
 """A frozen vision tower reads each crop once a step; once for ever where a directory keeps what it made of it.
 
 A crop is known by a hash of its pixels as the tower gets them, so preprocessing is part of the key; so are the tower's
-weights, in a directory. This is for towers that read crops one by one, as rows of (crops, channels, height, width);
-towers of another kind (Qwen's and Pixtral's, which read patches of several pictures) read as ever.
+weights, in a directory. This is for towers that read crops one by one, as rows of (crops, channels, height, width), and
+for those that are told the grid of each picture whose patches they read (Qwen's, with the projector in them); towers of
+another kind (Pixtral's, which lays pictures end to end) read as ever.
 """
 
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -52,31 +54,40 @@ class VisionCache:
 
     @torch.no_grad()
     def _forward(self, read: Callable[..., Any], rows: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        crops: Tensor = named["pixel_values"] if "pixel_values" in named else rows[0]
-        if crops.ndim != 4 or not self.by_itself:
+        pixels: Tensor = named["pixel_values"] if "pixel_values" in named else rows[0]
+        grids: Tensor | None = named.get("grid_thw")
+        if grids is None and (pixels.ndim != 4 or not self.by_itself):
             return read(*rows, **named)
-        keys = fingerprints(crops).tolist()
+        lengths = [1] * len(pixels) if grids is None else grids.prod(1).tolist()
+        keys = (fingerprints(pixels) if grids is None else fingerprints_of_patches(pixels, grids)).tolist()
         unread = {
-            key: row for row, key in enumerate(keys) if key not in self.kept and not self._load(key, crops.device)
+            key: place for place, key in enumerate(keys) if key not in self.kept and not self._load(key, pixels.device)
         }
         if unread:
-            chosen = torch.tensor(list(unread.values()), device=crops.device)
 
             def choose(value: Any) -> Any:
-                return value[chosen] if isinstance(value, Tensor) and len(value) == len(crops) else value
+                if not isinstance(value, Tensor) or len(value) not in (len(pixels), len(keys)):
+                    return value
+                parts = value.split(lengths if len(value) == len(pixels) else 1)
+                return torch.cat([parts[place] for place in unread.values()])
 
-            made = read(*map(choose, rows), **{name: choose(value) for name, value in named.items()})
+            if len(unread) < len(keys):
+                rows, named = tuple(map(choose, rows)), {name: choose(value) for name, value in named.items()}
+            made = read(*rows, **named)
             self._forget(made)
-            for row, key in enumerate(unread):
-                self.kept[key] = _row(made, row)
+            stops = list(accumulate(lengths[place] for place in unread.values()))
+            for key, start, stop in zip(unread, [0, *stops], stops, strict=False):
+                self.kept[key] = _part(made, start, stop, stops[-1])
                 self._save(key)
             if len(unread) == len(keys):
                 return made  # what is kept are views of it: a step of one micro-batch holds nothing twice
         again = [self.kept[key] for key in keys]
-        return tree_map(lambda *leaves: None if leaves[0] is None else torch.stack(leaves), *again)
+        return tree_map(lambda *leaves: None if leaves[0] is None else torch.cat(leaves), *again)
 
     def _forget(self, made: ModelOutput) -> None:
         """Drops what the model does not read; older versions of transformers return the hidden states of all layers."""
+        if hasattr(self.tower, "merger"):  # the projector is in it
+            made["last_hidden_state"] = None
         if self.layers is None or not made.get("hidden_states"):
             return
         states = made["hidden_states"]
@@ -117,9 +128,9 @@ def layers_read(config: PreTrainedConfig) -> list[int] | None:
     return [layers] if isinstance(layers, int) else list(layers)
 
 
-def _row(made: Any, row: int) -> Any:
-    """One crop's part of what the tower made of several."""
-    return tree_map_only(Tensor, lambda leaf: leaf[row], made)
+def _part(made: Any, start: int, stop: int, total: int) -> Any:
+    """What the tower made of some of the rows that it read, of which it may have merged as many everywhere."""
+    return tree_map_only(Tensor, lambda leaf: leaf[start * len(leaf) // total : stop * len(leaf) // total], made)
 
 
 def fingerprints(crops: Float[Tensor, " crops *shape"]) -> Int64[Tensor, " crops"]:
@@ -128,6 +139,15 @@ def fingerprints(crops: Float[Tensor, " crops *shape"]) -> Int64[Tensor, " crops
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(crops.device)
     return (bits.long() * factors).sum(1)
+
+
+def fingerprints_of_patches(
+    patches: Float[Tensor, "patches dim"], grids: Int64[Tensor, "pictures 3"]
+) -> Int64[Tensor, " pictures"]:
+    """The same of pictures whose patches are laid end to end: a picture is its patches and its grid."""
+    of_patches = fingerprints(patches).split(grids.prod(1).tolist())
+    each = [torch.cat([grid, own])[None] for grid, own in zip(grids, of_patches, strict=True)]
+    return torch.cat([fingerprints(numbers) for numbers in each])
 
 
 def weights_digest(module: nn.Module) -> str:
