@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 from common import Row, flops, make_batch, paired, show
-from geometry_0_5b import make_pairs
 from memory import peak, reset_peak
+from planned_memory import make_pairs
 from published import step_a, step_b
 from transformers import AutoModelForImageTextToText
 

@@ -1,7 +1,6 @@
 """`torch.compile` for training: each layer by itself, since those of a stack are alike and share what is compiled."""
 
 import torch
-import torch._functorch.config
 from transformers import PreTrainedModel
 
 from cafe.last_layer import parts_of
@@ -14,7 +13,6 @@ def compile_layers(lvlm: PreTrainedModel) -> None:
     The language model's last layer stays as it is where it computes other tokens from step to step
     (`cafe.last_layer`). Dropout draws the numbers that it draws uncompiled, so that the gradient cache can replay it.
     """
-    torch._functorch.config.donated_buffer = False  # where norms are measured, each loss follows the same graph
     of_any_length = None if lvlm.config.get_text_config()._attn_implementation == "flex_attention" else True
     changing = set(parts_of(lvlm))
     for layer in layers_of(lvlm):

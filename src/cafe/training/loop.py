@@ -66,7 +66,8 @@ def train(
             "evaluation.every is set, and nothing measures evaluation.data: `train` takes what does, which "
             "cafe.evaluation.evaluate.during(recipe) makes."
         )
-    accelerator = Accelerator(log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
+    on_cpu = not torch.accelerator.is_available()  # `torchrun` does not say so: each process would think itself alone
+    accelerator = Accelerator(cpu=on_cpu, log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
     report = report if rank == 0 else lambda line: None

@@ -1,8 +1,8 @@
 """What a run is expected to cost before it starts: parameters, tokens, FLOPs, memory of each GPU, hours.
 
 Everything follows from the sizes of the model and a few words about the data, by formulas that can be read here. Tests
-hold the FLOPs to torch's own count and the kept activations to what autograd keeps; `benchmarks/geometry_0_5b.py` holds
-the peak memory to a run.
+hold the FLOPs to torch's own count and the kept activations to what autograd keeps; `benchmarks/planned_memory.py`
+holds the peak memory to a run.
 """
 
 import math

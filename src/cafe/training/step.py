@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
+import torch._functorch.config
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -92,6 +93,7 @@ class JointStep(nn.Module):
         blank: MicroBatch | None = None,
     ) -> None:
         super().__init__()
+        torch._functorch.config.donated_buffer = False  # of compiled parts: each loss may follow the same graph
         self.width = lvlm.config.get_text_config().hidden_size
         if wrong := [dim for dim in objective.prefixes if not 0 < dim < self.width]:
             raise CafeError(

@@ -1,10 +1,11 @@
-"""Two optimizer steps of the 0.5B recipe's real sizes with random weights, and their peak memory beside the plan's.
+"""Two optimizer steps of a recipe's real sizes with random weights, and their peak memory beside the plan's.
 
-The model is LLaVA-OneVision 0.5B as published (SigLIP so400m and Qwen2-0.5B, 0.9B parameters). The pairs are few and
-their pictures one crop and a thumbnail, so that a machine without a GPU can do it. On a CPU the recipe's bfloat16
+By default that is LLaVA-OneVision 0.5B as published (SigLIP so400m and Qwen2-0.5B, 0.9B parameters), with few pairs
+whose pictures are one crop and a thumbnail, so that a machine without a GPU can do it. On a CPU the recipe's bfloat16
 arithmetic is left out, everything being float32. What is counted is what the run takes beyond the imported libraries.
 
-python benchmarks/geometry_0_5b.py [--pairs 2] [--json FILE] [key=value ...]
+python benchmarks/planned_memory.py [--recipe FILE] [--pairs 2] [--picture 384x384] [--caption 64] [--json FILE]
+    [key=value ...]
 
 e.g. model.frozen=[vision_tower,projector], or micro_batch.tokens=1800 for the gradient cache.
 """
@@ -30,7 +31,6 @@ from cafe.training.recipe import read_recipe
 from cafe.training.step import JointStep
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cafe-0.5b.yaml"
-DATA = Data(width=384, height=384, caption=64)
 STEPS = 2
 
 
@@ -60,23 +60,31 @@ def make_pairs(lvlm: PreTrainedModel, pairs: int, data: Data) -> Sides:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--picture", default="384x384", help="pixels, WIDTHxHEIGHT")
+    parser.add_argument("--caption", type=int, default=64, help="tokens")
     parser.add_argument("--json")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bf16" if device == "cuda" else "fp32"
-    recipe = read_recipe(RECIPE, [f"batch_size={options.pairs}", f"model.precision={precision}", *options.overrides])
+    width, height = map(int, options.picture.split("x"))
+    data = Data(width=width, height=height, caption=options.caption)
+    recipe = read_recipe(
+        options.recipe, [f"batch_size={options.pairs}", f"model.precision={precision}", *options.overrides]
+    )
 
     give_back_what_is_freed()
     before = reset_peak()
     torch.manual_seed(0)
+    dtype = torch.float32 if recipe.model.frozen_weights == "fp32" else torch.bfloat16
     with torch.device(device):
-        lvlm = AutoModelForImageTextToText.from_config(config_of(recipe.model.base)).train()
+        lvlm = AutoModelForImageTextToText.from_config(config_of(recipe.model.base), dtype=dtype).train()
     prepare(lvlm, recipe.model)
     print(describe(lvlm), flush=True)
-    load, sizes = load_of(recipe, lvlm, DATA, 1), measure(lvlm)
-    batch = make_batch(make_pairs(lvlm, options.pairs, DATA), Packing(columns=load.columns), recipe.micro_batch)
+    load, sizes = load_of(recipe, lvlm, data, 1), measure(lvlm)
+    batch = make_batch(make_pairs(lvlm, options.pairs, data), Packing(columns=load.columns), recipe.micro_batch)
     load = replace(load, micro_batches=len(batch.micro_batches))
     memory = memory_of(sizes, load, recipe)
     planned = sum(memory.values())
@@ -99,7 +107,7 @@ def main() -> None:
         print(f"  {name:16} {size / GIB:6.2f}")
     sys.argv[1:] = ["--json", options.json] if options.json else []
     show(
-        "The 0.5B recipe's sizes: peak memory of two steps",
+        f"The sizes of {options.recipe.name}: peak memory of two steps",
         [Row("the plan's error, of the measured peak", abs(planned / taken - 1), 0.15, 0.05, at_least=False)],
     )
 

@@ -1,0 +1,249 @@
+"""What is particular to a GPU: FlexAttention's and Liger's kernels, compiled layers, bfloat16, NCCL, its memory.
+
+Skipped where there is none; `pytest tests/test_cuda.py` runs it on a machine with one.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from cafe.adapters import Adapter
+from cafe.data.formats import Source, open_source
+from cafe.data.loading import UNCUT, Batch, Batches, MicroBatchSize
+from cafe.data.raw import raw
+from cafe.model import Cafe
+from cafe.objectives import liger, next_token_loss
+from cafe.scenes.draw import paint
+from cafe.scenes.world import draw_scene
+from cafe.training import loop
+from cafe.training.compiling import compile_layers
+from cafe.training.loop import train
+from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.sharding import shard
+from cafe.training.step import JointStep, Losses
+from cafe.training.vision import VisionCache
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+
+PAIRS = 8
+CUT = MicroBatchSize(tokens=700)
+PICTURE = paint(draw_scene(0, "test", 0))
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    """Products of float32 matrices are of float32, and nothing that was compiled before is used."""
+    torch.set_float32_matmul_precision("highest")
+    torch.compiler.reset()
+    yield
+
+
+def batches(model: Cafe, scenes: Path, size: MicroBatchSize = UNCUT) -> Batches:
+    """Batches as training makes them, pictures as bytes."""
+    processing, normalization = raw(model.processing)
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    packing = replace(model.packing, normalization=normalization)
+    return Batches([source], processing, PAIRS, seed=0, packing=packing, size=size)
+
+
+def followed(model: Cafe, batch: Batch, precision: str = "fp32", **options) -> tuple[Losses, torch.Tensor]:
+    """The losses of a step and its gradient."""
+    step = JointStep(model.lvlm, ObjectiveRecipe(), precision).to(model.lvlm.device)
+    step.zero_grad()
+    losses = step(batch, **options)
+    return losses, gradient(model)
+
+
+def gradient(model: Cafe) -> torch.Tensor:
+    weights = model.lvlm.parameters()
+    return torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten().double().cpu() for p in weights])
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    return ((one - other).norm() / other.norm()).item()
+
+
+@pytest.fixture(scope="module")
+def on_cpu(random_base, scenes) -> tuple[Losses, torch.Tensor]:
+    """A step on the CPU, in float32."""
+    model = Cafe.load(random_base, dtype=torch.float32, device="cpu")
+    return followed(model, batches(model, scenes)[0])
+
+
+@pytest.mark.parametrize("size", [UNCUT, CUT], ids=["one pass", "cached"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_the_gradient_is_the_cpus(random_base, scenes, on_cpu, attention, compiled, size):
+    model = Cafe.load(random_base, dtype=torch.float32, attention=attention)
+    if compiled:
+        compile_layers(model.lvlm)
+    batch = batches(model, scenes, size)[0].pin_memory()
+    losses, grad = followed(model, batch, measure=True)
+    assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=1e-4)
+    assert losses.contrastive.item() == pytest.approx(on_cpu[0].contrastive.item(), rel=1e-3)
+    print(attention, compiled, size, apart(grad, on_cpu[1]))
+    assert apart(grad, on_cpu[1]) <= 1e-3  # FlexAttention's kernel adds blocks in an order of its own
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_bfloat16_is_close(random_base, scenes, on_cpu, attention):
+    model = Cafe.load(random_base, dtype=torch.float32, attention=attention)
+    losses, grad = followed(model, batches(model, scenes, CUT)[0], "bf16")
+    assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=1e-2)
+    assert losses.contrastive.item() == pytest.approx(on_cpu[0].contrastive.item(), rel=5e-2)
+    print(attention, apart(grad, on_cpu[1]))
+    assert apart(grad, on_cpu[1]) <= 0.1
+
+
+def test_flex_attention_compiles_nothing_once_it_is_warm(random_base, scenes):
+    model = Cafe.load(random_base, dtype=torch.float32, attention="flex_attention")
+    step = JointStep(model.lvlm, ObjectiveRecipe(), "bf16").to("cuda")
+    data = batches(model, scenes, CUT)
+    for number in range(3):
+        step(data[number])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for number in range(3, 6):
+            step(data[number])
+
+
+@pytest.mark.skipif(liger() is None, reason="Liger is not installed")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ligers_head_is_the_plain_one(dtype):
+    torch.manual_seed(0)
+    labels = torch.randint(5000, (300,), device="cuda")
+    sides = torch.randn(300, 64, device="cuda", dtype=dtype), torch.randn(5000, 64, device="cuda") / 8
+    found = []
+    for loss in (
+        lambda h, w: next_token_loss(h, labels, w),
+        lambda h, w: F.cross_entropy(h @ w.T, labels, reduction="sum"),
+    ):
+        hidden, weight = (side.clone().requires_grad_() for side in sides)
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = loss(hidden, weight)
+        value.backward()
+        found.append([value.detach().float(), hidden.grad.float(), weight.grad.float()])
+    for one, other in zip(*found, strict=True):
+        assert apart(one, other) <= (1e-5 if dtype == torch.float32 else 2e-2)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_sharded_step_is_the_whole_one(random_base, scenes, on_cpu, precision, tmp_path):
+    """One process of NCCL's: layers are gathered, in bfloat16 too, and gradients scattered, all the same."""
+    dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        model = Cafe.load(random_base, dtype=torch.float32, device="cpu")
+        step = JointStep(model.lvlm, ObjectiveRecipe(), precision)
+        shard(step.reading, torch.device("cuda"), precision == "bf16")
+        step.to("cuda")
+        losses = step(batches(model, scenes, CUT)[0], measure=True)
+        grads = [p.grad.full_tensor().flatten().double().cpu() for p in model.lvlm.parameters() if p.grad is not None]
+    finally:
+        dist.destroy_process_group()
+    assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=1e-2 if precision == "bf16" else 1e-4)
+    assert torch.cat(grads).norm().item() == pytest.approx(
+        on_cpu[1].norm().item(), rel=0.1 if precision == "bf16" else 1e-3
+    )
+
+
+def test_a_frozen_towers_pictures_are_read_once(random_base, scenes):
+    model = Cafe.load(random_base, dtype=torch.float32)
+    tower = model.lvlm.model.vision_tower.requires_grad_(False)
+    batch = batches(model, scenes, CUT)[0]
+    calls = []
+    layers = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
+    layers[0].register_forward_hook(lambda module, args, made: calls.append(1))
+    _, plain = followed(model, batch)
+    step = JointStep(model.lvlm, ObjectiveRecipe(), vision=VisionCache(tower, model.lvlm.config)).to("cuda")
+    model.lvlm.zero_grad()
+    before = len(calls)
+    step(batch)
+    assert len(calls) - before == len(batch.micro_batches)
+    assert apart(gradient(model), plain) <= 1e-5
+
+
+def test_a_model_is_used_in_bfloat16(random_base):
+    gpu, cpu = Cafe.load(random_base), Cafe.load(random_base, device="cpu")
+    assert gpu.lvlm.dtype == torch.bfloat16 and gpu.lvlm.device.type == "cuda"
+    contents = ["a red circle", PICTURE, {"image": PICTURE, "text": "what is it?"}]
+    assert (gpu.embed(contents) * cpu.embed(contents)).sum(1).min() > 0.99
+    vectors, answers = gpu.describe([PICTURE, PICTURE], max_new_tokens=4)
+    assert len(answers) == 2 and answers[0] == answers[1]
+    alone, answer = gpu.embed_and_generate(PICTURE, "What is it?", max_new_tokens=4)
+    assert isinstance(answer, str) and (vectors[0] * alone).sum() > 0.99
+    assert gpu.score([PICTURE, "What is it?"], "a circle") == pytest.approx(
+        cpu.score([PICTURE, "What is it?"], "a circle"), rel=0.05
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
+def test_a_run_from_files_in_workers_whose_size_is_found(recipe, attention):
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, precision="bf16", attention=attention),
+        data=replace(recipe.data, workers=2),
+        micro_batch="auto",
+        memory=4.0,
+    )
+    checkpoint = train(recipe)
+    log = [json.loads(line) for line in (Path(recipe.output) / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["lm_loss"] < log[0]["lm_loss"]
+    assert Cafe.load(checkpoint).embed(["a"]).shape[0] == 1
+
+
+@pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
+def test_an_adapter_beside_4_bit_weights_with_paged_8_bit_moments(recipe):
+    recipe = replace(
+        recipe,
+        model=replace(recipe.model, precision="bf16", frozen_weights="4bit", adapter=Adapter(rank=8)),
+        optimizer=replace(recipe.optimizer, name="paged_adamw_8bit", vision_tower_learning_rate=None),
+        steps=6,
+    )
+    checkpoint = train(recipe)
+    log = [json.loads(line) for line in (Path(recipe.output) / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["lm_loss"] < log[0]["lm_loss"]
+    assert Cafe.load(checkpoint, four_bit=True).embed(["a"]).isfinite().all()
+
+
+def test_memory_that_runs_out_halves_the_micro_batch(recipe, capsys):
+    """Of 24 pairs in one micro-batch, under a limit that a few of them fit."""
+    recipe = replace(recipe, batch_size=24, steps=2)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    train(replace(recipe, output=recipe.output + "-whole"))
+    taken = torch.cuda.max_memory_allocated() - before
+    torch.cuda.empty_cache()
+    room = torch.cuda.memory_reserved() + 0.7 * taken
+    torch.cuda.set_per_process_memory_fraction(room / torch.cuda.get_device_properties(0).total_memory)
+    try:
+        train(recipe)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "Memory ran out at step 1" in capsys.readouterr().out
+    logs = [
+        (Path(output) / "log.jsonl").read_text().splitlines() for output in (recipe.output, recipe.output + "-whole")
+    ]
+    for one, other in zip(*logs, strict=True):
+        assert json.loads(one)["lm_loss"] == pytest.approx(json.loads(other)["lm_loss"], rel=1e-3)
+
+
+def test_a_run_goes_on_with_the_same_command(recipe, monkeypatch):
+    """Broken off at its third step, it ends as a whole run, but for kernels that add in an order of their own."""
+    recipe = replace(recipe, save_every=2)
+    whole = train(replace(recipe, output=recipe.output + "-whole"))
+    clip, left = loop.clip_gradients, [True, True]
+    monkeypatch.setattr(loop, "clip_gradients", lambda *args: left.pop() and clip(*args))
+    with pytest.raises(IndexError):
+        train(recipe)
+    monkeypatch.undo()
+    again = train(recipe)
+    weights = [Cafe.load(place, device="cpu", dtype=torch.float32).lvlm.state_dict() for place in (whole, again)]
+    assert max((weights[0][name] - weights[1][name]).abs().max() for name in weights[0]) <= 1e-3
