@@ -4,18 +4,20 @@ Weights are random. A and B are those of `published.py`; all read the same pairs
 ours once more by FlexAttention. The share of the GPU's peak that is used (MFU) counts what the plan's formula counts:
 no operation twice, none on padding. Made for one GPU; `--layers 1` tries it on a CPU.
 
-python benchmarks/real_sizes.py [--recipe recipes/cafe-7b.yaml] [--pairs 8] [--chunk 2] [--dtype bfloat16] [--json FILE]
+python benchmarks/real_sizes.py [--recipe recipes/cafe-7b.yaml] [--pairs 2] [--many 3] [--dtype bfloat16]
+    [--json FILE]
 """
 
 import argparse
 import gc
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from common import Row, flops, make_batch, paired, show
+from common import Row, clock, flops, make_batch, paired, show
 from memory import peak, reset_peak
 from planned_memory import make_pairs
 from published import step_a, step_b
@@ -36,8 +38,9 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "cafe-0.5b.yaml")
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--chunk", type=int, default=2, help="pairs that go through the model at once, with a cache")
+    parser.add_argument("--pairs", type=int, default=2, help="read by all ways")
+    parser.add_argument("--chunk", type=int, default=1, help="pairs that go through the model at once, with a cache")
+    parser.add_argument("--many", type=int, help="pairs read by ours alone, for its share of the peak")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--layers", type=int, help="of the language model and of the vision tower, if not all")
     parser.add_argument("--json")
@@ -90,17 +93,20 @@ def main() -> None:
     ]
     print(f"{options.pairs / seconds:.2f} pairs/s in one pass, {options.pairs / seconds_cached:.2f} cached", flush=True)
     if on_gpu:
-        model.set_attn_implementation({"text_config": "flex_attention"})
-        flat = make_batch(sides, Packing(columns=ONE_ROW, multiple=FLEX_MULTIPLE))
-        flex_seconds, _ = paired(repeated(lambda: step(flat)), lambda: None)
-        print(f"{options.pairs / flex_seconds:.2f} pairs/s in one pass by FlexAttention", flush=True)
-        name = torch.cuda.get_device_name()
-        best = next(hardware.flops for hardware in HARDWARE if hardware.name.split()[0] in name)
-        work = sum(flops_of(sizes, replace(load, micro_batches=1)).values())
-        table += [
-            Row("MFU by SDPA", work / seconds / best, MFU, 0.45),
-            Row("MFU by FlexAttention", work / flex_seconds / best, MFU, 0.45),
-        ]
+        many = options.many or options.pairs
+        load = load_of(replace(recipe, batch_size=many), model, DATA, 1)
+        work = sum(flops_of(sizes, load).values())
+        best = next(each.flops for each in HARDWARE if each.name.split()[0] in torch.cuda.get_device_name())
+        sides = make_pairs(model, many, DATA)
+        for attention, packing in (
+            ("sdpa", Packing(columns=load.columns)),
+            ("flex_attention", Packing(columns=ONE_ROW, multiple=FLEX_MULTIPLE)),
+        ):
+            model.set_attn_implementation({"text_config": attention})
+            batch = make_batch(sides, packing)
+            seconds = statistics.median(clock(repeated(lambda batch=batch: step(batch))) for _ in range(8))
+            print(f"{many} pairs by {attention}: {many / seconds:.2f} pairs/s", flush=True)
+            table.append(Row(f"MFU, {many} pairs in one pass, {attention}", work / seconds / best, MFU, 0.45))
     sys.argv[1:] = ["--json", options.json] if options.json else []
     show(f"The sizes of {recipe.model.base}, {options.pairs} pairs, {options.dtype} weights", table)
 
