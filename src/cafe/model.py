@@ -32,7 +32,7 @@ from cafe.adapters import adapter_of, has_adapter, load_adapter
 from cafe.content import Content, Dialogue, Turn
 from cafe.disk import aside, place
 from cafe.errors import CafeError, not_loaded
-from cafe.export import model_card, write_sentence_transformers
+from cafe.export import model_card, write_sentence_transformers, write_video_part
 from cafe.families import four_bit_options
 from cafe.image_limits import agree
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
@@ -129,6 +129,7 @@ class Cafe:
         partial.mkdir(parents=True)
         self.lvlm.save_pretrained(partial, state_dict=weights)
         self.processing.save(partial)
+        write_video_part(partial, self.processing.tokenizer.name_or_path, self.lvlm.config.model_type)
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
         self.record = {**self.record, **record, "prompts": asdict(self.processing.prompts), "versions": versions}
         if not has_adapter(self.lvlm):
