@@ -117,7 +117,8 @@ def model_card(record: dict[str, Any], results: dict[str, float] | None = None, 
 
     Args:
         record: what `cafe.json` holds.
-        results: of an evaluation, as `results.json` holds them; None where there was none.
+        results: of an evaluation, as `results.json` holds them; those of the evaluation during training, which the
+            record of a best checkpoint has, unless given.
         adapter: whether the checkpoint is an adapter.
     """
     recipe: dict[str, Any] = record.get("recipe", {})
@@ -140,7 +141,7 @@ def model_card(record: dict[str, Any], results: dict[str, float] | None = None, 
         base=base,
         prompts=record["prompts"],
         recipe=plain,
-        results=results,
+        results=results or record.get("results"),
         training=[yaml.safe_dump(part, sort_keys=False) for part in (made, plain) if part],
     )
 

@@ -49,6 +49,12 @@ def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(rec
     assert Cafe.load(first).record["recipe"]["batch_size"] == 8
 
 
+def test_a_run_tells_nothing_of_what_its_base_was_measured_at(recipe, random_base, tmp_path):
+    Cafe.load(random_base).save(tmp_path / "base", results={"vqa/all": 50.0})
+    further = replace(recipe, steps=1, model=replace(recipe.model, base=str(tmp_path / "base")))
+    assert "results" not in Cafe.load(train(further, report=lambda line: None)).record
+
+
 def test_a_log_of_every_0_steps_tells_of_the_first_and_the_last(recipe, tmp_path):
     train(replace(recipe, steps=3, log_every=0), report=lambda line: None)
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()

@@ -78,6 +78,7 @@ def train(
     dtype = torch.bfloat16 if recipe.model.adapter and recipe.model.frozen_weights != "fp32" else torch.float32
     four_bit = recipe.model.frozen_weights == "4bit"
     model = Cafe.load(base, recipe.prompts, dtype, place, recipe.model.attention, four_bit)
+    model.record.clear()  # it tells of the base, and this becomes another model
     limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded, sources)
     joint = make_joint(recipe, model, batches.nothing())
