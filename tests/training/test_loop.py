@@ -107,6 +107,11 @@ def test_missing_files_are_named_before_a_model_is_loaded(recipe, tmp_path):
         train(replace(recipe, model=model, data=DataRecipe(sources=(Source(path="no.json"),))))
 
 
+def test_an_attention_that_cannot_be_trained_here_is_refused(recipe):
+    with pytest.raises(CafeError, match="flex_attention has no backward pass on a CPU"):
+        train(replace(recipe, model=replace(recipe.model, attention="flex_attention")))
+
+
 def test_evaluation_data_wants_something_that_measures(recipe, scenes):
     with pytest.raises(CafeError, match=r"nothing measures evaluation\.data"):
         train(replace(recipe, evaluation=EvaluationRecipe(data=str(scenes), every=1)))

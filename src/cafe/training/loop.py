@@ -69,6 +69,8 @@ def train(
     accelerator = Accelerator(log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
+    if recipe.model.attention == "flex_attention" and device.type == "cpu":
+        raise CafeError("model.attention: flex_attention has no backward pass on a CPU; sdpa has.")
     report = report if rank == 0 else lambda line: None
     name = first_ones(lambda: claim(recipe))
 
