@@ -66,7 +66,11 @@ def train(
             "evaluation.every is set, and nothing measures evaluation.data: `train` takes what does, which "
             "cafe.evaluation.evaluate.during(recipe) makes."
         )
-    accelerator = Accelerator(log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),  # unless told so, it does not count processes that have no GPU
+        log_with=installed(recipe.trackers or ()),
+        project_dir=output / "trackers",
+    )
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
     if recipe.model.attention == "flex_attention" and device.type == "cpu":
