@@ -12,7 +12,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_files_and_links_that_a_page_names_are_there(page):
     text = page.read_text()
-    files = re.findall(r"(?<![/\w.-])(?:src|tests|benchmarks|recipes|docs)/[\w./-]+\.(?:py|yaml|md|jinja)\b", text)
+    files = re.findall(r"(?<![/\w.-])(?:src/cafe|tests|benchmarks|recipes|docs)/[\w./-]+\.(?:py|yaml|md|jinja)\b", text)
     links = re.findall(r"\]\((?!https?:)([^)#\s]+)", text)
     assert [name for name in files if not (ROOT / name).exists() and name != "recipes/my.yaml"] == []  # the reader's
     assert [link for link in links if not (page.parent / link).exists()] == []
