@@ -98,6 +98,16 @@ def test_the_data_check_reads_by_an_adapters_base_and_names_what_is_none(random_
         assert sentence in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "line", ["evaluate runs/foo --data {scenes}", "data check {scenes}/llava_train.json --base runs/foo"]
+)
+def test_a_directory_that_is_missing_is_not_called_a_model_of_the_hub(line, scenes, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert main(line.format(scenes=scenes).split()) == 1
+    said = capsys.readouterr().err
+    assert "There is no directory runs/foo, and the Hugging Face Hub gives no" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("checkpoint", [False, True])
 def test_mining_reads_as_training_does_and_by_a_checkpoint_as_that_was_trained(
     checkpoint, small, random_base, tmp_path, monkeypatch

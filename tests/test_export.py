@@ -16,6 +16,8 @@ from huggingface_hub import HfApi
 from sentence_transformers import SentenceTransformer
 from test_families import SMALL, TALL, WIDE, make
 from transformers import AutoProcessor
+from transformers.utils import VIDEO_PROCESSOR_NAME
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from cafe.cli import main
 from cafe.content import Content
@@ -46,6 +48,23 @@ def test_sentence_transformers_gives_our_embeddings_of_text_image_and_both(famil
     for found in (theirs.encode(CONTENTS), np.stack([theirs.encode(content) for content in CONTENTS])):
         np.testing.assert_allclose((found * expected).sum(1), 1, atol=1e-4)
         np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_checkpoint_has_the_settings_for_videos_that_its_familys_processor_declares(family, tmp_path):
+    model = make(family)
+    model.save(tmp_path / "made")
+    declared = "video_processor" in type(model.processing.processor).__mro__[1].get_attributes()
+    assert (tmp_path / "made" / VIDEO_PROCESSOR_NAME).is_file() == declared
+    if not declared:
+        return
+    found, _ = BaseVideoProcessor.get_video_processor_dict(tmp_path / "made")  # as transformers looks for them
+    assert found["image_mean"] == list(model.processing.processor.image_processor.image_mean)
+    # And a base's own stay: as they lie on the Hub, then as they were saved.
+    (tmp_path / "made" / VIDEO_PROCESSOR_NAME).write_text('{"num_frames": 5}')
+    for before, after in (("made", "once"), ("once", "twice")):
+        Cafe.load(tmp_path / before).save(tmp_path / after)
+        assert json.loads((tmp_path / after / VIDEO_PROCESSOR_NAME).read_text()) == {"num_frames": 5}
 
 
 def test_the_embedding_template_stands_by_itself_and_takes_what_servers_send(tmp_path):
@@ -83,6 +102,8 @@ def test_the_model_card_shows_results_data_and_recipe():
     assert "first 64, 128 dimensions" in text and "Compress this image in one word:" in text
     shown = [yaml.safe_load(block) for block in re.findall("```yaml\n(.*?)\n```", text, re.S)]
     assert shown == [{name: RECORD[name] for name in ("steps", "temperature", "versions")}, RECORD["recipe"]]
+    best = model_card(RECORD | {"results": {"held_out/lm_loss": 1.5}})
+    assert "| held_out/lm_loss | 1.500 |" in best
     bare = model_card({"prompts": asdict(Prompts())}, adapter=True)
     assert "`cafe evaluate` measures" in bare and "library_name: peft" in bare and "base_model" not in bare
 

@@ -15,6 +15,9 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HFValidationError, HTTPError
 from jinja2 import ChainableUndefined, Environment
 from PIL import Image
+from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
+from transformers.utils import PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
+from transformers.video_processing_utils import BaseVideoProcessor
 
 from cafe.content import Content
 from cafe.errors import CafeError
@@ -93,12 +96,29 @@ def write_sentence_transformers(directory: Path, processing: Processing, width: 
         file.write_text(json.dumps(content, indent=2) + "\n")
 
 
+def write_video_part(directory: Path, base: str, family: str) -> None:
+    """Writes a family's settings for videos, which `load_processor` leaves out where torchvision is not installed.
+
+    Where it is, transformers wants them, whether or not a video is ever shown. They are those of the base, which has
+    them under one of several names; a base that has none gets those for pictures, as transformers reads older ones.
+    """
+    written = json.loads((directory / PROCESSOR_NAME).read_text())
+    if family not in VIDEO_PROCESSOR_MAPPING_NAMES or "video_processor" in written:
+        return
+    try:
+        settings, _ = BaseVideoProcessor.get_video_processor_dict(base, local_files_only=True)
+    except OSError:
+        settings = written["image_processor"]
+    (directory / VIDEO_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def model_card(record: dict[str, Any], results: dict[str, float] | None = None, adapter: bool = False) -> str:
     """A checkpoint's README.md, filled in from its record.
 
     Args:
         record: what `cafe.json` holds.
-        results: of an evaluation, as `results.json` holds them; None where there was none.
+        results: of an evaluation, as `results.json` holds them; those of the evaluation during training, which the
+            record of a best checkpoint has, unless given.
         adapter: whether the checkpoint is an adapter.
     """
     recipe: dict[str, Any] = record.get("recipe", {})
@@ -121,7 +141,7 @@ def model_card(record: dict[str, Any], results: dict[str, float] | None = None, 
         base=base,
         prompts=record["prompts"],
         recipe=plain,
-        results=results,
+        results=results or record.get("results"),
         training=[yaml.safe_dump(part, sort_keys=False) for part in (made, plain) if part],
     )
 

@@ -31,8 +31,8 @@ from transformers.utils import cached_file
 from cafe.adapters import adapter_of, has_adapter, load_adapter
 from cafe.content import Content, Dialogue, Turn
 from cafe.disk import aside, place
-from cafe.errors import CafeError
-from cafe.export import model_card, write_sentence_transformers
+from cafe.errors import CafeError, not_loaded
+from cafe.export import model_card, write_sentence_transformers, write_video_part
 from cafe.families import four_bit_options
 from cafe.image_limits import agree
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
@@ -90,6 +90,7 @@ class Cafe:
         record = _record_of(path)
         prompts = prompts or Prompts(**record.get("prompts", {}))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        base = str(path)
         try:
             adapter = adapter_of(path)
             base = str((adapter and adapter.base_model_name_or_path) or path)
@@ -100,7 +101,7 @@ class Cafe:
             )
             processor = load_processor(str(path), lvlm.config.model_type)
         except (ImportError, OSError, ValueError) as error:  # ImportError: some processors need more packages
-            raise CafeError(f"No vision-language model can be loaded from {path}: {_first_line(error)}") from error
+            raise not_loaded("vision-language model", base, error) from error
         processing = Processing(processor, prompts)
         agree(lvlm, processor)
         if not four_bit:
@@ -128,6 +129,7 @@ class Cafe:
         partial.mkdir(parents=True)
         self.lvlm.save_pretrained(partial, state_dict=weights)
         self.processing.save(partial)
+        write_video_part(partial, self.processing.tokenizer.name_or_path, self.lvlm.config.model_type)
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
         self.record = {**self.record, **record, "prompts": asdict(self.processing.prompts), "versions": versions}
         if not has_adapter(self.lvlm):
@@ -460,7 +462,3 @@ def _common_prefix(first: Tensor, second: Tensor) -> int:
     length = min(len(first), len(second)) - 1
     parted = (first[:length] != second[:length]).nonzero()
     return int(parted[0]) if len(parted) else length
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -34,6 +34,13 @@ def test_the_image_stands_where_its_mark_does():
     assert pair.negatives == () and dialogue is None
 
 
+def test_a_mark_without_a_picture_stands_for_nothing():
+    # As WebQA's queries of MMEB-train have it, and a negative that is such a mark alone is none.
+    row = ROW | {"qry": "<|image_1|>\nFind a picture: who?\n", "qry_image_path": "", "neg_text": "<|image_1|>\n"}
+    pair, _ = mmeb(row, Source(path="x"), Random(0))
+    assert pair.query.parts == ("Find a picture: who?",) and pair.negatives == ()
+
+
 def test_with_a_question_the_answer_is_also_said():
     _, dialogue = mmeb(ROW, Source(path="x", ask=""), Random(0))
     assert [turn.content.text for turn in dialogue.turns] == ["What is it?", "a cat"]

@@ -373,11 +373,20 @@ def test_a_quick_look_at_a_run_has_a_folder_of_its_own(random_base, scenes, tmp_
     ("folder", "best", "message"),
     [
         ("no", "", "folder of evaluation files .*no does not exist"),
-        ("", "retrieval/text_to_image/R@1", "those there begin with held_out"),
-        (".", "R@1", "There will be no result R@1 for keep_best: .* retrieval, .*objects"),
+        ("", "retrieval/text_to_image/R@1", "no result retrieval/text_to_image/R@1 .* nearest is held_out/lm_loss"),
+        (".", "R@1", "no result R@1 for keep_best; the nearest is retrieval/"),
+        (".", "-vqa/al", "no result vqa/al for keep_best; the nearest is vqa/all"),
     ],
 )
 def test_what_training_could_not_measure_is_said_before_it(recipe, data, folder, best, message):
-    evaluation = EvaluationRecipe(data=folder and str(data / folder), every=1)
+    evaluation = EvaluationRecipe(data=folder and str(data / folder), sources=recipe.data.sources, every=1)
     with pytest.raises(CafeError, match=message):
+        during(replace(recipe, evaluation=evaluation, keep_best=best))
+
+
+def test_every_result_of_an_evaluation_may_be_what_the_best_goes_by(recipe, random_base, scenes):
+    evaluation = EvaluationRecipe(data=str(scenes), sources=recipe.data.sources, every=1, limit=4)
+    measure = during(replace(recipe, evaluation=evaluation))
+    found = measure(Cafe.load(random_base))
+    for best in (*found, "-held_out/lm_loss"):
         during(replace(recipe, evaluation=evaluation, keep_best=best))

@@ -62,7 +62,7 @@ def run(
     processes = []
     for number in range(world):
         place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
-        there = {**environment, **(place | meeting if world > 1 else {})}
+        there = {**(place | meeting if world > 1 else {}), **environment}
         said = output.with_name(f"{output.name}-{number}.txt")
         said.unlink(missing_ok=True)
         processes.append((server.Process(target=rank, args=(recipe, own, there, said)), said))
@@ -135,6 +135,7 @@ def alone(recipe, tmp_path_factory):
     ("world", "overrides", "launcher"),
     [
         (2, ("micro_batch.tokens=500",), {}),
+        (2, (), {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}),  # as torchrun does without a GPU
         (4, ("micro_batch.tokens=250",), {}),
         (2, ("model.shard=true",), {}),
         (2, ("micro_batch.tokens=500",), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),

@@ -49,6 +49,12 @@ def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(rec
     assert Cafe.load(first).record["recipe"]["batch_size"] == 8
 
 
+def test_a_run_tells_nothing_of_what_its_base_was_measured_at(recipe, random_base, tmp_path):
+    Cafe.load(random_base).save(tmp_path / "base", results={"vqa/all": 50.0})
+    further = replace(recipe, steps=1, model=replace(recipe.model, base=str(tmp_path / "base")))
+    assert "results" not in Cafe.load(train(further, report=lambda line: None)).record
+
+
 def test_a_log_of_every_0_steps_tells_of_the_first_and_the_last(recipe, tmp_path):
     train(replace(recipe, steps=3, log_every=0), report=lambda line: None)
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
@@ -99,6 +105,11 @@ def test_missing_files_are_named_before_a_model_is_loaded(recipe, tmp_path):
     model = replace(recipe.model, base=str(tmp_path))  # no model is there
     with pytest.raises(CafeError, match=r"no\.json does not exist"):
         train(replace(recipe, model=model, data=DataRecipe(sources=(Source(path="no.json"),))))
+
+
+def test_an_attention_that_cannot_be_trained_here_is_refused(recipe):
+    with pytest.raises(CafeError, match="flex_attention has no backward pass on a CPU"):
+        train(replace(recipe, model=replace(recipe.model, attention="flex_attention")))
 
 
 def test_evaluation_data_wants_something_that_measures(recipe, scenes):

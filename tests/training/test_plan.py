@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -34,15 +35,17 @@ from cafe.packing import Pack, Packing, pack, tree_size
 from cafe.processing import without_video
 from cafe.reading import read
 from cafe.training.geometry import HUB, config_of, empty_model
-from cafe.training.optimizer import checkpoint_layers, freeze
-from cafe.training.plan import HARDWARE, Data, Load, Stack, flops_of, measure, memory_of, picture, plan
+from cafe.training.optimizer import checkpoint_layers, freeze, make_optimizer
+from cafe.training.plan import HARDWARE, Data, Load, Stack, flops_of, measure, memory_of, picture, plan, state_of
 from cafe.training.plan import load_of as planned
-from cafe.training.recipe import ObjectiveRecipe, read_recipe
+from cafe.training.recipe import ObjectiveRecipe, OptimizerRecipe, read_recipe
 from cafe.training.setup import make_batches
 from cafe.training.step import JointStep
 from cafe.training.vision import VisionCache
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+
+NAMES = get_args(get_type_hints(OptimizerRecipe)["name"])
 
 # Billions of parameters that the Hub states on each model's page.
 STATED = {
@@ -136,14 +139,15 @@ def kept(module: nn.Module, bf16: bool, **inputs: Tensor) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("bf16", [False, True])
-def test_what_a_layer_keeps_is_what_autograd_keeps(bf16):
+def test_what_a_layer_keeps_is_what_autograd_keeps(bf16, attention):
     width, inner, heads, tokens = 128, 512, 4, 100
 
     def language(layers: int) -> int:
         config = hf.Qwen2Config(
             hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=2, vocab_size=8,
+            num_key_value_heads=2, vocab_size=8, attn_implementation=attention,
         )  # fmt: skip
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
         hidden = torch.randn(1, tokens, width, requires_grad=True)
@@ -152,14 +156,15 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(bf16):
     def tower(layers: int) -> int:
         config = hf.SiglipVisionConfig(
             hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
-            image_size=140, patch_size=14, vision_use_head=False,
+            image_size=140, patch_size=14, vision_use_head=False, attn_implementation=attention,
         )  # fmt: skip
         return kept(hf.SiglipVisionModel(config).train(), bf16, pixel_values=torch.randn(1, 3, 140, 140))
 
     mask = tokens * (2 if bf16 else 4)
     for count, gated, beside in ((language, True, mask), (tower, False, 0)):
-        stack = Stack(layers=1, width=width, heads=width, inner=inner, gated=gated)
-        assert stack.kept(bf16) + beside == pytest.approx((count(2) - count(1)) / tokens, rel=0.03)
+        stack = Stack(layers=1, width=width, heads=width, queries=heads, inner=inner, gated=gated)
+        scored = tokens if attention == "eager" else 0
+        assert stack.kept(bf16, scored) + beside == pytest.approx((count(2) - count(1)) / tokens, rel=0.03)
 
 
 LIMITS = {"max_pixels": 500_000}, {"grids": ((1, 1),)}, {"max_pixels": 500_000, "grids": ((1, 1), (1, 3), (2, 2))}
@@ -303,6 +308,30 @@ def test_what_a_frozen_tower_leaves_of_a_patch_is_what_the_cache_keeps(family):
         read(model.lvlm, pack([[branch]], [[]], model.packing))
         kept = sum(leaf.numel() for leaf in tree_leaves(list(vision.kept.values())) if leaf is not None)
     assert sizes.looks_once and kept == sizes.leaves * patches
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_an_optimizers_state_is_what_it_holds(random_base, name):
+    lvlm = Cafe.load(random_base, Prompts(), torch.float32).lvlm
+    optimizer = make_optimizer(lvlm, "llava_onevision", OptimizerRecipe(name=name))
+    for parameter in lvlm.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    held = sum(each.nbytes for state in optimizer.state.values() for each in state.values() if torch.is_tensor(each))
+    sizes = measure(lvlm)
+    assert state_of(sizes, name) / sizes.trained == pytest.approx(held / sizes.trained, abs=0.15)  # bytes a weight
+
+
+def test_the_plan_knows_what_an_attention_shares_and_keeps():
+    recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["batch_size=16", "model.gradient_checkpointing=false"])
+    sdpa, eager, flash, flex = (
+        plan(replace(recipe, model=replace(recipe.model, attention=name)))
+        for name in ("sdpa", "eager", "flash_attention_2", "flex_attention")
+    )
+    assert flash.load.tokens > 1.5 * sdpa.load.tokens  # it takes no mask of trees: each branch is read by itself
+    assert eager.flops == sdpa.flops == flex.flops < flash.flops
+    assert flex.memory["activations"] < sdpa.memory["activations"] < eager.memory["activations"]
 
 
 def test_more_gpus_share_a_sharded_models_weights_gradients_and_optimizer_state():

@@ -3,8 +3,10 @@
     {"qry": "<|image_1|>\\nIdentify the object.", "qry_image_path": "a.jpg", "pos_text": "cat", "pos_image_path": "",
      "neg_text": "dog", "neg_image_path": ""}
 
-An empty string is no picture. A row with an empty side cannot be trained on: it is left out like any bad record, named
-and counted. To read the texts as they are, with no instruction added, set `prompts.mode: multimodal`.
+An empty string is no picture, and then a mark in the text stands for nothing: WebQA's queries all have one
+(github.com/TIGER-AI-Lab/VLM2Vec, issue 65). A row with an empty side cannot be trained on: it is left out like any bad
+record, named and counted. To read the texts as they are, with no instruction added, set `prompts.mode: multimodal`.
+Columns and marks are as that repository reads them (src/data/dataset/mmeb_dataset.py).
 """
 
 import re
@@ -35,4 +37,5 @@ def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue |
 
 
 def _side(text: str | None, image: Any, source: Source) -> Content:
-    return compose(text or "", pictures(image, source), MARK)
+    refs, text = pictures(image, source), text or ""
+    return compose(text if refs else MARK.sub("", text), refs, MARK)

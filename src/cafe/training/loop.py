@@ -70,6 +70,8 @@ def train(
     accelerator = Accelerator(cpu=on_cpu, log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
+    if recipe.model.attention == "flex_attention" and device.type == "cpu":
+        raise CafeError("model.attention: flex_attention has no backward pass on a CPU; sdpa has.")
     report = report if rank == 0 else lambda line: None
     name = first_ones(lambda: claim(recipe))
 
@@ -79,6 +81,7 @@ def train(
     dtype = torch.bfloat16 if recipe.model.adapter and recipe.model.frozen_weights != "fp32" else torch.float32
     four_bit = recipe.model.frozen_weights == "4bit"
     model = Cafe.load(base, recipe.prompts, dtype, place, recipe.model.attention, four_bit)
+    model.record.clear()  # it tells of the base, and this becomes another model
     limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded, sources)
     joint = make_joint(recipe, model, batches.nothing())

@@ -126,6 +126,7 @@ class Stack:
         layers: their number.
         width: of the residual stream.
         heads: width of all query heads together.
+        queries: their number.
         inner: width of the feed-forward part.
         gated: a gate and RMS norms, as in Llama and Qwen; else two matrices and layer norms.
         window: tokens that see each other in all layers but `full` of them; None where all see all.
@@ -135,20 +136,29 @@ class Stack:
     layers: int
     width: int
     heads: int
+    queries: int
     inner: int
     gated: bool
     window: int | None = None
     full: int = 0
 
-    def attention_flops(self, length: int) -> float:
-        """Of the forward pass over one sequence: queries with keys, and weights with values; masked ones count."""
-        seen = self.layers * length
+    def seen(self, length: int) -> int:
+        """Tokens that one of a sequence is compared with, over all layers; masked ones count."""
         if self.window:
-            seen = self.full * length + (self.layers - self.full) * min(self.window, length)
-        return 4.0 * length * seen * self.heads
+            return self.full * length + (self.layers - self.full) * min(self.window, length)
+        return self.layers * length
 
-    def kept(self, bf16: bool) -> float:
-        """Bytes a token that a layer keeps for the backward pass; `tests/training/test_plan.py` counts them."""
+    def attention_flops(self, length: int) -> float:
+        """Of the forward pass over one sequence: queries with keys, and weights with values."""
+        return 4.0 * length * self.seen(length) * self.heads
+
+    def kept(self, bf16: bool, scored: int = 0) -> float:
+        """Bytes a token that a layer keeps for the backward pass; `tests/training/test_plan.py` counts them.
+
+        Args:
+            bf16: under autocast.
+            scored: the length of a sequence whose scores are kept, as eager attention does.
+        """
         # Under autocast the residual and what the norms make of it stay in float32.
         each = {
             (True, False): (24, 16, 16),
@@ -156,7 +166,9 @@ class Stack:
             (False, False): (16, 16, 8),
             (False, True): (16, 8, 4),
         }[self.gated, bf16]
-        return sum(size * width for size, width in zip(each, (self.width, self.heads, self.inner), strict=True))
+        scores = (6 if bf16 else 4) * self.queries * self.seen(scored) / self.layers  # the softmax's, and a bf16 copy
+        widths = self.width, self.heads, self.inner
+        return scores + sum(size * width for size, width in zip(each, widths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -281,6 +293,7 @@ def measure(lvlm: PreTrainedModel) -> Sizes:
             layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
             width=width,
             heads=width,
+            queries=getattr(vision, "num_heads", None) or vision.num_attention_heads,
             inner=getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio),
             gated=bool(full),
             window=(vision.window_size // vision.patch_size) ** 2 if full else None,
@@ -290,6 +303,7 @@ def measure(lvlm: PreTrainedModel) -> Sizes:
             layers=text.num_hidden_layers,
             width=text.hidden_size,
             heads=own * text.num_attention_heads,
+            queries=text.num_attention_heads,
             inner=text.intermediate_size,
             gated=True,
         ),
@@ -422,6 +436,15 @@ def flops_of(sizes: Sizes, load: Load, checkpointed: bool = False) -> dict[str, 
     }
 
 
+def state_of(sizes: Sizes, name: str) -> float:
+    """Bytes of an optimizer's state: two moments a weight, as AdamW has them, unless it makes do with less."""
+    if name == "adafactor":
+        return 0.0  # a number a row and a column
+    if name == "muon":  # one moment for the matrices inside the layers
+        return 8.0 * sizes.trained - 4.0 * sum(part.trained_matrices for part in sizes.parts.values())
+    return (2.0 if name.endswith("_8bit") else 8.0) * sizes.trained
+
+
 def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[str, float]:
     """Bytes of one GPU at the peak of a step, by what they are for.
 
@@ -439,18 +462,21 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
     frozen = (4.0 if held == "fp32" else 2.0) * (sizes.parameters - sizes.trained)
     if held == "4bit":
         frozen -= (2.0 - NF4) * (language.matrices - language.trained_matrices)
-    always = {"weights": (4 * sizes.trained + frozen) * part, "optimizer state": 2 * gradients}
+    state = state_of(sizes, recipe.optimizer.name)
+    always = {"weights": (4 * sizes.trained + frozen) * part, "optimizer state": state * part}
     if shard:  # beside the layers: whole weights and gradients; of the layers, two at a time
         always["gathered weights"] = 8 * (sizes.parameters - sizes.layered) + 2 * sizes.layer * (2 if bf16 else 4)
 
     # What the forward pass keeps for the backward pass.
-    per_token, per_patch = sizes.language.kept(bf16), sizes.tower.kept(bf16)
+    eager = recipe.model.attention == "eager"
+    per_token, per_patch = sizes.language.kept(bf16, eager * load.columns), sizes.tower.kept(bf16, eager * load.patches)
     kept = tokens * sizes.language.layers * (4 * sizes.language.width if checkpointed else per_token)
     kept += looks * patches * sizes.tower.layers * (4 * sizes.tower.width if checkpointed else per_patch)
     kept += 16 * (
         tokens * sizes.language.width + looks * patches * sizes.tower.width
     )  # what is before and behind layers
-    kept += tokens * load.columns * (2 if bf16 else 4)  # the mask
+    if recipe.model.attention in ("sdpa", "eager"):
+        kept += tokens * load.columns * (2 if bf16 else 4)  # the mask
     if bf16 and not checkpointed:  # autocast's copies of the matrices
         kept += 2 * sum(each.matrices if held == "fp32" else each.trained_matrices for each in sizes.parts.values())
 
@@ -491,6 +517,7 @@ def plan(recipe: Recipe, gpus: int = 1, data: Data | None = None, pairs: int | N
     """
     data = data or Data()
     lvlm = empty_model(config_of(resolve_base(recipe.model.base)))
+    lvlm.config.get_text_config()._attn_implementation = recipe.model.attention  # which says whether branches share
     prepare(lvlm, recipe.model)
     sizes, load = measure(lvlm), load_of(recipe, lvlm, data, gpus)
     batch = recipe.batch_size * gpus

@@ -10,7 +10,7 @@ from cafe.adapters import adapter_of
 from cafe.data.formats import Records, open_source
 from cafe.data.loading import UNCUT, Batches, MicroBatch, MicroBatchSize
 from cafe.data.raw import raw
-from cafe.errors import CafeError
+from cafe.errors import not_loaded
 from cafe.families import vision_tower_of
 from cafe.image_limits import limit_images
 from cafe.instructions import Prompts
@@ -34,7 +34,7 @@ def processing_of(base: str, prompts: Prompts, recipe: ModelRecipe) -> Processin
         config = AutoConfig.from_pretrained((adapter and adapter.base_model_name_or_path) or base)
         processor = load_processor(base, config.model_type)
     except (ImportError, OSError, ValueError) as error:
-        raise CafeError(f"No processor can be loaded from {base}: {str(error).strip().splitlines()[0]}") from error
+        raise not_loaded("processor", base, error) from error
     limit_images(empty_model(config), processor, recipe.max_pixels, recipe.grids)
     return Processing(processor, prompts)
 
