@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from PIL.ExifTags import Base
 
@@ -164,7 +163,7 @@ def open_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, enough: int | None =
 
 def open_pixels(
     ref: ImageRef, max_pixels: int = MAX_PIXELS, enough: int | None = None
-) -> UInt8[NDArray[np.uint8], "height width 3"]:
+) -> UInt8[np.ndarray, "height width 3"]:
     """What `open_image` decodes, in an array. A plain JPEG comes there by half the work where simplejpeg is installed.
 
     Pillow's decoder and simplejpeg's are the same, libjpeg-turbo, and so are the values.

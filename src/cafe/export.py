@@ -97,9 +97,9 @@ def write_sentence_transformers(directory: Path, processing: Processing, width: 
 
 
 def write_video_part(directory: Path, base: str, family: str) -> None:
-    """Writes a family's settings for videos, which `load_processor` leaves out where torchvision is not installed.
+    """Writes a family's settings for videos, which `load_processor` leaves out.
 
-    Where it is, transformers wants them, whether or not a video is ever shown. They are those of the base, which has
+    Where torchvision is installed, transformers wants them, whether or not a video is ever shown. They are those of the base, which has
     them under one of several names; a base that has none gets those for pictures, as transformers reads older ones.
     """
     written = json.loads((directory / PROCESSOR_NAME).read_text())

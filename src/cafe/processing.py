@@ -4,8 +4,8 @@ A chat is rendered to text by its template, cut at the image placeholders and wh
 speak, and each piece is tokenized by itself. So a prompt has the same tokens in training and in use, which tokens are
 supervised is known exactly, and a picture is processed once for all branches that show it.
 
-Without torchvision, transformers cannot construct processors that declare a video processor; `load_processor` then
-leaves that one part out. The files written are the family's standard ones either way.
+Processors that declare a video processor are loaded without it: transformers cannot construct it without torchvision,
+and with it wants settings for videos that a checkpoint may not have. The files written are the family's standard ones.
 """
 
 import math
@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +22,7 @@ from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoProcessor, BatchFeature, ProcessorMixin
+from transformers import AutoConfig, BatchFeature, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from cafe.content import ImageRef, open_image
@@ -70,8 +69,6 @@ def load_processor(path: str, family: str = "") -> ProcessorMixin:
     Raises:
         CafeError: the model's family has no processor.
     """
-    if find_spec("torchvision"):
-        return AutoProcessor.from_pretrained(path)
     family = family or AutoConfig.from_pretrained(path).model_type
     if family not in PROCESSOR_MAPPING_NAMES:
         raise CafeError(f"{path} is a {family} model, for which transformers knows no processor of images and text.")

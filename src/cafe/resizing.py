@@ -17,7 +17,7 @@ from transformers.image_utils import SizeDict
 MODES = {Resampling.BILINEAR: "bilinear", Resampling.BICUBIC: "bicubic"}
 
 
-def resize(image: UInt8[NDArray[np.uint8], "colors height width"], height: int, width: int, mode: str) -> NDArray[Any]:
+def resize(image: UInt8[np.ndarray, "colors height width"], height: int, width: int, mode: str) -> NDArray[Any]:
     """A picture in another size, as Pillow's `resize` with the filter that `mode` names."""
     if image.shape[1:] == (height, width):
         return image

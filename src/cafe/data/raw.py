@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -54,7 +53,7 @@ class _Raw(Processing):
         # Several pictures together may be filled up with values that no byte becomes.
         return self.picture(open_pixels(refs[0], enough=self.enough)) if len(refs) == 1 else super().shown(refs)
 
-    def picture(self, pixels: UInt8[NDArray[np.uint8], "height width 3"]) -> Pictures:
+    def picture(self, pixels: UInt8[np.ndarray, "height width 3"]) -> Pictures:
         """A picture alone; the first of a size goes the family's own way."""
         if pixels.shape not in self.known:
             whole = self.pictures([Image.fromarray(pixels)])
@@ -65,7 +64,7 @@ class _Raw(Processing):
         made = self.vision(pixels)
         return Pictures(self.known[pixels.shape], {name: made[name] for name in self.names})
 
-    def vision(self, pixels: UInt8[NDArray[np.uint8], "height width 3"]) -> dict[str, Tensor]:
+    def vision(self, pixels: UInt8[np.ndarray, "height width 3"]) -> dict[str, Tensor]:
         """What the family's image processor makes of a picture, in bytes, and all else that it says of it."""
         made = self.processor.image_processor([[pixels]], **self.options)
         return {**made, "pixel_values": made["pixel_values"].to(torch.uint8)}
