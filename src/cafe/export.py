@@ -99,8 +99,9 @@ def write_sentence_transformers(directory: Path, processing: Processing, width: 
 def write_video_part(directory: Path, base: str, family: str) -> None:
     """Writes a family's settings for videos, which `load_processor` leaves out.
 
-    Where torchvision is installed, transformers wants them, whether or not a video is ever shown. They are those of the base, which has
-    them under one of several names; a base that has none gets those for pictures, as transformers reads older ones.
+    Where torchvision is installed, transformers wants them, whether or not a video is ever shown. They are those of the
+    base, which has them under one of several names; where it has none they are those for pictures, as transformers
+    reads older ones.
     """
     written = json.loads((directory / PROCESSOR_NAME).read_text())
     if family not in VIDEO_PROCESSOR_MAPPING_NAMES or "video_processor" in written:
