@@ -3,9 +3,7 @@
 All of them compute in float32 (or float64 where the input is) whatever the model ran in.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from importlib.util import find_spec
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -198,8 +196,8 @@ def next_token_loss(
     parts add up to the mean over tokens and not to a mean of means.
 
     The head runs on the tokens that predict something, and on some of them at a time; their gradient is taken at once,
-    so that the logits of all are never held and never computed twice. On a GPU Liger's kernel (arXiv 2410.10989) does
-    the same, where it is installed.
+    so that the logits of all are never held and never computed twice. Liger's kernel (arXiv 2410.10989) does the same,
+    and on an H200 takes longer: `benchmarks/language_head.py`.
 
     Args:
         hidden: the last hidden state of the token before each supervised one.
@@ -210,25 +208,8 @@ def next_token_loss(
     """
     if not torch.is_grad_enabled():  # of which a Function is not told
         hidden, weight, bias = hidden.detach(), weight.detach(), None if bias is None else bias.detach()
-    fused = (
-        liger() if len(labels) and hidden.is_cuda and hidden.dtype != torch.float64 and hidden.requires_grad else None
-    )
-    if fused and softcap is None:
-        loss: Tensor = fused(hidden, weight, labels, bias, reduction="sum", accum_dtype=torch.float32)
-    else:
-        loss = _NextToken.apply(hidden, labels, weight, bias, softcap, tile)
+    loss: Tensor = _NextToken.apply(hidden, labels, weight, bias, softcap, tile)
     return loss
-
-
-@cache
-def liger() -> Callable[..., Tensor] | None:
-    """Liger's fused head and cross-entropy; None where it is not installed."""
-    if find_spec("liger_kernel") is None:
-        return None
-    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
-
-    fused: Callable[..., Tensor] = liger_fused_linear_cross_entropy
-    return fused
 
 
 class _NextToken(torch.autograd.Function):
