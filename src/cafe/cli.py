@@ -64,20 +64,23 @@ def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
 
 
+def _takes_recipe(command: argparse.ArgumentParser) -> None:
+    command.add_argument("recipe", type=Path, help="a YAML file, as in recipes/")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="fields of it, as batch_size=16")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line's grammar."""
     top = argparse.ArgumentParser(prog="cafe", description="One vision-language checkpoint that retrieves and talks.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     train = commands.add_parser("train", help="fine-tune with the joint objective, as a recipe says")
-    train.add_argument("recipe", type=Path)
-    train.add_argument("overrides", nargs="*", metavar="key=value")
+    _takes_recipe(train)
     train.set_defaults(run=_train)
 
     plan = commands.add_parser("plan", help="what a recipe is expected to cost: parameters, FLOPs, memory, hours")
-    plan.add_argument("recipe", type=Path)
-    plan.add_argument("overrides", nargs="*", metavar="key=value")
-    plan.add_argument("--gpus", type=_count, default=1)
+    _takes_recipe(plan)
+    plan.add_argument("--gpus", type=_count, default=1, help="how many share the run")
     plan.add_argument("--picture", default="640x480", help="pixels of a typical picture, WIDTHxHEIGHT")
     plan.add_argument("--caption", type=int, default=200, help="tokens of a typical caption")
     plan.add_argument("--pairs", type=_count, help="records of the data")
@@ -85,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
     merge = commands.add_parser("merge", help="write a run's adapter and its base as one plain checkpoint")
     merge.add_argument("directory", metavar="RUN", type=Path, help="the run's output directory, or a checkpoint in it")
-    merge.add_argument("output", type=Path)
+    merge.add_argument("output", type=Path, help="the checkpoint's directory")
     merge.set_defaults(run=_merge)
 
     push = commands.add_parser("push", help="upload a run's checkpoint to the Hugging Face Hub, with a model card")
@@ -129,13 +132,12 @@ def parser() -> argparse.ArgumentParser:
         "evaluations", nargs="+", metavar="RUN", help="a directory of `cafe evaluate`, or NAME=DIRECTORY"
     )
     report.add_argument("--log", type=Path, help="the log.jsonl of the last one's training")
-    report.add_argument("--output", type=Path, default=Path("report.html"))
+    report.add_argument("--output", type=Path, default=Path("report.html"), help="the page: %(default)s")
     report.set_defaults(run=_report)
 
     ablate = commands.add_parser("ablate", help="train contrastive-only, language-only and joint; mean ± sd over seeds")
-    ablate.add_argument("recipe", type=Path)
-    ablate.add_argument("overrides", nargs="*", metavar="key=value")
-    ablate.add_argument("--seeds", type=_count, default=3)
+    _takes_recipe(ablate)
+    ablate.add_argument("--seeds", type=_count, default=3, help="runs of each kind")
     ablate.add_argument("--suite", default="", help="names with commas between, or all; the usual ones if not given")
     ablate.set_defaults(run=_ablate)
 
@@ -148,13 +150,12 @@ def parser() -> argparse.ArgumentParser:
     )
     check.add_argument("--sample", type=int, default=1000, help="records a source; 0 for all")
     check.add_argument("--examples", type=int, default=6, help="examples a source on the page")
-    check.add_argument("--workers", type=int, default=1)
-    check.add_argument("--output", type=Path, default=Path("data-check.html"))
+    check.add_argument("--workers", type=int, default=1, help="processes that read")
+    check.add_argument("--output", type=Path, default=Path("data-check.html"), help="the page: %(default)s")
     check.set_defaults(run=_data_check)
 
     mine = commands.add_parser("mine", help="find hard negatives with a checkpoint; write them as a new source")
-    mine.add_argument("recipe", type=Path)
-    mine.add_argument("overrides", nargs="*", metavar="key=value")
+    _takes_recipe(mine)
     mine.add_argument(
         "--checkpoint", help="what embeds: a run, a directory, a Hub id or 'scenes'; the recipe's base if absent"
     )
@@ -169,18 +170,18 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     mine.add_argument("--soft", action="store_true", help="keep those as soft targets, with that probability")
     mine.add_argument("--question", help="what the judge is asked")
-    mine.add_argument("--batch-size", type=_count, default=16)
+    mine.add_argument("--batch-size", type=_count, default=16, help="contents at once")
     mine.set_defaults(run=_mine)
 
     scenes = commands.add_parser("scenes", help="the small world").add_subparsers(required=True, metavar="COMMAND")
     write = scenes.add_parser("write", help="write generated pictures in public formats")
-    write.add_argument("directory", type=Path)
+    write.add_argument("directory", type=Path, help="where they go")
     write.add_argument("--train", type=int, default=8000, help="training pictures")
     write.add_argument("--test", type=int, default=500, help="test pictures")
     write.add_argument("--seed", type=int, default=0)
     write.set_defaults(run=_scenes_write)
     base = scenes.add_parser("train-base", help="train the tiny base model from scratch")
-    base.add_argument("directory", type=Path)
+    base.add_argument("directory", type=Path, help="where it goes")
     base.add_argument("--seed", type=int, default=0)
     base.set_defaults(run=_scenes_train_base)
 
