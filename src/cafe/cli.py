@@ -263,15 +263,11 @@ def _evaluate(options: argparse.Namespace) -> None:
     suites = _names(options.suite)
     choose(options.data, suites)  # before the model is loaded
 
-    import torch
-    from accelerate import Accelerator
-
     from cafe.model import Cafe
+    from cafe.training.distributed import launched
     from cafe.training.loop import resolve_base
 
-    # Started by `accelerate launch` or `torchrun`, each process takes its share on its own device. The latter does not
-    # say that there is no GPU, and accelerate would take each process for the only one.
-    processes = Accelerator(cpu=not torch.accelerator.is_available())
+    processes = launched()  # each takes its share on its own device
     device = processes.device if processes.num_processes > 1 else None
     name = options.checkpoint.strip("./").replace("/", "-") + (f"-limit-{options.limit}" if options.limit else "")
     output = options.output or Path("runs/evaluations") / name

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -15,6 +16,14 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from cafe.errors import CafeError
 
 BUCKET = 16 * 2**20  # entries of gradients that are summed at once: 64 MiB in float32
+
+
+def launched(**options: Any) -> Accelerator:
+    """The processes that `accelerate launch` or `torchrun` started, or this one alone.
+
+    `torchrun` does not say that there is no GPU, and each process would then take itself for the only one.
+    """
+    return Accelerator(cpu=not torch.accelerator.is_available(), **options)
 
 
 def world() -> int:
@@ -68,11 +77,16 @@ def everyone(number: Tensor) -> Tensor:
     return number
 
 
-def before(number: int, device: torch.device) -> Int64[Tensor, ""]:
+def numbers(own: int, device: torch.device) -> Int64[Tensor, " processes"]:
+    """The processes' numbers, in order."""
+    every = torch.zeros(world(), dtype=torch.long, device=device)
+    every[rank()] = own
+    return everyone(every)
+
+
+def before(own: int, device: torch.device) -> Int64[Tensor, ""]:
     """The sum of the numbers of the processes that come before this one."""
-    numbers = torch.zeros(world(), dtype=torch.long, device=device)
-    numbers[rank()] = number
-    return everyone(numbers)[: rank()].sum()
+    return numbers(own, device)[: rank()].sum()
 
 
 def out_of_memory(error: Exception) -> bool:
@@ -105,10 +119,8 @@ def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
     """
     if world() == 1:
         return tensors
-    own, device = len(tensors[0]), tensors[0].device
-    counts = torch.zeros(world(), dtype=torch.long, device=device)
-    counts[rank()] = own
-    lengths = everyone(counts).tolist()
+    own = len(tensors[0])
+    lengths = numbers(own, tensors[0].device).tolist()
 
     def every(rows: Tensor) -> Tensor:
         padded = rows.new_zeros(max(lengths), *rows.shape[1:])

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
@@ -21,7 +20,7 @@ from cafe.model import Cafe, checkpoint_of
 from cafe.training import checkpoints
 from cafe.training.checkpoints import Position, full_disk, generators, set_generators
 from cafe.training.compiling import compile_layers
-from cafe.training.distributed import clip_gradients, first_ones, most, sum_gradients
+from cafe.training.distributed import clip_gradients, first_ones, launched, most, sum_gradients
 from cafe.training.examine import Examination
 from cafe.training.finite import leave_out
 from cafe.training.log import Log, installed
@@ -66,8 +65,7 @@ def train(
             "evaluation.every is set, and nothing measures evaluation.data: `train` takes what does, which "
             "cafe.evaluation.evaluate.during(recipe) makes."
         )
-    on_cpu = not torch.accelerator.is_available()  # `torchrun` does not say so: each process would think itself alone
-    accelerator = Accelerator(cpu=on_cpu, log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
+    accelerator = launched(log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
     if recipe.model.attention == "flex_attention" and device.type == "cpu":
