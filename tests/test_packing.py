@@ -171,3 +171,20 @@ def test_texts_of_mixed_lengths_leave_hardly_any_padding():
         groups[-1].append(branch([*prompt, *said[:long]], vision, spoken=long // 2))
     done = pack([group[:2] for group in groups], [group[2:] for group in groups], Packing(columns=1024))
     assert done.filled >= 0.98 * done.inputs["input_ids"].numel()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(20, 90))
+def test_rows_take_no_more_work_than_filled_best_fit_by_hand(lengths, columns):
+    columns = columns if max(lengths) <= columns else max(lengths) + max(lengths) // 8
+    rows: list[int] = []
+    for length in sorted(lengths, reverse=True):
+        room = [row for row in range(len(rows)) if rows[row] + length <= columns]
+        if room:
+            rows[max(room, key=lambda row: rows[row])] += length
+        else:
+            rows.append(length)
+    groups = [[branch([number + 100, *[0] * (length - 1)])] for number, length in enumerate(lengths)]
+    count, longest = lay_out(groups, Packing(columns=columns)).end.shape
+    assert longest <= columns
+    assert count * longest * (3 * columns + longest) <= len(rows) * max(rows) * (3 * columns + max(rows))

@@ -14,9 +14,11 @@ Pure tensors: no model, no file.
 
 import heapq
 import math
+from bisect import bisect_right, insort
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -363,7 +365,7 @@ def _trees(sizes: Sequence[int], keys: Sequence[Keys], root: int) -> list[list[i
 
 
 def _fill(trees: Sequence[list[int]], sizes: Sequence[int], root: int, columns: int) -> list[list[int]]:
-    """Trees to rows of at most `columns` tokens: as many rows as make the least work.
+    """Trees to rows of at most `columns` tokens: filled best-fit, or evenly where that makes less work.
 
     Where the largest tree is longer than that, rows may be an eighth longer than it, for small trees beside large ones.
     What fits in one row goes there. The root is there once a row. The work of a token is that of the layers' matrices,
@@ -374,25 +376,40 @@ def _fill(trees: Sequence[list[int]], sizes: Sequence[int], root: int, columns: 
     columns = columns if largest <= columns else largest + largest // 8
     own = [size - root for size in sizes]
     least = max(1, math.ceil(sum(own) / max(1, columns - root)))
-    found: list[tuple[int, list[list[int]]]] = []
-    for count in range(least, max(least, len(trees)) + 1):
-        rows, longest = _spread(trees, own, root, count)
-        if longest <= columns:
-            found.append((count * longest * (3 * columns + longest), rows))
-        if found and (count == 1 or count >= 2 * least):
-            break
-    return min(found, key=lambda each: each[0])[1]
+    counts = range(least, 2 * least + 1) if least > 1 else ()
+    found = [_best_fit(own, root, columns), *(_spread(own, root, count) for count in counts)]
+
+    def work(rows: _Filled) -> float:
+        longest = max(tokens for tokens, _ in rows)
+        return len(rows) * longest * (3 * columns + longest) if longest <= columns else math.inf
+
+    return [[branch for tree in row for branch in trees[tree]] for _, row in min(found, key=work)]
 
 
-def _spread(trees: Sequence[list[int]], own: Sequence[int], root: int, count: int) -> tuple[list[list[int]], int]:
-    """Trees over so many rows, the largest first, each to the emptiest row; and the length of the longest."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    loads = [(root, row) for row in range(count)]
-    for tree in sorted(range(len(trees)), key=lambda tree: -own[tree]):
-        load, row = heapq.heappop(loads)
-        rows[row] += trees[tree]
-        heapq.heappush(loads, (load + own[tree], row))
-    return [row for row in rows if row], max(loads)[0]
+_Filled = list[tuple[int, list[int]]]  # of each row, its tokens and its trees
+
+
+def _best_fit(own: Sequence[int], root: int, columns: int) -> _Filled:
+    """Trees to rows of at most so many columns, the largest first, each to the fullest row that has room for it."""
+    rows: _Filled = []  # the emptiest first
+    for tree in _largest_first(own):
+        roomy = bisect_right(rows, columns - own[tree], key=itemgetter(0))
+        tokens, row = rows.pop(roomy - 1) if roomy else (root, [])
+        insort(rows, (tokens + own[tree], [*row, tree]))
+    return rows
+
+
+def _spread(own: Sequence[int], root: int, count: int) -> _Filled:
+    """Trees over so many rows, the largest first, each to the emptiest row."""
+    rows: _Filled = [(root, []) for _ in range(count)]
+    for tree in _largest_first(own):
+        tokens, row = rows[0]
+        heapq.heapreplace(rows, (tokens + own[tree], [*row, tree]))
+    return [each for each in rows if each[1]]
+
+
+def _largest_first(own: Sequence[int]) -> list[int]:
+    return sorted(range(len(own)), key=lambda tree: -own[tree])
 
 
 def _row(members: Sequence[int], keys: Sequence[Keys]) -> _Row:
