@@ -180,3 +180,7 @@ def test_the_whole_protocol_on_a_folder(tmp_path):
         assert done.results["throne/class/recall"] == pytest.approx(200 / 3)
         assert done.results["throne/class/F1"] == pytest.approx(100 * (2 / 3 + 2 / 3 + 0) / 3)
         assert done.outputs["throne"][1]["stated"] == ["dog", "ox"]
+    reader = Reader()
+    with pytest.raises(CafeError, match="no-such-judge"):
+        run(Subject(reader, judges=[str(tmp_path / "no-such-judge")]), tmp_path, None)
+    assert not reader.asked  # for descriptions that nobody would judge

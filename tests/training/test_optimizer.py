@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from cafe.errors import CafeError
-from cafe.training.optimizer import make_optimizer
-from cafe.training.recipe import OptimizerRecipe
+from cafe.model import Cafe
+from cafe.training.optimizer import make_optimizer, prepare
+from cafe.training.recipe import ModelRecipe, OptimizerRecipe
 
 NAMES = get_args(get_type_hints(OptimizerRecipe)["name"])
 
@@ -41,3 +42,10 @@ def test_one_whose_package_is_not_installed_is_refused_by_a_sentence(monkeypatch
     monkeypatch.setattr("cafe.training.optimizer.find_spec", lambda name: None)
     with pytest.raises(CafeError, match=r"optimizer\.name: paged_adamw_8bit needs the package bitsandbytes"):
         make_optimizer(nn.Linear(2, 2), "llava", OptimizerRecipe(name="paged_adamw_8bit"))
+
+
+def test_a_model_whose_layers_cannot_be_made_again_is_named(random_base):
+    lvlm = Cafe.load(random_base).lvlm
+    lvlm.supports_gradient_checkpointing = False
+    with pytest.raises(CafeError, match=r"gradient_checkpointing: a llava_onevision model cannot"):
+        prepare(lvlm, ModelRecipe(base="", gradient_checkpointing=True))

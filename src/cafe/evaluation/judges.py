@@ -34,6 +34,29 @@ READ = 1024  # characters of a description that are shown, as in THRONE's code
 PHRASES = {"skis": "a pair of skis", "scissors": "a pair of scissors", "tie": "a necktie"}
 
 
+def look_for(judges: Sequence[str]) -> None:
+    """Looks whether language models that are to judge are there, before descriptions are made for them.
+
+    Raises:
+        CafeError: one is not.
+    """
+    for name in judges:
+        if name not in ("exact", "self"):
+            _is_paired(name)
+
+
+def _is_paired(path: str) -> bool:
+    """Whether a language model has an encoder and a decoder."""
+    try:
+        return bool(AutoConfig.from_pretrained(path).is_encoder_decoder)
+    except (ImportError, OSError, ValueError) as error:
+        raise _none(path, error) from error
+
+
+def _none(path: str, error: Exception) -> CafeError:
+    return CafeError(f"No judge can be loaded from {path}: {str(error).strip().splitlines()[0]}")
+
+
 def votes(model: Subject, texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "votes texts classes"]:
     """What each vote of the subject's judges says of each class; of `exact` alone where it has no judges."""
     cast = []
@@ -83,14 +106,13 @@ class LanguageModel:
         Raises:
             CafeError: there is no language model.
         """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device, paired = torch.device("cuda" if torch.cuda.is_available() else "cpu"), _is_paired(path)
+        auto = AutoModelForSeq2SeqLM if paired else AutoModelForCausalLM
         try:
-            paired = AutoConfig.from_pretrained(path).is_encoder_decoder
-            auto = AutoModelForSeq2SeqLM if paired else AutoModelForCausalLM
             lm = auto.from_pretrained(path, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
             tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right" if paired else "left")
         except (ImportError, OSError, ValueError) as error:
-            raise CafeError(f"No judge can be loaded from {path}: {str(error).strip().splitlines()[0]}") from error
+            raise _none(path, error) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(lm.to(device).eval(), tokenizer)

@@ -3,7 +3,7 @@
 import io
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -100,16 +100,17 @@ def write_report(path: Path, runs: Sequence[ReportRun]) -> None:
         raise CafeError("A report needs at least one evaluation.")
     read = [_read(run) for run in runs]
     shown = [read[0], read[-1]] if len(read) > 1 else read
+    compared = [_compared(read[0], run) for run in read[1:]]
     template = files("cafe.evaluation").joinpath("report.html.jinja").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     path.parent.mkdir(parents=True, exist_ok=True)
     html = page.from_string(template).render(
         names=[run.name for run in read],
         shown=[run.name for run in shown],
-        tiles=_tiles(shown),
+        tiles=_tiles(shown, compared[-1] if compared else {}),
         tables=_tables(read),
         intervals=_intervals(read),
-        comparisons=[_comparison(read[0], run) for run in read[1:]],
+        comparisons=[_comparison(read[0], run, found) for run, found in zip(read[1:], compared, strict=True)],
         colors=RUN_COLORS,
         curves=_curves(read),
         maps=_maps(read),
@@ -161,7 +162,7 @@ def _number(metric: str, value: float | None) -> str:
     return f"{value:.{digits}f}".replace("-", "−")
 
 
-def _tiles(runs: Sequence[_Run]) -> list[dict[str, str]]:
+def _tiles(runs: Sequence[_Run], compared: Mapping[str, Comparison]) -> list[dict[str, str]]:
     tiles = []
     for metric, label in HEADLINES.items():
         values = [run.results.get(metric) for run in runs]
@@ -173,7 +174,7 @@ def _tiles(runs: Sequence[_Run]) -> list[dict[str, str]]:
             change = after - before
             tile["before"] = _number(metric, before)
             tile["change"] = ("+" if change >= 0 else "−") + _number(metric, abs(change))
-            tile["verdict"] = _verdict(metric, change, _compared(runs[0], runs[-1], metric))
+            tile["verdict"] = _verdict(metric, change, compared.get(metric))
         tiles.append(tile)
     return tiles
 
@@ -233,13 +234,10 @@ def _intervals(runs: Sequence[_Run]) -> Markup | None:
     return _chart("Headline results with intervals", 9.6, 0.7 + len(rows) * (0.2 + 0.16 * len(runs)), draw)
 
 
-def _comparison(first: _Run, second: _Run) -> dict[str, Any]:
-    """Every result for which both runs have outputs of the same samples: the difference and how sure it is."""
+def _comparison(first: _Run, second: _Run, compared: Mapping[str, Comparison]) -> dict[str, Any]:
+    """The differences between two runs, and how sure they are."""
     rows = []
-    for metric in second.results:
-        found = _compared(first, second, metric)
-        if found is None:
-            continue
+    for metric, found in compared.items():
         suite, _, name = metric.partition("/")
         rows.append(
             {
@@ -257,11 +255,11 @@ def _comparison(first: _Run, second: _Run) -> dict[str, Any]:
     return {"first": first.name, "second": second.name, "rows": rows}
 
 
-def _compared(first: _Run, second: _Run, metric: str) -> Comparison | None:
-    """What separates the runs in a result; None where they have no outputs of the same samples."""
-    if metric not in first.tallies or metric not in second.tallies:
-        return None
-    return compare(first.tallies[metric], second.tallies[metric])
+def _compared(first: _Run, second: _Run) -> dict[str, Comparison]:
+    """What separates the runs in each result for which both have outputs of the same samples."""
+    known = (metric for metric in second.results if metric in first.tallies and metric in second.tallies)
+    found = ((metric, compare(first.tallies[metric], second.tallies[metric])) for metric in known)
+    return {metric: comparison for metric, comparison in found if comparison is not None}
 
 
 def _verdict(metric: str, change: float, found: Comparison | None) -> str:

@@ -17,7 +17,7 @@ from jaxtyping import Bool
 
 from cafe.content import Content, ImageRef
 from cafe.evaluation.coco import find_instances, read_instances
-from cafe.evaluation.judges import votes
+from cafe.evaluation.judges import look_for, votes
 from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import Evaluation, Suite, find_picture, rates
 
@@ -29,6 +29,7 @@ BETAS = {"F1": 1.0, "F0.5": 0.5}
 
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     """Asks for a description of each of the first `limit` pictures, and the judges about each description."""
+    look_for(model.judges)
     source = find(data)[0]
     pictures = read_instances(source, limit)
     at = {number: find_picture(name, data, source, YEAR) for number, name in pictures.names.items()}

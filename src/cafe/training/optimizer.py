@@ -35,7 +35,13 @@ def prepare(lvlm: PreTrainedModel, recipe: ModelRecipe) -> None:
 
 
 def checkpoint_layers(lvlm: PreTrainedModel) -> None:
-    """Makes layers keep no activations, but make them again for the backward pass."""
+    """Makes layers keep no activations, but make them again for the backward pass.
+
+    Raises:
+        CafeError: the model cannot.
+    """
+    if not lvlm.supports_gradient_checkpointing:
+        raise CafeError(f"model.gradient_checkpointing: a {lvlm.config.model_type} model cannot do it.")
     older = lvlm.gradient_checkpointing_enable  # the only name in transformers 5.10, and deprecated in 5.23
     getattr(lvlm, "activation_checkpointing_enable", older)()
 
