@@ -49,9 +49,9 @@ class Counted:
         self.crops, self.read = 0, tower.forward
         tower.forward = self
 
-    def __call__(self, crops: Tensor, **named: object) -> object:
-        self.crops += len(crops)
-        return self.read(crops, **named)
+    def __call__(self, *crops: Tensor, **named: object) -> object:
+        self.crops += len(crops[0] if crops else named["pixel_values"])
+        return self.read(*crops, **named)
 
 
 def follow(model: Cafe, batch: Batch, vision: VisionCache | None) -> tuple[float, Tensor]:
@@ -76,8 +76,8 @@ def test_a_picture_is_encoded_twice_trained_once_frozen_and_never_from_disk(mode
         assert (same - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v"])
-def test_pictures_end_to_end_are_read_once_too_where_their_grids_are_told(family, tmp_path):
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "gemma4"])
+def test_pictures_of_their_own_sizes_are_read_once_too(family, tmp_path):
     model = make(family)
     freeze(model.lvlm, ["vision_tower", "projector"])
     size = MicroBatchSize(tokens=400)
@@ -103,21 +103,28 @@ def test_pictures_of_the_same_patches_in_another_grid_are_others():
     assert turned[0] == keys[1] and turned[1] != keys[0] != keys[1]
 
 
-def test_a_tower_that_lays_pictures_end_to_end_reads_as_ever():
+@pytest.mark.parametrize("told", [True, False])
+def test_a_tower_that_lays_pictures_end_to_end_reads_each_once(told, tmp_path):
     size = {"image_size": 32, "patch_size": 8, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1}
-    config = LlavaConfig(vision_config=PixtralVisionConfig(num_attention_heads=2, **size))
-    tower, crops = PixtralVisionModel(config.vision_config).eval(), torch.rand(2, 3, 32, 32)
-    cache = VisionCache(tower, config)
+    config = LlavaConfig(vision_config=PixtralVisionConfig(num_attention_heads=2, **size), vision_feature_layer=-1)
+    tower, crops = PixtralVisionModel(config.vision_config).eval(), torch.rand(3, 3, 32, 32)
+    sizes = torch.tensor([[32, 32], [16, 32], [32, 16]])
+    crops[2, :, :, :16] = crops[1, :, :16].reshape(3, 32, 16)  # the same numbers in another shape: another picture
+    counted = Counted(tower)
 
-    def read_some(count: int) -> Tensor:
-        return tower(crops[:count], image_sizes=torch.tensor([[32, 32]] * count)).last_hidden_state
+    def read_some(*which: int) -> Tensor:
+        named = {"image_sizes": sizes[list(which)]} if told else {}
+        return tower(crops[list(which)], **named, output_hidden_states=True).hidden_states[-1]
 
+    calls = [(0,), (1, 2), (2, 0, 1)]
     with torch.no_grad():
-        expected = [read_some(count) for count in (1, 2)]
-        with cache.step():
-            found = [read_some(count) for count in (1, 2)]
-    for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other)
+        expected = [read_some(*which) for which in calls]
+        for times in (1, 0):
+            counted.crops = 0
+            with VisionCache(tower, config, tmp_path / str(told)).step():
+                for which, whole in zip(calls, expected, strict=True):
+                    torch.testing.assert_close(read_some(*which), whole)
+            assert counted.crops == times * len(crops)
 
 
 def test_other_weights_do_not_find_the_old_features(model, batch, tmp_path):

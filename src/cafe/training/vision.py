@@ -1,14 +1,14 @@
 """A frozen vision tower reads each crop once a step; once for ever where a directory keeps what it made of it.
 
 A crop is known by a hash of its pixels as the tower gets them, so preprocessing is part of the key; so are the tower's
-weights, in a directory. This is for towers that read crops one by one, as rows of (crops, channels, height, width), and
-for those that are told the grid of each picture whose patches they read (Qwen's, with the projector in them); towers of
-another kind (Pixtral's, which lays pictures end to end) read as ever.
+weights, in a directory. `listed` tells how a tower is given pictures and lays out what it makes of them; a tower of a
+kind that it does not know reads as ever.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,52 @@ from torch.utils._pytree import tree_map, tree_map_only
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
-ROWS_OF_SEVERAL = ("pixtral",)  # towers that lay all pictures end to end
+END_TO_END = ("pixtral",)  # towers that lay what they make of all pictures in one row
+
+
+@dataclass(frozen=True)
+class Listed:
+    """The crops, or whole pictures, that a tower is given.
+
+    Attributes:
+        keys: a hash of each.
+        rows: of the pixels, that each has.
+        shares: of what the tower makes of all: as large as these numbers beside each other.
+        dim: along which it lays that out.
+    """
+
+    keys: list[int]
+    rows: list[int]
+    shares: list[int]
+    dim: int = 0
+
+
+def listed(pixels: Tensor, named: Mapping[str, Any], patch: int | None) -> Listed | None:
+    """What a tower is given, from its arguments; None where that is not known.
+
+    Args:
+        pixels: crops as (crops, channels, height, width), each read by itself; or patches of all pictures, whose grids
+            are told (Qwen's towers); or of each picture, filled up, with their positions (Gemma 4's).
+        named: the other arguments.
+        patch: pixels a side of a patch, for a tower that reads parts of crops and lays them end to end (Pixtral's).
+    """
+    if "grid_thw" in named:
+        sizes = named["grid_thw"].prod(1).tolist()
+        return Listed(fingerprints_of_patches(pixels, named["grid_thw"]).tolist(), sizes, sizes)
+    each = [1] * len(pixels)
+    if "pixel_position_ids" in named:
+        at = named["pixel_position_ids"]
+        keys = fingerprints(torch.stack([fingerprints(pixels), fingerprints(at)], dim=1))
+        return Listed(keys.tolist(), each, (at >= 0).all(dim=2).sum(1).tolist())
+    if pixels.ndim != 4:
+        return None
+    if patch is None:
+        return Listed(fingerprints(pixels).tolist(), each, each)
+    sizes = named["image_sizes"].tolist() if "image_sizes" in named else [list(pixels.shape[2:])] * len(pixels)
+    parts = [crop[None, :, :height, :width] for crop, (height, width) in zip(pixels, sizes, strict=True)]
+    numbers = [[*size, int(fingerprints(part))] for size, part in zip(sizes, parts, strict=True)]
+    keys = fingerprints(torch.tensor(numbers, device=pixels.device))
+    return Listed(keys.tolist(), each, [(height // patch) * (width // patch) for height, width in sizes], dim=1)
 
 
 class VisionCache:
@@ -35,7 +80,8 @@ class VisionCache:
     def __init__(self, tower: nn.Module, config: PreTrainedConfig, directory: Path | None = None) -> None:
         self.tower = tower
         self.layers = layers_read(config)
-        self.by_itself = getattr(getattr(config, "vision_config", None), "model_type", "") not in ROWS_OF_SEVERAL
+        own: Any = getattr(tower, "config", None)
+        self.patch: int | None = own.patch_size if getattr(own, "model_type", "") in END_TO_END else None
         self.directory = None
         if directory:
             self.directory = directory / "_".join([weights_digest(tower), *map(str, self.layers or [])])
@@ -55,11 +101,10 @@ class VisionCache:
     @torch.no_grad()
     def _forward(self, read: Callable[..., Any], rows: tuple[Any, ...], named: dict[str, Any]) -> Any:
         pixels: Tensor = named["pixel_values"] if "pixel_values" in named else rows[0]
-        grids: Tensor | None = named.get("grid_thw")
-        if grids is None and (pixels.ndim != 4 or not self.by_itself):
+        crops = listed(pixels, named, self.patch)
+        if crops is None:
             return read(*rows, **named)
-        lengths = [1] * len(pixels) if grids is None else grids.prod(1).tolist()
-        keys = (fingerprints(pixels) if grids is None else fingerprints_of_patches(pixels, grids)).tolist()
+        keys = crops.keys
         unread = {
             key: place for place, key in enumerate(keys) if key not in self.kept and not self._load(key, pixels.device)
         }
@@ -68,21 +113,21 @@ class VisionCache:
             def choose(value: Any) -> Any:
                 if not isinstance(value, Tensor) or len(value) not in (len(pixels), len(keys)):
                     return value
-                parts = value.split(lengths if len(value) == len(pixels) else 1)
+                parts = value.split(crops.rows if len(value) == len(pixels) else 1)
                 return torch.cat([parts[place] for place in unread.values()])
 
             if len(unread) < len(keys):
                 rows, named = tuple(map(choose, rows)), {name: choose(value) for name, value in named.items()}
             made = read(*rows, **named)
             self._forget(made)
-            stops = list(accumulate(lengths[place] for place in unread.values()))
+            stops = list(accumulate(crops.shares[place] for place in unread.values()))
             for key, start, stop in zip(unread, [0, *stops], stops, strict=False):
-                self.kept[key] = _part(made, start, stop, stops[-1])
+                self.kept[key] = _part(made, start, stop, stops[-1], crops.dim)
                 self._save(key)
             if len(unread) == len(keys):
                 return made  # what is kept are views of it: a step of one micro-batch holds nothing twice
         again = [self.kept[key] for key in keys]
-        return tree_map(lambda *leaves: None if leaves[0] is None else torch.cat(leaves), *again)
+        return tree_map(lambda *leaves: None if leaves[0] is None else torch.cat(leaves, crops.dim), *again)
 
     def _forget(self, made: ModelOutput) -> None:
         """Drops what the model does not read; older versions of transformers return the hidden states of all layers."""
@@ -128,9 +173,14 @@ def layers_read(config: PreTrainedConfig) -> list[int] | None:
     return [layers] if isinstance(layers, int) else list(layers)
 
 
-def _part(made: Any, start: int, stop: int, total: int) -> Any:
-    """What the tower made of some of the rows that it read, of which it may have merged as many everywhere."""
-    return tree_map_only(Tensor, lambda leaf: leaf[start * len(leaf) // total : stop * len(leaf) // total], made)
+def _part(made: Any, start: int, stop: int, total: int, dim: int) -> Any:
+    """What the tower made of some of the crops that it read, which it may have merged as much everywhere."""
+
+    def cut(leaf: Tensor) -> Tensor:
+        first, last = (place * leaf.shape[dim] // total for place in (start, stop))
+        return leaf.narrow(dim, first, last - first)
+
+    return tree_map_only(Tensor, cut, made)
 
 
 def fingerprints(crops: Float[Tensor, " crops *shape"]) -> Int64[Tensor, " crops"]:
