@@ -104,7 +104,7 @@ def test_the_model_card_shows_results_data_and_recipe():
     assert shown == [{name: RECORD[name] for name in ("steps", "temperature", "versions")}, RECORD["recipe"]]
     best = model_card(RECORD | {"results": {"held_out/lm_loss": 1.5}})
     assert "| held_out/lm_loss | 1.500 |" in best
-    bare = model_card({"prompts": asdict(Prompts())}, adapter=True)
+    bare = model_card({"prompts": asdict(Prompts())}, library="peft")
     assert "`cafe evaluate` measures" in bare and "library_name: peft" in bare and "base_model" not in bare
 
 

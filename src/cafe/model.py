@@ -32,7 +32,7 @@ from cafe.adapters import adapter_of, has_adapter, load_adapter
 from cafe.content import Content, Dialogue, Turn
 from cafe.disk import aside, place
 from cafe.errors import CafeError, not_loaded
-from cafe.export import model_card, write_sentence_transformers, write_video_part
+from cafe.export import library_of, model_card, write_sentence_transformers, write_video_part
 from cafe.families import four_bit_options
 from cafe.image_limits import agree
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
@@ -134,7 +134,7 @@ class Cafe:
         self.record = {**self.record, **record, "prompts": asdict(self.processing.prompts), "versions": versions}
         if not has_adapter(self.lvlm):
             write_sentence_transformers(partial, self.processing, self.lvlm.config.get_text_config().hidden_size)
-        (partial / "README.md").write_text(model_card(self.record, adapter=has_adapter(self.lvlm)))
+        (partial / "README.md").write_text(model_card(self.record, library=library_of(partial)))
         (partial / RECORD).write_text(json.dumps(self.record, indent=2) + "\n")
         place(partial, path)
 
