@@ -21,6 +21,22 @@ CHATML = (
 )
 """The published prompt frame of LLaVA-OneVision's Qwen2 models, as a chat template; `<image>` stands for an image."""
 
+PREFIX_LM = {
+    "PaliGemmaProcessor": (
+        "{% for message in messages if message['role'] != 'system' %}"
+        "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+        "{{ bos_token if loop.first else '' }}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+        "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
+    )
+}
+"""The processors of prefix-LMs, by class, and as a chat template, which they have not, what they write around a prompt.
+
+Such a model reads a prompt both ways: its tokens, those of pictures among them, all see each other. An answer it reads
+as others do. The template writes what the processor makes of a prompt and its `suffix`: the pictures first, whatever
+stands before them, and no system prompt. An exchange that goes on does so behind the first answer, and is read as it.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:
