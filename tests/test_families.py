@@ -346,7 +346,14 @@ def test_a_prefix_lms_answers_have_the_loss_that_transformers_takes_of_its_proce
             torch.testing.assert_close(loss, model.lvlm(**own).loss, atol=1e-5, rtol=1e-5)
 
 
-def test_a_prompt_that_shows_no_picture_is_refused():
+def test_an_attention_without_masks_would_read_a_prefix_lms_prompts_otherwise_and_is_refused():
+    model = make("paligemma")
+    model.lvlm.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(CafeError, match="reads prompts both ways, and flash_attention_2 takes no mask"):
+        packing_for(model.lvlm, model.processing)
+
+
+def test_a_template_that_shows_no_picture_is_refused():
     processor = families.llava().processing.processor
     for template in (None, "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"):
         processor.chat_template = template

@@ -51,6 +51,8 @@ FAMILIES = {
     "paligemma": _GEMMA,
 }
 
+TAKE_MASKS = ("sdpa", "eager", "flex_attention")  # attention implementations; FlashAttention takes none
+
 _UNKNOWN = Family(
     vision_tower=("vision_tower.", "vision_model.", "visual."),
     projector=("projector.", "connector.", "merger.", "image_newline"),
@@ -108,8 +110,8 @@ def attention_options(config: PreTrainedConfig, attention: str) -> str | dict[st
 def may_share(lvlm: PreTrainedModel) -> bool | None:
     """Whether a model's branches may share a prefix, as far as its configuration tells; None if a trial must."""
     text = lvlm.config.get_text_config()
-    if text._attn_implementation not in ("sdpa", "eager", "flex_attention"):
-        return False  # FlashAttention takes no such mask
+    if text._attn_implementation not in TAKE_MASKS:
+        return False
     layers = getattr(text, "layer_types", None)
     if set(layers) != {"full_attention"} if layers else getattr(text, "sliding_window", None):
         return False  # a sliding window, linear attention or a convolution sees neighbours in the row, not ancestors

@@ -30,11 +30,11 @@ PREFIX_LM = {
         "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
     )
 }
-"""The processors of prefix-LMs, by class, and as a chat template, which they have not, what they write around a prompt.
+"""Prefix-LMs by their processor's class, which has no chat template, and one that writes what it writes by itself.
 
 Such a model reads a prompt both ways: its tokens, those of pictures among them, all see each other. An answer it reads
-as others do. The template writes what the processor makes of a prompt and its `suffix`: the pictures first, whatever
-stands before them, and no system prompt. An exchange that goes on does so behind the first answer, and is read as it.
+as other models do. The template writes what the processor makes of a prompt and its `suffix`: a turn's pictures before
+its words, wherever they stood, and no system prompt. What follows the first answer is read as an answer too.
 """
 
 

@@ -106,7 +106,7 @@ class Packing:
         multiple: rows are filled up to a multiple of this many tokens, so that their shapes are few.
         pad: the token that fills up rows.
         positions: the position ids of a branch that is alone in its row.
-        token_types: the inputs that mark tokens, by name, for models that want one and branches that are rows.
+        token_types: inputs that mark tokens, by name, for models that want one where branches do not share.
         normalization: pack pictures as bytes, of which this makes the model's values; as they are without it.
     """
 
