@@ -1,9 +1,10 @@
 """Tiny models of many families, with random weights: a function each, in the families' own classes and templates.
 
-Not every version of transformers has every family without torchvision: then its function raises ImportError.
+Not every version of transformers has every family right, or without torchvision: then its function raises ImportError.
 """
 
 from collections.abc import Callable
+from inspect import getsource
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    PreTrainedModel,
     PreTrainedTokenizerFast,
     ProcessorMixin,
 )
 
+from cafe.families import attention_options
 from cafe.instructions import CHATML, Prompts
 from cafe.model import Cafe
 from cafe.processing import Processing, without_video
@@ -129,7 +130,7 @@ def build(model_type: str, processor: ProcessorMixin, text: dict[str, Any], visi
     }  # fmt: skip
     config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **rest)
     torch.manual_seed(0)
-    lvlm = AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa").eval()
+    lvlm = AutoModelForImageTextToText.from_config(config, attn_implementation=attention_options(config, "sdpa")).eval()
     for parameter in lvlm.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=WIDTH**-0.5)
@@ -431,18 +432,28 @@ def ovis2() -> Cafe:
     )  # fmt: skip
 
 
-def paligemma() -> PreTrainedModel:
-    """A model of the family that is refused."""
-    text = {**TEXT, "model_type": "gemma", "vocab_size": 300}
-    vision = {"model_type": "siglip_vision_model", **VIT, "projection_dim": WIDTH}
-    config = AutoConfig.for_model("paligemma", text_config=text, vision_config=vision)
-    return AutoModelForImageTextToText.from_config(config)
+def paligemma(**text: Any) -> Cafe:
+    processor = hf.PaliGemmaProcessor(
+        hf.SiglipImageProcessorPil(size={"height": 32, "width": 32}, image_seq_length=16),
+        tokenizer([], pad="<pad>", eos="<eos>", bos="<bos>", image_token="<image>"),
+    )
+    vision = {"model_type": "siglip_vision_model", **VIT, "vision_use_head": False}
+    tokens = ids(processor, image_token_index="<image>")
+    return build("paligemma", processor, {"model_type": "gemma", **text}, vision, projection_dim=WIDTH, **tokens)
+
+
+def paligemma2() -> Cafe:
+    """Its text model has a sliding window in every other layer, and caps scores and logits."""
+    if "final_logit_softcapping" not in getsource(hf.PaliGemmaForConditionalGeneration.forward):
+        raise ImportError("This version of transformers does not cap the logits of PaliGemma 2.")
+    capped = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0, "query_pre_attn_scalar": 16}
+    return paligemma(model_type="gemma2", sliding_window=24, **capped)
 
 
 FAMILIES: dict[str, Callable[[], Cafe]] = {
     family.__name__: family
     for family in (
         llava, llava_next, llava_onevision, qwen2_vl, qwen2_5_vl, qwen3_vl, smolvlm, idefics3, internvl, gemma3, gemma4,
-        qwen3_5, aya_vision, glm4v, ovis2,
+        paligemma, paligemma2, qwen3_5, aya_vision, glm4v, ovis2,
     )
 }  # fmt: skip

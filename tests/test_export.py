@@ -14,8 +14,8 @@ import pytest
 import yaml
 from huggingface_hub import HfApi
 from sentence_transformers import SentenceTransformer
-from test_families import SMALL, TALL, WIDE, make
-from transformers import AutoProcessor
+from test_families import PREFIX_LMS, SMALL, TALL, WIDE, make
+from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import VIDEO_PROCESSOR_NAME
 from transformers.video_processing_utils import BaseVideoProcessor
 
@@ -31,7 +31,8 @@ CONTENTS = ["a red circle", SMALL, {"image": WIDE, "text": "what is left of it?"
 ALONE = {"llava", "llava_next", "idefics3", "gemma3", "aya_vision", "ovis2"}  # their processors need no torchvision
 
 
-FRAMES = [*((family, "closed", "compress") for family in families.FAMILIES), ("llava", "open", "compress")]
+TAKE_TEXT = [family for family in families.FAMILIES if family not in PREFIX_LMS]
+FRAMES = [*((family, "closed", "compress") for family in TAKE_TEXT), ("llava", "open", "compress")]
 
 
 @pytest.mark.parametrize(("family", "frame", "mode"), [*FRAMES, ("qwen2_5_vl", "open", "multimodal")])
@@ -65,6 +66,19 @@ def test_a_checkpoint_has_the_settings_for_videos_that_its_familys_processor_dec
     for before, after in (("made", "once"), ("once", "twice")):
         Cafe.load(tmp_path / before).save(tmp_path / after)
         assert json.loads((tmp_path / after / VIDEO_PROCESSOR_NAME).read_text()) == {"num_frames": 5}
+
+
+@pytest.mark.parametrize("family", PREFIX_LMS)
+def test_a_prefix_lms_checkpoint_is_what_transformers_takes_for_one_and_no_more(family, tmp_path):
+    model, saved = make(family), tmp_path / "saved"
+    model.save(saved)
+    assert not {file.name for file in saved.iterdir()} & {"modules.json", "chat_template.jinja"}
+    card = (saved / "README.md").read_text()
+    assert "library_name: transformers" in card and "SentenceTransformer" not in card
+    inputs = AutoProcessor.from_pretrained(saved)(images=[[WIDE]], text=["<image>What is it?"], return_tensors="pt")
+    output = AutoModelForImageTextToText.from_pretrained(saved).generate(**inputs, max_new_tokens=6, do_sample=False)
+    answer = model.processing.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert model.generate(WIDE, "What is it?", max_new_tokens=6) == answer.strip() != ""
 
 
 def test_the_embedding_template_stands_by_itself_and_takes_what_servers_send(tmp_path):
@@ -104,7 +118,7 @@ def test_the_model_card_shows_results_data_and_recipe():
     assert shown == [{name: RECORD[name] for name in ("steps", "temperature", "versions")}, RECORD["recipe"]]
     best = model_card(RECORD | {"results": {"held_out/lm_loss": 1.5}})
     assert "| held_out/lm_loss | 1.500 |" in best
-    bare = model_card({"prompts": asdict(Prompts())}, adapter=True)
+    bare = model_card({"prompts": asdict(Prompts())}, library="peft")
     assert "`cafe evaluate` measures" in bare and "library_name: peft" in bare and "base_model" not in bare
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from transformers import ProcessorMixin
 
 from cafe.content import Content, Dialogue, Example, Pair, Turn, open_image
 from cafe.data.formats import Source
@@ -20,11 +21,13 @@ from cafe.instructions import Message, Prompts, dialogue_messages, embedding_mes
 from cafe.model import Cafe
 from cafe.packing import Branch, lay_out, pack
 from cafe.processing import Processing
-from cafe.reading import attention_mask, packing_for
+from cafe.reading import attention_mask, logits_of, packing_for, read
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
 
-READ_ONE_BY_ONE = {"gemma3", "gemma4", "qwen3_5", "aya_vision"}  # sliding windows, linear attention, or both ways
+# Sliding windows, linear attention, or both ways.
+READ_ONE_BY_ONE = {"gemma3", "gemma4", "paligemma", "paligemma2", "qwen3_5", "aya_vision"}
+PREFIX_LMS = ["paligemma", "paligemma2"]
 EMPTY = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
 
 
@@ -67,16 +70,40 @@ def chat(*said: str | Content) -> Dialogue:
     return Dialogue(tuple(Turn(roles[index % 2], Content.of(words)) for index, words in enumerate(said)))
 
 
-def own_inputs(model: Cafe, messages: list[Message], content: Content) -> dict[str, torch.Tensor]:
-    """What the family's processor makes of a chat that is over."""
-    processor = model.processing.processor
-    text = processor.apply_chat_template(messages, tokenize=False).rstrip()
-    shown = {"images": [[open_image(ref) for ref in content.images]]} if content.images else {}
-    return dict(processor(text=[text], return_tensors="pt", add_special_tokens=False, **shown))
+def own_inputs(model: Cafe, messages: list[Message], content: Content, over: bool = True) -> dict[str, torch.Tensor]:
+    """What the family's processor makes of a chat that is over, or waits for an answer."""
+    processor, images = model.processing.processor, [open_image(ref) for ref in content.images]
+    if model.lvlm.config.model_type == "paligemma":
+        return own_prefix_and_suffix(processor, messages, images)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not over)
+    shown = {"images": [images]} if images else {}
+    return dict(
+        processor(text=[text.rstrip() if over else text], return_tensors="pt", add_special_tokens=False, **shown)
+    )
+
+
+def own_prefix_and_suffix(
+    processor: ProcessorMixin, messages: list[Message], images: list[Image.Image]
+) -> dict[str, torch.Tensor]:
+    """The same of a family without chats: its processor takes what is asked and what is to be said."""
+    said = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+    prompt, *answers = [words for words, message in zip(said, messages, strict=True) if message["role"] != "system"]
+    suffix = "".join(words + ("\n" if index % 2 else "<eos>") for index, words in enumerate(answers))
+    given = {"suffix": [suffix.removesuffix("<eos>")]} if answers else {}
+    shown = images or [SMALL]  # it insists on a picture
+    inputs = dict(processor(text=["<image>" * len(shown) + prompt], images=[shown], return_tensors="pt", **given))
+    if not images:
+        del inputs["pixel_values"]
+        inputs = {name: tokens[:, processor.image_seq_length :] for name, tokens in inputs.items()}
+    del inputs["labels"]
+    return inputs
 
 
 def own_embedding_inputs(model: Cafe, content: Content) -> dict[str, torch.Tensor]:
-    return own_inputs(model, [*embedding_messages(content, model.processing.prompts), EMPTY], content)
+    inputs = own_inputs(model, [*embedding_messages(content, model.processing.prompts), EMPTY], content)
+    if model.lvlm.config.model_type == "paligemma":
+        inputs["token_type_ids"].zero_()  # all of an embedding's prompt is read both ways
+    return inputs
 
 
 @torch.no_grad()
@@ -178,8 +205,9 @@ def plain_read(model: Cafe, branch: Branch) -> tuple[torch.Tensor, torch.Tensor]
     """The last hidden state of a branch and its logits, by plain calls."""
     ids = branch.input_ids[None]
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in branch.vision.items()}
-    if model.processing.token_types:
-        inputs[model.processing.token_types] = (ids == model.lvlm.config.image_token_id).int()
+    for name in model.processing.token_types:
+        marked = ids == model.lvlm.config.image_token_id
+        inputs[name] = (branch.supervised[None].cummax(1)[0] if model.processing.prefix_lm else marked).int()
     hidden = model.lvlm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).last_hidden_state[0]
     return hidden, model.lvlm(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0]
 
@@ -234,10 +262,8 @@ def test_embeddings_and_answers_are_the_plain_ones(family):
     np.testing.assert_allclose(vectors, F.normalize(expected, dim=-1).numpy(), atol=1e-5)
 
     prompt = "What is it?"
-    processor = model.processing.processor
     messages = dialogue_messages(chat(Content.of([WIDE, prompt])), model.processing.prompts)
-    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    inputs = processor(text=[text], images=[[WIDE]], return_tensors="pt", add_special_tokens=False)
+    inputs = own_inputs(model, messages, Content.of(WIDE), over=False)
     output = model.lvlm.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     answer = model.processing.tokenizer.decode(output, skip_special_tokens=True).strip()
     assert model.generate(WIDE, prompt, max_new_tokens=6) == answer
@@ -251,7 +277,7 @@ def test_embeddings_and_answers_are_the_plain_ones(family):
     looks = []
     with vision_tower_of(model.lvlm).register_forward_hook(lambda *_: looks.append(1)):
         vectors, answers = model.describe([TALL, WIDE], prompt, max_new_tokens=6)
-    assert len(looks) == 1  # at all pictures, once
+    assert len(looks) == 1 + (family in PREFIX_LMS)  # at all pictures, once, or with each prompt
     np.testing.assert_allclose(vectors, model.embed([TALL, WIDE]), atol=1e-5)
     assert answers == [model.generate(picture, prompt, max_new_tokens=6) for picture in (TALL, WIDE)]
 
@@ -302,9 +328,32 @@ def test_a_sliding_window_or_another_attention_keeps_branches_apart():
     assert may_share(lvlm) is False
 
 
-def test_what_would_be_trained_wrong_is_refused():
-    with pytest.raises(CafeError, match="paligemma"):
-        may_share(families.paligemma())
+@pytest.mark.parametrize("family", PREFIX_LMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_prefix_lms_answers_have_the_loss_that_transformers_takes_of_its_processors_suffix(family, training):
+    model = make(family)
+    model.lvlm.train(training)
+    for content, answer in (([WIDE, "What is it?"], "a red circle"), ([SMALL, TALL, "Which one?"], "the first")):
+        [*images, prompt] = content
+        own = model.processing.processor(
+            text=["<image>" * len(images) + prompt], images=[images], suffix=[answer], return_tensors="pt"
+        )
+        packed = pack([[]], [[model.encode_dialogue(chat(Content.of(content), answer))]], model.packing)
+        assert torch.equal(packed.inputs["input_ids"], own["input_ids"])
+        assert torch.equal(packed.labels, own["labels"][own["labels"] >= 0])
+        with torch.no_grad():
+            loss = F.cross_entropy(logits_of(model.lvlm, read(model.lvlm, packed)[1]), packed.labels)
+            torch.testing.assert_close(loss, model.lvlm(**own).loss, atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_without_masks_would_read_a_prefix_lms_prompts_otherwise_and_is_refused():
+    model = make("paligemma")
+    model.lvlm.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(CafeError, match="reads prompts both ways, and flash_attention_2 takes no mask"):
+        packing_for(model.lvlm, model.processing)
+
+
+def test_a_template_that_shows_no_picture_is_refused():
     processor = families.llava().processing.processor
     for template in (None, "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"):
         processor.chat_template = template

@@ -234,7 +234,7 @@ def _merge(options: argparse.Namespace) -> None:
 
 def _push(options: argparse.Namespace) -> None:
     from cafe.errors import CafeError
-    from cafe.export import model_card, push
+    from cafe.export import library_of, model_card, push
     from cafe.model import checkpoint_of, read_record
 
     checkpoint = checkpoint_of(options.directory)
@@ -247,7 +247,7 @@ def _push(options: argparse.Namespace) -> None:
         if not file.is_file():
             raise CafeError(f"{options.results} has no results.json: `cafe evaluate` writes one.")
         results = json.loads(file.read_text())
-    card = model_card(record, results, adapter=(checkpoint / "adapter_config.json").is_file())
+    card = model_card(record, results, library_of(checkpoint))
     print(push(checkpoint, options.repository, card, private=not options.public))
 
 

@@ -8,7 +8,7 @@ embedding instruction behind it and the frame around it, and has the result rend
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import HfApi
@@ -25,6 +25,8 @@ from cafe.instructions import Prompts, embedding_messages
 from cafe.processing import Pictures, Processing
 
 TEMPLATE = "embedding_template.jinja"
+MODULES = "modules.json"  # by which sentence-transformers knows a checkpoint
+Library = Literal["peft", "sentence-transformers", "transformers"]
 NEWLINE = "\n"
 
 
@@ -65,7 +67,7 @@ def write_sentence_transformers(directory: Path, processing: Processing, width: 
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
     files: dict[str, Any] = {
         # The names that sentence-transformers had before 6: it still reads them, and servers look for them.
-        "modules.json": [
+        MODULES: [
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
             {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
             {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
@@ -113,20 +115,29 @@ def write_video_part(directory: Path, base: str, family: str) -> None:
     (directory / VIDEO_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def model_card(record: dict[str, Any], results: dict[str, float] | None = None, adapter: bool = False) -> str:
+def library_of(checkpoint: Path) -> Library:
+    """The library that a checkpoint is for, by its files."""
+    if (checkpoint / "adapter_config.json").is_file():
+        return "peft"
+    return "sentence-transformers" if (checkpoint / MODULES).is_file() else "transformers"
+
+
+def model_card(
+    record: dict[str, Any], results: dict[str, float] | None = None, library: Library = "sentence-transformers"
+) -> str:
     """A checkpoint's README.md, filled in from its record.
 
     Args:
         record: what `cafe.json` holds.
         results: of an evaluation, as `results.json` holds them; those of the evaluation during training, which the
             record of a best checkpoint has, unless given.
-        adapter: whether the checkpoint is an adapter.
+        library: see `library_of`.
     """
     recipe: dict[str, Any] = record.get("recipe", {})
     base = str(recipe.get("model", {}).get("base", "")) or "an unrecorded base model"
     about: dict[str, Any] = {
-        "library_name": "peft" if adapter else "sentence-transformers",
-        "pipeline_tag": "image-text-to-text" if adapter else "feature-extraction",
+        "library_name": library,
+        "pipeline_tag": "feature-extraction" if library == "sentence-transformers" else "image-text-to-text",
         "tags": ["cafe", "embeddings", "image-text-to-text"],
     }
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a Hub id
@@ -138,7 +149,7 @@ def model_card(record: dict[str, Any], results: dict[str, float] | None = None, 
     )
     return environment.from_string((Path(__file__).parent / "model_card.md.jinja").read_text()).render(
         about=yaml.safe_dump(about, sort_keys=False),
-        adapter=adapter,
+        library=library,
         base=base,
         prompts=record["prompts"],
         recipe=plain,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 from cafe.errors import CafeError
 from cafe.packing import Branch, Positions, count_up
@@ -32,7 +32,7 @@ class Family:
 _LLAVA = Family(("vision_tower.",), ("multi_modal_projector.", "image_newline"), shares=True)
 _QWEN = Family(("visual.",), ("visual.merger.", "visual.deepstack_merger_list."), shares=True)
 _IDEFICS = Family(("vision_model.",), ("connector.",), shares=True)
-_GEMMA = Family(  # image tokens see each other both ways
+_GEMMA = Family(  # image tokens see each other both ways, PaliGemma's all of the prompt
     ("vision_tower.",), ("multi_modal_projector.", "embed_vision."), shares=False
 )
 
@@ -48,10 +48,10 @@ FAMILIES = {
     "internvl": _LLAVA,
     "gemma3": _GEMMA,
     "gemma4": _GEMMA,
+    "paligemma": _GEMMA,
 }
 
-# Families that would be trained wrong, and why.
-REFUSED = {"paligemma": "it reads all of a chat both ways, so that in training each answer would see itself"}
+TAKE_MASKS = ("sdpa", "eager", "flex_attention")  # attention implementations; FlashAttention takes none
 
 _UNKNOWN = Family(
     vision_tower=("vision_tower.", "vision_model.", "visual."),
@@ -96,21 +96,26 @@ def four_bit_options(path: str, device: torch.device) -> dict[str, Any]:
     return {"quantization_config": config, "device_map": {"": device}}
 
 
-def may_share(lvlm: PreTrainedModel) -> bool | None:
-    """Whether a model's branches may share a prefix, as far as its configuration tells; None if a trial must.
+def attention_options(config: PreTrainedConfig, attention: str) -> str | dict[str, str]:
+    """What `from_pretrained` takes to read with an attention implementation.
 
-    Raises:
-        CafeError: the family is refused.
+    FlexAttention, compiled for each shape, is the language model's alone: it is for trees, and pictures come in numbers
+    of their own. SDPA cannot cap scores, as Gemma 2 and so PaliGemma 2 do: such a language model takes eager for it.
     """
-    family, text = lvlm.config.model_type, lvlm.config.get_text_config()
-    if family in REFUSED:
-        raise CafeError(f"A {family} model cannot be used: {REFUSED[family]}.")
-    if text._attn_implementation not in ("sdpa", "eager", "flex_attention"):
-        return False  # FlashAttention takes no such mask
+    if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        return {"text_config": "eager"}
+    return {"text_config": attention} if attention == "flex_attention" else attention
+
+
+def may_share(lvlm: PreTrainedModel) -> bool | None:
+    """Whether a model's branches may share a prefix, as far as its configuration tells; None if a trial must."""
+    text = lvlm.config.get_text_config()
+    if text._attn_implementation not in TAKE_MASKS:
+        return False
     layers = getattr(text, "layer_types", None)
     if set(layers) != {"full_attention"} if layers else getattr(text, "sliding_window", None):
         return False  # a sliding window, linear attention or a convolution sees neighbours in the row, not ancestors
-    return FAMILIES.get(family, _UNKNOWN).shares
+    return FAMILIES.get(lvlm.config.model_type, _UNKNOWN).shares
 
 
 def positions_of(lvlm: PreTrainedModel) -> Positions:

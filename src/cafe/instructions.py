@@ -21,6 +21,22 @@ CHATML = (
 )
 """The published prompt frame of LLaVA-OneVision's Qwen2 models, as a chat template; `<image>` stands for an image."""
 
+PREFIX_LM = {
+    "PaliGemmaProcessor": (
+        "{% for message in messages if message['role'] != 'system' %}"
+        "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+        "{{ bos_token if loop.first else '' }}"
+        "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+        "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
+    )
+}
+"""Prefix-LMs by their processor's class, which has no chat template, and one that writes what it writes by itself.
+
+Such a model reads a prompt both ways: its tokens, those of pictures among them, all see each other. An answer it reads
+as other models do. The template writes what the processor makes of a prompt and its `suffix`: a turn's pictures before
+its words, wherever they stood, and no system prompt. What follows the first answer is read as an answer too.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Prompts:

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForImageTextToText,
     DynamicCache,
     PreTrainedModel,
@@ -32,8 +33,8 @@ from cafe.adapters import adapter_of, has_adapter, load_adapter
 from cafe.content import Content, Dialogue, Turn
 from cafe.disk import aside, place
 from cafe.errors import CafeError, not_loaded
-from cafe.export import model_card, write_sentence_transformers, write_video_part
-from cafe.families import four_bit_options
+from cafe.export import library_of, model_card, write_sentence_transformers, write_video_part
+from cafe.families import attention_options, four_bit_options
 from cafe.image_limits import agree
 from cafe.instructions import Prompts, dialogue_messages, embedding_messages
 from cafe.last_layer import last_layer_at
@@ -79,8 +80,7 @@ class Cafe:
             prompts: overrides those of the checkpoint; a model without any gets the published ones.
             dtype: of the weights, "auto" for that of the files; float32 on a CPU and bfloat16 on a GPU unless given.
             device: a GPU where there is one, unless given.
-            attention: the attention implementation by transformers' name. FlexAttention, compiled for each shape, is
-                the language model's alone: it is for trees, and pictures come in numbers of their own.
+            attention: the attention implementation by transformers' name; see `attention_options`.
             four_bit: hold the language model's matrices in 4 bits, by bitsandbytes.
 
         Raises:
@@ -95,7 +95,7 @@ class Cafe:
             adapter = adapter_of(path)
             base = str((adapter and adapter.base_model_name_or_path) or path)
             options = four_bit_options(base, device) if four_bit else {}
-            by_part = {"text_config": attention} if attention == "flex_attention" else attention
+            by_part = attention_options(AutoConfig.from_pretrained(base), attention)
             lvlm = AutoModelForImageTextToText.from_pretrained(
                 base, dtype=dtype, attn_implementation=by_part, **options
             )
@@ -132,9 +132,9 @@ class Cafe:
         write_video_part(partial, self.processing.tokenizer.name_or_path, self.lvlm.config.model_type)
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
         self.record = {**self.record, **record, "prompts": asdict(self.processing.prompts), "versions": versions}
-        if not has_adapter(self.lvlm):
+        if not has_adapter(self.lvlm) and not self.processing.prefix_lm:  # whose processor takes no text alone
             write_sentence_transformers(partial, self.processing, self.lvlm.config.get_text_config().hidden_size)
-        (partial / "README.md").write_text(model_card(self.record, adapter=has_adapter(self.lvlm)))
+        (partial / "README.md").write_text(model_card(self.record, library=library_of(partial)))
         (partial / RECORD).write_text(json.dumps(self.record, indent=2) + "\n")
         place(partial, path)
 
@@ -233,7 +233,7 @@ class Cafe:
     ) -> tuple[Float32[np.ndarray, "images dim"], list[str]]:
         """Each image's embedding and the likeliest answer to a prompt about it, in the order given.
 
-        An image is read once: both continue from the same cache.
+        An image is read once: both continue from the same cache. But a prefix-LM reads an image anew with each prompt.
 
         Args:
             images: pictures or paths.
@@ -261,6 +261,10 @@ class Cafe:
 
     def _describe(self, pairs: Sequence[tuple[Branch, Branch]], max_new_tokens: int) -> tuple[Tensor, list[str]]:
         """The readouts of embedding branches and the answers to questions which begin with the same pictures."""
+        options = _sampling(max_new_tokens, 0.0, 1.0)
+        if self.processing.prefix_lm:
+            rows = pack([[embedding] for embedding, _ in pairs], [[]] * len(pairs), self.packing)
+            return read(self.lvlm, rows)[0], self._generate([question for _, question in pairs], options)
         shared = [_common_prefix(embedding.input_ids, question.input_ids) for embedding, question in pairs]
         prefixes = [embedding.cut(length) for (embedding, _), length in zip(pairs, shared, strict=True)]
         device, base = self.lvlm.device, self.lvlm.base_model
@@ -289,7 +293,6 @@ class Cafe:
 
         asked = torch.stack([q.input_ids[n:] for (_, q), n in zip(pairs, shared, strict=True)]).to(device)
         ids = torch.cat([inputs["input_ids"], asked], dim=1)
-        options = _sampling(max_new_tokens, 0.0, 1.0)
         output = self.lvlm.generate(input_ids=ids, attention_mask=mask_of(asked), past_key_values=cache, **options)
         said = self.processing.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return hidden, [text.strip() for text in said]

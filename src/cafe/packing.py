@@ -33,6 +33,7 @@ from cafe.pixels import Normalization, Pixels, as_bytes
 BLOCK = 128  # tokens a side of FlexAttention's blocks
 
 Positions = Callable[["Branch"], Int64[Tensor, "axes tokens"]]
+TokenTypes = Callable[["Branch"], Int64[Tensor, " tokens"]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,6 +87,16 @@ def count_up(branch: Branch) -> Int64[Tensor, "1 tokens"]:
     return torch.arange(len(branch))[None]
 
 
+def mark_pictures(branch: Branch) -> Int64[Tensor, " tokens"]:
+    """1 where a token is replaced by a picture's features, 0 elsewhere."""
+    return branch.shown.long()
+
+
+def mark_answers(branch: Branch) -> Int64[Tensor, " tokens"]:
+    """0 in the prompt, which prefix-LMs read both ways, 1 from the first supervised token on."""
+    return (branch.supervised.cumsum(0) > 0).long()
+
+
 @dataclass(frozen=True)
 class Packing:
     """How branches become packs.
@@ -97,7 +108,7 @@ class Packing:
         multiple: rows are filled up to a multiple of this many tokens, so that their shapes are few.
         pad: the token that fills up rows.
         positions: the position ids of a branch that is alone in its row.
-        token_types: the name of an input that marks image tokens, for models that want one.
+        token_types: inputs that mark tokens, by name, for models that want one where branches do not share.
         normalization: pack pictures as bytes, of which this makes the model's values; as they are without it.
     """
 
@@ -106,7 +117,7 @@ class Packing:
     multiple: int = 1
     pad: int = 0
     positions: Positions = count_up
-    token_types: str | None = None
+    token_types: Mapping[str, TokenTypes] = field(default_factory=dict)
     normalization: Normalization | None = None
 
 
@@ -176,11 +187,10 @@ def pack(embedded: Sequence[Sequence[Branch]], spoken: Sequence[Sequence[Branch]
         inputs["position_ids"] = layout.position_ids[0] if len(layout.position_ids) == 1 else layout.position_ids
     else:
         inputs["attention_mask"] = layout.filled.long()
-        if packing.token_types:
-            shown = torch.zeros_like(layout.input_ids)
+        for name, types in packing.token_types.items():
+            inputs[name] = torch.zeros_like(layout.input_ids)
             for branch, place in zip(branches, layout.places, strict=True):
-                shown[place[:, 0], place[:, 1]] = branch.shown.long()
-            inputs[packing.token_types] = shown
+                inputs[name][place[:, 0], place[:, 1]] = types(branch)
     nowhere = torch.empty(0, 2, dtype=torch.long)
     return Pack(
         inputs,

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from jaxtyping import Int64
 from PIL import Image
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -27,8 +26,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, pr
 
 from cafe.content import ImageRef, open_image
 from cafe.errors import CafeError
-from cafe.instructions import CHATML, Message, Prompts
-from cafe.packing import Branch, collate_vision
+from cafe.instructions import CHATML, PREFIX_LM, Message, Prompts
+from cafe.packing import Branch, TokenTypes, collate_vision, mark_answers, mark_pictures
 from cafe.resizing import quicken
 
 
@@ -77,7 +76,7 @@ def load_processor(path: str, family: str = "") -> ProcessorMixin:
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # the names of inputs that mark image tokens in some families
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")  # the names of inputs that mark tokens in some families
 KNOWN = 4096  # texts whose tokens are kept, and chats whose prompts are
 _LARGE = 1024  # pixels of a side; a family that sees them all may see more of a larger picture
 _EMPTY_ANSWER: Message = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
@@ -122,11 +121,13 @@ class Processing:
         placeholders: list[str] = [*filter(None, tokens), "<image>"]
         if prompts.chat_template == "chatml":
             self.processor.chat_template = self.tokenizer.chat_template = CHATML.replace("<image>", placeholders[0])
+        name = type(processor).__name__
+        self.prefix_lm = name in PREFIX_LM
+        self._template = None if processor.chat_template else PREFIX_LM.get(name)
         picture: list[Message] = [{"role": "user", "content": [{"type": "image"}]}]
-        shown = self._render(picture, False) if processor.chat_template else ""
+        shown = self._render(picture, False) if processor.chat_template or self._template else ""
         self.placeholder = next((token for token in placeholders if token in shown), "")  # stands for a picture
         if not self.placeholder:
-            name = type(processor).__name__
             raise CafeError(
                 f"This {name} has no chat template that shows pictures: set prompts.chat_template to chatml."
             )
@@ -136,7 +137,10 @@ class Processing:
         # A part of a picture may be another token than the placeholder (Gemma 3, Aya): it is the most frequent mark.
         probe, marks = self._process([Image.new("RGB", (64, 64))]), self.tokenizer.added_tokens_decoder
         [(self.image_token_id, _)] = Counter(t for t in probe["input_ids"][0].tolist() if t in marks).most_common(1)
-        self.token_types = next((name for name in TOKEN_TYPES if name in probe and probe[name].any()), None)
+        marking = [name for name in TOKEN_TYPES if name in probe and probe[name].any()]
+        self.token_types: dict[str, TokenTypes] = {name: mark_pictures for name in marking[:1]}
+        if self.prefix_lm:
+            self.token_types = {"token_type_ids": mark_answers}
 
     def _added(self) -> list[str]:
         return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
@@ -156,7 +160,9 @@ class Processing:
                 runs.append([])
             else:
                 runs[-1].append(token)
-        per_token = ("attention_mask", *TOKEN_TYPES)
+        if self.prefix_lm:  # behind the last picture its processor begins and ends a text
+            runs = [[token for token in run if token == self.image_token_id] for run in runs]
+        per_token = ("attention_mask", "labels", *TOKEN_TYPES)
         return Pictures(runs, {name: value for name, value in batch.items() if name not in per_token})
 
     def shown(self, refs: Sequence[ImageRef]) -> Pictures:
@@ -237,19 +243,17 @@ class Processing:
 
         Rows are padded on the right, or on the left for generation.
         """
-        pad = self.tokenizer.pad_token_id or 0
-        side = "left" if left else "right"
-        ids = pad_sequence([row.input_ids for row in rows], batch_first=True, padding_value=pad, padding_side=side)
-        ones = [torch.ones_like(row.input_ids) for row in rows]
-        mask = pad_sequence(ones, batch_first=True, padding_side=side)
-        inputs = {"input_ids": ids, "attention_mask": mask, **collate_vision([row.vision for row in rows])}
-        if self.token_types:
-            inputs[self.token_types] = self.image_tokens(ids)
-        return inputs
 
-    def image_tokens(self, ids: Int64[Tensor, "*shape"]) -> Int64[Tensor, "*shape"]:
-        """1 where a token is replaced by a picture's features, 0 elsewhere: what some families call token types."""
-        return (ids == self.image_token_id).long()
+        def padded(of_rows: list[Tensor], value: int = 0) -> Tensor:
+            side = "left" if left else "right"
+            return pad_sequence(of_rows, batch_first=True, padding_value=value, padding_side=side)
+
+        return {
+            "input_ids": padded([row.input_ids for row in rows], self.tokenizer.pad_token_id or 0),
+            "attention_mask": padded([torch.ones_like(row.input_ids) for row in rows]),
+            **{name: padded([types(row) for row in rows]) for name, types in self.token_types.items()},
+            **collate_vision([row.vision for row in rows]),
+        }
 
     def _assistant_frame(self) -> tuple[str, str]:
         """What the template writes right before the assistant's words, behind the prompt, and right after them.
@@ -266,7 +270,10 @@ class Processing:
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         def make() -> str:
             return self.processor.apply_chat_template(
-                self._safe(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                self._safe(messages),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
 
         return known(self._known_prompts, (repr(messages), add_generation_prompt), make)
@@ -303,4 +310,4 @@ class Processing:
     def _join(self, pieces: Sequence[tuple[list[int], bool]], pictures: Pictures) -> Branch:
         ids = torch.tensor([token for piece, _ in pieces for token in piece])
         supervised = torch.tensor([flag for piece, flag in pieces for _ in piece])
-        return Branch(ids, supervised, self.image_tokens(ids).bool(), pictures.vision)
+        return Branch(ids, supervised, ids == self.image_token_id, pictures.vision)

@@ -12,7 +12,8 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from cafe.content import Content, Dialogue, Turn
-from cafe.families import may_share, positions_of
+from cafe.errors import CafeError
+from cafe.families import TAKE_MASKS, may_share, positions_of
 from cafe.instructions import dialogue_messages, embedding_messages
 from cafe.last_layer import last_layer_at
 from cafe.packing import Pack, Packing, pack, tree_block_mask, tree_mask
@@ -68,9 +69,15 @@ def packing_for(lvlm: PreTrainedModel, processing: Processing) -> Packing:
     Rows are at most twice as long as the model is wide: then what is computed and masked in attention is little beside
     the rest, six times the width for each token.
     FlexAttention computes nothing that is masked, and is compiled for each shape: all goes in one row, of few lengths.
+
+    Raises:
+        CafeError: a prefix-LM would read prompts as it does answers, for want of a mask.
     """
     text = lvlm.config.get_text_config()
-    flex = text._attn_implementation == "flex_attention"
+    attention, family = text._attn_implementation, lvlm.config.model_type
+    if processing.prefix_lm and attention not in TAKE_MASKS:
+        raise CafeError(f"model.attention: a {family} model reads prompts both ways, and {attention} takes no mask.")
+    flex = attention == "flex_attention"
     packing = Packing(
         share=may_share(lvlm) is not False,
         columns=ONE_ROW if flex else 2 * text.hidden_size,
@@ -82,7 +89,7 @@ def packing_for(lvlm: PreTrainedModel, processing: Processing) -> Packing:
     if may_share(lvlm) is None and not reads_trees(lvlm, processing, packing):
         packing = replace(packing, share=False)
     if not packing.share:
-        logger.warning("The branches of a %s model are read one by one: nothing is shared.", lvlm.config.model_type)
+        logger.warning("The branches of a %s model are read one by one: nothing is shared.", family)
     return packing
 
 

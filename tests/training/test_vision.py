@@ -147,6 +147,7 @@ def test_other_weights_do_not_find_the_old_features(model, batch, tmp_path):
         ("internvl", -1),
         ("internvl", -2),
         ("gemma3", None),
+        ("paligemma", None),
     ],
 )
 def test_of_what_a_tower_returns_only_what_the_model_reads_is_kept(family, layers, every, tmp_path):
