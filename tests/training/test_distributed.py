@@ -149,6 +149,7 @@ def alone(recipe, tmp_path_factory):
         under_zero(2, ("micro_batch.tokens=500",), stage="1"),
         under_zero(2, ("optimizer.accumulate=2", "batch_size=2"), stage="2"),
         under_zero(4, ("micro_batch.tokens=250", "model.frozen=[vision_tower]"), stage="2"),
+        under_zero(2, ("model.precision=fp16", *OVERFLOW), stage="2"),
     ],
     ids=str,
 )

@@ -323,6 +323,14 @@ def test_an_optimizers_state_is_what_it_holds(random_base, name):
     assert state_of(sizes, name) / sizes.trained == pytest.approx(held / sizes.trained, abs=0.15)  # bytes a weight
 
 
+def test_float16_takes_what_bfloat16_takes():
+    one, other = (
+        plan(read_recipe(RECIPES / "mmeb-lora.yaml", [f"model.precision={half}", f"model.frozen_weights={half}"]))
+        for half in ("bf16", "fp16")
+    )
+    assert one.memory == other.memory and one.flops == other.flops
+
+
 def test_the_plan_knows_what_an_attention_shares_and_keeps():
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["batch_size=16", "model.gradient_checkpointing=false"])
     sdpa, eager, flash, flex = (
