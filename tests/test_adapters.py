@@ -203,9 +203,13 @@ def even_base(random_base, tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("weights", ["bf16", "4bit"])
-def test_frozen_weights_may_be_held_in_fewer_bits_and_the_adapter_stays_in_float32(recipe, even_base, weights):
-    half = replace(recipe.model, base=str(even_base), precision="bf16", frozen_weights=weights)
+@pytest.mark.parametrize(
+    ("precision", "weights"), [("bf16", "bf16"), ("bf16", "4bit"), ("fp16", "fp16"), ("fp16", "4bit")]
+)
+def test_frozen_weights_may_be_held_in_fewer_bits_and_the_adapter_stays_in_float32(
+    recipe, even_base, precision, weights
+):
+    half = replace(recipe.model, base=str(even_base), precision=precision, frozen_weights=weights)
     checkpoint = train(replace(recipe, model=half, steps=1, batch_size=2), report=lambda line: None)
     weights_of = load_file(checkpoint / "adapter_model.safetensors")
     assert weights_of and all(tensor.dtype == torch.float32 for tensor in weights_of.values())
@@ -241,8 +245,9 @@ def test_a_layer_that_is_not_there_is_one_sentence(random_base, change, sentence
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"precision": "fp16"}, "use bf16, or fp32"),
         ({"frozen_weights": "bf16"}, "goes with model.precision: bf16"),
+        ({"frozen_weights": "bf16", "precision": "fp16"}, "bf16 goes with model.precision: bf16"),
+        ({"frozen_weights": "4bit"}, "goes with model.precision: bf16 or fp16"),
         ({"frozen_weights": "bf16", "precision": "bf16", "shard": True}, "goes without model.shard"),
         ({"frozen_weights": "4bit", "precision": "bf16"}, "4bit needs model.adapter"),
         ({"adapter": Adapter(), "frozen": ("projector",)}, "freezes every part itself"),

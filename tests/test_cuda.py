@@ -1,4 +1,4 @@
-"""What is particular to a GPU: FlexAttention's kernels, compiled layers, bfloat16, NCCL, its memory.
+"""What is particular to a GPU: FlexAttention's kernels, compiled layers, 16 bits, NCCL, its memory.
 
 Skipped where there is none; `pytest tests/test_cuda.py` runs it on a machine with one.
 """
@@ -25,6 +25,7 @@ from cafe.training import loop
 from cafe.training.compiling import compile_layers
 from cafe.training.loop import train
 from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.scaling import unscale
 from cafe.training.sharding import shard
 from cafe.training.step import JointStep, Losses
 from cafe.training.vision import VisionCache
@@ -90,13 +91,17 @@ def test_the_gradient_is_the_cpus(random_base, scenes, on_cpu, attention, compil
     assert apart(grad, on_cpu[1]) <= 1e-5
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-def test_bfloat16_is_close(random_base, scenes, on_cpu, attention):
+@pytest.mark.parametrize(("precision", "close"), [("bf16", 0.1), ("fp16", 0.02)])
+def test_16_bits_are_close(random_base, scenes, on_cpu, precision, close, attention, compiled):
     model = Cafe.load(random_base, dtype=torch.float32, attention=attention)
-    losses, grad = followed(model, batches(model, scenes, CUT)[0], "bf16")
-    assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=1e-2)
-    assert losses.contrastive.item() == pytest.approx(on_cpu[0].contrastive.item(), rel=5e-2)
-    assert apart(grad, on_cpu[1]) <= 0.1
+    if compiled:
+        compile_layers(model.lvlm)
+    losses, grad = followed(model, batches(model, scenes, CUT)[0], precision, scale=2.0**12)
+    assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=close / 10)
+    assert losses.contrastive.item() == pytest.approx(on_cpu[0].contrastive.item(), rel=close / 2)
+    assert apart(grad / 2.0**12, on_cpu[1]) <= close
 
 
 def test_flex_attention_compiles_nothing_once_it_is_warm(random_base, scenes):
@@ -110,22 +115,23 @@ def test_flex_attention_compiles_nothing_once_it_is_warm(random_base, scenes):
             step(data[number])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_sharded_step_is_the_whole_one(random_base, scenes, on_cpu, precision, tmp_path):
-    """One process of NCCL's: layers are gathered, in bfloat16 too, and gradients scattered, all the same."""
+    """One process of NCCL's: layers are gathered, in 16 bits too, and gradients scattered, all the same."""
     dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         model = Cafe.load(random_base, dtype=torch.float32, device="cpu")
         step = JointStep(model.lvlm, ObjectiveRecipe(), precision)
-        shard(step.reading, torch.device("cuda"), precision == "bf16")
+        shard(step.reading, torch.device("cuda"), step.reading.dtype)
         step.to("cuda")
-        losses = step(batches(model, scenes, CUT)[0], measure=True)
+        losses = step(batches(model, scenes, CUT)[0], measure=True, scale=2.0**12)
+        unscale(step.parameters(), 2.0**12)
         grads = [p.grad.full_tensor().flatten().double().cpu() for p in model.lvlm.parameters() if p.grad is not None]
     finally:
         dist.destroy_process_group()
-    assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=1e-2 if precision == "bf16" else 1e-4)
+    assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=1e-4 if precision == "fp32" else 1e-2)
     assert torch.cat(grads).norm().item() == pytest.approx(
-        on_cpu[1].norm().item(), rel=0.1 if precision == "bf16" else 1e-3
+        on_cpu[1].norm().item(), rel=1e-3 if precision == "fp32" else 0.1
     )
 
 
@@ -145,9 +151,10 @@ def test_a_frozen_towers_pictures_are_read_once(random_base, scenes):
     assert apart(gradient(model), plain) <= 1e-5
 
 
-def test_a_model_is_used_in_bfloat16(random_base):
-    gpu, cpu = Cafe.load(random_base), Cafe.load(random_base, device="cpu")
-    assert gpu.lvlm.dtype == torch.bfloat16 and gpu.lvlm.device.type == "cuda"
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_model_is_used_in_16_bits(random_base, dtype):
+    gpu, cpu = Cafe.load(random_base, dtype=dtype), Cafe.load(random_base, device="cpu")
+    assert gpu.lvlm.dtype == (dtype or torch.bfloat16) and gpu.lvlm.device.type == "cuda"
     contents = ["a red circle", PICTURE, {"image": PICTURE, "text": "what is it?"}]
     assert (gpu.embed(contents) * cpu.embed(contents)).sum(1).min() > 0.99
     vectors, answers = gpu.describe([PICTURE, PICTURE], max_new_tokens=4)
@@ -159,11 +166,11 @@ def test_a_model_is_used_in_bfloat16(random_base):
     )
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-def test_a_run_from_files_in_workers_whose_size_is_found(recipe, attention):
+@pytest.mark.parametrize(("precision", "attention"), [("bf16", "sdpa"), ("bf16", "flex_attention"), ("fp16", "sdpa")])
+def test_a_run_from_files_in_workers_whose_size_is_found(recipe, precision, attention):
     recipe = replace(
         recipe,
-        model=replace(recipe.model, precision="bf16", attention=attention),
+        model=replace(recipe.model, precision=precision, attention=attention),
         data=replace(recipe.data, workers=2),
         micro_batch="auto",
         memory=4.0,

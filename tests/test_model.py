@@ -56,6 +56,15 @@ def test_the_embedding_is_transformers_own_last_hidden_state(model, picture, ran
     np.testing.assert_allclose(model.embed([picture])[0], expected.numpy(), atol=1e-5)
 
 
+def test_in_float16_a_model_embeds_describes_and_scores_nearly_as_in_float32(model, picture, random_base):
+    half = Cafe.load(random_base, model.processing.prompts, dtype=torch.float16)
+    contents = ["a red circle", picture, {"image": picture, "text": "what is left of it?"}]
+    assert (half.embed(contents) * model.embed(contents)).sum(1).min() > 0.999
+    vectors, answers = half.describe([picture, picture], max_new_tokens=4)
+    assert np.isfinite(vectors).all() and answers == [half.generate(picture, "Describe the image.", 4)] * 2
+    assert half.score([picture], "a circle") == pytest.approx(model.score([picture], "a circle"), rel=1e-2)
+
+
 def test_generation_is_transformers_greedy_generation_batched_streamed_and_alone(model, picture):
     prompt = "What is in the picture?"
     answer = model.generate(picture, prompt, max_new_tokens=8)

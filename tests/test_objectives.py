@@ -195,6 +195,17 @@ def test_next_token_loss_is_cross_entropy_of_the_heads_logits(tile, softcap):
     assert torch.autograd.gradcheck(loss, parts)
 
 
+def test_a_share_of_next_token_loss_may_be_larger_than_float16_holds():
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(12, 8), 1e-3 * torch.randn(20, 8), torch.randint(20, (12,))
+    grads = []
+    for dtype in (torch.float32, torch.float16):
+        rows = hidden.to(dtype).detach().requires_grad_()
+        (2.0**20 * next_token_loss(rows, labels, weight)).backward()
+        grads.append(rows.grad.float())
+    assert (grads[1] - grads[0]).norm() < 2e-3 * grads[0].norm()
+
+
 def test_retrieval_accuracy_counts_rows_nearest_to_their_own_match():
     rows = torch.eye(4)
     assert retrieval_accuracy(rows, rows).item() == 1.0

@@ -74,10 +74,11 @@ def vision_tower_of(lvlm: PreTrainedModel) -> nn.Module | None:
     return next(found, None)
 
 
-def four_bit_options(path: str, device: torch.device) -> dict[str, Any]:
+def four_bit_options(path: str, device: torch.device, dtype: torch.dtype | str) -> dict[str, Any]:
     """What `from_pretrained` takes to hold the language model's matrices in 4 bits (NF4, QLoRA, arXiv 2305.14314).
 
-    The vision tower, the projector and the head stay as they are.
+    The vision tower, the projector and the head stay as they are. What is computed with them is in `dtype` if that is
+    float16, else in bfloat16.
 
     Raises:
         CafeError: bitsandbytes is not installed.
@@ -90,7 +91,7 @@ def four_bit_options(path: str, device: torch.device) -> dict[str, Any]:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=dtype if dtype == torch.float16 else torch.bfloat16,
         llm_int8_skip_modules=[f".*{piece.rstrip('.')}" for piece in kept],
     )
     return {"quantization_config": config, "device_map": {"": device}}

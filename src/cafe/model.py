@@ -94,7 +94,7 @@ class Cafe:
         try:
             adapter = adapter_of(path)
             base = str((adapter and adapter.base_model_name_or_path) or path)
-            options = four_bit_options(base, device) if four_bit else {}
+            options = four_bit_options(base, device, dtype) if four_bit else {}
             by_part = attention_options(AutoConfig.from_pretrained(base), attention)
             lvlm = AutoModelForImageTextToText.from_pretrained(
                 base, dtype=dtype, attn_implementation=by_part, **options

@@ -258,7 +258,10 @@ class _NextToken(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = (None if grad is None else grad * grads[0].to(grad.dtype) for grad in ctx.saved_tensors)
+        [factor] = grads  # in float32 at least: float16 would hold neither a small share of a loss nor a scaled one
+        hidden, weight, bias = (
+            None if grad is None else (grad.to(factor.dtype) * factor).to(grad.dtype) for grad in ctx.saved_tensors
+        )
         return hidden, None, weight, bias, None, None
 
 

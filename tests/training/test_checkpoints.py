@@ -168,8 +168,9 @@ def test_a_signal_to_stop_saves_and_the_same_command_goes_on(recipe, unbroken, t
         {"optimizer": {"name": "muon"}},
         {"optimizer": {"name": "adamw_8bit"}},
         {"model": {"adapter": Adapter(rank=4, dropout=0.1)}, "optimizer": {"vision_tower_learning_rate": None}},
+        {"model": {"precision": "fp16"}, "objective": {"lm_weight": 100.0}},  # which overflows at first
     ],
-    ids=["muon", "8-bit", "adapter"],
+    ids=["muon", "8-bit", "adapter", "fp16"],
 )
 def test_whatever_is_trained_and_whatever_trains_it_is_gone_on_with(recipe, tmp_path, changes):
     parts = {part: replace(getattr(recipe, part), **change) for part, change in changes.items()}

@@ -21,7 +21,15 @@ from cafe.instructions import Prompts
 from cafe.model import Cafe
 from cafe.training.examine import BATCH, held_out_batches, held_out_loss, improves, say
 from cafe.training.loop import train
-from cafe.training.recipe import DataRecipe, EvaluationRecipe, ModelRecipe, ObjectiveRecipe, OptimizerRecipe, Recipe
+from cafe.training.recipe import (
+    HALF,
+    DataRecipe,
+    EvaluationRecipe,
+    ModelRecipe,
+    ObjectiveRecipe,
+    OptimizerRecipe,
+    Recipe,
+)
 from cafe.training.step import JointStep
 
 
@@ -89,17 +97,18 @@ def test_a_run_logs_what_it_measures_keeps_the_best_and_trains_on_unchanged(reci
     assert all(torch.equal(weights[name], unmeasured[name]) for name in weights)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_run_is_measured_in_the_precision_that_it_reads_in(recipe, precision):
     def evaluate(model: Cafe) -> dict[str, float]:
         [vector] = model.embed([Image.new("RGB", (64, 64), "red")])
-        return {"length": float(np.linalg.norm(vector)), "bf16": torch.is_autocast_enabled("cpu")}
+        half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
+        return {"length": float(np.linalg.norm(vector)), "right": half == HALF.get(precision)}
 
     mixed = replace(recipe.model, precision=precision, frozen_weights=precision, frozen=("vision_tower",))
     train(replace(recipe, model=mixed), evaluate, report=lambda line: None)
     log = [json.loads(line) for line in (Path(recipe.output) / "log.jsonl").read_text().splitlines()]
     measured = [line for line in log if "samples" in line]
-    assert [line["bf16"] for line in measured] == [precision == "bf16"] * 3
+    assert [line["right"] for line in measured] == [True] * 3
     assert [line["length"] for line in measured] == pytest.approx([1.0] * 3)
 
 

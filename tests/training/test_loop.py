@@ -78,10 +78,11 @@ def test_a_learned_temperature_moves(recipe):
     assert Cafe.load(checkpoint).record["temperature"] != pytest.approx(0.05, abs=1e-6)
 
 
-def test_bf16_checkpointing_micro_batches_and_accumulation_run_and_the_second_and_third_warn_together(recipe):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_checkpointing_micro_batches_and_accumulation_run_and_the_middle_two_warn_together(recipe, precision):
     half = replace(
         recipe,
-        model=replace(recipe.model, precision="bf16", gradient_checkpointing=True),
+        model=replace(recipe.model, precision=precision, gradient_checkpointing=True),
         optimizer=replace(recipe.optimizer, accumulate=2),
         micro_batch=MicroBatchSize(tokens=400),
         steps=2,

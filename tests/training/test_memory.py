@@ -72,6 +72,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_exactly_in_halves(model, bat
     (losses,) = follow(joint, parts, feed, measure=False)
     found, state = gradient(joint), torch.get_rng_state()
     assert len(said) == 1 and "Memory ran out at step 1" in said[0]
+    assert len(parts[0].micro_batches) > count
 
     monkeypatch.undo()
     joint.zero_grad()

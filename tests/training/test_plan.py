@@ -122,7 +122,7 @@ def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, token
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.06)
 
 
-def kept(module: nn.Module, bf16: bool, **inputs: Tensor) -> int:
+def kept(module: nn.Module, half: torch.dtype | None, **inputs: Tensor) -> int:
     """Bytes that a forward pass keeps for the backward pass, parameters and their copies aside."""
     own = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     matrices = [part.weight for part in module.modules() if isinstance(part, nn.Linear)]
@@ -134,14 +134,14 @@ def kept(module: nn.Module, bf16: bool, **inputs: Tensor) -> int:
             found[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with saved_tensors_hooks(pack, lambda tensor: tensor), torch.autocast("cpu", half, enabled=bool(half)):
         module(**inputs)
     return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("bf16", [False, True])
-def test_what_a_layer_keeps_is_what_autograd_keeps(bf16, attention):
+@pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
+def test_what_a_layer_keeps_is_what_autograd_keeps(half, attention):
     width, inner, heads, tokens = 128, 512, 4, 100
 
     def language(layers: int) -> int:
@@ -151,20 +151,20 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(bf16, attention):
         )  # fmt: skip
         mask = torch.ones(1, 1, tokens, tokens, dtype=torch.bool).tril()
         hidden = torch.randn(1, tokens, width, requires_grad=True)
-        return kept(hf.Qwen2Model(config).train(), bf16, inputs_embeds=hidden, attention_mask=mask, use_cache=False)
+        return kept(hf.Qwen2Model(config).train(), half, inputs_embeds=hidden, attention_mask=mask, use_cache=False)
 
     def tower(layers: int) -> int:
         config = hf.SiglipVisionConfig(
             hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
             image_size=140, patch_size=14, vision_use_head=False, attn_implementation=attention,
         )  # fmt: skip
-        return kept(hf.SiglipVisionModel(config).train(), bf16, pixel_values=torch.randn(1, 3, 140, 140))
+        return kept(hf.SiglipVisionModel(config).train(), half, pixel_values=torch.randn(1, 3, 140, 140))
 
-    mask = tokens * (2 if bf16 else 4)
+    mask = tokens * (2 if half else 4)
     for count, gated, beside in ((language, True, mask), (tower, False, 0)):
         stack = Stack(layers=1, width=width, heads=width, queries=heads, inner=inner, gated=gated)
         scored = tokens if attention == "eager" else 0
-        assert stack.kept(bf16, scored) + beside == pytest.approx((count(2) - count(1)) / tokens, rel=0.03)
+        assert stack.kept(bool(half), scored) + beside == pytest.approx((count(2) - count(1)) / tokens, rel=0.03)
 
 
 LIMITS = {"max_pixels": 500_000}, {"grids": ((1, 1),)}, {"max_pixels": 500_000, "grids": ((1, 1), (1, 3), (2, 2))}
@@ -321,6 +321,14 @@ def test_an_optimizers_state_is_what_it_holds(random_base, name):
     held = sum(each.nbytes for state in optimizer.state.values() for each in state.values() if torch.is_tensor(each))
     sizes = measure(lvlm)
     assert state_of(sizes, name) / sizes.trained == pytest.approx(held / sizes.trained, abs=0.15)  # bytes a weight
+
+
+def test_float16_takes_what_bfloat16_takes():
+    one, other = (
+        plan(read_recipe(RECIPES / "mmeb-lora.yaml", [f"model.precision={half}", f"model.frozen_weights={half}"]))
+        for half in ("bf16", "fp16")
+    )
+    assert one.memory == other.memory and one.flops == other.flops
 
 
 def test_the_plan_knows_what_an_attention_shares_and_keeps():

@@ -31,6 +31,7 @@ from cafe.data.loading import MicroBatchSize
 from cafe.disk import place
 from cafe.errors import CafeError
 from cafe.training.distributed import every_ones, first_ones, rank, world
+from cafe.training.scaling import LossScale
 
 MANIFEST = "manifest.json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,6 +48,7 @@ class Position:
         bad, seen: of this process's records, see `Quarantine`.
         size: of micro-batches, where it was found by measurement; else the recipe's holds.
         best: the best result of an evaluation so far.
+        scale: of the next step's loss.
         generators: the state of every random number generator.
     """
 
@@ -56,6 +58,7 @@ class Position:
     seen: int = 0
     size: MicroBatchSize | None = None
     best: float | None = None
+    scale: LossScale = field(default_factory=LossScale)
     generators: dict[str, Any] = field(default_factory=dict)
 
 
@@ -128,7 +131,8 @@ def load(
             "(DeepSpeed or not) or of this package: give another output, or remove that directory to start anew."
         ) from None
     own = torch.load(found / f"process-{rank()}.pt")
-    return Position(**{**own, "size": MicroBatchSize(**own["size"]) if own["size"] else None})
+    size, scale = own["size"] and MicroBatchSize(**own["size"]), LossScale(**own.get("scale", {}))
+    return Position(**{**own, "size": size, "scale": scale})
 
 
 def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

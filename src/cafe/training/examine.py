@@ -74,8 +74,8 @@ class Examination:
         state = generators()
         model = replace(self.model, lvlm=self.model.lvlm.eval())
         samples = {}
-        reading, device = self.joint.reading, model.lvlm.device.type
-        with gathered(reading), torch.autocast(device, torch.bfloat16, enabled=reading.bf16):
+        reading = self.joint.reading
+        with gathered(reading), reading.arithmetic():
             results = dict(self.evaluate(model)) if self.evaluate else {}
             if self.held_out:
                 samples["samples"] = say(model, self.held_out, self.recipe.evaluation.samples)

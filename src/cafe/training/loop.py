@@ -27,7 +27,8 @@ from cafe.training.log import Log, installed
 from cafe.training.memory import Feed, fitting_size, follow
 from cafe.training.optimizer import cosine, describe, make_optimizer, set_rates
 from cafe.training.output import CHECKPOINT, STATE, claim, finished
-from cafe.training.recipe import Recipe, recipe_dict
+from cafe.training.recipe import HALF, Recipe, recipe_dict
+from cafe.training.scaling import FLOAT16, LossScale, unscale
 from cafe.training.setup import make_batches, make_joint
 from cafe.training.sharding import shard, wants_shards, whole_weights
 from cafe.training.stopping import stopping
@@ -76,7 +77,8 @@ def train(
     # The data, which may be missing, the model, batches in an order fixed by the seed, the step, and its optimizer.
     sources = [open_source(source) for source in recipe.data.sources]
     base, place = resolve_base(recipe.model.base), torch.device("cpu") if sharded else device
-    dtype = torch.bfloat16 if recipe.model.adapter and recipe.model.frozen_weights != "fp32" else torch.float32
+    halved = recipe.model.adapter and recipe.model.frozen_weights != "fp32"
+    dtype = HALF[recipe.model.precision] if halved else torch.float32
     four_bit = recipe.model.frozen_weights == "4bit"
     model = Cafe.load(base, recipe.prompts, dtype, place, recipe.model.attention, four_bit)
     model.record.clear()  # it tells of the base, and this becomes another model
@@ -85,7 +87,7 @@ def train(
     joint = make_joint(recipe, model, batches.nothing())
     about = describe(model.lvlm)
     if sharded:
-        shard(joint.reading, device, joint.reading.bf16, whole=joint.vision.tower if joint.vision else None)
+        shard(joint.reading, device, joint.reading.dtype, whole=joint.vision.tower if joint.vision else None)
     joint.to(device)
     if recipe.model.compile:
         compile_layers(model.lvlm)
@@ -98,7 +100,8 @@ def train(
     report(f"{about}; {steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
 
     # Where the run stood when it was last saved; at its start if it never was.
-    at = checkpoints.load(output / STATE, joint, optimizer, report) or Position(generators=generators())
+    scale = FLOAT16 if recipe.model.precision == "fp16" else LossScale()
+    at = checkpoints.load(output / STATE, joint, optimizer, report) or Position(scale=scale, generators=generators())
     if at.step:
         report(f"Going on after step {at.step}.")
     if recipe.micro_batch == "auto" and not at.step:
@@ -119,24 +122,35 @@ def train(
     with stopping() as stop, full_disk(output):
         bar = tqdm(range(at.step + 1, steps + 1), "train", steps, initial=at.step, unit="step", disable=log is None)
         for step in bar:
-            # Both losses of each contrastive batch, and their gradient summed over batches and processes.
+            # Both losses of each contrastive batch, and their gradient summed over batches and processes; where that
+            # overflows and the loss does not, once more under half the scale.
             measure = step in (1, steps) or (recipe.log_every > 0 and step % recipe.log_every == 0)
             parts = [quarantine.check(batch) for batch in next(feed)]
-            losses = follow(joint, parts, feed, measure)
-            lm = torch.stack([each.lm for each in losses]).mean()
-            contrastive = torch.stack([each.contrastive for each in losses]).mean()
-            loss = objective.lm_weight * lm + objective.contrastive_weight * contrastive
-            if zero:
-                norm = zero.sum_gradients()
-            else:
-                sum_gradients(trained)
-                norm = clip_gradients(trained, clip)
+            scale, drawn = at.scale, generators()
+            while True:
+                losses = follow(joint, parts, feed, measure, scale.factor)
+                lm = torch.stack([each.lm for each in losses]).mean()
+                contrastive = torch.stack([each.contrastive for each in losses]).mean()
+                loss = objective.lm_weight * lm + objective.contrastive_weight * contrastive
+                if zero:
+                    norm = zero.sum_gradients(scale.factor)
+                else:
+                    unscale(trained, scale.factor)
+                    sum_gradients(trained)
+                    norm = clip_gradients(trained, clip)
+                finite = most(not (loss.isfinite() and norm.isfinite()), device) == 0
+                if finite or scale.factor == 1 or most(not loss.isfinite(), device):
+                    break
+                scale = scale.lower()
+                report(f"The gradient overflows at step {step}: again with the loss scaled by {scale.factor:.0f}.")
+                joint.zero_grad()
+                set_generators(drawn)
 
-            # One step down the gradient, if it is one.
+            # One step down the gradient, if it is one; if not, the scale had no part in it.
             rate = set_rates(optimizer, schedule(step - 1))
-            finite = most(not (loss.isfinite() and norm.isfinite()), device) == 0
             if finite:
                 (zero or optimizer).step()
+                at.scale = scale.after_step()
             optimizer.zero_grad()
 
             # What is to be known of it.

@@ -80,20 +80,21 @@ class Feed:
         return [self.batches[number] for number in numbers]
 
 
-def follow(joint: JointStep, parts: list[Batch], feed: Feed, measure: bool) -> list[Losses]:
+def follow(joint: JointStep, parts: list[Batch], feed: Feed, measure: bool, scale: float = 1.0) -> list[Losses]:
     """A step's batches through the joint step, their gradients averaged; where memory runs out, again from the start.
 
-    The same random numbers are drawn again, and nothing is left of the gradient that broke off.
+    The same random numbers are drawn again, and nothing is left of the gradient that broke off. The list then holds
+    the batches in their smaller micro-batches. `scale` is `JointStep`'s.
     """
     state = generators()
     while True:
         try:
-            return [joint(batch, 1 / len(parts), measure and part == 0) for part, batch in enumerate(parts)]
+            return [joint(batch, 1 / len(parts), measure and part == 0, scale) for part, batch in enumerate(parts)]
         except torch.OutOfMemoryError:  # of this process or another: see `within_memory`
             refuse_shards(joint)
         release(joint)
         set_generators(state)
-        parts = feed.halve(parts, joint.log_temperature.device)
+        parts[:] = feed.halve(parts, joint.log_temperature.device)
 
 
 def refuse_shards(joint: JointStep) -> None:

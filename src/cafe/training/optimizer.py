@@ -14,7 +14,7 @@ from cafe.adapters import add_adapter
 from cafe.errors import CafeError
 from cafe.families import PartName, part_of
 from cafe.training.muon import Muon, inner_matrices
-from cafe.training.recipe import ModelRecipe, OptimizerRecipe
+from cafe.training.recipe import HALF, ModelRecipe, OptimizerRecipe
 
 
 def prepare(lvlm: PreTrainedModel, recipe: ModelRecipe) -> None:
@@ -28,10 +28,10 @@ def prepare(lvlm: PreTrainedModel, recipe: ModelRecipe) -> None:
         add_adapter(lvlm, recipe.adapter)
     else:
         freeze(lvlm, recipe.frozen)
-    if recipe.frozen_weights == "bf16":
+    if recipe.frozen_weights in HALF:
         for parameter in lvlm.parameters():
             if not parameter.requires_grad:
-                parameter.data = parameter.data.bfloat16()
+                parameter.data = parameter.data.to(HALF[recipe.frozen_weights])
 
 
 def checkpoint_layers(lvlm: PreTrainedModel) -> None:

@@ -27,7 +27,7 @@ from cafe.training.distributed import BUCKET
 from cafe.training.geometry import config_of, empty_model
 from cafe.training.loop import resolve_base
 from cafe.training.optimizer import prepare
-from cafe.training.recipe import Recipe
+from cafe.training.recipe import HALF, Recipe
 from cafe.training.sharding import layers_of
 
 GIB = 2**30
@@ -35,7 +35,10 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Hardware:
-    """A GPU: dense bfloat16 FLOPs a second with float32 accumulation, and bytes of memory, as its maker states them."""
+    """A GPU: dense bfloat16 FLOPs a second with float32 accumulation, float16 being as fast, and bytes of memory.
+
+    As its maker states them.
+    """
 
     name: str
     flops: float
@@ -152,11 +155,11 @@ class Stack:
         """Of the forward pass over one sequence: queries with keys, and weights with values."""
         return 4.0 * length * self.seen(length) * self.heads
 
-    def kept(self, bf16: bool, scored: int = 0) -> float:
+    def kept(self, half: bool, scored: int = 0) -> float:
         """Bytes a token that a layer keeps for the backward pass; `tests/training/test_plan.py` counts them.
 
         Args:
-            bf16: under autocast.
+            half: under autocast.
             scored: the length of a sequence whose scores are kept, as eager attention does.
         """
         # Under autocast the residual and what the norms make of it stay in float32.
@@ -165,8 +168,9 @@ class Stack:
             (True, True): (26, 8, 8),
             (False, False): (16, 16, 8),
             (False, True): (16, 8, 4),
-        }[self.gated, bf16]
-        scores = (6 if bf16 else 4) * self.queries * self.seen(scored) / self.layers  # the softmax's, and a bf16 copy
+        }[self.gated, half]
+        each_score = 6 if half else 4  # the softmax's, and a copy of 16 bits
+        scores = each_score * self.queries * self.seen(scored) / self.layers
         widths = self.width, self.heads, self.inner
         return scores + sum(size * width for size, width in zip(each, widths, strict=True))
 
@@ -451,7 +455,7 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
     A step that is logged is counted, which keeps the gradients of both losses apart. The peak is one of three moments:
     the losses are taken; the last layer is followed backwards; the optimizer steps.
     """
-    bf16, checkpointed = recipe.model.precision == "bf16", recipe.model.gradient_checkpointing
+    half, checkpointed = recipe.model.precision in HALF, recipe.model.gradient_checkpointing
     shard = recipe.model.shard and gpus > 1
     part = 1 / gpus if shard else 1.0
     patches, tokens = load.largest * load.crops * load.patches, load.largest * load.tokens
@@ -465,28 +469,28 @@ def memory_of(sizes: Sizes, load: Load, recipe: Recipe, gpus: int = 1) -> dict[s
     state = state_of(sizes, recipe.optimizer.name)
     always = {"weights": (4 * sizes.trained + frozen) * part, "optimizer state": state * part}
     if shard:  # beside the layers: whole weights and gradients; of the layers, two at a time
-        always["gathered weights"] = 8 * (sizes.parameters - sizes.layered) + 2 * sizes.layer * (2 if bf16 else 4)
+        always["gathered weights"] = 8 * (sizes.parameters - sizes.layered) + 2 * sizes.layer * (2 if half else 4)
 
     # What the forward pass keeps for the backward pass.
     eager = recipe.model.attention == "eager"
-    per_token, per_patch = sizes.language.kept(bf16, eager * load.columns), sizes.tower.kept(bf16, eager * load.patches)
+    per_token, per_patch = sizes.language.kept(half, eager * load.columns), sizes.tower.kept(half, eager * load.patches)
     kept = tokens * sizes.language.layers * (4 * sizes.language.width if checkpointed else per_token)
     kept += looks * patches * sizes.tower.layers * (4 * sizes.tower.width if checkpointed else per_patch)
     kept += 16 * (
         tokens * sizes.language.width + looks * patches * sizes.tower.width
     )  # what is before and behind layers
     if recipe.model.attention in ("sdpa", "eager"):
-        kept += tokens * load.columns * (2 if bf16 else 4)  # the mask
-    if bf16 and not checkpointed:  # autocast's copies of the matrices
+        kept += tokens * load.columns * (2 if half else 4)  # the mask
+    if half and not checkpointed:  # autocast's copies of the matrices
         kept += 2 * sum(each.matrices if held == "fp32" else each.trained_matrices for each in sizes.parts.values())
 
-    # What a frozen tower made of all crops; of a projector in it, autocast makes bfloat16.
+    # What a frozen tower made of all crops; of a projector in it, autocast makes 16 bits.
     made = load.crops * load.patches * sizes.leaves * sizes.looks_once
-    made *= 2 if held != "fp32" or (bf16 and sizes.merges > 1) else 4
+    made *= 2 if held != "fp32" or (half and sizes.merges > 1) else 4
 
     # What is there for a moment.
     tile = min(HEAD_TILE, load.largest * load.labels * sizes.vocabulary)
-    losses = (14 if bf16 else 12) * tile + 8 * sizes.head_trained + 2 * bf16 * sizes.head
+    losses = (14 if half else 12) * tile + 8 * sizes.head_trained + 2 * half * sizes.head
     layer = max(tokens * per_token, looks * patches * per_patch)
     follow = layer * (1.5 if checkpointed else 0.5)  # a layer made again, and its gradients
     earlier = gradients * 2 if load.micro_batches > 1 else 0.0  # of micro-batches before

@@ -11,6 +11,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import torch
 import yaml
 
 from cafe.adapters import Adapter
@@ -20,6 +21,8 @@ from cafe.data.mixture import Mixture
 from cafe.errors import CafeError
 from cafe.families import PartName
 from cafe.instructions import Prompts
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions of 16 bits
 
 
 def _check(numbers: Any, where: str, *, above_0: Sequence[str] = (), from_0: Sequence[str] = ()) -> None:
@@ -36,7 +39,8 @@ class ModelRecipe:
 
     Attributes:
         base: a local directory, a Hub id, or "scenes" for the tiny base model that ships with the package.
-        precision: "fp32", or "bf16" for bfloat16 arithmetic over float32 weights. "fp16" is refused.
+        precision: "fp32", or "bf16" or "fp16" for bfloat16's or float16's arithmetic over float32 weights. float16 has
+            more digits and less range, and scales the loss for that; it is for GPUs without bfloat16.
         frozen_weights: the precision in which weights that are not trained are held; "4bit" is for the language
             model's alone and wants bitsandbytes.
         attention: the attention implementation by transformers' name.
@@ -56,7 +60,7 @@ class ModelRecipe:
 
     base: str
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    frozen_weights: Literal["fp32", "bf16", "4bit"] = "fp32"
+    frozen_weights: Literal["fp32", "bf16", "fp16", "4bit"] = "fp32"
     attention: str = "sdpa"
     max_tokens: int = 32768
     gradient_checkpointing: bool = False
@@ -72,13 +76,11 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         _check(self, "model.", above_0=("max_tokens", "row_tokens", "max_pixels"))
-        if self.precision == "fp16":
+        wanted = {"bf16": ("bf16",), "fp16": ("fp16",), "4bit": ("bf16", "fp16")}.get(self.frozen_weights)
+        if wanted and self.precision not in wanted:
             raise CafeError(
-                "model.precision: training in float16 needs a scaled loss, which is not done here: use bf16, or fp32 "
-                "where a GPU has no bfloat16."
+                f"model.frozen_weights: {self.frozen_weights} goes with model.precision: {' or '.join(wanted)}."
             )
-        if self.frozen_weights != "fp32" and self.precision != "bf16":
-            raise CafeError(f"model.frozen_weights: {self.frozen_weights} goes with model.precision: bf16.")
         if self.frozen_weights == "4bit" and not (self.adapter or "language_model" in self.frozen):
             raise CafeError("model.frozen_weights: 4bit needs model.adapter, or language_model in model.frozen.")
         if self.frozen_weights != "fp32" and self.shard:

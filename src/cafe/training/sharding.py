@@ -43,23 +43,25 @@ def flag(name: str) -> bool:
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
-def shard(reading: nn.Module, device: torch.device, bf16: bool = False, whole: nn.Module | None = None) -> None:
+def shard(
+    reading: nn.Module, device: torch.device, half: torch.dtype | None = None, whole: nn.Module | None = None
+) -> None:
     """Spreads a module's parameters over all processes, layer by layer, and moves them to the device.
 
     Args:
         reading: what holds the model; its parameters are whole within its `forward` and nowhere else.
         device: of this process.
-        bf16: gather layers in bfloat16, which is half the traffic; gradients are summed in float32 all the same. Not on
-            a CPU, whose layer norm takes no bfloat16 weights beside float32 inputs.
+        half: gather layers in bfloat16 or float16, which is half the traffic; gradients are summed in float32 all the
+            same. Not on a CPU, whose layer norm takes no such weights beside float32 inputs.
         whole: a part that stays whole in each process, because it is not read equally often: a cached vision tower.
     """
     kept = set(whole.to(device).parameters()) if whole else set()
     mesh = init_device_mesh(device.type, (world(),))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    less = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in list(layers_of(reading)):
         if kept.isdisjoint(layer.parameters()):
-            fully_shard(layer, mesh=mesh, mp_policy=half if bf16 and device.type != "cpu" else exact)
+            fully_shard(layer, mesh=mesh, mp_policy=less if half and device.type != "cpu" else exact)
     fully_shard(reading, mesh=mesh, mp_policy=exact, ignored_params=kept)
     for module in reading.modules():
         if isinstance(module, FSDPModule):

@@ -27,7 +27,7 @@ from cafe.objectives import matryoshka, next_token_loss, retrieval_accuracy
 from cafe.packing import Pack
 from cafe.reading import read
 from cafe.training.distributed import before, everyone, gather, most, norm_of_sum, within_memory, world
-from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.recipe import HALF, ObjectiveRecipe
 from cafe.training.vision import VisionCache
 
 LOWEST_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature
@@ -52,18 +52,18 @@ class Reading(nn.Module):
 
     Args:
         lvlm: the model.
-        precision: "bf16" reads in bfloat16; the losses are taken in float32 all the same.
+        dtype: bfloat16 or float16 to read in it; the losses are taken in float32 all the same.
         language: whether the language loss is trained on; else it has no gradient, which a head would fill with zeros.
     """
 
-    def __init__(self, lvlm: PreTrainedModel, precision: str = "fp32", language: bool = True) -> None:
+    def __init__(self, lvlm: PreTrainedModel, dtype: torch.dtype | None = None, language: bool = True) -> None:
         super().__init__()
         self.lvlm: PreTrainedModel = lvlm
-        self.bf16, self.language = precision == "bf16", language
+        self.dtype, self.language = dtype, language
 
     def forward(self, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
         """The embeddings, not yet normalised, and the language loss summed over tokens."""
-        with torch.autocast(self.lvlm.device.type, torch.bfloat16, enabled=self.bf16):
+        with self.arithmetic():
             embedded, before = read(self.lvlm, pack)
             embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
             head = self.lvlm.get_output_embeddings()
@@ -72,6 +72,10 @@ class Reading(nn.Module):
             with torch.set_grad_enabled(self.language and torch.is_grad_enabled()):
                 return embedded, next_token_loss(before, labels, head.weight, head.bias, softcap)
 
+    def arithmetic(self) -> AbstractContextManager[None]:
+        """Within it, the model computes in `dtype`."""
+        return torch.autocast(self.lvlm.device.type, self.dtype, enabled=self.dtype is not None)
+
 
 class JointStep(nn.Module):
     """A contrastive batch in, both losses out, their gradient left in the parameters.
@@ -79,7 +83,7 @@ class JointStep(nn.Module):
     Args:
         lvlm: the model.
         objective: the weights and the temperature.
-        precision: see `Reading`.
+        precision: of the model's arithmetic, as a recipe names it; "fp32" for that of its weights.
         vision: what a frozen vision tower made of pictures before.
         blank: a micro-batch of nothing, where the model is sharded over processes: each must then read as many as any.
     """
@@ -99,7 +103,7 @@ class JointStep(nn.Module):
             raise CafeError(
                 f"objective.matryoshka: {wrong[0]} is not a prefix of an embedding of {self.width} dimensions."
             )
-        self.reading = Reading(lvlm, precision, language=objective.lm_weight > 0)
+        self.reading = Reading(lvlm, HALF.get(precision), language=objective.lm_weight > 0)
         self.objective = objective
         self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
@@ -114,18 +118,19 @@ class JointStep(nn.Module):
         """The model."""
         return self.reading.lvlm
 
-    def forward(self, batch: Batch, share: float = 1.0, measure: bool = False) -> Losses:
+    def forward(self, batch: Batch, share: float = 1.0, measure: bool = False, scale: float = 1.0) -> Losses:
         """Adds the batch's gradient to the parameters'; to be summed over processes.
 
         Args:
             batch: this process's part of the contrastive batch.
             share: factor on the gradient, to average over several batches.
             measure: fill in `Losses.measured`.
+            scale: another factor on the gradient, which the caller divides out of it again; see `LossScale`.
         """
         with self.vision.step() if self.vision else nullcontext():
-            return self._follow(batch, share, measure)
+            return self._follow(batch, share, measure, scale)
 
-    def _follow(self, batch: Batch, share: float, measure: bool) -> Losses:
+    def _follow(self, batch: Batch, share: float, measure: bool, scale: float) -> Losses:
         objective, device = self.objective, self.log_temperature.device
         trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]  # now, while in shards
         micro_batches = batch.micro_batches
@@ -155,7 +160,7 @@ class JointStep(nn.Module):
         temperature = self.log_temperature[0].exp()
         contrastive, accuracy = self.contrast(vectors, batch, temperature, measure)
         if contrastive.requires_grad:
-            (share * objective.contrastive_weight * contrastive).backward()
+            (scale * share * objective.contrastive_weight * contrastive).backward()
         pull = torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
         if objective.compat == "published":
             pull = pull / world()
@@ -173,10 +178,10 @@ class JointStep(nn.Module):
                 lm += said.detach() / tokens
                 gradients.follow(
                     contrastive=(embedded * pull[slots[number]]).sum(),
-                    lm=share * objective.lm_weight * said / tokens,
+                    lm=scale * share * objective.lm_weight * said / tokens,
                 )
                 del reading, embedded, said  # before the next is read
-        norms = gradients.finish()
+        norms = {f"grad_norm_{name}": norm / scale for name, norm in gradients.finish().items()}
 
         measured = {"accuracy": accuracy.item(), **norms} if measure else {}
         return Losses(everyone(lm), contrastive.detach(), temperature.detach(), measured)
@@ -256,7 +261,7 @@ class Gradients:
         norms = {}
         self._swap(self.before)
         for name, sums in self.of.items():
-            norms[f"grad_norm_{name}"] = norm_of_sum(self.parameters, sums).item()
+            norms[name] = norm_of_sum(self.parameters, sums).item()
             for parameter, grad in zip(self.parameters, sums, strict=True):
                 if grad is not None:
                     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)

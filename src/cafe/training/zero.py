@@ -57,12 +57,12 @@ class Zero:
         self.trained = trained
         self.engine = deepspeed.initialize(model=nn.ParameterList(trained), optimizer=optimizer, config=settings)[0]
 
-    def sum_gradients(self) -> Tensor:
-        """Sums the gradients over processes, each process its part; returns their norm together."""
+    def sum_gradients(self, scale: float = 1.0) -> Tensor:
+        """Sums the gradients over processes, each process its part, but for a scale; returns their norm together."""
         for parameter in self.trained:
             if parameter.grad is None:  # other processes may have one
                 parameter.grad = torch.zeros_like(parameter)
-            parameter.grad *= world()  # of which DeepSpeed takes the mean
+            parameter.grad *= world() / scale  # of which DeepSpeed takes the mean
         with self.engine.coalesce_grad_reduction():
             pass
         norm: Tensor = self.engine.optimizer.scaled_global_norm()
