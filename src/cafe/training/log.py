@@ -63,7 +63,7 @@ def installed(trackers: Sequence[str]) -> list[str] | None:
     """
     for tracker in trackers:
         if find_spec(tracker) is None:
-            raise CafeError(f"The recipe's tracker {tracker} is not installed: pip install {tracker}.")
+            raise CafeError(f"The recipe's tracker {tracker} is not installed: pip install 'cafe-lvlm[{tracker}]'.")
     return list(trackers) or None
 
 
