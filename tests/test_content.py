@@ -1,10 +1,12 @@
 """Contents from what people have at hand, and images decoded on purpose."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
 
 from cafe import content
 from cafe.content import Content, ImageRef, open_image, open_pixels
@@ -22,12 +24,24 @@ def test_content_takes_text_pictures_and_both():
         Content.of({"txt": "a"})
 
 
-def test_exif_orientation_is_applied(tmp_path):
-    picture = Image.new("RGB", (8, 4))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied_once(kind, orientation):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8))
     exif = picture.getexif()
-    exif[0x0112] = 6  # rotated by a quarter turn
-    picture.save(tmp_path / "turned.jpg", exif=exif)
-    assert open_image(ImageRef(tmp_path / "turned.jpg")).size == (4, 8)
+    exif[0x0112] = orientation
+    ref = encoded(picture, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    turned, expected = open_image(ref), ImageOps.exif_transpose(Image.open(io.BytesIO(ref.source)))
+    assert np.array_equal(turned, expected) and np.array_equal(ImageOps.exif_transpose(turned), expected)
+    assert np.array_equal(open_image(ImageRef(Image.open(io.BytesIO(ref.source)))), expected)
+
+
+def test_a_picture_is_turned_though_another_exif_tag_is_damaged():
+    turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
+    resolution = struct.pack("<HHI", 0x011A, 2, 4) + b"abc\0"  # in words
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + resolution + bytes(4)
+    ref = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
+    assert open_image(ref).size == (4, 8) and open_pixels(ref).shape == (8, 4, 3)
 
 
 def test_transparency_is_laid_over_white_and_16_bits_scale_to_8(tmp_path):
@@ -35,6 +49,9 @@ def test_transparency_is_laid_over_white_and_16_bits_scale_to_8(tmp_path):
     assert open_image(ImageRef(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
     Image.fromarray(np.full((2, 2), 65535 // 2, np.uint16)).save(tmp_path / "deep.png")
     assert open_image(ImageRef(tmp_path / "deep.png")).getpixel((0, 0)) == (127, 127, 127)
+    big_endian = Image.frombytes("I;16B", (2, 2), np.full((2, 2), 65535 // 2, ">u2").tobytes())
+    big_endian.save(tmp_path / "deep.tiff")
+    assert open_image(ImageRef(tmp_path / "deep.tiff")).getpixel((0, 0)) == (127, 127, 127)
     Image.new("CMYK", (2, 2)).save(tmp_path / "ink.jpg")
     assert open_image(ImageRef(tmp_path / "ink.jpg")).mode == "RGB"
 
@@ -53,6 +70,20 @@ def test_a_cut_off_image_and_a_missing_one_are_named(tmp_path):
         open_image(ImageRef(tmp_path / "cut.png"))
     with pytest.raises(CafeError, match="does not exist"):
         open_image(ImageRef(tmp_path / "none.png"))
+
+
+def test_whatever_a_decoder_raises_names_the_image(monkeypatch, tmp_path):
+    """AVIF's raises RuntimeError; TypeError, struct.error and others have been seen."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "odd.png")
+    lazy = Image.open(tmp_path / "odd.png")
+
+    def fail(image):
+        raise RuntimeError("no such color plane")
+
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    for image in (tmp_path / "odd.png", lazy):
+        with pytest.raises(CafeError, match=r"The image .* cannot be decoded: no such color plane"):
+            open_image(ImageRef(image))
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path):

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from PIL.ExifTags import Base
+from PIL.Image import Transpose
 
 from cafe.errors import CafeError
 
@@ -23,6 +24,15 @@ except ImportError:
     simplejpeg = None
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, in pixels
+_TURNS = {  # what makes a picture upright, by its EXIF orientation
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,11 +164,10 @@ def open_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, enough: int | None =
         CafeError: the file is missing, is no image, is damaged, or has more than `max_pixels` pixels.
     """
     if isinstance(ref.source, Image.Image):
-        return _to_rgb(ImageOps.exif_transpose(ref.source))
+        with _decoding(ref):
+            return _to_rgb(_upright(ref.source))
     with _opened(ref.source, max_pixels, enough) as image:
-        image.load()
-        ImageOps.exif_transpose(image, in_place=True)
-        return _to_rgb(image)
+        return _to_rgb(_upright(image))
 
 
 def open_pixels(
@@ -181,25 +190,44 @@ def open_pixels(
 def _opened(source: Path | bytes, max_pixels: int, enough: int | None) -> Iterator[Image.Image]:
     """An encoded image before it is decoded, set to be decoded at the size that `open_image` tells of."""
     ref = ImageRef(source)  # for messages
+    with _decoding(ref), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        if image.width * image.height > max_pixels:
+            raise CafeError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
+        for part in (8, 4, 2):
+            whole = not image.width % part and not image.height % part
+            if enough and whole and min(image.size) >= part * enough:
+                image.draft(None, (image.width // part, image.height // part))
+                break
+        yield image
+
+
+@contextmanager
+def _decoding(ref: ImageRef) -> Iterator[None]:
+    """Within it, whatever is wrong with an image is one sentence that names it."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            if image.width * image.height > max_pixels:
-                raise CafeError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
-            for part in (8, 4, 2):
-                whole = not image.width % part and not image.height % part
-                if enough and whole and min(image.size) >= part * enough:
-                    image.draft(None, (image.width // part, image.height // part))
-                    break
-            yield image
+        yield
+    except (CafeError, MemoryError):
+        raise
     except FileNotFoundError:
         raise CafeError(f"The image {ref} does not exist.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # each of Pillow's decoders has its own kinds: RuntimeError (AVIF), struct.error (EXIF)
         raise CafeError(f"The image {ref} cannot be decoded: {error}.") from error
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    # Not by Pillow's `exif_transpose`, which writes all other EXIF tags anew and fails where one is damaged.
+    image.load()  # first: a TIFF is turned by that
+    turn = _TURNS.get(image.getexif().get(Base.Orientation, 1))
+    if turn is None:
+        return image
+    upright = image.transpose(turn)
+    upright.info = {key: value for key, value in image.info.items() if key == "transparency"}  # or it is turned again
+    return upright
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = image.point(lambda value: value / 257).convert("L")
+    if image.mode.startswith("I"):  # "I;16B" too, big-endian, of which Pillow takes no point but by way of "I"
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
