@@ -15,6 +15,7 @@ from transformers import ProcessorMixin
 from cafe.content import Content, Dialogue, Example, Pair, Turn, open_image
 from cafe.data.formats import Source
 from cafe.data.loading import Batches, MicroBatchSize, encode
+from cafe.data.raw import raw
 from cafe.errors import CafeError
 from cafe.families import FAMILIES, may_share, part_of, vision_tower_of
 from cafe.instructions import Message, Prompts, dialogue_messages, embedding_messages
@@ -360,3 +361,12 @@ def test_a_template_that_shows_no_picture_is_refused():
         with pytest.raises(CafeError, match="LlavaProcessor has no chat template that shows pictures"):
             Processing(processor, Prompts())
     Processing(processor, Prompts(chat_template="chatml"))
+
+
+@pytest.mark.parametrize("size", [(1, 300), (300, 1)])
+def test_a_picture_that_a_family_refuses_is_a_bad_record(size):
+    processing = make("qwen2_vl").processing
+    example = Example(Pair(Content.of(Image.new("RGB", size)), Content.of("a line")), None, "record 3")
+    for way in (processing, raw(processing)[0]):
+        with pytest.raises(CafeError, match=f"record 3: The .* takes no picture of {size[0]} x {size[1]} pixels"):
+            encode(example, way)

@@ -181,11 +181,20 @@ class Processing:
         return 2 * math.ceil(math.sqrt(seen)) if seen < _LARGE**2 else None
 
     def _process(self, images: Sequence[Image.Image]) -> BatchFeature:
-        """What the family makes of a prompt that shows images alone."""
+        """What the family makes of a prompt that shows images alone.
+
+        Raises:
+            CafeError: it takes no such picture.
+        """
         # A special token between the placeholders keeps the runs apart whatever the family writes into them.
         text = self.tokenizer.eos_token.join([self.placeholder] * len(images))
-        # The images are nested because some families (LLaVA-OneVision) treat several images of one prompt otherwise.
-        return self.processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=False)
+        try:
+            # Nested because some families (LLaVA-OneVision) treat several images of one prompt otherwise.
+            return self.processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=False)
+        except ValueError as error:  # Qwen's: one side is more than 200 times as long as the other
+            sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
+            name = type(self.processor).__name__
+            raise CafeError(f"The {name} takes no picture of {sizes} pixels: {error}.") from error
 
     def encode_embedding(self, messages: list[Message], pictures: Pictures, max_tokens: int | None = None) -> Branch:
         """The branch whose last token is the readout.
