@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
+from samples import png
 from torch.utils.data import get_worker_info
 
+from cafe.content import Content
 from cafe.data.formats import Source, open_source
-from cafe.data.loading import Batch, Batches, MicroBatchSize, Quarantine, load
+from cafe.data.loading import Batch, Batches, MicroBatchSize, Quarantine, identity, load
 from cafe.errors import CafeError
 from cafe.instructions import Prompts
 from cafe.processing import Processing, load_processor
@@ -135,6 +138,16 @@ def test_equal_targets_have_equal_ids(processing, scenes, tmp_path):
     batch = Batches([open_source(source)], processing, batch_size=8, seed=0)[0]
     assert batch.owners.tolist() == [pair for pair in range(8) for _ in range(2)]
     assert len(torch.unique(batch.negative_ids)) == 2 and batch.negative_ids[0] in batch.target_ids
+
+
+def test_contents_have_one_identity_only_where_they_are_equal():
+    red, blue, small = (
+        Image.new("RGB", size, name) for size, name in (((4, 2), "red"), ((4, 2), "blue"), ((2, 4), "red"))
+    )
+    coded = [png("red"), png("blue")]
+    values = ["red", "", Path("a"), Path("b"), *coded, red, blue, small, [red, blue], [blue, red], [red, "red"]]
+    assert len({identity(Content.of(value)) for value in values}) == len(values)
+    assert identity(Content.of(red.copy())) == identity(Content.of(red))
 
 
 def test_bad_records_are_quarantined_and_too_many_stop_the_run(processing, scenes, tmp_path):

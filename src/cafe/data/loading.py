@@ -163,9 +163,12 @@ def identity(content: Content) -> int:
     """A number that is equal for equal contents, across processes."""
     digest = hashlib.blake2b(digest_size=7)
     for part in content.parts:
-        digest.update((part if isinstance(part, str) else str(part)).encode() + b"\0")
-        if isinstance(part, ImageRef) and isinstance(part.source, bytes):
-            digest.update(part.source)
+        digest.update(str(part).encode() + b"\0")
+        source = part.source if isinstance(part, ImageRef) else None
+        if isinstance(source, bytes):
+            digest.update(source)
+        elif isinstance(source, Image.Image):
+            digest.update(f"{source.size}".encode() + source.tobytes())
     return int.from_bytes(digest.digest())
 
 
