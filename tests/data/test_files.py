@@ -48,6 +48,7 @@ def test_a_version_changes_with_the_file(tmp_path):
 def test_names_inside_folders():
     assert join("pictures", "a/b.jpg") == "pictures/a/b.jpg" and join("pictures", "/x/b.jpg") == "/x/b.jpg"
     assert join("s3://bucket/x/", "b.jpg") == "s3://bucket/x/b.jpg" and join("pictures", "s3://b/c") == "s3://b/c"
+    assert join("s3://bucket/x", "/y/b.jpg") == "/y/b.jpg"
     assert folder_of("s3://bucket/a.json") == "s3://bucket" and folder_of("x/a.json") == "x"
 
 

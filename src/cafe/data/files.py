@@ -23,7 +23,7 @@ def is_url(name: str) -> bool:
 
 def join(folder: str, name: str) -> str:
     """A name inside a folder; an absolute path or a URL stays what it is."""
-    if is_url(name):
+    if is_url(name) or Path(name).is_absolute():
         return name
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
 
