@@ -48,6 +48,18 @@ def test_a_source_that_is_not_contrasted_gives_dialogues_alone(tmp_path):
         open_source(Source(path=str(pairs), format="pairs", contrast=False)).example(0, Random(0))
 
 
+@pytest.mark.parametrize("pattern", ["*/x.json", "{a,b}/x.json"])
+def test_pictures_lie_beside_their_own_file_of_a_pattern(tmp_path, pattern):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "x.json", [{"image": "p.png", "conversations": turns("<image>", name)}])
+    records = open_source(Source(path=f"{tmp_path}/{pattern}"))
+    pairs = [records.example(index, Random(0)).pair for index in (0, 1)]
+    assert [pair.query.images[0].source for pair in pairs] == [tmp_path / pair.target.text / "p.png" for pair in pairs]
+    elsewhere = open_source(Source(path=f"{tmp_path}/{pattern}", images="/pictures")).example(1, Random(0))
+    assert str(elsewhere.pair.query.images[0]) == "/pictures/p.png"
+
+
 def test_several_images_stand_where_their_tokens_do(tmp_path):
     row = {"image": ["a.png", "b.png"], "conversations": turns("from <image> to <image>?", "yes")}
     parts = write(tmp_path / "a.json", [row]).example(0, Random(0)).dialogue.turns[0].content.parts

@@ -8,7 +8,7 @@ cannot become an Example raises `CafeError` with the file and the record named.
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cafe.content import Dialogue, Example, Pair
-from cafe.data.files import expand, is_url
+from cafe.data.files import expand, folder_of, is_url
 from cafe.data.karpathy import karpathy, split_of
 from cafe.data.llava import llava
 from cafe.data.mmeb import mmeb
@@ -51,6 +51,12 @@ class Records:
         return list(accumulate(sum(file.chunks) for file in self.files))
 
     @cached_property
+    def sources(self) -> list[Source]:
+        """For each file the source, with the folder that image paths are relative to: by default the file's own."""
+        own = (folder_of(file.name) for file in self.files)
+        return [self.source if self.source.images else replace(self.source, images=folder) for folder in own]
+
+    @cached_property
     def chunks(self) -> list[int]:
         """The lengths of runs of records that are read best together."""
         return [length for file in self.files for length in file.chunks]
@@ -72,7 +78,7 @@ class Records:
             row = file[within]
             if isinstance(row, dict):
                 name += next((f" (id {row[key]})" for key in ("id", "__key__") if key in row), "")
-            pair, dialogue = FORMATS[self.source.format](row, self.source, rng)
+            pair, dialogue = FORMATS[self.source.format](row, self.sources[number], rng)
             if not self.source.contrast:
                 pair = None
                 if dialogue is None:
