@@ -125,6 +125,14 @@ def test_what_is_no_such_file_is_named(tmp_path):
         assert name in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path, kind):
+    name = tmp_path / f"a.{kind}"
+    write(str(name), kind)
+    name.write_bytes("\ufeff".encode() + name.read_bytes())
+    assert rows_of(str(name), 1)[0] == TABLE[0]
+
+
 def test_a_damaged_line_spoils_no_other(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": \n{"id": 3}\n')
     rows = rows_of(str(tmp_path / "a.jsonl"), 1)

@@ -89,7 +89,7 @@ def load_json(name: str) -> Any:
 
 def _text(name: str, data: bytes) -> str:
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")  # spreadsheets write a mark before the first column's name
     except UnicodeDecodeError as error:
         raise CafeError(f"The data file {name} is not UTF-8 text: {error}.") from None
 
