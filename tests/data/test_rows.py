@@ -92,6 +92,14 @@ def test_a_tar_gives_each_key_as_a_row(tmp_path, fmt, where, own_cache):
         assert len(list((own_cache / "cafe" / "tars").iterdir())) == 1
 
 
+def test_a_tar_is_read_where_its_index_cannot_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "a.tar").write_bytes(tar([("a.txt", b"a"), ("b.txt", b"b")]))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    rows = Tar(str(tmp_path / "a.tar"))
+    assert [rows[index]["positive"] for index in range(2)] == ["a", "b"]
+
+
 def test_a_tar_that_changed_is_indexed_again(tmp_path):
     for names in (["a"], ["a", "b"]):
         (tmp_path / "a.tar").write_bytes(tar([(f"{name}.txt", name.encode()) for name in names]))

@@ -12,6 +12,7 @@ import os
 import tarfile
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -219,7 +220,7 @@ def _index(name: str) -> tuple[np.ndarray, str]:
     """
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     kept = home / "cafe" / "tars" / f"{hashlib.blake2b(version(name).encode(), digest_size=16).hexdigest()}.npy"
-    if kept.is_file():
+    with suppress(OSError):  # it is not there yet, or may not be read
         return np.load(kept), ""
     starts, key, end, damage = [], None, 0, ""
     with reading(name), fsspec.open(name) as file:
@@ -239,11 +240,12 @@ def _index(name: str) -> tuple[np.ndarray, str]:
             damage, end = str(error), starts.pop()
     index = np.array([*starts, end], np.int64)
     if not damage:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        partial = kept.with_suffix(f".{os.getpid()}")
-        with partial.open("wb") as out:
-            np.save(out, index)
-        partial.replace(kept)
+        with suppress(OSError):  # a home that cannot be written to: the index is made again the next time
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = kept.with_suffix(f".{os.getpid()}")
+            with partial.open("wb") as out:
+                np.save(out, index)
+            partial.replace(kept)
     return index, damage
 
 
