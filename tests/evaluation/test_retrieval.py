@@ -73,7 +73,18 @@ def parquet(folder: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet", row_group_size=2)
 
 
-KINDS = (karpathy, json_lines, a_caption_a_row, parquet)
+def names_in_parquet(folder: Path) -> None:
+    """As the datasets library writes pictures that it was told to leave where they are."""
+    rows = [{"image": encoded(shade) | {"bytes": None}, "caption": captions_of(shade)} for shade in SHADES]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet")
+
+
+def bytes_in_parquet(folder: Path) -> None:
+    rows = [{"image": encoded(shade)["bytes"], "caption": captions_of(shade)} for shade in SHADES]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet")
+
+
+KINDS = (karpathy, json_lines, a_caption_a_row, parquet, names_in_parquet, bytes_in_parquet)
 
 
 @pytest.fixture
@@ -164,7 +175,7 @@ def test_the_named_protocols_take_the_first_five_captions(data):
     assert len(done.outputs["retrieval/text_to_image"]) == 6 * len(SHADES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS[:-1])  # the last has no names
 def test_limit_takes_the_first_pictures_with_their_captions(data, kind):
     kind(data)
     done = evaluate(Seeing(0), data, limit=3, report=lambda line: None, suites=["retrieval"])

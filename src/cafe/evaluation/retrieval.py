@@ -209,7 +209,7 @@ def _records(paths: Sequence[Path]) -> Iterator[tuple[Any, list[str]]]:
         for number, row in enumerate(_rows(path), 1):
             if row.get("split", "test") not in ("test", None):
                 continue
-            yield _field(row, _PICTURE, path, number), _captions(_field(row, _CAPTION, path, number))
+            yield _picture(_field(row, _PICTURE, path, number)), _captions(_field(row, _CAPTION, path, number))
         if not number:
             raise CafeError(f"The evaluation file {path} is empty.")
 
@@ -226,6 +226,13 @@ def _field(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int)
         if row.get(name):
             return row[name]
     raise CafeError(f"The evaluation file {path} lacks the field {names[0]!r} in record {number}.")
+
+
+def _picture(value: Any) -> str | dict[str, Any]:
+    """A picture's name, or a mapping of "bytes" and "path", which may be without a name."""
+    if isinstance(value, dict):
+        return value if value.get("bytes") else str(value.get("path"))
+    return {"bytes": value} if isinstance(value, bytes) else str(value)
 
 
 def _captions(value: Any) -> list[str]:
