@@ -101,6 +101,16 @@ def test_a_karpathy_image_takes_one_of_its_captions_by_lot(tmp_path):
     assert str(records.example(0, Random(0)).pair.query.images[0]) == "/pictures/val/a.jpg"
 
 
+def test_no_image_of_another_split_is_trained_on_in_json_lines_either(tmp_path):
+    image = {"filename": "a.jpg", "sentences": [{"raw": "one"}]}
+    rows = [image, *(image | {"split": split} for split in ("train", "restval", None, "test"))]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    records = open_source(Source(path=str(tmp_path / "a.jsonl"), format="karpathy"))
+    assert [records.example(index, Random(0)).pair.target.text for index in range(4)] == ["one"] * 4
+    with pytest.raises(CafeError, match="record 4: it is of the split 'test', and 'train' is read"):
+        records.example(4, Random(0))
+
+
 @pytest.mark.parametrize("text", ["{", '{"a": 1}'])
 def test_a_file_of_another_format_is_named(tmp_path, text):
     (tmp_path / "x.json").write_text(text)

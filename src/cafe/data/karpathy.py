@@ -15,7 +15,13 @@ DESCRIBE = "Describe the image."
 
 
 def karpathy(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue | None]:
-    """One of the image's captions, by lot, is both the target and what the assistant says."""
+    """One of the image's captions, by lot, is both the target and what the assistant says.
+
+    Raises:
+        CafeError: a caption is empty; or the image is of another split, in a file from which `split_of` took none out.
+    """
+    if row.get("split") and not split_of([row], source.split):
+        raise CafeError(f"it is of the split {row['split']!r}, and {source.split!r} is read.")
     captions = [sentence["raw"].strip() for sentence in row["sentences"]]
     if not captions or not all(captions):
         raise CafeError("a caption is empty.")
