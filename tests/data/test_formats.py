@@ -80,6 +80,8 @@ def test_a_text_only_record_trains_language_only(tmp_path):
         ({"conversations": turns("a", "b")[::-1]}, "turn 0 of the conversation is from 'gpt'"),
         ({"conversations": turns("a")}, "does not end with an answer"),
         ({"conversations": turns("<image>a", "b")}, "shows 1 images and only 0"),
+        ({"conversations": turns("a", "b"), "negatives": "a dog"}, "negatives should be a list of texts, not 'a dog'"),
+        ({"conversations": turns("a", "b"), "negatives": [{"image": "b.png"}]}, "negatives should be a list of texts"),
         ({"image": "a.png"}, "field is missing"),
         ("text", "field is missing"),
     ],

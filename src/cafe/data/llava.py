@@ -22,12 +22,17 @@ def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     """The pictures match the first thing the assistant says of them (as CAFe pairs them); all turns are the dialogue.
 
     An optional list "negatives" holds false captions: hard negatives; "negative_scores", how likely each is true.
+
+    Raises:
+        CafeError: a false caption is no text, or as `converse` does.
     """
     frames = pictures(row.get("video"), source)
     refs = [*frames, *pictures(row.get(source.columns.image), source)]
     dialogue = converse(row[source.columns.conversations], refs, len(frames))
-    negatives = tuple(Content.of(text) for text in row.get("negatives") or ())
-    scores = tuple(row.get("negative_scores") or ())
+    false, scores = row.get("negatives") or (), tuple(row.get("negative_scores") or ())
+    if not isinstance(false, (list, tuple)) or not all(isinstance(caption, str) for caption in false):
+        raise CafeError(f"negatives should be a list of texts, not {false!r:.40}.")
+    negatives = tuple(map(Content.of, false))
     pair = Pair(Content(tuple(refs)), dialogue.turns[1].content, negatives, scores) if refs else None
     return pair, dialogue
 
