@@ -164,7 +164,7 @@ def open_image(ref: ImageRef, max_pixels: int = MAX_PIXELS, enough: int | None =
         CafeError: the file is missing, is no image, is damaged, or has more than `max_pixels` pixels.
     """
     if isinstance(ref.source, Image.Image):
-        with _decoding(ref):
+        with decoding(ref):
             return _to_rgb(_upright(ref.source))
     with _opened(ref.source, max_pixels, enough) as image:
         return _to_rgb(_upright(image))
@@ -190,7 +190,7 @@ def open_pixels(
 def _opened(source: Path | bytes, max_pixels: int, enough: int | None) -> Iterator[Image.Image]:
     """An encoded image before it is decoded, set to be decoded at the size that `open_image` tells of."""
     ref = ImageRef(source)  # for messages
-    with _decoding(ref), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with decoding(ref), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         if image.width * image.height > max_pixels:
             raise CafeError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
         for part in (8, 4, 2):
@@ -202,7 +202,7 @@ def _opened(source: Path | bytes, max_pixels: int, enough: int | None) -> Iterat
 
 
 @contextmanager
-def _decoding(ref: ImageRef) -> Iterator[None]:
+def decoding(ref: ImageRef) -> Iterator[None]:
     """Within it, whatever is wrong with an image is one sentence that names it."""
     try:
         yield

@@ -185,6 +185,19 @@ def test_pictures_without_a_file_get_one(model, tmp_path):
         mine(model, [open_source(Source(path=str(text)))], tmp_path / "none", Mining(workers=0))
 
 
+def test_a_damaged_picture_of_a_dialogue_alone_is_quarantined(model, tmp_path):
+    said = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}]
+    rows = [{"query": color, "positive": f"{color} it is", "image": None} for color in ("red", "blue")]
+    rows.append({"query": None, "positive": None, "image": png("red")[:40], "conversations": said})
+    pq.write_table(pa.Table.from_pylist(rows[::-1]), tmp_path / "a.parquet")
+    source = Source(path=str(tmp_path / "a.parquet"), format="pairs")
+    told: list[str] = []
+    path = mine(model, [open_source(source)], tmp_path / "mined", Mining(workers=0, share=None), report=told.append)
+    assert len(open_source(Source(path=str(path), format="pairs"))) == 2 and "1 of 3 records are bad" in told[0]
+    reason = json.loads((tmp_path / "mined" / "quarantine.jsonl").read_text())["reason"]
+    assert "a.parquet, record 0: The image <bytes> cannot be decoded" in reason
+
+
 def test_the_command_mines_judges_and_writes(random_base, scenes, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     pq.write_table(pq.read_table(scenes / "mmeb_train" / "grounding.parquet").slice(0, 5), tmp_path / "a.parquet")

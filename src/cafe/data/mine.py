@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cafe.content import Content, Dialogue, Example, ImageRef, Turn
+from cafe.content import Content, Dialogue, Example, ImageRef, Turn, decoding
 from cafe.data.formats import Records
 from cafe.data.loading import encode, identity
 from cafe.data.pictures import IMAGE_TOKEN
@@ -123,14 +123,15 @@ def mine(
                 example = examples[place]
                 scores = chosen.get(place, {})
                 negatives = [examples[embedded.places[other]].pair for other in scores]
+                if example.pair:
+                    found_ones = tuple(pair.target for pair in negatives if pair)
+                    soft = tuple(scores.values()) if mining.soft else ()
+                    example = replace(example, pair=replace(example.pair, negatives=found_ones, negative_scores=soft))
+                row = as_row(example, output)
             except CafeError as error:
                 bad[place] = str(error)
                 continue
-            if example.pair:
-                found_ones = tuple(pair.target for pair in negatives if pair)
-                soft = tuple(scores.values()) if mining.soft else ()
-                example = replace(example, pair=replace(example.pair, negatives=found_ones, negative_scores=soft))
-            out.write(json.dumps(as_row(example, output), ensure_ascii=False) + "\n")
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
     path.with_suffix(".partial").replace(path)
     with (output / "quarantine.jsonl").open("w") as out:
         out.writelines(json.dumps({"reason": reason}) + "\n" for reason in bad.values())
@@ -394,7 +395,18 @@ def _first_tokens(processing: Processing, word: str) -> set[int]:
 
 
 def as_row(example: Example, output: Path) -> dict[str, Any]:
-    """An example as a record of the format "pairs"; pictures without a file are written to `output`/images."""
+    """An example as a record of the format "pairs"; pictures without a file are written to `output`/images.
+
+    Raises:
+        CafeError: one of these is damaged, so far as is seen without decoding it; the record is named.
+    """
+    try:
+        return _as_row(example, output)
+    except CafeError as error:
+        raise CafeError(f"{example.source}: {error}") from None
+
+
+def _as_row(example: Example, output: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"id": example.source}
     if example.pair:
         for side, content in (("query", example.pair.query), ("positive", example.pair.target)):
@@ -425,7 +437,7 @@ def _kept(ref: ImageRef, output: Path) -> str:
         out = io.BytesIO()
         data.save(out, "PNG")
         data = out.getvalue()
-    with Image.open(io.BytesIO(data)) as image:
+    with decoding(ref), Image.open(io.BytesIO(data)) as image:
         suffix = (image.format or "image").lower()
     name = f"images/{hashlib.blake2b(data, digest_size=16).hexdigest()}.{suffix}"
     if not (output / name).is_file():
