@@ -161,6 +161,15 @@ def test_limit_takes_the_first_records_of_each_suite(data):
     assert evaluation.embeddings["images"].shape == (2, 4)
 
 
+def test_an_object_is_hallucinated_though_no_picture_within_the_limit_shows_it(data):
+    class Blue(ColorModel):
+        def answer(self, prompt: Content) -> str:
+            return "a red thing and a blue one"
+
+    results = evaluate(Blue(), data, limit=1, report=silent, suites=["captions"]).results
+    assert (results["objects/recall"], results["objects/hallucinated"]) == (100, 50)
+
+
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [

@@ -13,8 +13,8 @@ FIELDS = {"image": str, "text": str, "answers": list, "objects": list}
 def run(model: Subject, data: Path, limit: int | None) -> Evaluation:
     """Asks for a description of each picture."""
     (path,) = find(data)
-    rows = json_lines(path, FIELDS)[:limit]
-    vocabulary = {word for row in rows for word in row["objects"]}
+    every = json_lines(path, FIELDS)
+    rows, vocabulary = every[:limit], {word for row in every for word in row["objects"]}
     outputs = []
     for row, begun in zip(rows, ask(model, data, path, rows, LONGEST), strict=True):
         mentioned, present = mentioned_objects(begun["said"], vocabulary), set(row["objects"])
