@@ -132,6 +132,11 @@ def test_the_interval_of_a_mean_over_the_same_pictures_agrees_with_resampling_th
     random = np.random.default_rng(9)
     drawn = [100 * np.mean([part[chosen] for part in parts]) for chosen in random.integers(80, size=(4000, 80))]
     assert together == pytest.approx(np.quantile(drawn, [0.025, 0.975]), abs=1)
+    order = np.random.default_rng(0).permutation(80)  # in which a part's file asks about the same pictures
+    again = [
+        tallies(rows_of(part[way], pictures[way])) for part, way in zip(parts, (pictures, order, order), strict=True)
+    ]
+    assert interval([found["a"] for found in again], draws=4000) == pytest.approx(together)
 
 
 def test_the_interval_of_a_mean_over_other_pictures_agrees_with_resampling_each_apart():

@@ -24,6 +24,7 @@ class Tally:
     """One result's marks, summed by group.
 
     Attributes:
+        groups: their names in alphabetical order, so that the same groups are drawn alike wherever they come from.
         parts: numerators.
         wholes: denominators.
         marks: for each sample's id, its numerator and denominator.
@@ -74,8 +75,9 @@ def tallies(rows: Iterable[Mapping[str, Any]]) -> dict[str, Tally]:
             marks.setdefault(metric, {})[name] = (float(part), float(whole))
     done = {}
     for metric, groups in summed.items():
-        parts, wholes = np.array(list(groups.values())).T
-        done[metric] = Tally(tuple(groups), parts, wholes, marks[metric])
+        names = sorted(groups)
+        parts, wholes = np.array([groups[name] for name in names]).T
+        done[metric] = Tally(tuple(names), parts, wholes, marks[metric])
     return done
 
 
