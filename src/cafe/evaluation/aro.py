@@ -1,8 +1,9 @@
 """ARO: do relations, attributes and the order of words in a caption matter? (arXiv 2210.01936)
 
 Visual Genome - Relation swaps the two things of a relation, Visual Genome - Attribution the attributes of two things.
-The picture is cut to the box that holds both. Their result is over all records; `macro` is its mean over relations, or
-over pairs of attributes that come at least 25 times, as the authors report it.
+The picture is cut to the box that holds both. Their result is over all records; `macro` is its mean over pairs of
+attributes that come at least 25 times, as the authors report it, or over all relations. (The authors leave out a list
+of those, which they call symmetric.)
 
 COCO-Order and Flickr30k-Order set each caption of Karpathy's test split against up to four other orders of its words
 (`word_order`), which are made as they are asked. `chance` is what guessing is right in: 20% where all four differ.
