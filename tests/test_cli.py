@@ -68,6 +68,18 @@ def test_a_number_of_things_is_above_0(line, capsys):
     assert "should be a whole number above 0, not" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["data check a.json --sample -1", "data check a.json --examples x", "data check a.json --workers -1",
+     "scenes write a --train -1"],
+)  # fmt: skip
+def test_a_number_that_may_be_none_is_not_below(line, capsys):
+    with pytest.raises(SystemExit):
+        parse(line.split())
+    assert "should be 0 or a whole number above, not" in capsys.readouterr().err
+    assert parse(["data", "check", "a.json", "--sample", "0"]).sample == 0
+
+
 def test_a_picture_has_pixels(capsys):
     assert main(["plan", "recipe.yaml", "--picture", "0x480"]) == 1
     assert "--picture should be like 640x480, not '0x480'" in capsys.readouterr().err

@@ -60,6 +60,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _count_or_none(text: str) -> int:
+    """A number of things that may be none."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"should be 0 or a whole number above, not {text!r}")
+    return int(text)
+
+
 def _counts(text: str) -> list[int]:
     return [_count(part) for part in text.split(",")]
 
@@ -148,9 +155,9 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--base", help="whose tokens to count: a run, a directory, a Hub id or 'scenes'; a recipe says it itself"
     )
-    check.add_argument("--sample", type=int, default=1000, help="records a source; 0 for all")
-    check.add_argument("--examples", type=int, default=6, help="examples a source on the page")
-    check.add_argument("--workers", type=int, default=1, help="processes that read")
+    check.add_argument("--sample", type=_count_or_none, default=1000, help="records a source; 0 for all")
+    check.add_argument("--examples", type=_count_or_none, default=6, help="examples a source on the page")
+    check.add_argument("--workers", type=_count_or_none, default=1, help="processes that read")
     check.add_argument("--output", type=Path, default=Path("data-check.html"), help="the page: %(default)s")
     check.set_defaults(run=_data_check)
 
@@ -176,8 +183,8 @@ def parser() -> argparse.ArgumentParser:
     scenes = commands.add_parser("scenes", help="the small world").add_subparsers(required=True, metavar="COMMAND")
     write = scenes.add_parser("write", help="write generated pictures in public formats")
     write.add_argument("directory", type=Path, help="where they go")
-    write.add_argument("--train", type=int, default=8000, help="training pictures")
-    write.add_argument("--test", type=int, default=500, help="test pictures")
+    write.add_argument("--train", type=_count_or_none, default=8000, help="training pictures")
+    write.add_argument("--test", type=_count_or_none, default=500, help="test pictures")
     write.add_argument("--seed", type=int, default=0)
     write.set_defaults(run=_scenes_write)
     base = scenes.add_parser("train-base", help="train the tiny base model from scratch")
