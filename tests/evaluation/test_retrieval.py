@@ -212,6 +212,14 @@ def test_a_wrong_file_is_one_clear_sentence(data, text, message):
         measured(data)
 
 
+def test_a_damaged_line_is_one_clear_sentence(data):
+    (data / "captions.jsonl").write_text('{"image": "0.png", "caption": "zero"}\n{"image": \n')
+    with pytest.raises(
+        CafeError, match=r"Record 2 of the evaluation file .*captions.jsonl is damaged: .* not valid JSON"
+    ):
+        measured(data)
+
+
 def test_a_damaged_parquet_file_is_one_clear_sentence(data):
     (data / "captions.parquet").write_bytes(b"PAR1 no table PAR1")
     with pytest.raises(CafeError, match=r"captions.parquet cannot be read"):

@@ -130,6 +130,7 @@ def test_json_lines_with_ten_answers(data):
     (data / "vqa" / "mine.jsonl").write_text(lines)
     assert run(Subject(Parrot()), data, None).results == {"vqav2/mine/all": pytest.approx(65)}
     assert run(Subject(Parrot()), data, 1).results == {"vqav2/mine/all": 100}
-    (data / "vqa" / "mine.jsonl").write_text(json.dumps({**row, "answers": []}) + "\n")
-    with pytest.raises(CafeError, match="no answers in record 1"):
-        read(data / "vqa" / "mine.jsonl")
+    for wrong in ([], [2] * 10, [{"text": "red"}]):
+        (data / "vqa" / "mine.jsonl").write_text(json.dumps({**row, "answers": wrong}) + "\n")
+        with pytest.raises(CafeError, match="no answers in record 1, or one that is no text"):
+            read(data / "vqa" / "mine.jsonl")

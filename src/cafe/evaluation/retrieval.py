@@ -217,7 +217,10 @@ def _records(paths: Sequence[Path]) -> Iterator[tuple[Any, list[str]]]:
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     rows = Dataset(str(path), "test", "") if path.is_dir() else rows_of(str(path), kept=1)
     for number in range(sum(rows.chunks)):
-        yield rows[number]
+        try:
+            yield rows[number]
+        except CafeError as error:
+            raise CafeError(f"Record {number + 1} of the evaluation file {path} is damaged: {error}") from None
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int) -> Any:

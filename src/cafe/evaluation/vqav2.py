@@ -88,9 +88,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix == ".jsonl":
         rows = json_lines(path, {"image": str, "text": str, "answers": list})
-        answers = [[a["answer"] if isinstance(a, dict) else a for a in row["answers"]] for row in rows]
-        if not all(answers):
-            raise CafeError(f"The evaluation file {path} has no answers in record {answers.index([]) + 1}.")
+        answers = [[a.get("answer") if isinstance(a, dict) else a for a in row["answers"]] for row in rows]
+        for number, some in enumerate(answers, 1):
+            if not some or not all(isinstance(answer, str) for answer in some):
+                raise CafeError(
+                    f"The evaluation file {path} has no answers in record {number}, or one that is no text."
+                )
         return [{**row, "answers": some} for row, some in zip(rows, answers, strict=True)]
     beside = path.with_name(path.name.removesuffix(ENDS[0]) + ENDS[1])
     if "_OpenEnded_" in path.name:  # VQA v2 names its files in two ways
