@@ -92,6 +92,15 @@ def test_a_tar_gives_each_key_as_a_row(tmp_path, fmt, where, own_cache):
         assert len(list((own_cache / "cafe" / "tars").iterdir())) == 1
 
 
+def test_files_that_a_mac_hides_in_a_tar_are_passed_over(tmp_path):
+    members = [("./0.jpg", png("red", kind="JPEG")), ("./0.json", b'{"positive": "red"}'), ("./1.txt", b"one")]
+    hidden = [(name.replace("./", "./._"), b"about it") for name, _ in members]
+    (tmp_path / "a.tar").write_bytes(tar([each for pair in zip(hidden, members, strict=True) for each in pair]))
+    rows = Tar(str(tmp_path / "a.tar"))
+    assert rows.chunks == [2] and rows[1] == {"__key__": "./1", "txt": "one", "positive": "one"}
+    assert rows[0]["positive"] == "red" and rows[0]["image"] == [members[0][1]]
+
+
 def test_a_tar_is_read_where_its_index_cannot_be_kept(tmp_path, monkeypatch):
     (tmp_path / "a.tar").write_bytes(tar([("a.txt", b"a"), ("b.txt", b"b")]))
     (tmp_path / "file").touch()

@@ -184,7 +184,7 @@ class Tar:
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
                 for member in tar:
-                    if member.isfile():
+                    if _belongs(member):
                         _take(row, shown, member.name, tar.extractfile(member).read())  # type: ignore[union-attr]
         except (tarfile.TarError, ValueError) as error:
             raise CafeError(f"the row is damaged: {error}.") from None
@@ -203,6 +203,11 @@ def _take(row: dict[str, Any], shown: list[bytes], name: str, data: bytes) -> No
         row[kind] = row["positive"] = data.decode().strip()
     else:
         row[kind] = data
+
+
+def _belongs(member: tarfile.TarInfo) -> bool:
+    """Whether a member is part of a row: a file, and not one that a Mac hides beside each (._a.jpg)."""
+    return member.isfile() and not Path(member.name).name.startswith(".")
 
 
 def _parts(name: str) -> tuple[str, str]:
@@ -227,7 +232,7 @@ def _index(name: str) -> tuple[np.ndarray, str]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if member.isfile() and _parts(member.name)[0] != key:
+                    if _belongs(member) and _parts(member.name)[0] != key:
                         key = _parts(member.name)[0]
                         starts.append(member.offset)
                     end = tar.offset
