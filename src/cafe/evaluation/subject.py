@@ -11,7 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch.distributed as dist
@@ -25,21 +25,12 @@ CHUNK = 256  # contents computed between two keepings, where no batch size is gi
 BATCHES = 4  # of one chunk, where one is given
 
 
-class Model(Protocol):
-    """What evaluation needs of a model. `Cafe` is one; suites that score or keep need its further methods too."""
-
-    def embed(self, contents: Any, batch_size: int = 32) -> np.ndarray: ...
-
-    def generate_batch(
-        self, prompts: Sequence[Content], max_new_tokens: int = 64, batch_size: int = 64
-    ) -> list[str]: ...
-
-
 class Subject:
     """A model under evaluation.
 
     Args:
-        model: the model.
+        model: a `Cafe`, or anything with its `embed` and `generate_batch`; suites that score, set prompts or keep need
+            those methods too.
         keep: a folder for what the model gives, as it comes; what is there already, from the same weights, prompts
             and batch size, is not computed again. Without it, embeddings are kept in memory.
         batch_size: contents at once; the model's own choice unless given.
