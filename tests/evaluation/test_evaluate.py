@@ -345,6 +345,22 @@ def test_suites_run_one_after_the_other_stand_side_by_side(data, tmp_path):
     assert len(list((tmp_path / "outputs").iterdir())) == 3
 
 
+def test_an_evaluation_that_is_killed_as_it_writes_spoils_nothing_that_was_written(data, tmp_path, monkeypatch):
+    write(evaluate(Named("a"), data, report=silent, suites=["retrieval"], keep=tmp_path / "kept"), tmp_path)
+    other = evaluate(Named("a"), data, report=silent, suites=["pope"], keep=tmp_path / "kept")
+
+    def killed(out, **arrays):
+        out.write(b"PK\3\4")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np, "savez_compressed", killed)
+        write(other, tmp_path)
+    write(other, tmp_path)
+    with np.load(tmp_path / "embeddings.npz") as arrays:
+        assert arrays["images"].shape == (4, 4)
+
+
 def test_pictures_are_found_in_the_folder_or_in_its_images(data):
     rows = json.loads((data / "dataset_tiny.json").read_text())
     for row in rows["images"]:

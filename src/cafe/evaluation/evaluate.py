@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
-from cafe.disk import write_text
+from cafe.disk import aside, place, write_text
 from cafe.errors import CafeError
 from cafe.evaluation.subject import Subject
 from cafe.evaluation.suite import Evaluation, Suite
@@ -170,7 +170,10 @@ def write(evaluation: Evaluation, directory: Path) -> None:
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         write_text(directory / name, json.dumps(value, indent=2) + "\n")
     write_text(directory / "samples.json", json.dumps(evaluation.samples) + "\n")
-    np.savez_compressed(directory / "embeddings.npz", **evaluation.embeddings)  # type: ignore[arg-type]
+    arrays = directory / "embeddings.npz"
+    with aside(arrays).open("wb") as out:
+        np.savez_compressed(out, **evaluation.embeddings)  # type: ignore[arg-type]
+    place(aside(arrays), arrays)
     write_text(directory / "means.json", json.dumps(evaluation.means, indent=2) + "\n")
     write_text(about, json.dumps(evaluation.about, indent=2) + "\n")
     write_text(directory / "results.json", json.dumps(evaluation.results, indent=2) + "\n")
