@@ -277,7 +277,7 @@ def limit(positive: float, mining: Mining) -> float:
 
 
 def search(
-    queries: Float[np.ndarray, "queries dim"], corpus: Float[np.ndarray, "corpus dim"], top: int, block: int = 4096
+    queries: Float[np.ndarray, "queries dim"], corpus: Float[np.ndarray, "corpus dim"], top: int
 ) -> tuple[Float32[np.ndarray, "queries top"], Int64[np.ndarray, "queries top"]]:
     """The largest inner products of each query with a corpus, and where they are: exact, the largest first.
 
@@ -290,11 +290,11 @@ def search(
         index.add(np.ascontiguousarray(corpus, np.float32))
         scores, places = index.search(np.ascontiguousarray(queries, np.float32), top)
         return scores, places
-    return search_blocks(queries, corpus, top, block)
+    return search_blocks(queries, corpus, top)
 
 
 def search_blocks(
-    queries: Float[np.ndarray, "queries dim"], corpus: Float[np.ndarray, "corpus dim"], top: int, block: int
+    queries: Float[np.ndarray, "queries dim"], corpus: Float[np.ndarray, "corpus dim"], top: int, block: int = 4096
 ) -> tuple[Float32[np.ndarray, "queries top"], Int64[np.ndarray, "queries top"]]:
     """`search` without FAISS: some queries and some of the corpus at a time."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
