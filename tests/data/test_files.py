@@ -28,6 +28,12 @@ def test_a_pattern_lists_its_files_in_order_locally_and_on_a_store(tmp_path, sto
         expand(f"{tmp_path}/c-*.txt")
 
 
+def test_a_file_is_found_though_its_name_looks_like_a_pattern(tmp_path):
+    (tmp_path / "[v1]").mkdir()
+    (tmp_path / "[v1]" / "a.json").write_text("a")
+    assert expand(f"{tmp_path}/[v1]/a.json") == [f"{tmp_path}/[v1]/a.json"]
+
+
 def test_a_part_of_a_file_is_read_locally_on_a_store_and_through_a_copy_on_disk(tmp_path, store):
     (tmp_path / "b.txt").write_text("b.txt")
     for name in (str(tmp_path / "b.txt"), f"file://{tmp_path}/b.txt", f"{store}/b.txt", f"simplecache::{store}/b.txt"):

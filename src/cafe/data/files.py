@@ -35,14 +35,15 @@ def folder_of(name: str) -> str:
 
 def expand(pattern: str) -> list[str]:
     """The files of a pattern in the order of their names: `*`, `?` and `[...]` are looked up, `{000..012}` counts and
-    `{a,b}` lists. A name without any of these is returned as it is, whether or not there is such a file.
+    `{a,b}` lists. A name without any of these is returned as it is, whether or not there is such a file; so is a local
+    file's that has `[...]` in it.
 
     Raises:
         CafeError: nothing matches.
     """
     found: list[str] = []
     for name in _braces(pattern):
-        if not re.search(r"[*?\[]", name):
+        if not re.search(r"[*?\[]", name) or (not is_url(name) and Path(name).is_file()):
             found.append(name)
             continue
         chain, colons, last = name.rpartition("::")
