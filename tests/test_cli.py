@@ -133,6 +133,22 @@ def test_mining_reads_as_training_does_and_by_a_checkpoint_as_that_was_trained(
     assert (processing.prompts.mode == "multimodal", one_crop) == (not checkpoint, not checkpoint)
 
 
+def test_a_reported_directory_may_have_an_equals_sign_in_its_name(tmp_path, monkeypatch):
+    reported = []
+    monkeypatch.setattr("cafe.evaluation.report.write_report", lambda page, runs: reported.extend(runs))
+    for name in ("before", "lr=1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text("{}")
+    both = [f"base={tmp_path}/before", f"{tmp_path}/lr=1", f"slow={tmp_path}/lr=1"]
+    assert main(["report", *both, "--output", str(tmp_path / "report.html")]) == 0
+    assert [(run.name, run.directory.name) for run in reported] == [
+        ("base", "before"),
+        ("lr=1", "lr=1"),
+        ("slow", "lr=1"),
+    ]
+    assert main(["report", "x=y"]) == 1
+
+
 def test_a_run_that_is_not_there_is_named(capsys):
     assert main(["merge", "runs/no", "merged"]) == 1
     assert capsys.readouterr().err == "cafe: The run runs/no does not exist.\n"

@@ -325,11 +325,13 @@ def _report(options: argparse.Namespace) -> None:
 
     runs = []
     for evaluation in options.evaluations:
-        name, equals, place = evaluation.partition("=")
-        directory = Path(place if equals else evaluation)
+        name, directory = Path(evaluation).name, Path(evaluation)
+        if "=" in evaluation and not directory.is_dir():  # as the directory of a sweep may have one in its name
+            name, _, place = evaluation.partition("=")
+            directory = Path(place)
         if not (directory / "results.json").is_file():
             raise CafeError(f"{evaluation!r} is no directory, nor NAME=DIRECTORY, with a results.json in it.")
-        runs.append((name if equals else directory.name, directory, None))
+        runs.append((name, directory, None))
     runs[-1] = (*runs[-1][:2], options.log)
     write_report(options.output, [ReportRun(*run) for run in runs])
     print(f"The report is {options.output}")
