@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +170,16 @@ def test_more_than_two_runs_have_a_column_each(runs, tmp_path):
     html = page.read_text()
     assert "<th>base</th><th>middle</th><th>joint</th>" in html
     assert html.count("<figcaption>") == 3 + 3 + 8
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", 'a "b" & c', r"$\frac$", "$a$"])
+def test_a_runs_name_is_shown_as_it_is(runs, tmp_path, name):
+    write_report(tmp_path / "report.html", [runs[1], replace(runs[1], name=name)])  # both have curves, with a legend
+    html = (tmp_path / "report.html").read_text()
+    assert "<script" not in html
+    for section in ("results", "intervals", "training"):
+        [shown] = re.findall(rf'<section id="{section}">.*?</section>', html, re.DOTALL)
+        assert name in unescape(shown), section
 
 
 def test_the_same_runs_give_the_same_bytes(runs, tmp_path):

@@ -306,6 +306,7 @@ def _chart(name: str, width: float, height: float, draw: Callable[[Axes], None])
     style: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": name,
+        "text.parse_math": False,  # a run may have $ in its name
         "font.size": 10,
         "axes.spines.top": False,
         "axes.spines.right": False,
