@@ -57,6 +57,14 @@ def test_a_folder_is_a_video_whose_frames_are_in_the_order_of_their_numbers(tmp_
         pictures("empty", Source(path=str(tmp_path / "x.json")))
 
 
+@pytest.mark.parametrize("name", ["nosuch://bucket/0001", "nosuch://bucket/0001.png"])
+def test_a_url_that_cannot_be_opened_is_named(name):
+    """As http:// where fsspec's package for it is not installed."""
+    fsspec.register_implementation("nosuch", "no_such_package.FileSystem", errtxt="install it", clobber=True)
+    with pytest.raises(CafeError, match=f"{name} cannot be read: install it"):
+        pictures(name, Source(path="x.json"))
+
+
 def test_frames_are_taken_evenly():
     assert thin(list(range(9)), 3) == [1, 4, 7] and thin(list(range(2)), 3) == [0, 1]
 

@@ -11,7 +11,7 @@ import fsspec
 from PIL import Image
 
 from cafe.content import Content, ImageRef, Part
-from cafe.data.files import is_url, join, read
+from cafe.data.files import is_url, join, read, reading
 from cafe.data.source import Source
 from cafe.errors import CafeError
 
@@ -74,12 +74,13 @@ def frames_in(name: str) -> list[ImageRef]:
     """The pictures of a folder, in the order of their names and of the numbers in them; none if it is no folder.
 
     Raises:
-        CafeError: it is a folder and holds no pictures.
+        CafeError: it is a folder and holds no pictures, or cannot be looked into.
     """
-    fs, path = fsspec.url_to_fs(name)
-    if not fs.isdir(path):
-        return []
-    found = [fs.unstrip_protocol(file) if is_url(name) else file for file in fs.ls(path, detail=False)]
+    with reading(name):
+        fs, path = fsspec.url_to_fs(name)
+        if not fs.isdir(path):
+            return []
+        found = [fs.unstrip_protocol(file) if is_url(name) else file for file in fs.ls(path, detail=False)]
     frames = [str(file) for file in found if is_picture(str(file))]
     if not frames:
         raise CafeError(f"The folder {name} holds no pictures.")
