@@ -1,6 +1,7 @@
 """Prompts, token sequences and supervised positions, held against the published frame."""
 
 import io
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -173,3 +174,13 @@ def test_in_multimodal_mode_the_content_is_the_users_turn_and_only_it_is_cut(pro
     alone = Content.of(PICTURE)
     with pytest.raises(CafeError, match="cannot be cut to 20"):
         processing.encode_embedding(embedding_messages(alone, processing.prompts), pictures, max_tokens=20)
+
+
+def test_half_of_a_character_is_named_wherever_it_stands(processing):
+    """As JSON may hold it: a tokenizer takes no such text."""
+    half = json.loads(r'"an emoji \ud83d"')
+    said = (Turn("user", Content.of("What?")), Turn("assistant", Content.of(half)))
+    with pytest.raises(CafeError, match=r"half of a character, '\\ud83d'"):
+        processing.encode_embedding(embedding_messages(Content.of(half), processing.prompts), processing.pictures([]))
+    with pytest.raises(CafeError, match=r"half of a character, '\\ud83d'"):
+        processing.encode_dialogue(dialogue_messages(Dialogue(said), processing.prompts), processing.pictures([]))

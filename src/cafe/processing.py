@@ -288,7 +288,16 @@ class Processing:
         return known(self._known_prompts, (repr(messages), add_generation_prompt), make)
 
     def _safe(self, messages: list[Message]) -> list[Message]:
-        """The messages with special tokens in their text broken up, so that a user's words stay words."""
+        """The messages with special tokens in their text broken up, so that a user's words stay words.
+
+        Raises:
+            CafeError: a text holds half of a character, as JSON that was cut inside an emoji does.
+        """
+        for text in (part["text"] for message in messages for part in message["content"] if part["type"] == "text"):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise CafeError(f"A text holds half of a character, {text[error.start]!a}.") from None
         return [
             {
                 "role": message["role"],

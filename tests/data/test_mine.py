@@ -198,6 +198,17 @@ def test_a_damaged_picture_of_a_dialogue_alone_is_quarantined(model, tmp_path):
     assert "a.parquet, record 0: The image <bytes> cannot be decoded" in reason
 
 
+def test_half_of_a_character_in_a_dialogue_is_written_as_it_was(model, tmp_path):
+    said = [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "an é and half \ud83d"}]
+    rows = [{"query": "red", "positive": "it is red", "conversations": said}, {"query": "blue", "positive": "sky"}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    source = Source(path=str(tmp_path / "a.json"), format="pairs")
+    path = mine(model, [open_source(source)], tmp_path / "mined", Mining(workers=0), report=lambda line: None)
+    again = open_source(Source(path=str(path), format="pairs")).example(0, Random(0))
+    assert again.dialogue == open_source(source).example(0, Random(0)).dialogue
+    assert "é" in path.read_text()
+
+
 def test_the_command_mines_judges_and_writes(random_base, scenes, tmp_path, capsys):
     recipe = tmp_path / "recipe.yaml"
     pq.write_table(pq.read_table(scenes / "mmeb_train" / "grounding.parquet").slice(0, 5), tmp_path / "a.parquet")

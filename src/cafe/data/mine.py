@@ -115,7 +115,8 @@ def mine(
 
     (output / "images").mkdir(parents=True, exist_ok=True)
     path, bad = output / "records.jsonl", dict(embedded.bad)
-    with path.with_suffix(".partial").open("w") as out:
+    # Half of a character, in a dialogue that no one has read yet, is written as JSON escapes it.
+    with path.with_suffix(".partial").open("w", encoding="utf-8", errors="backslashreplace") as out:
         for place in tqdm(places, desc="write", unit="record"):
             if place in bad:
                 continue
