@@ -77,6 +77,7 @@ def test_a_text_only_record_trains_language_only(tmp_path):
     ("row", "reason"),
     [
         ({"conversations": turns("a", "")}, "turn 1 of the conversation is empty"),
+        ({"conversations": turns("a", 3)}, "turn 1 of the conversation is a int and should be a text"),
         ({"conversations": turns("a", "b")[::-1]}, "turn 0 of the conversation is from 'gpt'"),
         ({"conversations": turns("a")}, "does not end with an answer"),
         ({"conversations": turns("<image>a", "b")}, "shows 1 images and only 0"),

@@ -41,7 +41,7 @@ def converse(said_by_all: list[Any], refs: list[ImageRef], frames: int = 0) -> D
     """A conversation about some pictures; the first `frames` of them stand at the mark <video>.
 
     Raises:
-        CafeError: the turns do not alternate, one is empty, or they show more pictures than there are.
+        CafeError: the turns do not alternate, one is empty or no text, or they show more pictures than there are.
     """
     waiting = list(refs)
     turns: list[Turn] = []
@@ -50,6 +50,8 @@ def converse(said_by_all: list[Any], refs: list[ImageRef], frames: int = 0) -> D
         expected = ("human", "gpt")[index % 2]
         if speaker != expected:
             raise CafeError(f"turn {index} of the conversation is from {speaker!r} and should be from {expected!r}.")
+        if not isinstance(value, str):
+            raise CafeError(f"turn {index} of the conversation is a {type(value).__name__} and should be a text.")
         if not value.strip():
             raise CafeError(f"turn {index} of the conversation is empty.")
         if expected == "human":
