@@ -212,11 +212,17 @@ def test_a_wrong_file_is_one_clear_sentence(data, text, message):
         measured(data)
 
 
-def test_a_damaged_line_is_one_clear_sentence(data):
-    (data / "captions.jsonl").write_text('{"image": "0.png", "caption": "zero"}\n{"image": \n')
-    with pytest.raises(
-        CafeError, match=r"Record 2 of the evaluation file .*captions.jsonl is damaged: .* not valid JSON"
-    ):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": ', "Record 2 of .*captions.jsonl is damaged: .* not valid JSON"),
+        ('["0.png", "zero"]', "Record 2 of .*captions.jsonl should be an object"),
+        (json.dumps({"image": "zero " * 99, "caption": "0.png"}), "The picture zero zero .* is in none of"),
+    ],
+)
+def test_a_wrong_line_is_one_clear_sentence(data, line, message):
+    (data / "captions.jsonl").write_text('{"image": "0.png", "caption": "zero"}\n' + line)
+    with pytest.raises(CafeError, match=message):
         measured(data)
 
 

@@ -218,9 +218,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     rows = Dataset(str(path), "test", "") if path.is_dir() else rows_of(str(path), kept=1)
     for number in range(sum(rows.chunks)):
         try:
-            yield rows[number]
+            row = rows[number]
         except CafeError as error:
             raise CafeError(f"Record {number + 1} of the evaluation file {path} is damaged: {error}") from None
+        if not isinstance(row, dict):
+            raise CafeError(f"Record {number + 1} of the evaluation file {path} should be an object with named fields.")
+        yield row
 
 
 def _field(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int) -> Any:

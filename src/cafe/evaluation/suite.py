@@ -1,6 +1,7 @@
 """What a suite is, what it gives, and the reading of files that suites share."""
 
 import json
+import os.path
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -181,7 +182,7 @@ def find_picture(name: str | Path, data: Path, source: Path, *folders: str) -> P
         CafeError: it is in none of them.
     """
     for folder in ("", "images", *folders):
-        if (data / folder / name).is_file():
+        if os.path.isfile(data / folder / name):  # not Path's, which raises where a text is too long for a name
             return Path(folder) / name
     places = ", ".join(str(data / folder) for folder in ("", "images", *folders))
     raise CafeError(f"The picture {name}, which {source} names, is in none of {places}.")
