@@ -172,6 +172,15 @@ def test_overrides_reach_into_the_tree():
         ("micro_batch.tokens=0", "micro_batch.tokens should be above 0"),
         ("batch_size=0", "batch_size should be above 0, not 0"),
         ("log_every=-1", "log_every should be 0 or more"),
+        ("seed=4294967296", "seed should be below 4,294,967,296"),
+        ("optimizer.warm_up=100", "optimizer.warm_up should be between 0 and 1, not 100"),
+        ("optimizer.beta1=1", "optimizer.beta1 should be 0 or more and below 1, not 1"),
+        ("data.max_bad_share=5", "data.max_bad_share should be between 0 and 1, not 5"),
+        ("data.sources=[{path: a.json, window: 0}]", r"data.sources\[0\].window should be above 0, not 0"),
+        ("evaluation.sources=[{path: a.json, frames: 0}]", r"evaluation.sources\[0\].frames should be above 0"),
+        ("model.adapter.rank=0", "model.adapter.rank should be above 0, not 0"),
+        ("model.adapter.dropout=2", "model.adapter.dropout should be 0 or more and below 1, not 2"),
+        ("objective={matryoshka: [64], matryoshka_weights: [-1]}", "objective.matryoshka_weights should be 0 or more"),
     ],
 )
 def test_a_mistake_is_one_sentence(override, sentence):
