@@ -155,6 +155,7 @@ def test_overrides_reach_into_the_tree():
         ("data.sources=[]", "data.sources should be a list with something in it"),
         ("data.sources=[{format: llava}]", r"data.sources\[0\].path is missing"),
         ("seed", "not of the form key=value"),
+        ("data.sources=[{path: a.json}", "is not valid YAML: while parsing a flow sequence"),
         ("batch_size.a=1", "batch_size, which is a value"),
         ("model.adapter={rnk: 8}", "model.adapter.rnk is unknown; the nearest is model.adapter.rank"),
         ("optimizer.name=adam", "optimizer.name should be one of adamw, adafactor"),
@@ -191,3 +192,10 @@ def test_a_mistake_is_one_sentence(override, sentence):
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(CafeError, match="does not exist"):
         read_recipe(tmp_path / "no.yaml")
+
+
+def test_a_recipe_that_is_no_utf_8_text_is_named(tmp_path):
+    file = tmp_path / "latin.yaml"
+    file.write_bytes("output: café".encode("latin-1"))
+    with pytest.raises(CafeError, match=r"The recipe .*latin.yaml is not UTF-8 text"):
+        read_recipe(file)

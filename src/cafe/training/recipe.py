@@ -302,7 +302,9 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file():
         raise CafeError(f"The recipe {path} does not exist.")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise CafeError(f"The recipe {path} is not UTF-8 text: {error}.") from None
     except yaml.YAMLError as error:
         raise CafeError(f"The recipe {path} is not valid YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(tree, dict):
@@ -340,7 +342,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise CafeError(f"The override {override!r} goes into {parent}, which is a value and holds no keys.")
-    tree[last] = yaml.safe_load(value)
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise CafeError(f"The override {override!r} is not valid YAML: {str(error).splitlines()[0]}.") from None
 
 
 def _build(cls: type, tree: Any, where: str, file: str) -> Any:
