@@ -1,5 +1,6 @@
 """Recipes: every shipped one builds; a mistake is one sentence that names the key and the nearest right one."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from cafe.errors import CafeError
 from cafe.training.geometry import config_of, empty_model
 from cafe.training.loop import resolve_base
 from cafe.training.optimizer import describe, prepare
+from cafe.training.output import as_json
 from cafe.training.recipe import read_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -152,7 +154,8 @@ def test_overrides_reach_into_the_tree():
         ("seed=true", "seed should be a whole number, not True"),
         ("objective.temperature=hot", "objective.temperature should be a number"),
         ("model.precision=fp8", "model.precision should be one of fp32, bf16"),
-        ("data.sources=[]", "data.sources should be a list with something in it"),
+        ("data.sources=[]", "data.sources is empty"),
+        ("data.sources=a.json", "data.sources should be a list, not 'a.json'"),
         ("data.sources=[{format: llava}]", r"data.sources\[0\].path is missing"),
         ("seed", "not of the form key=value"),
         ("data.sources=[{path: a.json}", "is not valid YAML: while parsing a flow sequence"),
@@ -187,6 +190,18 @@ def test_overrides_reach_into_the_tree():
 def test_a_mistake_is_one_sentence(override, sentence):
     with pytest.raises(CafeError, match=sentence):
         read_recipe(SCENES, [override])
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_a_checkpoint_records_of_a_recipe_is_a_recipe(path, tmp_path):
+    recipe, file = read_recipe(path), tmp_path / "recorded.yaml"
+    file.write_text(json.dumps(as_json(recipe)))
+    assert read_recipe(file) == recipe
+
+
+def test_an_empty_list_takes_back_what_a_recipe_says():
+    recipe = read_recipe(SCENES, ["model.frozen=[vision_tower]", "model.frozen=[]", "trackers=[]"])
+    assert recipe.model.frozen == () and recipe.trackers == ()
 
 
 def test_a_missing_recipe_is_named(tmp_path):

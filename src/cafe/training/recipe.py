@@ -132,6 +132,8 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         _check(self, "data.", from_0=("workers",), up_to_1=("max_bad_share",))
+        if not self.sources:
+            raise CafeError("data.sources is empty: there is nothing to train on.")
         _check_sources(self.sources, "data.sources")
 
 
@@ -369,8 +371,8 @@ def _convert(kind: Any, value: Any, where: str, file: str) -> Any:
         return _build(kind, value, where + ".", file)  # type: ignore[arg-type]
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple:
-        if not isinstance(value, list) or not value:
-            raise CafeError(f"{file}: {where} should be a list with something in it, not {value!r}.")
+        if not isinstance(value, list):
+            raise CafeError(f"{file}: {where} should be a list, not {value!r}.")
         return tuple(_convert(arguments[0], item, f"{where}[{index}]", file) for index, item in enumerate(value))
     if origin in (Union, types.UnionType):
         if any(get_origin(other) is Literal and value in get_args(other) for other in arguments if value is not None):
