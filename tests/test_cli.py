@@ -121,6 +121,28 @@ def test_mining_reads_as_training_does_and_by_a_checkpoint_as_that_was_trained(
     assert (processing.prompts.mode == "multimodal", one_crop) == (not checkpoint, not checkpoint)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train {recipe} output={file}",
+        "train {recipe} output={file}/run",
+        "mine {recipe} --output {file}",
+        "evaluate {base} --data {scenes} --suite retrieval --limit 2 --output {file}/results",
+        "bench-modes {base} --data {scenes} --output {file}/modes.json",
+        "data check {recipe} --workers 0 --output {file}/page.html",
+        "scenes write {file} --train 2 --test 2",
+        "scenes train-base {file}",
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_named(line, small, random_base, scenes, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert main(line.format(recipe=small, base=random_base, scenes=scenes, file=file).split()) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"cafe: {file}") and " cannot be used: " in said
+    assert file.read_text() == "kept"
+
+
 def test_a_run_that_is_not_there_is_named(capsys):
     assert main(["merge", "runs/no", "merged"]) == 1
     assert capsys.readouterr().err == "cafe: The run runs/no does not exist.\n"

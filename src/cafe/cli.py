@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CafeError as error:
         print(f"cafe: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.filename is None:  # no path that a user could have given
+            raise
+        print(f"cafe: {error.filename} cannot be used: {error.strerror}.", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         print(f"cafe: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
@@ -304,6 +309,8 @@ def _bench_modes(options: argparse.Namespace) -> None:
     from cafe.training.loop import resolve_base
 
     pictures = pictures_in(options.data)
+    if options.output:  # which is written to at the end
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     model = Cafe.load(resolve_base(options.checkpoint))
     timings = time_modes(model, pictures, options.batch_sizes, options.repeats, options.max_new_tokens, progress=True)
     print(table(timings))
