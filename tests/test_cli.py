@@ -68,6 +68,22 @@ def test_a_number_of_things_is_above_0(line, capsys):
     assert "should be a whole number above 0, not" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "wanted"),
+    [
+        ("plan r.yaml --caption -5", "a whole number above 0, not '-5'"),
+        ("data check r.yaml --sample -1", "a whole number, 0 or more, not '-1'"),
+        ("data check r.yaml --workers x", "a whole number, 0 or more, not 'x'"),
+        ("scenes write d --train -5", "a whole number, 0 or more, not '-5'"),
+        ("mine r.yaml --output d --share 95", "a number from 0 to 1, not '95'"),
+    ],
+)
+def test_a_number_is_in_its_range(line, wanted, capsys):
+    with pytest.raises(SystemExit):
+        parse(line.split())
+    assert f"should be {wanted}" in capsys.readouterr().err
+
+
 def test_a_picture_has_pixels(capsys):
     assert main(["plan", "recipe.yaml", "--picture", "0x480"]) == 1
     assert "--picture should be like 640x480, not '0x480'" in capsys.readouterr().err
