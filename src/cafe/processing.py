@@ -295,6 +295,10 @@ class Processing:
 
     def _tokens(self, text: str) -> list[int]:
         def make() -> list[int]:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # JSON can say half of a character, as of an emoji cut in two
+                raise CafeError(f"a text is not valid Unicode: {error}.") from None
             return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
         return known(self._known_tokens, text, make)
