@@ -46,6 +46,15 @@ def test_a_damaged_image_is_named(tmp_path, data):
         open_image(ImageRef(tmp_path / "bad.png"))
 
 
+def test_bytes_that_are_no_image_are_told_alike_in_every_run():
+    said = []
+    for _ in range(2):
+        with pytest.raises(CafeError, match="The image <bytes> cannot be decoded") as raised:
+            open_image(ImageRef(b"no image"))
+        said.append(str(raised.value))
+    assert said[0] == said[1] and "0x" not in said[0]
+
+
 def test_a_cut_off_image_and_a_missing_one_are_named(tmp_path):
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])

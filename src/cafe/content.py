@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.ExifTags import Base
 
 from cafe.errors import CafeError
@@ -193,6 +193,8 @@ def _opened(source: Path | bytes, max_pixels: int, enough: int | None) -> Iterat
             yield image
     except FileNotFoundError:
         raise CafeError(f"The image {ref} does not exist.") from None
+    except UnidentifiedImageError:  # which names bytes by their place in memory, another in each run
+        raise CafeError(f"The image {ref} cannot be decoded: it is of no kind that Pillow knows.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise CafeError(f"The image {ref} cannot be decoded: {error}.") from error
 
