@@ -171,3 +171,18 @@ def test_a_stream_that_breaks_ends_and_says_why(model, picture, monkeypatch):
 def test_nothing_to_load_is_one_sentence(tmp_path):
     with pytest.raises(CafeError, match=str(tmp_path)):
         Cafe.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("model.safetensors", "No vision-language model can be loaded from"),
+        ("cafe.json", r"The checkpoint's .*cafe\.json is not valid JSON"),
+    ],
+)
+def test_a_checkpoint_whose_copy_broke_off_is_one_sentence(file, sentence, model, tmp_path):
+    model.save(tmp_path / "checkpoint")
+    part = tmp_path / "checkpoint" / file
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(CafeError, match=sentence):
+        Cafe.load(tmp_path / "checkpoint")

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -100,7 +101,7 @@ class Cafe:
                 base, dtype=dtype, attn_implementation=by_part, **options
             )
             processor = load_processor(str(path), lvlm.config.model_type)
-        except (ImportError, OSError, ValueError) as error:  # ImportError: some processors need more packages
+        except (ImportError, OSError, ValueError, SafetensorError) as error:  # ImportError: a processor's package
             raise not_loaded("vision-language model", base, error) from error
         processing = Processing(processor, prompts)
         agree(lvlm, processor)
@@ -379,9 +380,19 @@ def checkpoint_of(run: Path) -> Path:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """A local checkpoint's own record; empty where there is none."""
+    """A local checkpoint's own record; empty where there is none.
+
+    Raises:
+        CafeError: it is damaged.
+    """
     file = Path(path) / RECORD
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        record = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise CafeError(f"The checkpoint's {file} is not valid JSON: {error}.") from None
+    if not isinstance(record, dict):
+        raise CafeError(f"The checkpoint's {file} is not a mapping of names to values.")
+    return record
 
 
 def may_write(path: Path) -> None:
