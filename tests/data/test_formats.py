@@ -70,6 +70,7 @@ def test_a_text_only_record_trains_language_only(tmp_path):
         ({"conversations": turns("<image>a", "b")}, "shows 1 images and only 0"),
         ({"image": "a.png"}, "field is missing"),
         ("text", "field is missing"),
+        ({"image": "a.png", "conversations": turns("a", "b"), "negatives": "a dog"}, "negatives should be a list"),
     ],
 )
 def test_a_bad_record_is_named_with_its_reason(tmp_path, row, reason):
@@ -96,6 +97,11 @@ def test_a_file_of_another_format_is_named(tmp_path, text):
         open_source(Source(path=str(tmp_path / "x.json")))
     with pytest.raises(CafeError, match=r"none\.json does not exist"):
         open_source(Source(path=str(tmp_path / "none.json")))
+    (tmp_path / "x.json").write_text('{"images": [1]}')
+    with pytest.raises(CafeError, match='no list "images" of records'):
+        open_source(Source(path=str(tmp_path / "x.json"), format="karpathy"))
+    with pytest.raises(CafeError, match="path is empty"):
+        open_source(Source(path=""))
 
 
 def tar_of(path, colors):

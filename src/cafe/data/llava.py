@@ -26,7 +26,10 @@ def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     frames = pictures(row.get("video"), source)
     refs = [*frames, *pictures(row.get(source.columns.image), source)]
     dialogue = converse(row[source.columns.conversations], refs, len(frames))
-    negatives = tuple(Content.of(text) for text in row.get("negatives") or ())
+    false = row.get("negatives") or ()
+    if isinstance(false, str):  # whose letters would be taken for captions
+        raise CafeError("negatives should be a list of captions, not a text.")
+    negatives = tuple(Content.of(text) for text in false)
     scores = tuple(row.get("negative_scores") or ())
     pair = Pair(Content(tuple(refs)), dialogue.turns[1].content, negatives, scores) if refs else None
     return pair, dialogue
