@@ -47,6 +47,10 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     if spoken and not query.parts and not target.parts:
         return None, spoken
     for name, side in (("query", query), ("positive", target)):
+        columns = getattr(source.columns, name), getattr(source.columns, f"{name}_image")
+        if not any(column in row for column in columns):
+            wanted = " or ".join(map(repr, columns))
+            raise CafeError(f"there is no column {wanted}; there are {', '.join(map(str, row))}.")
         if not side.parts:
             raise CafeError(f"the {name} is empty.")
     texts, images = _list(field("negatives")), _list(field("negative_images"))
