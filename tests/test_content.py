@@ -20,6 +20,15 @@ def test_content_takes_text_pictures_and_both():
         Content.of(3)
     with pytest.raises(CafeError, match="txt"):
         Content.of({"txt": "a"})
+    with pytest.raises(CafeError, match="text should be a str, not a int"):
+        Content.of({"image": picture, "text": 3})
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_pictures_of_a_mapping_may_be_one_or_a_list_and_paths_are_no_texts(key):
+    for value, expected in (("a.png", ["a.png"]), (["a.png", "b.png"], ["a.png", "b.png"])):
+        content = Content.of({key: value, "text": "words"})
+        assert [str(ref) for ref in content.images] == expected and content.text == "words"
 
 
 def test_exif_orientation_is_applied(tmp_path):
