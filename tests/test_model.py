@@ -34,6 +34,22 @@ def test_embeddings_are_float32_unit_vectors_in_the_order_given(model, picture):
         np.testing.assert_allclose(model.embed([content])[0], vector, atol=1e-5)
 
 
+def test_one_content_is_not_taken_apart(model, picture):
+    """A text would be embedded letter by letter, a mapping by the names of its keys."""
+    for single in ("a red circle", {"image": picture}, picture, Content.of("a")):
+        with pytest.raises(CafeError, match="put a single one in a list"):
+            model.embed(single)
+    with pytest.raises(CafeError, match="A list of contents is wanted, not a str"):
+        model.describe("picture.png")
+
+
+def test_a_batch_holds_something(model):
+    for size in (0, -1):
+        for call in (lambda size: model.embed(["a"], size), lambda size: model.score_batch(["a"], [["b"]], size)):
+            with pytest.raises(CafeError, match=f"batch_size should be above 0, not {size}"):
+                call(size)
+
+
 def test_a_prefix_of_an_embedding_is_its_first_dimensions_at_unit_length(model, picture):
     whole = model.embed(["a red circle", picture])[:, :24]
     expected = whole / np.linalg.norm(whole, axis=1, keepdims=True)
