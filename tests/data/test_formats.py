@@ -1,5 +1,6 @@
 """Public formats become Examples; bad records are named."""
 
+import csv
 import io
 import json
 import tarfile
@@ -48,6 +49,20 @@ def test_a_source_that_is_not_contrasted_gives_dialogues_alone(tmp_path):
         open_source(Source(path=str(pairs), format="pairs", contrast=False)).example(0, Random(0))
 
 
+def test_in_a_csv_file_lists_are_json_and_a_text_is_one_negative(tmp_path):
+    said = turns("<image>What is it?", "A cat.")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "conversations", "negatives", "negative_scores"])
+        rows.writerow(["a.png", json.dumps(said), '["a dog", "a cow"]', "[0.5, 0]"])
+        rows.writerow(["a.png", json.dumps(said), "a dog", ""])
+    records = open_source(Source(path=str(tmp_path / "a.csv")))
+    several, one = (records.example(index, Random(0)).pair for index in range(2))
+    assert [negative.text for negative in several.negatives] == ["a dog", "a cow"]
+    assert several.negative_scores == (0.5, 0) and several.target.text == "A cat."
+    assert [negative.text for negative in one.negatives] == ["a dog"]
+
+
 def test_several_images_stand_where_their_tokens_do(tmp_path):
     row = {"image": ["a.png", "b.png"], "conversations": turns("from <image> to <image>?", "yes")}
     parts = write(tmp_path / "a.json", [row]).example(0, Random(0)).dialogue.turns[0].content.parts
@@ -70,7 +85,7 @@ def test_a_text_only_record_trains_language_only(tmp_path):
         ({"conversations": turns("<image>a", "b")}, "shows 1 images and only 0"),
         ({"image": "a.png"}, "field is missing"),
         ("text", "field is missing"),
-        ({"image": "a.png", "conversations": turns("a", "b"), "negatives": "a dog"}, "negatives should be a list"),
+        ({"image": "a.png", "conversations": "a"}, "field is missing"),
     ],
 )
 def test_a_bad_record_is_named_with_its_reason(tmp_path, row, reason):

@@ -7,6 +7,8 @@
 `{"role": "user", "content": "..."}`, the content a text or a list of text and image parts.
 """
 
+import json
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -25,12 +27,9 @@ def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     """
     frames = pictures(row.get("video"), source)
     refs = [*frames, *pictures(row.get(source.columns.image), source)]
-    dialogue = converse(row[source.columns.conversations], refs, len(frames))
-    false = row.get("negatives") or ()
-    if isinstance(false, str):  # whose letters would be taken for captions
-        raise CafeError("negatives should be a list of captions, not a text.")
-    negatives = tuple(Content.of(text) for text in false)
-    scores = tuple(row.get("negative_scores") or ())
+    dialogue = converse(listed(row[source.columns.conversations]), refs, len(frames))
+    negatives = tuple(Content.of(text) for text in listed(row.get("negatives")))
+    scores = tuple(listed(row.get("negative_scores")))
     pair = Pair(Content(tuple(refs)), dialogue.turns[1].content, negatives, scores) if refs else None
     return pair, dialogue
 
@@ -71,3 +70,13 @@ def _said(turn: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(content, str):
         content = "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in content)
     return _SPEAKERS.get(turn["role"], turn["role"]), content
+
+
+def listed(value: Any) -> list[Any]:
+    """A field that holds several: a list, one alone, or, in a CSV file, a list as JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(json.JSONDecodeError):  # then it is a text that begins with a bracket
+            value = json.loads(value)
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
