@@ -1,5 +1,7 @@
 """The public face, on a tiny random model of the real family."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -187,6 +189,15 @@ def test_a_stream_that_breaks_ends_and_says_why(model, picture, monkeypatch):
 def test_nothing_to_load_is_one_sentence(tmp_path):
     with pytest.raises(CafeError, match=str(tmp_path)):
         Cafe.load(tmp_path)
+
+
+def test_prompts_of_another_version_are_one_sentence(model, tmp_path):
+    model.save(tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "cafe.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"prompts": record["prompts"] | {"unheard": "of"}}))
+    with pytest.raises(CafeError, match=r"does not know the prompts of the checkpoint's cafe\.json: .*'unheard'"):
+        Cafe.load(tmp_path / "checkpoint")
 
 
 @pytest.mark.parametrize(

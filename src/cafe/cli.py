@@ -363,8 +363,7 @@ def _data_check(options: argparse.Namespace) -> None:
     from cafe.data.check import check, write_page
     from cafe.data.formats import open_source
     from cafe.errors import CafeError
-    from cafe.instructions import Prompts
-    from cafe.model import read_record
+    from cafe.model import prompts_of, read_record
     from cafe.training.loop import resolve_base
     from cafe.training.recipe import ModelRecipe, read_recipe, read_source
     from cafe.training.setup import processing_of
@@ -376,7 +375,7 @@ def _data_check(options: argparse.Namespace) -> None:
     elif options.base:
         sources, max_bad_share, max_tokens = (read_source(options.what, options.overrides),), 0.01, None
         base = resolve_base(options.base)
-        prompts, model = Prompts(**read_record(base).get("prompts", {})), ModelRecipe(base=base)
+        prompts, model = prompts_of(read_record(base)), ModelRecipe(base=base)
     else:
         raise CafeError("A source alone does not say which model is to read it: give --base.")
     processing = processing_of(base, prompts, model)

@@ -89,7 +89,7 @@ class Cafe:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         record = _record_of(path)
-        prompts = prompts or Prompts(**record.get("prompts", {}))
+        prompts = prompts or prompts_of(record)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         base = str(path)
         try:
@@ -395,6 +395,18 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise CafeError(f"The checkpoint's {file} is not a mapping of names to values.")
     return record
+
+
+def prompts_of(record: dict[str, Any]) -> Prompts:
+    """Those that a checkpoint's record tells of; the published ones where it tells of none.
+
+    Raises:
+        CafeError: it tells of what this version does not know.
+    """
+    try:
+        return Prompts(**record.get("prompts", {}))
+    except TypeError as error:
+        raise CafeError(f"This version does not know the prompts of the checkpoint's {RECORD}: {error}.") from None
 
 
 def may_write(path: Path) -> None:
