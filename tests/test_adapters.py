@@ -147,6 +147,16 @@ def test_an_adapter_is_saved_by_itself_loaded_with_its_base_and_merged_into_the_
     np.testing.assert_allclose(merged.embed(contents), expected, atol=1e-4)
 
 
+def test_an_adapter_whose_copy_broke_off_is_one_sentence(random_base, tmp_path):
+    model = Cafe.load(random_base)
+    add_adapter(model.lvlm, Adapter())
+    model.save(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CafeError, match="No adapter can be loaded from"):
+        Cafe.load(tmp_path)
+
+
 @pytest.fixture
 def recipe(recipe: Recipe) -> Recipe:
     adapter = Adapter(rank=4, vision_tower=("q_proj", "v_proj"), dropout=0.1)

@@ -69,15 +69,19 @@ def test_a_number_of_things_is_above_0(line, capsys):
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["data check a.json --sample -1", "data check a.json --examples x", "data check a.json --workers -1",
-     "scenes write a --train -1"],
-)  # fmt: skip
-def test_a_number_that_may_be_none_is_not_below(line, capsys):
+    ("line", "wanted"),
+    [
+        ("plan r.yaml --caption -5", "a whole number above 0, not '-5'"),
+        ("data check r.yaml --sample -1", "a whole number, 0 or more, not '-1'"),
+        ("data check r.yaml --workers x", "a whole number, 0 or more, not 'x'"),
+        ("scenes write d --train -5", "a whole number, 0 or more, not '-5'"),
+        ("mine r.yaml --output d --share 95", "a number from 0 to 1, not '95'"),
+    ],
+)
+def test_a_number_is_in_its_range(line, wanted, capsys):
     with pytest.raises(SystemExit):
         parse(line.split())
-    assert "should be 0 or a whole number above, not" in capsys.readouterr().err
-    assert parse(["data", "check", "a.json", "--sample", "0"]).sample == 0
+    assert f"should be {wanted}" in capsys.readouterr().err
 
 
 def test_a_picture_has_pixels(capsys):
@@ -147,6 +151,28 @@ def test_a_reported_directory_may_have_an_equals_sign_in_its_name(tmp_path, monk
         ("slow", "lr=1"),
     ]
     assert main(["report", "x=y"]) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "train {recipe} output={file}",
+        "train {recipe} output={file}/run",
+        "mine {recipe} --output {file}",
+        "evaluate {base} --data {scenes} --suite retrieval --limit 2 --output {file}/results",
+        "bench-modes {base} --data {scenes} --output {file}/modes.json",
+        "data check {recipe} --workers 0 --output {file}/page.html",
+        "scenes write {file} --train 2 --test 2",
+        "scenes train-base {file}",
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_named(line, small, random_base, scenes, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("kept")
+    assert main(line.format(recipe=small, base=random_base, scenes=scenes, file=file).split()) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"cafe: {file}") and " cannot be used: " in said
+    assert file.read_text() == "kept"
 
 
 def test_a_run_that_is_not_there_is_named(capsys):

@@ -22,6 +22,15 @@ def test_content_takes_text_pictures_and_both():
         Content.of(3)
     with pytest.raises(CafeError, match="txt"):
         Content.of({"txt": "a"})
+    with pytest.raises(CafeError, match="text should be a str, not a int"):
+        Content.of({"image": picture, "text": 3})
+
+
+@pytest.mark.parametrize("key", ["image", "images"])
+def test_pictures_of_a_mapping_may_be_one_or_a_list_and_paths_are_no_texts(key):
+    for value, expected in (("a.png", ["a.png"]), (["a.png", "b.png"], ["a.png", "b.png"])):
+        content = Content.of({key: value, "text": "words"})
+        assert [str(ref) for ref in content.images] == expected and content.text == "words"
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
@@ -61,6 +70,15 @@ def test_a_damaged_image_is_named(tmp_path, data):
     (tmp_path / "bad.png").write_bytes(data)
     with pytest.raises(CafeError, match=r"bad\.png"):
         open_image(ImageRef(tmp_path / "bad.png"))
+
+
+def test_bytes_that_are_no_image_are_told_alike_in_every_run():
+    said = []
+    for _ in range(2):
+        with pytest.raises(CafeError, match="The image <bytes> cannot be decoded") as raised:
+            open_image(ImageRef(b"no image"))
+        said.append(str(raised.value))
+    assert said[0] == said[1] and "0x" not in said[0]
 
 
 def test_a_cut_off_image_and_a_missing_one_are_named(tmp_path):

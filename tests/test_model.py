@@ -1,5 +1,7 @@
 """The public face, on a tiny random model of the real family."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,22 @@ def test_embeddings_are_float32_unit_vectors_in_the_order_given(model, picture):
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
     for content, vector in zip(contents, vectors, strict=True):
         np.testing.assert_allclose(model.embed([content])[0], vector, atol=1e-5)
+
+
+def test_one_content_is_not_taken_apart(model, picture):
+    """A text would be embedded letter by letter, a mapping by the names of its keys."""
+    for single in ("a red circle", {"image": picture}, picture, Content.of("a")):
+        with pytest.raises(CafeError, match="put a single one in a list"):
+            model.embed(single)
+    with pytest.raises(CafeError, match="A list of contents is wanted, not a str"):
+        model.describe("picture.png")
+
+
+def test_a_batch_holds_something(model):
+    for size in (0, -1):
+        for call in (lambda size: model.embed(["a"], size), lambda size: model.score_batch(["a"], [["b"]], size)):
+            with pytest.raises(CafeError, match=f"batch_size should be above 0, not {size}"):
+                call(size)
 
 
 def test_a_prefix_of_an_embedding_is_its_first_dimensions_at_unit_length(model, picture):
@@ -171,3 +189,27 @@ def test_a_stream_that_breaks_ends_and_says_why(model, picture, monkeypatch):
 def test_nothing_to_load_is_one_sentence(tmp_path):
     with pytest.raises(CafeError, match=str(tmp_path)):
         Cafe.load(tmp_path)
+
+
+def test_prompts_of_another_version_are_one_sentence(model, tmp_path):
+    model.save(tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "cafe.json"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps(record | {"prompts": record["prompts"] | {"unheard": "of"}}))
+    with pytest.raises(CafeError, match=r"does not know the prompts of the checkpoint's cafe\.json: .*'unheard'"):
+        Cafe.load(tmp_path / "checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("file", "sentence"),
+    [
+        ("model.safetensors", "No vision-language model can be loaded from"),
+        ("cafe.json", r"The checkpoint's .*cafe\.json is not valid JSON"),
+    ],
+)
+def test_a_checkpoint_whose_copy_broke_off_is_one_sentence(file, sentence, model, tmp_path):
+    model.save(tmp_path / "checkpoint")
+    part = tmp_path / "checkpoint" / file
+    part.write_bytes(part.read_bytes()[:100])
+    with pytest.raises(CafeError, match=sentence):
+        Cafe.load(tmp_path / "checkpoint")

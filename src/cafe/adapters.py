@@ -10,11 +10,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from cafe.errors import CafeError
+from cafe.errors import CafeError, not_loaded
 from cafe.families import PartName, part_of
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def load_adapter(lvlm: PreTrainedModel, path: str | Path, config: "PeftConfig") 
     """Puts a saved adapter into its base model.
 
     Raises:
-        CafeError: its weights are not for this model.
+        CafeError: its weights are missing, damaged or not for this model.
     """
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
@@ -137,7 +138,10 @@ def load_adapter(lvlm: PreTrainedModel, path: str | Path, config: "PeftConfig") 
     base = config.base_model_name_or_path
     _inject(lvlm, config)
     config.base_model_name_or_path = base
-    weights: dict[str, Any] = load_peft_weights(str(path), device=str(lvlm.device))
+    try:
+        weights: dict[str, Any] = load_peft_weights(str(path), device=str(lvlm.device))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise not_loaded("adapter", path, error) from error
     named = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
     result = set_peft_model_state_dict(lvlm, named, NAME)
     missing = [name for name in result.missing_keys if "lora_" in name]

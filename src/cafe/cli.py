@@ -24,6 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CafeError as error:
         print(f"cafe: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.filename is None:  # no path that a user could have given
+            raise
+        print(f"cafe: {error.filename} cannot be used: {error.strerror}.", file=sys.stderr)
+        return 1
     except Stopped as stopped:
         print(f"cafe: {stopped}", file=sys.stderr)
         return 128 + stopped.signal
@@ -60,11 +65,19 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _count_or_none(text: str) -> int:
+def _from_0(text: str) -> int:
     """A number of things that may be none."""
     if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"should be 0 or a whole number above, not {text!r}")
+        raise argparse.ArgumentTypeError(f"should be a whole number, 0 or more, not {text!r}")
     return int(text)
+
+
+def _share(text: str) -> float:
+    """A share."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"should be a number from 0 to 1, not {text!r}")
 
 
 def _counts(text: str) -> list[int]:
@@ -89,7 +102,7 @@ def parser() -> argparse.ArgumentParser:
     _takes_recipe(plan)
     plan.add_argument("--gpus", type=_count, default=1, help="how many share the run")
     plan.add_argument("--picture", default="640x480", help="pixels of a typical picture, WIDTHxHEIGHT")
-    plan.add_argument("--caption", type=int, default=200, help="tokens of a typical caption")
+    plan.add_argument("--caption", type=_count, default=200, help="tokens of a typical caption")
     plan.add_argument("--pairs", type=_count, help="records of the data")
     plan.set_defaults(run=_plan)
 
@@ -155,9 +168,9 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument(
         "--base", help="whose tokens to count: a run, a directory, a Hub id or 'scenes'; a recipe says it itself"
     )
-    check.add_argument("--sample", type=_count_or_none, default=1000, help="records a source; 0 for all")
-    check.add_argument("--examples", type=_count_or_none, default=6, help="examples a source on the page")
-    check.add_argument("--workers", type=_count_or_none, default=1, help="processes that read")
+    check.add_argument("--sample", type=_from_0, default=1000, help="records a source; 0 for all")
+    check.add_argument("--examples", type=_from_0, default=6, help="examples a source on the page")
+    check.add_argument("--workers", type=_from_0, default=1, help="processes that read")
     check.add_argument("--output", type=Path, default=Path("data-check.html"), help="the page: %(default)s")
     check.set_defaults(run=_data_check)
 
@@ -169,7 +182,9 @@ def parser() -> argparse.ArgumentParser:
     mine.add_argument("--output", type=Path, required=True, help="a folder for the new source")
     mine.add_argument("--negatives", type=_count, default=4, help="a record, at most")
     mine.add_argument("--top", type=_count, default=64, help="closest targets to look at")
-    mine.add_argument("--share", type=float, default=0.95, help="of the positive's similarity, not reached; 0 for none")
+    mine.add_argument(
+        "--share", type=_share, default=0.95, help="of the positive's similarity, not reached; 0 for none"
+    )
     mine.add_argument("--margin", type=float, help="below the positive's similarity")
     mine.add_argument(
         "--judge", type=float, nargs="?", const=0.5, metavar="P",
@@ -183,8 +198,8 @@ def parser() -> argparse.ArgumentParser:
     scenes = commands.add_parser("scenes", help="the small world").add_subparsers(required=True, metavar="COMMAND")
     write = scenes.add_parser("write", help="write generated pictures in public formats")
     write.add_argument("directory", type=Path, help="where they go")
-    write.add_argument("--train", type=_count_or_none, default=8000, help="training pictures")
-    write.add_argument("--test", type=_count_or_none, default=500, help="test pictures")
+    write.add_argument("--train", type=_from_0, default=8000, help="training pictures")
+    write.add_argument("--test", type=_from_0, default=500, help="test pictures")
     write.add_argument("--seed", type=int, default=0)
     write.set_defaults(run=_scenes_write)
     base = scenes.add_parser("train-base", help="train the tiny base model from scratch")
@@ -311,6 +326,8 @@ def _bench_modes(options: argparse.Namespace) -> None:
     from cafe.training.loop import resolve_base
 
     pictures = pictures_in(options.data)
+    if options.output:  # which is written to at the end
+        options.output.parent.mkdir(parents=True, exist_ok=True)
     model = Cafe.load(resolve_base(options.checkpoint))
     timings = time_modes(model, pictures, options.batch_sizes, options.repeats, options.max_new_tokens, progress=True)
     print(table(timings))
@@ -348,8 +365,7 @@ def _data_check(options: argparse.Namespace) -> None:
     from cafe.data.check import check, write_page
     from cafe.data.formats import open_source
     from cafe.errors import CafeError
-    from cafe.instructions import Prompts
-    from cafe.model import read_record
+    from cafe.model import prompts_of, read_record
     from cafe.training.loop import resolve_base
     from cafe.training.recipe import ModelRecipe, read_recipe, read_source
     from cafe.training.setup import processing_of
@@ -361,7 +377,7 @@ def _data_check(options: argparse.Namespace) -> None:
     elif options.base:
         sources, max_bad_share, max_tokens = (read_source(options.what, options.overrides),), 0.01, None
         base = resolve_base(options.base)
-        prompts, model = Prompts(**read_record(base).get("prompts", {})), ModelRecipe(base=base)
+        prompts, model = prompts_of(read_record(base)), ModelRecipe(base=base)
     else:
         raise CafeError("A source alone does not say which model is to read it: give --base.")
     processing = processing_of(base, prompts, model)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
@@ -92,9 +92,12 @@ def _parts(value: Any) -> list[Part]:
                 f"Content takes the keys image, images and text, not {', '.join(unknown) or 'an empty mapping'}."
             )
         parts: list[Part] = []
-        for picture in [value["image"]] if "image" in value else value.get("images", []):
+        shown, text = value["image"] if "image" in value else value.get("images", []), value.get("text")
+        for picture in shown if isinstance(shown, (list, tuple)) else [shown]:
             parts += _parts(Path(picture) if isinstance(picture, str) else picture)
-        return parts + ([value["text"]] if value.get("text") else [])
+        if text is not None and not isinstance(text, str):
+            raise CafeError(f"Content's text should be a str, not a {type(text).__name__}.")
+        return parts + ([text] if text else [])
     if isinstance(value, Sequence):
         return [part for item in value for part in _parts(item)]
     raise CafeError(f"Content cannot be made of a {type(value).__name__}: give text, a picture, or a mapping of both.")
@@ -210,6 +213,8 @@ def decoding(ref: ImageRef) -> Iterator[None]:
         raise
     except FileNotFoundError:
         raise CafeError(f"The image {ref} does not exist.") from None
+    except UnidentifiedImageError:  # which names bytes by their place in memory, another in each run
+        raise CafeError(f"The image {ref} cannot be decoded: it is of no kind that Pillow knows.") from None
     except Exception as error:  # each of Pillow's decoders has its own kinds: RuntimeError (AVIF), struct.error (EXIF)
         raise CafeError(f"The image {ref} cannot be decoded: {error}.") from error
 

@@ -8,7 +8,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -88,7 +89,7 @@ class Cafe:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         record = _record_of(path)
-        prompts = prompts or Prompts(**record.get("prompts", {}))
+        prompts = prompts or prompts_of(record)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         base = str(path)
         try:
@@ -100,7 +101,7 @@ class Cafe:
                 base, dtype=dtype, attn_implementation=by_part, **options
             )
             processor = load_processor(str(path), lvlm.config.model_type)
-        except (ImportError, OSError, ValueError) as error:  # ImportError: some processors need more packages
+        except (ImportError, OSError, ValueError, SafetensorError) as error:  # ImportError: a processor's package
             raise not_loaded("vision-language model", base, error) from error
         processing = Processing(processor, prompts)
         agree(lvlm, processor)
@@ -159,12 +160,12 @@ class Cafe:
                 `recipe.objective.matryoshka`.
 
         Raises:
-            CafeError: an embedding has not as many dimensions.
+            CafeError: an embedding has not as many dimensions, or `contents` is one content and no sequence.
         """
         width = self.lvlm.config.get_text_config().hidden_size
         if dim is not None and not 0 < dim <= width:
             raise CafeError(f"dim should be between 1 and the embedding's {width}, not {dim}.")
-        contents = list(contents)
+        contents = _several(contents)
         vectors = np.zeros((len(contents), dim or width), np.float32)
         encode = lambda content: self.encode_embedding(Content.of(content))  # noqa: E731
         for chosen, rows in _batches(contents, encode, batch_size):
@@ -250,6 +251,7 @@ class Cafe:
             embedding = self.encode_embedding(Content(tuple(content.images)), pictures)
             return embedding, self.encode_prompt(content, pictures)
 
+        images = _several(images)
         vectors = np.zeros((len(images), self.lvlm.config.get_text_config().hidden_size), np.float32)
         answers = [""] * len(images)
         for chosen, pairs in _batches(images, encode, batch_size, lambda pair: len(pair[0])):
@@ -314,6 +316,7 @@ class Cafe:
             answers: the answers to each, at least one.
             batch_size: how many contents go through the model at once.
         """
+        _check_size(batch_size)
         scores: list[Float[np.ndarray, " answers"]] = []
         for start in range(0, len(contents), batch_size):
             chosen = slice(start, start + batch_size)
@@ -379,9 +382,31 @@ def checkpoint_of(run: Path) -> Path:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """A local checkpoint's own record; empty where there is none."""
+    """A local checkpoint's own record; empty where there is none.
+
+    Raises:
+        CafeError: it is damaged.
+    """
     file = Path(path) / RECORD
-    return json.loads(file.read_text()) if file.is_file() else {}
+    try:
+        record = json.loads(file.read_text()) if file.is_file() else {}
+    except ValueError as error:
+        raise CafeError(f"The checkpoint's {file} is not valid JSON: {error}.") from None
+    if not isinstance(record, dict):
+        raise CafeError(f"The checkpoint's {file} is not a mapping of names to values.")
+    return record
+
+
+def prompts_of(record: dict[str, Any]) -> Prompts:
+    """Those that a checkpoint's record tells of; the published ones where it tells of none.
+
+    Raises:
+        CafeError: it tells of what this version does not know.
+    """
+    try:
+        return Prompts(**record.get("prompts", {}))
+    except TypeError as error:
+        raise CafeError(f"This version does not know the prompts of the checkpoint's {RECORD}: {error}.") from None
 
 
 def may_write(path: Path) -> None:
@@ -416,10 +441,23 @@ def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
     return digest.hexdigest()[:32]
 
 
+def _several(contents: Any) -> list[Any]:
+    """A sequence as a list; what is one content and not several would be taken apart, a text into its letters."""
+    if isinstance(contents, (str, bytes, dict)) or not isinstance(contents, Iterable):
+        raise CafeError(f"A list of contents is wanted, not a {type(contents).__name__}: put a single one in a list.")
+    return list(contents)
+
+
+def _check_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise CafeError(f"batch_size should be above 0, not {batch_size}.")
+
+
 def _batches(
     items: Sequence[Any], encode: Callable[[Any], T], batch_size: int, length: Callable[[Any], int] = len
 ) -> Iterator[tuple[list[int], list[T]]]:
     """Items of similar length, encoded, with their places: sorted within some batches, so that few wait encoded."""
+    _check_size(batch_size)
     for start in range(0, len(items), SORTED * batch_size):
         rows = [encode(item) for item in items[start : start + SORTED * batch_size]]
         order = sorted(range(len(rows)), key=lambda place: -length(rows[place]))

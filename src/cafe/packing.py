@@ -386,14 +386,19 @@ def _fill(trees: Sequence[list[int]], sizes: Sequence[int], root: int, columns: 
     columns = columns if largest <= columns else largest + largest // 8
     own = [size - root for size in sizes]
     least = max(1, math.ceil(sum(own) / max(1, columns - root)))
-    counts = range(least, 2 * least + 1) if least > 1 else ()
-    found = [_best_fit(own, root, columns), *(_spread(own, root, count) for count in counts)]
 
-    def work(rows: _Filled) -> float:
-        longest = max(tokens for tokens, _ in rows)
-        return len(rows) * longest * (3 * columns + longest) if longest <= columns else math.inf
+    def work(count: int, longest: int) -> float:
+        return count * longest * (3 * columns + longest) if longest <= columns else math.inf
 
-    return [[branch for tree in row for branch in trees[tree]] for _, row in min(found, key=work)]
+    def work_of(rows: _Filled) -> float:
+        return work(len(rows), max(tokens for tokens, _ in rows))
+
+    found = _best_fit(own, root, columns)
+    for count in range(least, 2 * least + 1) if least > 1 else ():
+        shortest = max(largest, root + math.ceil(sum(own) / count))  # that the longest of so many rows can be
+        if work(count, shortest) < work_of(found):
+            found = min(found, _spread(own, root, count), key=work_of)
+    return [[branch for tree in row for branch in trees[tree]] for _, row in found]
 
 
 _Filled = list[tuple[int, list[int]]]  # of each row, its tokens and its trees

@@ -288,16 +288,7 @@ class Processing:
         return known(self._known_prompts, (repr(messages), add_generation_prompt), make)
 
     def _safe(self, messages: list[Message]) -> list[Message]:
-        """The messages with special tokens in their text broken up, so that a user's words stay words.
-
-        Raises:
-            CafeError: a text holds half of a character, as JSON that was cut inside an emoji does.
-        """
-        for text in (part["text"] for message in messages for part in message["content"] if part["type"] == "text"):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise CafeError(f"A text holds half of a character, {text[error.start]!a}.") from None
+        """The messages with special tokens in their text broken up, so that a user's words stay words."""
         return [
             {
                 "role": message["role"],
@@ -313,6 +304,10 @@ class Processing:
 
     def _tokens(self, text: str) -> list[int]:
         def make() -> list[int]:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # JSON can say half of a character, as of an emoji cut in two
+                raise CafeError(f"A text holds half of a character, {text[error.start]!a}.") from None
             return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
         return known(self._known_tokens, text, make)

@@ -1,5 +1,6 @@
 """Public formats become Examples; bad records are named."""
 
+import csv
 import io
 import json
 import tarfile
@@ -60,6 +61,20 @@ def test_pictures_lie_beside_their_own_file_of_a_pattern(tmp_path, pattern):
     assert str(elsewhere.pair.query.images[0]) == "/pictures/p.png"
 
 
+def test_in_a_csv_file_lists_are_json_and_a_text_is_one_negative(tmp_path):
+    said = turns("<image>What is it?", "A cat.")
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["image", "conversations", "negatives", "negative_scores"])
+        rows.writerow(["a.png", json.dumps(said), '["a dog", "a cow"]', "[0.5, 0]"])
+        rows.writerow(["a.png", json.dumps(said), "a dog", ""])
+    records = open_source(Source(path=str(tmp_path / "a.csv")))
+    several, one = (records.example(index, Random(0)).pair for index in range(2))
+    assert [negative.text for negative in several.negatives] == ["a dog", "a cow"]
+    assert several.negative_scores == (0.5, 0) and several.target.text == "A cat."
+    assert [negative.text for negative in one.negatives] == ["a dog"]
+
+
 def test_several_images_stand_where_their_tokens_do(tmp_path):
     row = {"image": ["a.png", "b.png"], "conversations": turns("from <image> to <image>?", "yes")}
     parts = write(tmp_path / "a.json", [row]).example(0, Random(0)).dialogue.turns[0].content.parts
@@ -81,10 +96,10 @@ def test_a_text_only_record_trains_language_only(tmp_path):
         ({"conversations": turns("a", "b")[::-1]}, "turn 0 of the conversation is from 'gpt'"),
         ({"conversations": turns("a")}, "does not end with an answer"),
         ({"conversations": turns("<image>a", "b")}, "shows 1 images and only 0"),
-        ({"conversations": turns("a", "b"), "negatives": "a dog"}, "negatives should be a list of texts, not 'a dog'"),
         ({"conversations": turns("a", "b"), "negatives": [{"image": "b.png"}]}, "negatives should be a list of texts"),
         ({"image": "a.png"}, "field is missing"),
         ("text", "field is missing"),
+        ({"image": "a.png", "conversations": "a"}, "field is missing"),
     ],
 )
 def test_a_bad_record_is_named_with_its_reason(tmp_path, row, reason):
@@ -121,6 +136,11 @@ def test_a_file_of_another_format_is_named(tmp_path, text):
         open_source(Source(path=str(tmp_path / "x.json")))
     with pytest.raises(CafeError, match=r"none\.json does not exist"):
         open_source(Source(path=str(tmp_path / "none.json")))
+    (tmp_path / "x.json").write_text('{"images": [1]}')
+    with pytest.raises(CafeError, match='no list "images" of records'):
+        open_source(Source(path=str(tmp_path / "x.json"), format="karpathy"))
+    with pytest.raises(CafeError, match="path is empty"):
+        open_source(Source(path=""))
 
 
 def tar_of(path, colors):

@@ -174,6 +174,15 @@ def test_bad_records_are_quarantined_and_too_many_stop_the_run(processing, scene
             strict.check(batches[number])
 
 
+def test_a_text_cut_within_a_character_is_a_bad_record(processing, scenes, tmp_path):
+    records = json.loads((scenes / "llava_train.json").read_text())[:8]
+    records[3]["conversations"][1]["value"] = "a \ud83d"
+    (tmp_path / "cut.json").write_text(json.dumps(records))
+    batches = Batches([open_source(Source(path=str(tmp_path / "cut.json"), images=str(scenes)))], processing, 8, 3)
+    [bad] = batches[0].bad
+    assert "record 3" in bad and "half of a character" in bad and len(batches[0].sources) == 7
+
+
 def test_all_bad_from_the_start_stops_a_run_and_one_bad_record_does_not(tmp_path):
     def batch(bad, good):
         empty = torch.empty(0, dtype=torch.long)

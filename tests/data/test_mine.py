@@ -43,6 +43,15 @@ def unit(rows, dim, seed):
     return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
 
+def test_a_source_is_not_overwritten_by_what_is_mined_from_it(model, tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text(json.dumps({"query": "a", "positive": "b"}) + "\n")
+    sources, before = [open_source(Source(path=str(path), format="pairs"))], path.read_bytes()
+    with pytest.raises(CafeError, match=r"would take the place of .*records.jsonl, which is mined"):
+        mine(model, sources, tmp_path, Mining())
+    assert path.read_bytes() == before
+
+
 @pytest.mark.parametrize("way", ["faiss", "blocks"])
 def test_search_is_exact(way):
     queries, corpus = unit(37, 8, 0), unit(101, 8, 1)

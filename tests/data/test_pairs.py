@@ -72,7 +72,14 @@ def test_with_a_request_the_positive_is_also_said():
     assert dialogue.turns[0].content.images[0].source == b"1"
 
 
-@pytest.mark.parametrize("row", [{"query": "q"}, {"positive": "p"}, {"query": " ", "positive": "p"}])
+@pytest.mark.parametrize("row", [{"question": "q", "positive": "p"}, {"query": "q", "text": "p"}, {"a.png": "b.png"}])
+def test_a_side_without_a_column_is_named_with_the_columns_there_are(row):
+    """As of a CSV file without a header, whose first row is taken for one."""
+    with pytest.raises(CafeError, match=rf"no column '(query|positive)' or '\1_image'; there are {', '.join(row)}\."):
+        read(row)
+
+
+@pytest.mark.parametrize("row", [{"query": "q", "positive": None}, {"query": " ", "positive": "p"}])
 def test_an_empty_side_is_named(row):
     with pytest.raises(CafeError, match=r"the (query|positive) is empty"):
         read(row)

@@ -133,6 +133,7 @@ def test_what_is_no_such_file_is_named(tmp_path):
         ("a.parquet", b"no parquet", "cannot be read"),
         ("a.json", b"{", "not valid JSON"),
         ("a.json", b"3", "not a list of records"),
+        ("a.json", b'"text"', "not a list of records"),
         ("a.csv", b"\xff\xfe", "not UTF-8"),
         ("a.mp3", b"", "of no kind that is read"),
     ):

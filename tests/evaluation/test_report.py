@@ -188,11 +188,12 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
     assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
 
 
-def test_a_missing_or_damaged_file_is_one_clear_sentence(runs, tmp_path):
+def test_a_file_that_is_missing_or_cut_short_is_one_clear_sentence(runs, tmp_path):
     whole = (tmp_path / "before" / "embeddings.npz").read_bytes()
-    (tmp_path / "before" / "embeddings.npz").write_bytes(whole[:100])
-    with pytest.raises(CafeError, match=r"A file of the run 'base' in .*before cannot be read"):
-        write_report(tmp_path / "report.html", runs)
+    for part in (b"", whole[:50]):
+        (tmp_path / "before" / "embeddings.npz").write_bytes(part)
+        with pytest.raises(CafeError, match=r"A file of the run 'base' in .* cannot be read"):
+            write_report(tmp_path / "report.html", runs)
     (tmp_path / "before" / "embeddings.npz").unlink()
     with pytest.raises(CafeError, match=r"'base' lacks the file .*embeddings\.npz"):
         write_report(tmp_path / "report.html", runs)

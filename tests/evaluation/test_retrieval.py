@@ -191,6 +191,16 @@ def test_pictures_inside_a_file_are_shown_by_small_copies(data):
     assert samples["text_queries"][0]["hits"][0]["image"].startswith("data:image/png;base64,")
 
 
+def test_pictures_may_lie_elsewhere_under_absolute_paths(data, tmp_path_factory):
+    karpathy(data)
+    expected = measured(data)
+    (data / "dataset_shades.json").unlink()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    rows = [{"image": str(data / "images" / f"{shade}.png"), "caption": captions_of(shade)} for shade in SHADES]
+    (elsewhere / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert measured(elsewhere) == expected
+
+
 def test_paragraphs_of_the_scenes_are_found_by_name(scenes):
     (suite,) = choose(scenes, ["paragraphs"])
     assert [path.name for path in suite.find(scenes)] == ["paragraphs_test.jsonl"]

@@ -55,3 +55,10 @@ def test_tensorboard_shows_the_numbers_and_the_samples_and_forgets_what_was_not_
 def test_a_tracker_that_is_not_installed_is_named():
     with pytest.raises(CafeError, match="tracker nowhere_installed is not installed"):
         installed(["nowhere_installed"])
+
+
+def test_a_folder_of_its_name_is_no_tracker(tmp_path, monkeypatch):
+    (tmp_path / "nowhere_installed").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(CafeError, match="tracker nowhere_installed is not installed"):
+        installed(["nowhere_installed"])

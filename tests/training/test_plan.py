@@ -367,9 +367,11 @@ def test_a_recipes_stated_memory_and_time_are_what_the_plan_says(path):
         assert f"{costs.peak / 2**30:,.1f}" == match[2] and f"{costs.hours(hardware):,.1f}" == match[3]
 
 
-def test_the_command_prints_the_plan_and_names_a_base_that_it_does_not_know(capsys):
+def test_the_command_prints_the_plan_and_names_a_base_that_it_does_not_know(tmp_path, capsys):
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), "--gpus", "8"]) == 0
     said = capsys.readouterr().out
     assert "893.7M" in said and "16 pairs on 8 GPUs" in said and "RTX 3090" in said
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), "model.base=some/one"]) == 1
     assert "The sizes of some/one are not known" in capsys.readouterr().err
+    assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), f"model.base={tmp_path}"]) == 1
+    assert f"The sizes of {tmp_path} are not known: it has no config.json" in capsys.readouterr().err

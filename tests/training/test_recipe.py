@@ -1,5 +1,6 @@
 """Recipes: every shipped one builds; a mistake is one sentence that names the key and the nearest right one."""
 
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from cafe.errors import CafeError
 from cafe.training.geometry import config_of, empty_model
 from cafe.training.loop import resolve_base
 from cafe.training.optimizer import describe, prepare
+from cafe.training.output import as_json
 from cafe.training.recipe import read_recipe
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -152,9 +154,11 @@ def test_overrides_reach_into_the_tree():
         ("seed=true", "seed should be a whole number, not True"),
         ("objective.temperature=hot", "objective.temperature should be a number"),
         ("model.precision=fp8", "model.precision should be one of fp32, bf16"),
-        ("data.sources=[]", "data.sources should be a list with something in it"),
+        ("data.sources=[]", "data.sources is empty"),
+        ("data.sources=a.json", "data.sources should be a list, not 'a.json'"),
         ("data.sources=[{format: llava}]", r"data.sources\[0\].path is missing"),
         ("seed", "not of the form key=value"),
+        ("data.sources=[{path: a.json}", "is not valid YAML: while parsing a flow sequence"),
         ("batch_size.a=1", "batch_size, which is a value"),
         ("model.adapter={rnk: 8}", "model.adapter.rnk is unknown; the nearest is model.adapter.rank"),
         ("optimizer.name=adam", "optimizer.name should be one of adamw, adafactor"),
@@ -172,6 +176,15 @@ def test_overrides_reach_into_the_tree():
         ("micro_batch.tokens=0", "micro_batch.tokens should be above 0"),
         ("batch_size=0", "batch_size should be above 0, not 0"),
         ("log_every=-1", "log_every should be 0 or more"),
+        ("seed=4294967296", "seed should be below 4,294,967,296"),
+        ("optimizer.warm_up=100", "optimizer.warm_up should be between 0 and 1, not 100"),
+        ("optimizer.beta1=1", "optimizer.beta1 should be 0 or more and below 1, not 1"),
+        ("data.max_bad_share=5", "data.max_bad_share should be between 0 and 1, not 5"),
+        ("data.sources=[{path: a.json, window: 0}]", r"data.sources\[0\].window should be above 0, not 0"),
+        ("evaluation.sources=[{path: a.json, frames: 0}]", r"evaluation.sources\[0\].frames should be above 0"),
+        ("model.adapter.rank=0", "model.adapter.rank should be above 0, not 0"),
+        ("model.adapter.dropout=2", "model.adapter.dropout should be 0 or more and below 1, not 2"),
+        ("objective={matryoshka: [64], matryoshka_weights: [-1]}", "objective.matryoshka_weights should be 0 or more"),
     ],
 )
 def test_a_mistake_is_one_sentence(override, sentence):
@@ -179,6 +192,25 @@ def test_a_mistake_is_one_sentence(override, sentence):
         read_recipe(SCENES, [override])
 
 
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_what_a_checkpoint_records_of_a_recipe_is_a_recipe(path, tmp_path):
+    recipe, file = read_recipe(path), tmp_path / "recorded.yaml"
+    file.write_text(json.dumps(as_json(recipe)))
+    assert read_recipe(file) == recipe
+
+
+def test_an_empty_list_takes_back_what_a_recipe_says():
+    recipe = read_recipe(SCENES, ["model.frozen=[vision_tower]", "model.frozen=[]", "trackers=[]"])
+    assert recipe.model.frozen == () and recipe.trackers == ()
+
+
 def test_a_missing_recipe_is_named(tmp_path):
     with pytest.raises(CafeError, match="does not exist"):
         read_recipe(tmp_path / "no.yaml")
+
+
+def test_a_recipe_that_is_no_utf_8_text_is_named(tmp_path):
+    file = tmp_path / "latin.yaml"
+    file.write_bytes("output: café".encode("latin-1"))
+    with pytest.raises(CafeError, match=r"The recipe .*latin.yaml is not UTF-8 text"):
+        read_recipe(file)

@@ -99,6 +99,8 @@ def open_source(source: Source) -> Records:
     Raises:
         CafeError: no file can be read, or a file is not of the format.
     """
+    if not source.path:
+        raise CafeError("A source's path is empty.")
     if source.path.startswith("dataset:") or (not is_url(source.path) and Path(source.path).is_dir()):
         return _counted(Records(source, [Dataset(source.path, source.split, source.subset)]))
     names = expand(source.path)
@@ -128,6 +130,7 @@ def _counted(records: Records) -> Records:
 
 def _karpathy(name: str, split: str) -> Rows:
     data = load_json(name)
-    if not isinstance(data, dict) or not isinstance(data.get("images"), list):
-        raise CafeError(f'The data file {name} has no list "images", as a Karpathy split file has.')
-    return Listed(name, split_of(data["images"], split))
+    images = data.get("images") if isinstance(data, dict) else None
+    if not isinstance(images, list) or not all(isinstance(row, dict) for row in images):
+        raise CafeError(f'The data file {name} has no list "images" of records, as a Karpathy split file has.')
+    return Listed(name, split_of(images, split))

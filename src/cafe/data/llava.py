@@ -7,6 +7,8 @@
 `{"role": "user", "content": "..."}`, the content a text or a list of text and image parts.
 """
 
+import json
+from contextlib import suppress
 from random import Random
 from typing import Any
 
@@ -28,9 +30,9 @@ def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     """
     frames = pictures(row.get("video"), source)
     refs = [*frames, *pictures(row.get(source.columns.image), source)]
-    dialogue = converse(row[source.columns.conversations], refs, len(frames))
-    false, scores = row.get("negatives") or (), tuple(row.get("negative_scores") or ())
-    if not isinstance(false, (list, tuple)) or not all(isinstance(caption, str) for caption in false):
+    dialogue = converse(listed(row[source.columns.conversations]), refs, len(frames))
+    false, scores = listed(row.get("negatives")), tuple(listed(row.get("negative_scores")))
+    if not all(isinstance(caption, str) for caption in false):
         raise CafeError(f"negatives should be a list of texts, not {false!r:.40}.")
     negatives = tuple(map(Content.of, false))
     pair = Pair(Content(tuple(refs)), dialogue.turns[1].content, negatives, scores) if refs else None
@@ -75,3 +77,13 @@ def _said(turn: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(content, str):
         content = "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in content)
     return _SPEAKERS.get(turn["role"], turn["role"]), content
+
+
+def listed(value: Any) -> list[Any]:
+    """A field that holds several: a list, one alone, or, in a CSV file, a list as JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(json.JSONDecodeError):  # then it is a text that begins with a bracket
+            value = json.loads(value)
+    if value is None or value == "":
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

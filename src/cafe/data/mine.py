@@ -98,8 +98,12 @@ def mine(
         The path of the new source.
 
     Raises:
-        CafeError: no record holds a pair.
+        CafeError: no record holds a pair, or the new source would take the place of one that is read.
     """
+    path = output / "records.jsonl"
+    if path.resolve() in {Path(file.name).resolve() for records in sources for file in records.files}:
+        raise CafeError(f"The new source would take the place of {path}, which is mined: name another output.")
+    (output / "images").mkdir(parents=True, exist_ok=True)  # before the work, for which there may be no place
     places = [(which, index) for which, records in enumerate(sources) for index in range(len(records))]
     examples = Examples(sources, seed)
     embedded = embed_pairs(model, examples, places, mining, max_tokens)
@@ -113,8 +117,7 @@ def mine(
         place: dict(islice(row.items(), mining.negatives)) for place, row in zip(embedded.places, found, strict=True)
     }
 
-    (output / "images").mkdir(parents=True, exist_ok=True)
-    path, bad = output / "records.jsonl", dict(embedded.bad)
+    bad = dict(embedded.bad)
     # Half of a character, in a dialogue that no one has read yet, is written as JSON escapes it.
     with path.with_suffix(".partial").open("w", encoding="utf-8", errors="backslashreplace") as out:
         for place in tqdm(places, desc="write", unit="record"):

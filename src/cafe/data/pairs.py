@@ -8,15 +8,13 @@ matches after all, which makes it a soft target. A record may also hold a dialog
 the format of LLaVA, beside its pair or alone.
 """
 
-import json
-from contextlib import suppress
 from dataclasses import replace
 from itertools import compress
 from random import Random
 from typing import Any
 
 from cafe.content import Content, Dialogue, Pair, Turn
-from cafe.data.llava import converse
+from cafe.data.llava import converse, listed
 from cafe.data.pictures import compose, pictures
 from cafe.data.source import Columns, Source
 from cafe.errors import CafeError
@@ -47,16 +45,20 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     if spoken and not query.parts and not target.parts:
         return None, spoken
     for name, side in (("query", query), ("positive", target)):
+        columns = getattr(source.columns, name), getattr(source.columns, f"{name}_image")
+        if not any(column in row for column in columns):
+            wanted = " or ".join(map(repr, columns))
+            raise CafeError(f"there is no column {wanted}; there are {', '.join(map(str, row))}.")
         if not side.parts:
             raise CafeError(f"the {name} is empty.")
-    texts, images = _list(field("negatives")), _list(field("negative_images"))
+    texts, images = listed(field("negatives")), listed(field("negative_images"))
     if texts and images and len(texts) != len(images):
         raise CafeError(f"there are {len(texts)} negatives and {len(images)} pictures of negatives.")
     negatives = [
         _content(text, image, source)
         for text, image in zip(texts or [None] * len(images), images or [None] * len(texts), strict=True)
     ]
-    scores = [float(score) for score in _list(field("negative_scores"))]
+    scores = [float(score) for score in listed(field("negative_scores"))]
     pair = Pair(query, target, tuple(negatives), tuple(scores))
     shown = [bool(negative.parts) for negative in negatives]
     pair = replace(pair, negatives=tuple(compress(negatives, shown)), negative_scores=tuple(compress(scores, shown)))
@@ -77,13 +79,3 @@ def _content(text: Any, image: Any, source: Source) -> Content:
     if text is not None and not isinstance(text, str):
         raise CafeError(f"a text is a {type(text).__name__}: {str(text)[:40]}.")
     return compose(text.strip() if text else "", pictures(image, source))
-
-
-def _list(value: Any) -> list[Any]:
-    """A field that holds several: a list, one alone, or, in a CSV file, a list as JSON."""
-    if isinstance(value, str) and value.startswith("["):
-        with suppress(json.JSONDecodeError):  # then it is a text that begins with a bracket
-            value = json.loads(value)
-    if value is None or value == "":
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]

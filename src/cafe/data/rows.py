@@ -99,7 +99,7 @@ class Listed:
     """Rows that are in memory."""
 
     def __init__(self, name: str, rows: Any) -> None:
-        if not isinstance(rows, Sequence):
+        if not isinstance(rows, list):
             raise CafeError(f"The data file {name} is not a list of records.")
         self.name, self.rows, self.chunks = name, rows, [len(rows)]
 

@@ -146,7 +146,7 @@ def _read(run: ReportRun) -> _Run:
         return _Run(run.name, results, samples, embeddings, log, known, sure)
     except FileNotFoundError as error:
         raise CafeError(f"The run {run.name!r} lacks the file {error.filename}.") from None
-    except (ValueError, BadZipFile) as error:
+    except (ValueError, EOFError, BadZipFile) as error:  # the last two: embeddings.npz is cut short
         raise CafeError(f"A file of the run {run.name!r} in {run.directory} cannot be read: {error}.") from None
 
 

@@ -156,7 +156,9 @@ def _samples(
 
     def shown(number: int) -> str:
         picture = collection.pictures[number]
-        return thumbnail(open_image(picture)) if isinstance(picture, ImageRef) else str(picture.relative_to(data))
+        if isinstance(picture, ImageRef):
+            return thumbnail(open_image(picture))
+        return str(picture.relative_to(data) if picture.is_relative_to(data) else picture)
 
     asking, showing = spread(len(texts), KEPT), spread(len(images), KEPT // 2)
     found, said = _top(captions[asking] @ images.T), _top(images[showing] @ captions.T)

@@ -271,6 +271,7 @@ def train_base(
     report: Callable[[str], None] = print,
 ) -> None:
     """Trains the base model and writes it as a Hugging Face checkpoint in half precision."""
+    directory.mkdir(parents=True, exist_ok=True)  # before the work, for which there may be no place
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = make_processor(corpus(seed, 3000))
@@ -298,7 +299,6 @@ def train_base(
         schedule.step()
         if step % 25 == 24:
             progress.set_postfix({kind: f"{fmean(losses[-25:]):.4f}" for kind, losses in history.items()})
-    directory.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(directory)
     processing.save(directory)
     record = {

@@ -3,6 +3,7 @@
 From each repository's `config.json`; a test holds their parameters to the numbers that the Hub states.
 """
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -106,6 +107,11 @@ def config_of(base: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError):
+        if Path(base).is_dir():
+            raise CafeError(
+                f"The sizes of {base} are not known: it has no config.json that transformers reads; of an adapter, "
+                "plan with its base."
+            ) from None
         raise CafeError(
             f"The sizes of {base} are not known: give a local directory, or one of {', '.join(HUB)}."
         ) from None

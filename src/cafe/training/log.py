@@ -62,7 +62,8 @@ def installed(trackers: Sequence[str]) -> list[str] | None:
         CafeError: one of them is not installed.
     """
     for tracker in trackers:
-        if find_spec(tracker) is None:
+        found = find_spec(tracker)
+        if found is None or found.origin is None:  # a folder of that name, as wandb leaves one where it runs
             raise CafeError(f"The recipe's tracker {tracker} is not installed: pip install 'cafe-lvlm[{tracker}]'.")
     return list(trackers) or None
 

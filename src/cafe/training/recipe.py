@@ -25,12 +25,31 @@ from cafe.instructions import Prompts
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions of 16 bits
 
 
-def _check(numbers: Any, where: str, *, above_0: Sequence[str] = (), from_0: Sequence[str] = ()) -> None:
-    """Refuses numbers that are out of their range; null is in every one."""
-    for name in (*above_0, *from_0):
-        value = getattr(numbers, name)
-        if value is not None and not (value > 0 or (value == 0 and name in from_0)):
-            raise CafeError(f"{where}{name} should be {'0 or more' if name in from_0 else 'above 0'}, not {value}.")
+def _check(
+    numbers: Any,
+    where: str,
+    *,
+    above_0: Sequence[str] = (),
+    from_0: Sequence[str] = (),
+    up_to_1: Sequence[str] = (),
+    below_1: Sequence[str] = (),
+) -> None:
+    """Refuses numbers that are out of their range, which begins at 0; null is in every one."""
+    for names, wanted, fits in (
+        (above_0, "above 0", lambda value: value > 0),
+        (from_0, "0 or more", lambda value: value >= 0),
+        (up_to_1, "between 0 and 1", lambda value: 0 <= value <= 1),
+        (below_1, "0 or more and below 1", lambda value: 0 <= value < 1),
+    ):
+        for name in names:
+            value = getattr(numbers, name)
+            if value is not None and not fits(value):
+                raise CafeError(f"{where}{name} should be {wanted}, not {value}.")
+
+
+def _check_sources(sources: Sequence[Source], where: str) -> None:
+    for index, source in enumerate(sources):
+        _check(source, f"{where}[{index}].", above_0=("frames", "window"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +95,8 @@ class ModelRecipe:
 
     def __post_init__(self) -> None:
         _check(self, "model.", above_0=("max_tokens", "row_tokens", "max_pixels"))
+        if self.adapter:
+            _check(self.adapter, "model.adapter.", above_0=("rank", "alpha"), below_1=("dropout",))
         wanted = {"bf16": ("bf16",), "fp16": ("fp16",), "4bit": ("bf16", "fp16")}.get(self.frozen_weights)
         if wanted and self.precision not in wanted:
             raise CafeError(
@@ -110,7 +131,10 @@ class DataRecipe:
     max_bad_share: float = 0.01
 
     def __post_init__(self) -> None:
-        _check(self, "data.", from_0=("workers", "max_bad_share"))
+        _check(self, "data.", from_0=("workers",), up_to_1=("max_bad_share",))
+        if not self.sources:
+            raise CafeError("data.sources is empty: there is nothing to train on.")
+        _check_sources(self.sources, "data.sources")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +174,8 @@ class ObjectiveRecipe:
             raise CafeError("objective.lm_weight and objective.contrastive_weight are both 0: nothing is learned.")
         if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka or ()):
             raise CafeError("objective.matryoshka_weights should have one weight for each of objective.matryoshka.")
+        if (least := min(self.matryoshka_weights or [0])) < 0:
+            raise CafeError(f"objective.matryoshka_weights should be 0 or more, not {least}.")
 
     @property
     def prefixes(self) -> dict[int, float]:
@@ -187,8 +213,9 @@ class OptimizerRecipe:
     accumulate: int = 1
 
     def __post_init__(self) -> None:
-        rates = ("learning_rate", "vision_tower_learning_rate", "projector_learning_rate", "weight_decay", "warm_up")
+        rates = ("learning_rate", "vision_tower_learning_rate", "projector_learning_rate", "weight_decay")
         _check(self, "optimizer.", above_0=("epsilon", "clip", "accumulate"), from_0=rates)
+        _check(self, "optimizer.", up_to_1=("warm_up",), below_1=("beta1", "beta2"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,6 +238,7 @@ class EvaluationRecipe:
 
     def __post_init__(self) -> None:
         _check(self, "evaluation.", above_0=("limit",), from_0=("every", "samples"))
+        _check_sources(self.sources, "evaluation.sources")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +288,8 @@ class Recipe:
             above_0=("batch_size", "memory", "epochs", "steps", "keep_last"),
             from_0=("seed", "log_every", "save_every", "max_skipped"),
         )
+        if self.seed >= 2**32:  # NumPy's takes no larger one
+            raise CafeError(f"seed should be below {2**32:,}, not {self.seed}.")
         if self.micro_batch != "auto":
             _check(self.micro_batch, "micro_batch.", above_0=("tokens", "crops"))
 
@@ -274,7 +304,9 @@ def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not path.is_file():
         raise CafeError(f"The recipe {path} does not exist.")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise CafeError(f"The recipe {path} is not UTF-8 text: {error}.") from None
     except yaml.YAMLError as error:
         raise CafeError(f"The recipe {path} is not valid YAML: {str(error).splitlines()[0]}.") from None
     if not isinstance(tree, dict):
@@ -294,6 +326,7 @@ def read_source(path: str, overrides: list[str] | None = None) -> Source:
     for override in overrides or []:
         _override(tree, override)
     source: Source = _build(Source, tree, "", "The command line")
+    _check(source, "", above_0=("frames", "window"))
     return source
 
 
@@ -311,7 +344,10 @@ def _override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise CafeError(f"The override {override!r} goes into {parent}, which is a value and holds no keys.")
-    tree[last] = yaml.safe_load(value)
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise CafeError(f"The override {override!r} is not valid YAML: {str(error).splitlines()[0]}.") from None
 
 
 def _build(cls: type, tree: Any, where: str, file: str) -> Any:
@@ -335,8 +371,8 @@ def _convert(kind: Any, value: Any, where: str, file: str) -> Any:
         return _build(kind, value, where + ".", file)  # type: ignore[arg-type]
     origin, arguments = get_origin(kind), get_args(kind)
     if origin is tuple:
-        if not isinstance(value, list) or not value:
-            raise CafeError(f"{file}: {where} should be a list with something in it, not {value!r}.")
+        if not isinstance(value, list):
+            raise CafeError(f"{file}: {where} should be a list, not {value!r}.")
         return tuple(_convert(arguments[0], item, f"{where}[{index}]", file) for index, item in enumerate(value))
     if origin in (Union, types.UnionType):
         if any(get_origin(other) is Literal and value in get_args(other) for other in arguments if value is not None):
