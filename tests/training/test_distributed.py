@@ -113,6 +113,17 @@ log_every: 1
     return file
 
 
+def without_pictures(scenes: Path, random_base: Path, data: Path, count: int) -> str:
+    """A source, as an override wants it, in which the first records of a run are bad."""
+    records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
+    data.write_text(json.dumps(records))
+    processing = Cafe.load(random_base).processing
+    for place in Batches([open_source(Source(path=str(data)))], processing, GLOBAL_BATCH, 0).order(0).records[:count]:
+        records[place]["image"] = "missing.png"
+    data.write_text(json.dumps(records))
+    return f"[{{path: {data}, images: {scenes}}}]"
+
+
 def results(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """The weights and the log."""
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
@@ -171,6 +182,18 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
         assert record.keys() == other.keys()
         for name in record.keys() - {"seconds"}:
             assert other[name] == pytest.approx(record[name], rel=close), name
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
+def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_base, scenes, tmp_path, overrides):
+    bad = f"data.sources={without_pictures(scenes, random_base, tmp_path / 'bad.json', GLOBAL_BATCH // 2)}"
+    one, its_log = alone(bad)
+    assert not run(recipe, tmp_path / "run", 2, bad, *overrides)
+    several, log = results(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
+    for record, other in zip(its_log, log, strict=True):
+        assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
 
 
 def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, recipe, random_base, tmp_path):

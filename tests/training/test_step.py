@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from cafe.content import Content, Dialogue, Example, Pair, Turn
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches, Branches, MicroBatchSize, cut, encode
 from cafe.errors import CafeError
@@ -18,6 +19,7 @@ from cafe.instructions import Prompts
 from cafe.model import Cafe
 from cafe.objectives import matryoshka
 from cafe.packing import Branch, Pack, Packing
+from cafe.training.optimizer import freeze
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep, has_dropout
 
@@ -263,4 +265,21 @@ def test_a_batch_with_nothing_to_train_on_changes_nothing(model, scenes):
     batch = batches(model, scenes, language=False).of([])
     losses = JointStep(model.lvlm, ObjectiveRecipe(lm_weight=0.0))(batch, measure=True)
     assert losses.lm == losses.contrastive == 0
+    assert losses.measured == {"accuracy": 0.0, "grad_norm_contrastive": 0.0}
     assert not gradient(model.lvlm).any()
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_micro_batch_of_texts_alone_adds_nothing_where_only_the_projector_is_trained(model, scenes, measure):
+    freeze(model.lvlm, ["vision_tower", "language_model"])
+    said = Dialogue((Turn("user", Content.of("Which?")), Turn("assistant", Content.of("the left one"))))
+    texts = encode(Example(Pair(Content.of("a circle"), Content.of("a square")), said), model.processing)
+    found = []
+    for size in (MicroBatchSize(), MicroBatchSize(tokens=1)):
+        model.lvlm.zero_grad()
+        batch = batches(model, scenes, size=size).of([encoded(model, scenes)[0], texts])
+        found.append((JointStep(model.lvlm, ObjectiveRecipe())(batch, measure=measure), gradient(model.lvlm)))
+    (whole, expected), (cut_up, grad) = found
+    assert (cut_up.lm.item(), cut_up.contrastive.item()) == pytest.approx((whole.lm.item(), whole.contrastive.item()))
+    assert expected.norm() > 0 and (grad - expected).norm() <= 1e-10 * expected.norm()
+    assert cut_up.measured == pytest.approx(whole.measured)

@@ -11,7 +11,7 @@ not depend on the cut.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -167,7 +167,7 @@ class JointStep(nn.Module):
 
         # 3. Carry it on into the model, together with the gradient of the language loss.
         tokens = everyone(torch.tensor(batch.supervised, device=device)).clamp(min=1)
-        gradients = Gradients(trained, measure)
+        gradients = Gradients(trained, ("contrastive", "lm") if self.reading.language else ("contrastive",), measure)
         lm = vectors.new_zeros(())
         with self.together(device):
             for number, micro_batch in enumerate(micro_batches):
@@ -236,21 +236,28 @@ class JointStep(nn.Module):
 
 
 class Gradients:
-    """Collects the gradients of both losses in the parameters; keeps them apart where their norms are wanted."""
+    """Collects the gradients of some losses in the parameters; keeps them apart where their norms are wanted.
 
-    def __init__(self, parameters: list[nn.Parameter], apart: bool) -> None:
+    Args:
+        parameters: that are trained.
+        losses: their names, in every process the same: each may have a gradient in some micro-batches or in none.
+        apart: keep them apart.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], losses: Sequence[str], apart: bool) -> None:
         self.parameters, self.apart = parameters, apart
-        self.of: dict[str, list[Tensor | None]] = {}
+        self.of: dict[str, list[Tensor | None]] = {name: [None] * len(parameters) for name in losses}
         self.before = self._swap([None] * len(parameters)) if apart else []
 
     def follow(self, **losses: Tensor) -> None:
         """Takes the gradients of some losses of the same graph, and lets the graph go."""
         losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
         if not self.apart:
-            torch.stack(list(losses.values())).sum().backward()
+            if losses:  # a text has none where the projector alone is trained
+                torch.stack(list(losses.values())).sum().backward()
             return
         for left, (name, loss) in enumerate(losses.items(), start=1):
-            self._swap(self.of.get(name, [None] * len(self.parameters)))
+            self._swap(self.of[name])
             loss.backward(retain_graph=left < len(losses))
             self.of[name] = self._swap([None] * len(self.parameters))
 
