@@ -21,6 +21,7 @@ from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches
 from cafe.errors import CafeError
 from cafe.model import Cafe
+from cafe.training.examine import BATCH
 from cafe.training.loop import train
 from cafe.training.recipe import read_recipe
 
@@ -186,13 +187,17 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
 
 @pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
 def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_base, scenes, tmp_path, overrides):
-    bad = f"data.sources={without_pictures(scenes, random_base, tmp_path / 'bad.json', GLOBAL_BATCH // 2)}"
-    one, its_log = alone(bad)
-    assert not run(recipe, tmp_path / "run", 2, bad, *overrides)
+    few, half = (
+        without_pictures(scenes, random_base, tmp_path / f"{count}.json", count) for count in (GLOBAL_BATCH // 2, BATCH)
+    )
+    bad = f"data.sources={few}", f"evaluation.sources={half}", "evaluation.samples=0"
+    one, its_log = alone(*bad)
+    assert not run(recipe, tmp_path / "run", 2, *bad, *overrides)
     several, log = results(tmp_path / "run")
     for name in one:
         torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
     for record, other in zip(its_log, log, strict=True):
+        assert record.pop("samples", None) == other.pop("samples", None)
         assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
 
 

@@ -133,9 +133,7 @@ class JointStep(nn.Module):
     def _follow(self, batch: Batch, share: float, measure: bool, scale: float) -> Losses:
         objective, device = self.objective, self.log_temperature.device
         trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]  # now, while in shards
-        micro_batches = batch.micro_batches
-        if self.blank:  # every process follows every other's forwards and backwards
-            micro_batches = micro_batches + [self.blank] * (most(len(micro_batches), device) - len(micro_batches))
+        micro_batches = self.as_many_as_any(batch.micro_batches)
         whole = self.lvlm.training and has_dropout(self.lvlm)  # same rows, so that dropout draws the same
 
         # 1. Embed all queries, targets and hard negatives. The first micro-batch, often the only one, comes last and is
@@ -195,6 +193,13 @@ class JointStep(nn.Module):
         """See `Reading`."""
         embedded, said = self.reading(pack)
         return embedded, said
+
+    def as_many_as_any(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """These and, where the model is sharded, blank ones: every process follows every other's forwards."""
+        if not self.blank:
+            return micro_batches
+        missing = most(len(micro_batches), self.log_temperature.device) - len(micro_batches)
+        return micro_batches + [self.blank] * missing
 
     def together(self, device: torch.device) -> AbstractContextManager[None]:
         """For work in which processes do not wait for each other, as those do that share a model."""
