@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import Float, Int64
@@ -152,7 +153,7 @@ class VisionCache:
         file = self._file(key)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(f".{uuid4().hex}.partial")  # another process may write the same
             torch.save(tree_map_only(Tensor, Tensor.clone, self.kept[key]), partial)
             partial.replace(file)
 
