@@ -104,7 +104,7 @@ def train(
     at = checkpoints.load(output / STATE, joint, optimizer, report) or Position(scale=scale, generators=generators())
     if at.step:
         report(f"Going on after step {at.step}.")
-    if recipe.micro_batch == "auto" and not at.step:
+    if recipe.micro_batch == "auto" and not at.size:
         at.size = fitting_size(joint, batches, recipe.memory)
         report(f"Micro-batches of {at.size.tokens or 'all'} tokens and {at.size.crops or 'all'} crops fit.")
     feed = Feed(batches, at.size, at.step, steps, accumulate, recipe.data.workers, report)
