@@ -182,6 +182,20 @@ def test_dropout_draws_the_same_numbers_when_a_micro_batch_is_read_again(model, 
     assert not torch.equal(seen[-1], last) and not torch.equal(state, torch.get_rng_state())
 
 
+def test_language_alone_is_read_once_however_the_batch_is_cut(model, scenes):
+    grads, read = [], []
+    step = JointStep(model.lvlm, ObjectiveRecipe(contrastive_weight=0.0))
+    step.reading.register_forward_hook(lambda *_: read.append(torch.is_grad_enabled()))
+    for size in (MicroBatchSize(), MicroBatchSize(tokens=200)):
+        step.zero_grad()
+        read.clear()
+        batch = batches(model, scenes, contrast=False, size=size)[0]
+        step(batch)
+        assert read == [True] * len(batch.micro_batches)
+        grads.append(gradient(step))
+    assert len(read) > 1 and (grads[1] - grads[0]).norm() <= 1e-10 * grads[0].norm()
+
+
 def test_dropout_is_found_in_every_part(model):
     lvlm = model.lvlm
     tower = next(part for part in lvlm.model.vision_tower.modules() if hasattr(part, "dropout"))

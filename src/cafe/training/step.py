@@ -137,14 +137,16 @@ class JointStep(nn.Module):
         whole = self.lvlm.training and has_dropout(self.lvlm)  # same rows, so that dropout draws the same
 
         # 1. Embed all queries, targets and hard negatives. The first micro-batch, often the only one, comes last and is
-        # read for both losses at once: it keeps its graph, and needs no other forward.
+        # read for both losses at once: it keeps its graph, and needs no other forward. Where no process has anything to
+        # embed, as when language alone is trained, the others wait for their turn.
         vectors = torch.zeros(
             2 * len(batch.target_ids) + len(batch.owners), self.width, device=device, dtype=self.dtype
         )
         slots = [micro_batch.slots.to(device, non_blocking=True) for micro_batch in micro_batches]
+        embeds = most(len(vectors), device) > 0
         drawn = {}
         with self.together(device):
-            for number, micro_batch in reversed(list(enumerate(micro_batches))):
+            for number, micro_batch in reversed(list(enumerate(micro_batches if embeds else micro_batches[:1]))):
                 drawn[number] = random_state(device)
                 with torch.set_grad_enabled(number == 0):
                     reading = self.read(micro_batch.joint if whole or number == 0 else micro_batch.embed)
@@ -170,7 +172,7 @@ class JointStep(nn.Module):
         with self.together(device):
             for number, micro_batch in enumerate(micro_batches):
                 if number > 0:
-                    with drawing(drawn[number], device):
+                    with drawing(drawn[number], device) if embeds else nullcontext():
                         reading = self.read(micro_batch.joint)
                 embedded, said = reading
                 lm += said.detach() / tokens
