@@ -210,7 +210,7 @@ class JointStep(nn.Module):
     def contrast(
         self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Tensor, measure: bool
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them."""
+        """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them; 0 unless measured."""
         pairs = len(batch.target_ids)
         queries, targets, negatives = vectors.split([pairs, pairs, len(batch.owners)])
         target_ids, owners, scores, negative_ids = (
@@ -238,7 +238,7 @@ class JointStep(nn.Module):
             margin=objective.margin,
         )
         own = None if ids is None else ids[: len(queries)]
-        accuracy = retrieval_accuracy(queries.detach(), targets.detach(), own) if measure else loss.detach()
+        accuracy = retrieval_accuracy(queries.detach(), targets.detach(), own) if measure else vectors.new_zeros(())
         return loss, accuracy
 
 
