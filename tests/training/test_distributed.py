@@ -41,7 +41,12 @@ def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: 
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        train(read_recipe(recipe, overrides), lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())})
+        with said.with_suffix(".report").open("w") as report:
+            train(
+                read_recipe(recipe, overrides),
+                lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())},
+                report=lambda line: print(line, file=report),
+            )
     except BaseException:
         said.write_text(traceback.format_exc())
         raise
@@ -193,6 +198,7 @@ def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_ba
     bad = f"data.sources={few}", f"evaluation.sources={half}", "evaluation.samples=0"
     one, its_log = alone(*bad)
     assert not run(recipe, tmp_path / "run", 2, *bad, *overrides)
+    assert (tmp_path / "run-0.report").read_text().endswith(" 4 of 16 records were bad.\n")
     several, log = results(tmp_path / "run")
     for name in one:
         torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
