@@ -208,7 +208,7 @@ class JointStep(nn.Module):
         return nullcontext() if self.blank else within_memory(device)
 
     def contrast(
-        self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Tensor, measure: bool
+        self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Float[Tensor, ""], measure: bool
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them; 0 unless measured."""
         pairs = len(batch.target_ids)
@@ -256,7 +256,7 @@ class Gradients:
         self.of: dict[str, list[Tensor | None]] = {name: [None] * len(parameters) for name in losses}
         self.before = self._swap([None] * len(parameters)) if apart else []
 
-    def follow(self, **losses: Tensor) -> None:
+    def follow(self, **losses: Float[Tensor, ""]) -> None:
         """Takes the gradients of some losses of the same graph, and lets the graph go."""
         losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
         if not self.apart:
