@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -106,7 +106,14 @@ class Askers:
             return args, kwargs
         return args, {**kwargs, "attention_mask": OwnWay.of(mask, self.attend)}
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any) -> Tensor:
+    def attend(
+        self,
+        query: Float[Tensor, "rows heads columns dim"],
+        key: Float[Tensor, "rows key_heads columns dim"],
+        value: Float[Tensor, "rows key_heads columns dim"],
+        attn_mask: Float[Tensor, "rows mask_heads columns columns"] | Bool[Tensor, "rows mask_heads columns columns"],
+        **options: Any,
+    ) -> Float[Tensor, "rows heads columns dim"]:
         """PyTorch's attention for these tokens; zeros for the others."""
         grid, rows, slots, columns = (
             each.to(query.device, non_blocking=True) for each in (self.grid, self.rows, self.slots, self.columns)

@@ -374,6 +374,9 @@ def _trees(sizes: Sequence[int], keys: Sequence[Keys], root: int) -> list[list[i
     return trees
 
 
+_Filled = list[tuple[int, list[int]]]  # of each row, its tokens and its trees
+
+
 def _fill(trees: Sequence[list[int]], sizes: Sequence[int], root: int, columns: int) -> list[list[int]]:
     """Trees to rows of at most `columns` tokens: filled best-fit, or evenly where that makes less work.
 
@@ -399,9 +402,6 @@ def _fill(trees: Sequence[list[int]], sizes: Sequence[int], root: int, columns: 
         if work(count, shortest) < work_of(found):
             found = min(found, _spread(own, root, count), key=work_of)
     return [[branch for tree in row for branch in trees[tree]] for _, row in found]
-
-
-_Filled = list[tuple[int, list[int]]]  # of each row, its tokens and its trees
 
 
 def _best_fit(own: Sequence[int], root: int, columns: int) -> _Filled:

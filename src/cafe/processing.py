@@ -271,10 +271,9 @@ class Processing:
         """
         asked: list[Message] = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
         prompt = self._render(asked, True)
-        before, _, end = self._render([*asked, _SAID], False).partition(_WORDS)
-        return before.removeprefix(prompt) if before.startswith(
-            prompt
-        ) else "", end.rstrip() or self.tokenizer.eos_token
+        until, _, end = self._render([*asked, _SAID], False).partition(_WORDS)
+        before = until.removeprefix(prompt) if until.startswith(prompt) else ""
+        return before, end.rstrip() or self.tokenizer.eos_token
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         def make() -> str:

@@ -21,6 +21,7 @@ from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches
 from cafe.errors import CafeError
 from cafe.model import Cafe
+from cafe.training.examine import BATCH
 from cafe.training.loop import train
 from cafe.training.recipe import read_recipe
 
@@ -40,7 +41,12 @@ def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: 
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        train(read_recipe(recipe, overrides), lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())})
+        with said.with_suffix(".report").open("w") as report:
+            train(
+                read_recipe(recipe, overrides),
+                lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())},
+                report=lambda line: print(line, file=report),
+            )
     except BaseException:
         said.write_text(traceback.format_exc())
         raise
@@ -113,6 +119,17 @@ log_every: 1
     return file
 
 
+def without_pictures(scenes: Path, random_base: Path, data: Path, count: int) -> str:
+    """A source, as an override wants it, in which the first records of a run are bad."""
+    records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
+    data.write_text(json.dumps(records))
+    processing = Cafe.load(random_base).processing
+    for place in Batches([open_source(Source(path=str(data)))], processing, GLOBAL_BATCH, 0).order(0).records[:count]:
+        records[place]["image"] = "missing.png"
+    data.write_text(json.dumps(records))
+    return f"[{{path: {data}, images: {scenes}}}]"
+
+
 def results(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     """The weights and the log."""
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
@@ -171,6 +188,23 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
         assert record.keys() == other.keys()
         for name in record.keys() - {"seconds"}:
             assert other[name] == pytest.approx(record[name], rel=close), name
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
+def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_base, scenes, tmp_path, overrides):
+    few, half = (
+        without_pictures(scenes, random_base, tmp_path / f"{count}.json", count) for count in (GLOBAL_BATCH // 2, BATCH)
+    )
+    bad = f"data.sources={few}", f"evaluation.sources={half}", "evaluation.samples=0"
+    one, its_log = alone(*bad)
+    assert not run(recipe, tmp_path / "run", 2, *bad, *overrides)
+    assert (tmp_path / "run-0.report").read_text().endswith(" 4 of 16 records were bad.\n")
+    several, log = results(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
+    for record, other in zip(its_log, log, strict=True):
+        assert record.pop("samples", None) == other.pop("samples", None)
+        assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
 
 
 def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, recipe, random_base, tmp_path):

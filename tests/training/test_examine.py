@@ -73,6 +73,17 @@ def test_the_held_out_loss_is_that_of_all_logits_dialogue_by_dialogue(recipe, ra
     assert samples[0]["said"] == asked[0]
 
 
+def test_a_record_whose_picture_is_missing_is_no_sample(recipe, random_base, scenes, tmp_path):
+    records = json.loads((scenes / "llava_train.json").read_text())
+    model = Cafe.load(random_base, Prompts(), torch.float32)
+    first = int(held_out_batches(recipe, model, rank=0).order(0).records[0])
+    records[first]["image"] = "missing.png"
+    (tmp_path / "some.json").write_text(json.dumps(records))
+    held_out = EvaluationRecipe(sources=(Source(path=str(tmp_path / "some.json"), images=str(scenes)),))
+    samples = say(model, held_out_batches(replace(recipe, evaluation=held_out), model, rank=0), 2)
+    assert len(samples) == 2 and not any(sample["record"].endswith(f"record {first}") for sample in samples)
+
+
 def test_a_run_logs_what_it_measures_keeps_the_best_and_trains_on_unchanged(recipe, tmp_path):
     results = iter([2.0, 3.0, 1.0])
 

@@ -119,6 +119,25 @@ def test_without_dropout_the_gradient_is_that_of_a_step_that_never_broke(model, 
     assert (gradient(joint) - expected).norm() <= 1e-5 * expected.norm()
 
 
+def test_a_size_found_before_and_that_of_the_recipe_both_hold(batches):
+    """A run that is gone on with may be given smaller micro-batches, as it is told to where a sharded one ran out."""
+    for found, of_recipe, expected in [
+        (MicroBatchSize(900, 20), UNCUT, MicroBatchSize(900, 20)),
+        (MicroBatchSize(900, 20), MicroBatchSize(tokens=300), MicroBatchSize(300, 20)),
+        (MicroBatchSize(tokens=300), MicroBatchSize(900, 20), MicroBatchSize(300, 20)),
+        (None, MicroBatchSize(crops=20), MicroBatchSize(crops=20)),
+    ]:
+        assert Feed(batches.cut_to(of_recipe), found, 4, 8, 1, 0, print).batches.size == expected
+
+
+def test_a_process_without_records_takes_the_size_that_the_others_halve(batches, monkeypatch):
+    others = iter([1, 600, 30])  # they can be halved; their largest micro-batch
+    monkeypatch.setattr("cafe.training.memory.most", lambda number, device: max(number, next(others)))
+    feed = Feed(batches, None, 1, 2, 1, 0, lambda line: None)
+    feed.halve([batches.of([])], torch.device("cpu"))
+    assert feed.batches.size == MicroBatchSize(300, 15)
+
+
 def test_an_example_that_does_not_fit_by_itself_is_named(model, batches, monkeypatch):
     joint = JointStep(model.lvlm, ObjectiveRecipe())
     feed = Feed(batches, None, 0, 1, 1, 0, lambda line: None)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from cafe.content import Content, Dialogue, Example, Pair, Turn
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches, Branches, MicroBatchSize, cut, encode
 from cafe.errors import CafeError
@@ -18,6 +19,7 @@ from cafe.instructions import Prompts
 from cafe.model import Cafe
 from cafe.objectives import matryoshka
 from cafe.packing import Branch, Pack, Packing
+from cafe.training.optimizer import freeze
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep, has_dropout
 
@@ -180,6 +182,20 @@ def test_dropout_draws_the_same_numbers_when_a_micro_batch_is_read_again(model, 
     assert not torch.equal(seen[-1], last) and not torch.equal(state, torch.get_rng_state())
 
 
+def test_language_alone_is_read_once_however_the_batch_is_cut(model, scenes):
+    grads, read = [], []
+    step = JointStep(model.lvlm, ObjectiveRecipe(contrastive_weight=0.0))
+    step.reading.register_forward_hook(lambda *_: read.append(torch.is_grad_enabled()))
+    for size in (MicroBatchSize(), MicroBatchSize(tokens=200)):
+        step.zero_grad()
+        read.clear()
+        batch = batches(model, scenes, contrast=False, size=size)[0]
+        step(batch)
+        assert read == [True] * len(batch.micro_batches)
+        grads.append(gradient(step))
+    assert len(read) > 1 and (grads[1] - grads[0]).norm() <= 1e-10 * grads[0].norm()
+
+
 def test_dropout_is_found_in_every_part(model):
     lvlm = model.lvlm
     tower = next(part for part in lvlm.model.vision_tower.modules() if hasattr(part, "dropout"))
@@ -263,4 +279,21 @@ def test_a_batch_with_nothing_to_train_on_changes_nothing(model, scenes):
     batch = batches(model, scenes, language=False).of([])
     losses = JointStep(model.lvlm, ObjectiveRecipe(lm_weight=0.0))(batch, measure=True)
     assert losses.lm == losses.contrastive == 0
+    assert losses.measured == {"accuracy": 0.0, "grad_norm_contrastive": 0.0}
     assert not gradient(model.lvlm).any()
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_micro_batch_of_texts_alone_adds_nothing_where_only_the_projector_is_trained(model, scenes, measure):
+    freeze(model.lvlm, ["vision_tower", "language_model"])
+    said = Dialogue((Turn("user", Content.of("Which?")), Turn("assistant", Content.of("the left one"))))
+    texts = encode(Example(Pair(Content.of("a circle"), Content.of("a square")), said), model.processing)
+    found = []
+    for size in (MicroBatchSize(), MicroBatchSize(tokens=1)):
+        model.lvlm.zero_grad()
+        batch = batches(model, scenes, size=size).of([encoded(model, scenes)[0], texts])
+        found.append((JointStep(model.lvlm, ObjectiveRecipe())(batch, measure=measure), gradient(model.lvlm)))
+    (whole, expected), (cut_up, grad) = found
+    assert (cut_up.lm.item(), cut_up.contrastive.item()) == pytest.approx((whole.lm.item(), whole.contrastive.item()))
+    assert expected.norm() > 0 and (grad - expected).norm() <= 1e-10 * expected.norm()
+    assert cut_up.measured == pytest.approx(whole.measured)

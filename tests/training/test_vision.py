@@ -1,5 +1,9 @@
 """A frozen tower reads each crop once a step, or never again with a directory, and nothing else changes."""
 
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from threading import Barrier
+
 import pytest
 import torch
 from families import FAMILIES, WIDTH
@@ -135,6 +139,22 @@ def test_other_weights_do_not_find_the_old_features(model, batch, tmp_path):
     counted = Counted(tower)
     follow(model, batch, VisionCache(tower, model.lvlm.config, tmp_path))
     assert counted.crops == PAIRS * CROPS
+
+
+def test_processes_may_fill_a_directory_at_once(model, tmp_path, monkeypatch):
+    """Each writes the same picture before either gives it its name."""
+    save, both = torch.save, Barrier(2, timeout=60)
+    monkeypatch.setattr(torch, "save", lambda made, file: (save(made, file), both.wait()))
+    crops = torch.randn(1, 3, 32, 32)
+
+    def fill(tower: torch.nn.Module) -> Tensor:
+        with VisionCache(tower, model.lvlm.config, tmp_path).step():
+            return tower(crops).last_hidden_state
+
+    tower = vision_tower_of(model.lvlm)
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(fill, [tower, deepcopy(tower)])
+    assert torch.equal(one, other) and [file.suffix for file in tmp_path.rglob("*.*")] == [".pt"]
 
 
 @pytest.mark.parametrize("every", [False, True])  # hidden states, which older versions of transformers return

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -97,6 +97,11 @@ class MicroBatchSize:
 
     tokens: int | None = None
     crops: int | None = None
+
+    def within(self, other: "MicroBatchSize") -> "MicroBatchSize":
+        """No more than either of two."""
+        limits = zip(astuple(self), astuple(other), strict=True)
+        return MicroBatchSize(*(min(filter(None, both), default=None) for both in limits))
 
 
 @dataclass(frozen=True)

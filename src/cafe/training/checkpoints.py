@@ -46,7 +46,7 @@ class Position:
         step: the last step taken; the data's position and the schedule follow from it.
         skipped: steps left out because their loss or gradient was not finite.
         bad, seen: of this process's records, see `Quarantine`.
-        size: of micro-batches, where it was found by measurement; else the recipe's holds.
+        size: of micro-batches, where it was found by measurement; the recipe's holds as well.
         best: the best result of an evaluation so far.
         scale: of the next step's loss.
         generators: the state of every random number generator.

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils.memory import should_reduce_batch_size
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -70,11 +70,11 @@ def most(number: int, device: torch.device) -> int:
     return int(largest)
 
 
-def everyone(number: Tensor) -> Tensor:
-    """The sum of a tensor over all processes, in place."""
+def everyone(own: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *shape"]:
+    """The sum of the processes' tensors, in place."""
     if world() > 1:
-        dist.all_reduce(number)
-    return number
+        dist.all_reduce(own)
+    return own
 
 
 def numbers(own: int, device: torch.device) -> Int64[Tensor, " processes"]:
@@ -111,7 +111,7 @@ def within_memory(device: torch.device) -> Iterator[None]:
         raise torch.OutOfMemoryError("Out of memory" if failed else "Another process is out of memory")
 
 
-def gather(*tensors: Tensor) -> tuple[Tensor, ...]:
+def gather(*tensors: Shaped[Tensor, "own ..."]) -> tuple[Shaped[Tensor, "all ..."], ...]:
     """All processes' rows of some tensors with as many rows each; those of different processes need not be as many.
 
     Only this process's own rows carry gradient. That is all that its parameters contribute to a loss which every

@@ -118,7 +118,7 @@ def held_out_loss(joint: JointStep, batches: Batches, recipe: Recipe) -> float:
 
 def say(model: Cafe, batches: Batches, count: int) -> list[dict[str, str]]:
     """What the model answers to the first turn of some held-out dialogues, beside what it should."""
-    examples = list(islice(_dialogues(batches), count))
+    examples = list(islice(_dialogues(model, batches), count))
     turns = [example.dialogue.turns for example in examples if example.dialogue]
     said = model.generate_batch([asked.content for asked, *_ in turns]) if turns else []
     return [
@@ -127,15 +127,18 @@ def say(model: Cafe, batches: Batches, count: int) -> list[dict[str, str]]:
     ]
 
 
-def _dialogues(batches: Batches) -> Iterator[Example]:
+def _dialogues(model: Cafe, batches: Batches) -> Iterator[Example]:
+    """Those whose first turn can be read: a bad record is left out, as it is of the loss."""
     order = batches.order(0)
     for which, index in zip(order.sources, order.records, strict=True):
         try:
             example = batches.sources[int(which)].example(int(index), Random(f"sample {which} {index}"))
+            if not example.dialogue or len(example.dialogue.turns) < 2:
+                continue
+            model.encode_prompt(example.dialogue.turns[0].content)
         except CafeError:
             continue
-        if example.dialogue and len(example.dialogue.turns) > 1:
-            yield example
+        yield example
 
 
 def improves(results: dict[str, float], name: str, best: float | None) -> bool:

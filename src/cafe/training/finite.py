@@ -3,13 +3,15 @@
 from collections.abc import Iterable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from cafe.data.loading import Batch, Batches, MicroBatchSize
 from cafe.errors import CafeError
 from cafe.training.checkpoints import Position
-from cafe.training.distributed import every_ones, most
+from cafe.training.distributed import every_ones
 from cafe.training.log import Log
+from cafe.training.sharding import gathered
 from cafe.training.step import JointStep
 
 ONE = MicroBatchSize(tokens=1)  # one example a micro-batch
@@ -51,11 +53,8 @@ def offenders(joint: JointStep, batches: Batches, numbers: Iterable[int]) -> lis
     return everywhere or [name for names in every_ones(seen) for name in names]
 
 
-def read_each(joint: JointStep, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-    """The embeddings and the summed language loss of each micro-batch.
-
-    Where the model is sharded, every process reads as often as any: the last micro-batch again, if need be.
-    """
-    count = len(batch.micro_batches)
-    times = range(most(count, joint.log_temperature.device))
-    return [joint.read(batch.micro_batches[min(index, count - 1)].joint) for index in times][:count]
+def read_each(joint: JointStep, batch: Batch) -> list[tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]]:
+    """The embeddings and the summed language loss of each micro-batch. All processes must call it."""
+    with gathered(joint.reading):  # without a backward pass, nothing else spreads the outermost weights again
+        made = [joint.read(micro_batch.joint) for micro_batch in joint.as_many_as_any(batch.micro_batches)]
+    return made[: len(batch.micro_batches)]

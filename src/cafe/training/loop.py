@@ -20,7 +20,7 @@ from cafe.model import Cafe, checkpoint_of
 from cafe.training import checkpoints
 from cafe.training.checkpoints import Position, full_disk, generators, set_generators
 from cafe.training.compiling import compile_layers
-from cafe.training.distributed import clip_gradients, first_ones, launched, most, sum_gradients
+from cafe.training.distributed import clip_gradients, everyone, first_ones, launched, most, sum_gradients
 from cafe.training.examine import Examination
 from cafe.training.finite import leave_out
 from cafe.training.log import Log, installed
@@ -104,7 +104,7 @@ def train(
     at = checkpoints.load(output / STATE, joint, optimizer, report) or Position(scale=scale, generators=generators())
     if at.step:
         report(f"Going on after step {at.step}.")
-    if recipe.micro_batch == "auto" and not at.step:
+    if recipe.micro_batch == "auto" and not at.size:
         at.size = fitting_size(joint, batches, recipe.memory)
         report(f"Micro-batches of {at.size.tokens or 'all'} tokens and {at.size.crops or 'all'} crops fit.")
     feed = Feed(batches, at.size, at.step, steps, accumulate, recipe.data.workers, report)
@@ -181,6 +181,7 @@ def train(
                 raise Stopped(f"Stopped after step {step} of {steps}, which is saved; the same command goes on.", asked)
 
         weights = whole_weights(model.lvlm)
+        bad, seen = everyone(torch.tensor([quarantine.bad, quarantine.seen], device=device)).tolist()
         if log:
             model.lvlm.eval()
             temperature = joint.log_temperature.exp().item()
@@ -188,7 +189,6 @@ def train(
             model.save(output / CHECKPOINT, weights, **made)
             shutil.rmtree(output / STATE, ignore_errors=True)  # only an unfinished run needs it
             log.close()
-            bad, seen = quarantine.bad, quarantine.seen
             report(f"The checkpoint is in {output / CHECKPOINT}; {bad} of {seen} records were bad.")
     accelerator.wait_for_everyone()
     return output / CHECKPOINT

@@ -25,7 +25,7 @@ class Feed:
 
     Args:
         batches: of the whole run.
-        size: of micro-batches, found by measurement before; None for that of the batches.
+        size: of micro-batches, found by measurement before; None for none. That of the batches holds as well.
         done, stop: the steps already taken, and the last one.
         accumulate: batches a step.
         workers: that make them ahead.
@@ -42,7 +42,7 @@ class Feed:
         workers: int,
         report: Callable[[str], None],
     ) -> None:
-        self.batches, self.found = batches.cut_to(size or batches.size), size
+        self.batches, self.found = batches.cut_to(batches.size.within(size or UNCUT)), size
         self.step, self.stop, self.accumulate = done, stop, accumulate
         self.workers, self.report = workers, report
         self.stream = self._load()
@@ -69,8 +69,9 @@ class Feed:
                 f"{', '.join(parts[0].sources[:3])}: limit the size of pictures (model.max_pixels, model.grids) or of "
                 "texts (model.max_tokens), or set model.gradient_checkpointing."
             )
-        tokens = most(max(micro_batch.joint.filled for micro_batch in micro_batches), device) // 2
-        crops = most(max(crops_of(micro_batch.joint.inputs) for micro_batch in micro_batches), device)
+        # This process may have no micro-batch: all its records were bad, and memory ran out in another.
+        tokens = most(max((each.joint.filled for each in micro_batches), default=0), device) // 2
+        crops = most(max((crops_of(each.joint.inputs) for each in micro_batches), default=0), device)
         self.found = MicroBatchSize(max(tokens, 1), max(crops // 2, 1) if crops else None)
         self.batches = self.batches.cut_to(self.found)
         size = f"{self.found.tokens} tokens" + (f", {self.found.crops} crops" if self.found.crops else "")

@@ -11,7 +11,7 @@ not depend on the cut.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 
@@ -133,20 +133,20 @@ class JointStep(nn.Module):
     def _follow(self, batch: Batch, share: float, measure: bool, scale: float) -> Losses:
         objective, device = self.objective, self.log_temperature.device
         trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]  # now, while in shards
-        micro_batches = batch.micro_batches
-        if self.blank:  # every process follows every other's forwards and backwards
-            micro_batches = micro_batches + [self.blank] * (most(len(micro_batches), device) - len(micro_batches))
+        micro_batches = self.as_many_as_any(batch.micro_batches)
         whole = self.lvlm.training and has_dropout(self.lvlm)  # same rows, so that dropout draws the same
 
         # 1. Embed all queries, targets and hard negatives. The first micro-batch, often the only one, comes last and is
-        # read for both losses at once: it keeps its graph, and needs no other forward.
+        # read for both losses at once: it keeps its graph, and needs no other forward. Where no process has anything to
+        # embed, as when language alone is trained, the others wait for their turn.
         vectors = torch.zeros(
             2 * len(batch.target_ids) + len(batch.owners), self.width, device=device, dtype=self.dtype
         )
         slots = [micro_batch.slots.to(device, non_blocking=True) for micro_batch in micro_batches]
+        embeds = most(len(vectors), device) > 0
         drawn = {}
         with self.together(device):
-            for number, micro_batch in reversed(list(enumerate(micro_batches))):
+            for number, micro_batch in reversed(list(enumerate(micro_batches if embeds else micro_batches[:1]))):
                 drawn[number] = random_state(device)
                 with torch.set_grad_enabled(number == 0):
                     reading = self.read(micro_batch.joint if whole or number == 0 else micro_batch.embed)
@@ -167,12 +167,12 @@ class JointStep(nn.Module):
 
         # 3. Carry it on into the model, together with the gradient of the language loss.
         tokens = everyone(torch.tensor(batch.supervised, device=device)).clamp(min=1)
-        gradients = Gradients(trained, measure)
+        gradients = Gradients(trained, ("contrastive", "lm") if self.reading.language else ("contrastive",), measure)
         lm = vectors.new_zeros(())
         with self.together(device):
             for number, micro_batch in enumerate(micro_batches):
                 if number > 0:
-                    with drawing(drawn[number], device):
+                    with drawing(drawn[number], device) if embeds else nullcontext():
                         reading = self.read(micro_batch.joint)
                 embedded, said = reading
                 lm += said.detach() / tokens
@@ -196,14 +196,21 @@ class JointStep(nn.Module):
         embedded, said = self.reading(pack)
         return embedded, said
 
+    def as_many_as_any(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """These and, where the model is sharded, blank ones: every process follows every other's forwards."""
+        if not self.blank:
+            return micro_batches
+        missing = most(len(micro_batches), self.log_temperature.device) - len(micro_batches)
+        return micro_batches + [self.blank] * missing
+
     def together(self, device: torch.device) -> AbstractContextManager[None]:
         """For work in which processes do not wait for each other, as those do that share a model."""
         return nullcontext() if self.blank else within_memory(device)
 
     def contrast(
-        self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Tensor, measure: bool
+        self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Float[Tensor, ""], measure: bool
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them."""
+        """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them; 0 unless measured."""
         pairs = len(batch.target_ids)
         queries, targets, negatives = vectors.split([pairs, pairs, len(batch.owners)])
         target_ids, owners, scores, negative_ids = (
@@ -231,26 +238,33 @@ class JointStep(nn.Module):
             margin=objective.margin,
         )
         own = None if ids is None else ids[: len(queries)]
-        accuracy = retrieval_accuracy(queries.detach(), targets.detach(), own) if measure else loss.detach()
+        accuracy = retrieval_accuracy(queries.detach(), targets.detach(), own) if measure else vectors.new_zeros(())
         return loss, accuracy
 
 
 class Gradients:
-    """Collects the gradients of both losses in the parameters; keeps them apart where their norms are wanted."""
+    """Collects the gradients of some losses in the parameters; keeps them apart where their norms are wanted.
 
-    def __init__(self, parameters: list[nn.Parameter], apart: bool) -> None:
+    Args:
+        parameters: that are trained.
+        losses: their names, in every process the same: each may have a gradient in some micro-batches or in none.
+        apart: keep them apart.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter], losses: Sequence[str], apart: bool) -> None:
         self.parameters, self.apart = parameters, apart
-        self.of: dict[str, list[Tensor | None]] = {}
+        self.of: dict[str, list[Tensor | None]] = {name: [None] * len(parameters) for name in losses}
         self.before = self._swap([None] * len(parameters)) if apart else []
 
-    def follow(self, **losses: Tensor) -> None:
+    def follow(self, **losses: Float[Tensor, ""]) -> None:
         """Takes the gradients of some losses of the same graph, and lets the graph go."""
         losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
         if not self.apart:
-            torch.stack(list(losses.values())).sum().backward()
+            if losses:  # a text has none where the projector alone is trained
+                torch.stack(list(losses.values())).sum().backward()
             return
         for left, (name, loss) in enumerate(losses.items(), start=1):
-            self._swap(self.of.get(name, [None] * len(self.parameters)))
+            self._swap(self.of[name])
             loss.backward(retain_graph=left < len(losses))
             self.of[name] = self._swap([None] * len(self.parameters))
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 from jaxtyping import Float, Int64
@@ -91,7 +92,7 @@ class VisionCache:
     def step(self) -> Iterator[None]:
         """Within it, the tower reads no crop twice."""
         read = self.tower.forward
-        self.tower.forward = lambda *rows, **named: self._forward(read, rows, named)
+        self.tower.forward = lambda *args, **named: self._forward(read, args, named)
         try:
             yield
         finally:
@@ -99,11 +100,12 @@ class VisionCache:
             self.kept.clear()
 
     @torch.no_grad()
-    def _forward(self, read: Callable[..., Any], rows: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        pixels: Tensor = named["pixel_values"] if "pixel_values" in named else rows[0]
+    def _forward(self, read: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """What the tower makes of its arguments, of which it is given the crops that it has not read yet."""
+        pixels: Tensor = named["pixel_values"] if "pixel_values" in named else args[0]
         crops = listed(pixels, named, self.patch)
         if crops is None:
-            return read(*rows, **named)
+            return read(*args, **named)
         keys = crops.keys
         unread = {
             key: place for place, key in enumerate(keys) if key not in self.kept and not self._load(key, pixels.device)
@@ -111,14 +113,15 @@ class VisionCache:
         if unread:
 
             def choose(value: Any) -> Any:
+                """Of what there is for each row of pixels, or each crop, that of the unread crops."""
                 if not isinstance(value, Tensor) or len(value) not in (len(pixels), len(keys)):
                     return value
                 parts = value.split(crops.rows if len(value) == len(pixels) else 1)
                 return torch.cat([parts[place] for place in unread.values()])
 
             if len(unread) < len(keys):
-                rows, named = tuple(map(choose, rows)), {name: choose(value) for name, value in named.items()}
-            made = read(*rows, **named)
+                args, named = tuple(map(choose, args)), {name: choose(value) for name, value in named.items()}
+            made = read(*args, **named)
             self._forget(made)
             stops = list(accumulate(crops.shares[place] for place in unread.values()))
             for key, start, stop in zip(unread, [0, *stops], stops, strict=False):
@@ -152,7 +155,7 @@ class VisionCache:
         file = self._file(key)
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(".partial")
+            partial = file.with_suffix(f".{uuid4().hex}.partial")  # another process may write the same
             torch.save(tree_map_only(Tensor, Tensor.clone, self.kept[key]), partial)
             partial.replace(file)
 

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 from accelerate.utils import DeepSpeedPlugin
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from cafe.errors import CafeError
@@ -57,7 +58,7 @@ class Zero:
         self.trained = trained
         self.engine = deepspeed.initialize(model=nn.ParameterList(trained), optimizer=optimizer, config=settings)[0]
 
-    def sum_gradients(self, scale: float = 1.0) -> Tensor:
+    def sum_gradients(self, scale: float = 1.0) -> Float[Tensor, ""]:
         """Sums the gradients over processes, each process its part, but for a scale; returns their norm together."""
         for parameter in self.trained:
             if parameter.grad is None:  # other processes may have one
@@ -65,7 +66,7 @@ class Zero:
             parameter.grad *= world() / scale  # of which DeepSpeed takes the mean
         with self.engine.coalesce_grad_reduction():
             pass
-        norm: Tensor = self.engine.optimizer.scaled_global_norm()
+        norm: Float[Tensor, ""] = self.engine.optimizer.scaled_global_norm()
         return norm
 
     def step(self) -> None:
