@@ -85,6 +85,7 @@ def by_paths(end: Int64[Tensor, "rows columns"]) -> OwnWay:
     return OwnWay.of(tree_mask(end), partial(_attend, list(paths_of(end))))
 
 
+@torch.compiler.disable  # within compiled layers: else they are compiled anew for other paths
 def _attend(
     paths: Sequence[Path], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any
 ) -> Tensor:

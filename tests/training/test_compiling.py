@@ -1,8 +1,12 @@
-"""Compiled layers give the gradient of uncompiled ones, under the gradient cache and with dropout."""
+"""Compiled layers give the gradient of uncompiled ones, under the gradient cache and with dropout; once is enough."""
+
+from functools import partial
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
+import cafe.reading
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches, MicroBatchSize
 from cafe.model import Cafe
@@ -35,3 +39,20 @@ def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes):
         found = follow(number)
         assert found[:2] == pytest.approx((lm, contrastive), rel=1e-5)
         assert (found[2] - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_rows_that_are_read_by_paths_are_compiled_once(random_base, scenes, monkeypatch):
+    monkeypatch.setattr(cafe.reading, "LONG", 1)
+    eager = partial(torch.compile, backend="eager")  # traces alike, and makes no kernels
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic, options: eager(forward, dynamic=dynamic))
+    torch.compiler.reset()
+    model = Cafe.load(random_base)
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    batches = Batches([source], model.processing, 3, 0, packing=model.packing)
+    step = JointStep(model.lvlm.train(), ObjectiveRecipe())
+    compile_layers(model.lvlm)
+    graphs = []
+    for number in range(4):  # the third is read by more paths, or fewer, than any before
+        step(batches[number])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1] > 0
