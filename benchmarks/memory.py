@@ -11,7 +11,11 @@ import gc
 import math
 import multiprocessing
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Event, Thread
 
 import torch
 from common import Row, make_batch, make_pairs, show, tiny_llava
@@ -37,12 +41,12 @@ def measure(published: bool, pairs: int) -> float:
     batch = None if published else make_batch(sides, Packing(columns=512), MicroBatchSize(tokens=CHUNK_TOKENS))
     step(warm)
     gc.collect()
-    before = reset_peak()
-    if batch is None:
-        step_a(model, sides)
-    else:
-        step(batch)
-    return peak() - before
+    with watched() as taken:
+        if batch is None:
+            step_a(model, sides)
+        else:
+            step(batch)
+    return taken.bytes
 
 
 def give_back_what_is_freed() -> None:
@@ -53,23 +57,44 @@ def give_back_what_is_freed() -> None:
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)
 
 
-def reset_peak() -> float:
-    """Lets the peak begin anew; returns the bytes in use."""
+@dataclass
+class Taken:
+    """What some work took at its peak beyond what was in use before it, in bytes."""
+
+    bytes: float = 0.0
+
+
+@contextmanager
+def watched() -> Iterator[Taken]:
+    """Tells what is taken within it: by a GPU's allocator, or of a CPU's memory as it is seen every two milliseconds.
+
+    The pages of files are left out, of which Linux drops those of libraries that were not used for some minutes.
+    """
+    taken = Taken()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-        return float(torch.cuda.memory_allocated())
-    Path("/proc/self/clear_refs").write_text("5")
-    return status("VmRSS")
+        before = torch.cuda.memory_allocated()
+        yield taken
+        taken.bytes = torch.cuda.max_memory_allocated() - before
+        return
+    over, at_first = Event(), own_pages()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            taken.bytes = max(taken.bytes, own_pages() - at_first)
+
+    watching = Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield taken
+    finally:
+        over.set()
+        watching.join()
 
 
-def peak() -> float:
-    """The most bytes in use since then."""
-    return float(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else status("VmHWM")
-
-
-def status(name: str) -> float:
-    """A number of bytes that Linux tells of this process."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+def own_pages() -> float:
+    """Bytes of this process's memory that are no file's."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return float(found[1]) * 1024
 

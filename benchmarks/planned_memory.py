@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from common import Row, Sides, branch, make_batch, show
-from memory import give_back_what_is_freed, peak, reset_peak
+from memory import give_back_what_is_freed, watched
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
@@ -27,7 +27,7 @@ from cafe.training.distributed import clip_gradients
 from cafe.training.geometry import config_of
 from cafe.training.optimizer import describe, make_optimizer, prepare
 from cafe.training.plan import GIB, Data, load_of, measure, memory_of, picture
-from cafe.training.recipe import read_recipe
+from cafe.training.recipe import Recipe, read_recipe
 from cafe.training.step import JointStep
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cafe-0.5b.yaml"
@@ -57,6 +57,33 @@ def make_pairs(lvlm: PreTrainedModel, pairs: int, data: Data) -> Sides:
     return sides
 
 
+def two_steps(recipe: Recipe, data: Data, pairs: int, device: str) -> dict[str, float]:
+    """Takes them; returns what the plan says of their memory, in bytes by what it is for."""
+    torch.manual_seed(0)
+    dtype = torch.float32 if recipe.model.frozen_weights == "fp32" else torch.bfloat16
+    with torch.device(device):
+        lvlm = AutoModelForImageTextToText.from_config(config_of(recipe.model.base), dtype=dtype).train()
+    prepare(lvlm, recipe.model)
+    print(describe(lvlm), flush=True)
+    load, sizes = load_of(recipe, lvlm, data, 1), measure(lvlm)
+    batch = make_batch(make_pairs(lvlm, pairs, data), Packing(columns=load.columns), recipe.micro_batch)
+    load = replace(load, micro_batches=len(batch.micro_batches))
+    planned = memory_of(sizes, load, recipe)
+    print(f"the plan: {sum(planned.values()) / GIB:.2f} GiB at the peak", flush=True)
+    step = JointStep(lvlm, recipe.objective, recipe.model.precision).to(device)
+    trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(step, lvlm.config.model_type, recipe.optimizer)
+    for number in range(1, STEPS + 1):
+        started = time.perf_counter()
+        losses = step(batch, measure=True)
+        clip_gradients(trained, recipe.optimizer.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        said = f"lm {losses.lm.item():.3f}, contrastive {losses.contrastive.item():.3f}"
+        print(f"step {number} of {STEPS}: {time.perf_counter() - started:.0f} s, {said}", flush=True)
+    return planned
+
+
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -76,39 +103,17 @@ def main() -> None:
     )
 
     give_back_what_is_freed()
-    before = reset_peak()
-    torch.manual_seed(0)
-    dtype = torch.float32 if recipe.model.frozen_weights == "fp32" else torch.bfloat16
-    with torch.device(device):
-        lvlm = AutoModelForImageTextToText.from_config(config_of(recipe.model.base), dtype=dtype).train()
-    prepare(lvlm, recipe.model)
-    print(describe(lvlm), flush=True)
-    load, sizes = load_of(recipe, lvlm, data, 1), measure(lvlm)
-    batch = make_batch(make_pairs(lvlm, options.pairs, data), Packing(columns=load.columns), recipe.micro_batch)
-    load = replace(load, micro_batches=len(batch.micro_batches))
-    memory = memory_of(sizes, load, recipe)
+    with watched() as taken:
+        memory = two_steps(recipe, data, options.pairs, device)
     planned = sum(memory.values())
-    print(f"the plan: {planned / GIB:.2f} GiB at the peak", flush=True)
-    step = JointStep(lvlm, recipe.objective, recipe.model.precision).to(device)
-    trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
-    optimizer = make_optimizer(step, lvlm.config.model_type, recipe.optimizer)
-    for number in range(1, STEPS + 1):
-        started = time.perf_counter()
-        losses = step(batch, measure=True)
-        clip_gradients(trained, recipe.optimizer.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        said = f"lm {losses.lm.item():.3f}, contrastive {losses.contrastive.item():.3f}"
-        print(f"step {number} of {STEPS}: {time.perf_counter() - started:.0f} s, {said}", flush=True)
-    taken = peak() - before
 
-    print(f"peak {taken / GIB:.2f} GiB; the plan says {planned / GIB:.2f} GiB:")
+    print(f"peak {taken.bytes / GIB:.2f} GiB; the plan says {planned / GIB:.2f} GiB:")
     for name, size in memory.items():
         print(f"  {name:16} {size / GIB:6.2f}")
     sys.argv[1:] = ["--json", options.json] if options.json else []
     show(
         f"The sizes of {options.recipe.name}: peak memory of two steps",
-        [Row("the plan's error, of the measured peak", abs(planned / taken - 1), 0.15, 0.05, at_least=False)],
+        [Row("the plan's error, of the measured peak", abs(planned / taken.bytes - 1), 0.15, 0.05, at_least=False)],
     )
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 from common import Row, clock, flops, make_batch, paired, show
-from memory import peak, reset_peak
+from memory import watched
 from planned_memory import make_pairs
 from published import step_a, step_b
 from transformers import AutoModelForImageTextToText, PreTrainedModel
@@ -123,9 +123,9 @@ def compare(case: Case, model: PreTrainedModel) -> list[Row]:
     for name, work in ways.items():
         work()  # makes the gradients, which are no part of it
         gc.collect()
-        before = reset_peak()
-        work()
-        print(f"{name}: {(peak() - before) / GIB:.2f} GiB beyond weights and gradients", flush=True)
+        with watched() as taken:
+            work()
+        print(f"{name}: {taken.bytes / GIB:.2f} GiB beyond weights and gradients", flush=True)
     table = []
     for name, own, other, must, aim in (
         ("1: pairs/s, ours / A, one pass", "ours, one pass", "A", 1.8, 2.2),
