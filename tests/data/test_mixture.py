@@ -36,15 +36,18 @@ def test_one_source_alone_is_plainly_shuffled():
 
 
 def test_shares_follow_weight_and_temperature():
-    assert shares([100, 300], [1, 1], 1) == [0.25, 0.75]
-    assert shares([100, 300], [3, 1], 1) == [0.5, 0.5]
+    assert shares([100, 300], [1, 1], 1) == pytest.approx([0.25, 0.75])
+    assert shares([100, 300], [3, 1], 1) == pytest.approx([0.5, 0.5])
     flat = np.array([100, 400]) ** 0.5
     np.testing.assert_allclose(shares([100, 400], [1, 1], 2), flat / flat.sum())
     np.testing.assert_allclose(shares([1, 10**6], [1, 1], 1e9), [0.5, 0.5], atol=1e-6)
+    assert shares([10**6, 10**5, 0], [1, 1, 1], 1e-3) == [1, 0, 0]
+    assert shares([10**6, 10**5], [0, 1], 1e-3) == [0, 1]
     drawn = order([20, 180], 10, weights=[9.0, 1.0])
     assert Counter(source for source, _ in drawn) == {0: 100, 1: 100}
     again = Counter(record for source, record in drawn if source == 0)
     assert set(again.values()) == {5}  # as often as any other of its source
+    assert order([20, 180], 10, weights=[1.0, 0.0]) == order([20], 10)  # a source without a weight is left out
 
 
 @pytest.mark.parametrize("sub_batch", [0, 4, 6, 12])

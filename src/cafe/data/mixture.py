@@ -43,7 +43,7 @@ def epoch_order(
     batch: int,
     rng: Random,
 ) -> Order:
-    """The order of an epoch, which is as many whole batches as there are records for.
+    """The order of an epoch, which is as many whole batches as there are records for in the sources with a weight.
 
     A source is gone through without repetition; one that is drawn more often than it has records starts again, in
     another order.
@@ -67,9 +67,10 @@ def epoch_order(
     if run < 1 or batch % run:
         raise CafeError(f"data.mixture.sub_batch is {run}, which does not divide the contrastive batch of {batch}.")
     totals = [sum(chunks) for chunks in sizes]
-    epoch = sum(totals) // batch * batch
+    there = sum(total for total, weight in zip(totals, weights, strict=True) if weight)
+    epoch = there // batch * batch
     if not epoch:
-        raise CafeError(f"The data holds {sum(totals)} records, fewer than one batch of {batch}.")
+        raise CafeError(f"The data holds {there} records, fewer than one batch of {batch}.")
     parts = shares(totals, weights, mixture.temperature)
     counts = apportion(parts, epoch // run)
     for source, (part, count) in enumerate(zip(parts, counts, strict=True)):
@@ -93,7 +94,9 @@ def epoch_order(
 
 def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
     """The part of the stream (0 to 1) that each source has."""
-    raw = [weight * size ** (1 / temperature) for size, weight in zip(sizes, weights, strict=True)]
+    pairs = list(zip(sizes, weights, strict=True))
+    largest = max(size for size, weight in pairs if weight)  # beside it no power is too large a number
+    raw = [weight * (size / largest) ** (1 / temperature) if weight else 0.0 for size, weight in pairs]
     return [part / sum(raw) for part in raw]
 
 
