@@ -1,7 +1,7 @@
 """A frozen vision tower reads each crop once a step; once for ever where a directory keeps what it made of it.
 
 A crop is known by a hash of its pixels as the tower gets them, so preprocessing is part of the key; so are the tower's
-weights, in a directory. `listed` tells how a tower is given pictures and lays out what it makes of them; a tower of a
+weights, in a directory. `given` tells how a tower is given pictures and lays out what it makes of them; a tower of a
 kind that it does not know reads as ever.
 """
 
@@ -25,7 +25,7 @@ END_TO_END = ("pixtral",)  # towers that lay what they make of all pictures in o
 
 
 @dataclass(frozen=True)
-class Listed:
+class Given:
     """The crops, or whole pictures, that a tower is given.
 
     Attributes:
@@ -41,7 +41,7 @@ class Listed:
     dim: int = 0
 
 
-def listed(pixels: Tensor, named: Mapping[str, Any], patch: int | None) -> Listed | None:
+def given(pixels: Tensor, named: Mapping[str, Any], patch: int | None) -> Given | None:
     """What a tower is given, from its arguments; None where that is not known.
 
     Args:
@@ -52,21 +52,21 @@ def listed(pixels: Tensor, named: Mapping[str, Any], patch: int | None) -> Liste
     """
     if "grid_thw" in named:
         sizes = named["grid_thw"].prod(1).tolist()
-        return Listed(fingerprints_of_patches(pixels, named["grid_thw"]).tolist(), sizes, sizes)
+        return Given(fingerprints_of_patches(pixels, named["grid_thw"]).tolist(), sizes, sizes)
     each = [1] * len(pixels)
     if "pixel_position_ids" in named:
         at = named["pixel_position_ids"]
         keys = fingerprints(torch.stack([fingerprints(pixels), fingerprints(at)], dim=1))
-        return Listed(keys.tolist(), each, (at >= 0).all(dim=2).sum(1).tolist())
+        return Given(keys.tolist(), each, (at >= 0).all(dim=2).sum(1).tolist())
     if pixels.ndim != 4:
         return None
     if patch is None:
-        return Listed(fingerprints(pixels).tolist(), each, each)
+        return Given(fingerprints(pixels).tolist(), each, each)
     sizes = named["image_sizes"].tolist() if "image_sizes" in named else [list(pixels.shape[2:])] * len(pixels)
     parts = [crop[None, :, :height, :width] for crop, (height, width) in zip(pixels, sizes, strict=True)]
     numbers = [[*size, int(fingerprints(part))] for size, part in zip(sizes, parts, strict=True)]
     keys = fingerprints(torch.tensor(numbers, device=pixels.device))
-    return Listed(keys.tolist(), each, [(height // patch) * (width // patch) for height, width in sizes], dim=1)
+    return Given(keys.tolist(), each, [(height // patch) * (width // patch) for height, width in sizes], dim=1)
 
 
 class VisionCache:
@@ -103,7 +103,7 @@ class VisionCache:
     def _forward(self, read: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
         """What the tower makes of its arguments, of which it is given the crops that it has not read yet."""
         pixels: Tensor = named["pixel_values"] if "pixel_values" in named else args[0]
-        crops = listed(pixels, named, self.patch)
+        crops = given(pixels, named, self.patch)
         if crops is None:
             return read(*args, **named)
         keys = crops.keys
