@@ -11,7 +11,8 @@ from cafe.scenes.draw import paint
 from cafe.scenes.words import CAPTION_PROMPT
 from cafe.scenes.world import draw_scenes
 
-IMAGES, NEW_TOKENS = 8, 16
+NEW_TOKENS = 16
+IMAGES = 32  # as many as `describe` reads at once
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Attention by paths against PyTorch's own under the dense mask, and in a model's step."""
+"""Attention by blocks against PyTorch's own under the dense mask, and in a model's step."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from cafe.masks import OwnWay
 from cafe.model import Cafe
 from cafe.packing import Packing, lay_out, pack, tree_mask
 from cafe.reading import attention_mask, read
-from cafe.tree_attention import by_paths, paths_of
+from cafe.tree_attention import blocks_of, by_blocks
 
 
 def attention(end, mask, **options):
@@ -29,32 +29,29 @@ def attention(end, mask, **options):
 
 @settings(max_examples=100, deadline=None)
 @given(examples(), st.integers(1, 60), st.sampled_from([1, 16]), st.sampled_from([None, 0.3]))
-def test_paths_make_what_the_dense_mask_makes(groups, columns, multiple, scale):
+def test_blocks_make_what_the_dense_mask_makes(groups, columns, multiple, scale):
     layout = lay_out(groups, Packing(columns=columns, multiple=multiple))
     plain = attention(layout.end, tree_mask(layout.end), scale=scale)
-    for one, other in zip(attention(layout.end, by_paths(layout.end), scale=scale), plain, strict=True):
+    for one, other in zip(attention(layout.end, by_blocks(layout.end), scale=scale), plain, strict=True):
         torch.testing.assert_close(one, other)
 
 
 @settings(max_examples=100, deadline=None)
 @given(examples(), st.integers(1, 60))
-def test_paths_and_what_they_see_are_those_of_the_mask(groups, columns):
+def test_the_blocks_are_the_mask_and_nothing_is_in_two(groups, columns):
     end = lay_out(groups, Packing(columns=columns)).end
-    seen = torch.zeros(*end.shape, end.shape[1], dtype=torch.bool)
-    alone = torch.ones(end.shape, dtype=torch.bool)
-    for path in paths_of(end):
-        own = slice(path.start, path.stop)
-        alone[path.row, own] = False
-        causal = torch.ones(path.stop - path.start, len(path.sees)).tril(len(path.sees) - (path.stop - path.start))
-        seen[path.row, own] = seen[path.row, own].index_copy(1, path.sees, causal.bool())
-        assert path.bias is None or torch.equal(path.bias == 0, causal.bool())
-    seen |= torch.diag_embed(alone)
-    assert torch.equal(seen, tree_mask(end)[:, 0])
+    times = torch.zeros(*end.shape, end.shape[1], dtype=torch.long)
+    for block in blocks_of(end):
+        part = times[block.row, block.queries, block.keys]
+        part += torch.ones_like(part).tril() if block.causal else 1
+    alone = (times.sum(2) == 0).nonzero()
+    times[alone[:, 0], alone[:, 1], alone[:, 1]] = 1
+    assert torch.equal(times, tree_mask(end)[:, 0].long())
 
 
 def test_all_else_sees_a_plain_mask():
     end = torch.tensor([[5, 3, 3, 5, 5]])
-    mask = by_paths(end)
+    mask = by_blocks(end)
     assert type(mask[:, :, :3]) is torch.Tensor and torch.equal(mask[..., 0], tree_mask(end)[..., 0])
     half = attention(end, mask[:, :, :, :5])
     for one, other in zip(half, attention(end, tree_mask(end)), strict=True):
@@ -62,12 +59,12 @@ def test_all_else_sees_a_plain_mask():
 
 
 @pytest.mark.parametrize(("half", "tolerance"), [(None, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
-def test_a_model_reads_long_rows_by_paths_as_it_reads_short_ones(random_base, monkeypatch, half, tolerance):
+def test_a_model_reads_long_rows_by_blocks_as_it_reads_short_ones(random_base, monkeypatch, half, tolerance):
     model = Cafe.load(random_base)
     said = [[*range(10, 30)], [*range(10, 20), *range(40, 60)], [*range(10, 14), 7, 8]]
     group = [branch(ids) for ids in said]
     made = {}
-    for name, long in (("by paths", 1), ("dense", 10**6)):
+    for name, long in (("by blocks", 1), ("dense", 10**6)):
         monkeypatch.setattr(cafe.reading, "LONG", long)
         packed = pack([group], [[branch([*range(10, 40)], spoken=9)]], Packing(columns=80))
         text = model.lvlm.config.get_text_config()
@@ -78,5 +75,5 @@ def test_a_model_reads_long_rows_by_paths_as_it_reads_short_ones(random_base, mo
         (embedded.square().sum() + before.square().sum()).backward()
         grads = torch.cat([part.grad.flatten() for part in model.lvlm.parameters() if part.grad is not None])
         made[name] = embedded.detach().float(), before.detach().float(), grads
-    for one, other in zip(made["by paths"], made["dense"], strict=True):
+    for one, other in zip(made["by blocks"], made["dense"], strict=True):
         assert (one - other).norm() <= tolerance * other.norm()

@@ -18,7 +18,7 @@ from cafe.instructions import dialogue_messages, embedding_messages
 from cafe.last_layer import last_layer_at
 from cafe.packing import Pack, Packing, pack, tree_block_mask, tree_mask
 from cafe.processing import Processing
-from cafe.tree_attention import LONG, by_paths
+from cafe.tree_attention import LONG, by_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def attention_mask(
     if config._attn_implementation == "flex_attention":
         return tree_block_mask(end)
     if end.device.type == "cpu" and end.shape[1] >= LONG and config._attn_implementation == "sdpa":
-        return by_paths(end)
+        return by_blocks(end)
     # As numbers: of truth values, every layer would make such numbers for itself and keep them for its backward pass.
     seen = tree_mask(end)
     hidden = torch.finfo(dtype).min if config._attn_implementation == "eager" else float("-inf")

@@ -1,8 +1,11 @@
-"""Attention over long rows of trees on a CPU: a call for each path of a row, not one over all that is masked.
+"""Attention over long rows of trees on a CPU: of those tokens alone that see each other, not over all that is masked.
 
-Dense, a row of trees computes every token with every other and throws most of it away. Along a path, tokens that follow
-each other in the row and in the tree, attention is causal, and the kernel skips half of that; beside its own tokens a
-path sees the same ancestors everywhere, and nothing else. On a GPU FlexAttention does this.
+Dense, a row of trees computes every token with every other and throws most of it away. But the mask of a tree is made
+of few blocks. A path, tokens that follow each other in the row and in the tree, is causal within itself, and the kernel
+skips half of that. What else a token sees is the beginnings of paths that its own branches off from; all that branches
+off there sees the same, and nothing is hidden. So each block is a call of PyTorch's kernel, on views. Where a token is
+in several, they are joined as FlashAttention joins its own, by the logarithms of their sums (Dao et al., arXiv
+2205.14135). On a GPU FlexAttention does this.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from cafe.masks import OwnWay
@@ -25,108 +28,123 @@ _attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 @dataclass(frozen=True)
-class Path:
-    """Tokens of a row each of which is the parent of the next.
+class Block:
+    """Tokens of a row that see others of it: a path itself, causally, or the beginning of a path all that branches off.
 
     Attributes:
-        row, start, stop: where they are.
-        sees: the columns of their ancestors, and their own.
-        bias: what is added to the logits of its tokens with these; None without ancestors, where attention is causal.
+        row: which.
+        queries: the columns of those that see.
+        keys: the columns of those that are seen; the same for a path.
     """
 
     row: int
-    start: int
-    stop: int
-    sees: Int64[Tensor, " seen"]
-    bias: Float[Tensor, "own seen"] | None
+    queries: slice
+    keys: slice
 
-    def own(self, states: Float[Tensor, "rows heads columns dim"]) -> Float[Tensor, "1 heads own dim"]:
-        """The states of its tokens."""
-        return states[self.row : self.row + 1, :, self.start : self.stop]
+    @property
+    def causal(self) -> bool:
+        """Whether it is a path."""
+        return self.queries == self.keys
 
-    def seen(self, states: Float[Tensor, "rows heads columns dim"]) -> Float[Tensor, "1 heads seen dim"]:
-        """The states of what its tokens see."""
-        if self.bias is None:
-            return self.own(states)
-        return states[self.row : self.row + 1].index_select(2, self.sees)
+    def seeing(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads queries *dim"]:
+        """A view of the states of those that see."""
+        return states[self.row : self.row + 1, :, self.queries]
 
-    def add(self, sums: Float[Tensor, "rows heads columns dim"], part: Float[Tensor, "1 heads seen dim"]) -> None:
-        """Adds to what its tokens see."""
-        if self.bias is None:
-            self.own(sums).add_(part)
-        else:
-            sums[self.row].index_add_(1, self.sees, part[0])
-
-    def options(self, dtype: torch.dtype, scale: float | None) -> dict[str, Any]:
-        """Of the kernel."""
-        return {"attn_mask": None if self.bias is None else self.bias.to(dtype), "scale": scale}
+    def seen(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads keys *dim"]:
+        """A view of the states of those that are seen."""
+        return states[self.row : self.row + 1, :, self.keys]
 
 
-def paths_of(end: Int64[Tensor, "rows columns"]) -> Iterator[Path]:
-    """The paths of some rows: a token begins one where the token before it is not its parent.
+def blocks_of(end: Int64[Tensor, "rows columns"]) -> list[Block]:
+    """The blocks of some rows: those of a row's paths come before others.
 
     Tokens that see themselves alone, as padding does, are left out.
     """
-    for row, ends in enumerate(end):
-        columns = torch.arange(len(ends))
-        starts = [0, *(1 + (ends[:-1] <= columns[1:]).nonzero()[:, 0]).tolist()]
-        for start, stop in zip(starts, [*starts[1:], len(ends)], strict=True):
-            ancestors = (ends[:start] > start).nonzero()[:, 0]
-            if not len(ancestors) and stop == start + 1:
-                continue
-            sees = torch.cat([ancestors, columns[start:stop]])
-            hidden = torch.ones(stop - start, len(sees), dtype=torch.bool).triu(len(ancestors) + 1)
-            bias = torch.zeros(hidden.shape).masked_fill_(hidden, float("-inf"))
-            yield Path(row, start, stop, sees, bias if len(ancestors) else None)
+    blocks: list[Block] = []
+    for row, ends in enumerate(end.tolist()):
+        paths = list(_paths(ends))
+        blocks += [Block(row, path, path) for path in paths]
+        for path in paths:
+            blocks += [Block(row, queries, keys) for queries, keys in _branches(ends, path)]
+    return blocks
 
 
-def by_paths(end: Int64[Tensor, "rows columns"]) -> OwnWay:
-    """`tree_mask` of rows on a CPU, of which PyTorch's attention takes the paths."""
-    return OwnWay.of(tree_mask(end), partial(_attend, list(paths_of(end))))
+def _paths(ends: Sequence[int]) -> Iterator[slice]:
+    """A token begins a path where the token before it is not its parent."""
+    starts = [0, *(column for column in range(1, len(ends)) if ends[column - 1] <= column)]
+    last = 0  # of what has been seen to branch off
+    for start, stop in zip(starts, [*starts[1:], len(ends)], strict=True):
+        if stop > start + 1 or last > start:
+            yield slice(start, stop)
+        last = max(last, ends[start])
 
 
-@torch.compiler.disable  # within compiled layers: else they are compiled anew for other paths
+def _branches(ends: Sequence[int], path: slice) -> Iterator[tuple[slice, slice]]:
+    """What lies behind a path and sees its first tokens: farther behind, fewer of them."""
+    behind = path.stop
+    for column in reversed(range(path.start, path.stop)):
+        if ends[column] > behind:
+            yield slice(behind, ends[column]), slice(path.start, column + 1)
+            behind = ends[column]
+
+
+def by_blocks(end: Int64[Tensor, "rows columns"]) -> OwnWay:
+    """`tree_mask` of rows on a CPU, of which PyTorch's attention takes the blocks."""
+    return OwnWay.of(tree_mask(end), partial(_attend, blocks_of(end)))
+
+
+@torch.compiler.disable  # within compiled layers: else they are compiled anew for other blocks
 def _attend(
-    paths: Sequence[Path], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any
+    blocks: Sequence[Block], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any
 ) -> Tensor:
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         query, key, value = (each.to(half) for each in (query, key, value))
     if not query.shape == key.shape == value.shape or options.get("dropout_p"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
-    made: Tensor = _ByPaths.apply(query, key, value, paths, options.get("scale"))
+    made: Tensor = _ByBlocks.apply(query, key, value, blocks, options.get("scale"))
     return made
 
 
-class _ByPaths(torch.autograd.Function):
+class _ByBlocks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, paths: Sequence[Path], scale: float | None
-    ) -> Tensor:
-        out = value.clone()  # what sees itself alone is its own value
-        sums = []
-        for path in paths:
-            states = path.own(query), path.seen(key), path.seen(value)
-            made, total = _attention(*states, 0.0, path.bias is None, **path.options(query.dtype, scale))
-            path.own(out).copy_(made)
-            sums.append(total)
-        ctx.save_for_backward(query, key, value, out, *sums)
-        ctx.paths, ctx.scale = paths, scale
+        ctx: Any,
+        query: Float[Tensor, "rows heads columns dim"],
+        key: Float[Tensor, "rows heads columns dim"],
+        value: Float[Tensor, "rows heads columns dim"],
+        blocks: Sequence[Block],
+        scale: float | None,
+    ) -> Float[Tensor, "rows heads columns dim"]:
+        exact = torch.promote_types(query.dtype, torch.float32)  # blocks are joined in it
+        out = value.to(exact, copy=True)  # what sees itself alone is its own value
+        sums = out.new_zeros(out.shape[:3])  # their logarithms
+        for block in blocks:
+            states = block.seeing(query), block.seen(key), block.seen(value)
+            made, added = _attention(*states, 0.0, block.causal, scale=scale)
+            so_far, total = block.seeing(out), block.seeing(sums)
+            if block.causal:
+                so_far.copy_(made)
+                total.copy_(added)
+            else:
+                joined = torch.logaddexp(total, added)
+                so_far.mul_((total - joined).exp_()[..., None]).addcmul_(made, (added - joined).exp_()[..., None])
+                total.copy_(joined)
+        out = out.to(query.dtype)
+        ctx.save_for_backward(query, key, value, out, sums)
+        ctx.blocks, ctx.scale = blocks, scale
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, *sums = ctx.saved_tensors
-        [grad] = grads
-        grad_query, grad_key, grad_value = torch.zeros_like(query), torch.zeros_like(key), grad.clone()
-        for path in ctx.paths:
-            path.own(grad_value).zero_()
-        for path, total in zip(ctx.paths, sums, strict=True):
-            states = path.own(grad), path.own(query), path.seen(key), path.seen(value), path.own(out), total
-            of_query, of_key, of_value = _attention_backward(
-                *states, 0.0, path.bias is None, **path.options(query.dtype, ctx.scale)
-            )
-            path.own(grad_query).copy_(of_query)
-            path.add(grad_key, of_key)
-            path.add(grad_value, of_value)
-        return grad_query, grad_key, grad_value, None, None
+        query, key, value, out, sums = ctx.saved_tensors
+        exact, [grad] = sums.dtype, grads
+        of_query, of_key = torch.zeros_like(query, dtype=exact), torch.zeros_like(key, dtype=exact)
+        of_value = grad.to(exact, copy=True)
+        for block in ctx.blocks:
+            states = block.seeing(grad), block.seeing(query), block.seen(key), block.seen(value), block.seeing(out)
+            made = _attention_backward(*states, block.seeing(sums), 0.0, block.causal, scale=ctx.scale)
+            parts = block.seeing(of_query), block.seen(of_key), block.seen(of_value)
+            for part, own in zip(parts, made, strict=True):
+                part.copy_(own) if block.causal else part.add_(own)
+        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None

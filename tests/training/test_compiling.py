@@ -41,7 +41,7 @@ def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes):
         assert (found[2] - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-def test_rows_that_are_read_by_paths_are_compiled_once(random_base, scenes, monkeypatch):
+def test_rows_that_are_read_by_blocks_are_compiled_once(random_base, scenes, monkeypatch):
     monkeypatch.setattr(cafe.reading, "LONG", 1)
     eager = partial(torch.compile, backend="eager")  # traces alike, and makes no kernels
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic, options: eager(forward, dynamic=dynamic))
