@@ -9,9 +9,11 @@ import os
 import re
 import socket
 import traceback
+from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -98,9 +100,7 @@ def recipe(random_base, scenes, tmp_path_factory):
     for record in records:
         record["negative_scores"] = [0.1 * (number % 4) for number, _ in enumerate(record["negatives"])]
     for place in (*order[:4], *order[12:14]):
-        records[place].pop("image")
-        for turn in records[place]["conversations"]:
-            turn["value"] = turn["value"].replace("<image>", "").strip()
+        say_alone(records[place])
     records[order[5]]["image"] = "missing.png"
     records[order[6]] |= {"negatives": [], "negative_scores": []}
     data.write_text(json.dumps(records))
@@ -119,15 +119,29 @@ log_every: 1
     return file
 
 
-def without_pictures(scenes: Path, random_base: Path, data: Path, count: int) -> str:
-    """A source, as an override wants it, in which the first records of a run are bad."""
+def changed(
+    scenes: Path, random_base: Path, data: Path, which: slice, change: Callable[[dict[str, Any]], object]
+) -> str:
+    """A source, as an override wants it, in which some records, by their turn in a run, are others."""
     records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
     data.write_text(json.dumps(records))
     processing = Cafe.load(random_base).processing
-    for place in Batches([open_source(Source(path=str(data)))], processing, GLOBAL_BATCH, 0).order(0).records[:count]:
-        records[place]["image"] = "missing.png"
+    for place in Batches([open_source(Source(path=str(data)))], processing, GLOBAL_BATCH, 0).order(0).records[which]:
+        change(records[place])
     data.write_text(json.dumps(records))
     return f"[{{path: {data}, images: {scenes}}}]"
+
+
+def lose_picture(record: dict[str, Any]) -> None:
+    """Makes it a bad one."""
+    record["image"] = "missing.png"
+
+
+def say_alone(record: dict[str, Any]) -> None:
+    """Leaves of it what is said."""
+    record.pop("image")
+    for turn in record["conversations"]:
+        turn["value"] = turn["value"].replace("<image>", "").strip()
 
 
 def results(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -190,10 +204,21 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
     assert moved.norm() > 0 and apart.norm() <= close * moved.norm()
 
 
+def test_what_no_process_used_in_a_step_stays_where_it_is(alone, recipe, random_base, scenes, tmp_path):
+    texts = changed(scenes, random_base, tmp_path / "data.json", slice(GLOBAL_BATCH, None), say_alone)
+    source = f"data.sources={texts}", "optimizer.weight_decay=0.5"  # of the second step, in AdamW beside its momentum
+    one, _ = alone(*source)
+    assert not run(recipe, tmp_path / "run", 2, *source)
+    several, _ = results(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
 def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_base, scenes, tmp_path, overrides):
     few, half = (
-        without_pictures(scenes, random_base, tmp_path / f"{count}.json", count) for count in (GLOBAL_BATCH // 2, BATCH)
+        changed(scenes, random_base, tmp_path / f"{count}.json", slice(count), lose_picture)
+        for count in (GLOBAL_BATCH // 2, BATCH)
     )
     bad = f"data.sources={few}", f"evaluation.sources={half}", "evaluation.samples=0"
     one, its_log = alone(*bad)

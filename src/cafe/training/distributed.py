@@ -135,16 +135,18 @@ def gather(*tensors: Shaped[Tensor, "own ..."]) -> tuple[Shaped[Tensor, "all ...
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Makes every process's gradients their sum over all; a parameter that one did not use has none there.
+    """Makes every process's gradients their sum over all; a parameter that none used has none, as in one process.
 
     Those of sharded parameters were summed when they were made.
     """
-    if world() == 1:
+    whole = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    if world() == 1 or not whole:
         return
+    used = everyone(torch.tensor([parameter.grad is not None for parameter in whole], device=whole[0].device).int())
     buckets: list[list[Tensor]] = []
     room = 0
-    for parameter in parameters:
-        if isinstance(parameter, DTensor):
+    for parameter, uses in zip(whole, used.tolist(), strict=True):
+        if not uses:
             continue
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
