@@ -57,10 +57,12 @@ def attention_mask(
         return tree_block_mask(end)
     if end.device.type == "cpu" and end.shape[1] >= LONG and config._attn_implementation == "sdpa":
         return by_blocks(end)
-    # As numbers: of truth values, every layer would make such numbers for itself and keep them for its backward pass.
-    seen = tree_mask(end)
+    # As numbers, and rows of them at multiples of eight: else every layer on a GPU would make such numbers for itself,
+    # and keep them for its backward pass.
+    seen, columns = tree_mask(end), end.shape[1]
     hidden = torch.finfo(dtype).min if config._attn_implementation == "eager" else float("-inf")
-    return torch.zeros(seen.shape, dtype=dtype, device=end.device).masked_fill_(~seen, hidden)
+    numbers = torch.zeros(*seen.shape[:3], -(-columns // 8) * 8, dtype=dtype, device=end.device)
+    return numbers[..., :columns].masked_fill_(~seen, hidden)
 
 
 def packing_for(lvlm: PreTrainedModel, processing: Processing) -> Packing:

@@ -64,9 +64,10 @@ def first_ones(make: Callable[[], T]) -> T:
 
 def most(number: int, device: torch.device) -> int:
     """The largest of the processes' numbers."""
+    if world() == 1:
+        return int(number)  # which would wait, on its way to a GPU and back, for all that is queued there
     largest = torch.tensor(int(number), device=device)
-    if world() > 1:
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
 
 

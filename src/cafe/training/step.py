@@ -134,7 +134,8 @@ class JointStep(nn.Module):
         objective, device = self.objective, self.log_temperature.device
         trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]  # now, while in shards
         micro_batches = self.as_many_as_any(batch.micro_batches)
-        whole = self.lvlm.training and has_dropout(self.lvlm)  # same rows, so that dropout draws the same
+        # What is read twice is read in the same rows where dropout is to draw the same.
+        whole = len(micro_batches) > 1 and self.lvlm.training and has_dropout(self.lvlm)
 
         # 1. Embed all queries, targets and hard negatives. The first micro-batch, often the only one, comes last and is
         # read for both losses at once: it keeps its graph, and needs no other forward. Where no process has anything to
