@@ -24,9 +24,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from cafe.cli import main, parser
-from cafe.content import Content
+from cafe.content import Content, Dialogue, Turn
 from cafe.data.formats import Source, open_source
-from cafe.data.loading import Batch, Batches, MicroBatchSize
+from cafe.data.loading import Batch, Batches, MicroBatch, MicroBatchSize
+from cafe.errors import CafeError
 from cafe.families import vision_tower_of
 from cafe.image_limits import limit_images
 from cafe.instructions import Prompts
@@ -36,7 +37,19 @@ from cafe.processing import without_video
 from cafe.reading import read
 from cafe.training.geometry import HUB, config_of, empty_model
 from cafe.training.optimizer import checkpoint_layers, freeze, make_optimizer
-from cafe.training.plan import HARDWARE, Data, Load, Stack, flops_of, measure, memory_of, picture, plan, state_of
+from cafe.training.plan import (
+    HARDWARE,
+    Data,
+    Load,
+    Stack,
+    flops_of,
+    measure,
+    memory_of,
+    picture,
+    plan,
+    processed,
+    state_of,
+)
 from cafe.training.plan import load_of as planned
 from cafe.training.recipe import ObjectiveRecipe, OptimizerRecipe, read_recipe
 from cafe.training.setup import make_batches
@@ -201,6 +214,57 @@ def test_a_picture_takes_the_tokens_that_the_familys_processor_gives_it(size, li
 def test_a_run_is_planned_with_the_recipes_limits():
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.grids=[[1,1]]"])
     assert plan(recipe).load.crops == 2 * recipe.batch_size  # the picture and its thumbnail
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plan_of_any_family_knows_its_pictures_and_its_flops(family):
+    try:
+        model = FAMILIES[family]()
+    except ImportError as error:
+        pytest.skip(str(error))
+    seen = processed(model.processing, model.lvlm, Data(width=64, height=64))
+    said, branches, spoken = Content.of("a red circle"), [], []
+    for number in range(2):
+        image = noise(number, 64, 64)
+        answered = Dialogue((Turn("user", Content.of([image, "what is it"])), Turn("assistant", said)))
+        branches.append([model.encode_embedding(Content.of(image)), model.encode_embedding(said)])
+        spoken.append([model.encode_dialogue(answered)])
+    packed = pack(branches, spoken, model.packing)
+    assert seen.tokens == branches[0][0].shown.sum()
+    micro_batch = MicroBatch(packed, packed, torch.tensor([0, 2, 1, 3]))
+    none = torch.empty(0, dtype=torch.long)
+    batch = Batch([micro_batch], torch.arange(2), none, none.float(), none, len(packed.labels), [], [""] * 2)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
+        JointStep(model.lvlm.train(), ObjectiveRecipe())(batch)
+    rows, columns = packed.inputs["input_ids"].shape
+    load = Load(
+        crops=4 * seen.crops,  # here each branch shows pictures of its own
+        patches=seen.patches,
+        rows=rows,
+        columns=columns,
+        labels=len(packed.labels),
+        read=len(packed.predictors) + len(packed.readouts),
+    )
+    # Gemma 4's embeddings of each layer, and the linear attention of Qwen3.5, are not in the formula.
+    assert sum(flops_of(measure(model.lvlm), load).values()) == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_what_has_no_plain_sizes_is_refused_in_a_sentence():
+    lvlm = empty_model(config_of("Qwen/Qwen3-VL-2B-Instruct"))
+    lvlm.config.text_config.num_experts = 128
+    with pytest.raises(CafeError, match="This qwen3_vl model is a mixture of experts"):
+        measure(lvlm)
+    lvlm.config.text_config.num_experts = None
+    lvlm.config.vision_config = hf.TimmWrapperConfig()
+    with pytest.raises(CafeError, match="The vision tower of a qwen3_vl model is of a kind"):
+        measure(lvlm)
+
+
+def test_a_directory_is_planned_by_its_own_processor(tmp_path, capsys):
+    FAMILIES["smolvlm"]().save(tmp_path)
+    recipe = ["plan", str(RECIPES / "cafe-0.5b.yaml"), f"model.base={tmp_path}"]
+    assert main([*recipe, "--picture", "64x64"]) == 0 and "5 crops of 16 patches" in capsys.readouterr().out
+    assert main([*recipe, "model.max_pixels=1024"]) == 0 and "1 crops of 16 patches" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -371,9 +371,9 @@ class Batches(Dataset[Batch]):
         return MicroBatch(empty, empty, torch.empty(0, dtype=torch.long))
 
 
-def blank_branch(processing: Processing) -> Branch:
-    """A prompt with a small blank picture."""
-    picture = Image.new("RGB", (64, 64))
+def blank_branch(processing: Processing, width: int = 64, height: int = 64) -> Branch:
+    """A prompt with a blank picture of so many pixels."""
+    picture = Image.new("RGB", (width, height))
     messages = dialogue_messages(Dialogue((Turn("user", Content.of(picture)),)), processing.prompts)
     return processing.encode_prompt(messages, processing.pictures([picture]))
 

@@ -17,17 +17,19 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import select_best_resolution
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from cafe.data.loading import UNCUT, MicroBatchSize
+from cafe.data.loading import UNCUT, MicroBatchSize, blank_branch
 from cafe.errors import CafeError
 from cafe.families import PartName, may_share, part_of
 from cafe.image_limits import limit_images
 from cafe.objectives import HEAD_TILE, TILE
-from cafe.packing import Branch, Packing, lay_out, tree_size
+from cafe.packing import Branch, Packing, count_crops, lay_out, tree_size
+from cafe.processing import Processing
 from cafe.training.distributed import BUCKET
-from cafe.training.geometry import config_of, empty_model
+from cafe.training.geometry import HUB, config_of, empty_model
 from cafe.training.loop import resolve_base
 from cafe.training.optimizer import prepare
 from cafe.training.recipe import HALF, Recipe
+from cafe.training.setup import processing_of
 from cafe.training.sharding import layers_of
 
 GIB = 2**30
@@ -57,6 +59,14 @@ HARDWARE = (
 RESERVED = 1.5 * GIB  # bytes of a GPU that are kept for CUDA and for what the allocator cannot use
 NF4 = 4.127 / 8  # bytes a weight with its scales, quantised themselves (QLoRA, arXiv 2305.14314, section 3)
 PAIRS = 100_000  # of a run whose recipe does not say
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what families call their number
+TOWER = (  # what they call its sizes
+    ("embed_dim", "hidden_size"),
+    ("depth", "num_hidden_layers"),
+    ("num_heads", "num_attention_heads"),
+    ("intermediate_size", "mlp_ratio"),
+    ("patch_size",),
+)
 MFU = 0.35  # of the peak FLOPs, assumed; on an H200 0.47 to 0.55 were measured at 7B, 0.22 to 0.24 at 0.5B
 
 
@@ -263,8 +273,17 @@ class Plan:
 
 
 def measure(lvlm: PreTrainedModel) -> Sizes:
-    """The sizes of a model, whose parameters say whether they are trained; it may be without weights."""
-    family, text, vision = lvlm.config.model_type, lvlm.config.get_text_config(), lvlm.config.vision_config
+    """The sizes of a model, whose parameters say whether they are trained; it may be without weights.
+
+    Raises:
+        CafeError: it is a mixture of experts, of which a token meets a few, or its vision tower has no plain sizes.
+    """
+    family, text = lvlm.config.model_type, lvlm.config.get_text_config()
+    vision = getattr(lvlm.config, "vision_config", None)
+    if any(getattr(text, name, None) for name in EXPERTS):
+        raise CafeError(f"This {family} model is a mixture of experts, whose costs are not known to `cafe plan`.")
+    if not all(any(hasattr(vision, name) for name in names) for names in TOWER):
+        raise CafeError(f"The vision tower of a {family} model is of a kind whose costs are not known to `cafe plan`.")
     head = lvlm.get_output_embeddings()
     counts: dict[PartName, list[int]] = {name: [0, 0, 0, 0] for name in get_args(PartName)}
     for name, parameter in lvlm.named_parameters():
@@ -317,10 +336,10 @@ def measure(lvlm: PreTrainedModel) -> Sizes:
 def picture(
     lvlm: PreTrainedModel, data: Data, max_pixels: int | None = None, grids: Sequence[Sequence[int]] = ()
 ) -> Picture:
-    """What a picture of the data costs under the limits that a recipe sets; see `limit_images`.
+    """What a picture of the data costs in a Hub base of the table, whose processor is not at hand.
 
     Raises:
-        CafeError: it is not known for the family, or the limits are not for it.
+        CafeError: the limits, see `limit_images`, are not for it.
     """
     config, vision = lvlm.config, lvlm.config.vision_config
     processor: Any = SimpleNamespace(image_processor=SimpleNamespace())  # as published
@@ -341,15 +360,25 @@ def picture(
         if shrink > 1.1:
             height, width = int(height // shrink), int(width // shrink)
         return Picture(crops=1 + rows * columns, patches=grid**2, tokens=grid**2 + height * width + height)
-    if config.model_type in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-        least, most = (2**16, 2**24) if config.model_type == "qwen3_vl" else (56 * 56, 12845056)
-        images.size, images.merge_size = {"shortest_edge": least, "longest_edge": most}, vision.spatial_merge_size
-        limit_images(lvlm, processor, max_pixels, grids)
-        side = vision.patch_size * images.merge_size
-        resized = smart_resize(data.height, data.width, side, *images.size.values())
-        tokens = math.prod(resized) // side**2
-        return Picture(crops=1, patches=tokens * images.merge_size**2, tokens=tokens)
-    raise CafeError(f"How many tokens a picture takes in a {config.model_type} model is not known to `cafe plan`.")
+    least, most = (2**16, 2**24) if config.model_type == "qwen3_vl" else (56 * 56, 12845056)
+    images.size, images.merge_size = {"shortest_edge": least, "longest_edge": most}, vision.spatial_merge_size
+    limit_images(lvlm, processor, max_pixels, grids)
+    side = vision.patch_size * images.merge_size
+    resized = smart_resize(data.height, data.width, side, *images.size.values())
+    tokens = math.prod(resized) // side**2
+    return Picture(crops=1, patches=tokens * images.merge_size**2, tokens=tokens)
+
+
+def processed(processing: Processing, lvlm: PreTrainedModel, data: Data) -> Picture:
+    """What a picture of the data costs where a model's own processor makes it."""
+    branch = blank_branch(processing, data.width, data.height)
+    pixels, tokens = branch.vision["pixel_values"], int(branch.shown.sum())
+    if "image_grid_thw" in branch.vision:
+        return Picture(crops=1, patches=len(pixels), tokens=tokens)
+    patch = lvlm.config.vision_config.patch_size
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    patches = pixels.shape[-2] // height * (pixels.shape[-1] // width) if pixels.ndim > 3 else pixels.shape[-2]
+    return Picture(crops=count_crops([branch]), patches=patches, tokens=tokens)
 
 
 def typical(data: Data, seen: Picture, contrast: bool, speaks: bool, number: int = 0) -> list[Branch]:
@@ -363,7 +392,11 @@ def typical(data: Data, seen: Picture, contrast: bool, speaks: bool, number: int
 
 def load_of(recipe: Recipe, lvlm: PreTrainedModel, data: Data, gpus: int) -> Load:
     """What one step of one GPU reads."""
-    seen, pairs = picture(lvlm, data, recipe.model.max_pixels, recipe.model.grids), recipe.batch_size
+    if recipe.model.base in HUB:
+        seen = picture(lvlm, data, recipe.model.max_pixels, recipe.model.grids)
+    else:
+        seen = processed(processing_of(resolve_base(recipe.model.base), recipe.prompts, recipe.model), lvlm, data)
+    pairs = recipe.batch_size
     shares = recipe.model.share_prefixes and may_share(lvlm) is not False
     contrast, speaks = recipe.objective.contrastive_weight > 0, recipe.objective.lm_weight > 0
     times = 1 if shares else contrast + speaks
