@@ -363,7 +363,7 @@ def gemma4() -> Cafe:
     }
     vision = {
         **VIT, "patch_size": 4, "pooling_kernel_size": 2, "num_key_value_heads": 2, "head_dim": 16,
-        "position_embedding_size": 64,
+        "position_embedding_size": 64, "use_clipped_linears": True,
     }  # fmt: skip
     tokens = ids(
         processor,

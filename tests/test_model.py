@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_families import make
 from transformers import AutoModelForImageTextToText
 
 import cafe.model
@@ -164,6 +165,13 @@ def test_the_prompts_of_a_checkpoint_on_the_hub_are_its_own(model, tmp_path, mon
     assert Cafe.load("me/mine").processing.prompts.mode == "multimodal"
     with pytest.raises(CafeError, match="me/other"):
         Cafe.load("me/other")
+
+
+def test_other_prompts_leave_the_model_as_it_was():
+    model, same = make("llava"), make("llava")
+    other = model.with_prompts(chat_template="chatml")
+    said, before, apart = (each.encode_prompt(Content.of("hello")).input_ids for each in (model, same, other))
+    assert torch.equal(said, before) and not torch.equal(apart, before)
 
 
 def test_few_contents_wait_encoded(model, picture, monkeypatch):

@@ -58,6 +58,13 @@ def test_all_else_sees_a_plain_mask():
         torch.testing.assert_close(one, other)
 
 
+def test_states_whose_numbers_do_not_follow_each_other_are_read_as_they_are():
+    end = torch.tensor([[5, 3, 3, 5, 5]])
+    states = [torch.randn(1, 2, 8, 5).transpose(2, 3) for _ in range(3)]
+    plain = F.scaled_dot_product_attention(*states, attn_mask=tree_mask(end))
+    torch.testing.assert_close(F.scaled_dot_product_attention(*states, attn_mask=by_blocks(end)), plain)
+
+
 @pytest.mark.parametrize(("half", "tolerance"), [(None, 1e-5), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
 def test_a_model_reads_long_rows_by_blocks_as_it_reads_short_ones(random_base, monkeypatch, half, tolerance):
     model = Cafe.load(random_base)

@@ -146,7 +146,9 @@ class Cafe:
 
     def with_prompts(self, **changes: Any) -> "Cafe":
         """The same weights with other prompts; keyword arguments are fields of `Prompts`."""
-        processing = Processing(self.processing.processor, replace(self.processing.prompts, **changes))
+        processor = copy.copy(self.processing.processor)  # of which a chat template becomes a part
+        processor.tokenizer = copy.copy(processor.tokenizer)
+        processing = Processing(processor, replace(self.processing.prompts, **changes))
         return Cafe(self.lvlm, processing, self.packing, self.record)
 
     @torch.inference_mode()

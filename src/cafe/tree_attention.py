@@ -100,7 +100,8 @@ def _attend(
     if torch.is_autocast_enabled("cpu"):
         half = torch.get_autocast_dtype("cpu")
         query, key, value = (each.to(half) for each in (query, key, value))
-    if not query.shape == key.shape == value.shape or options.get("dropout_p"):
+    apart = any(each.stride(-1) != 1 for each in (query, key, value))  # which the kernel would read as if it were 1
+    if apart or not query.shape == key.shape == value.shape or options.get("dropout_p"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
     made: Tensor = _ByBlocks.apply(query, key, value, blocks, options.get("scale"))
     return made

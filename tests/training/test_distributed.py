@@ -9,9 +9,10 @@ import os
 import re
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import cafe.objectives
 from cafe.data.formats import Source, open_source
 from cafe.data.loading import Batches
 from cafe.errors import CafeError
@@ -54,12 +56,32 @@ def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: 
         raise
 
 
+def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
+    """The same; the second process runs out of memory once, when it makes similarities for the so manieth time."""
+    make, turns = cafe.objectives._tiles, count(1)
+
+    def runs_out(*args: Any, **options: Any) -> Iterator[Any]:
+        if next(turns) == int(environment["SHORT_AT"]):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate similarities.")
+        return make(*args, **options)
+
+    if environment["RANK"] == "1":
+        cafe.objectives._tiles = runs_out
+    rank(recipe, overrides, environment, said)
+
+
 def run(
-    recipe: Path, output: Path, world: int, *overrides: str, killed_at: Path | None = None, **environment: str
+    recipe: Path,
+    output: Path,
+    world: int,
+    *overrides: str,
+    killed_at: Path | None = None,
+    each: Callable[..., None] = rank,
+    **environment: str,
 ) -> str:
     """Trains in `world` processes, with their common batches of the same size; returns what the first to fail said.
 
-    All are killed as soon as there is something at `killed_at`.
+    All are killed as soon as there is something at `killed_at`. `each` is what a process does.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -74,7 +96,7 @@ def run(
         there = {**(place | meeting if world > 1 else {}), **environment}
         said = output.with_name(f"{output.name}-{number}.txt")
         said.unlink(missing_ok=True)
-        processes.append((server.Process(target=rank, args=(recipe, own, there, said)), said))
+        processes.append((server.Process(target=each, args=(recipe, own, there, said)), said))
         processes[-1][0].start()
     for process, _ in processes:
         while process.is_alive():
@@ -229,6 +251,18 @@ def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_ba
         torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
     for record, other in zip(its_log, log, strict=True):
         assert record.pop("samples", None) == other.pop("samples", None)
+        assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
+
+
+@pytest.mark.parametrize("turn", ["1", "5"], ids=["loss", "gradient"])
+def test_a_process_that_is_short_of_memory_over_the_contrast_waits_for_no_other(alone, recipe, tmp_path, turn):
+    one, its_log = alone()
+    assert not run(recipe, tmp_path / "run", 2, each=short_of_memory, SHORT_AT=turn)
+    assert "Memory ran out at step 1: again" in (tmp_path / "run-0.report").read_text()
+    several, log = results(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
+    for record, other in zip(its_log, log, strict=True):
         assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
 
 

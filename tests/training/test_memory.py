@@ -164,6 +164,17 @@ def test_the_size_that_fits_follows_from_the_memory_there_is(model, batches, mon
         fitting_size(joint, batches, limit=0.001)
 
 
+def test_the_size_that_fits_is_that_of_a_step_which_is_logged(model, batches, monkeypatch):
+    """Such a step keeps the losses' gradients apart, for their norms, and takes more."""
+
+    def runs_out(*given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a gradient.")
+
+    monkeypatch.setattr("cafe.training.step.norm_of_sum", runs_out)
+    with pytest.raises(CafeError, match=r"largest of 6 examples, .* does not fit"):
+        fitting_size(JointStep(model.lvlm, ObjectiveRecipe()), batches)
+
+
 def test_memory_is_flat_over_a_long_run_of_varying_sizes(model, batches):
     """Nothing that a step makes is there after it, whatever was its size: tensors are counted, and their bytes."""
     joint = JointStep(model.lvlm, ObjectiveRecipe())

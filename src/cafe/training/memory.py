@@ -156,7 +156,7 @@ def fitting_size(joint: JointStep, batches: Batches, limit: float | None = None)
         batch = batches.cut_to(UNCUT).of(examples[:count])
         try:
             meter.reset()
-            joint(batch)
+            joint(batch, measure=True)  # as the first step, and all that are logged: these keep two gradients
             peak = meter.peak() - start
         except torch.OutOfMemoryError:
             refuse_shards(joint)

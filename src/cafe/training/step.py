@@ -161,7 +161,8 @@ class JointStep(nn.Module):
         temperature = self.log_temperature[0].exp()
         contrastive, accuracy = self.contrast(vectors, batch, temperature, measure)
         if contrastive.requires_grad:
-            (scale * share * objective.contrastive_weight * contrastive).backward()
+            with self.together(device):
+                (scale * share * objective.contrastive_weight * contrastive).backward()
         pull = torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
         if objective.compat == "published":
             pull = pull / world()
@@ -225,21 +226,22 @@ class JointStep(nn.Module):
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
         objective = self.objective
-        loss = matryoshka(
-            objective.prefixes,
-            queries,
-            targets,
-            temperature,
-            negatives,
-            owners=owners,
-            scores=scores,
-            target_ids=ids,
-            symmetric=objective.symmetric,
-            hardness=objective.hardness,
-            margin=objective.margin,
-        )
-        own = None if ids is None else ids[: len(queries)]
-        accuracy = retrieval_accuracy(queries.detach(), targets.detach(), own) if measure else vectors.new_zeros(())
+        with self.together(vectors.device):
+            loss = matryoshka(
+                objective.prefixes,
+                queries,
+                targets,
+                temperature,
+                negatives,
+                owners=owners,
+                scores=scores,
+                target_ids=ids,
+                symmetric=objective.symmetric,
+                hardness=objective.hardness,
+                margin=objective.margin,
+            )
+            own = None if ids is None else ids[: len(queries)]
+            accuracy = retrieval_accuracy(queries.detach(), targets.detach(), own) if measure else vectors.new_zeros(())
         return loss, accuracy
 
 
