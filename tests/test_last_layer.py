@@ -1,5 +1,7 @@
 """The last layer behind attention: the same where it is read, and nothing computed elsewhere."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers as hf
@@ -130,6 +132,15 @@ def test_only_what_is_read_is_computed_and_the_layer_is_whole_again_behind_it():
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         lvlm.base_model(input_ids=ids)
     assert counter.get_total_flops() == whole
+
+
+def test_another_thread_reads_the_whole_layer_meanwhile():
+    lvlm = make("llava_onevision").eval()
+    whole = lvlm.base_model(input_ids=IDS).last_hidden_state
+    with ThreadPoolExecutor(1) as other, last_layer_at(lvlm, PLACES):
+        meanwhile = other.submit(lambda: lvlm.base_model(input_ids=IDS).last_hidden_state).result()
+        some = lvlm.base_model(input_ids=IDS).last_hidden_state
+    assert torch.equal(meanwhile, whole) and not torch.equal(some, whole)
 
 
 @pytest.mark.filterwarnings("error::FutureWarning")  # of a name that is going

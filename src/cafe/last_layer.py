@@ -4,9 +4,10 @@ Of the last hidden states a step reads those of the readouts and those before su
 only these tokens ask others in attention, under a mask of ours, and only these go through the feed-forward part.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import signature
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -41,15 +42,21 @@ def last_layer_at(lvlm: PreTrainedModel, *places: Int64[Tensor, "tokens 2"]) -> 
     parts = parts_of(lvlm)
     for part in parts:
         compute = At(at)
-        handles += [part.register_forward_pre_hook(compute.pick), part.register_forward_hook(compute.put)]
+        handles += [part.register_forward_pre_hook(_here(compute.pick)), part.register_forward_hook(_here(compute.put))]
     if parts:
         attention = lvlm.get_decoder().layers[-1].self_attn
-        handles.append(attention.register_forward_pre_hook(Askers(at).narrow, with_kwargs=True))
+        handles.append(attention.register_forward_pre_hook(_here(Askers(at).narrow), with_kwargs=True))
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _here(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook in this thread alone: another may read with the same model meanwhile, as where an answer is streamed."""
+    thread = get_ident()
+    return lambda *args: hook(*args) if get_ident() == thread else None
 
 
 def parts_of(lvlm: PreTrainedModel) -> list[nn.Module]:
