@@ -70,6 +70,21 @@ def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, s
     rank(recipe, overrides, environment, said)
 
 
+def with_other_weights(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
+    """The same; the second process finds another number in the base model's files."""
+    load = Cafe.load
+
+    def changed(*args: Any, **options: Any) -> Cafe:
+        model = load(*args, **options)
+        with torch.no_grad():
+            model.lvlm.get_input_embeddings().weight[5, 3] += 1e-4
+        return model
+
+    if environment["RANK"] == "1":
+        Cafe.load = changed
+    rank(recipe, overrides, environment, said)
+
+
 def run(
     recipe: Path,
     output: Path,
@@ -264,6 +279,12 @@ def test_a_process_that_is_short_of_memory_over_the_contrast_waits_for_no_other(
         torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
     for record, other in zip(its_log, log, strict=True):
         assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
+def test_processes_that_loaded_different_weights_say_so(recipe, tmp_path, overrides):
+    said = run(recipe, tmp_path / "run", 2, *overrides, each=with_other_weights)
+    assert "CafeError: The processes loaded different weights, " in said and "embed_tokens.weight first" in said
 
 
 def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, recipe, random_base, tmp_path):

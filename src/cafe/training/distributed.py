@@ -1,6 +1,6 @@
 """What the processes of one run share: their number, sums, and rows. One process needs none of it."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -76,6 +76,19 @@ def everyone(own: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *shape"]:
     if world() > 1:
         dist.all_reduce(own)
     return own
+
+
+def differing(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]:
+    """The names of those tensors that are not the same bits in every process; the same names in all of them."""
+    if world() == 1 or not tensors:
+        return []
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = (tensor.detach().reshape(-1).view(integers[tensor.element_size()]) for tensor in tensors.values())
+    sums = torch.stack([each.sum(dtype=torch.long) for each in bits]).to(device)  # exact, in whatever order
+    every = [torch.empty_like(sums) for _ in range(world())]
+    dist.all_gather(every, sums)
+    same = (torch.stack(every) == every[0]).all(0).tolist()
+    return [name for name, alike in zip(tensors, same, strict=True) if not alike]
 
 
 def numbers(own: int, device: torch.device) -> Int64[Tensor, " processes"]:

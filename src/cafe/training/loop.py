@@ -20,7 +20,7 @@ from cafe.model import Cafe, checkpoint_of
 from cafe.training import checkpoints
 from cafe.training.checkpoints import Position, full_disk, generators, set_generators
 from cafe.training.compiling import compile_layers
-from cafe.training.distributed import clip_gradients, everyone, first_ones, launched, most, sum_gradients
+from cafe.training.distributed import clip_gradients, differing, everyone, first_ones, launched, most, sum_gradients
 from cafe.training.examine import Examination
 from cafe.training.finite import leave_out
 from cafe.training.log import Log, installed
@@ -85,6 +85,10 @@ def train(
     limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
     batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded, sources)
     joint = make_joint(recipe, model, batches.nothing())
+    if wrong := differing(joint.state_dict(), device):  # whose gradients would be summed
+        raise CafeError(
+            f"The processes loaded different weights, {wrong[0]} first: is {base} the same in all?"
+        )
     about = describe(model.lvlm)
     if sharded:
         shard(joint.reading, device, joint.reading.dtype, whole=joint.vision.tower if joint.vision else None)

@@ -279,7 +279,7 @@ def measure(lvlm: PreTrainedModel) -> Sizes:
         CafeError: it is a mixture of experts, of which a token meets a few, or its vision tower has no plain sizes.
     """
     family, text = lvlm.config.model_type, lvlm.config.get_text_config()
-    vision = getattr(lvlm.config, "vision_config", None)
+    vision: Any = getattr(lvlm.config, "vision_config", None)
     if any(getattr(text, name, None) for name in EXPERTS):
         raise CafeError(f"This {family} model is a mixture of experts, whose costs are not known to `cafe plan`.")
     if not all(any(hasattr(vision, name) for name in names) for names in TOWER):
