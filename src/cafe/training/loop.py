@@ -86,9 +86,7 @@ def train(
     batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded, sources)
     joint = make_joint(recipe, model, batches.nothing())
     if wrong := differing(joint.state_dict(), device):  # whose gradients would be summed
-        raise CafeError(
-            f"The processes loaded different weights, {wrong[0]} first: is {base} the same in all?"
-        )
+        raise CafeError(f"The processes loaded different weights, {wrong[0]} first: is {base} the same in all?")
     about = describe(model.lvlm)
     if sharded:
         shard(joint.reading, device, joint.reading.dtype, whole=joint.vision.tower if joint.vision else None)
