@@ -1,7 +1,9 @@
 """Embedding and answering from one reading of each image beside reading it twice.
 
-python benchmarks/one_prefill.py [--json FILE]
+python benchmarks/one_prefill.py [--images 32] [--json FILE]
 """
+
+import argparse
 
 import numpy as np
 from common import SIDE, Row, flops, paired, show, tiny_cafe
@@ -12,13 +14,15 @@ from cafe.scenes.words import CAPTION_PROMPT
 from cafe.scenes.world import draw_scenes
 
 NEW_TOKENS = 16
-IMAGES = 32  # as many as `describe` reads at once
 
 
 def main() -> None:
     """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=32, help="read at once; as many as `describe` does by default")
+    count = parser.parse_known_args()[0].images
     model = tiny_cafe()
-    images = [paint(scene).resize((SIDE, SIDE)) for scene in draw_scenes(0, "test", IMAGES)]
+    images = [paint(scene).resize((SIDE, SIDE)) for scene in draw_scenes(0, "test", count)]
     prompts = [Content.of([image, CAPTION_PROMPT]) for image in images]
 
     def once() -> tuple[np.ndarray, list[str]]:
@@ -31,7 +35,7 @@ def main() -> None:
     np.testing.assert_allclose(vectors, expected, atol=1e-4)
     assert answers == said
     seconds, ratio = paired(once, twice)
-    print(f"{IMAGES / seconds:.1f} images/s embedded and described in {NEW_TOKENS} tokens, each read once")
+    print(f"{count / seconds:.1f} images/s embedded and described in {NEW_TOKENS} tokens, each read once")
     show(
         "Embedding and answer in one prefill",
         [

@@ -85,9 +85,8 @@ def differing(tensors: Mapping[str, Tensor], device: torch.device) -> list[str]:
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = (tensor.detach().reshape(-1).view(integers[tensor.element_size()]) for tensor in tensors.values())
     sums = torch.stack([each.sum(dtype=torch.long) for each in bits]).to(device)  # exact, in whatever order
-    every = [torch.empty_like(sums) for _ in range(world())]
-    dist.all_gather(every, sums)
-    same = (torch.stack(every) == every[0]).all(0).tolist()
+    [every] = gather(sums[None])
+    same = (every == every[0]).all(0).tolist()
     return [name for name, alike in zip(tensors, same, strict=True) if not alike]
 
 
