@@ -22,12 +22,12 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from cafe.data.loading import UNCUT, Batch, MicroBatch, MicroBatchSize, cut
-from cafe.instructions import Prompts
+from cafe.data.dataset import NO_LIMIT, Batch, MicroBatch, MicroBatchSize, split_micro_batches
+from cafe.lvlm.forward import infer_packing
+from cafe.lvlm.processing import ChatProcessor
+from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
-from cafe.packing import Branch, Packing, pack
-from cafe.processing import Processing
-from cafe.reading import packing_for
+from cafe.packing import Branch, PackingConfig, pack
 from cafe.scenes.base import corpus, make_processor
 
 CROP, PATCH, SIDE = 84, 14, 168  # pixels: one thumbnail and four crops of 6 x 6 patches, 192 image tokens with newlines
@@ -87,11 +87,11 @@ def tiny_cafe() -> Cafe:
     processor.image_processor.size = {"height": CROP, "width": CROP}
     processor.image_processor.image_grid_pinpoints = [[SIDE, SIDE]]
     processor.num_image_tokens = GRID * GRID
-    processing = Processing(processor, Prompts())
+    processing = ChatProcessor(processor, Prompts())
     lvlm = tiny_llava(processing.image_token_id).eval()
     lvlm.generation_config.eos_token_id = None  # random weights do not know when to stop
     lvlm.generation_config.pad_token_id = processing.tokenizer.pad_token_id
-    return Cafe(lvlm, processing, packing_for(lvlm, processing))
+    return Cafe(lvlm, processing, infer_packing(lvlm, processing))
 
 
 @dataclass(frozen=True)
@@ -130,12 +130,12 @@ def branch(ids: Tensor, vision: dict[str, Tensor], spoken: int = 0, image: int =
     return Branch(ids, torch.arange(len(ids)) >= len(ids) - spoken, ids == image, vision)
 
 
-def make_batch(sides: Sides, packing: Packing, size: MicroBatchSize = UNCUT) -> Batch:
+def make_batch(sides: Sides, packing: PackingConfig, size: MicroBatchSize = NO_LIMIT) -> Batch:
     """The pairs as the joint step reads them."""
     pairs = len(sides.queries)
     embedded = [[query, target] for query, target in zip(sides.queries, sides.targets, strict=True)]
     spoken = [[dialogue] for dialogue in sides.dialogues]
-    cuts = cut(embedded, spoken, size)
+    cuts = split_micro_batches(embedded, spoken, size)
     micro_batches = []
     for part in cuts:
         joint = pack(embedded[part], spoken[part], packing)

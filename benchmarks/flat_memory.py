@@ -13,10 +13,10 @@ import torch
 from common import Row, make_batch, make_pairs, show, tiny_llava
 from tqdm import tqdm
 
-from cafe.data.loading import MicroBatchSize
-from cafe.packing import Packing
-from cafe.training.memory import Meter
-from cafe.training.recipe import ObjectiveRecipe
+from cafe.data.dataset import MicroBatchSize
+from cafe.packing import PackingConfig
+from cafe.training.micro_batching import MemoryMeter
+from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
 
 STRETCH = 50  # steps
@@ -29,16 +29,16 @@ def main() -> None:
     options, _ = parser.parse_known_args()
     chance = random.Random(0)
     model = tiny_llava()
-    step = JointStep(model, ObjectiveRecipe())
+    step = JointStep(model, ObjectiveConfig())
     optimizer = torch.optim.AdamW(step.parameters(), lr=1e-5)
-    meter = Meter(model.device)
+    meter = MemoryMeter(model.device)
     peaks = []
     for number in tqdm(range(1, options.steps + 1), "steps", unit="step"):
         sides = make_pairs(chance.randint(2, 8), seed=number, caption=chance.choice([16, 32, 64]))
         size = MicroBatchSize(tokens=chance.choice([None, 600, 1200]))
         if number % STRETCH == 1:
             meter.reset()
-        step(make_batch(sides, Packing(columns=256), size))
+        step(make_batch(sides, PackingConfig(columns=256), size))
         optimizer.step()
         optimizer.zero_grad()
         if number % STRETCH == 0:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from common import Row, show
 from torch import Tensor
 
-from cafe.objectives import info_nce
+from cafe.losses import info_nce
 
 PAIRS, DIM, TEMPERATURE = 16384, 256, 0.05
 

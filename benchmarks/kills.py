@@ -26,8 +26,8 @@ from common import machine
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from cafe.instructions import Prompts
-from cafe.processing import Processing
+from cafe.lvlm.processing import ChatProcessor
+from cafe.lvlm.prompts import Prompts
 from cafe.scenes.base import corpus, make_model, make_processor
 from cafe.scenes.write import write_scenes
 
@@ -41,7 +41,7 @@ def prepare(directory: Path) -> Path:
     model = make_model(processor)
     model.config.text_config.attention_dropout = 0.1
     model.save_pretrained(directory / "base")
-    Processing(processor, Prompts()).save(directory / "base")
+    ChatProcessor(processor, Prompts()).save(directory / "base")
     write_scenes(directory / "scenes", train=48, test=8, report=lambda line: None)
     records = json.loads((directory / "scenes" / "llava_train.json").read_text())
     for record in records[::5]:

@@ -13,7 +13,7 @@ import torch
 from common import Row, paired, show
 from torch import Tensor
 
-from cafe.objectives import next_token_loss
+from cafe.losses import linear_cross_entropy
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -35,7 +35,7 @@ def main() -> None:
     sides = torch.randn(tokens, dim, device=device, dtype=dtype), torch.randn(vocabulary, dim, device=device) / dim**0.5
 
     def ours(hidden: Tensor, weight: Tensor) -> Tensor:
-        return next_token_loss(hidden, labels, weight)
+        return linear_cross_entropy(hidden, labels, weight)
 
     def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
         return fused(hidden, weight, labels, None, reduction="sum", accum_dtype=torch.float32)

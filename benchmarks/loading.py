@@ -15,13 +15,13 @@ from random import Random
 from common import Row, clock, show, tiny_cafe
 
 from cafe import content
-from cafe.data.formats import Source, open_source
-from cafe.data.loading import Batch, Batches, load
-from cafe.data.raw import raw
+from cafe.data.dataset import Batch, ContrastiveBatchDataset, iterate_batches
+from cafe.data.fast_images import with_fast_images
+from cafe.data.records import Source, open_source
 from cafe.scenes.draw import paint
 from cafe.scenes.words import CAPTION_PROMPT, paragraph
 from cafe.scenes.world import draw_scenes
-from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
 
 PAIRS, GROUP, WARM, REPETITIONS = 16, 8, 4, 5  # batches of so many pairs: timed, and before the clock runs
@@ -43,7 +43,7 @@ def write(directory: Path, width: int = 640, height: int = 480) -> Path:
 def compare(width: int, height: int) -> float:
     """Pairs/s from files of a size, divided by those of batches in memory."""
     model = tiny_cafe()
-    step = JointStep(model.lvlm.train(), ObjectiveRecipe())
+    step = JointStep(model.lvlm.train(), ObjectiveConfig())
 
     def train(some: Iterable[Batch]) -> None:
         for batch in some:
@@ -52,14 +52,14 @@ def compare(width: int, height: int) -> float:
 
     with tempfile.TemporaryDirectory() as directory:
         source = open_source(Source(path=str(write(Path(directory), width, height))))
-        processing, normalization = raw(model.processing)
+        processing, normalization = with_fast_images(model.processing)
         packing = replace(model.packing, normalization=normalization)
-        batches = Batches([source], processing, PAIRS, seed=0, packing=packing)
+        batches = ContrastiveBatchDataset([source], processing, PAIRS, seed=0, packing=packing)
         held = [batches[number] for number in range(GROUP)]
 
         def from_files() -> float:
             """Seconds, once the worker is as far ahead as it gets; it is gone when they are over."""
-            stream = load(batches, 0, 2 * GROUP + WARM, workers=1)
+            stream = iterate_batches(batches, 0, 2 * GROUP + WARM, workers=1)
             train(islice(stream, WARM))
             return clock(lambda: train(islice(stream, GROUP)))
 

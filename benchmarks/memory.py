@@ -21,9 +21,9 @@ import torch
 from common import Row, make_batch, make_pairs, show, tiny_llava
 from published import step_a
 
-from cafe.data.loading import MicroBatchSize
-from cafe.packing import Packing
-from cafe.training.recipe import ObjectiveRecipe
+from cafe.data.dataset import MicroBatchSize
+from cafe.packing import PackingConfig
+from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
 
 MMAP_THRESHOLD = -3  # mallopt's name of it, in glibc's malloc.h
@@ -35,10 +35,10 @@ def measure(published: bool, pairs: int) -> float:
     """Bytes that one step takes at its peak, once a small one has made the gradients."""
     give_back_what_is_freed()
     model = tiny_llava()
-    step = JointStep(model, ObjectiveRecipe())
+    step = JointStep(model, ObjectiveConfig())
     small, sides = make_pairs(4), make_pairs(pairs)
-    warm = make_batch(small, Packing(columns=512), MicroBatchSize(tokens=CHUNK_TOKENS))
-    batch = None if published else make_batch(sides, Packing(columns=512), MicroBatchSize(tokens=CHUNK_TOKENS))
+    warm = make_batch(small, PackingConfig(columns=512), MicroBatchSize(tokens=CHUNK_TOKENS))
+    batch = None if published else make_batch(sides, PackingConfig(columns=512), MicroBatchSize(tokens=CHUNK_TOKENS))
     step(warm)
     gc.collect()
     with watched() as taken:

@@ -7,11 +7,11 @@ import torch
 from common import Row, Sides, flops, make_batch, make_pairs, paired, show, tiny_llava
 from published import step_a, step_b
 
-from cafe.data.loading import Batch, MicroBatchSize
-from cafe.packing import Packing
-from cafe.training.recipe import ObjectiveRecipe
+from cafe.data.dataset import Batch, MicroBatchSize
+from cafe.lvlm.vision_cache import VisionCache
+from cafe.packing import PackingConfig
+from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
-from cafe.training.vision import VisionCache
 
 PAIRS, CHUNK = 16, 4
 CHUNK_TOKENS = 1800  # about CHUNK pairs
@@ -20,9 +20,9 @@ CHUNK_TOKENS = 1800  # about CHUNK pairs
 def main() -> None:
     """Prints the table."""
     model = tiny_llava()
-    step = JointStep(model, ObjectiveRecipe())
+    step = JointStep(model, ObjectiveConfig())
     sides: Sides = make_pairs(PAIRS)
-    packing = Packing(columns=512)
+    packing = PackingConfig(columns=512)
     whole = make_batch(sides, packing)
     cached = make_batch(sides, packing, MicroBatchSize(tokens=CHUNK_TOKENS))
 
@@ -41,7 +41,7 @@ def main() -> None:
     def against_b(precision: str = "fp32", frozen: bool = False) -> float:
         """Pairs/s of ours over those of B, both under a gradient cache."""
         tower = model.model.vision_tower.requires_grad_(not frozen)
-        other = JointStep(model, ObjectiveRecipe(), precision, VisionCache(tower, model.config) if frozen else None)
+        other = JointStep(model, ObjectiveConfig(), precision, VisionCache(tower, model.config) if frozen else None)
 
         def cached_step() -> None:
             other(cached)

@@ -22,21 +22,28 @@ from memory import give_back_what_is_freed, watched
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from cafe.packing import Packing
-from cafe.training.distributed import clip_gradients
-from cafe.training.geometry import config_of
-from cafe.training.optimizer import describe, make_optimizer, prepare
-from cafe.training.plan import GIB, Data, load_of, measure, memory_of, picture
+from cafe.packing import PackingConfig
+from cafe.planning.architectures import load_config
+from cafe.planning.plan import (
+    GIB,
+    TypicalSample,
+    estimate_memory,
+    estimate_workload,
+    image_cost_from_config,
+    measure_model,
+)
+from cafe.training.optimizer import configure_trainable_parameters, make_optimizer, summarize_trainable
 from cafe.training.recipe import Recipe, read_recipe
 from cafe.training.step import JointStep
+from cafe.utils.distributed import clip_grad_norm_
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "cafe-0.5b.yaml"
 STEPS = 2
 
 
-def make_pairs(lvlm: PreTrainedModel, pairs: int, data: Data) -> Sides:
+def make_pairs(lvlm: PreTrainedModel, pairs: int, data: TypicalSample) -> Sides:
     """Random words and pictures of these lengths and sizes."""
-    config, seen = lvlm.config, picture(lvlm, data)
+    config, seen = lvlm.config, image_cost_from_config(lvlm, data)
     side = config.vision_config.image_size
 
     def words(length: int) -> Tensor:
@@ -57,18 +64,18 @@ def make_pairs(lvlm: PreTrainedModel, pairs: int, data: Data) -> Sides:
     return sides
 
 
-def two_steps(recipe: Recipe, data: Data, pairs: int, device: str) -> dict[str, float]:
+def two_steps(recipe: Recipe, data: TypicalSample, pairs: int, device: str) -> dict[str, float]:
     """Takes them; returns what the plan says of their memory, in bytes by what it is for."""
     torch.manual_seed(0)
     dtype = torch.float32 if recipe.model.frozen_weights == "fp32" else torch.bfloat16
     with torch.device(device):
-        lvlm = AutoModelForImageTextToText.from_config(config_of(recipe.model.base), dtype=dtype).train()
-    prepare(lvlm, recipe.model)
-    print(describe(lvlm), flush=True)
-    load, sizes = load_of(recipe, lvlm, data, 1), measure(lvlm)
-    batch = make_batch(make_pairs(lvlm, pairs, data), Packing(columns=load.columns), recipe.micro_batch)
+        lvlm = AutoModelForImageTextToText.from_config(load_config(recipe.model.base), dtype=dtype).train()
+    configure_trainable_parameters(lvlm, recipe.model)
+    print(summarize_trainable(lvlm), flush=True)
+    load, sizes = estimate_workload(recipe, lvlm, data, 1), measure_model(lvlm)
+    batch = make_batch(make_pairs(lvlm, pairs, data), PackingConfig(columns=load.columns), recipe.micro_batch)
     load = replace(load, micro_batches=len(batch.micro_batches))
-    planned = memory_of(sizes, load, recipe)
+    planned = estimate_memory(sizes, load, recipe)
     print(f"the plan: {sum(planned.values()) / GIB:.2f} GiB at the peak", flush=True)
     step = JointStep(lvlm, recipe.objective, recipe.model.precision).to(device)
     trained = [parameter for parameter in step.parameters() if parameter.requires_grad]
@@ -76,7 +83,7 @@ def two_steps(recipe: Recipe, data: Data, pairs: int, device: str) -> dict[str, 
     for number in range(1, STEPS + 1):
         started = time.perf_counter()
         losses = step(batch, measure=True)
-        clip_gradients(trained, recipe.optimizer.clip)
+        clip_grad_norm_(trained, recipe.optimizer.clip)
         optimizer.step()
         optimizer.zero_grad()
         said = f"lm {losses.lm.item():.3f}, contrastive {losses.contrastive.item():.3f}"
@@ -97,7 +104,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bf16" if device == "cuda" else "fp32"
     width, height = map(int, options.picture.split("x"))
-    data = Data(width=width, height=height, caption=options.caption)
+    data = TypicalSample(width=width, height=height, caption=options.caption)
     recipe = read_recipe(
         options.recipe, [f"batch_size={options.pairs}", f"model.precision={precision}", *options.overrides]
     )

@@ -25,12 +25,12 @@ from planned_memory import make_pairs
 from published import step_a, step_b
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from cafe.data.loading import MicroBatchSize
-from cafe.packing import Packing, tree_size
-from cafe.reading import FLEX_MULTIPLE, ONE_ROW
-from cafe.training.compiling import compile_layers
-from cafe.training.geometry import config_of
-from cafe.training.plan import GIB, HARDWARE, MFU, Data, flops_of, load_of, measure
+from cafe.data.dataset import MicroBatchSize
+from cafe.lvlm.forward import FLEX_MULTIPLE, UNBOUNDED_ROW
+from cafe.packing import PackingConfig, count_unique_tokens
+from cafe.planning.architectures import load_config
+from cafe.planning.plan import GIB, HARDWARE, MFU, TypicalSample, estimate_flops, estimate_workload, measure_model
+from cafe.training.compile import compile_layers
 from cafe.training.recipe import Recipe, read_recipe
 from cafe.training.step import JointStep
 
@@ -50,14 +50,14 @@ class Case:
     """
 
     recipe: Recipe
-    data: Data
+    data: TypicalSample
     pairs: int
     chunk: int
     dtype: torch.dtype
 
     def model(self, language: int | None = None, vision: int | None = None) -> PreTrainedModel:
         """Of so many layers in the language model and in the vision tower, or of all."""
-        config = config_of(self.recipe.model.base)
+        config = load_config(self.recipe.model.base)
         config.vision_config.num_hidden_layers = vision or config.vision_config.num_hidden_layers
         config.text_config.num_hidden_layers = language or config.text_config.num_hidden_layers
         config.text_config.layer_types = config.text_config.layer_types[:language]
@@ -69,8 +69,8 @@ class Case:
         """What is compared."""
         sides, step = make_pairs(model, self.pairs, self.data), joint_step(self.recipe, model)
         trees = [list(pair) for pair in zip(sides.queries, sides.targets, sides.dialogues, strict=True)]
-        size = MicroBatchSize(tokens=self.chunk * max(map(tree_size, trees)))
-        rows = Packing(columns=load_of(self.recipe, model, self.data, 1).columns)
+        size = MicroBatchSize(tokens=self.chunk * max(map(count_unique_tokens, trees)))
+        rows = PackingConfig(columns=estimate_workload(self.recipe, model, self.data, 1).columns)
         whole, cut = make_batch(sides, rows), make_batch(sides, rows, size)
         return {
             "A": repeated(model, lambda: step_a(model, sides), published=True),
@@ -102,7 +102,7 @@ def count(case: Case) -> list[Row]:
     for language, vision in ((1, 1), (2, 1), (1, 2)):
         counts.append({name: flops(work) for name, work in case.ways(case.model(language, vision)).items()})
         print(f"counted with {language} and {vision} layers", flush=True)
-    config = config_of(case.recipe.model.base)
+    config = load_config(case.recipe.model.base)
     layers = config.text_config.num_hidden_layers - 1, config.vision_config.num_hidden_layers - 1
     alone, *more = counts
     total = {
@@ -139,12 +139,15 @@ def compare(case: Case, model: PreTrainedModel) -> list[Row]:
 
 def use(case: Case, model: PreTrainedModel, many: int, compiled: bool) -> list[Row]:
     """The share of the GPU's peak that ours uses with so many pairs, by each kind of attention."""
-    step, load = joint_step(case.recipe, model), load_of(replace(case.recipe, batch_size=many), model, case.data, 1)
-    work = sum(flops_of(measure(model), load).values())
+    step, load = (
+        joint_step(case.recipe, model),
+        estimate_workload(replace(case.recipe, batch_size=many), model, case.data, 1),
+    )
+    work = sum(estimate_flops(measure_model(model), load).values())
     best = next(each.flops for each in HARDWARE if each.name.split()[0] in torch.cuda.get_device_name())
     sides = make_pairs(model, many, case.data)
-    in_one_row = Packing(columns=ONE_ROW, multiple=FLEX_MULTIPLE)
-    tries = [("sdpa", Packing(columns=load.columns), False), ("flex_attention", in_one_row, False)]
+    in_one_row = PackingConfig(columns=UNBOUNDED_ROW, multiple=FLEX_MULTIPLE)
+    tries = [("sdpa", PackingConfig(columns=load.columns), False), ("flex_attention", in_one_row, False)]
     table = []
     for attention, packing, compile_ in [*tries, ("flex_attention", in_one_row, True)] if compiled else tries:
         model.set_attn_implementation({"text_config": attention})
@@ -175,7 +178,7 @@ def main() -> None:
     options = parser.parse_args()
 
     width, height = map(int, options.picture.split("x"))
-    data = Data(width=width, height=height, caption=options.caption)
+    data = TypicalSample(width=width, height=height, caption=options.caption)
     recipe = read_recipe(options.recipe, [f"batch_size={options.pairs}", "model.gradient_checkpointing=false"])
     case = Case(recipe, data, options.pairs, options.chunk, getattr(torch, options.dtype))
     if torch.cuda.is_available():

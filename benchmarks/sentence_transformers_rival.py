@@ -23,13 +23,13 @@ from loading import GROUP, PAIRS, write
 from torch import Tensor, nn
 from transformers import AutoProcessor, TrainerCallback
 
-from cafe.data.formats import Source, open_source
-from cafe.data.loading import Batches, MicroBatchSize, load
-from cafe.data.raw import raw
+from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize, iterate_batches
+from cafe.data.fast_images import with_fast_images
+from cafe.data.records import Source, open_source
+from cafe.lvlm.processing import load_processor
 from cafe.model import Cafe
-from cafe.processing import load_processor
 from cafe.training.optimizer import make_optimizer
-from cafe.training.recipe import ObjectiveRecipe, OptimizerRecipe
+from cafe.training.recipe import ObjectiveConfig, OptimizerConfig
 from cafe.training.step import JointStep
 
 try:
@@ -49,7 +49,7 @@ CHUNK, REPETITIONS = 4, 5
 CROPS = 5  # of each picture: a thumbnail and four
 STEPS = GROUP - 1  # timed, after the first
 RATE, CLIP = 1e-5, 1.0
-OBJECTIVE = ObjectiveRecipe(lm_weight=0.0, mask_duplicates=False)
+OBJECTIVE = ObjectiveConfig(lm_weight=0.0, mask_duplicates=False)
 
 
 class Ours:
@@ -58,11 +58,13 @@ class Ours:
     def __init__(self, model: Cafe, records: Path) -> None:
         source = open_source(Source(path=str(records)))
         size = MicroBatchSize(crops=CROPS * CHUNK)
-        processing, normalization = raw(model.processing)
+        processing, normalization = with_fast_images(model.processing)
         packing = replace(model.packing, normalization=normalization)
-        self.batches = Batches([source], processing, PAIRS, seed=0, language=False, packing=packing, size=size)
+        self.batches = ContrastiveBatchDataset(
+            [source], processing, PAIRS, seed=0, language=False, packing=packing, size=size
+        )
         self.step = JointStep(model.lvlm.train(), OBJECTIVE)
-        recipe = OptimizerRecipe(learning_rate=RATE, vision_tower_learning_rate=None, clip=CLIP)
+        recipe = OptimizerConfig(learning_rate=RATE, vision_tower_learning_rate=None, clip=CLIP)
         self.optimizer = make_optimizer(self.step, model.lvlm.config.model_type, recipe)
 
     def loss(self) -> Tensor:
@@ -71,7 +73,7 @@ class Ours:
 
     def seconds(self) -> float:
         """Of some steps."""
-        stream = load(self.batches, 0, STEPS + 1, workers=1)
+        stream = iterate_batches(self.batches, 0, STEPS + 1, workers=1)
 
         def train(steps: int) -> None:
             for batch in islice(stream, steps):

@@ -7,12 +7,12 @@ from functools import partial
 
 from common import CAPTION, Row, make_batch, make_pairs, paired, show, tiny_llava
 
-import cafe.reading
-from cafe.data.loading import Batch
-from cafe.packing import Packing
-from cafe.training.recipe import ObjectiveRecipe
+import cafe.lvlm.forward
+from cafe.attention.blockwise import MIN_BLOCKWISE_TOKENS
+from cafe.data.dataset import Batch
+from cafe.packing import PackingConfig
+from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
-from cafe.tree_attention import LONG
 
 PAIRS = 8
 CAPTIONS = (CAPTION, 400, 900)  # tokens; rows of the first are shorter than those that are read by blocks
@@ -21,7 +21,7 @@ CAPTIONS = (CAPTION, 400, 900)  # tokens; rows of the first are shorter than tho
 def main() -> None:
     """Prints the table."""
     model = tiny_llava()
-    step = JointStep(model, ObjectiveRecipe())
+    step = JointStep(model, ObjectiveConfig())
 
     def work(batch: Batch, long: int) -> None:
         cafe.reading.LONG = long
@@ -30,11 +30,11 @@ def main() -> None:
 
     rows = []
     for caption in CAPTIONS:
-        batch = make_batch(make_pairs(PAIRS, caption=caption), Packing(columns=512))
+        batch = make_batch(make_pairs(PAIRS, caption=caption), PackingConfig(columns=512))
         columns = batch.micro_batches[0].joint.inputs["input_ids"].shape[1]
         _, ratio = paired(partial(work, batch, 1), partial(work, batch, 2**40))
         name = f"rows of {columns}: steps/s, by blocks / dense"
-        if columns < LONG:
+        if columns < MIN_BLOCKWISE_TOKENS:
             print(f"{name}: {ratio:.3g}; such rows are read under the dense mask")
         else:
             rows.append(Row(name, ratio, 1.0, 1.1))

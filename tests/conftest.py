@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from cafe.data.source import Source
-from cafe.instructions import Prompts
-from cafe.processing import Processing
+from cafe.lvlm.processing import ChatProcessor
+from cafe.lvlm.prompts import Prompts
 from cafe.scenes.base import corpus, make_model, make_processor
 from cafe.scenes.write import write_scenes
-from cafe.training.recipe import DataRecipe, ModelRecipe, OptimizerRecipe, Recipe
+from cafe.training.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe
 
 torch.set_num_threads(1)  # tests run in several processes
 
@@ -26,7 +26,7 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if not parameter.any():  # layers that begin by passing on what they are given would hide what attention does
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(directory)
-    Processing(processor, Prompts()).save(directory)
+    ChatProcessor(processor, Prompts()).save(directory)
     return directory
 
 
@@ -43,9 +43,9 @@ def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
     """A short run on the untrained base and the smallest world."""
     return Recipe(
         output=str(tmp_path / "run"),
-        model=ModelRecipe(base=str(random_base)),
-        data=DataRecipe(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
-        optimizer=OptimizerRecipe(learning_rate=1e-3, vision_tower_learning_rate=1e-4),
+        model=ModelConfig(base=str(random_base)),
+        data=DataConfig(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
+        optimizer=OptimizerConfig(learning_rate=1e-3, vision_tower_learning_rate=1e-4),
         batch_size=8,
         steps=4,
         log_every=1,

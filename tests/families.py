@@ -17,11 +17,11 @@ from transformers import (
     ProcessorMixin,
 )
 
-from cafe.families import attention_options
-from cafe.instructions import CHATML, Prompts
+from cafe.lvlm.families import attention_kwargs
+from cafe.lvlm.forward import infer_packing
+from cafe.lvlm.processing import ChatProcessor, without_video
+from cafe.lvlm.prompts import CHATML, Prompts
 from cafe.model import Cafe
-from cafe.processing import Processing, without_video
-from cafe.reading import packing_for
 
 WIDTH = 32
 
@@ -130,14 +130,14 @@ def build(model_type: str, processor: ProcessorMixin, text: dict[str, Any], visi
     }  # fmt: skip
     config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **rest)
     torch.manual_seed(0)
-    lvlm = AutoModelForImageTextToText.from_config(config, attn_implementation=attention_options(config, "sdpa")).eval()
+    lvlm = AutoModelForImageTextToText.from_config(config, attn_implementation=attention_kwargs(config, "sdpa")).eval()
     for parameter in lvlm.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=WIDTH**-0.5)
     lvlm.generation_config.pad_token_id = tokens.pad_token_id
     lvlm.generation_config.eos_token_id = tokens.eos_token_id
-    processing = Processing(processor, Prompts())
-    return Cafe(lvlm, processing, packing_for(lvlm, processing))
+    processing = ChatProcessor(processor, Prompts())
+    return Cafe(lvlm, processing, infer_packing(lvlm, processing))
 
 
 def ids(processor: ProcessorMixin, **tokens: str) -> dict[str, int]:

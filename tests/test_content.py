@@ -9,8 +9,9 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from cafe import content
-from cafe.content import Content, ImageRef, open_image, open_pixels
+from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
+from cafe.images.decoding import decode_array, decode_image
 
 
 def test_content_takes_text_pictures_and_both():
@@ -40,9 +41,9 @@ def test_exif_orientation_is_applied_once(kind, orientation):
     exif = picture.getexif()
     exif[0x0112] = orientation
     ref = encoded(picture, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    turned, expected = open_image(ref), ImageOps.exif_transpose(Image.open(io.BytesIO(ref.source)))
+    turned, expected = decode_image(ref), ImageOps.exif_transpose(Image.open(io.BytesIO(ref.source)))
     assert np.array_equal(turned, expected) and np.array_equal(ImageOps.exif_transpose(turned), expected)
-    assert np.array_equal(open_image(ImageRef(Image.open(io.BytesIO(ref.source)))), expected)
+    assert np.array_equal(decode_image(ImageRef(Image.open(io.BytesIO(ref.source)))), expected)
 
 
 def test_a_picture_is_turned_though_another_exif_tag_is_damaged():
@@ -50,33 +51,33 @@ def test_a_picture_is_turned_though_another_exif_tag_is_damaged():
     resolution = struct.pack("<HHI", 0x011A, 2, 4) + b"abc\0"  # in words
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + resolution + bytes(4)
     ref = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
-    assert open_image(ref).size == (4, 8) and open_pixels(ref).shape == (8, 4, 3)
+    assert decode_image(ref).size == (4, 8) and decode_array(ref).shape == (8, 4, 3)
 
 
 def test_transparency_is_laid_over_white_and_16_bits_scale_to_8(tmp_path):
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    assert open_image(ImageRef(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
+    assert decode_image(ImageRef(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
     Image.fromarray(np.full((2, 2), 65535 // 2, np.uint16)).save(tmp_path / "deep.png")
-    assert open_image(ImageRef(tmp_path / "deep.png")).getpixel((0, 0)) == (127, 127, 127)
+    assert decode_image(ImageRef(tmp_path / "deep.png")).getpixel((0, 0)) == (127, 127, 127)
     big_endian = Image.frombytes("I;16B", (2, 2), np.full((2, 2), 65535 // 2, ">u2").tobytes())
     big_endian.save(tmp_path / "deep.tiff")
-    assert open_image(ImageRef(tmp_path / "deep.tiff")).getpixel((0, 0)) == (127, 127, 127)
+    assert decode_image(ImageRef(tmp_path / "deep.tiff")).getpixel((0, 0)) == (127, 127, 127)
     Image.new("CMYK", (2, 2)).save(tmp_path / "ink.jpg")
-    assert open_image(ImageRef(tmp_path / "ink.jpg")).mode == "RGB"
+    assert decode_image(ImageRef(tmp_path / "ink.jpg")).mode == "RGB"
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", b"\x89PNG\r\n\x1a\n damaged"])
 def test_a_damaged_image_is_named(tmp_path, data):
     (tmp_path / "bad.png").write_bytes(data)
     with pytest.raises(CafeError, match=r"bad\.png"):
-        open_image(ImageRef(tmp_path / "bad.png"))
+        decode_image(ImageRef(tmp_path / "bad.png"))
 
 
 def test_bytes_that_are_no_image_are_told_alike_in_every_run():
     said = []
     for _ in range(2):
         with pytest.raises(CafeError, match="The image <bytes> cannot be decoded") as raised:
-            open_image(ImageRef(b"no image"))
+            decode_image(ImageRef(b"no image"))
         said.append(str(raised.value))
     assert said[0] == said[1] and "0x" not in said[0]
 
@@ -85,9 +86,9 @@ def test_a_cut_off_image_and_a_missing_one_are_named(tmp_path):
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
     with pytest.raises(CafeError, match=r"cut\.png"):
-        open_image(ImageRef(tmp_path / "cut.png"))
+        decode_image(ImageRef(tmp_path / "cut.png"))
     with pytest.raises(CafeError, match="does not exist"):
-        open_image(ImageRef(tmp_path / "none.png"))
+        decode_image(ImageRef(tmp_path / "none.png"))
 
 
 def test_whatever_a_decoder_raises_names_the_image(monkeypatch, tmp_path):
@@ -101,13 +102,13 @@ def test_whatever_a_decoder_raises_names_the_image(monkeypatch, tmp_path):
     monkeypatch.setattr(PngImageFile, "load", fail)
     for image in (tmp_path / "odd.png", lazy):
         with pytest.raises(CafeError, match=r"The image .* cannot be decoded: no such color plane"):
-            open_image(ImageRef(image))
+            decode_image(ImageRef(image))
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path):
     Image.new("1", (300, 300)).save(tmp_path / "big.png")
     with pytest.raises(CafeError, match="300 x 300"):
-        open_image(ImageRef(tmp_path / "big.png"), max_pixels=1000)
+        decode_image(ImageRef(tmp_path / "big.png"), max_pixels=1000)
 
 
 def encoded(image: Image.Image, kind: str, **options) -> ImageRef:
@@ -132,9 +133,9 @@ def test_pixels_in_an_array_are_those_of_the_picture(decoder, enough, options):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 240, 3), np.uint8))
     for image in (noise, noise.resize((30, 20)).resize((240, 160))):
         ref = encoded(image, "JPEG", **options)
-        shown = open_image(ref, enough=enough)
+        shown = decode_image(ref, enough=enough)
         assert shown.height == {None: 160, 16: 20, 40: 40, 64: 80}[enough]
-        assert np.array_equal(open_pixels(ref, enough=enough), shown)
+        assert np.array_equal(decode_array(ref, enough=enough), shown)
 
 
 def test_so_are_those_of_pictures_that_are_no_plain_jpegs(decoder):
@@ -143,14 +144,14 @@ def test_so_are_those_of_pictures_that_are_no_plain_jpegs(decoder):
     turned[0x0112] = 6
     jpegs = [encoded(noise.convert(mode), "JPEG") for mode in ("L", "CMYK")]
     for ref in (*jpegs, encoded(noise, "JPEG", exif=turned), encoded(noise, "PNG"), ImageRef(noise.convert("RGBA"))):
-        assert np.array_equal(open_pixels(ref), open_image(ref))
-    assert open_pixels(encoded(noise, "JPEG", exif=turned)).shape == (8, 5, 3)
+        assert np.array_equal(decode_array(ref), decode_image(ref))
+    assert decode_array(encoded(noise, "JPEG", exif=turned)).shape == (8, 5, 3)
 
 
 def test_a_damaged_jpeg_is_named(decoder, tmp_path):
     Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "whole.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:900])
     with pytest.raises(CafeError, match=r"cut\.jpg cannot be decoded: .*truncated"):
-        open_pixels(ImageRef(tmp_path / "cut.jpg"))
+        decode_array(ImageRef(tmp_path / "cut.jpg"))
     with pytest.raises(CafeError, match="64 x 64"):
-        open_pixels(ImageRef(tmp_path / "whole.jpg"), max_pixels=1000)
+        decode_array(ImageRef(tmp_path / "whole.jpg"), max_pixels=1000)

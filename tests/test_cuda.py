@@ -14,21 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cafe.adapters import Adapter
-from cafe.data.formats import Source, open_source
-from cafe.data.loading import UNCUT, Batch, Batches, MicroBatchSize
-from cafe.data.raw import raw
+from cafe.data.dataset import NO_LIMIT, Batch, ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.fast_images import with_fast_images
+from cafe.data.records import Source, open_source
+from cafe.lvlm.adapters import LoraSettings
+from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.scenes.draw import paint
 from cafe.scenes.world import draw_scene
 from cafe.training import loop
-from cafe.training.compiling import compile_layers
+from cafe.training.compile import compile_layers
+from cafe.training.fsdp import apply_fsdp
 from cafe.training.loop import train
-from cafe.training.recipe import ObjectiveRecipe
-from cafe.training.scaling import unscale
-from cafe.training.sharding import shard
+from cafe.training.loss_scale import unscale
+from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep, Losses
-from cafe.training.vision import VisionCache
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -45,17 +45,17 @@ def exact() -> Iterator[None]:
     yield
 
 
-def batches(model: Cafe, scenes: Path, size: MicroBatchSize = UNCUT) -> Batches:
+def batches(model: Cafe, scenes: Path, size: MicroBatchSize = NO_LIMIT) -> ContrastiveBatchDataset:
     """Batches as training makes them, pictures as bytes."""
-    processing, normalization = raw(model.processing)
+    processing, normalization = with_fast_images(model.processing)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     packing = replace(model.packing, normalization=normalization)
-    return Batches([source], processing, PAIRS, seed=0, packing=packing, size=size)
+    return ContrastiveBatchDataset([source], processing, PAIRS, seed=0, packing=packing, size=size)
 
 
 def followed(model: Cafe, batch: Batch, precision: str = "fp32", **options) -> tuple[Losses, torch.Tensor]:
     """The losses of a step and its gradient."""
-    step = JointStep(model.lvlm, ObjectiveRecipe(), precision).to(model.lvlm.device)
+    step = JointStep(model.lvlm, ObjectiveConfig(), precision).to(model.lvlm.device)
     step.zero_grad()
     losses = step(batch, **options)
     return losses, gradient(model)
@@ -77,7 +77,7 @@ def on_cpu(random_base, scenes) -> tuple[Losses, torch.Tensor]:
     return followed(model, batches(model, scenes)[0])
 
 
-@pytest.mark.parametrize("size", [UNCUT, CUT], ids=["one pass", "cached"])
+@pytest.mark.parametrize("size", [NO_LIMIT, CUT], ids=["one pass", "cached"])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 def test_the_gradient_is_the_cpus(random_base, scenes, on_cpu, attention, compiled, size):
@@ -106,7 +106,7 @@ def test_16_bits_are_close(random_base, scenes, on_cpu, precision, close, attent
 
 def test_flex_attention_compiles_nothing_once_it_is_warm(random_base, scenes):
     model = Cafe.load(random_base, dtype=torch.float32, attention="flex_attention")
-    step = JointStep(model.lvlm, ObjectiveRecipe(), "bf16").to("cuda")
+    step = JointStep(model.lvlm, ObjectiveConfig(), "bf16").to("cuda")
     data = batches(model, scenes, CUT)
     for number in range(len(data)):
         step(data[number])
@@ -121,8 +121,8 @@ def test_a_sharded_step_is_the_whole_one(random_base, scenes, on_cpu, precision,
     dist.init_process_group("nccl", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         model = Cafe.load(random_base, dtype=torch.float32, device="cpu")
-        step = JointStep(model.lvlm, ObjectiveRecipe(), precision)
-        shard(step.reading, torch.device("cuda"), step.reading.dtype)
+        step = JointStep(model.lvlm, ObjectiveConfig(), precision)
+        apply_fsdp(step.reading, torch.device("cuda"), step.reading.dtype)
         step.to("cuda")
         losses = step(batches(model, scenes, CUT)[0], measure=True, scale=2.0**12)
         unscale(step.parameters(), 2.0**12)
@@ -143,7 +143,7 @@ def test_a_frozen_towers_pictures_are_read_once(random_base, scenes):
     layers = next(module for module in tower.modules() if isinstance(module, nn.ModuleList))
     layers[0].register_forward_hook(lambda module, args, made: calls.append(1))
     _, plain = followed(model, batch)
-    step = JointStep(model.lvlm, ObjectiveRecipe(), vision=VisionCache(tower, model.lvlm.config)).to("cuda")
+    step = JointStep(model.lvlm, ObjectiveConfig(), vision=VisionCache(tower, model.lvlm.config)).to("cuda")
     model.lvlm.zero_grad()
     before = len(calls)
     step(batch)
@@ -185,7 +185,7 @@ def test_a_run_from_files_in_workers_whose_size_is_found(recipe, precision, atte
 def test_an_adapter_beside_4_bit_weights_with_paged_8_bit_moments(recipe):
     recipe = replace(
         recipe,
-        model=replace(recipe.model, precision="bf16", frozen_weights="4bit", adapter=Adapter(rank=8)),
+        model=replace(recipe.model, precision="bf16", frozen_weights="4bit", adapter=LoraSettings(rank=8)),
         optimizer=replace(recipe.optimizer, name="paged_adamw_8bit", vision_tower_learning_rate=None),
         steps=6,
     )

@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 import yaml
 from huggingface_hub import HfApi
+from model_samples import PREFIX_LMS, SMALL, TALL, WIDE, make
 from sentence_transformers import SentenceTransformer
-from test_families import PREFIX_LMS, SMALL, TALL, WIDE, make
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import VIDEO_PROCESSOR_NAME
 from transformers.video_processing_utils import BaseVideoProcessor
 
-from cafe.cli import main
+from cafe.cli.main import main
 from cafe.content import Content
 from cafe.export import model_card
-from cafe.instructions import Prompts
+from cafe.images.resizing import use_torch_resize
+from cafe.lvlm.processing import load_processor
+from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
-from cafe.processing import load_processor
-from cafe.resizing import quicken
 
 CONTENTS = ["a red circle", SMALL, {"image": WIDE, "text": "what is left of it?"}, "a blue square to the left", TALL]
 ALONE = {"llava", "llava_next", "idefics3", "gemma3", "aya_vision", "ovis2"}  # their processors need no torchvision
@@ -45,7 +45,7 @@ def test_sentence_transformers_gives_our_embeddings_of_text_image_and_both(famil
         monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda path, **options: load_processor(str(path)))
     theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     np.testing.assert_allclose((theirs.encode(CONTENTS) * expected).sum(1), 1, atol=1e-4)  # with Pillow's resize
-    quicken(theirs[0].processor.image_processor)
+    use_torch_resize(theirs[0].processor.image_processor)
     for found in (theirs.encode(CONTENTS), np.stack([theirs.encode(content) for content in CONTENTS])):
         np.testing.assert_allclose((found * expected).sum(1), 1, atol=1e-4)
         np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -5,15 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+from model_samples import make
 from PIL import Image
-from test_families import make
 from transformers import AutoModelForImageTextToText
 
 import cafe.model
 from cafe import Cafe
 from cafe.content import Content
 from cafe.errors import CafeError
-from cafe.instructions import Prompts, embedding_messages
+from cafe.lvlm.prompts import Prompts, embedding_messages
 from cafe.scenes.draw import paint
 from cafe.scenes.world import draw_scene
 
@@ -178,7 +178,7 @@ def test_few_contents_wait_encoded(model, picture, monkeypatch):
     events = []
     encode, forward = Cafe.encode_embedding, cafe.model.read
     monkeypatch.setattr(Cafe, "encode_embedding", lambda *given: events.append("encoded") or encode(*given))
-    monkeypatch.setattr("cafe.model.read", lambda *given: events.append("read") or forward(*given))
+    monkeypatch.setattr("cafe.model.forward_packed", lambda *given: events.append("read") or forward(*given))
     contents = ["word " * (number % 7 + 1) for number in range(40)]
     vectors = model.embed(contents, batch_size=2)
     assert events[:17] == ["encoded"] * 16 + ["read"] and events.count("read") == 20

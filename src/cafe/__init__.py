@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cafe.content import Content
+    from cafe.losses import info_nce
     from cafe.model import Cafe
-    from cafe.objectives import info_nce
     from cafe.training.loop import train
     from cafe.training.recipe import Recipe
 
@@ -17,7 +17,7 @@ _HOMES = {
     "Cafe": "cafe.model",
     "Content": "cafe.content",
     "Recipe": "cafe.training.recipe",
-    "info_nce": "cafe.objectives",
+    "info_nce": "cafe.losses",
     "train": "cafe.training.loop",
 }
 

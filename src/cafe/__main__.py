@@ -2,6 +2,6 @@
 
 import sys
 
-from cafe.cli import main
+from cafe.cli.main import main
 
 sys.exit(main())

@@ -7,7 +7,7 @@ class CafeError(Exception):
     """Wrong input. The command line prints the message alone and exits with status 1."""
 
 
-def not_loaded(what: str, name: str | Path, error: Exception) -> CafeError:
+def load_error(what: str, name: str | Path, error: Exception) -> CafeError:
     """Says that nothing can be loaded by a name, which was taken for one on the Hub if there is no such directory."""
     reason = str(error).strip().splitlines()[0]
     if Path(name).is_dir():
@@ -15,7 +15,7 @@ def not_loaded(what: str, name: str | Path, error: Exception) -> CafeError:
     return CafeError(f"There is no directory {name}, and the Hugging Face Hub gives no {what} of that name: {reason}")
 
 
-class Stopped(Exception):
+class RunInterrupted(Exception):
     """A run was asked to stop by a signal, and has saved where it stands. The command exits with 128 + the signal."""
 
     def __init__(self, message: str, signal: int) -> None:

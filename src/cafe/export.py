@@ -21,8 +21,8 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from cafe.content import Content
 from cafe.errors import CafeError
-from cafe.instructions import Prompts, embedding_messages
-from cafe.processing import Pictures, Processing
+from cafe.lvlm.processing import ChatProcessor, ProcessedImages
+from cafe.lvlm.prompts import Prompts, embedding_messages
 
 TEMPLATE = "embedding_template.jinja"
 MODULES = "modules.json"  # by which sentence-transformers knows a checkpoint
@@ -55,13 +55,15 @@ def embedding_template(chat_template: str, prompts: Prompts) -> str:
     )
 
 
-def write_sentence_transformers(directory: Path, processing: Processing, width: int) -> None:
+def write_sentence_transformers(directory: Path, processing: ChatProcessor, width: int) -> None:
     """Writes what `SentenceTransformer(directory)` reads, for a model whose embeddings are `width` wide.
 
     The modules are sentence-transformers' own: the model's last hidden states, that of the last token, unit length.
     """
     template = embedding_template(processing.processor.chat_template, processing.prompts)
-    prompt = processing.encode_embedding(embedding_messages(Content.of("a"), processing.prompts), Pictures([], {}))
+    prompt = processing.encode_embedding(
+        embedding_messages(Content.of("a"), processing.prompts), ProcessedImages([], {})
+    )
     begun = int(prompt.input_ids[0]) == processing.tokenizer.bos_token_id
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
@@ -98,7 +100,7 @@ def write_sentence_transformers(directory: Path, processing: Processing, width: 
         file.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def write_video_part(directory: Path, base: str, family: str) -> None:
+def write_video_processor_config(directory: Path, base: str, family: str) -> None:
     """Writes a family's settings for videos, which `load_processor` leaves out.
 
     Where torchvision is installed, transformers wants them, whether or not a video is ever shown. They are those of the
@@ -115,7 +117,7 @@ def write_video_part(directory: Path, base: str, family: str) -> None:
     (directory / VIDEO_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def library_of(checkpoint: Path) -> Library:
+def detect_library(checkpoint: Path) -> Library:
     """The library that a checkpoint is for, by its files."""
     if (checkpoint / "adapter_config.json").is_file():
         return "peft"
@@ -131,7 +133,7 @@ def model_card(
         record: what `cafe.json` holds.
         results: of an evaluation, as `results.json` holds them; those of the evaluation during training, which the
             record of a best checkpoint has, unless given.
-        library: see `library_of`.
+        library: see `detect_library`.
     """
     recipe: dict[str, Any] = record.get("recipe", {})
     base = str(recipe.get("model", {}).get("base", "")) or "an unrecorded base model"
@@ -158,7 +160,7 @@ def model_card(
     )
 
 
-def push(checkpoint: Path, repository: str, card: str, private: bool = True) -> str:
+def push_to_hub(checkpoint: Path, repository: str, card: str, private: bool = True) -> str:
     """Uploads a checkpoint to the Hugging Face Hub; returns where it then is.
 
     Args:

@@ -5,7 +5,6 @@ travels in the checkpoint's `cafe.json`, so that training and use agree.
 """
 
 import copy
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -28,24 +27,23 @@ from transformers import (
     PreTrainedModel,
     TextIteratorStreamer,
 )
-from transformers.utils import cached_file
 
-from cafe.adapters import adapter_of, has_adapter, load_adapter
+from cafe.attention.last_layer import restrict_last_layer
+from cafe.checkpoint import METADATA_FILE, _metadata_of, ensure_overwritable, fingerprint, prompts_from_metadata
 from cafe.content import Content, Dialogue, Turn
-from cafe.disk import aside, place
-from cafe.errors import CafeError, not_loaded
-from cafe.export import library_of, model_card, write_sentence_transformers, write_video_part
-from cafe.families import attention_options, four_bit_options
-from cafe.image_limits import agree
-from cafe.instructions import Prompts, dialogue_messages, embedding_messages
-from cafe.last_layer import last_layer_at
-from cafe.packing import Branch, Packing, pack
-from cafe.processing import Pictures, Processing, load_processor
-from cafe.reading import logits_of, packing_for, read, to_device
+from cafe.errors import CafeError, load_error
+from cafe.export import detect_library, model_card, write_sentence_transformers, write_video_processor_config
+from cafe.lvlm.adapters import has_adapter, load_adapter, read_adapter_config
+from cafe.lvlm.families import attention_kwargs, quantization_kwargs
+from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing, to_device
+from cafe.lvlm.image_size import sync_image_grids
+from cafe.lvlm.processing import ChatProcessor, ProcessedImages, load_processor
+from cafe.lvlm.prompts import Prompts, dialogue_messages, embedding_messages
+from cafe.packing import Branch, PackingConfig, pack
+from cafe.utils.atomic import commit, staging_path
 
 T = TypeVar("T")
-SORTED = 8  # batches within which rows are sorted by length
-RECORD = "cafe.json"  # what a checkpoint tells about itself, beside the Hugging Face files
+SORT_WINDOW = 8  # batches within which rows are sorted by length
 
 
 @dataclass
@@ -60,8 +58,8 @@ class Cafe:
     """
 
     lvlm: PreTrainedModel
-    processing: Processing
-    packing: Packing
+    processing: ChatProcessor
+    packing: PackingConfig
     record: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -81,36 +79,36 @@ class Cafe:
             prompts: overrides those of the checkpoint; a model without any gets the published ones.
             dtype: of the weights, "auto" for that of the files; float32 on a CPU and bfloat16 on a GPU unless given.
             device: a GPU where there is one, unless given.
-            attention: the attention implementation by transformers' name; see `attention_options`.
+            attention: the attention implementation by transformers' name; see `attention_kwargs`.
             four_bit: hold the language model's matrices in 4 bits, by bitsandbytes.
 
         Raises:
             CafeError: nothing can be loaded from there, or a package that it needs is not installed.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        record = _record_of(path)
-        prompts = prompts or prompts_of(record)
+        record = _metadata_of(path)
+        prompts = prompts or prompts_from_metadata(record)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         base = str(path)
         try:
-            adapter = adapter_of(path)
+            adapter = read_adapter_config(path)
             base = str((adapter and adapter.base_model_name_or_path) or path)
-            options = four_bit_options(base, device, dtype) if four_bit else {}
-            by_part = attention_options(AutoConfig.from_pretrained(base), attention)
+            options = quantization_kwargs(base, device, dtype) if four_bit else {}
+            by_part = attention_kwargs(AutoConfig.from_pretrained(base), attention)
             lvlm = AutoModelForImageTextToText.from_pretrained(
                 base, dtype=dtype, attn_implementation=by_part, **options
             )
             processor = load_processor(str(path), lvlm.config.model_type)
         except (ImportError, OSError, ValueError, SafetensorError) as error:  # ImportError: a processor's package
-            raise not_loaded("vision-language model", base, error) from error
-        processing = Processing(processor, prompts)
-        agree(lvlm, processor)
+            raise load_error("vision-language model", base, error) from error
+        processing = ChatProcessor(processor, prompts)
+        sync_image_grids(lvlm, processor)
         if not four_bit:
             lvlm = lvlm.to(device)
         if adapter:
             load_adapter(lvlm, path, adapter)
         lvlm.eval()
-        return cls(lvlm, processing, packing_for(lvlm, processing), record)
+        return cls(lvlm, processing, infer_packing(lvlm, processing), record)
 
     def save(self, path: str | Path, weights: dict[str, Tensor] | None = None, **record: Any) -> None:
         """Writes the checkpoint: complete or not at all.
@@ -124,20 +122,20 @@ class Cafe:
             CafeError: there is something else at the path.
         """
         path = Path(path)
-        may_write(path)
-        partial = aside(path)
+        ensure_overwritable(path)
+        partial = staging_path(path)
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         self.lvlm.save_pretrained(partial, state_dict=weights)
         self.processing.save(partial)
-        write_video_part(partial, self.processing.tokenizer.name_or_path, self.lvlm.config.model_type)
+        write_video_processor_config(partial, self.processing.tokenizer.name_or_path, self.lvlm.config.model_type)
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
         self.record = {**self.record, **record, "prompts": asdict(self.processing.prompts), "versions": versions}
         if not has_adapter(self.lvlm) and not self.processing.prefix_lm:  # whose processor takes no text alone
             write_sentence_transformers(partial, self.processing, self.lvlm.config.get_text_config().hidden_size)
-        (partial / "README.md").write_text(model_card(self.record, library=library_of(partial)))
-        (partial / RECORD).write_text(json.dumps(self.record, indent=2) + "\n")
-        place(partial, path)
+        (partial / "README.md").write_text(model_card(self.record, library=detect_library(partial)))
+        (partial / METADATA_FILE).write_text(json.dumps(self.record, indent=2) + "\n")
+        commit(partial, path)
 
     def fingerprint(self) -> str:
         """A digest of what decides the answers: weights, precision, device, prompts and image processing."""
@@ -148,7 +146,7 @@ class Cafe:
         """The same weights with other prompts; keyword arguments are fields of `Prompts`."""
         processor = copy.copy(self.processing.processor)  # of which a chat template becomes a part
         processor.tokenizer = copy.copy(processor.tokenizer)
-        processing = Processing(processor, replace(self.processing.prompts, **changes))
+        processing = ChatProcessor(processor, replace(self.processing.prompts, **changes))
         return Cafe(self.lvlm, processing, self.packing, self.record)
 
     @torch.inference_mode()
@@ -167,11 +165,11 @@ class Cafe:
         width = self.lvlm.config.get_text_config().hidden_size
         if dim is not None and not 0 < dim <= width:
             raise CafeError(f"dim should be between 1 and the embedding's {width}, not {dim}.")
-        contents = _several(contents)
+        contents = _as_list(contents)
         vectors = np.zeros((len(contents), dim or width), np.float32)
         encode = lambda content: self.encode_embedding(Content.of(content))  # noqa: E731
-        for chosen, rows in _batches(contents, encode, batch_size):
-            hidden, _ = read(self.lvlm, pack([[row] for row in rows], [[]] * len(rows), self.packing))
+        for chosen, rows in _length_sorted_batches(contents, encode, batch_size):
+            hidden, _ = forward_packed(self.lvlm, pack([[row] for row in rows], [[]] * len(rows), self.packing))
             vectors[chosen] = F.normalize(hidden[:, :dim].float(), dim=-1).cpu().numpy()
         return vectors
 
@@ -195,7 +193,7 @@ class Cafe:
             stream: return an iterator over pieces of the answer as they come.
         """
         content = _prompt_content(image, prompt)
-        options = _sampling(max_new_tokens, temperature, top_p)
+        options = _generation_kwargs(max_new_tokens, temperature, top_p)
         if not stream:
             return self._generate([self.encode_prompt(content)], options)[0]
         streamer = TextIteratorStreamer(self.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -213,8 +211,8 @@ class Cafe:
     ) -> list[str]:
         """The answer to each content taken as a user's turn, in the order given; the likeliest unless sampled."""
         answers = [""] * len(prompts)
-        options = _sampling(max_new_tokens, temperature, top_p)
-        for chosen, rows in _batches(prompts, self.encode_prompt, batch_size):
+        options = _generation_kwargs(max_new_tokens, temperature, top_p)
+        for chosen, rows in _length_sorted_batches(prompts, self.encode_prompt, batch_size):
             for index, answer in zip(chosen, self._generate(rows, options), strict=True):
                 answers[index] = answer
         return answers
@@ -253,10 +251,10 @@ class Cafe:
             embedding = self.encode_embedding(Content(tuple(content.images)), pictures)
             return embedding, self.encode_prompt(content, pictures)
 
-        images = _several(images)
+        images = _as_list(images)
         vectors = np.zeros((len(images), self.lvlm.config.get_text_config().hidden_size), np.float32)
         answers = [""] * len(images)
-        for chosen, pairs in _batches(images, encode, batch_size, lambda pair: len(pair[0])):
+        for chosen, pairs in _length_sorted_batches(images, encode, batch_size, lambda pair: len(pair[0])):
             hidden, said = self._describe(pairs, max_new_tokens)
             vectors[chosen] = F.normalize(hidden.float(), dim=-1).cpu().numpy()
             for index, answer in zip(chosen, said, strict=True):
@@ -265,10 +263,10 @@ class Cafe:
 
     def _describe(self, pairs: Sequence[tuple[Branch, Branch]], max_new_tokens: int) -> tuple[Tensor, list[str]]:
         """The readouts of embedding branches and the answers to questions which begin with the same pictures."""
-        options = _sampling(max_new_tokens, 0.0, 1.0)
+        options = _generation_kwargs(max_new_tokens, 0.0, 1.0)
         if self.processing.prefix_lm:
             rows = pack([[embedding] for embedding, _ in pairs], [[]] * len(pairs), self.packing)
-            return read(self.lvlm, rows)[0], self._generate([question for _, question in pairs], options)
+            return forward_packed(self.lvlm, rows)[0], self._generate([question for _, question in pairs], options)
         shared = [_common_prefix(embedding.input_ids, question.input_ids) for embedding, question in pairs]
         prefixes = [embedding.cut(length) for (embedding, _), length in zip(pairs, shared, strict=True)]
         device, base = self.lvlm.device, self.lvlm.base_model
@@ -277,7 +275,7 @@ class Cafe:
         has_axes = hasattr(base, "get_rope_index")  # M-RoPE: the model counts pictures by itself, and keeps the offset
         if not has_axes:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        with last_layer_at(self.lvlm, torch.empty(0, 2, dtype=torch.long)):  # the cache is all that is read
+        with restrict_last_layer(self.lvlm, torch.empty(0, 2, dtype=torch.long)):  # the cache is all that is read
             base(**inputs, past_key_values=cache, use_cache=True)
 
         def mask_of(rest: Tensor) -> Tensor:
@@ -329,12 +327,12 @@ class Cafe:
     def _score(self, said: Sequence[Sequence[Branch]]) -> list[Float[np.ndarray, " answers"]]:
         """The log-likelihood of what is supervised in the branches of some contents, read in one pass."""
         rows = pack([[]] * len(said), said, self.packing)
-        _, before = read(self.lvlm, rows)
+        _, before = forward_packed(self.lvlm, rows)
         # One answer at a time: the logits of a whole batch would not fit where the vocabulary is large.
         lengths = [int(branch.supervised[1:].sum()) for branches in said for branch in branches]
         labels = rows.labels.to(before.device).split(lengths)
         likelihoods = [
-            -F.cross_entropy(logits_of(self.lvlm, hidden), label, reduction="sum")
+            -F.cross_entropy(compute_logits(self.lvlm, hidden), label, reduction="sum")
             for hidden, label in zip(before.split(lengths), labels, strict=True)
         ]
         return [part.numpy() for part in torch.stack(likelihoods).cpu().split(list(map(len, said)))]
@@ -347,24 +345,24 @@ class Cafe:
             for answer in answers
         ]
 
-    def encode_embedding(self, content: Content, pictures: Pictures | None = None) -> Branch:
+    def encode_embedding(self, content: Content, pictures: ProcessedImages | None = None) -> Branch:
         """The token sequence whose last token is the content's readout."""
         pictures = pictures or self._pictures(content)
         return self.processing.encode_embedding(embedding_messages(content, self.processing.prompts), pictures)
 
-    def encode_prompt(self, content: Content, pictures: Pictures | None = None) -> Branch:
+    def encode_prompt(self, content: Content, pictures: ProcessedImages | None = None) -> Branch:
         """The token sequence of a user's turn, up to where the model answers."""
         dialogue = Dialogue((Turn("user", content),))
         messages = dialogue_messages(dialogue, self.processing.prompts)
         return self.processing.encode_prompt(messages, pictures or self._pictures(content))
 
-    def encode_dialogue(self, dialogue: Dialogue, pictures: Pictures | None = None) -> Branch:
+    def encode_dialogue(self, dialogue: Dialogue, pictures: ProcessedImages | None = None) -> Branch:
         """The token sequence of a whole dialogue."""
         content = Content(tuple(part for turn in dialogue.turns for part in turn.content.parts))
         messages = dialogue_messages(dialogue, self.processing.prompts)
         return self.processing.encode_dialogue(messages, pictures or self._pictures(content))
 
-    def _pictures(self, content: Content) -> Pictures:
+    def _pictures(self, content: Content) -> ProcessedImages:
         return self.processing.shown(content.images)
 
     def _inputs(self, rows: Sequence[Branch], left: bool = False) -> dict[str, Tensor]:
@@ -378,72 +376,7 @@ class Cafe:
         return [text.strip() for text in self.processing.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
-def checkpoint_of(run: Path) -> Path:
-    """The checkpoint of a run, given the run's output directory or the checkpoint itself."""
-    return run / "checkpoint" if (run / "checkpoint").is_dir() else run
-
-
-def read_record(path: str | Path) -> dict[str, Any]:
-    """A local checkpoint's own record; empty where there is none.
-
-    Raises:
-        CafeError: it is damaged.
-    """
-    file = Path(path) / RECORD
-    try:
-        record = json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise CafeError(f"The checkpoint's {file} is not valid JSON: {error}.") from None
-    if not isinstance(record, dict):
-        raise CafeError(f"The checkpoint's {file} is not a mapping of names to values.")
-    return record
-
-
-def prompts_of(record: dict[str, Any]) -> Prompts:
-    """Those that a checkpoint's record tells of; the published ones where it tells of none.
-
-    Raises:
-        CafeError: it tells of what this version does not know.
-    """
-    try:
-        return Prompts(**record.get("prompts", {}))
-    except TypeError as error:
-        raise CafeError(f"This version does not know the prompts of the checkpoint's {RECORD}: {error}.") from None
-
-
-def may_write(path: Path) -> None:
-    """Makes sure that writing a checkpoint takes the place of nothing else.
-
-    Raises:
-        CafeError: there is something at the path that is not a checkpoint.
-    """
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / RECORD).is_file()):
-        raise CafeError(f"{path} holds something that is no checkpoint of cafe, and is left as it is.")
-
-
-def _record_of(path: str | Path) -> dict[str, Any]:
-    """The record of a local checkpoint, or of one on the Hub."""
-    if Path(path).exists():
-        return read_record(path)
-    missing = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors")}
-    try:
-        file = cached_file(str(path), RECORD, **missing)
-    except OSError:  # no such repository: the model will not be found either, and says so
-        return {}
-    return read_record(Path(file).parent) if file else {}
-
-
-def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
-    """A digest of a model's weights, precision and device, and of whatever else decides its answers."""
-    made_of = (model.dtype, model.device.type, *parts, version("transformers"))
-    digest = hashlib.sha256("\n".join(map(str, made_of)).encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:32]
-
-
-def _several(contents: Any) -> list[Any]:
+def _as_list(contents: Any) -> list[Any]:
     """A sequence as a list; what is one content and not several would be taken apart, a text into its letters."""
     if isinstance(contents, (str, bytes, dict)) or not isinstance(contents, Iterable):
         raise CafeError(f"A list of contents is wanted, not a {type(contents).__name__}: put a single one in a list.")
@@ -455,17 +388,17 @@ def _check_size(batch_size: int) -> None:
         raise CafeError(f"batch_size should be above 0, not {batch_size}.")
 
 
-def _batches(
+def _length_sorted_batches(
     items: Sequence[Any], encode: Callable[[Any], T], batch_size: int, length: Callable[[Any], int] = len
 ) -> Iterator[tuple[list[int], list[T]]]:
     """Items of similar length, encoded, with their places: sorted within some batches, so that few wait encoded."""
     _check_size(batch_size)
-    for start in range(0, len(items), SORTED * batch_size):
-        rows = [encode(item) for item in items[start : start + SORTED * batch_size]]
-        order = sorted(range(len(rows)), key=lambda place: -length(rows[place]))
+    for start in range(0, len(items), SORT_WINDOW * batch_size):
+        rows = [encode(item) for item in items[start : start + SORT_WINDOW * batch_size]]
+        order = sorted(range(len(rows)), key=lambda index: -length(rows[index]))
         for first in range(0, len(order), batch_size):
             chosen = order[first : first + batch_size]
-            yield [start + place for place in chosen], [rows[place] for place in chosen]
+            yield [start + index for index in chosen], [rows[index] for index in chosen]
 
 
 def _stream(generate: Callable[[], Any], streamer: TextIteratorStreamer) -> Iterator[str]:
@@ -495,7 +428,7 @@ def _prompt_content(image: Any, prompt: str) -> Content:
     return Content.of([picture, prompt])
 
 
-def _sampling(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
+def _generation_kwargs(max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
     if temperature <= 0:
         return {"max_new_tokens": max_new_tokens, "do_sample": False}
     return {"max_new_tokens": max_new_tokens, "do_sample": True, "temperature": temperature, "top_p": top_p}

@@ -3,7 +3,7 @@
 import fsspec
 import pytest
 
-from cafe.data.files import expand, folder_of, join, read, version
+from cafe.data.files import expand_pattern, file_version, folder_of, join, read
 from cafe.errors import CafeError
 
 
@@ -20,35 +20,35 @@ def store():
 def test_a_pattern_lists_its_files_in_order_locally_and_on_a_store(tmp_path, store):
     for name in ("a-1.txt", "a-0.txt", "b.txt"):
         (tmp_path / name).write_text(name)
-    assert expand(f"{tmp_path}/a-*.txt") == [f"{tmp_path}/a-0.txt", f"{tmp_path}/a-1.txt"]
-    assert [read(name) for name in expand(f"{store}/a-?.txt")] == [b"a-0.txt", b"a-1.txt"]
-    assert expand("x{08..11}.tar") == ["x08.tar", "x09.tar", "x10.tar", "x11.tar"]
-    assert expand("{a,b}-{0..1}") == ["a-0", "a-1", "b-0", "b-1"]
+    assert expand_pattern(f"{tmp_path}/a-*.txt") == [f"{tmp_path}/a-0.txt", f"{tmp_path}/a-1.txt"]
+    assert [read(name) for name in expand_pattern(f"{store}/a-?.txt")] == [b"a-0.txt", b"a-1.txt"]
+    assert expand_pattern("x{08..11}.tar") == ["x08.tar", "x09.tar", "x10.tar", "x11.tar"]
+    assert expand_pattern("{a,b}-{0..1}") == ["a-0", "a-1", "b-0", "b-1"]
     with pytest.raises(CafeError, match="No data file matches"):
-        expand(f"{tmp_path}/c-*.txt")
+        expand_pattern(f"{tmp_path}/c-*.txt")
 
 
 def test_a_file_is_found_though_its_name_looks_like_a_pattern(tmp_path):
     (tmp_path / "[v1]").mkdir()
     (tmp_path / "[v1]" / "a.json").write_text("a")
-    assert expand(f"{tmp_path}/[v1]/a.json") == [f"{tmp_path}/[v1]/a.json"]
+    assert expand_pattern(f"{tmp_path}/[v1]/a.json") == [f"{tmp_path}/[v1]/a.json"]
 
 
 def test_a_part_of_a_file_is_read_locally_on_a_store_and_through_a_copy_on_disk(tmp_path, store):
     (tmp_path / "b.txt").write_text("b.txt")
     for name in (str(tmp_path / "b.txt"), f"file://{tmp_path}/b.txt", f"{store}/b.txt", f"simplecache::{store}/b.txt"):
         assert read(name, 1, 4) == b".tx" and read(name) == b"b.txt", name
-    [cached] = expand(f"simplecache::{store}/b*.txt")
+    [cached] = expand_pattern(f"simplecache::{store}/b*.txt")
     assert cached.startswith("simplecache::memory://") and read(cached) == b"b.txt"
 
 
 def test_a_version_changes_with_the_file(tmp_path):
     file = tmp_path / "a"
     file.write_text("one")
-    first = version(str(file))
-    assert first == version(str(file))
+    first = file_version(str(file))
+    assert first == file_version(str(file))
     file.write_text("two, longer")
-    assert first != version(str(file))
+    assert first != file_version(str(file))
 
 
 def test_names_inside_folders():

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cafe.data.mixture import Mixture, apportion, epoch_order, shares, shuffled
+from cafe.data.mixture import Mixture, epoch_order, largest_remainder, mixing_weights, windowed_shuffle
 from cafe.errors import CafeError
 
 
@@ -36,13 +36,13 @@ def test_one_source_alone_is_plainly_shuffled():
 
 
 def test_shares_follow_weight_and_temperature():
-    assert shares([100, 300], [1, 1], 1) == pytest.approx([0.25, 0.75])
-    assert shares([100, 300], [3, 1], 1) == pytest.approx([0.5, 0.5])
+    assert mixing_weights([100, 300], [1, 1], 1) == pytest.approx([0.25, 0.75])
+    assert mixing_weights([100, 300], [3, 1], 1) == pytest.approx([0.5, 0.5])
     flat = np.array([100, 400]) ** 0.5
-    np.testing.assert_allclose(shares([100, 400], [1, 1], 2), flat / flat.sum())
-    np.testing.assert_allclose(shares([1, 10**6], [1, 1], 1e9), [0.5, 0.5], atol=1e-6)
-    assert shares([10**6, 10**5, 0], [1, 1, 1], 1e-3) == [1, 0, 0]
-    assert shares([10**6, 10**5], [0, 1], 1e-3) == [0, 1]
+    np.testing.assert_allclose(mixing_weights([100, 400], [1, 1], 2), flat / flat.sum())
+    np.testing.assert_allclose(mixing_weights([1, 10**6], [1, 1], 1e9), [0.5, 0.5], atol=1e-6)
+    assert mixing_weights([10**6, 10**5, 0], [1, 1, 1], 1e-3) == [1, 0, 0]
+    assert mixing_weights([10**6, 10**5], [0, 1], 1e-3) == [0, 1]
     drawn = order([20, 180], 10, weights=[9.0, 1.0])
     assert Counter(source for source, _ in drawn) == {0: 100, 1: 100}
     again = Counter(record for source, record in drawn if source == 0)
@@ -67,17 +67,17 @@ def test_the_order_is_the_seeds():
 
 
 def test_chunks_of_a_window_are_mixed_and_read_together():
-    drawn = shuffled([10] * 12, 3, Random(0))
+    drawn = windowed_shuffle([10] * 12, 3, Random(0))
     assert sorted(drawn) == list(range(120)) and not np.array_equal(drawn, np.arange(120))
     for start in range(0, 120, 30):
         assert len(set((drawn[start : start + 30] // 10).tolist())) == 3
-    assert sorted(shuffled([10] * 12, 100, Random(0))) == list(range(120))
+    assert sorted(windowed_shuffle([10] * 12, 100, Random(0))) == list(range(120))
 
 
 def test_whole_numbers_add_up():
-    assert apportion([0.5, 0.25, 0.25], 10) == [5, 3, 2] and apportion([1.0], 7) == [7]
+    assert largest_remainder([0.5, 0.25, 0.25], 10) == [5, 3, 2] and largest_remainder([1.0], 7) == [7]
     parts = [0.1, 0.2, 0.3, 0.4]
-    assert apportion(parts, 1000) == [100, 200, 300, 400]
+    assert largest_remainder(parts, 1000) == [100, 200, 300, 400]
 
 
 def test_what_cannot_be_mixed_is_one_sentence():

@@ -11,13 +11,13 @@ from accelerate.state import AcceleratorState
 
 from cafe.errors import CafeError
 from cafe.evaluation.ablation import ablate
-from cafe.training.recipe import EvaluationRecipe, Recipe
+from cafe.training.recipe import EvaluationConfig, Recipe
 
 
 @pytest.fixture
 def recipe(recipe: Recipe, scenes: Path, tmp_path: Path) -> Recipe:
     AcceleratorState._reset_state(True)
-    evaluation = EvaluationRecipe(data=str(scenes))
+    evaluation = EvaluationConfig(data=str(scenes))
     output = str(tmp_path / "ablation")
     return replace(recipe, output=output, evaluation=evaluation, batch_size=4, steps=1, trackers=None)
 
@@ -65,4 +65,4 @@ def test_arms_are_measured_during_training_where_the_recipe_says_so(recipe, tmp_
 
 def test_without_evaluation_data_there_is_nothing_to_compare(recipe):
     with pytest.raises(CafeError, match=r"needs evaluation\.data"):
-        ablate(replace(recipe, evaluation=EvaluationRecipe()), seeds=1)
+        ablate(replace(recipe, evaluation=EvaluationConfig()), seeds=1)

@@ -12,7 +12,6 @@ from sklearn.linear_model import RidgeClassifier
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from sklearn.neighbors import NearestNeighbors
 
-from cafe.evaluation import pope
 from cafe.evaluation.metrics import (
     alignment,
     effective_rank,
@@ -25,7 +24,8 @@ from cafe.evaluation.metrics import (
     similarities,
     uniformity,
 )
-from cafe.evaluation.suite import rates
+from cafe.evaluation.suite import aggregate
+from cafe.evaluation.suites import pope
 
 POPE = Path(__file__).parents[3] / "shared" / "data" / "pope"
 
@@ -143,8 +143,8 @@ def test_geometry_at_its_ends():
 
 
 def pope_scores(said: list[str], labels: list[bool]) -> dict[str, float]:
-    rows = [{"marks": pope.marks(answer, label, "pope")} for answer, label in zip(said, labels, strict=True)]
-    return {name.removeprefix("pope/"): value for name, value in rates(rows).items()}
+    rows = [{"marks": pope.contributions(answer, label, "pope")} for answer, label in zip(said, labels, strict=True)]
+    return {name.removeprefix("pope/"): value for name, value in aggregate(rows).items()}
 
 
 @pytest.mark.parametrize("seed", range(4))

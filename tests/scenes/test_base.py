@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file
 
 from cafe.content import Content
-from cafe.instructions import Prompts
+from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
-from cafe.processing import Processing, load_processor
-from cafe.scenes.base import BASE, Lessons, in_one_color, train_base
+from cafe.scenes import BASE
+from cafe.scenes.base import Lessons, in_one_color, train_base
 from cafe.scenes.draw import paint
 from cafe.scenes.words import CAPTION_PROMPT, captions, name, questions
 from cafe.scenes.world import draw_scene, draw_scenes, split_of
@@ -26,7 +27,7 @@ def shipped() -> Cafe:
 
 @pytest.fixture(scope="module")
 def lessons() -> Lessons:
-    return Lessons(Processing(load_processor(str(BASE)), Prompts()), seed=0, steps=10, batch=6)
+    return Lessons(ChatProcessor(load_processor(str(BASE)), Prompts()), seed=0, steps=10, batch=6)
 
 
 def test_lessons_follow_the_seed_and_come_in_their_order(lessons):

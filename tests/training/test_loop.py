@@ -9,20 +9,16 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from cafe.cli import main
-from cafe.data.loading import MicroBatchSize
+from cafe.checkpoint import resolve_checkpoint
+from cafe.cli.main import main
+from cafe.data.dataset import MicroBatchSize
 from cafe.data.source import Source
 from cafe.errors import CafeError
-from cafe.instructions import Prompts
+from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
-from cafe.training.loop import resolve_base, train
-from cafe.training.optimizer import cosine, make_optimizer
-from cafe.training.recipe import (
-    DataRecipe,
-    EvaluationRecipe,
-    ObjectiveRecipe,
-    OptimizerRecipe,
-)
+from cafe.training.loop import train
+from cafe.training.optimizer import cosine_schedule_with_warmup, make_optimizer
+from cafe.training.recipe import DataConfig, EvaluationConfig, ObjectiveConfig, OptimizerConfig
 from cafe.training.step import JointStep
 
 
@@ -63,8 +59,8 @@ def test_a_log_of_every_0_steps_tells_of_the_first_and_the_last(recipe, tmp_path
 
 def test_each_part_has_its_own_learning_rate(recipe, random_base):
     model = Cafe.load(random_base, Prompts(), torch.float32)
-    rates = OptimizerRecipe(learning_rate=1e-3, vision_tower_learning_rate=1e-4, projector_learning_rate=1e-5)
-    optimizer = make_optimizer(JointStep(model.lvlm, ObjectiveRecipe()), "llava_onevision", rates)
+    rates = OptimizerConfig(learning_rate=1e-3, vision_tower_learning_rate=1e-4, projector_learning_rate=1e-5)
+    optimizer = make_optimizer(JointStep(model.lvlm, ObjectiveConfig()), "llava_onevision", rates)
     rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
     inner = model.lvlm.model
     assert {rate_of[id(p)] for p in inner.vision_tower.parameters()} == {1e-4}
@@ -74,7 +70,7 @@ def test_each_part_has_its_own_learning_rate(recipe, random_base):
 
 
 def test_a_learned_temperature_moves(recipe):
-    checkpoint = train(replace(recipe, objective=ObjectiveRecipe(learn_temperature=True)), report=lambda line: None)
+    checkpoint = train(replace(recipe, objective=ObjectiveConfig(learn_temperature=True)), report=lambda line: None)
     assert Cafe.load(checkpoint).record["temperature"] != pytest.approx(0.05, abs=1e-6)
 
 
@@ -97,7 +93,7 @@ def test_16_bits_checkpointing_micro_batches_and_accumulation_run_and_the_middle
 
 
 def test_the_schedule_warms_up_and_falls_to_zero():
-    factor = cosine(100, 0.1)
+    factor = cosine_schedule_with_warmup(100, 0.1)
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0
     assert factor(55) == pytest.approx(0.5) and factor(100) == 0.0
 
@@ -105,7 +101,7 @@ def test_the_schedule_warms_up_and_falls_to_zero():
 def test_missing_files_are_named_before_a_model_is_loaded(recipe, tmp_path):
     model = replace(recipe.model, base=str(tmp_path))  # no model is there
     with pytest.raises(CafeError, match=r"no\.json does not exist"):
-        train(replace(recipe, model=model, data=DataRecipe(sources=(Source(path="no.json"),))))
+        train(replace(recipe, model=model, data=DataConfig(sources=(Source(path="no.json"),))))
 
 
 def test_an_attention_that_cannot_be_trained_here_is_refused(recipe):
@@ -115,18 +111,18 @@ def test_an_attention_that_cannot_be_trained_here_is_refused(recipe):
 
 def test_evaluation_data_wants_something_that_measures(recipe, scenes):
     with pytest.raises(CafeError, match=r"nothing measures evaluation\.data"):
-        train(replace(recipe, evaluation=EvaluationRecipe(data=str(scenes), every=1)))
+        train(replace(recipe, evaluation=EvaluationConfig(data=str(scenes), every=1)))
 
 
 def test_a_base_is_a_run_a_directory_or_an_id(random_base, tmp_path, monkeypatch):
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
-    assert resolve_base(str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoint")
-    assert (resolve_base(str(random_base)), resolve_base("owner/name")) == (str(random_base), "owner/name")
+    assert resolve_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoint")
+    assert (resolve_checkpoint(str(random_base)), resolve_checkpoint("owner/name")) == (str(random_base), "owner/name")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert resolve_base("~/run/checkpoint") == str(tmp_path / "run" / "checkpoint")
+    assert resolve_checkpoint("~/run/checkpoint") == str(tmp_path / "run" / "checkpoint")
     for missing in ("/no", "./no", "../no", "~/no", "runs/no/checkpoint"):
         with pytest.raises(CafeError, match=f"directory {missing} does not exist"):
-            resolve_base(missing)
+            resolve_checkpoint(missing)
 
 
 def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, capsys):

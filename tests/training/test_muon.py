@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from cafe.model import Cafe
-from cafe.training.muon import Muon, inner_matrices, orthogonal
+from cafe.training.muon import Muon, hidden_weight_names, newton_schulz
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8)])
 def test_singular_values_come_near_one_and_singular_vectors_stay(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    made = orthogonal(matrices)
+    made = newton_schulz(matrices)
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
     values = left.mT @ made @ right.mT
     diagonal = values.diagonal(dim1=1, dim2=2)
@@ -53,6 +53,6 @@ def test_what_it_knows_is_saved_and_loaded_again():
 
 def test_inner_matrices_are_those_of_linear_layers_but_the_head(random_base):
     lvlm = Cafe.load(random_base).lvlm
-    inner = inner_matrices(lvlm)
+    inner = hidden_weight_names(lvlm)
     for name, parameter in lvlm.named_parameters():
         assert (name in inner) == (parameter.ndim == 2 and "embed" not in name and "lm_head" not in name), name

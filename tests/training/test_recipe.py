@@ -15,13 +15,13 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from cafe.adapters import Adapter
+from cafe.checkpoint import resolve_checkpoint
 from cafe.errors import CafeError
-from cafe.training.geometry import config_of, empty_model
-from cafe.training.loop import resolve_base
-from cafe.training.optimizer import describe, prepare
-from cafe.training.output import as_json
+from cafe.lvlm.adapters import LoraSettings
+from cafe.planning.architectures import load_config, meta_model
+from cafe.training.optimizer import configure_trainable_parameters, summarize_trainable
 from cafe.training.recipe import read_recipe
+from cafe.training.run_directory import as_json
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 SCENES = Path(__file__).parents[2] / "recipes" / "scenes.yaml"
@@ -91,7 +91,7 @@ def parameters(of: Geometry) -> dict[str, int]:
     }
 
 
-def adapter_size(adapter: Adapter, config: PreTrainedConfig) -> int:
+def adapter_size(adapter: LoraSettings, config: PreTrainedConfig) -> int:
     """Numbers in the two matrices beside each of a language model's: rank times its rows and columns."""
     text = config.get_text_config()
     width, inner = text.hidden_size, text.intermediate_size
@@ -106,19 +106,19 @@ def test_every_recipe_builds_and_reports_what_it_would_train(path):
     recipe = read_recipe(path)
     assert recipe.data.sources
     if recipe.model.adapter:
-        model = empty_model(config_of(recipe.model.base))
-        prepare(model, recipe.model)
-        found = re.search(r"language model ([0-9.]+)M", describe(model))
+        model = meta_model(load_config(recipe.model.base))
+        configure_trainable_parameters(model, recipe.model)
+        found = re.search(r"language model ([0-9.]+)M", summarize_trainable(model))
         assert float(found[1]) == pytest.approx(adapter_size(recipe.model.adapter, model.config) / 1e6, abs=0.01)
         return
     if recipe.model.base not in HUB:
-        model = LlavaOnevisionForConditionalGeneration.from_pretrained(resolve_base(recipe.model.base))
+        model = LlavaOnevisionForConditionalGeneration.from_pretrained(resolve_checkpoint(recipe.model.base))
         assert sum(parameter.numel() for parameter in model.parameters()) <= 3e6
-        assert describe(model).startswith("Training vision tower")
+        assert summarize_trainable(model).startswith("Training vision tower")
         return
     geometry = HUB[recipe.model.base]
     counts = parameters(geometry)
-    said = describe(hub_model(geometry))
+    said = summarize_trainable(hub_model(geometry))
     found = {
         part: float(count) for part, count in re.findall(r"([a-z ]+[a-z]) ([0-9.]+)M", said.removeprefix("Training "))
     }

@@ -6,21 +6,27 @@ from random import Random
 import pytest
 import torch
 import torch.nn.functional as F
-from test_plan import ATTENTION
+from flops import ATTENTION
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from cafe.content import Content, Dialogue, Example, Pair, Turn
-from cafe.data.formats import Source, open_source
-from cafe.data.loading import Batches, Branches, MicroBatchSize, cut, encode
+from cafe.data.dataset import (
+    ContrastiveBatchDataset,
+    EncodedExample,
+    MicroBatchSize,
+    encode_example,
+    split_micro_batches,
+)
+from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
-from cafe.instructions import Prompts
+from cafe.losses import matryoshka
+from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
-from cafe.objectives import matryoshka
-from cafe.packing import Branch, Pack, Packing
+from cafe.packing import Branch, PackedBatch, PackingConfig
 from cafe.training.optimizer import freeze
-from cafe.training.recipe import ObjectiveRecipe
+from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep, has_dropout
 
 PAIRS = 6
@@ -42,19 +48,19 @@ def load(base: Path, dtype: torch.dtype) -> Cafe:
     return model
 
 
-def batches(model: Cafe, scenes: Path, **options) -> Batches:
+def batches(model: Cafe, scenes: Path, **options) -> ContrastiveBatchDataset:
     source = open_source(Source(path=str(scenes / "llava_train.json")))
-    return Batches([source], model.processing, PAIRS, seed=0, **options)
+    return ContrastiveBatchDataset([source], model.processing, PAIRS, seed=0, **options)
 
 
-def encoded(model: Cafe, scenes: Path) -> list[Branches]:
+def encoded(model: Cafe, scenes: Path) -> list[EncodedExample]:
     """The examples of the first batch."""
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     places = batches(model, scenes).order(0).records[:PAIRS].tolist()
-    return [encode(source.example(place, Random(f"0 0 {place}")), model.processing) for place in places]
+    return [encode_example(source.example(place, Random(f"0 0 {place}")), model.processing) for place in places]
 
 
-def plain(model: Cafe, scenes: Path, objective: ObjectiveRecipe) -> tuple[torch.Tensor, torch.Tensor]:
+def plain(model: Cafe, scenes: Path, objective: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Both losses, written from the paper: no packing, no cache, the whole similarity matrix, all logits."""
     examples = encoded(model, scenes)
 
@@ -84,17 +90,17 @@ def gradient(module: nn.Module) -> torch.Tensor:
 
 
 WAYS = {
-    "one by one": {"packing": Packing(share=False)},
-    "trees": {"packing": Packing(columns=200)},
-    "cached": {"packing": Packing(columns=400), "size": MicroBatchSize(tokens=700)},
-    "cached, one by one": {"packing": Packing(share=False), "size": MicroBatchSize(crops=10)},
+    "one by one": {"packing": PackingConfig(share=False)},
+    "trees": {"packing": PackingConfig(columns=200)},
+    "cached": {"packing": PackingConfig(columns=400), "size": MicroBatchSize(tokens=700)},
+    "cached, one by one": {"packing": PackingConfig(share=False), "size": MicroBatchSize(crops=10)},
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("measure", [False, True])
 def test_the_gradient_is_the_plain_one_however_the_batch_is_cut(model, scenes, way, measure):
-    objective = ObjectiveRecipe(lm_weight=0.7, contrastive_weight=1.3, temperature=0.1)
+    objective = ObjectiveConfig(lm_weight=0.7, contrastive_weight=1.3, temperature=0.1)
     lm, contrastive = plain(model, scenes, objective)
     (0.7 * lm + 1.3 * contrastive).backward()
     expected = gradient(model.lvlm)
@@ -110,7 +116,7 @@ def test_the_gradient_is_the_plain_one_however_the_batch_is_cut(model, scenes, w
 
 @pytest.mark.parametrize("way", WAYS)
 def test_in_float32_the_gradient_is_that_of_float64_but_for_rounding(random_base, model, scenes, way):
-    objective = ObjectiveRecipe(lm_weight=0.7, contrastive_weight=1.3, temperature=0.1)
+    objective = ObjectiveConfig(lm_weight=0.7, contrastive_weight=1.3, temperature=0.1)
     lm, contrastive = plain(model, scenes, objective)
     (0.7 * lm + 1.3 * contrastive).backward()
     expected, single = gradient(model.lvlm), Cafe.load(random_base, Prompts(), torch.float32)
@@ -121,7 +127,7 @@ def test_in_float32_the_gradient_is_that_of_float64_but_for_rounding(random_base
 
 
 def test_every_option_of_the_contrastive_loss_gives_the_same_gradient_however_the_batch_is_cut(model, scenes):
-    options = ObjectiveRecipe(
+    options = ObjectiveConfig(
         lm_weight=0.0, temperature=0.1, symmetric=False, hardness=2.0, margin=0.3, matryoshka=(16, 64)
     )
     examples = encoded(model, scenes)
@@ -146,14 +152,14 @@ def test_every_option_of_the_contrastive_loss_gives_the_same_gradient_however_th
 
 def test_a_prefix_that_no_embedding_has_is_one_sentence(model):
     with pytest.raises(CafeError, match=r"objective\.matryoshka: 1000 is not a prefix"):
-        JointStep(model.lvlm, ObjectiveRecipe(matryoshka=(64, 1000)))
+        JointStep(model.lvlm, ObjectiveConfig(matryoshka=(64, 1000)))
 
 
 def test_a_temperature_that_is_given_is_taken_and_a_learned_one_comes_back_from_its_bound(model, scenes):
     batch = batches(model, scenes, language=False)[0]
-    given = JointStep(model.lvlm, ObjectiveRecipe(temperature=0.005))
+    given = JointStep(model.lvlm, ObjectiveConfig(temperature=0.005))
     assert given(batch).temperature.item() == pytest.approx(0.005)
-    learned = JointStep(model.lvlm, ObjectiveRecipe(temperature=0.005, learn_temperature=True))
+    learned = JointStep(model.lvlm, ObjectiveConfig(temperature=0.005, learn_temperature=True))
     assert learned(batch).temperature.item() == pytest.approx(0.01)
     assert learned.log_temperature.grad.abs() > 0
 
@@ -163,11 +169,11 @@ def test_dropout_draws_the_same_numbers_when_a_micro_batch_is_read_again(model, 
         layer.self_attn.attention_dropout = 0.3
     model.lvlm.train()
     batch = batches(model, scenes, **WAYS["cached"])[0]
-    step = JointStep(model.lvlm, ObjectiveRecipe())
+    step = JointStep(model.lvlm, ObjectiveConfig())
     seen: list[torch.Tensor] = []
     read = step.read
 
-    def watched(pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
+    def watched(pack: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         embedded, said = read(pack)
         seen.append(embedded.detach())
         return embedded, said
@@ -184,7 +190,7 @@ def test_dropout_draws_the_same_numbers_when_a_micro_batch_is_read_again(model, 
 
 def test_language_alone_is_read_once_however_the_batch_is_cut(model, scenes):
     grads, read = [], []
-    step = JointStep(model.lvlm, ObjectiveRecipe(contrastive_weight=0.0))
+    step = JointStep(model.lvlm, ObjectiveConfig(contrastive_weight=0.0))
     step.reading.register_forward_hook(lambda *_: read.append(torch.is_grad_enabled()))
     for size in (MicroBatchSize(), MicroBatchSize(tokens=200)):
         step.zero_grad()
@@ -208,13 +214,13 @@ def test_dropout_is_found_in_every_part(model):
 
 
 def test_the_published_scale_is_one_over_the_processes(model, scenes, monkeypatch):
-    batch = batches(model, scenes, packing=Packing(columns=200))[0]
+    batch = batches(model, scenes, packing=PackingConfig(columns=200))[0]
     grads = {}
     for compat in ("exact", "published"):
         model.lvlm.zero_grad()
         with monkeypatch.context() as patch:
-            patch.setattr("cafe.training.step.world", lambda: 4)
-            JointStep(model.lvlm, ObjectiveRecipe(lm_weight=0.0, compat=compat))(batch)
+            patch.setattr("cafe.training.step.world_size", lambda: 4)
+            JointStep(model.lvlm, ObjectiveConfig(lm_weight=0.0, compat=compat))(batch)
         grads[compat] = gradient(model.lvlm)
     torch.testing.assert_close(grads["published"], grads["exact"] / 4)
 
@@ -231,7 +237,7 @@ def trie_size(branches: list[Branch]) -> int:
     return size
 
 
-def formula(lvlm: PreTrainedModel, pack: Pack, branches: list[Branch], gradient: bool) -> float:
+def formula(lvlm: PreTrainedModel, pack: PackedBatch, branches: list[Branch], gradient: bool) -> float:
     """FLOPs of a pass over some branches: tower once a picture, layers once a token that is not shared but for what
     all share, which is there once a row; the head, and the last layer behind attention, on what is read."""
     text, vision = lvlm.config.text_config, lvlm.config.vision_config
@@ -263,21 +269,21 @@ def test_the_flops_of_a_step_are_those_of_the_formula(model, scenes, size):
     examples = encoded(model, scenes)
     embedded = [[one.query, one.target, *one.negatives] for one in examples]
     expected = 0.0
-    cuts = cut(embedded, [[one.dialogue] for one in examples], size)
+    cuts = split_micro_batches(embedded, [[one.dialogue] for one in examples], size)
     for micro_batch, part in zip(batch.micro_batches, cuts, strict=True):
         expected += formula(lvlm, micro_batch.joint, [branch for one in examples[part] for branch in one.all], True)
         if part.start:
             first = [branch for branches in embedded[part] for branch in branches]
             expected += formula(lvlm, micro_batch.embed, first, False)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        JointStep(lvlm, ObjectiveRecipe())(batch)
+        JointStep(lvlm, ObjectiveConfig())(batch)
     assert (len(batch.micro_batches) > 1) == (size.tokens is not None)
     assert 0.95 * expected <= counter.get_total_flops() <= 1.05 * expected
 
 
 def test_a_batch_with_nothing_to_train_on_changes_nothing(model, scenes):
     batch = batches(model, scenes, language=False).of([])
-    losses = JointStep(model.lvlm, ObjectiveRecipe(lm_weight=0.0))(batch, measure=True)
+    losses = JointStep(model.lvlm, ObjectiveConfig(lm_weight=0.0))(batch, measure=True)
     assert losses.lm == losses.contrastive == 0
     assert losses.measured == {"accuracy": 0.0, "grad_norm_contrastive": 0.0}
     assert not gradient(model.lvlm).any()
@@ -287,12 +293,12 @@ def test_a_batch_with_nothing_to_train_on_changes_nothing(model, scenes):
 def test_a_micro_batch_of_texts_alone_adds_nothing_where_only_the_projector_is_trained(model, scenes, measure):
     freeze(model.lvlm, ["vision_tower", "language_model"])
     said = Dialogue((Turn("user", Content.of("Which?")), Turn("assistant", Content.of("the left one"))))
-    texts = encode(Example(Pair(Content.of("a circle"), Content.of("a square")), said), model.processing)
+    texts = encode_example(Example(Pair(Content.of("a circle"), Content.of("a square")), said), model.processing)
     found = []
     for size in (MicroBatchSize(), MicroBatchSize(tokens=1)):
         model.lvlm.zero_grad()
         batch = batches(model, scenes, size=size).of([encoded(model, scenes)[0], texts])
-        found.append((JointStep(model.lvlm, ObjectiveRecipe())(batch, measure=measure), gradient(model.lvlm)))
+        found.append((JointStep(model.lvlm, ObjectiveConfig())(batch, measure=measure), gradient(model.lvlm)))
     (whole, expected), (cut_up, grad) = found
     assert (cut_up.lm.item(), cut_up.contrastive.item()) == pytest.approx((whole.lm.item(), whole.contrastive.item()))
     assert expected.norm() > 0 and (grad - expected).norm() <= 1e-10 * expected.norm()

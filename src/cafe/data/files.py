@@ -33,7 +33,7 @@ def folder_of(name: str) -> str:
     return name.rpartition("/")[0] if is_url(name) else str(Path(name).parent)
 
 
-def expand(pattern: str) -> list[str]:
+def expand_pattern(pattern: str) -> list[str]:
     """The files of a pattern in the order of their names: `*`, `?` and `[...]` are looked up, `{000..012}` counts and
     `{a,b}` lists. A name without any of these is returned as it is, whether or not there is such a file; so is a local
     file's that has `[...]` in it.
@@ -47,7 +47,7 @@ def expand(pattern: str) -> list[str]:
             found.append(name)
             continue
         chain, colons, last = name.rpartition("::")
-        with reading(name):
+        with file_errors(name):
             fs, path = fsspec.url_to_fs(last)
             matches = sorted(str(match) for match in fs.glob(path))
         found += [chain + colons + (fs.unstrip_protocol(match) if is_url(last) else match) for match in matches]
@@ -74,25 +74,25 @@ def read(name: str, start: int | None = None, stop: int | None = None) -> bytes:
     Raises:
         CafeError: it is missing or cannot be read.
     """
-    with reading(name):
+    with file_errors(name):
         fs, path = fsspec.url_to_fs(name)
         data: bytes = fs.cat_file(path, start, stop)
         return data
 
 
-def version(name: str) -> str:
+def file_version(name: str) -> str:
     """A text that changes when the file does.
 
     Raises:
         CafeError: it is missing or cannot be read.
     """
-    with reading(name):
+    with file_errors(name):
         fs, path = fsspec.url_to_fs(name)
         return f"{name} {fs.ukey(path)}"
 
 
 @contextmanager
-def reading(name: str) -> Iterator[None]:
+def file_errors(name: str) -> Iterator[None]:
     """Within it, whatever goes wrong with a file is one sentence that names it."""
     try:
         yield

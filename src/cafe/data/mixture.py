@@ -28,7 +28,7 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Order:
+class EpochOrder:
     """One epoch's records in their order: of which source, and its which record."""
 
     sources: Int64[np.ndarray, " records"]
@@ -42,7 +42,7 @@ def epoch_order(
     mixture: Mixture,
     batch: int,
     rng: Random,
-) -> Order:
+) -> EpochOrder:
     """The order of an epoch, which is as many whole batches as there are records for in the sources with a weight.
 
     A source is gone through without repetition; one that is drawn more often than it has records starts again, in
@@ -71,8 +71,8 @@ def epoch_order(
     epoch = there // batch * batch
     if not epoch:
         raise CafeError(f"The data holds {there} records, fewer than one batch of {batch}.")
-    parts = shares(totals, weights, mixture.temperature)
-    counts = apportion(parts, epoch // run)
+    parts = mixing_weights(totals, weights, mixture.temperature)
+    counts = largest_remainder(parts, epoch // run)
     for source, (part, count) in enumerate(zip(parts, counts, strict=True)):
         if part and not count:
             raise CafeError(
@@ -81,7 +81,7 @@ def epoch_order(
             )
     drawn = []
     for chunks, window, total, count in zip(sizes, windows, totals, counts, strict=True):
-        passes = [shuffled(chunks, window, rng) for _ in range(-(-count * run // total))]
+        passes = [windowed_shuffle(chunks, window, rng) for _ in range(-(-count * run // total))]
         drawn.append(np.concatenate([np.empty(0, np.int64), *passes])[: count * run])
     schedule = array("q", [source for source, count in enumerate(counts) for _ in range(count)])
     rng.shuffle(schedule)
@@ -89,10 +89,10 @@ def epoch_order(
     records = np.empty_like(sources)
     for source, own in enumerate(drawn):
         records[sources == source] = own
-    return Order(sources, records)
+    return EpochOrder(sources, records)
 
 
-def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
+def mixing_weights(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
     """The part of the stream (0 to 1) that each source has."""
     pairs = list(zip(sizes, weights, strict=True))
     largest = max(size for size, weight in pairs if weight)  # beside it no power is too large a number
@@ -100,7 +100,7 @@ def shares(sizes: Sequence[int], weights: Sequence[float], temperature: float) -
     return [part / sum(raw) for part in raw]
 
 
-def apportion(parts: Sequence[float], total: int) -> list[int]:
+def largest_remainder(parts: Sequence[float], total: int) -> list[int]:
     """Whole numbers in proportion to some parts, which add up to a total: the largest remainders are rounded up."""
     exact = [part * total for part in parts]
     counts = [int(number + 1e-9) for number in exact]
@@ -110,7 +110,7 @@ def apportion(parts: Sequence[float], total: int) -> list[int]:
     return counts
 
 
-def shuffled(chunks: Sequence[int], window: int, rng: Random) -> Int64[np.ndarray, " records"]:
+def windowed_shuffle(chunks: Sequence[int], window: int, rng: Random) -> Int64[np.ndarray, " records"]:
     """All records of a source by lot: its chunks in any order, and those of a window mixed with each other."""
     starts = np.cumsum([0, *chunks]).tolist()
     order = list(range(len(chunks)))

@@ -7,10 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cafe.checkpoint import resolve_checkpoint
 from cafe.errors import CafeError
-from cafe.evaluation.evaluate import choose, during, measure
+from cafe.evaluation.runner import measure, select_suites, training_evaluator
 from cafe.model import Cafe
-from cafe.training.loop import resolve_base, train
+from cafe.training.loop import train
 from cafe.training.recipe import Recipe
 
 ARMS: dict[str, dict[str, Any]] = {
@@ -55,14 +56,14 @@ def ablate(recipe: Recipe, seeds: int, suites: Sequence[str] = ()) -> str:
     if not recipe.evaluation.data:
         raise CafeError("An ablation needs evaluation.data in its recipe.")
     data, output = Path(recipe.evaluation.data), Path(recipe.output)
-    choose(data, suites)  # before a model is loaded
-    base = Cafe.load(resolve_base(recipe.model.base))
+    select_suites(data, suites)  # before a model is loaded
+    base = Cafe.load(resolve_checkpoint(recipe.model.base))
     measured = {"base": [measure(base, data, output / "base", suites)]}
     for arm, weights in ARMS.items():
         for seed in range(seeds):
             place = output / f"{arm}-{seed}"
             run = replace(recipe, output=str(place), seed=seed, objective=replace(recipe.objective, **weights))
-            trained = Cafe.load(train(run, during(run)))
+            trained = Cafe.load(train(run, training_evaluator(run)))
             measured.setdefault(arm, []).append(measure(trained, data, place, suites))
     table = _table(measured)
     (output / "ablation.json").write_text(json.dumps(measured, indent=2) + "\n")

@@ -16,12 +16,12 @@ import torch
 from jaxtyping import Bool
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
+from cafe.checkpoint import fingerprint
 from cafe.content import Content
 from cafe.errors import CafeError
-from cafe.evaluation.coco import Vocabulary
-from cafe.evaluation.pope import parse_strictly
-from cafe.evaluation.subject import Subject
-from cafe.model import fingerprint
+from cafe.evaluation.cached_model import CachedModel
+from cafe.evaluation.suites.coco import Vocabulary
+from cafe.evaluation.suites.pope import parse_strictly
 
 QUESTIONS = (
     "Does the text say that there is {} in the picture?",
@@ -34,7 +34,7 @@ READ = 1024  # characters of a description that are shown, as in THRONE's code
 PHRASES = {"skis": "a pair of skis", "scissors": "a pair of scissors", "tie": "a necktie"}
 
 
-def look_for(judges: Sequence[str]) -> None:
+def require_judges(judges: Sequence[str]) -> None:
     """Looks whether language models that are to judge are there, before descriptions are made for them.
 
     Raises:
@@ -57,7 +57,7 @@ def _none(path: str, error: Exception) -> CafeError:
     return CafeError(f"No judge can be loaded from {path}: {str(error).strip().splitlines()[0]}")
 
 
-def votes(model: Subject, texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "votes texts classes"]:
+def votes(model: CachedModel, texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "votes texts classes"]:
     """What each vote of the subject's judges says of each class; of `exact` alone where it has no judges."""
     cast = []
     for name in model.judges or ("exact",):
@@ -75,7 +75,7 @@ def exact(texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "tex
     return np.array([[name in named for name in vocabulary.classes] for named in found], bool)
 
 
-def ask(judge: Subject, texts: Sequence[str], classes: Sequence[str]) -> Bool[np.ndarray, "votes texts classes"]:
+def ask(judge: CachedModel, texts: Sequence[str], classes: Sequence[str]) -> Bool[np.ndarray, "votes texts classes"]:
     """A judge's answers: yes where the answer begins with it, or says it and not no."""
     prompts = [
         Content.of(ASKED.format(text=text[:READ], question=question.format(phrase(name))))
@@ -94,7 +94,7 @@ def phrase(name: str) -> str:
 
 @dataclass
 class LanguageModel:
-    """A language model that answers, as a `Subject` wants it."""
+    """A language model that answers, as a `CachedModel` wants it."""
 
     lm: PreTrainedModel
     tokenizer: Any

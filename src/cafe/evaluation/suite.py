@@ -13,22 +13,22 @@ import pyarrow.parquet as pq
 
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
-from cafe.evaluation.subject import Subject
+from cafe.evaluation.cached_model import CachedModel
 
-KEPT = 12  # samples of each sort, for the report
+NUM_SAMPLES = 12  # samples of each sort, for the report
 
 Fields = Mapping[str, type | tuple[type, ...]]  # what each record of a file must have, and of which kind
 
 
 @dataclass
-class Evaluation:
+class EvaluationResult:
     """What was measured.
 
     Attributes:
         results: the flat `suite/part/metric` numbers; rates in percent.
         outputs: for each part, a row a sample: what was asked and said. A row's "marks" name the results it counts
             for: `{"pope/random/accuracy": 1}`, or `[numerator, denominator]` where the denominator is not 1. A result
-            with marks is the sum of the numerators over the sum of the denominators (`rates`): that is what the report
+            with marks is the sum of the numerators over the sum of the denominators (`aggregate`): that is what the report
             resamples. "id" pairs the rows of two checkpoints; rows of one "group" (a picture) are resampled together.
         samples: some of these to look at, and what the report draws.
         embeddings: some embeddings by side, for the report's map.
@@ -45,7 +45,7 @@ class Evaluation:
     files: dict[str, Any] = field(default_factory=dict)
     means: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, other: "Evaluation") -> None:
+    def add(self, other: "EvaluationResult") -> None:
         """Takes in what another suite measured. Of samples and embeddings, the first of a name stay."""
         self.results |= other.results
         self.outputs |= other.outputs
@@ -77,11 +77,11 @@ class Suite:
     where: str
     sources: tuple[str, ...] = ()
     find: Callable[[Path], list[Path]]
-    run: Callable[[Subject, Path, int | None], Evaluation]
+    run: Callable[[CachedModel, Path, int | None], EvaluationResult]
     usual: bool = True
 
 
-def rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
+def aggregate(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Each result that the rows bear marks for, in percent; 0 where nothing counts."""
     sums: dict[str, list[float]] = {}
     for row in rows:
@@ -93,7 +93,7 @@ def rates(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
     return {name: 100 * part / whole if whole else 0.0 for name, (part, whole) in sums.items()}
 
 
-def mean_of(done: Evaluation, name: str, of: Sequence[str]) -> None:
+def mean_of(done: EvaluationResult, name: str, of: Sequence[str]) -> None:
     """Adds a result that is the plain mean of others."""
     done.results[name] = sum(done.results[each] for each in of) / len(of)
     done.means[name] = list(of)
@@ -103,12 +103,12 @@ def by_pattern(*patterns: str) -> Callable[[Path], list[Path]]:
     """A `Suite.find`: the files that match, pattern by pattern. Two files that match one pattern are refused."""
 
     def find(data: Path) -> list[Path]:
-        return [path for pattern in patterns if (path := only(data, pattern))]
+        return [path for pattern in patterns if (path := find_one(data, pattern))]
 
     return find
 
 
-def only(data: Path, *patterns: str, but: Sequence[str] = ()) -> Path | None:
+def find_one(data: Path, *patterns: str, but: Sequence[str] = ()) -> Path | None:
     """The one file under a folder that matches a pattern; none where there is none.
 
     Raises:
@@ -175,7 +175,7 @@ def parquet_rows(
     return rows
 
 
-def find_picture(name: str | Path, data: Path, source: Path, *folders: str) -> Path:
+def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Path:
     """Where a picture that the file `source` names is, relative to `data`: there, in `images/`, or in other folders.
 
     Raises:
@@ -188,8 +188,8 @@ def find_picture(name: str | Path, data: Path, source: Path, *folders: str) -> P
     raise CafeError(f"The picture {name}, which {source} names, is in none of {places}.")
 
 
-def ask(
-    model: Subject, data: Path, source: Path, rows: Sequence[dict[str, Any]], longest: int, *folders: str
+def ask_about_images(
+    model: CachedModel, data: Path, source: Path, rows: Sequence[dict[str, Any]], longest: int, *folders: str
 ) -> list[dict[str, Any]]:
     """Asks the "text" of each record of the file `source` about its picture.
 
@@ -199,7 +199,7 @@ def ask(
     Raises:
         CafeError: a picture is not there.
     """
-    pictures = [find_picture(row["image"], data, source, *folders) for row in rows]
+    pictures = [find_image(row["image"], data, source, *folders) for row in rows]
     shown = zip(pictures, rows, strict=True)
     said = model.answer([Content((ImageRef(data / at), row["text"])) for at, row in shown], longest)
     return [
@@ -208,6 +208,6 @@ def ask(
     ]
 
 
-def spread(count: int, wanted: int) -> list[int]:
+def evenly_spaced(count: int, wanted: int) -> list[int]:
     """Up to `wanted` of `count` numbers, evenly spread."""
     return [int(number) for number in np.linspace(0, count - 1, min(wanted, count))]

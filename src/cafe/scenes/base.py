@@ -31,11 +31,11 @@ from transformers import (
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from cafe.content import Content, Dialogue, Turn
-from cafe.instructions import CHATML, Prompts, dialogue_messages
-from cafe.objectives import next_token_loss
-from cafe.packing import Pack, Packing, pack
-from cafe.processing import Pictures, Processing, without_video
-from cafe.reading import read
+from cafe.losses import linear_cross_entropy
+from cafe.lvlm.forward import forward_packed
+from cafe.lvlm.processing import ChatProcessor, ProcessedImages, without_video
+from cafe.lvlm.prompts import CHATML, Prompts, dialogue_messages
+from cafe.packing import PackedBatch, PackingConfig, pack
 from cafe.scenes.draw import SIDE, paint
 from cafe.scenes.words import (
     CAPTION_PROMPT,
@@ -48,10 +48,9 @@ from cafe.scenes.words import (
     questions,
 )
 from cafe.scenes.world import Scene, draw_scene, split_of
-from cafe.training.muon import Muon, inner_matrices
-from cafe.workers import ahead
+from cafe.training.muon import Muon, hidden_weight_names
+from cafe.utils.dataloader import make_loader
 
-BASE = Path(__file__).parent / "base"  # where the trained model ships
 VOCABULARY = 640
 CROP = SIDE // 2  # pixels; a picture is read as a thumbnail and four crops, as anyres has it: each place is a crop
 PATCH = 16  # pixels
@@ -198,7 +197,7 @@ def corpus(seed: int, count: int) -> Iterator[str]:
         yield from (CAPTION_PROMPT, PARAGRAPH_PROMPT, "system\n", "user\n", "assistant\n")
 
 
-class Lessons(Dataset[dict[str, Pack]]):
+class Lessons(Dataset[dict[str, PackedBatch]]):
     """What each step reads, by kind of lesson, no scene twice; the same for the same seed, whoever makes it.
 
     Each picture is there once, with all that is said about it behind it. The first lessons are captions that name each
@@ -207,11 +206,11 @@ class Lessons(Dataset[dict[str, Pack]]):
     others are asked about.
     """
 
-    def __init__(self, processing: Processing, seed: int, steps: int, batch: int) -> None:
+    def __init__(self, processing: ChatProcessor, seed: int, steps: int, batch: int) -> None:
         self.processing, self.seed, self.steps, self.batch = processing, seed, steps, batch
-        self.packing = Packing(columns=COLUMNS)
+        self.packing = PackingConfig(columns=COLUMNS)
 
-    def __getitem__(self, step: int) -> dict[str, Pack]:
+    def __getitem__(self, step: int) -> dict[str, PackedBatch]:
         first = step * self.batch
         scenes = range(first, first + self.batch)
         if step < BY_PLACE_UNTIL * self.steps:
@@ -223,7 +222,7 @@ class Lessons(Dataset[dict[str, Pack]]):
             "questions": self._pack(scenes[described:], "questions"),
         }
 
-    def _pack(self, indices: range, kind: str, least: int = 1, most: int = 4) -> Pack:
+    def _pack(self, indices: range, kind: str, least: int = 1, most: int = 4) -> PackedBatch:
         scenes = [draw_scene(self.seed, "train", index, most, least) for index in indices]
         if kind == "questions":
             scenes = [in_one_color(scene) for scene in scenes]
@@ -237,16 +236,16 @@ class Lessons(Dataset[dict[str, Pack]]):
         ]
         return pack([[]] * len(rows), rows, self.packing)
 
-    def _read(self, painted: list[Image.Image]) -> list[Pictures]:
+    def _read(self, painted: list[Image.Image]) -> list[ProcessedImages]:
         """Each picture by itself, in one call: all have one size and so the same tokens."""
         runs = self.processing.pictures(painted[:1]).runs
         tensors = self.processing.processor.image_processor(painted, return_tensors="pt")
-        return [Pictures(runs, {name: t[i : i + 1] for name, t in tensors.items()}) for i in range(len(painted))]
+        return [ProcessedImages(runs, {name: t[i : i + 1] for name, t in tensors.items()}) for i in range(len(painted))]
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> Muon:
     """Muon for the matrices inside the layers, AdamW for the rest."""
-    inner = inner_matrices(model)
+    inner = hidden_weight_names(model)
     matrices = [p for path, p in model.named_parameters() if path in inner]
     others = [p for path, p in model.named_parameters() if path not in inner]
     groups: list[dict[str, Any]] = [
@@ -275,14 +274,14 @@ def train_base(
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = make_processor(corpus(seed, 3000))
-    processing = Processing(processor, Prompts())
+    processing = ChatProcessor(processor, Prompts())
     model = make_model(processor).to(device)
     report(
         f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens"
     )
     optimizer = make_optimizer(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
-    stream = iter(ahead(Lessons(processing, seed, steps, batch), range(steps), workers))
+    stream = iter(make_loader(Lessons(processing, seed, steps, batch), range(steps), workers))
     history: dict[str, list[float]] = {}
     started = time.monotonic()
     progress = tqdm(range(steps), desc="base", unit="step", mininterval=5)
@@ -290,8 +289,8 @@ def train_base(
         packs = next(stream)
         model.zero_grad()
         for kind, lesson in packs.items():
-            _, hidden = read(model, lesson)
-            loss = next_token_loss(hidden, lesson.labels.to(device), model.lm_head.weight) / len(lesson.labels)
+            _, hidden = forward_packed(model, lesson)
+            loss = linear_cross_entropy(hidden, lesson.labels.to(device), model.lm_head.weight) / len(lesson.labels)
             (loss / len(packs)).backward()
             history.setdefault(kind, []).append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)

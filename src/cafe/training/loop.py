@@ -12,27 +12,37 @@ import torch
 from accelerate.utils import set_seed
 from tqdm import tqdm
 
-from cafe.data.formats import open_source
-from cafe.data.loading import UNCUT, Quarantine
-from cafe.errors import CafeError, Stopped
-from cafe.image_limits import limit_images
-from cafe.model import Cafe, checkpoint_of
-from cafe.training import checkpoints
-from cafe.training.checkpoints import Position, full_disk, generators, set_generators
-from cafe.training.compiling import compile_layers
-from cafe.training.distributed import clip_gradients, differing, everyone, first_ones, launched, most, sum_gradients
-from cafe.training.examine import Examination
-from cafe.training.finite import leave_out
-from cafe.training.log import Log, installed
-from cafe.training.memory import Feed, fitting_size, follow
-from cafe.training.optimizer import cosine, describe, make_optimizer, set_rates
-from cafe.training.output import CHECKPOINT, STATE, claim, finished
-from cafe.training.recipe import HALF, Recipe, recipe_dict
-from cafe.training.scaling import FLOAT16, LossScale, unscale
-from cafe.training.setup import make_batches, make_joint
-from cafe.training.sharding import shard, wants_shards, whole_weights
-from cafe.training.stopping import stopping
-from cafe.training.zero import Zero, wants_zero
+from cafe.checkpoint import resolve_checkpoint
+from cafe.data.dataset import NO_LIMIT, Quarantine
+from cafe.data.records import open_source
+from cafe.errors import CafeError, RunInterrupted
+from cafe.lvlm.image_size import set_max_image_size
+from cafe.model import Cafe
+from cafe.training import checkpointing
+from cafe.training.build import build_dataset, build_step
+from cafe.training.checkpointing import TrainerState, disk_full_errors
+from cafe.training.compile import compile_layers
+from cafe.training.deepspeed import DeepSpeedZero, uses_deepspeed
+from cafe.training.fsdp import apply_fsdp, full_state_dict, uses_fsdp
+from cafe.training.loss_scale import FLOAT16, LossScale, unscale
+from cafe.training.metrics_log import MetricsLogger, require_trackers
+from cafe.training.micro_batching import BatchFeed, find_micro_batch_size, run_step_with_oom_retry
+from cafe.training.nonfinite import skip_nonfinite_step
+from cafe.training.optimizer import cosine_schedule_with_warmup, make_optimizer, set_learning_rates, summarize_trainable
+from cafe.training.recipe import AUTOCAST_DTYPES, Recipe, recipe_dict
+from cafe.training.run_directory import CHECKPOINT, STATE, claim_run_directory, is_finished
+from cafe.training.signals import catch_stop_signals
+from cafe.training.validation import Validator
+from cafe.utils.distributed import (
+    all_reduce_gradients,
+    all_reduce_max,
+    all_reduce_sum_,
+    clip_grad_norm_,
+    make_accelerator,
+    mismatched_tensors,
+    run_on_main_and_broadcast,
+)
+from cafe.utils.rng import get_rng_state, set_rng_state
 
 
 def train(
@@ -55,82 +65,84 @@ def train(
         Stopped: a signal asked the run to stop, and it has saved where it stands.
     """
     output = Path(recipe.output)
-    if finished(recipe):
+    if is_finished(recipe):
         report(f"{output / CHECKPOINT} is the end of this recipe already; nothing is left to do.")
         return output / CHECKPOINT
     set_seed(recipe.seed)
-    sharded = wants_shards(recipe.model.shard)
-    divided = wants_zero(recipe)
+    sharded = uses_fsdp(recipe.model.shard)
+    divided = uses_deepspeed(recipe)
     if recipe.evaluation.every and recipe.evaluation.data and not evaluate:
         raise CafeError(
             "evaluation.every is set, and nothing measures evaluation.data: `train` takes what does, which "
             "cafe.evaluation.evaluate.during(recipe) makes."
         )
-    accelerator = launched(log_with=installed(recipe.trackers or ()), project_dir=output / "trackers")
+    accelerator = make_accelerator(log_with=require_trackers(recipe.trackers or ()), project_dir=output / "trackers")
     sharded = sharded and accelerator.num_processes > 1
     rank, device, objective = accelerator.process_index, accelerator.device, recipe.objective
     if recipe.model.attention == "flex_attention" and device.type == "cpu":
         raise CafeError("model.attention: flex_attention has no backward pass on a CPU; sdpa has.")
     report = report if rank == 0 else lambda line: None
-    name = first_ones(lambda: claim(recipe))
+    name = run_on_main_and_broadcast(lambda: claim_run_directory(recipe))
 
     # The data, which may be missing, the model, batches in an order fixed by the seed, the step, and its optimizer.
     sources = [open_source(source) for source in recipe.data.sources]
-    base, place = resolve_base(recipe.model.base), torch.device("cpu") if sharded else device
+    base, place = resolve_checkpoint(recipe.model.base), torch.device("cpu") if sharded else device
     halved = recipe.model.adapter and recipe.model.frozen_weights != "fp32"
-    dtype = HALF[recipe.model.precision] if halved else torch.float32
+    dtype = AUTOCAST_DTYPES[recipe.model.precision] if halved else torch.float32
     four_bit = recipe.model.frozen_weights == "4bit"
     model = Cafe.load(base, recipe.prompts, dtype, place, recipe.model.attention, four_bit)
     model.record.clear()  # it tells of the base, and this becomes another model
-    limit_images(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
-    batches = make_batches(recipe, model, rank, accelerator.num_processes, sharded, sources)
-    joint = make_joint(recipe, model, batches.nothing())
-    if wrong := differing(joint.state_dict(), device):  # whose gradients would be summed
+    set_max_image_size(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
+    batches = build_dataset(recipe, model, rank, accelerator.num_processes, sharded, sources)
+    joint = build_step(recipe, model, batches.nothing())
+    if wrong := mismatched_tensors(joint.state_dict(), device):  # whose gradients would be summed
         raise CafeError(f"The processes loaded different weights, {wrong[0]} first: is {base} the same in all?")
-    about = describe(model.lvlm)
+    about = summarize_trainable(model.lvlm)
     if sharded:
-        shard(joint.reading, device, joint.reading.dtype, whole=joint.vision.tower if joint.vision else None)
+        apply_fsdp(joint.reading, device, joint.reading.dtype, whole=joint.vision.tower if joint.vision else None)
     joint.to(device)
     if recipe.model.compile:
         compile_layers(model.lvlm)
     trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, recipe.optimizer)
     clip, accumulate = recipe.optimizer.clip, recipe.optimizer.accumulate
-    zero = Zero(trained, optimizer, clip) if divided and accelerator.num_processes > 1 else None
+    zero = DeepSpeedZero(trained, optimizer, clip) if divided and accelerator.num_processes > 1 else None
     steps = recipe.steps or max(1, recipe.epochs * len(batches) // accumulate)
-    schedule = cosine(steps, recipe.optimizer.warm_up)
+    schedule = cosine_schedule_with_warmup(steps, recipe.optimizer.warm_up)
     report(f"{about}; {steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
 
     # Where the run stood when it was last saved; at its start if it never was.
     scale = FLOAT16 if recipe.model.precision == "fp16" else LossScale()
-    at = checkpoints.load(output / STATE, joint, optimizer, report) or Position(scale=scale, generators=generators())
+    at = checkpointing.load(output / STATE, joint, optimizer, report) or TrainerState(
+        scale=scale, rng_state=get_rng_state()
+    )
     if at.step:
         report(f"Going on after step {at.step}.")
     if recipe.micro_batch == "auto" and not at.size:
-        at.size = fitting_size(joint, batches, recipe.memory)
+        at.size = find_micro_batch_size(joint, batches, recipe.memory)
         report(f"Micro-batches of {at.size.tokens or 'all'} tokens and {at.size.crops or 'all'} crops fit.")
-    feed = Feed(batches, at.size, at.step, steps, accumulate, recipe.data.workers, report)
-    if recipe.model.gradient_checkpointing and feed.batches.size != UNCUT:
+    feed = BatchFeed(batches, at.size, at.step, steps, accumulate, recipe.data.workers, report)
+    if recipe.model.gradient_checkpointing and feed.batches.size != NO_LIMIT:
         report(
             "Warning: model.gradient_checkpointing and micro_batch both save memory by one more forward pass; together "
             "they are for where a single pair does not fit without the first."
         )
     named = output / f"quarantine{f'-{rank}' if rank else ''}.jsonl"
     quarantine = Quarantine(named, recipe.data.max_bad_share, at.bad, at.seen)
-    log = Log(output, accelerator, name, at.step) if rank == 0 else None
-    examination = Examination(recipe, model, joint, evaluate, rank)
-    set_generators(at.generators)
+    log = MetricsLogger(output, accelerator, name, at.step) if rank == 0 else None
+    examination = Validator(recipe, model, joint, evaluate, rank)
+    set_rng_state(at.rng_state)
 
-    with stopping() as stop, full_disk(output):
+    with catch_stop_signals() as stop, disk_full_errors(output):
         bar = tqdm(range(at.step + 1, steps + 1), "train", steps, initial=at.step, unit="step", disable=log is None)
         for step in bar:
             # Both losses of each contrastive batch, and their gradient summed over batches and processes; where that
             # overflows and the loss does not, once more under half the scale.
             measure = step in (1, steps) or (recipe.log_every > 0 and step % recipe.log_every == 0)
             parts = [quarantine.check(batch) for batch in next(feed)]
-            scale, drawn = at.scale, generators()
+            scale, drawn = at.scale, get_rng_state()
             while True:
-                losses = follow(joint, parts, feed, measure, scale.factor)
+                losses = run_step_with_oom_retry(joint, parts, feed, measure, scale.factor)
                 lm = torch.stack([each.lm for each in losses]).mean()
                 contrastive = torch.stack([each.contrastive for each in losses]).mean()
                 loss = objective.lm_weight * lm + objective.contrastive_weight * contrastive
@@ -138,18 +150,18 @@ def train(
                     norm = zero.sum_gradients(scale.factor)
                 else:
                     unscale(trained, scale.factor)
-                    sum_gradients(trained)
-                    norm = clip_gradients(trained, clip)
-                finite = most(not (loss.isfinite() and norm.isfinite()), device) == 0
-                if finite or scale.factor == 1 or most(not loss.isfinite(), device):
+                    all_reduce_gradients(trained)
+                    norm = clip_grad_norm_(trained, clip)
+                finite = all_reduce_max(not (loss.isfinite() and norm.isfinite()), device) == 0
+                if finite or scale.factor == 1 or all_reduce_max(not loss.isfinite(), device):
                     break
                 scale = scale.lower()
                 report(f"The gradient overflows at step {step}: again with the loss scaled by {scale.factor:.0f}.")
                 joint.zero_grad()
-                set_generators(drawn)
+                set_rng_state(drawn)
 
             # One step down the gradient, if it is one; if not, the scale had no part in it.
-            rate = set_rates(optimizer, schedule(step - 1))
+            rate = set_learning_rates(optimizer, schedule(step - 1))
             if finite:
                 (zero or optimizer).step()
                 at.scale = scale.after_step()
@@ -158,7 +170,7 @@ def train(
             # What is to be known of it.
             at.step = step
             if not finite:
-                leave_out(at, joint, feed.batches, accumulate, recipe.max_skipped, log)
+                skip_nonfinite_step(at, joint, feed.batches, accumulate, recipe.max_skipped, log)
             elif measure and log:
                 values = {
                     "loss": loss.item(),
@@ -175,15 +187,17 @@ def train(
                 examination(at, log)
 
             # Where it stands, so that nothing is lost.
-            asked = most(stop.signal, device)
+            asked = all_reduce_max(stop.signal, device)
             if asked or (recipe.save_every and step % recipe.save_every == 0):
-                at = replace(at, size=feed.found, bad=quarantine.bad, seen=quarantine.seen, generators=generators())
-                checkpoints.save(output / STATE, joint, optimizer, at, recipe.keep_last)
+                at = replace(at, size=feed.found, bad=quarantine.bad, seen=quarantine.seen, rng_state=get_rng_state())
+                checkpointing.save(output / STATE, joint, optimizer, at, recipe.keep_last)
             if asked:
-                raise Stopped(f"Stopped after step {step} of {steps}, which is saved; the same command goes on.", asked)
+                raise RunInterrupted(
+                    f"Stopped after step {step} of {steps}, which is saved; the same command goes on.", asked
+                )
 
-        weights = whole_weights(model.lvlm)
-        bad, seen = everyone(torch.tensor([quarantine.bad, quarantine.seen], device=device)).tolist()
+        weights = full_state_dict(model.lvlm)
+        bad, seen = all_reduce_sum_(torch.tensor([quarantine.bad, quarantine.seen], device=device)).tolist()
         if log:
             model.lvlm.eval()
             temperature = joint.log_temperature.exp().item()
@@ -194,19 +208,3 @@ def train(
             report(f"The checkpoint is in {output / CHECKPOINT}; {bad} of {seen} records were bad.")
     accelerator.wait_for_everyone()
     return output / CHECKPOINT
-
-
-def resolve_base(base: str) -> str:
-    """Where a base model is: for "scenes" the shipped one's directory, for a run its checkpoint, else as it is given.
-
-    Raises:
-        CafeError: it can be no Hub id, and no directory is there.
-    """
-    if base == "scenes":
-        return str(Path(__file__).parents[1] / "scenes" / "base")
-    path = Path(base).expanduser()
-    if path.is_dir():
-        return str(checkpoint_of(path))
-    if base.startswith(("/", "./", "../", "~")) or base.count("/") > 1:
-        raise CafeError(f"The model's directory {base} does not exist.")
-    return base

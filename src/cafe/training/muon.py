@@ -48,18 +48,18 @@ class Muon(torch.optim.AdamW):
                 mean.lerp_(grad, 1 - _MOMENTUM)
                 updates.append(grad.lerp(mean, _MOMENTUM))
             rate = group["lr"] * 0.2 * max(shape) ** 0.5
-            for (matrix, _), update in zip(matrices, orthogonal(torch.stack(updates)), strict=True):
+            for (matrix, _), update in zip(matrices, newton_schulz(torch.stack(updates)), strict=True):
                 matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(matrix.dtype), alpha=rate)
 
 
-def inner_matrices(model: nn.Module) -> set[str]:
+def hidden_weight_names(model: nn.Module) -> set[str]:
     """The names of the weights of linear layers; neither embeddings nor a head on the vocabulary are among them."""
     heads = {id(module.weight) for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head"}
     linear = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear))
     return {f"{name}.weight" for name, weight in linear if id(weight) not in heads}
 
 
-def orthogonal(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matrices rows columns"]:
+def newton_schulz(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matrices rows columns"]:
     """The matrices with their singular values brought near 1, by Newton and Schulz's iteration."""
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices

@@ -10,31 +10,31 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cafe.adapters import add_adapter
 from cafe.errors import CafeError
-from cafe.families import PartName, part_of
-from cafe.training.muon import Muon, inner_matrices
-from cafe.training.recipe import HALF, ModelRecipe, OptimizerRecipe
+from cafe.lvlm.adapters import add_adapter
+from cafe.lvlm.families import PartName, model_part
+from cafe.training.muon import Muon, hidden_weight_names
+from cafe.training.recipe import AUTOCAST_DTYPES, ModelConfig, OptimizerConfig
 
 
-def prepare(lvlm: PreTrainedModel, recipe: ModelRecipe) -> None:
+def configure_trainable_parameters(lvlm: PreTrainedModel, recipe: ModelConfig) -> None:
     """Leaves untrained what the recipe does not train, and holds it in the precision that the recipe names.
 
     Layers are made again for the backward pass where it says so.
     """
     if recipe.gradient_checkpointing:
-        checkpoint_layers(lvlm)
+        enable_gradient_checkpointing(lvlm)
     if recipe.adapter:
         add_adapter(lvlm, recipe.adapter)
     else:
         freeze(lvlm, recipe.frozen)
-    if recipe.frozen_weights in HALF:
+    if recipe.frozen_weights in AUTOCAST_DTYPES:
         for parameter in lvlm.parameters():
             if not parameter.requires_grad:
-                parameter.data = parameter.data.to(HALF[recipe.frozen_weights])
+                parameter.data = parameter.data.to(AUTOCAST_DTYPES[recipe.frozen_weights])
 
 
-def checkpoint_layers(lvlm: PreTrainedModel) -> None:
+def enable_gradient_checkpointing(lvlm: PreTrainedModel) -> None:
     """Makes layers keep no activations, but make them again for the backward pass.
 
     Raises:
@@ -49,10 +49,10 @@ def checkpoint_layers(lvlm: PreTrainedModel) -> None:
 def freeze(lvlm: PreTrainedModel, parts: Sequence[PartName]) -> None:
     """Leaves some parts of a model untrained."""
     for name, parameter in lvlm.named_parameters():
-        parameter.requires_grad_(part_of(name, lvlm.config.model_type) not in parts)
+        parameter.requires_grad_(model_part(name, lvlm.config.model_type) not in parts)
 
 
-def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
+def make_optimizer(step: nn.Module, family: str, recipe: OptimizerConfig) -> torch.optim.Optimizer:
     """The recipe's optimizer over a module's trainable parameters, by the part of the family they belong to.
 
     Vectors and scalars are not decayed.
@@ -66,11 +66,11 @@ def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> tor
         "language_model": recipe.learning_rate,
     }
     rates = {part: recipe.learning_rate if rate is None else rate for part, rate in own.items()}
-    inner = inner_matrices(step) if recipe.name == "muon" else set()
+    inner = hidden_weight_names(step) if recipe.name == "muon" else set()
     groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in step.named_parameters():
         if parameter.requires_grad:
-            rate = rates[part_of(name, family)]
+            rate = rates[model_part(name, family)]
             decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
             sharded = isinstance(parameter, DTensor)  # sharded and whole ones cannot step together
             groups.setdefault((rate, decay, name in inner, sharded), []).append(parameter)
@@ -98,14 +98,14 @@ def make_optimizer(step: nn.Module, family: str, recipe: OptimizerRecipe) -> tor
     return made
 
 
-def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
     """Sets each group's learning rate to so much of its own; returns the highest."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return max(group["lr"] for group in optimizer.param_groups)
 
 
-def cosine(steps: int, warm_up: float) -> Callable[[int], float]:
+def cosine_schedule_with_warmup(steps: int, warm_up: float) -> Callable[[int], float]:
     """The learning rate's factor at each step: a straight rise over the warm-up, then a half cosine to zero."""
     rise = max(1, round(steps * warm_up))
 
@@ -117,12 +117,12 @@ def cosine(steps: int, warm_up: float) -> Callable[[int], float]:
     return factor
 
 
-def describe(lvlm: PreTrainedModel) -> str:
+def summarize_trainable(lvlm: PreTrainedModel) -> str:
     """One line on what is trained: parameters by part, in millions."""
     counts = dict.fromkeys(get_args(PartName), 0)
     for name, parameter in lvlm.named_parameters():
         if parameter.requires_grad:
-            part = part_of(name, lvlm.config.model_type)
+            part = model_part(name, lvlm.config.model_type)
             counts[part] += parameter.numel()
     trained = [f"{part.replace('_', ' ')} {count / 1e6:.2f}M" for part, count in counts.items() if count]
     return "Training " + ", ".join(trained)

@@ -14,15 +14,15 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 import torch
 import yaml
 
-from cafe.adapters import Adapter
-from cafe.data.formats import Source
-from cafe.data.loading import MicroBatchSize
+from cafe.data.dataset import MicroBatchSize
 from cafe.data.mixture import Mixture
+from cafe.data.records import Source
 from cafe.errors import CafeError
-from cafe.families import PartName
-from cafe.instructions import Prompts
+from cafe.lvlm.adapters import LoraSettings
+from cafe.lvlm.families import PartName
+from cafe.lvlm.prompts import Prompts
 
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions of 16 bits
+AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions of 16 bits
 
 
 def _check(
@@ -53,7 +53,7 @@ def _check_sources(sources: Sequence[Source], where: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelRecipe:
+class ModelConfig:
     """What is trained.
 
     Attributes:
@@ -86,7 +86,7 @@ class ModelRecipe:
     compile: bool = False
     shard: bool = False
     frozen: tuple[PartName, ...] = ()
-    adapter: Adapter | None = None
+    adapter: LoraSettings | None = None
     vision_cache: str = ""
     share_prefixes: bool = True
     row_tokens: int | None = None
@@ -115,7 +115,7 @@ class ModelRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataRecipe:
+class DataConfig:
     """What it is trained on.
 
     Attributes:
@@ -138,7 +138,7 @@ class DataRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ObjectiveRecipe:
+class ObjectiveConfig:
     """loss = lm_weight * L_lm + contrastive_weight * L_con.
 
     Attributes:
@@ -185,7 +185,7 @@ class ObjectiveRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerRecipe:
+class OptimizerConfig:
     """The optimizer and its schedule: warm-up, then a cosine to zero.
 
     Attributes:
@@ -219,7 +219,7 @@ class OptimizerRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluationRecipe:
+class EvaluationConfig:
     """Evaluation during training.
 
     Attributes:
@@ -262,12 +262,12 @@ class Recipe:
     """
 
     output: str
-    model: ModelRecipe
-    data: DataRecipe
+    model: ModelConfig
+    data: DataConfig
     prompts: Prompts = field(default_factory=Prompts)
-    objective: ObjectiveRecipe = field(default_factory=ObjectiveRecipe)
-    optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
-    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     batch_size: int = 32
     micro_batch: MicroBatchSize | Literal["auto"] = field(default_factory=MicroBatchSize)
     memory: float | None = None

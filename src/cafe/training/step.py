@@ -11,8 +11,8 @@ not depend on the cut.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -21,17 +21,30 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cafe.data.loading import Batch, MicroBatch
+from cafe.data.dataset import Batch, MicroBatch
 from cafe.errors import CafeError
-from cafe.objectives import matryoshka, next_token_loss, retrieval_accuracy
-from cafe.packing import Pack
-from cafe.reading import read
-from cafe.training.distributed import before, everyone, gather, most, norm_of_sum, within_memory, world
-from cafe.training.recipe import HALF, ObjectiveRecipe
-from cafe.training.vision import VisionCache
+from cafe.losses import in_batch_accuracy, linear_cross_entropy, matryoshka
+from cafe.lvlm.forward import forward_packed
+from cafe.lvlm.vision_cache import VisionCache
+from cafe.packing import PackedBatch
+from cafe.training.recipe import AUTOCAST_DTYPES, ObjectiveConfig
+from cafe.utils.distributed import (
+    all_gather_rows,
+    all_reduce_max,
+    all_reduce_sum_,
+    exclusive_prefix_sum,
+    global_grad_norm,
+    raise_oom_on_all_ranks,
+    world_size,
+)
+from cafe.utils.rng import get_device_rng_state, replay_rng
 
-LOWEST_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature
-DROPOUT = ("p", "attention_dropout", "dropout")  # what layers of dropout, language models and vision towers call it
+MIN_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature
+DROPOUT_ATTRIBUTES = (
+    "p",
+    "attention_dropout",
+    "dropout",
+)  # what layers of dropout, language models and vision towers call it
 
 
 @dataclass
@@ -47,7 +60,7 @@ class Losses:
     measured: dict[str, float] = field(default_factory=dict)
 
 
-class Reading(nn.Module):
+class PackedForward(nn.Module):
     """One pass of the model: all that touches its weights, so that sharded ones are whole within it alone.
 
     Args:
@@ -61,16 +74,16 @@ class Reading(nn.Module):
         self.lvlm: PreTrainedModel = lvlm
         self.dtype, self.language = dtype, language
 
-    def forward(self, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
+    def forward(self, pack: PackedBatch) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
         """The embeddings, not yet normalised, and the language loss summed over tokens."""
         with self.arithmetic():
-            embedded, before = read(self.lvlm, pack)
+            embedded, exclusive_prefix_sum = forward_packed(self.lvlm, pack)
             embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
             head = self.lvlm.get_output_embeddings()
             softcap = getattr(self.lvlm.config.get_text_config(), "final_logit_softcapping", None)
-            labels = pack.labels.to(before.device, non_blocking=True)
+            labels = pack.labels.to(exclusive_prefix_sum.device, non_blocking=True)
             with torch.set_grad_enabled(self.language and torch.is_grad_enabled()):
-                return embedded, next_token_loss(before, labels, head.weight, head.bias, softcap)
+                return embedded, linear_cross_entropy(exclusive_prefix_sum, labels, head.weight, head.bias, softcap)
 
     def arithmetic(self) -> AbstractContextManager[None]:
         """Within it, the model computes in `dtype`."""
@@ -91,7 +104,7 @@ class JointStep(nn.Module):
     def __init__(
         self,
         lvlm: PreTrainedModel,
-        objective: ObjectiveRecipe,
+        objective: ObjectiveConfig,
         precision: str = "fp32",
         vision: VisionCache | None = None,
         blank: MicroBatch | None = None,
@@ -103,7 +116,7 @@ class JointStep(nn.Module):
             raise CafeError(
                 f"objective.matryoshka: {wrong[0]} is not a prefix of an embedding of {self.width} dimensions."
             )
-        self.reading = Reading(lvlm, HALF.get(precision), language=objective.lm_weight > 0)
+        self.reading = PackedForward(lvlm, AUTOCAST_DTYPES.get(precision), language=objective.lm_weight > 0)
         self.objective = objective
         self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
@@ -111,7 +124,7 @@ class JointStep(nn.Module):
             requires_grad=objective.learn_temperature,
         )
         if objective.learn_temperature:  # every process has its whole gradient, and gradients are summed
-            self.log_temperature.register_hook(lambda grad: grad / world())
+            self.log_temperature.register_hook(lambda grad: grad / world_size())
 
     @property
     def lvlm(self) -> PreTrainedModel:
@@ -144,11 +157,11 @@ class JointStep(nn.Module):
             2 * len(batch.target_ids) + len(batch.owners), self.width, device=device, dtype=self.dtype
         )
         slots = [micro_batch.slots.to(device, non_blocking=True) for micro_batch in micro_batches]
-        embeds = most(len(vectors), device) > 0
+        embeds = all_reduce_max(len(vectors), device) > 0
         drawn = {}
         with self.together(device):
             for number, micro_batch in reversed(list(enumerate(micro_batches if embeds else micro_batches[:1]))):
-                drawn[number] = random_state(device)
+                drawn[number] = get_device_rng_state(device)
                 with torch.set_grad_enabled(number == 0):
                     reading = self.read(micro_batch.joint if whole or number == 0 else micro_batch.embed)
                 vectors[slots[number]] = reading[0].detach()
@@ -157,7 +170,7 @@ class JointStep(nn.Module):
         # 2. Contrast them over all processes, and take the gradient of each.
         if objective.learn_temperature:
             with torch.no_grad():  # not in the graph: what is below the bound could never rise again
-                self.log_temperature.clamp_(min=math.log(LOWEST_TEMPERATURE))
+                self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
         temperature = self.log_temperature[0].exp()
         contrastive, accuracy = self.contrast(vectors, batch, temperature, measure)
         if contrastive.requires_grad:
@@ -165,16 +178,18 @@ class JointStep(nn.Module):
                 (scale * share * objective.contrastive_weight * contrastive).backward()
         pull = torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
         if objective.compat == "published":
-            pull = pull / world()
+            pull = pull / world_size()
 
         # 3. Carry it on into the model, together with the gradient of the language loss.
-        tokens = everyone(torch.tensor(batch.supervised, device=device)).clamp(min=1)
-        gradients = Gradients(trained, ("contrastive", "lm") if self.reading.language else ("contrastive",), measure)
+        tokens = all_reduce_sum_(torch.tensor(batch.supervised, device=device)).clamp(min=1)
+        gradients = PerLossGradients(
+            trained, ("contrastive", "lm") if self.reading.language else ("contrastive",), measure
+        )
         lm = vectors.new_zeros(())
         with self.together(device):
             for number, micro_batch in enumerate(micro_batches):
                 if number > 0:
-                    with drawing(drawn[number], device) if embeds else nullcontext():
+                    with replay_rng(drawn[number], device) if embeds else nullcontext():
                         reading = self.read(micro_batch.joint)
                 embedded, said = reading
                 lm += said.detach() / tokens
@@ -186,15 +201,15 @@ class JointStep(nn.Module):
         norms = {f"grad_norm_{name}": norm / scale for name, norm in gradients.finish().items()}
 
         measured = {"accuracy": accuracy.item(), **norms} if measure else {}
-        return Losses(everyone(lm), contrastive.detach(), temperature.detach(), measured)
+        return Losses(all_reduce_sum_(lm), contrastive.detach(), temperature.detach(), measured)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of embeddings."""
         return torch.float64 if self.lvlm.dtype == torch.float64 else torch.float32
 
-    def read(self, pack: Pack) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
-        """See `Reading`."""
+    def read(self, pack: PackedBatch) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
+        """See `PackedForward`."""
         embedded, said = self.reading(pack)
         return embedded, said
 
@@ -202,12 +217,12 @@ class JointStep(nn.Module):
         """These and, where the model is sharded, blank ones: every process follows every other's forwards."""
         if not self.blank:
             return micro_batches
-        missing = most(len(micro_batches), self.log_temperature.device) - len(micro_batches)
+        missing = all_reduce_max(len(micro_batches), self.log_temperature.device) - len(micro_batches)
         return micro_batches + [self.blank] * missing
 
     def together(self, device: torch.device) -> AbstractContextManager[None]:
         """For work in which processes do not wait for each other, as those do that share a model."""
-        return nullcontext() if self.blank else within_memory(device)
+        return nullcontext() if self.blank else raise_oom_on_all_ranks(device)
 
     def contrast(
         self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Float[Tensor, ""], measure: bool
@@ -219,9 +234,9 @@ class JointStep(nn.Module):
             each.to(vectors.device, non_blocking=True)
             for each in (batch.target_ids, batch.owners, batch.scores, batch.negative_ids)
         )
-        owners = owners + before(pairs, vectors.device)
-        queries, targets, target_ids = gather(queries, targets, target_ids)
-        negatives, owners, scores, negative_ids = gather(negatives, owners, scores, negative_ids)
+        owners = owners + exclusive_prefix_sum(pairs, vectors.device)
+        queries, targets, target_ids = all_gather_rows(queries, targets, target_ids)
+        negatives, owners, scores, negative_ids = all_gather_rows(negatives, owners, scores, negative_ids)
         ids = torch.cat([target_ids, negative_ids]) if self.objective.mask_duplicates else None
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
@@ -241,11 +256,11 @@ class JointStep(nn.Module):
                 margin=objective.margin,
             )
             own = None if ids is None else ids[: len(queries)]
-            accuracy = retrieval_accuracy(queries.detach(), targets.detach(), own) if measure else vectors.new_zeros(())
+            accuracy = in_batch_accuracy(queries.detach(), targets.detach(), own) if measure else vectors.new_zeros(())
         return loss, accuracy
 
 
-class Gradients:
+class PerLossGradients:
     """Collects the gradients of some losses in the parameters; keeps them apart where their norms are wanted.
 
     Args:
@@ -278,7 +293,7 @@ class Gradients:
         norms = {}
         self._swap(self.before)
         for name, sums in self.of.items():
-            norms[name] = norm_of_sum(self.parameters, sums).item()
+            norms[name] = global_grad_norm(self.parameters, sums).item()
             for parameter, grad in zip(self.parameters, sums, strict=True):
                 if grad is not None:
                     parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
@@ -294,20 +309,5 @@ class Gradients:
 
 def has_dropout(model: nn.Module) -> bool:
     """Whether a forward pass in training draws random numbers."""
-    rates = (getattr(module, name, 0.0) for module in model.modules() for name in DROPOUT)
+    rates = (getattr(module, name, 0.0) for module in model.modules() for name in DROPOUT_ATTRIBUTES)
     return any(isinstance(rate, float) and rate > 0 for rate in rates)  # a module by such a name has its own
-
-
-def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """What the random numbers drawn next depend on."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-@contextmanager
-def drawing(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Draws the numbers that were drawn after a state, and leaves the generators as they are."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
-        yield

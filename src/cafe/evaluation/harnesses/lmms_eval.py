@@ -16,11 +16,11 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 
 from cafe.content import Content, ImageRef
-from cafe.data.pictures import IMAGE_TOKEN, compose
+from cafe.data.image_fields import IMAGE_TOKEN, place_images
 from cafe.errors import CafeError
 from cafe.model import Cafe
 
-LONGEST = 1024  # tokens of an answer where a task names no limit
+MAX_NEW_TOKENS = 1024  # tokens of an answer where a task names no limit
 
 
 class CafeModel(lmms):
@@ -75,7 +75,7 @@ class CafeModel(lmms):
                 prompts.append(self._content(words, visuals, document, task, split))
             said = self.model.generate_batch(
                 prompts,
-                max_new_tokens=options.get("max_new_tokens", LONGEST),
+                max_new_tokens=options.get("max_new_tokens", MAX_NEW_TOKENS),
                 batch_size=self.batch_size,
                 temperature=float(options.get("temperature") or 0.0) if options.get("do_sample", True) else 0.0,
                 top_p=float(options.get("top_p") or 1.0),
@@ -119,7 +119,7 @@ def content(words: str, visuals: Sequence[Any]) -> Content:
             raise CafeError(f"CAFe's plug-in shows pictures; this task gives a {type(visual).__name__}.")
     refs = [ImageRef(visual) for visual in visuals]
     if words.count(IMAGE_TOKEN) == len(refs):
-        return compose(words, list(refs))
+        return place_images(words, list(refs))
     return Content((*refs, words))
 
 

@@ -1,0 +1,123 @@
+"""The published sizes of the Hub bases that recipes name, so that `cafe plan` needs no download.
+
+From each repository's `config.json`; a test holds their parameters to the numbers that the Hub states.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+
+from cafe.errors import CafeError
+
+
+def _onevision(
+    width: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
+) -> dict[str, Any]:
+    """LLaVA-OneVision: a SigLIP so400m tower of 384 pixels in patches of 14, and a Qwen2."""
+    return {
+        "model_type": "llava_onevision",
+        "vision_config": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": 1152,
+            "intermediate_size": 4304,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 16,
+            "image_size": 384,
+            "patch_size": 14,
+            "vision_use_head": False,
+        },
+        "text_config": {"model_type": "qwen2", **_text(width, layers, heads, kv_heads, inner, vocabulary, tied)},
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+        "tie_word_embeddings": tied,
+        "image_grid_pinpoints": [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)],
+    }
+
+
+def _qwen2_5(
+    width: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
+) -> dict[str, Any]:
+    text = _text(width, layers, heads, kv_heads, inner, vocabulary, tied)
+    vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": width}
+    return {
+        "model_type": "qwen2_5_vl",
+        "vision_config": {**vision, "window_size": 112, "fullatt_block_indexes": [7, 15, 23, 31]},
+        "text_config": text,
+        "tie_word_embeddings": tied,
+    }
+
+
+def _qwen3(
+    width: int, layers: int, heads: int, inner: int, tied: bool, vision: tuple[int, int, int, list[int]]
+) -> dict[str, Any]:
+    text = _text(width, layers, heads, 8, inner, 151936, tied)
+    depth, vision_width, vision_inner, deepstack = vision
+    return {
+        "model_type": "qwen3_vl",
+        "vision_config": {
+            "depth": depth,
+            "hidden_size": vision_width,
+            "intermediate_size": vision_inner,
+            "num_heads": 16,
+            "out_hidden_size": width,
+            "deepstack_visual_indexes": deepstack,
+        },
+        "text_config": {**text, "head_dim": 128},
+        "tie_word_embeddings": tied,
+    }
+
+
+def _text(
+    width: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
+) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": inner,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+    }
+
+
+_SMALL_TOWER = (24, 1024, 4096, [5, 11, 17])
+KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
+    "llava-hf/llava-onevision-qwen2-0.5b-si-hf": _onevision(896, 24, 14, 2, 4864, 152000, True),
+    "llava-hf/llava-onevision-qwen2-7b-si-hf": _onevision(3584, 28, 28, 4, 18944, 152128, False),
+    "Qwen/Qwen2.5-VL-3B-Instruct": _qwen2_5(2048, 36, 16, 2, 11008, 151936, True),
+    "Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5(3584, 28, 28, 4, 18944, 152064, False),
+    "Qwen/Qwen3-VL-2B-Instruct": _qwen3(2048, 28, 16, 6144, True, _SMALL_TOWER),
+    "Qwen/Qwen3-VL-4B-Instruct": _qwen3(2560, 36, 32, 9728, True, _SMALL_TOWER),
+    "Qwen/Qwen3-VL-8B-Instruct": _qwen3(4096, 36, 32, 12288, False, (27, 1152, 4304, [8, 16, 24])),
+}
+
+
+def load_config(base: str) -> PreTrainedConfig:
+    """A base model's configuration: of a known Hub base from the table, of a directory from its files.
+
+    Raises:
+        CafeError: it is neither.
+    """
+    if base in KNOWN_CONFIGS:
+        sizes = dict(KNOWN_CONFIGS[base])
+        return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+    try:
+        return AutoConfig.from_pretrained(base, local_files_only=True)
+    except (OSError, ValueError):
+        if Path(base).is_dir():
+            raise CafeError(
+                f"The sizes of {base} are not known: it has no config.json that transformers reads; of an adapter, "
+                "plan with its base."
+            ) from None
+        raise CafeError(
+            f"The sizes of {base} are not known: give a local directory, or one of {', '.join(KNOWN_CONFIGS)}."
+        ) from None
+
+
+def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model without its weights: names, shapes and nothing in them."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config)

@@ -1,0 +1,88 @@
+"""What a recipe says of data and step, made."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from cafe.data.dataset import NO_LIMIT, ContrastiveBatchDataset, MicroBatch, MicroBatchSize
+from cafe.data.fast_images import with_fast_images
+from cafe.data.records import OpenedSource, open_source
+from cafe.errors import load_error
+from cafe.lvlm.adapters import read_adapter_config
+from cafe.lvlm.families import find_vision_tower
+from cafe.lvlm.image_size import set_max_image_size
+from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.prompts import Prompts
+from cafe.lvlm.vision_cache import VisionCache
+from cafe.model import Cafe
+from cafe.planning.architectures import meta_model
+from cafe.training.optimizer import configure_trainable_parameters
+from cafe.training.recipe import ModelConfig, Recipe
+from cafe.training.step import JointStep
+
+
+def build_chat_processor(base: str, prompts: Prompts, recipe: ModelConfig) -> ChatProcessor:
+    """What a base model, or an adapter's, reads texts and pictures by, as the recipe limits it; without the weights.
+
+    Raises:
+        CafeError: nothing of the sort can be loaded from there, or the limits are not for it.
+    """
+    try:
+        adapter = read_adapter_config(base)
+        config = AutoConfig.from_pretrained((adapter and adapter.base_model_name_or_path) or base)
+        processor = load_processor(base, config.model_type)
+    except (ImportError, OSError, ValueError) as error:
+        raise load_error("processor", base, error) from error
+    set_max_image_size(meta_model(config), processor, recipe.max_pixels, recipe.grids)
+    return ChatProcessor(processor, prompts)
+
+
+def build_dataset(
+    recipe: Recipe,
+    model: Cafe,
+    rank: int,
+    world: int,
+    sharded: bool = False,
+    sources: Sequence[OpenedSource] | None = None,
+) -> ContrastiveBatchDataset:
+    """The contrastive batches of a run, this process's part of each, in an order fixed by the seed.
+
+    The recipe's sources are opened here unless they were before.
+    """
+    objective = recipe.objective
+    processing, normalization = with_fast_images(model.processing)
+    return ContrastiveBatchDataset(
+        sources or [open_source(source) for source in recipe.data.sources],
+        processing,
+        recipe.batch_size,
+        recipe.seed,
+        recipe.model.max_tokens,
+        contrast=objective.contrastive_weight > 0,
+        language=objective.lm_weight > 0,
+        hard_negatives=objective.hard_negatives,
+        packing=replace(
+            model.packing,
+            share=model.packing.share and recipe.model.share_prefixes,
+            columns=recipe.model.row_tokens or model.packing.columns,
+            normalization=normalization,
+        ),
+        size=recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else NO_LIMIT,
+        rank=rank,
+        world=world,
+        mixture=recipe.data.mixture,
+        blanks=sharded,
+    )
+
+
+def build_step(recipe: Recipe, model: Cafe, blank: MicroBatch | None = None) -> JointStep:
+    """The joint step over a model, with what is not trained frozen."""
+    configure_trainable_parameters(model.lvlm, recipe.model)
+    tower = find_vision_tower(model.lvlm)
+    vision = None
+    if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
+        kept = recipe.model.vision_cache
+        directory = Path(kept) / recipe.model.precision if kept else None  # what it makes is of that precision
+        vision = VisionCache(tower, model.lvlm.config, directory)
+    return JointStep(model.lvlm.train(), recipe.objective, recipe.model.precision, vision, blank)

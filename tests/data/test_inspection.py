@@ -1,0 +1,131 @@
+"""The data check counts what is there, and shows examples as they are read."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from cafe.cli.main import main
+from cafe.content import Content, Example, Pair
+from cafe.data.dataset import encode_example
+from cafe.data.inspection import contents, count_duplicates, inspect, percentiles, spans, write_page
+from cafe.data.records import Source, open_source
+from cafe.images.decoding import decode_image
+from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.prompts import Prompts
+
+
+@pytest.fixture(scope="module")
+def processing(random_base):
+    return ChatProcessor(load_processor(str(random_base)), Prompts())
+
+
+@pytest.fixture
+def messy(scenes, tmp_path):
+    """Six good records, of which one repeats another's pair and one another's picture, and three bad ones."""
+    rows = json.loads((scenes / "llava_train.json").read_text())[:7]
+    for row in rows:
+        row["image"], row["negatives"] = str(scenes / row["image"]), []
+    rows[1] = rows[0]
+    rows[2]["image"] = rows[0]["image"]
+    rows[3]["conversations"][1]["value"] = "the words <b>&"
+    rows[6]["image"] = "missing.png"
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)) + '\n{"id": 1}\n{')
+    return Source(path=str(tmp_path / "a.jsonl"))
+
+
+def picture_sizes(source):
+    examples = [open_source(source).example(index, None) for index in range(6)]
+    return [Image.open(example.pair.query.images[0].source).size for example in examples]
+
+
+def test_counts_are_those_of_the_file(messy, processing):
+    [found] = inspect([open_source(messy)], processing)
+    table = dict(found.table())
+    expected = {
+        "records": "9", "read": "9", "bad": "3", "pairs": "6", "dialogues": "6", "hard negatives": "0", "pictures": "6",
+        "pictures seen before": "2", "pairs seen before": "1", "targets seen before": "1",
+    }  # fmt: skip
+    assert {name: table[name] for name in expected} == expected
+    assert ["record 6" in found.bad[0], "record 7" in found.bad[1], "record 8" in found.bad[2]] == [True] * 3
+    lengths = [len(encode_example(open_source(messy).example(index, None), processing).query) for index in range(6)]
+    assert found.lengths("query") == lengths
+    assert table["width, pixels"] == percentiles([size[0] for size in picture_sizes(messy)])
+    assert int(table["supervised tokens"].replace(",", "")) == sum(
+        encode_example(open_source(messy).example(index, None), processing).dialogue.supervised.sum()
+        for index in range(6)
+    )
+
+
+def test_a_sample_is_as_large_as_asked(messy, processing):
+    [found] = inspect([open_source(messy)], processing, sample=4, examples=2)
+    assert len(found.looks) == 4 and found.records == 9 and len(found.examples) == 2
+
+
+def test_every_token_is_shown_once_and_marked_by_what_it_is_for(scenes, processing):
+    example = open_source(Source(path=str(scenes / "llava_train.json"))).example(0, None)
+    branches = encode_example(example, processing)
+    images = [ref.source for ref in contents(example)["dialogue"].images]
+    assert len(images) == 1
+    runs = processing.pictures([decode_image(ref) for ref in example.pair.query.images]).runs
+    shown = [(runs[0], "PICTURE")]
+    dialogue = spans(branches.dialogue, shown, processing, embedded=False)
+    assert sum(span.tokens for span in dialogue) == len(branches.dialogue)
+    said = "".join(span.text for span in dialogue if span.kind == "supervised")
+    wanted = branches.dialogue.input_ids[branches.dialogue.supervised]
+    assert said == processing.tokenizer.decode(wanted) and said.startswith(example.pair.target.text)
+    [picture] = [span for span in dialogue if span.kind == "picture"]
+    assert picture.text == "PICTURE" and picture.tokens == int(branches.dialogue.shown.sum())
+    query = spans(branches.query, shown, processing, embedded=True)
+    assert [span.kind for span in query].count("readout") == 1 and query[-1].kind == "readout"
+    words = "".join(span.text for span in query if span.kind != "picture")
+    assert "Compress this image in one word:" in words
+
+
+def test_characters_of_several_tokens_stay_whole(processing):
+    example = Example(Pair(Content.of("日本 é"), Content.of("x")))
+    shown = "".join(
+        span.text for span in spans(encode_example(example, processing).query, [], processing, embedded=True)
+    )
+    assert "日本 é" in shown
+
+
+def test_the_page_holds_everything_and_needs_nothing(messy, processing, tmp_path):
+    write_page(tmp_path / "page.html", inspect([open_source(messy)], processing, examples=6), processing)
+    html = (tmp_path / "page.html").read_text()
+    assert not re.search(r"<script|https?://|<link", html)
+    assert html.count('<img src="data:image/png') >= 12  # the query and the dialogue of each
+    assert html.count('class="supervised"') > 20 and html.count('class="readout"') == 1 + 12
+    assert "missing.png does not exist" in html and "<b>&" not in html
+
+
+def test_a_soft_target_is_shown_with_its_score(processing, tmp_path):
+    row = {"query": "a dog", "positive": "a hound", "negatives": ["a puppy", "a car"], "negative_scores": [0.8, 0]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"negative_scores": None}))
+    source = Source(path=str(tmp_path / "a.jsonl"), format="pairs")
+    write_page(tmp_path / "page.html", inspect([open_source(source)], processing), processing)
+    html = (tmp_path / "page.html").read_text()
+    assert re.findall(r"(negative \d)<small>\d+ tokens(.*?)</small>", html) == [
+        ("negative 1", "<br>score 0.80"), ("negative 2", "<br>score 0.00"), ("negative 1", ""), ("negative 2", ""),
+    ]  # fmt: skip
+
+
+def test_the_command_prints_writes_and_fails_on_too_many_bad_records(messy, random_base, scenes, tmp_path, capsys):
+    page = str(tmp_path / "page.html")
+    command = ["data", "check", "--base", str(random_base), "--workers", "0", "--output", page]
+    assert main([*command, messy.path]) == 1
+    printed = capsys.readouterr()
+    assert "33.3% of the records" in printed.err and "supervised tokens" in printed.out
+    assert main([*command, str(scenes / "mmeb_train" / "vqa.parquet"), "format=mmeb", f"images={scenes}"]) == 0
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"output: x\nmodel: {{base: {random_base}}}\ndata: {{sources: [{{path: {scenes}/llava_train.json}}]}}\n"
+    )
+    assert main(["data", "check", str(recipe), "--sample", "5", "--workers", "0", "--output", page]) == 0
+    assert main(["data", "check", messy.path]) == 1
+    assert "give --base" in capsys.readouterr().err
+
+
+def test_spreads_and_repeats():
+    assert percentiles(range(101)) == "0 · 50 · 95 · 100" and count_duplicates(iter([b"1", b"2", b"1", b"1"])) == 2

@@ -1,0 +1,243 @@
+"""Retrieval agrees with pytrec_eval, whatever kind of file the collection comes in."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import pytrec_eval
+from PIL import Image
+
+from cafe.content import Content
+from cafe.errors import CafeError
+from cafe.evaluation.runner import evaluate, select_suites
+from cafe.images.decoding import decode_image
+
+SHADES = (0, 40, 80, 120, 160, 200, 240)  # of the pictures, each another
+
+
+class Seeing:
+    """Embeds a picture by its shade and a text by the shade it names, with seeded noise that makes mistakes."""
+
+    def __init__(self, noise: float) -> None:
+        self.noise = noise
+
+    def embed(self, contents: list[Any], batch_size: int = 32) -> np.ndarray:
+        rows = [self.row(Content.of(content)) for content in contents]
+        return np.float32([row / np.linalg.norm(row) for row in rows])
+
+    def row(self, content: Content) -> np.ndarray:
+        shade = decode_image(content.images[0]).getpixel((0, 0))[0] if content.images else int(content.text.split()[0])
+        seed = shade if content.images else sum(map(ord, content.text))
+        noise = self.noise * np.random.default_rng(seed).normal(size=len(SHADES))
+        return np.eye(len(SHADES))[SHADES.index(shade)] + noise
+
+
+def captions_of(shade: int) -> list[str]:
+    return [f"{shade} is the shade, says number {n}" for n in range(6)]
+
+
+def karpathy(folder: Path, name: str = "dataset_shades.json") -> None:
+    rows = [
+        {"filename": f"{shade}.png", "split": "test", "sentences": [{"raw": text} for text in captions_of(shade)]}
+        for shade in SHADES
+    ]
+    (folder / name).write_text(json.dumps({"images": rows}))
+
+
+def json_lines(folder: Path) -> None:
+    rows = [{"image": f"{shade}.png", "caption": captions_of(shade)} for shade in SHADES]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def a_caption_a_row(folder: Path) -> None:
+    with (folder / "captions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["image", "caption"])
+        table.writerows([f"{shade}.png", captions_of(shade)[number]] for number in range(6) for shade in SHADES)
+
+
+def encoded(shade: int) -> dict[str, Any]:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade,) * 3).save(buffer, "png")
+    return {"bytes": buffer.getvalue(), "path": f"{shade}.png"}
+
+
+def parquet(folder: Path) -> None:
+    rows = [{"image": encoded(shade), "caption": captions_of(shade)} for shade in SHADES]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet", row_group_size=2)
+
+
+def names_in_parquet(folder: Path) -> None:
+    """As the datasets library writes pictures that it was told to leave where they are."""
+    rows = [{"image": encoded(shade) | {"bytes": None}, "caption": captions_of(shade)} for shade in SHADES]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet")
+
+
+def bytes_in_parquet(folder: Path) -> None:
+    rows = [{"image": encoded(shade)["bytes"], "caption": captions_of(shade)} for shade in SHADES]
+    pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet")
+
+
+KINDS = (karpathy, json_lines, a_caption_a_row, parquet, names_in_parquet, bytes_in_parquet)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    for shade in SHADES:
+        Image.new("RGB", (8, 8), (shade,) * 3).save(tmp_path / "images" / f"{shade}.png")
+    return tmp_path
+
+
+def measured(data: Path, suite: str = "retrieval", **options: Any) -> dict[str, float]:
+    return evaluate(Seeing(0.6), data, report=lambda line: None, suites=[suite], **options).results
+
+
+def test_recall_agrees_with_pytrec_eval(data):
+    karpathy(data)
+    results = measured(data)
+    model = Seeing(0.6)
+    texts = [(shade, text) for shade in SHADES for text in captions_of(shade)]
+    images = model.embed([data / "images" / f"{shade}.png" for shade in SHADES])
+    captions = model.embed([text for _, text in texts])
+    relevant = {f"i{n}": {f"t{m}": int(s == shade) for m, (s, _) in enumerate(texts)} for n, shade in enumerate(SHADES)}
+    scores = {
+        f"i{n}": {f"t{m}": float(row @ caption) for m, caption in enumerate(captions)} for n, row in enumerate(images)
+    }
+    for way, truth, found in (
+        ("image_to_text", relevant, scores),
+        ("text_to_image", transposed(relevant), transposed(scores)),
+    ):
+        measures = {"success_1", "success_5", "success_10", "recip_rank"}
+        judged = pytrec_eval.RelevanceEvaluator(truth, measures).evaluate(found).values()
+        for k in (1, 5, 10):
+            assert results[f"retrieval/{way}/R@{k}"] == pytest.approx(
+                100 * np.mean([q[f"success_{k}"] for q in judged])
+            )
+        places = [1 / query["recip_rank"] for query in judged]
+        assert results[f"retrieval/{way}/median_rank"] == pytest.approx(np.median(places))
+        assert results[f"retrieval/{way}/mean_rank"] == pytest.approx(np.mean(places))
+    assert 0 < results["retrieval/text_to_image/R@1"] < 100
+
+
+def transposed(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {column: {row: table[row][column] for row in table} for column in next(iter(table.values()))}
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_every_kind_of_file_gives_the_same_numbers(data, tmp_path, kind):
+    karpathy(data)
+    expected = measured(data)
+    (data / "dataset_shades.json").unlink()
+    kind(data)
+    assert measured(data) == expected
+
+
+def test_a_dataset_of_the_hub_that_was_saved_to_disk_gives_the_numbers_of_the_karpathy_file(data):
+    karpathy(data, "dataset_flickr30k.json")
+    expected = measured(data, "flickr30k")
+    (data / "dataset_flickr30k.json").unlink()
+    rows = {"image": [encoded(shade) for shade in SHADES], "caption": [captions_of(shade) for shade in SHADES]}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Sequence(datasets.Value("string"))})
+    table = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict({"test": table}).save_to_disk(str(data / "flickr30k"))
+    assert measured(data, "flickr30k") == expected
+
+
+def test_the_files_of_the_hub_repository_are_read_as_they_lie(data):
+    """A CSV file with lists in JSON and a column of splits, beside a folder of pictures."""
+    karpathy(data, "dataset_coco.json")
+    expected = measured(data, "coco")
+    (data / "dataset_coco.json").unlink()
+    (data / "coco").mkdir()
+    (data / "images").rename(data / "coco" / "images_mscoco_2014_5k_test")
+    with (data / "coco" / "test_5k_mscoco_2014.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["raw", "split", "filename"])
+        table.writerows([json.dumps(captions_of(shade)), "test", f"{shade}.png"] for shade in SHADES)
+        table.writerow(['["another"]', "val", "absent.png"])
+    assert measured(data, "coco") == expected
+
+
+def test_the_named_protocols_take_the_first_five_captions(data):
+    karpathy(data, "dataset_flickr30k.json")
+    done = evaluate(Seeing(0.6), data, report=lambda line: None, suites=["flickr30k"])
+    texts = [row["text"] for row in done.outputs["flickr30k/text_to_image"]]
+    assert texts == [text for shade in SHADES for text in captions_of(shade)[:5]]
+    karpathy(data)
+    done = evaluate(Seeing(0.6), data, report=lambda line: None, suites=["retrieval"])
+    assert len(done.outputs["retrieval/text_to_image"]) == 6 * len(SHADES)
+
+
+@pytest.mark.parametrize("kind", KINDS[:-1])  # the last has no names
+def test_limit_takes_the_first_pictures_with_their_captions(data, kind):
+    kind(data)
+    done = evaluate(Seeing(0), data, limit=3, report=lambda line: None, suites=["retrieval"])
+    assert [row["image"].rpartition("/")[2] for row in done.outputs["retrieval/image_to_text"]] == [
+        f"{shade}.png" for shade in SHADES[:3]
+    ]
+    assert len(done.outputs["retrieval/text_to_image"]) == 18
+
+
+def test_pictures_inside_a_file_are_shown_by_small_copies(data):
+    parquet(data)
+    samples = evaluate(Seeing(0), data, report=lambda line: None, suites=["retrieval"]).samples
+    assert samples["text_queries"][0]["hits"][0]["image"].startswith("data:image/png;base64,")
+
+
+def test_pictures_may_lie_elsewhere_under_absolute_paths(data, tmp_path_factory):
+    karpathy(data)
+    expected = measured(data)
+    (data / "dataset_shades.json").unlink()
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    rows = [{"image": str(data / "images" / f"{shade}.png"), "caption": captions_of(shade)} for shade in SHADES]
+    (elsewhere / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert measured(elsewhere) == expected
+
+
+def test_paragraphs_of_the_scenes_are_found_by_name(scenes):
+    (suite,) = select_suites(scenes, ["paragraphs"])
+    assert [path.name for path in suite.find(scenes)] == ["paragraphs_test.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,words\n0.png,zero\n", "lacks the field 'caption' in record 1"),
+        ("picture,caption\n0.png,zero\n", "lacks the field 'image' in record 1"),
+        ("image,caption\n", "is empty"),
+        ('image,caption\n0.png,"[""zero"", """"]"\n', r"caption of picture 1 of .*captions.csv is no text"),
+        ("image,caption\nabsent.png,zero\n", r"picture absent.png, which .*captions.csv names, is in none of"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_sentence(data, text, message):
+    (data / "captions.csv").write_text(text)
+    with pytest.raises(CafeError, match=message):
+        measured(data)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"image": ', "Record 2 of .*captions.jsonl is damaged: .* not valid JSON"),
+        ('["0.png", "zero"]', "Record 2 of .*captions.jsonl should be an object"),
+        (json.dumps({"image": "zero " * 99, "caption": "0.png"}), "The picture zero zero .* is in none of"),
+    ],
+)
+def test_a_wrong_line_is_one_clear_sentence(data, line, message):
+    (data / "captions.jsonl").write_text('{"image": "0.png", "caption": "zero"}\n' + line)
+    with pytest.raises(CafeError, match=message):
+        measured(data)
+
+
+def test_a_damaged_parquet_file_is_one_clear_sentence(data):
+    (data / "captions.parquet").write_bytes(b"PAR1 no table PAR1")
+    with pytest.raises(CafeError, match=r"captions.parquet cannot be read"):
+        measured(data)

@@ -1,0 +1,136 @@
+"""VQA's soft accuracy against the counts worked out by hand and the official steps written down again."""
+
+import itertools
+import json
+
+import pytest
+from PIL import Image
+
+from cafe.errors import CafeError
+from cafe.evaluation.cached_model import CachedModel
+from cafe.evaluation.suites.vqav2 import accuracy, find, normalize, read, run
+
+
+@pytest.mark.parametrize(("matches", "score"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (10, 1)])
+def test_an_answer_is_as_right_as_people_agree_with_it(matches, score):
+    answers = ["red"] * matches + [f"other {number}" for number in range(10 - matches)]
+    assert accuracy("Red.", answers) == pytest.approx(score)
+
+
+def test_accuracy_is_the_mean_over_every_nine_of_ten_people():
+    for said in itertools.product("ab", repeat=10):
+        by_nine = [min(1, sum(a == "a" for a in said[:i] + said[i + 1 :]) / 3) for i in range(10)]
+        assert accuracy("a b", ["a b" if a == "a" else "c d" for a in said]) == pytest.approx(sum(by_nine) / 10)
+
+
+def test_one_reference_is_right_or_wrong_and_an_empty_answer_is_wrong():
+    assert accuracy("2", ["two"]) == 1 and accuracy("3", ["two"]) == 0
+    assert accuracy("", ["red"] * 10) == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "normal"),
+    [
+        ("The Red car.", "red car"),
+        ("two", "2"),
+        ("None", "0"),
+        ("It's", "it's"),
+        ("dont know", "don't know"),
+        ("isnt", "isn't"),
+        ("1,000", "1000"),
+        ("3.5", "3.5"),
+        ("yes, it is", "yes it is"),
+        ("black/white", "black white"),
+        ("on-top", "on top"),
+        ("black / white", "black white"),
+        ("a  an\tthe\n x ", "x"),
+        ("ill", "ill"),  # a word, no contraction
+        ("", ""),
+    ],
+)
+def test_answers_are_normalised_as_the_official_evaluation_does(answer, normal):
+    assert normalize(answer) == normal
+
+
+class Parrot:
+    """Says what the question ends with."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def generate_batch(self, prompts, max_new_tokens=16, batch_size=64):
+        self.asked += [prompt.text for prompt in prompts]
+        return [prompt.text.partition("?")[0].split()[-1] for prompt in prompts]
+
+
+@pytest.fixture
+def data(tmp_path):
+    (tmp_path / "vqa").mkdir()
+    (tmp_path / "val2014").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "val2014" / "COCO_val2014_000000000007.jpg")
+    return tmp_path
+
+
+@pytest.mark.parametrize("names", [("v2_OpenEnded_val", "v2_val"), ("ok_val", "ok_val")])
+def test_vqas_own_pair_of_files_by_kind_of_answer(data, names):
+    questions = [
+        {"question_id": number, "image_id": 7, "question": f"is it {word}?"}
+        for number, word in enumerate(("yes", "five", "blue"))
+    ]
+    kinds = ("yes/no", "number", "other")
+    given = (["yes"] * 10, ["5"] * 2 + ["6"] * 8, ["red"] * 10)
+    rows = [
+        {"question_id": n, "answer_type": kind, "answers": [{"answer": a} for a in some]}
+        for n, (kind, some) in enumerate(zip(kinds, given, strict=True))
+    ]
+    (data / "vqa" / f"{names[0]}_questions.json").write_text(
+        json.dumps({"data_subtype": "val2014", "questions": questions})
+    )
+    annotations = data / "vqa" / f"{names[1]}_annotations.json"
+    annotations.write_text(json.dumps({"annotations": rows}))
+    model = Parrot()
+    done = run(CachedModel(model), data, None)
+    name = names[0]
+    assert done.results == pytest.approx(
+        {
+            f"vqav2/{name}/all": 160 / 3,
+            f"vqav2/{name}/yes_no": 100,
+            f"vqav2/{name}/number": 60,
+            f"vqav2/{name}/other": 0,
+        }
+    )
+    assert all(text.endswith("single word or phrase.") for text in model.asked)
+    annotations.unlink()
+    with pytest.raises(CafeError, match=annotations.name):
+        read(find(data)[0])
+
+
+def test_on_the_scenes_a_model_that_knows_the_answers_is_right(scenes):
+    given = json.loads((scenes / "vqa" / "scenes_annotations.json").read_text())["annotations"]
+    asked = json.loads((scenes / "vqa" / "scenes_questions.json").read_text())["questions"]
+    names = [f"COCO_val2014_{row['image_id']:012}.jpg" for row in asked]
+    answers = {
+        (name, row["question"]): annotation["answers"][0]["answer"].upper() + "."
+        for name, row, annotation in zip(names, asked, given, strict=True)
+    }
+
+    class Knows:
+        def generate_batch(self, prompts, max_new_tokens=16, batch_size=64):
+            return [answers[prompt.images[0].source.name, prompt.text] for prompt in prompts]
+
+    results = run(CachedModel(Knows()), scenes, None).results
+    kinds = {"all", *(row["answer_type"].replace("/", "_") for row in given)}
+    assert results == {f"vqav2/scenes/{kind}": 100 for kind in kinds}
+
+
+def test_json_lines_with_ten_answers(data):
+    row = {"image": "COCO_val2014_000000000007.jpg", "text": "is it red?"}
+    answers = [["red"] * 10, [{"answer": "red"}, *[{"answer": "blue"}] * 9]]
+    lines = "".join(json.dumps({**row, "answers": some}) + "\n" for some in answers)
+    (data / "vqa" / "mine.jsonl").write_text(lines)
+    assert run(CachedModel(Parrot()), data, None).results == {"vqav2/mine/all": pytest.approx(65)}
+    assert run(CachedModel(Parrot()), data, 1).results == {"vqav2/mine/all": 100}
+    for wrong in ([], [2] * 10, [{"text": "red"}]):
+        (data / "vqa" / "mine.jsonl").write_text(json.dumps({**row, "answers": wrong}) + "\n")
+        with pytest.raises(CafeError, match="no answers in record 1, or one that is no text"):
+            read(data / "vqa" / "mine.jsonl")

@@ -1,0 +1,173 @@
+"""A killed evaluation goes on and ends with the same numbers; several processes give what one gives."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cafe import Cafe
+from cafe.content import Content
+from cafe.evaluation.cached_model import CachedModel
+from cafe.evaluation.runner import evaluate, write
+
+SUITES = ("retrieval", "pope")
+LIMIT, BATCH = 12, 1  # so that there are several chunks
+
+
+def command(base: Path, data: Path, output: Path) -> list[str]:
+    options = {"--data": data, "--output": output, "--suite": ",".join(SUITES), "--limit": LIMIT, "--batch-size": BATCH}
+    return [
+        sys.executable,
+        "-m",
+        "cafe",
+        "evaluate",
+        str(base),
+        *(str(part) for pair in options.items() for part in pair),
+    ]
+
+
+def start(arguments: list[str], **environment: str) -> subprocess.Popen[bytes]:
+    known = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.Popen(arguments, env=known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def written(output: Path) -> dict[str, str]:
+    """What an evaluation wrote, by file."""
+    files = [output / "results.json", output / "samples.json", *sorted((output / "outputs").glob("*.jsonl"))]
+    assert len(files) > 3
+    return {file.name: file.read_text() for file in files}
+
+
+@pytest.fixture(scope="module")
+def alone(random_base, scenes, tmp_path_factory):
+    """An evaluation that was never killed, of one process, without anything kept before."""
+    output = tmp_path_factory.mktemp("alone")
+    model = Cafe.load(random_base)
+    done = evaluate(model, scenes, LIMIT, lambda line: None, suites=SUITES, keep=output / "kept", batch_size=BATCH)
+    write(done, output)
+    return written(output)
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(alone, random_base, scenes, tmp_path):
+    process = start(command(random_base, scenes, tmp_path))
+    deadline = time.monotonic() + 1800
+    while len(list((tmp_path / "kept").glob("*.npy"))) < 3 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    said, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, said.decode()[-2000:]
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "kept").glob("*.npy")}
+    assert len(kept) >= 3 and not (tmp_path / "results.json").exists()
+
+    model = Counting(Cafe.load(random_base))
+    done = evaluate(model, scenes, LIMIT, lambda line: None, suites=SUITES, keep=tmp_path / "kept", batch_size=BATCH)
+    write(done, tmp_path)
+    assert written(tmp_path) == alone
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    assert model.embedded < 3 * LIMIT  # pictures and two captions each: some were kept
+
+
+@pytest.mark.parametrize("launched", [{"ACCELERATE_USE_CPU": "true"}, {}], ids=["accelerate launch", "torchrun"])
+def test_two_processes_give_what_one_gives(launched, alone, random_base, scenes, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", **launched}
+    ranks = [
+        start(command(random_base, scenes, tmp_path), RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+        for rank in range(2)
+    ]
+    said = [process.communicate(timeout=1800)[0].decode() for process in ranks]
+    assert all(process.returncode == 0 for process in ranks), said
+    assert written(tmp_path) == alone
+    assert "retrieval/image_to_text/R@1" in said[0] and "R@1" not in said[1]  # one of them speaks
+
+
+class Counting:
+    """A model that counts what it is given."""
+
+    def __init__(self, model: Any, fingerprint: str = "") -> None:
+        self.model, self.name = model, fingerprint
+        self.embedded = self.answered = 0
+
+    def fingerprint(self) -> str:
+        return self.name or self.model.fingerprint()
+
+    def embed(self, contents, **options):
+        self.embedded += len(contents)
+        return self.model.embed(contents, **options)
+
+    def generate_batch(self, prompts, **options):
+        self.answered += len(prompts)
+        return self.model.generate_batch(prompts, **options)
+
+
+class Words:
+    """Embeds a text by its length and answers with it."""
+
+    def embed(self, contents, **options):
+        return np.float32([[len(content), 1] for content in contents])
+
+    def generate_batch(self, prompts, max_new_tokens=64, **options):
+        return [prompt.text[:max_new_tokens] for prompt in prompts]
+
+
+def test_what_is_kept_is_given_again_without_the_model(tmp_path):
+    first, second = Counting(Words(), "same"), Counting(Words(), "same")
+    texts, prompts = ["a", "bb", "ccc"], [Content.of("ask")]
+    for model in (first, second):
+        subject = CachedModel(model, tmp_path)
+        assert subject.embed(texts).tolist() == [[1, 1], [2, 1], [3, 1]]
+        assert subject.answer(prompts, 2) == ["as"]
+    assert (first.embedded, first.answered) == (3, 1)
+    assert (second.embedded, second.answered) == (0, 0)
+
+
+def test_other_weights_prompts_lengths_and_limits_are_computed_anew(tmp_path):
+    CachedModel(Counting(Words(), "one"), tmp_path).answer([Content.of("ask"), Content.of("more")], 2)
+    other = Counting(Words(), "two")
+    assert CachedModel(other, tmp_path).answer([Content.of("ask"), Content.of("more")], 2) == ["as", "mo"]
+    same = Counting(Words(), "one")
+    assert CachedModel(same, tmp_path).answer([Content.of("ask"), Content.of("more")], 3) == ["ask", "mor"]
+    assert CachedModel(same, tmp_path).answer([Content.of("ask")], 2) == ["as"]
+    assert CachedModel(same, tmp_path).answer([Content.of("asks"), Content.of("more")], 2) == ["as", "mo"]
+    assert (other.answered, same.answered) == (2, 5)
+
+
+def test_a_picture_that_changed_is_looked_at_again(tmp_path):
+    class Bytes:
+        def embed(self, contents, **options):
+            return np.float32([[len(content.read_bytes())] for content in contents])
+
+    picture = tmp_path / "a.png"
+    for text in ("one", "longer"):
+        picture.write_text(text)
+        assert CachedModel(Counting(Bytes(), "same"), tmp_path / "kept").embed([picture]).tolist() == [[len(text)]]
+
+
+def test_the_fingerprint_follows_weights_and_prompts(random_base):
+    from dataclasses import replace
+
+    model, again = Cafe.load(random_base), Cafe.load(random_base)
+    assert model.fingerprint() == again.fingerprint()
+    again.processing.prompts = replace(again.processing.prompts, image_instruction="Other:")
+    assert model.fingerprint() != again.fingerprint()
+    before = model.fingerprint()
+    next(model.lvlm.parameters()).data.view(-1)[0] += 1e-3
+    assert model.fingerprint() != before
+
+
+def test_nothing_half_written_is_left(tmp_path):
+    CachedModel(Counting(Words(), "same"), tmp_path).embed(["a"])
+    assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
+    CachedModel(Counting(Words(), "same"), tmp_path).answer([Content.of("ask")], 4)
+    (kept,) = tmp_path.glob("*.json")
+    assert json.loads(kept.read_text()) == ["ask"]

@@ -1,0 +1,290 @@
+"""Adapters: what is adapted, that packing and the gradient cache stay exact with one, and that it can be merged."""
+
+import json
+from dataclasses import replace
+
+import families
+import numpy as np
+import pytest
+import torch
+from model_samples import CONTENTS, Listed, examples, gradient, make, plain_losses
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
+
+from cafe.cli.main import main
+from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize
+from cafe.errors import CafeError
+from cafe.lvlm.adapters import LoraSettings, add_adapter, find_target_modules, has_adapter
+from cafe.lvlm.families import model_part
+from cafe.model import Cafe
+from cafe.training.loop import train
+from cafe.training.recipe import ModelConfig, ObjectiveConfig, OptimizerConfig, Recipe
+from cafe.training.step import JointStep
+
+ALL = ("all",)
+NO_PROJECTOR = {"gemma3", "ovis2"}  # theirs is a parameter by itself, or none
+SOME = ["llava_onevision", "qwen2_5_vl", "qwen3_vl", "smolvlm", "internvl", "gemma3", "glm4v"]
+DORA = [("llava_onevision", True), ("qwen3_vl", True)]
+CASES = [(family, False) for family in SOME] + DORA
+
+
+def shake(model: Cafe) -> None:
+    """Gives every matrix of an adapter weights that are felt: a fresh one changes nothing."""
+    torch.manual_seed(1)
+    for name, parameter in model.lvlm.named_parameters():
+        if "lora_" in name:
+            with torch.no_grad():
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+
+
+def everywhere(family: str, **options) -> LoraSettings:
+    return LoraSettings(
+        rank=4, language_model=ALL, vision_tower=ALL, projector=None if family in NO_PROJECTOR else ALL, **options
+    )
+
+
+def adapted(family: str, **options) -> Cafe:
+    model = make(family)
+    add_adapter(model.lvlm, everywhere(family, **options))
+    shake(model)
+    return model
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_an_adapter_is_felt_wherever_the_weights_it_stands_beside_are(family):
+    model = adapted(family)
+    named = dict(model.lvlm.double().named_parameters())
+    trained = {name for name, parameter in named.items() if parameter.requires_grad}
+    assert trained == {name for name in named if "lora_" in name}
+    parts = {"vision_tower", "language_model", *([] if family in NO_PROJECTOR else ["projector"])}
+    assert {model_part(name, family) for name in trained} == parts
+    model.lvlm.requires_grad_(True)
+    lm, contrastive = plain_losses(model, ObjectiveConfig())
+    (lm + contrastive).backward()
+    layers = [module for module in model.lvlm.modules() if isinstance(module, BaseTunerLayer)]
+    felt = lambda parameter: parameter.grad is not None and bool(parameter.grad.any())  # noqa: E731
+    for layer in layers:
+        assert felt(layer.lora_A["default"].weight) == felt(layer.lora_B["default"].weight) == felt(layer.weight)
+    assert sum(felt(layer.weight) for layer in layers) >= 0.7 * len(layers)  # some towers' last layers are not used
+
+
+@pytest.mark.parametrize(("family", "dora"), [(family, False) for family in families.FAMILIES] + DORA)
+def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family, dora):
+    model = adapted(family, dora=dora)
+    model.lvlm.double()
+    objective = ObjectiveConfig(lm_weight=0.7, contrastive_weight=1.3, temperature=0.1)
+    lm, contrastive = plain_losses(model, objective)
+    (0.7 * lm + 1.3 * contrastive).backward()
+    expected = gradient(model)
+    assert expected.norm() > 0
+    for size in (MicroBatchSize(), MicroBatchSize(tokens=400)):
+        model.lvlm.zero_grad()
+        batch = ContrastiveBatchDataset(
+            [Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size
+        )[0]
+        assert (len(batch.micro_batches) > 1) == (size.tokens is not None)
+        losses = JointStep(model.lvlm, objective).double()(batch)
+        assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-5)
+        assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
+        assert (gradient(model) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
+def test_with_dropout_the_gradient_cache_gives_the_gradient_of_one_graph_that_drew_the_same(family):
+    model = adapted(family, dropout=0.3)
+    model.lvlm.double().train()
+    objective = ObjectiveConfig(temperature=0.1)
+    size = MicroBatchSize(tokens=400)
+    batch = ContrastiveBatchDataset(
+        [Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size
+    )[0]
+    step = JointStep(model.lvlm, objective).double()
+    torch.manual_seed(7)
+    reads = [step.reading(micro_batch.joint) for micro_batch in reversed(batch.micro_batches)][::-1]  # first one last
+    assert len(reads) > 1
+    vectors = torch.cat([embedded for embedded, _ in reads])
+    slots = torch.cat([micro_batch.slots for micro_batch in batch.micro_batches])
+    contrastive, _ = step.contrast(
+        torch.empty_like(vectors).index_copy(0, slots, vectors), batch, torch.tensor(0.1), False
+    )
+    (contrastive + torch.stack([said for _, said in reads]).sum() / batch.supervised).backward()
+    expected = gradient(model)
+    model.lvlm.zero_grad()
+    torch.manual_seed(7)
+    assert step(batch).contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
+    assert (gradient(model) - expected).norm() <= 1e-6 * expected.norm()
+    model.lvlm.zero_grad()
+    step(batch)  # draws anew
+    assert (gradient(model) - expected).norm() > 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(("family", "dora"), CASES)
+def test_an_adapter_is_saved_by_itself_loaded_with_its_base_and_merged_into_the_same_model(family, dora, tmp_path):
+    make(family).save(tmp_path / "base")
+    model = Cafe.load(tmp_path / "base")
+    contents = list(CONTENTS.values())
+    before = model.embed(contents)
+    add_adapter(model.lvlm, everywhere(family, dora=dora))
+    np.testing.assert_allclose(model.embed(contents), before, atol=1e-5)  # a fresh one changes nothing
+    shake(model)
+    expected = model.embed(contents)
+    assert np.abs(expected - before).max() > 0.01
+    model.save(tmp_path / "adapter", temperature=0.05)
+    files = {file.name for file in (tmp_path / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "cafe.json"} <= files and "config.json" not in files
+
+    again = Cafe.load(tmp_path / "adapter")
+    assert type(again.lvlm) is type(model.lvlm) and again.record["temperature"] == 0.05
+    np.testing.assert_allclose(again.embed(contents), expected, atol=1e-6)
+    theirs = PeftModel.from_pretrained(
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    again.lvlm = theirs.merge_and_unload().eval()
+    np.testing.assert_allclose(again.embed(contents), expected, atol=1e-4)
+
+    assert main(["merge", str(tmp_path / "adapter"), str(tmp_path / "merged")]) == 0
+    merged = Cafe.load(tmp_path / "merged")
+    assert not has_adapter(merged.lvlm) and type(merged.lvlm) is type(model.lvlm)
+    np.testing.assert_allclose(merged.embed(contents), expected, atol=1e-4)
+
+
+def test_an_adapter_whose_copy_broke_off_is_one_sentence(random_base, tmp_path):
+    model = Cafe.load(random_base)
+    add_adapter(model.lvlm, LoraSettings())
+    model.save(tmp_path)
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(CafeError, match="No adapter can be loaded from"):
+        Cafe.load(tmp_path)
+
+
+@pytest.fixture
+def recipe(recipe: Recipe) -> Recipe:
+    adapter = LoraSettings(rank=4, vision_tower=("q_proj", "v_proj"), dropout=0.1)
+    optimizer = OptimizerConfig(learning_rate=1e-2, vision_tower_learning_rate=None)
+    return replace(recipe, model=replace(recipe.model, adapter=adapter), optimizer=optimizer, steps=3)
+
+
+def test_a_run_trains_the_adapter_alone_and_says_how_much(recipe, tmp_path):
+    said = []
+    checkpoint = train(recipe, report=said.append)
+    assert "Training vision tower 0." in said[0]
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert log[-1]["lm_loss"] < log[0]["lm_loss"]
+    model = Cafe.load(checkpoint)
+    assert has_adapter(model.lvlm) and model.record["recipe"]["model"]["adapter"]["rank"] == 4
+    base = dict(Cafe.load(recipe.model.base).lvlm.named_parameters())
+    for name, parameter in model.lvlm.named_parameters():
+        if "lora_" not in name:
+            assert torch.equal(parameter, base[name.replace(".base_layer", "")])
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
+    picture = Image.new("RGB", (64, 64), "red")
+    np.testing.assert_allclose(Cafe.load(tmp_path / "merged").embed([picture]), model.embed([picture]), atol=1e-5)
+
+
+def test_limits_on_pictures_hold_with_an_adapter_and_merged(recipe, tmp_path, capsys):
+    limited = replace(recipe, model=replace(recipe.model, grids=((1, 1),)), steps=1)
+    checkpoint = train(limited, report=lambda line: None)
+    assert main(["merge", str(checkpoint), str(tmp_path / "merged")]) == 0
+    picture = Image.new("RGB", (64, 64), "red")
+    found = [Cafe.load(path).embed([picture]) for path in (checkpoint, tmp_path / "merged")]
+    np.testing.assert_allclose(found[0], found[1], atol=1e-5)
+    config = json.loads((tmp_path / "merged" / "config.json").read_text())
+    assert config["image_grid_pinpoints"] == [[32, 32]]
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "keep.txt").touch()
+    for output, sentence in (
+        (tmp_path / "home", "no checkpoint of cafe"),
+        (checkpoint, "take the place of the adapter"),
+    ):
+        assert main(["merge", str(checkpoint), str(output)]) == 1
+        assert sentence in capsys.readouterr().err
+    assert (tmp_path / "home" / "keep.txt").exists() and (checkpoint / "adapter_config.json").exists()
+
+
+@pytest.fixture(scope="module")
+def even_base(random_base, tmp_path_factory):
+    """A base whose text has multiples of 64 everywhere, as bitsandbytes wants on CPUs with AVX-512 for bfloat16."""
+    base = Cafe.load(random_base)
+    text = base.lvlm.config.text_config
+    text.hidden_size, text.intermediate_size, text.num_key_value_heads = 128, 512, text.num_attention_heads
+    lvlm = AutoModelForImageTextToText.from_config(base.lvlm.config)
+    directory = tmp_path_factory.mktemp("base") / "even"
+    replace(base, lvlm=lvlm).save(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("precision", "weights"), [("bf16", "bf16"), ("bf16", "4bit"), ("fp16", "fp16"), ("fp16", "4bit")]
+)
+def test_frozen_weights_may_be_held_in_fewer_bits_and_the_adapter_stays_in_float32(
+    recipe, even_base, precision, weights
+):
+    half = replace(recipe.model, base=str(even_base), precision=precision, frozen_weights=weights)
+    checkpoint = train(replace(recipe, model=half, steps=1, batch_size=2), report=lambda line: None)
+    weights_of = load_file(checkpoint / "adapter_model.safetensors")
+    assert weights_of and all(tensor.dtype == torch.float32 for tensor in weights_of.values())
+    vectors = Cafe.load(checkpoint, four_bit=weights == "4bit").embed(["a red circle"])
+    assert np.linalg.norm(vectors) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_four_bit_language_model_is_a_quarter_as_large_and_the_rest_is_as_it_was(random_base):
+    lvlm = Cafe.load(random_base, four_bit=True, dtype=torch.bfloat16).lvlm
+    kinds = {name: parameter.dtype for name, parameter in lvlm.named_parameters()}
+    assert {model_part(name, "llava_onevision") for name, kind in kinds.items() if kind == torch.uint8} == {
+        "language_model"
+    }
+    assert lvlm.lm_head.weight.dtype == torch.bfloat16
+    assert all(type(layer.self_attn.q_proj).__name__ == "Linear4bit" for layer in lvlm.model.language_model.layers)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (
+            {"language_model": ("q_prj",)},
+            "model.adapter.language_model: no linear layer is called 'q_prj'; there are .*q_proj",
+        ),
+        ({"language_model": None}, "names no layer"),
+    ],
+)
+def test_a_layer_that_is_not_there_is_one_sentence(random_base, change, sentence):
+    with pytest.raises(CafeError, match=sentence):
+        find_target_modules(Cafe.load(random_base).lvlm, LoraSettings(**change))
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"frozen_weights": "bf16"}, "goes with model.precision: bf16"),
+        ({"frozen_weights": "bf16", "precision": "fp16"}, "bf16 goes with model.precision: bf16"),
+        ({"frozen_weights": "4bit"}, "goes with model.precision: bf16 or fp16"),
+        ({"frozen_weights": "bf16", "precision": "bf16", "shard": True}, "goes without model.shard"),
+        ({"frozen_weights": "4bit", "precision": "bf16"}, "4bit needs model.adapter"),
+        ({"adapter": LoraSettings(), "frozen": ("projector",)}, "freezes every part itself"),
+    ],
+)
+def test_what_does_not_go_together_is_one_sentence(fields, sentence):
+    with pytest.raises(CafeError, match=sentence):
+        ModelConfig(base="scenes", **fields)
+
+
+def test_a_package_that_is_not_there_is_named(random_base, tmp_path, monkeypatch, capsys):
+    model = Cafe.load(random_base)
+    add_adapter(model.lvlm, LoraSettings(rank=2))
+    with pytest.raises(CafeError, match="has an adapter already"):
+        add_adapter(model.lvlm, LoraSettings(rank=2))
+    model.save(tmp_path / "adapter")
+    model = Cafe.load(random_base)
+    monkeypatch.setattr("cafe.lvlm.adapters.find_spec", lambda name: None)
+    monkeypatch.setattr("cafe.lvlm.families.find_spec", lambda name: None)
+    for act in (lambda: add_adapter(model.lvlm, LoraSettings()), lambda: Cafe.load(tmp_path / "adapter")):
+        with pytest.raises(CafeError, match="needs the package peft"):
+            act()
+    with pytest.raises(CafeError, match="need the package bitsandbytes"):
+        Cafe.load(random_base, four_bit=True)
+    assert main(["merge", str(random_base), str(tmp_path / "merged")]) == 1
+    assert "has no adapter to merge" in capsys.readouterr().err

@@ -1,0 +1,284 @@
+"""Every family: what is packed, shared, embedded and said, against plain transformers on the family's own inputs."""
+
+import re
+
+import families
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from model_samples import CONTENTS, PREFIX_LMS, SMALL, TALL, WIDE, Listed, chat, examples, gradient, make, plain_losses
+from PIL import Image
+from transformers import ProcessorMixin
+
+from cafe.attention.tree import attention_mask
+from cafe.content import Content, Example, Pair
+from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize, encode_example
+from cafe.data.fast_images import with_fast_images
+from cafe.errors import CafeError
+from cafe.images.decoding import decode_image
+from cafe.lvlm.families import FAMILIES, find_vision_tower, model_part, supports_prefix_sharing
+from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing
+from cafe.lvlm.processing import ChatProcessor
+from cafe.lvlm.prompts import Message, Prompts, dialogue_messages, embedding_messages
+from cafe.model import Cafe
+from cafe.packing import build_layout, pack
+from cafe.training.recipe import ObjectiveConfig
+from cafe.training.step import JointStep
+
+# Sliding windows, linear attention, or both ways.
+READ_ONE_BY_ONE = {"gemma3", "gemma4", "paligemma", "paligemma2", "qwen3_5", "aya_vision"}
+EMPTY = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Threads that wait for each other cost far more than these matrices."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+every_family = pytest.mark.parametrize("family", families.FAMILIES)
+
+
+def own_inputs(model: Cafe, messages: list[Message], content: Content, over: bool = True) -> dict[str, torch.Tensor]:
+    """What the family's processor makes of a chat that is over, or waits for an answer."""
+    processor, images = model.processing.processor, [decode_image(ref) for ref in content.images]
+    if model.lvlm.config.model_type == "paligemma":
+        return own_prefix_and_suffix(processor, messages, images)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not over)
+    shown = {"images": [images]} if images else {}
+    return dict(
+        processor(text=[text.rstrip() if over else text], return_tensors="pt", add_special_tokens=False, **shown)
+    )
+
+
+def own_prefix_and_suffix(
+    processor: ProcessorMixin, messages: list[Message], images: list[Image.Image]
+) -> dict[str, torch.Tensor]:
+    """The same of a family without chats: its processor takes what is asked and what is to be said."""
+    said = ["".join(part.get("text", "") for part in message["content"]) for message in messages]
+    prompt, *answers = [words for words, message in zip(said, messages, strict=True) if message["role"] != "system"]
+    suffix = "".join(words + ("\n" if index % 2 else "<eos>") for index, words in enumerate(answers))
+    given = {"suffix": [suffix.removesuffix("<eos>")]} if answers else {}
+    shown = images or [SMALL]  # it insists on a picture
+    inputs = dict(processor(text=["<image>" * len(shown) + prompt], images=[shown], return_tensors="pt", **given))
+    if not images:
+        del inputs["pixel_values"]
+        inputs = {name: tokens[:, processor.image_seq_length :] for name, tokens in inputs.items()}
+    del inputs["labels"]
+    return inputs
+
+
+def own_embedding_inputs(model: Cafe, content: Content) -> dict[str, torch.Tensor]:
+    inputs = own_inputs(model, [*embedding_messages(content, model.processing.prompts), EMPTY], content)
+    if model.lvlm.config.model_type == "paligemma":
+        inputs["token_type_ids"].zero_()  # all of an embedding's prompt is read both ways
+    return inputs
+
+
+@torch.no_grad()
+def plain_hidden(model: Cafe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return model.lvlm.base_model(**inputs).last_hidden_state[0]
+
+
+@every_family
+@pytest.mark.parametrize("kind", CONTENTS)
+def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
+    model = make(family)
+    assert model.packing.share == (family not in READ_ONE_BY_ONE)
+    warned = [record for record in caplog.records if record.name == "cafe.lvlm.forward"]
+    assert len(warned) == (family in READ_ONE_BY_ONE)
+
+    content, other, text = Content.of(CONTENTS[kind]), Content.of([TALL, "it"]), Content.of("a blue square")
+    dialogue = chat(Content((*content.parts, " What is it?")), "a red circle")
+    examples = [Example(Pair(content, text, (other,)), dialogue), Example(Pair(text, other))]
+    encoded = [encode_example(example, model.processing) for example in examples]
+    groups = [[one.query, one.target, *one.negatives, *([one.dialogue] if one.dialogue else [])] for one in encoded]
+    expected = [own_embedding_inputs(model, one) for one in (content, text, other)]
+    expected.append(own_inputs(model, dialogue_messages(dialogue, model.processing.prompts), dialogue.turns[0].content))
+    expected += [own_embedding_inputs(model, one) for one in (text, other)]
+
+    packed, layout = pack(groups, [[], []], model.packing), build_layout(groups, model.packing)
+    inputs = dict(packed.inputs)
+    if packed.end is not None:
+        inputs["attention_mask"] = attention_mask(packed.end, model.lvlm.config.get_text_config())
+        assert packed.filled < sum(len(branch) for group in groups for branch in group)
+    with torch.no_grad():
+        hidden = model.lvlm.base_model(**inputs).last_hidden_state
+    for branch, place, own in zip([b for group in groups for b in group], layout.places, expected, strict=True):
+        length = own["input_ids"].shape[1]
+        extra = [] if length == len(branch) else [model.processing.tokenizer.eos_token_id]  # see LLAVA_TEMPLATE
+        assert branch.input_ids.tolist() == [*own["input_ids"][0].tolist(), *extra]
+        found = hidden[place[:length, 0], place[:length, 1]]
+        torch.testing.assert_close(found, plain_hidden(model, own), atol=1e-4, rtol=1e-4)
+
+
+@every_family
+def test_a_trial_finds_by_itself_which_families_share(family, monkeypatch):
+    model = make(family)
+    monkeypatch.setattr(
+        "cafe.lvlm.forward.supports_prefix_sharing", lambda lvlm: None
+    )  # as of a family that nobody knows
+    assert infer_packing(model.lvlm, model.processing).share == (family not in READ_ONE_BY_ONE)
+
+
+@every_family
+def test_a_dialogue_has_the_templates_tokens_and_its_prompts_are_those_in_use(family):
+    model = make(family)
+    processing = model.processing
+    dialogue = chat(Content.of([SMALL, "What is it?"]), "a circle", "What color?", "red")
+    messages, pictures = dialogue_messages(dialogue, processing.prompts), processing.pictures([SMALL])
+    branch = processing.encode_dialogue(messages, pictures)
+    own = own_inputs(model, messages, Content.of(SMALL))["input_ids"][0]
+    # Two templates cannot say it all: LLaVA's ends no turn, and Qwen 3.5's hides past thoughts.
+    found, expected = (
+        re.sub("</s>|</?think>\n*", "", processing.tokenizer.decode(ids)) for ids in (branch.input_ids, own)
+    )
+    assert found == expected
+    said = processing.tokenizer.decode(branch.input_ids[branch.supervised], skip_special_tokens=True)
+    assert re.sub("</think>|<turn.>|<end_of_turn>|\\s", "", said) == "acirclered"
+    prompt = processing.encode_prompt(messages[:2], pictures).input_ids
+    assert torch.equal(branch.input_ids[: len(prompt)], prompt)
+    assert not branch.supervised[: len(prompt)].any() and branch.supervised[len(prompt)]
+
+
+@every_family
+def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family):
+    model = make(family)
+    model.lvlm.double()
+    objective = ObjectiveConfig(lm_weight=0.7, contrastive_weight=1.3, temperature=0.1)
+    lm, contrastive = plain_losses(model, objective)
+    (0.7 * lm + 1.3 * contrastive).backward()
+    expected = gradient(model)
+    assert expected.norm() > 0
+    for size in (MicroBatchSize(), MicroBatchSize(tokens=400)):
+        model.lvlm.zero_grad()
+        batch = ContrastiveBatchDataset(
+            [Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size
+        )[0]
+        assert not batch.bad and (len(batch.micro_batches) > 1) == (size.tokens is not None)
+        losses = JointStep(model.lvlm, objective).double()(batch)
+        assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-5)
+        assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
+        assert (gradient(model) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@every_family
+def test_embeddings_and_answers_are_the_plain_ones(family):
+    model = make(family)
+    contents = [Content.of(content) for content in CONTENTS.values()]
+    expected = torch.stack([plain_hidden(model, own_embedding_inputs(model, content))[-1] for content in contents])
+    vectors = model.embed(contents)
+    np.testing.assert_allclose(vectors, F.normalize(expected, dim=-1).numpy(), atol=1e-5)
+
+    prompt = "What is it?"
+    messages = dialogue_messages(chat(Content.of([WIDE, prompt])), model.processing.prompts)
+    inputs = own_inputs(model, messages, Content.of(WIDE), over=False)
+    output = model.lvlm.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    answer = model.processing.tokenizer.decode(output, skip_special_tokens=True).strip()
+    assert model.generate(WIDE, prompt, max_new_tokens=6) == answer
+    longer = Content.of([SMALL, TALL, "Which one of the two, at some length?"])
+    batch = [longer, Content.of([WIDE, prompt]), Content.of("Hello?")]
+    assert model.generate_batch(batch, max_new_tokens=6)[1] == answer
+
+    vector, said = model.embed_and_generate(WIDE, prompt, max_new_tokens=6)
+    np.testing.assert_allclose(vector, model.embed([WIDE])[0], atol=1e-5)
+    assert said == answer
+    looks = []
+    with find_vision_tower(model.lvlm).register_forward_hook(lambda *_: looks.append(1)):
+        vectors, answers = model.describe([TALL, WIDE], prompt, max_new_tokens=6)
+    assert len(looks) == 1 + (family in PREFIX_LMS)  # at all pictures, once, or with each prompt
+    np.testing.assert_allclose(vectors, model.embed([TALL, WIDE]), atol=1e-5)
+    assert answers == [model.generate(picture, prompt, max_new_tokens=6) for picture in (TALL, WIDE)]
+
+
+@every_family
+def test_answers_scored_in_one_pass_have_the_likelihood_of_transformers_own_logits(family):
+    model = make(family)
+    asked = [Content.of([WIDE, "What is it?"]), Content.of("a question"), Content.of([SMALL, TALL, "Which one?"])]
+    said = [["a red circle", "two", "a red circle and more"], ["yes", "no"], ["the first"]]
+    scores = model.score_batch(asked, said, batch_size=2)
+    for content, answers, found in zip(asked, said, scores, strict=True):
+        for answer, score in zip(answers, found, strict=True):
+            row = model.encode_dialogue(chat(content, answer))
+            inputs = model._inputs([row])
+            with torch.inference_mode():
+                logits = model.lvlm(**inputs).logits[0, :-1].double().log_softmax(-1)
+            wanted = row.supervised[1:].nonzero()[:, 0]
+            expected = logits[wanted, row.input_ids[1:][wanted]].sum().item()
+            assert score == pytest.approx(expected, abs=1e-3, rel=1e-4)
+            assert model.score(content, answer) == pytest.approx(score, abs=1e-3, rel=1e-4)
+
+
+@every_family
+def test_a_saved_checkpoint_loads_and_embeds_the_same(family, tmp_path):
+    model = make(family)
+    model.save(tmp_path / "saved")
+    again = Cafe.load(tmp_path / "saved")
+    assert type(again.lvlm) is type(model.lvlm) and again.packing.share == model.packing.share
+    contents = list(CONTENTS.values())
+    np.testing.assert_array_equal(again.embed(contents), model.embed(contents))
+
+
+@pytest.mark.parametrize("family", sorted(set(families.FAMILIES) & set(FAMILIES)))
+def test_a_family_of_the_table_has_every_part(family):
+    model = make(family)
+    parts = {model_part(name, family) for name, _ in model.lvlm.named_parameters()}
+    assert parts == {"vision_tower", "projector", "language_model"}
+
+
+def test_a_sliding_window_or_another_attention_keeps_branches_apart():
+    lvlm = families.llava_next().lvlm
+    text = lvlm.config.get_text_config()
+    assert supports_prefix_sharing(lvlm)
+    text.sliding_window = 64
+    assert supports_prefix_sharing(lvlm) is False
+    text.sliding_window = None
+    text._attn_implementation = "flash_attention_2"
+    assert supports_prefix_sharing(lvlm) is False
+
+
+@pytest.mark.parametrize("family", PREFIX_LMS)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_prefix_lms_answers_have_the_loss_that_transformers_takes_of_its_processors_suffix(family, training):
+    model = make(family)
+    model.lvlm.train(training)
+    for content, answer in (([WIDE, "What is it?"], "a red circle"), ([SMALL, TALL, "Which one?"], "the first")):
+        [*images, prompt] = content
+        own = model.processing.processor(
+            text=["<image>" * len(images) + prompt], images=[images], suffix=[answer], return_tensors="pt"
+        )
+        packed = pack([[]], [[model.encode_dialogue(chat(Content.of(content), answer))]], model.packing)
+        assert torch.equal(packed.inputs["input_ids"], own["input_ids"])
+        assert torch.equal(packed.labels, own["labels"][own["labels"] >= 0])
+        with torch.no_grad():
+            loss = F.cross_entropy(compute_logits(model.lvlm, forward_packed(model.lvlm, packed)[1]), packed.labels)
+            torch.testing.assert_close(loss, model.lvlm(**own).loss, atol=1e-5, rtol=1e-5)
+
+
+def test_an_attention_without_masks_would_read_a_prefix_lms_prompts_otherwise_and_is_refused():
+    model = make("paligemma")
+    model.lvlm.config.get_text_config()._attn_implementation = "flash_attention_2"
+    with pytest.raises(CafeError, match="reads prompts both ways, and flash_attention_2 takes no mask"):
+        infer_packing(model.lvlm, model.processing)
+
+
+def test_a_template_that_shows_no_picture_is_refused():
+    processor = families.llava().processing.processor
+    for template in (None, "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"):
+        processor.chat_template = template
+        with pytest.raises(CafeError, match="LlavaProcessor has no chat template that shows pictures"):
+            ChatProcessor(processor, Prompts())
+    ChatProcessor(processor, Prompts(chat_template="chatml"))
+
+
+@pytest.mark.parametrize("size", [(1, 300), (300, 1)])
+def test_a_picture_that_a_family_refuses_is_a_bad_record(size):
+    processing = make("qwen2_vl").processing
+    example = Example(Pair(Content.of(Image.new("RGB", size)), Content.of("a line")), None, "record 3")
+    for way in (processing, with_fast_images(processing)[0]):
+        with pytest.raises(CafeError, match=f"record 3: The .* takes no picture of {size[0]} x {size[1]} pixels"):
+            encode_example(example, way)

@@ -1,0 +1,187 @@
+"""Prompts, token sequences and supervised positions, held against the published frame."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cafe.content import Content, Dialogue, ImageRef, Turn
+from cafe.errors import CafeError
+from cafe.images.decoding import decode_image
+from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.prompts import Prompts, dialogue_messages, embedding_messages
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+PICTURE = Image.new("RGB", (64, 64), "red")
+
+
+@pytest.fixture(scope="module")
+def processing(random_base):
+    return ChatProcessor(load_processor(str(random_base)), Prompts(chat_template="chatml"))
+
+
+def decode(processing, encoded):
+    return processing.tokenizer.decode(encoded.input_ids)
+
+
+def test_an_images_embedding_prompt_is_the_published_one(processing):
+    messages = embedding_messages(Content.of(PICTURE), processing.prompts)
+    encoded = processing.encode_embedding(messages, processing.pictures([PICTURE]))
+    image = "<image>" * len(processing.pictures([PICTURE]).runs[0])
+    instruction = "\nCompress this image in one word:"
+    assert decode(processing, encoded) == (
+        f"{SYSTEM}<|im_start|>user\n{image}{instruction}<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
+    )
+
+
+def test_a_texts_embedding_prompt_is_the_published_one(processing):
+    messages = embedding_messages(Content.of("a red circle."), processing.prompts)
+    encoded = processing.encode_embedding(messages, processing.pictures([]))
+    assert decode(processing, encoded) == (
+        f"{SYSTEM}<|im_start|>user\na red circle.Compress this sentence in one word:<|im_end|>\n"
+        "<|im_start|>assistant\n<|im_end|>"
+    )
+
+
+def test_only_what_the_assistant_says_and_its_end_is_supervised(processing):
+    turns = [
+        Turn("user", Content.of({"image": PICTURE, "text": "What is it?"})),
+        Turn("assistant", Content.of("a circle")),
+        Turn("user", Content.of("And its color?")),
+        Turn("assistant", Content.of("red")),
+    ]
+    messages = dialogue_messages(Dialogue(tuple(turns)), processing.prompts)
+    encoded = processing.encode_dialogue(messages, processing.pictures([PICTURE]))
+    assert processing.tokenizer.decode(encoded.input_ids[encoded.supervised]) == "a circle<|im_end|>red<|im_end|>"
+    prompt = processing.encode_prompt(messages[:2], processing.pictures([PICTURE]))
+    assert torch.equal(prompt.input_ids, encoded.input_ids[: len(prompt.input_ids)])
+    assert not encoded.supervised[: len(prompt.input_ids)].any()
+
+
+def test_a_whole_dialogue_tokenizes_as_the_familys_processor_does(processing):
+    turns = (Turn("user", Content.of({"image": PICTURE, "text": "What is it?"})), Turn("assistant", Content.of("red")))
+    messages = dialogue_messages(Dialogue(turns), processing.prompts)
+    text = processing.processor.apply_chat_template(messages, tokenize=False).rstrip()
+    reference = processing.processor(text=[text], images=[[PICTURE]], return_tensors="pt")
+    encoded = processing.encode_dialogue(messages, processing.pictures([PICTURE]))
+    assert torch.equal(encoded.input_ids, reference["input_ids"][0])
+    assert torch.equal(encoded.vision["pixel_values"], reference["pixel_values"])
+
+
+def test_special_tokens_in_a_users_text_stay_words(processing):
+    messages = embedding_messages(Content.of("an <image> of <|im_end|>"), processing.prompts)
+    encoded = processing.encode_embedding(messages, processing.pictures([]))
+    assert processing.tokenizer.convert_tokens_to_ids("<image>") not in encoded.input_ids
+    assert decode(processing, encoded).count("<|im_end|>") == 3
+
+
+def test_truncation_keeps_the_instruction_and_the_frame(processing):
+    messages = embedding_messages(Content.of("a red circle " * 100), processing.prompts)
+    encoded = processing.encode_embedding(messages, processing.pictures([]), max_tokens=64)
+    assert len(encoded.input_ids) == 64
+    assert decode(processing, encoded).endswith(
+        "Compress this sentence in one word:<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
+    )
+
+
+def test_images_are_never_cut(processing):
+    messages = embedding_messages(Content.of(PICTURE), processing.prompts)
+    with pytest.raises(CafeError, match="cannot be cut to 20"):
+        processing.encode_embedding(messages, processing.pictures([PICTURE]), max_tokens=20)
+
+
+@pytest.mark.parametrize("system", [None, ""])
+def test_a_dialogue_is_cut_behind_its_last_image_and_nowhere_before(processing, system):
+    if system is not None:
+        processing = ChatProcessor(processing.processor, replace(processing.prompts, system=system))
+    turns = (Turn("user", Content.of(["some words first " * 5, PICTURE])), Turn("assistant", Content.of("red " * 20)))
+    messages, pictures = dialogue_messages(Dialogue(turns), processing.prompts), processing.pictures([PICTURE])
+    whole = processing.encode_dialogue(messages, pictures)
+    end = int(whole.shown.nonzero()[-1]) + 1
+    assert end < len(whole.input_ids)
+    cut = processing.encode_dialogue(messages, pictures, max_tokens=end)
+    assert torch.equal(cut.input_ids, whole.input_ids[:end])
+    with pytest.raises(CafeError, match=f"ends at token {end}, and {end - 1} are read"):
+        processing.encode_dialogue(messages, pictures, max_tokens=end - 1)
+
+
+def test_saved_processor_files_are_the_familys_standard_ones(processing, tmp_path):
+    processing.save(tmp_path)
+    assert "LlavaOnevisionProcessor" in (tmp_path / "processor_config.json").read_text()
+    again = ChatProcessor(load_processor_from(tmp_path, processing), Prompts(chat_template="chatml"))
+    messages = embedding_messages(Content.of("a red circle."), processing.prompts)
+    assert torch.equal(
+        again.encode_embedding(messages, again.pictures([])).input_ids,
+        processing.encode_embedding(messages, processing.pictures([])).input_ids,
+    )
+
+
+def load_processor_from(directory, processing):
+    """The processor alone; a checkpoint would hold the model's configuration beside it."""
+    return type(processing.processor).from_pretrained(directory)
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Something like a photograph: shades, fine texture and hard edges."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    waves = [np.cos(y / height * turns) for turns in (3, 5, 7)]
+    shade = 128 + 60 * np.sin(x / width * 5)[..., None] + 40 * np.stack(waves, axis=-1)
+    pixels = shade + rng.normal(0, 12, (height, width, 3))
+    pixels[((x // (width // 9)) % 3 == 0) & ((y // (height // 7)) % 2 == 0)] -= 70
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+
+
+def test_a_large_jpeg_decoded_small_shows_the_model_the_same_to_a_few_levels_of_255(processing):
+    out = io.BytesIO()
+    photo(1000, 800).save(out, "JPEG", quality=92)
+    ref = ImageRef(out.getvalue())
+    [small] = processing.decode([ref])
+    assert small.size == (250, 200)  # a quarter: an eighth would not be enough
+    whole, drafted = (processing.pictures([image]).vision["pixel_values"] for image in (decode_image(ref), small))
+    difference = (whole - drafted).abs() * 0.5 * 255  # the processor divided by a deviation of 0.5
+    assert difference.mean() < 1 and difference.max() <= 8, (difference.mean(), difference.max())
+
+
+def test_what_is_not_much_too_large_is_decoded_as_it_is(processing):
+    data, sizes = [], []
+    for kind, size in (("JPEG", (200, 2000)), ("JPEG", (2001, 1999)), ("PNG", (1000, 1000))):
+        out = io.BytesIO()
+        Image.new("RGB", size).save(out, kind)
+        data.append(ImageRef(out.getvalue()))
+        sizes.append(size)
+    assert [image.size for image in processing.decode(data)] == sizes  # odd sides would not keep the shape
+
+
+def test_in_multimodal_mode_the_content_is_the_users_turn_and_only_it_is_cut(processing):
+    processing = ChatProcessor(processing.processor, replace(processing.prompts, mode="multimodal"))
+    content = Content.of([PICTURE, "Find the same color: " + "a red circle " * 50])
+    pictures = processing.pictures([PICTURE])
+    whole = processing.encode_embedding(embedding_messages(content, processing.prompts), pictures)
+    image = "<image>" * len(pictures.runs[0])
+    assert decode(processing, whole) == (
+        f"{SYSTEM}<|im_start|>user\n{image}\n{content.text}<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
+    )
+    cut = processing.encode_embedding(embedding_messages(content, processing.prompts), pictures, max_tokens=150)
+    assert len(cut) == 150
+    end = processing.tokenizer("<|im_end|>\n<|im_start|>assistant\n<|im_end|>")["input_ids"]
+    assert cut.input_ids[-len(end) :].tolist() == end
+    kept = 150 - len(end)
+    assert torch.equal(cut.input_ids[:kept], whole.input_ids[:kept])
+    alone = Content.of(PICTURE)
+    with pytest.raises(CafeError, match="cannot be cut to 20"):
+        processing.encode_embedding(embedding_messages(alone, processing.prompts), pictures, max_tokens=20)
+
+
+def test_half_of_a_character_is_named_wherever_it_stands(processing):
+    """As JSON may hold it: a tokenizer takes no such text."""
+    half = json.loads(r'"an emoji \ud83d"')
+    said = (Turn("user", Content.of("What?")), Turn("assistant", Content.of(half)))
+    with pytest.raises(CafeError, match=r"half of a character, '\\ud83d'"):
+        processing.encode_embedding(embedding_messages(Content.of(half), processing.prompts), processing.pictures([]))
+    with pytest.raises(CafeError, match=r"half of a character, '\\ud83d'"):
+        processing.encode_dialogue(dialogue_messages(Dialogue(said), processing.prompts), processing.pictures([]))

@@ -1,0 +1,60 @@
+"""Compiled layers give the gradient of uncompiled ones, under the gradient cache and with dropout; once is enough."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+import cafe.lvlm.forward
+from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.records import Source, open_source
+from cafe.model import Cafe
+from cafe.training.compile import compile_layers
+from cafe.training.recipe import ObjectiveConfig
+from cafe.training.step import JointStep
+
+
+def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes):
+    model = Cafe.load(random_base)
+    for layer in model.lvlm.model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.2
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    batches = ContrastiveBatchDataset(
+        [source], model.processing, 6, 0, packing=model.packing, size=MicroBatchSize(tokens=250)
+    )
+    step = JointStep(model.lvlm.train(), ObjectiveConfig())
+
+    def follow(number):
+        torch.manual_seed(number)
+        model.lvlm.zero_grad()
+        losses = step(batches[number], measure=number == 1)
+        gradient = torch.cat([p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None])
+        return losses.lm.item(), losses.contrastive.item(), gradient
+
+    assert len(batches[0].micro_batches) > 1
+    expected = [follow(number) for number in range(2)]
+    compile_layers(model.lvlm)
+    compiled = ["forward" in vars(layer) for layer in model.lvlm.model.language_model.layers]
+    assert all(compiled[:-1]) and not compiled[-1]
+    for number, (lm, contrastive, gradient) in enumerate(expected):
+        found = follow(number)
+        assert found[:2] == pytest.approx((lm, contrastive), rel=1e-5)
+        assert (found[2] - gradient).norm() <= 1e-5 * gradient.norm()
+
+
+def test_rows_that_are_read_by_blocks_are_compiled_once(random_base, scenes, monkeypatch):
+    monkeypatch.setattr(cafe.reading, "LONG", 1)
+    eager = partial(torch.compile, backend="eager")  # traces alike, and makes no kernels
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic, options: eager(forward, dynamic=dynamic))
+    torch.compiler.reset()
+    model = Cafe.load(random_base)
+    source = open_source(Source(path=str(scenes / "llava_train.json")))
+    batches = ContrastiveBatchDataset([source], model.processing, 3, 0, packing=model.packing)
+    step = JointStep(model.lvlm.train(), ObjectiveConfig())
+    compile_layers(model.lvlm)
+    graphs = []
+    for number in range(4):  # the third is read by more paths, or fewer, than any before
+        step(batches[number])
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[1] == graphs[-1] > 0

@@ -1,0 +1,22 @@
+"""What is written aside appears whole under its name, over whatever had the name before."""
+
+from cafe.utils.atomic import atomic_write_text, commit, staging_path
+
+
+def test_a_directory_takes_the_place_of_another_whole(tmp_path):
+    path = tmp_path / "checkpoint"
+    (path / "gone").mkdir(parents=True)
+    (path / "weights").write_text("old")
+    staging_path(path).mkdir()
+    (staging_path(path) / "weights").write_text("new")
+    assert (path / "weights").read_text() == "old"
+    commit(staging_path(path), path)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint"]
+    assert [file.name for file in path.iterdir()] == ["weights"]
+    assert (path / "weights").read_text() == "new"
+
+
+def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
+    atomic_write_text(tmp_path / "results.json", "one")
+    atomic_write_text(tmp_path / "results.json", "two")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.json", "two")]

@@ -1,0 +1,43 @@
+"""Data is made ahead by forks, also where Python would start its processes anew."""
+
+import multiprocessing
+from collections.abc import Iterator
+
+import pytest
+from torch.utils.data import Dataset
+
+from cafe.data.inspection import inspect
+from cafe.data.records import Source, open_source
+from cafe.mining.hard_negatives import Examples, MiningConfig, embed_pairs, filter_by_judge
+from cafe.model import Cafe
+from cafe.scenes.base import train_base
+from cafe.utils.dataloader import make_loader
+
+
+@pytest.fixture(autouse=True)
+def forkserver() -> Iterator[None]:
+    """Python 3.14's way on Linux."""
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("forkserver", force=True)
+    yield
+    multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_items_come_in_the_order_of_their_places_from_what_cannot_be_pickled(workers):
+    class Squares(Dataset[int]):
+        def __getitem__(self, place: int) -> int:
+            return place**2
+
+    assert list(make_loader(Squares(), [3, 1, 2], workers)) == [9, 1, 4]
+
+
+def test_checking_mining_and_the_base_model_have_workers(random_base, scenes, tmp_path):
+    model = Cafe.load(random_base)
+    records = open_source(Source(path=str(scenes / "llava_train.json")))
+    [found] = inspect([records], model.processing, sample=2, workers=1)
+    assert len(found.looks) == 2
+    examples, mining = Examples([records], 0), MiningConfig(workers=1)
+    embedded = embed_pairs(model, examples, [(0, 0), (0, 1)], mining)
+    assert list(map(len, filter_by_judge(model, examples, embedded, [[1], [0]], mining, threshold=1.1))) == [1, 1]
+    train_base(tmp_path / "base", steps=1, batch=2, workers=1, report=lambda line: None)

@@ -1,0 +1,354 @@
+"""Real processes (gloo, on the CPU) take the same steps as one with the same global batches, sharded or not.
+
+Those under DeepSpeed run where it is installed.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import socket
+import traceback
+from collections.abc import Callable, Iterator
+from functools import cache
+from importlib.util import find_spec
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cafe.losses
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.records import Source, open_source
+from cafe.errors import CafeError
+from cafe.model import Cafe
+from cafe.training.loop import train
+from cafe.training.recipe import read_recipe
+from cafe.training.validation import BATCH
+
+STEPS, GLOBAL_BATCH = 2, 8
+OVERFLOW = ("objective.lm_weight=100", "objective.contrastive_weight=100")  # of float16, under the scale at first
+ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
+
+
+def under_zero(*values: object, stage: str) -> object:
+    """A test's values, and the launcher that asks for DeepSpeed."""
+    installed = pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed: see pyproject.toml")
+    return pytest.param(*values, ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}, marks=installed)
+
+
+def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
+    """One process of a run."""
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    try:
+        with said.with_suffix(".report").open("w") as report:
+            train(
+                read_recipe(recipe, overrides),
+                lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())},
+                report=lambda line: print(line, file=report),
+            )
+    except BaseException:
+        said.write_text(traceback.format_exc())
+        raise
+
+
+def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
+    """The same; the second process runs out of memory once, when it makes similarities for the so manieth time."""
+    make, turns = cafe.objectives._tiles, count(1)
+
+    def runs_out(*args: Any, **options: Any) -> Iterator[Any]:
+        if next(turns) == int(environment["SHORT_AT"]):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate similarities.")
+        return make(*args, **options)
+
+    if environment["RANK"] == "1":
+        cafe.objectives._tiles = runs_out
+    rank(recipe, overrides, environment, said)
+
+
+def with_other_weights(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
+    """The same; the second process finds another number in the base model's files."""
+    load = Cafe.load
+
+    def changed(*args: Any, **options: Any) -> Cafe:
+        model = load(*args, **options)
+        with torch.no_grad():
+            model.lvlm.get_input_embeddings().weight[5, 3] += 1e-4
+        return model
+
+    if environment["RANK"] == "1":
+        Cafe.load = changed
+    rank(recipe, overrides, environment, said)
+
+
+def run(
+    recipe: Path,
+    output: Path,
+    world: int,
+    *overrides: str,
+    killed_at: Path | None = None,
+    each: Callable[..., None] = rank,
+    **environment: str,
+) -> str:
+    """Trains in `world` processes, with their common batches of the same size; returns what the first to fail said.
+
+    All are killed as soon as there is something at `killed_at`. `each` is what a process does.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = [f"output={output}", f"batch_size={GLOBAL_BATCH // world}", *overrides]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
+    server = multiprocessing.get_context("forkserver")  # imports once for all of them
+    server.set_forkserver_preload(["cafe.training.loop"])
+    processes = []
+    for number in range(world):
+        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
+        there = {**(place | meeting if world > 1 else {}), **environment}
+        said = output.with_name(f"{output.name}-{number}.txt")
+        said.unlink(missing_ok=True)
+        processes.append((server.Process(target=each, args=(recipe, own, there, said)), said))
+        processes[-1][0].start()
+    for process, _ in processes:
+        while process.is_alive():
+            process.join(0.02)
+            failed = any(other.exitcode for other, _ in processes)  # the others would wait for it for ever
+            if failed or (killed_at and killed_at.exists()):
+                process.kill()
+    return "".join(said.read_text() for _, said in processes if said.exists())
+
+
+@pytest.fixture(scope="module")
+def recipe(random_base, scenes, tmp_path_factory):
+    """Two steps on sixteen records: in two processes the first has no picture at first, and the second none at last.
+
+    One record is bad and one has no negatives, so that the processes hold unequal numbers of both.
+    """
+    directory = tmp_path_factory.mktemp("recipe")
+    records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
+    data = directory / "data.json"
+    data.write_text(json.dumps(records))
+    processing = Cafe.load(random_base).processing
+    order = ContrastiveBatchDataset([open_source(Source(path=str(data)))], processing, GLOBAL_BATCH, 0).order(0).records
+    for record in records:
+        record["negative_scores"] = [0.1 * (number % 4) for number, _ in enumerate(record["negatives"])]
+    for place in (*order[:4], *order[12:14]):
+        say_alone(records[place])
+    records[order[5]]["image"] = "missing.png"
+    records[order[6]] |= {"negatives": [], "negative_scores": []}
+    data.write_text(json.dumps(records))
+    file = directory / "recipe.yaml"
+    # Large epsilon: AdamW's first steps would make a sign of every rounding error.
+    file.write_text(f"""
+output: nowhere
+model: {{base: {random_base}}}
+data: {{workers: 0, sources: [{{path: {data}, images: {scenes}}}]}}
+optimizer: {{learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warm_up: 0.0, clip: 0.5}}
+objective: {{learn_temperature: true, hardness: 1.0, margin: 0.3, matryoshka: [32]}}
+evaluation: {{every: 1, data: {scenes}}}
+steps: {STEPS}
+log_every: 1
+""")
+    return file
+
+
+def changed(
+    scenes: Path, random_base: Path, data: Path, which: slice, change: Callable[[dict[str, Any]], object]
+) -> str:
+    """A source, as an override wants it, in which some records, by their turn in a run, are others."""
+    records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
+    data.write_text(json.dumps(records))
+    processing = Cafe.load(random_base).processing
+    for place in (
+        ContrastiveBatchDataset([open_source(Source(path=str(data)))], processing, GLOBAL_BATCH, 0)
+        .order(0)
+        .records[which]
+    ):
+        change(records[place])
+    data.write_text(json.dumps(records))
+    return f"[{{path: {data}, images: {scenes}}}]"
+
+
+def lose_picture(record: dict[str, Any]) -> None:
+    """Makes it a bad one."""
+    record["image"] = "missing.png"
+
+
+def say_alone(record: dict[str, Any]) -> None:
+    """Leaves of it what is said."""
+    record.pop("image")
+    for turn in record["conversations"]:
+        turn["value"] = turn["value"].replace("<image>", "").strip()
+
+
+def results(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    """The weights and the log."""
+    log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+    return load_file(output / "checkpoint" / "model.safetensors"), log
+
+
+@pytest.fixture(scope="module")
+def alone(recipe, tmp_path_factory):
+    """What one process makes of the recipe with some overrides; each is trained once."""
+
+    @cache
+    def of(*overrides: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+        output = tmp_path_factory.mktemp("alone") / "run"
+        assert not run(recipe, output, 1, *overrides)
+        return results(output)
+
+    return of
+
+
+@pytest.mark.parametrize(
+    ("world", "overrides", "launcher"),
+    [
+        (2, ("micro_batch.tokens=500",), {}),
+        (2, (), {"ACCELERATE_USE_CPU": "false", "CUDA_VISIBLE_DEVICES": ""}),  # as torchrun does without a GPU
+        (4, ("micro_batch.tokens=250",), {}),
+        (2, ("model.shard=true",), {}),
+        (2, ("micro_batch.tokens=500",), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
+        (2, ("model.shard=true", "micro_batch.tokens=500", "model.gradient_checkpointing=true"), {}),
+        (2, ("model.shard=true", "micro_batch.tokens=500", "model.frozen=[vision_tower]"), {}),
+        (2, ("model.shard=true", "micro_batch.tokens=500", "model.compile=true"), {}),
+        (2, ("model.shard=true", "micro_batch.tokens=500", "model.precision=bf16"), {}),
+        (2, ("model.shard=true", "micro_batch.tokens=500", "model.precision=fp16", *OVERFLOW), {}),
+        (2, ("model.shard=true", "model.share_prefixes=false", "optimizer.accumulate=2", "batch_size=2"), {}),
+        under_zero(2, ("micro_batch.tokens=500",), stage="1"),
+        under_zero(2, ("optimizer.accumulate=2", "batch_size=2"), stage="2"),
+        under_zero(4, ("micro_batch.tokens=250", "model.frozen=[vision_tower]"), stage="2"),
+        under_zero(2, ("model.precision=fp16", *OVERFLOW), stage="2"),
+    ],
+    ids=str,
+)
+def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp_path, world, overrides, launcher):
+    mine = [override for override in overrides if re.search("frozen|accumulate|precision|weight", override)]
+    one, its_log = alone(*mine, *(["batch_size=4"] if "batch_size=2" in overrides else []))
+    assert not run(recipe, tmp_path / "run", world, *overrides, **launcher)
+    several, log = results(tmp_path / "run")
+    start = load_file(random_base / "model.safetensors")
+    assert one.keys() == several.keys() == start.keys()
+    moved = torch.cat([(one[name] - start[name]).flatten() for name in one])
+    apart = torch.cat([(one[name] - several[name]).flatten() for name in one])
+    # What 16 bits hold, eight of which are bfloat16's digits and eleven float16's, is summed in another order.
+    fewer = {"model.precision=bf16": 5e-2, "model.precision=fp16": 1e-2}
+    close = max(fewer.get(override, 1e-5) for override in ("", *overrides))
+    assert len(its_log) == len(log) == 2 * STEPS
+    for record, other in zip(its_log, log, strict=True):
+        assert record.keys() == other.keys()
+        for name in record.keys() - {"seconds"}:
+            assert other[name] == pytest.approx(record[name], rel=close), (record["step"], name)
+    assert moved.norm() > 0 and apart.norm() <= close * moved.norm()
+
+
+def test_what_no_process_used_in_a_step_stays_where_it_is(alone, recipe, random_base, scenes, tmp_path):
+    texts = changed(scenes, random_base, tmp_path / "data.json", slice(GLOBAL_BATCH, None), say_alone)
+    source = f"data.sources={texts}", "optimizer.weight_decay=0.5"  # of the second step, in AdamW beside its momentum
+    one, _ = alone(*source)
+    assert not run(recipe, tmp_path / "run", 2, *source)
+    several, _ = results(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
+def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_base, scenes, tmp_path, overrides):
+    few, half = (
+        changed(scenes, random_base, tmp_path / f"{count}.json", slice(count), lose_picture)
+        for count in (GLOBAL_BATCH // 2, BATCH)
+    )
+    bad = f"data.sources={few}", f"evaluation.sources={half}", "evaluation.samples=0"
+    one, its_log = alone(*bad)
+    assert not run(recipe, tmp_path / "run", 2, *bad, *overrides)
+    assert (tmp_path / "run-0.report").read_text().endswith(" 4 of 16 records were bad.\n")
+    several, log = results(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
+    for record, other in zip(its_log, log, strict=True):
+        assert record.pop("samples", None) == other.pop("samples", None)
+        assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
+
+
+@pytest.mark.parametrize("turn", ["1", "5"], ids=["loss", "gradient"])
+def test_a_process_that_is_short_of_memory_over_the_contrast_waits_for_no_other(alone, recipe, tmp_path, turn):
+    one, its_log = alone()
+    assert not run(recipe, tmp_path / "run", 2, each=short_of_memory, SHORT_AT=turn)
+    assert "Memory ran out at step 1: again" in (tmp_path / "run-0.report").read_text()
+    several, log = results(tmp_path / "run")
+    for name in one:
+        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
+    for record, other in zip(its_log, log, strict=True):
+        assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
+def test_processes_that_loaded_different_weights_say_so(recipe, tmp_path, overrides):
+    said = run(recipe, tmp_path / "run", 2, *overrides, each=with_other_weights)
+    assert "CafeError: The processes loaded different weights, " in said and "embed_tokens.weight first" in said
+
+
+def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, recipe, random_base, tmp_path):
+    fixed = "objective.learn_temperature=false"
+    one, _ = alone(fixed, "objective.contrastive_weight=0.5")
+    assert not run(recipe, tmp_path / "run", 2, fixed, "objective.compat=published")
+    several, _ = results(tmp_path / "run")
+    other, _ = alone(fixed)
+    start = load_file(random_base / "model.safetensors")
+    apart, unscaled, moved = (
+        torch.cat([(one[name] - each[name]).flatten() for name in one]).norm() for each in (several, other, start)
+    )
+    assert apart <= 1e-5 * moved <= 1e-3 * unscaled
+
+
+@pytest.mark.parametrize(
+    ("overrides", "launcher"),
+    [
+        (("micro_batch.tokens=500",), {}),
+        (("model.shard=true", "model.adapter.rank=4", "model.adapter.dropout=0.1"), {}),
+        under_zero(("micro_batch.tokens=500",), stage="1"),
+        under_zero(("model.adapter.rank=4", "model.adapter.dropout=0.1"), stage="2"),
+    ],
+    ids=str,
+)
+def test_several_processes_killed_go_on_with_the_same_command(recipe, tmp_path, overrides, launcher):
+    broken, whole = tmp_path / "broken", tmp_path / "whole"
+    run(recipe, broken, 2, "save_every=1", *overrides, killed_at=broken / "state" / "step-000001", **launcher)
+    assert not (broken / "checkpoint").exists()
+    for output in (broken, whole):
+        assert not run(recipe, output, 2, "save_every=1", *overrides, **launcher)
+    logs = [(output / "log.jsonl").read_text().splitlines() for output in (broken, whole)]
+    assert [untimed(line) for line in logs[0]] == [untimed(line) for line in logs[1]] != []
+    weights = [next((output / "checkpoint").glob("*model.safetensors")).read_bytes() for output in (broken, whole)]
+    assert weights[0] == weights[1]
+
+
+def untimed(line: str) -> dict[str, float]:
+    """A record of the log without its seconds."""
+    return {name: value for name, value in json.loads(line).items() if name != "seconds"}
+
+
+@pytest.mark.parametrize(
+    ("launcher", "sentence"),
+    [
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which wants one loss and one backward pass a step"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO of stage 3: stages 1 and 2 are supported"),
+        (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "ZeRO of stage 2, offloaded: stages 1 and 2"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "version 1, which is not supported"),
+    ],
+    ids=str,
+)
+def test_a_launcher_that_would_be_wrong_is_refused(recipe, tmp_path, monkeypatch, launcher, sentence):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(CafeError, match=sentence):
+        train(read_recipe(recipe, [f"output={tmp_path / 'run'}"]))
+
+
+def test_a_batch_that_the_data_cannot_fill_in_every_process_is_one_sentence(random_base, scenes):
+    source, processing = open_source(Source(path=str(scenes / "llava_train.json"))), Cafe.load(random_base).processing
+    with pytest.raises(CafeError, match="holds 48 records, fewer than one batch of 64"):
+        ContrastiveBatchDataset([source], processing, 32, 0, world=2)
