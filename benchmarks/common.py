@@ -87,11 +87,11 @@ def tiny_cafe() -> Cafe:
     processor.image_processor.size = {"height": CROP, "width": CROP}
     processor.image_processor.image_grid_pinpoints = [[SIDE, SIDE]]
     processor.num_image_tokens = GRID * GRID
-    processing = ChatProcessor(processor, Prompts())
-    lvlm = tiny_llava(processing.image_token_id).eval()
+    chat_processor = ChatProcessor(processor, Prompts())
+    lvlm = tiny_llava(chat_processor.image_token_id).eval()
     lvlm.generation_config.eos_token_id = None  # random weights do not know when to stop
-    lvlm.generation_config.pad_token_id = processing.tokenizer.pad_token_id
-    return Cafe(lvlm, processing, infer_packing(lvlm, processing))
+    lvlm.generation_config.pad_token_id = chat_processor.tokenizer.pad_token_id
+    return Cafe(lvlm, chat_processor, infer_packing(lvlm, chat_processor))
 
 
 @dataclass(frozen=True)
@@ -145,12 +145,12 @@ def make_batch(sides: Sides, packing: PackingConfig, size: MicroBatchSize = NO_L
     return Batch(
         micro_batches,
         target_ids=torch.arange(pairs),
-        owners=torch.empty(0, dtype=torch.long),
-        scores=torch.empty(0),
+        negative_owner=torch.empty(0, dtype=torch.long),
+        negative_match_prob=torch.empty(0),
         negative_ids=torch.empty(0, dtype=torch.long),
-        supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
-        bad=[],
-        sources=[""] * pairs,
+        num_supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
+        bad_records=[],
+        record_names=[""] * pairs,
     )
 
 

@@ -38,7 +38,7 @@ def main() -> None:
         size = MicroBatchSize(tokens=chance.choice([None, 600, 1200]))
         if number % STRETCH == 1:
             meter.reset()
-        step(make_batch(sides, PackingConfig(columns=256), size))
+        step(make_batch(sides, PackingConfig(max_row_tokens=256), size))
         optimizer.step()
         optimizer.zero_grad()
         if number % STRETCH == 0:

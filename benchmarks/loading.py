@@ -52,9 +52,9 @@ def compare(width: int, height: int) -> float:
 
     with tempfile.TemporaryDirectory() as directory:
         source = open_source(Source(path=str(write(Path(directory), width, height))))
-        processing, normalization = with_fast_images(model.processing)
+        chat_processor, normalization = with_fast_images(model.chat_processor)
         packing = replace(model.packing, normalization=normalization)
-        batches = ContrastiveBatchDataset([source], processing, PAIRS, seed=0, packing=packing)
+        batches = ContrastiveBatchDataset([source], chat_processor, PAIRS, seed=0, packing=packing)
         held = [batches[number] for number in range(GROUP)]
 
         def from_files() -> float:

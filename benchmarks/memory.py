@@ -37,8 +37,10 @@ def measure(published: bool, pairs: int) -> float:
     model = tiny_llava()
     step = JointStep(model, ObjectiveConfig())
     small, sides = make_pairs(4), make_pairs(pairs)
-    warm = make_batch(small, PackingConfig(columns=512), MicroBatchSize(tokens=CHUNK_TOKENS))
-    batch = None if published else make_batch(sides, PackingConfig(columns=512), MicroBatchSize(tokens=CHUNK_TOKENS))
+    warm = make_batch(small, PackingConfig(max_row_tokens=512), MicroBatchSize(tokens=CHUNK_TOKENS))
+    batch = (
+        None if published else make_batch(sides, PackingConfig(max_row_tokens=512), MicroBatchSize(tokens=CHUNK_TOKENS))
+    )
     step(warm)
     gc.collect()
     with watched() as taken:

@@ -22,7 +22,7 @@ def main() -> None:
     model = tiny_llava()
     step = JointStep(model, ObjectiveConfig())
     sides: Sides = make_pairs(PAIRS)
-    packing = PackingConfig(columns=512)
+    packing = PackingConfig(max_row_tokens=512)
     whole = make_batch(sides, packing)
     cached = make_batch(sides, packing, MicroBatchSize(tokens=CHUNK_TOKENS))
 
@@ -64,10 +64,10 @@ def main() -> None:
     seconds_cached, cached_ratio = paired(lambda: ours(cached), b)
     _, cache_cost = paired(lambda: ours(whole), lambda: ours(cached))
     joint = cached.micro_batches[0].joint
-    padding = 1 - whole.micro_batches[0].joint.filled / whole.micro_batches[0].joint.inputs["input_ids"].numel()
+    padding = 1 - whole.micro_batches[0].joint.num_tokens / whole.micro_batches[0].joint.inputs["input_ids"].numel()
     print(
         f"{PAIRS} pairs: {PAIRS / seconds:.2f} pairs/s in one pass, {PAIRS / seconds_cached:.2f} pairs/s in "
-        f"{len(cached.micro_batches)} micro-batches of about {joint.filled} tokens"
+        f"{len(cached.micro_batches)} micro-batches of about {joint.num_tokens} tokens"
     )
     show(
         "The joint step",

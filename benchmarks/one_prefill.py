@@ -26,7 +26,7 @@ def main() -> None:
     prompts = [Content.of([image, CAPTION_PROMPT]) for image in images]
 
     def once() -> tuple[np.ndarray, list[str]]:
-        return model.describe(images, CAPTION_PROMPT, NEW_TOKENS)
+        return model.embed_and_generate_batch(images, CAPTION_PROMPT, NEW_TOKENS)
 
     def twice() -> tuple[np.ndarray, list[str]]:
         return model.embed(images), model.generate_batch(prompts, NEW_TOKENS)

@@ -7,7 +7,7 @@ arithmetic is left out, everything being float32. What is counted is what the ru
 python benchmarks/planned_memory.py [--recipe FILE] [--pairs 2] [--picture 384x384] [--caption 64] [--json FILE]
     [key=value ...]
 
-e.g. model.frozen=[vision_tower,projector], or micro_batch.tokens=1800 for the gradient cache.
+e.g. model.freeze=[vision_tower,projector], or micro_batch.tokens=1800 for the gradient cache.
 """
 
 import argparse
@@ -49,7 +49,11 @@ def make_pairs(lvlm: PreTrainedModel, pairs: int, data: TypicalSample) -> Sides:
     def words(length: int) -> Tensor:
         return torch.randint(1000, 100_000, (length,))
 
-    system, instruction, question = words(data.prompt), words(data.words), words(data.words)
+    system, instruction, question = (
+        words(data.prompt),
+        words(data.prompt_overhead_tokens),
+        words(data.prompt_overhead_tokens),
+    )
     sides = Sides([], [], [])
     for _ in range(pairs):
         vision = {
@@ -67,13 +71,13 @@ def make_pairs(lvlm: PreTrainedModel, pairs: int, data: TypicalSample) -> Sides:
 def two_steps(recipe: Recipe, data: TypicalSample, pairs: int, device: str) -> dict[str, float]:
     """Takes them; returns what the plan says of their memory, in bytes by what it is for."""
     torch.manual_seed(0)
-    dtype = torch.float32 if recipe.model.frozen_weights == "fp32" else torch.bfloat16
+    dtype = torch.float32 if recipe.model.frozen_weights_dtype == "fp32" else torch.bfloat16
     with torch.device(device):
         lvlm = AutoModelForImageTextToText.from_config(load_config(recipe.model.base), dtype=dtype).train()
     configure_trainable_parameters(lvlm, recipe.model)
     print(summarize_trainable(lvlm), flush=True)
     load, sizes = estimate_workload(recipe, lvlm, data, 1), measure_model(lvlm)
-    batch = make_batch(make_pairs(lvlm, pairs, data), PackingConfig(columns=load.columns), recipe.micro_batch)
+    batch = make_batch(make_pairs(lvlm, pairs, data), PackingConfig(max_row_tokens=load.columns), recipe.micro_batch)
     load = replace(load, micro_batches=len(batch.micro_batches))
     planned = estimate_memory(sizes, load, recipe)
     print(f"the plan: {sum(planned.values()) / GIB:.2f} GiB at the peak", flush=True)
@@ -83,7 +87,7 @@ def two_steps(recipe: Recipe, data: TypicalSample, pairs: int, device: str) -> d
     for number in range(1, STEPS + 1):
         started = time.perf_counter()
         losses = step(batch, measure=True)
-        clip_grad_norm_(trained, recipe.optimizer.clip)
+        clip_grad_norm_(trained, recipe.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         said = f"lm {losses.lm.item():.3f}, contrastive {losses.contrastive.item():.3f}"

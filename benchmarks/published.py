@@ -21,7 +21,11 @@ def padded(rows: list[Branch], device: torch.device, dtype: torch.dtype) -> dict
     """Rows padded on the right."""
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
     mask = pad_sequence([torch.ones_like(row.input_ids) for row in rows], batch_first=True)
-    inputs = {"input_ids": ids, "attention_mask": mask, **collate_vision([row.vision for row in rows if row.vision])}
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        **collate_vision([row.image_inputs for row in rows if row.image_inputs]),
+    }
     return {name: tensor.to(device, dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()}
 
 
@@ -40,7 +44,7 @@ def embed(model: PreTrainedModel, rows: list[Branch]) -> Tensor:
 def language(model: PreTrainedModel, rows: list[Branch]) -> Tensor:
     """Next-token loss, summed, with logits at every token."""
     inputs = padded(rows, model.device, model.dtype)
-    supervised = pad_sequence([row.supervised for row in rows], batch_first=True).to(model.device)
+    supervised = pad_sequence([row.loss_mask for row in rows], batch_first=True).to(model.device)
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     labels = inputs["input_ids"][:, 1:].masked_fill(~supervised[:, 1:], -100)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
@@ -55,7 +59,7 @@ def contrastive(queries: Tensor, targets: Tensor) -> Tensor:
 
 def spoken(sides: Sides) -> int:
     """Supervised tokens."""
-    return sum(int(row.supervised.sum()) for row in sides.dialogues)
+    return sum(int(row.loss_mask.sum()) for row in sides.dialogues)
 
 
 def step_a(model: PreTrainedModel, sides: Sides) -> tuple[Tensor, Tensor]:

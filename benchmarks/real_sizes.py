@@ -70,7 +70,7 @@ class Case:
         sides, step = make_pairs(model, self.pairs, self.data), joint_step(self.recipe, model)
         trees = [list(pair) for pair in zip(sides.queries, sides.targets, sides.dialogues, strict=True)]
         size = MicroBatchSize(tokens=self.chunk * max(map(count_unique_tokens, trees)))
-        rows = PackingConfig(columns=estimate_workload(self.recipe, model, self.data, 1).columns)
+        rows = PackingConfig(max_row_tokens=estimate_workload(self.recipe, model, self.data, 1).columns)
         whole, cut = make_batch(sides, rows), make_batch(sides, rows, size)
         return {
             "A": repeated(model, lambda: step_a(model, sides), published=True),
@@ -146,8 +146,8 @@ def use(case: Case, model: PreTrainedModel, many: int, compiled: bool) -> list[R
     work = sum(estimate_flops(measure_model(model), load).values())
     best = next(each.flops for each in HARDWARE if each.name.split()[0] in torch.cuda.get_device_name())
     sides = make_pairs(model, many, case.data)
-    in_one_row = PackingConfig(columns=UNBOUNDED_ROW, multiple=FLEX_MULTIPLE)
-    tries = [("sdpa", PackingConfig(columns=load.columns), False), ("flex_attention", in_one_row, False)]
+    in_one_row = PackingConfig(max_row_tokens=UNBOUNDED_ROW, pad_to_multiple_of=FLEX_MULTIPLE)
+    tries = [("sdpa", PackingConfig(max_row_tokens=load.columns), False), ("flex_attention", in_one_row, False)]
     table = []
     for attention, packing, compile_ in [*tries, ("flex_attention", in_one_row, True)] if compiled else tries:
         model.set_attn_implementation({"text_config": attention})

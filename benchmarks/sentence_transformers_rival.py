@@ -58,13 +58,13 @@ class Ours:
     def __init__(self, model: Cafe, records: Path) -> None:
         source = open_source(Source(path=str(records)))
         size = MicroBatchSize(crops=CROPS * CHUNK)
-        processing, normalization = with_fast_images(model.processing)
+        chat_processor, normalization = with_fast_images(model.chat_processor)
         packing = replace(model.packing, normalization=normalization)
         self.batches = ContrastiveBatchDataset(
-            [source], processing, PAIRS, seed=0, language=False, packing=packing, size=size
+            [source], chat_processor, PAIRS, seed=0, language=False, packing=packing, micro_batch_size=size
         )
         self.step = JointStep(model.lvlm.train(), OBJECTIVE)
-        recipe = OptimizerConfig(learning_rate=RATE, vision_tower_learning_rate=None, clip=CLIP)
+        recipe = OptimizerConfig(learning_rate=RATE, vision_tower_learning_rate=None, max_grad_norm=CLIP)
         self.optimizer = make_optimizer(self.step, model.lvlm.config.model_type, recipe)
 
     def loss(self) -> Tensor:
@@ -90,10 +90,10 @@ class Theirs:
     """Their trainer, on a copy of the model and with our prompts."""
 
     def __init__(self, model: Cafe, records: Path) -> None:
-        directory, prompts = records.parent, model.processing.prompts
+        directory, prompts = records.parent, model.chat_processor.prompts
         model.lvlm.save_pretrained(directory / "model")
         chat = {"add_generation_prompt": True}
-        model.processing.save(directory / "model")
+        model.chat_processor.save(directory / "model")
         # Without torchvision the processor can only be loaded without its video part.
         with patch.object(AutoProcessor, "from_pretrained", load_processor):
             transformer = Transformer(str(directory / "model"), processing_kwargs={"chat_template": chat})
@@ -164,7 +164,9 @@ class Stopwatch(TrainerCallback):
 def main() -> None:
     """Prints the table."""
     model = tiny_cafe()
-    model.processing.prompts = replace(model.processing.prompts, frame="open")  # theirs end where the template does
+    model.chat_processor.prompts = replace(
+        model.chat_processor.prompts, assistant_frame="open"
+    )  # theirs end where the template does
     with tempfile.TemporaryDirectory() as directory:
         records = write(Path(directory))
         ours, theirs = Ours(model, records), Theirs(model, records)

@@ -30,7 +30,7 @@ def main() -> None:
 
     rows = []
     for caption in CAPTIONS:
-        batch = make_batch(make_pairs(PAIRS, caption=caption), PackingConfig(columns=512))
+        batch = make_batch(make_pairs(PAIRS, caption=caption), PackingConfig(max_row_tokens=512))
         columns = batch.micro_batches[0].joint.inputs["input_ids"].shape[1]
         _, ratio = paired(partial(work, batch, 1), partial(work, batch, 2**40))
         name = f"rows of {columns}: steps/s, by blocks / dense"

@@ -44,9 +44,9 @@ def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
     return Recipe(
         output=str(tmp_path / "run"),
         model=ModelConfig(base=str(random_base)),
-        data=DataConfig(sources=(Source(path=str(scenes / "llava_train.json")),), workers=0),
+        data=DataConfig(sources=(Source(path=str(scenes / "llava_train.json")),), num_workers=0),
         optimizer=OptimizerConfig(learning_rate=1e-3, vision_tower_learning_rate=1e-4),
         batch_size=8,
-        steps=4,
-        log_every=1,
+        max_steps=4,
+        logging_steps=1,
     )

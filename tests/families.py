@@ -136,8 +136,8 @@ def build(model_type: str, processor: ProcessorMixin, text: dict[str, Any], visi
             torch.nn.init.normal_(parameter, std=WIDTH**-0.5)
     lvlm.generation_config.pad_token_id = tokens.pad_token_id
     lvlm.generation_config.eos_token_id = tokens.eos_token_id
-    processing = ChatProcessor(processor, Prompts())
-    return Cafe(lvlm, processing, infer_packing(lvlm, processing))
+    chat_processor = ChatProcessor(processor, Prompts())
+    return Cafe(lvlm, chat_processor, infer_packing(lvlm, chat_processor))
 
 
 def ids(processor: ProcessorMixin, **tokens: str) -> dict[str, int]:

@@ -81,17 +81,19 @@ def examples() -> list[Example]:
 def plain_read(model: Cafe, branch: Branch) -> tuple[torch.Tensor, torch.Tensor]:
     """The last hidden state of a branch and its logits, by plain calls."""
     ids = branch.input_ids[None]
-    inputs = {name: value.double() if value.is_floating_point() else value for name, value in branch.vision.items()}
-    for name in model.processing.token_types:
+    inputs = {
+        name: value.double() if value.is_floating_point() else value for name, value in branch.image_inputs.items()
+    }
+    for name in model.chat_processor.token_type_fns:
         marked = ids == model.lvlm.config.image_token_id
-        inputs[name] = (branch.supervised[None].cummax(1)[0] if model.processing.prefix_lm else marked).int()
+        inputs[name] = (branch.loss_mask[None].cummax(1)[0] if model.chat_processor.prefix_lm else marked).int()
     hidden = model.lvlm.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).last_hidden_state[0]
     return hidden, model.lvlm(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits[0]
 
 
 def plain_losses(model: Cafe, objective: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Both losses, written from the paper."""
-    encoded = [encode_example(example, model.processing) for example in examples()]
+    encoded = [encode_example(example, model.chat_processor) for example in examples()]
     pairs = [one for one in encoded if one.query]
     embed = lambda rows: F.normalize(torch.stack([plain_read(model, row)[0][-1] for row in rows]), dim=-1)  # noqa: E731
     queries, targets = embed([one.query for one in pairs]), embed([one.target for one in pairs])
@@ -101,8 +103,8 @@ def plain_losses(model: Cafe, objective: ObjectiveConfig) -> tuple[torch.Tensor,
     contrastive = (to_target + F.cross_entropy(targets @ queries.T / objective.temperature, matches)) / 2
     said, labels = [], []
     for row in [one.dialogue for one in encoded if one.dialogue]:
-        said.append(plain_read(model, row)[1][:-1][row.supervised[1:]])
-        labels.append(row.input_ids[1:][row.supervised[1:]])
+        said.append(plain_read(model, row)[1][:-1][row.loss_mask[1:]])
+        labels.append(row.input_ids[1:][row.loss_mask[1:]])
     return F.cross_entropy(torch.cat(said), torch.cat(labels)), contrastive
 
 

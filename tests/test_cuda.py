@@ -47,10 +47,10 @@ def exact() -> Iterator[None]:
 
 def batches(model: Cafe, scenes: Path, size: MicroBatchSize = NO_LIMIT) -> ContrastiveBatchDataset:
     """Batches as training makes them, pictures as bytes."""
-    processing, normalization = with_fast_images(model.processing)
+    chat_processor, normalization = with_fast_images(model.chat_processor)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     packing = replace(model.packing, normalization=normalization)
-    return ContrastiveBatchDataset([source], processing, PAIRS, seed=0, packing=packing, size=size)
+    return ContrastiveBatchDataset([source], chat_processor, PAIRS, seed=0, packing=packing, micro_batch_size=size)
 
 
 def followed(model: Cafe, batch: Batch, precision: str = "fp32", **options) -> tuple[Losses, torch.Tensor]:
@@ -157,7 +157,7 @@ def test_a_model_is_used_in_16_bits(random_base, dtype):
     assert gpu.lvlm.dtype == (dtype or torch.bfloat16) and gpu.lvlm.device.type == "cuda"
     contents = ["a red circle", PICTURE, {"image": PICTURE, "text": "what is it?"}]
     assert (gpu.embed(contents) * cpu.embed(contents)).sum(1).min() > 0.99
-    vectors, answers = gpu.describe([PICTURE, PICTURE], max_new_tokens=4)
+    vectors, answers = gpu.embed_and_generate_batch([PICTURE, PICTURE], max_new_tokens=4)
     assert len(answers) == 2 and answers[0] == answers[1]
     alone, answer = gpu.embed_and_generate(PICTURE, "What is it?", max_new_tokens=4)
     assert isinstance(answer, str) and (vectors[0] * alone).sum() > 0.99

@@ -38,7 +38,7 @@ FRAMES = [*((family, "closed", "compress") for family in TAKE_TEXT), ("llava", "
 @pytest.mark.parametrize(("family", "frame", "mode"), [*FRAMES, ("qwen2_5_vl", "open", "multimodal")])
 def test_sentence_transformers_gives_our_embeddings_of_text_image_and_both(family, frame, mode, tmp_path, monkeypatch):
     model = make(family)
-    model.processing.prompts = replace(model.processing.prompts, frame=frame, mode=mode)
+    model.chat_processor.prompts = replace(model.chat_processor.prompts, assistant_frame=frame, mode=mode)
     model.save(tmp_path / "saved")
     expected = Cafe.load(tmp_path / "saved").embed(CONTENTS)
     if family not in ALONE:  # without torchvision the processor cannot be read as it is; the files are the same
@@ -55,12 +55,12 @@ def test_sentence_transformers_gives_our_embeddings_of_text_image_and_both(famil
 def test_a_checkpoint_has_the_settings_for_videos_that_its_familys_processor_declares(family, tmp_path):
     model = make(family)
     model.save(tmp_path / "made")
-    declared = "video_processor" in type(model.processing.processor).__mro__[1].get_attributes()
+    declared = "video_processor" in type(model.chat_processor.processor).__mro__[1].get_attributes()
     assert (tmp_path / "made" / VIDEO_PROCESSOR_NAME).is_file() == declared
     if not declared:
         return
     found, _ = BaseVideoProcessor.get_video_processor_dict(tmp_path / "made")  # as transformers looks for them
-    assert found["image_mean"] == list(model.processing.processor.image_processor.image_mean)
+    assert found["image_mean"] == list(model.chat_processor.processor.image_processor.image_mean)
     # And a base's own stay: as they lie on the Hub, then as they were saved.
     (tmp_path / "made" / VIDEO_PROCESSOR_NAME).write_text('{"num_frames": 5}')
     for before, after in (("made", "once"), ("once", "twice")):
@@ -77,7 +77,7 @@ def test_a_prefix_lms_checkpoint_is_what_transformers_takes_for_one_and_no_more(
     assert "library_name: transformers" in card and "SentenceTransformer" not in card
     inputs = AutoProcessor.from_pretrained(saved)(images=[[WIDE]], text=["<image>What is it?"], return_tensors="pt")
     output = AutoModelForImageTextToText.from_pretrained(saved).generate(**inputs, max_new_tokens=6, do_sample=False)
-    answer = model.processing.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer = model.chat_processor.tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert model.generate(WIDE, "What is it?", max_new_tokens=6) == answer.strip() != ""
 
 
@@ -85,7 +85,7 @@ def test_the_embedding_template_stands_by_itself_and_takes_what_servers_send(tmp
     model = make("qwen2_5_vl")
     model.save(tmp_path / "saved")
     template = (tmp_path / "saved" / "embedding_template.jinja").read_text()
-    processor = model.processing.processor
+    processor = model.chat_processor.processor
     for content in ("a red circle", [{"type": "text", "text": "a red circle"}]):
         messages = [{"role": "user", "content": content}]
         text = processor.apply_chat_template(messages, chat_template=template, tokenize=False)

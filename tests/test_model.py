@@ -64,11 +64,11 @@ def test_a_prefix_of_an_embedding_is_its_first_dimensions_at_unit_length(model, 
 def test_the_embedding_is_transformers_own_last_hidden_state(model, picture, random_base):
     lvlm = AutoModelForImageTextToText.from_pretrained(random_base).eval()
     messages = [
-        *embedding_messages(Content.of(picture), model.processing.prompts),
+        *embedding_messages(Content.of(picture), model.chat_processor.prompts),
         {"role": "assistant", "content": [{"type": "text", "text": ""}]},
     ]
-    text = model.processing.processor.apply_chat_template(messages, tokenize=False).rstrip()
-    inputs = model.processing.processor(text=[text], images=[[picture]], return_tensors="pt")
+    text = model.chat_processor.processor.apply_chat_template(messages, tokenize=False).rstrip()
+    inputs = model.chat_processor.processor(text=[text], images=[[picture]], return_tensors="pt")
     with torch.inference_mode():
         hidden = lvlm.model(**inputs).last_hidden_state[0, -1]
     expected = hidden / hidden.norm()
@@ -76,10 +76,10 @@ def test_the_embedding_is_transformers_own_last_hidden_state(model, picture, ran
 
 
 def test_in_float16_a_model_embeds_describes_and_scores_nearly_as_in_float32(model, picture, random_base):
-    half = Cafe.load(random_base, model.processing.prompts, dtype=torch.float16)
+    half = Cafe.load(random_base, model.chat_processor.prompts, dtype=torch.float16)
     contents = ["a red circle", picture, {"image": picture, "text": "what is left of it?"}]
     assert (half.embed(contents) * model.embed(contents)).sum(1).min() > 0.999
-    vectors, answers = half.describe([picture, picture], max_new_tokens=4)
+    vectors, answers = half.embed_and_generate_batch([picture, picture], max_new_tokens=4)
     assert np.isfinite(vectors).all() and answers == [half.generate(picture, "Describe the image.", 4)] * 2
     assert half.score([picture], "a circle") == pytest.approx(model.score([picture], "a circle"), rel=1e-2)
 
@@ -109,7 +109,7 @@ def test_one_prefill_gives_the_same_embedding_and_the_same_answer(model, picture
 
 def test_the_score_of_an_answer_is_its_log_likelihood_token_by_token(model, picture):
     row = model.encode_prompt(Content.of([picture, "What?"]))
-    answer = model.processing.tokenizer("a circle<|im_end|>", add_special_tokens=False)["input_ids"]
+    answer = model.chat_processor.tokenizer("a circle<|im_end|>", add_special_tokens=False)["input_ids"]
     total, ids = 0.0, row.input_ids.tolist()
     for token in answer:
         with torch.inference_mode():
@@ -138,12 +138,12 @@ def test_equal_answers_have_exactly_equal_scores(model, picture):
 def test_a_saved_checkpoint_loads_with_cafe_and_with_plain_transformers(model, picture, tmp_path):
     model.save(tmp_path / "saved", temperature=0.05)
     again = Cafe.load(tmp_path / "saved")
-    assert again.processing.prompts == model.processing.prompts and again.record["temperature"] == 0.05
+    assert again.chat_processor.prompts == model.chat_processor.prompts and again.metadata["temperature"] == 0.05
     np.testing.assert_array_equal(again.embed([picture, "words"]), model.embed([picture, "words"]))
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
     assert type(plain).__name__ == "LlavaOnevisionForConditionalGeneration"
     model.save(tmp_path / "saved", temperature=0.07)  # over an older one
-    assert Cafe.load(tmp_path / "saved").record["temperature"] == 0.07
+    assert Cafe.load(tmp_path / "saved").metadata["temperature"] == 0.07
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
@@ -162,7 +162,7 @@ def test_the_prompts_of_a_checkpoint_on_the_hub_are_its_own(model, tmp_path, mon
     (home / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert Cafe.load("me/mine").processing.prompts.mode == "multimodal"
+    assert Cafe.load("me/mine").chat_processor.prompts.mode == "multimodal"
     with pytest.raises(CafeError, match="me/other"):
         Cafe.load("me/other")
 

@@ -127,9 +127,9 @@ class Pair:
 class Example:
     """One training record: a pair trains contrast, a dialogue trains language, both train both.
 
-    `source` names the file and record, for messages.
+    `origin` names the file and record, for messages.
     """
 
     pair: Pair | None = None
     dialogue: Dialogue | None = None
-    source: str = field(default="", compare=False)
+    origin: str = field(default="", compare=False)

@@ -34,7 +34,7 @@ def embedding_template(chat_template: str, prompts: Prompts) -> str:
     """A chat template that renders a user's turn as the prompt whose last token is the readout."""
     *before, words = embedding_messages(Content.of("a"), prompts)
     picture = embedding_messages(Content.of(Image.new("RGB", (1, 1))), prompts)[-1]
-    closed = prompts.frame == "closed"
+    closed = prompts.assistant_frame == "closed"
     answer = [{"role": "assistant", "content": [{"type": "text", "text": ""}]}] if closed else []
 
     def literal(value: Any) -> str:
@@ -55,16 +55,16 @@ def embedding_template(chat_template: str, prompts: Prompts) -> str:
     )
 
 
-def write_sentence_transformers(directory: Path, processing: ChatProcessor, width: int) -> None:
+def write_sentence_transformers(directory: Path, chat_processor: ChatProcessor, width: int) -> None:
     """Writes what `SentenceTransformer(directory)` reads, for a model whose embeddings are `width` wide.
 
     The modules are sentence-transformers' own: the model's last hidden states, that of the last token, unit length.
     """
-    template = embedding_template(processing.processor.chat_template, processing.prompts)
-    prompt = processing.encode_embedding(
-        embedding_messages(Content.of("a"), processing.prompts), ProcessedImages([], {})
+    template = embedding_template(chat_processor.processor.chat_template, chat_processor.prompts)
+    prompt = chat_processor.encode_embedding(
+        embedding_messages(Content.of("a"), chat_processor.prompts), ProcessedImages([], {})
     )
-    begun = int(prompt.input_ids[0]) == processing.tokenizer.bos_token_id
+    begun = int(prompt.input_ids[0]) == chat_processor.tokenizer.bos_token_id
     (directory / TEMPLATE).write_text(template, encoding="utf-8")
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
     files: dict[str, Any] = {

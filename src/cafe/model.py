@@ -52,15 +52,15 @@ class Cafe:
 
     Attributes:
         lvlm: the Hugging Face model.
-        processing: its tokenizer, image processor and prompts.
+        chat_processor: its tokenizer, image processor and prompts.
         packing: how its branches are laid out.
-        record: what the checkpoint tells of its making: temperature, recipe, data, versions.
+        metadata: what the checkpoint tells of its making: temperature, recipe, data, versions.
     """
 
     lvlm: PreTrainedModel
-    processing: ChatProcessor
+    chat_processor: ChatProcessor
     packing: PackingConfig
-    record: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -101,14 +101,14 @@ class Cafe:
             processor = load_processor(str(path), lvlm.config.model_type)
         except (ImportError, OSError, ValueError, SafetensorError) as error:  # ImportError: a processor's package
             raise load_error("vision-language model", base, error) from error
-        processing = ChatProcessor(processor, prompts)
+        chat_processor = ChatProcessor(processor, prompts)
         sync_image_grids(lvlm, processor)
         if not four_bit:
             lvlm = lvlm.to(device)
         if adapter:
             load_adapter(lvlm, path, adapter)
         lvlm.eval()
-        return cls(lvlm, processing, infer_packing(lvlm, processing), record)
+        return cls(lvlm, chat_processor, infer_packing(lvlm, chat_processor), record)
 
     def save(self, path: str | Path, weights: dict[str, Tensor] | None = None, **record: Any) -> None:
         """Writes the checkpoint: complete or not at all.
@@ -127,27 +127,32 @@ class Cafe:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         self.lvlm.save_pretrained(partial, state_dict=weights)
-        self.processing.save(partial)
-        write_video_processor_config(partial, self.processing.tokenizer.name_or_path, self.lvlm.config.model_type)
+        self.chat_processor.save(partial)
+        write_video_processor_config(partial, self.chat_processor.tokenizer.name_or_path, self.lvlm.config.model_type)
         versions = {name: version(name) for name in ("torch", "transformers", "accelerate")}
-        self.record = {**self.record, **record, "prompts": asdict(self.processing.prompts), "versions": versions}
-        if not has_adapter(self.lvlm) and not self.processing.prefix_lm:  # whose processor takes no text alone
-            write_sentence_transformers(partial, self.processing, self.lvlm.config.get_text_config().hidden_size)
-        (partial / "README.md").write_text(model_card(self.record, library=detect_library(partial)))
-        (partial / METADATA_FILE).write_text(json.dumps(self.record, indent=2) + "\n")
+        self.metadata = {
+            **self.metadata,
+            **record,
+            "prompts": asdict(self.chat_processor.prompts),
+            "versions": versions,
+        }
+        if not has_adapter(self.lvlm) and not self.chat_processor.prefix_lm:  # whose processor takes no text alone
+            write_sentence_transformers(partial, self.chat_processor, self.lvlm.config.get_text_config().hidden_size)
+        (partial / "README.md").write_text(model_card(self.metadata, library=detect_library(partial)))
+        (partial / METADATA_FILE).write_text(json.dumps(self.metadata, indent=2) + "\n")
         commit(partial, path)
 
     def fingerprint(self) -> str:
         """A digest of what decides the answers: weights, precision, device, prompts and image processing."""
-        processor = getattr(self.processing.processor, "image_processor", "")
-        return fingerprint(self.lvlm, self.processing.prompts, processor)
+        processor = getattr(self.chat_processor.processor, "image_processor", "")
+        return fingerprint(self.lvlm, self.chat_processor.prompts, processor)
 
     def with_prompts(self, **changes: Any) -> "Cafe":
         """The same weights with other prompts; keyword arguments are fields of `Prompts`."""
-        processor = copy.copy(self.processing.processor)  # of which a chat template becomes a part
+        processor = copy.copy(self.chat_processor.processor)  # of which a chat template becomes a part
         processor.tokenizer = copy.copy(processor.tokenizer)
-        processing = ChatProcessor(processor, replace(self.processing.prompts, **changes))
-        return Cafe(self.lvlm, processing, self.packing, self.record)
+        chat_processor = ChatProcessor(processor, replace(self.chat_processor.prompts, **changes))
+        return Cafe(self.lvlm, chat_processor, self.packing, self.metadata)
 
     @torch.inference_mode()
     def embed(self, contents: Any, batch_size: int = 32, dim: int | None = None) -> Float32[np.ndarray, "contents dim"]:
@@ -196,7 +201,7 @@ class Cafe:
         options = _generation_kwargs(max_new_tokens, temperature, top_p)
         if not stream:
             return self._generate([self.encode_prompt(content)], options)[0]
-        streamer = TextIteratorStreamer(self.processing.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        streamer = TextIteratorStreamer(self.chat_processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         return _stream(
             lambda: self._generate([self.encode_prompt(content)], {**options, "streamer": streamer}), streamer
         )
@@ -221,11 +226,11 @@ class Cafe:
         self, image: Any, prompt: str, max_new_tokens: int = 128
     ) -> tuple[Float32[np.ndarray, " dim"], str]:
         """An image's embedding and the answer to a prompt about it, from one pass over the image."""
-        vectors, answers = self.describe([image], prompt, max_new_tokens)
+        vectors, answers = self.embed_and_generate_batch([image], prompt, max_new_tokens)
         return vectors[0], answers[0]
 
     @torch.inference_mode()
-    def describe(
+    def embed_and_generate_batch(
         self,
         images: Sequence[Any],
         prompt: str = "Describe the image.",
@@ -247,7 +252,7 @@ class Cafe:
             content = _prompt_content(image, prompt)
             if not content.images:
                 raise CafeError("There is no image to describe.")
-            pictures = self._pictures(content)
+            pictures = self._load_images(content)
             embedding = self.encode_embedding(Content(tuple(content.images)), pictures)
             return embedding, self.encode_prompt(content, pictures)
 
@@ -255,20 +260,22 @@ class Cafe:
         vectors = np.zeros((len(images), self.lvlm.config.get_text_config().hidden_size), np.float32)
         answers = [""] * len(images)
         for chosen, pairs in _length_sorted_batches(images, encode, batch_size, lambda pair: len(pair[0])):
-            hidden, said = self._describe(pairs, max_new_tokens)
+            hidden, said = self._embed_and_generate(pairs, max_new_tokens)
             vectors[chosen] = F.normalize(hidden.float(), dim=-1).cpu().numpy()
             for index, answer in zip(chosen, said, strict=True):
                 answers[index] = answer
         return vectors, answers
 
-    def _describe(self, pairs: Sequence[tuple[Branch, Branch]], max_new_tokens: int) -> tuple[Tensor, list[str]]:
+    def _embed_and_generate(
+        self, pairs: Sequence[tuple[Branch, Branch]], max_new_tokens: int
+    ) -> tuple[Tensor, list[str]]:
         """The readouts of embedding branches and the answers to questions which begin with the same pictures."""
         options = _generation_kwargs(max_new_tokens, 0.0, 1.0)
-        if self.processing.prefix_lm:
+        if self.chat_processor.prefix_lm:
             rows = pack([[embedding] for embedding, _ in pairs], [[]] * len(pairs), self.packing)
             return forward_packed(self.lvlm, rows)[0], self._generate([question for _, question in pairs], options)
         shared = [_common_prefix(embedding.input_ids, question.input_ids) for embedding, question in pairs]
-        prefixes = [embedding.cut(length) for (embedding, _), length in zip(pairs, shared, strict=True)]
+        prefixes = [embedding.truncate(length) for (embedding, _), length in zip(pairs, shared, strict=True)]
         device, base = self.lvlm.device, self.lvlm.base_model
         cache = DynamicCache(config=self.lvlm.config.get_text_config())
         inputs = self._inputs(prefixes, left=True)
@@ -296,7 +303,7 @@ class Cafe:
         asked = torch.stack([q.input_ids[n:] for (_, q), n in zip(pairs, shared, strict=True)]).to(device)
         ids = torch.cat([inputs["input_ids"], asked], dim=1)
         output = self.lvlm.generate(input_ids=ids, attention_mask=mask_of(asked), past_key_values=cache, **options)
-        said = self.processing.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
+        said = self.chat_processor.tokenizer.batch_decode(output[:, ids.shape[1] :], skip_special_tokens=True)
         return hidden, [text.strip() for text in said]
 
     def score(self, content: Any, answer: str) -> float:
@@ -329,7 +336,7 @@ class Cafe:
         rows = pack([[]] * len(said), said, self.packing)
         _, before = forward_packed(self.lvlm, rows)
         # One answer at a time: the logits of a whole batch would not fit where the vocabulary is large.
-        lengths = [int(branch.supervised[1:].sum()) for branches in said for branch in branches]
+        lengths = [int(branch.loss_mask[1:].sum()) for branches in said for branch in branches]
         labels = rows.labels.to(before.device).split(lengths)
         likelihoods = [
             -F.cross_entropy(compute_logits(self.lvlm, hidden), label, reduction="sum")
@@ -339,7 +346,7 @@ class Cafe:
 
     def _encode_answers(self, content: Content, answers: Sequence[str]) -> list[Branch]:
         """Dialogues of one user's turn, which show the same pictures."""
-        pictures = self._pictures(content)
+        pictures = self._load_images(content)
         return [
             self.encode_dialogue(Dialogue((Turn("user", content), Turn("assistant", Content.of(answer)))), pictures)
             for answer in answers
@@ -347,33 +354,33 @@ class Cafe:
 
     def encode_embedding(self, content: Content, pictures: ProcessedImages | None = None) -> Branch:
         """The token sequence whose last token is the content's readout."""
-        pictures = pictures or self._pictures(content)
-        return self.processing.encode_embedding(embedding_messages(content, self.processing.prompts), pictures)
+        pictures = pictures or self._load_images(content)
+        return self.chat_processor.encode_embedding(embedding_messages(content, self.chat_processor.prompts), pictures)
 
     def encode_prompt(self, content: Content, pictures: ProcessedImages | None = None) -> Branch:
         """The token sequence of a user's turn, up to where the model answers."""
         dialogue = Dialogue((Turn("user", content),))
-        messages = dialogue_messages(dialogue, self.processing.prompts)
-        return self.processing.encode_prompt(messages, pictures or self._pictures(content))
+        messages = dialogue_messages(dialogue, self.chat_processor.prompts)
+        return self.chat_processor.encode_prompt(messages, pictures or self._load_images(content))
 
     def encode_dialogue(self, dialogue: Dialogue, pictures: ProcessedImages | None = None) -> Branch:
         """The token sequence of a whole dialogue."""
         content = Content(tuple(part for turn in dialogue.turns for part in turn.content.parts))
-        messages = dialogue_messages(dialogue, self.processing.prompts)
-        return self.processing.encode_dialogue(messages, pictures or self._pictures(content))
+        messages = dialogue_messages(dialogue, self.chat_processor.prompts)
+        return self.chat_processor.encode_dialogue(messages, pictures or self._load_images(content))
 
-    def _pictures(self, content: Content) -> ProcessedImages:
-        return self.processing.shown(content.images)
+    def _load_images(self, content: Content) -> ProcessedImages:
+        return self.chat_processor.load_images(content.images)
 
     def _inputs(self, rows: Sequence[Branch], left: bool = False) -> dict[str, Tensor]:
-        inputs = self.processing.collate(rows, left=left)
+        inputs = self.chat_processor.collate(rows, left=left)
         return to_device(inputs, self.lvlm.device, self.lvlm.dtype)
 
     @torch.inference_mode()
     def _generate(self, rows: Sequence[Branch], options: dict[str, Any]) -> list[str]:
         inputs = self._inputs(rows, left=True)
         output = self.lvlm.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.processing.tokenizer.batch_decode(output, skip_special_tokens=True)]
+        return [text.strip() for text in self.chat_processor.tokenizer.batch_decode(output, skip_special_tokens=True)]
 
 
 def _as_list(contents: Any) -> list[Any]:

@@ -31,16 +31,18 @@ def attention(end, mask, **options):
 @settings(max_examples=100, deadline=None)
 @given(examples(), st.integers(1, 60), st.sampled_from([1, 16]), st.sampled_from([None, 0.3]))
 def test_blocks_make_what_the_dense_mask_makes(groups, columns, multiple, scale):
-    layout = build_layout(groups, PackingConfig(columns=columns, multiple=multiple))
-    plain = attention(layout.end, tree_mask(layout.end), scale=scale)
-    for one, other in zip(attention(layout.end, blockwise_mask(layout.end), scale=scale), plain, strict=True):
+    layout = build_layout(groups, PackingConfig(max_row_tokens=columns, pad_to_multiple_of=multiple))
+    plain = attention(layout.subtree_end, tree_mask(layout.subtree_end), scale=scale)
+    for one, other in zip(
+        attention(layout.subtree_end, blockwise_mask(layout.subtree_end), scale=scale), plain, strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
 @settings(max_examples=100, deadline=None)
 @given(examples(), st.integers(1, 60))
 def test_the_blocks_are_the_mask_and_nothing_is_in_two(groups, columns):
-    end = build_layout(groups, PackingConfig(columns=columns)).end
+    end = build_layout(groups, PackingConfig(max_row_tokens=columns)).subtree_end
     times = torch.zeros(*end.shape, end.shape[1], dtype=torch.long)
     for block in tree_to_blocks(end):
         part = times[block.row, block.queries, block.keys]
@@ -74,9 +76,9 @@ def test_a_model_reads_long_rows_by_blocks_as_it_reads_short_ones(random_base, m
     made = {}
     for name, long in (("by blocks", 1), ("dense", 10**6)):
         monkeypatch.setattr(cafe.reading, "LONG", long)
-        packed = pack([group], [[branch([*range(10, 40)], spoken=9)]], PackingConfig(columns=80))
+        packed = pack([group], [[branch([*range(10, 40)], spoken=9)]], PackingConfig(max_row_tokens=80))
         text = model.lvlm.config.get_text_config()
-        assert isinstance(attention_mask(packed.end, text), SdpaOverrideMask) == (long == 1)
+        assert isinstance(attention_mask(packed.subtree_end, text), SdpaOverrideMask) == (long == 1)
         model.lvlm.zero_grad()
         with torch.autocast("cpu", half, enabled=bool(half)):
             embedded, before = forward_packed(model.lvlm, packed)

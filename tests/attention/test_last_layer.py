@@ -98,20 +98,20 @@ class Queries(TorchDispatchMode):
 def test_in_the_last_layer_only_what_is_read_asks_others():
     lvlm = make("llava_onevision")
     said = [branch([*range(10, 30)], spoken=3), branch([*range(10, 25), *range(30, 36)])]
-    packed = pack([said[1:]], [said[:1]], PackingConfig(columns=40))
+    packed = pack([said[1:]], [said[:1]], PackingConfig(max_row_tokens=40))
     made = []
     for unread in (0, 40):  # with as many more tokens read, all ask
-        more = torch.cartesian_prod(torch.arange(1), torch.arange(min(unread, packed.end.shape[1])))
+        more = torch.cartesian_prod(torch.arange(1), torch.arange(min(unread, packed.subtree_end.shape[1])))
         lvlm.zero_grad()
-        with Queries() as queries, restrict_last_layer(lvlm, packed.readouts, packed.predictors, more):
-            mask = attention_mask(packed.end, lvlm.config.get_text_config())
+        with Queries() as queries, restrict_last_layer(lvlm, packed.embedding_index, packed.logits_index, more):
+            mask = attention_mask(packed.subtree_end, lvlm.config.get_text_config())
             hidden = lvlm.base_model(**packed.inputs, attention_mask=mask, use_cache=False).last_hidden_state
-        places = torch.cat([packed.readouts, packed.predictors])
+        places = torch.cat([packed.embedding_index, packed.logits_index])
         read = hidden[places[:, 0], places[:, 1]]
         read.square().sum().backward()
         made.append((read, torch.cat([part.grad.flatten() for part in lvlm.parameters() if part.grad is not None])))
-        assert queries.asking[-1] == (len(places) if not unread else packed.end.shape[1])
-        assert queries.asking[-2] == packed.end.shape[1]
+        assert queries.asking[-1] == (len(places) if not unread else packed.subtree_end.shape[1])
+        assert queries.asking[-2] == packed.subtree_end.shape[1]
     for some, every in zip(*made, strict=True):
         torch.testing.assert_close(some, every, rtol=1e-5, atol=1e-6)
 

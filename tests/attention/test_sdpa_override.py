@@ -9,9 +9,9 @@ from cafe.attention.sdpa_override import SdpaOverrideMask
 def test_attention_goes_the_masks_way_and_all_else_sees_a_plain_mask():
     states = [torch.randn(1, 2, 3, 4) for _ in range(3)]
     plain = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
-    mask = SdpaOverrideMask.of(plain, lambda query, key, value, attn_mask, scale: query * scale + attn_mask.sum())
+    mask = SdpaOverrideMask.wrap(plain, lambda query, key, value, attn_mask, scale: query * scale + attn_mask.sum())
     assert torch.equal(F.scaled_dot_product_attention(*states, attn_mask=mask, scale=2.0), 2 * states[0] + 6)
     assert type(mask[..., :2]) is torch.Tensor and torch.equal(mask[..., :2], plain[..., :2])
-    other = SdpaOverrideMask.of(mask, lambda *states, attn_mask: states[2])  # the first keeps its own
+    other = SdpaOverrideMask.wrap(mask, lambda *states, attn_mask: states[2])  # the first keeps its own
     assert torch.equal(F.scaled_dot_product_attention(*states, attn_mask=other), states[2])
     assert torch.equal(F.scaled_dot_product_attention(*states, attn_mask=mask, scale=1.0), states[0] + 6)

@@ -93,10 +93,10 @@ def test_the_data_check_counts_the_tokens_that_training_reads(small, random_base
     page = str(tmp_path / "page.html")
     assert main(["data", "check", str(small), "prompts={}", "--workers", "0", "--output", page]) == 0
     model = Cafe.load(random_base)
-    set_max_image_size(model.lvlm, model.processing.processor, grids=[(1, 1)])
+    set_max_image_size(model.lvlm, model.chat_processor.processor, grids=[(1, 1)])
     records = open_source(Source(path=f"{scenes}/llava_train.json"))
     examples = [records.example(index, Random(0)) for index in range(len(records))]
-    lengths = [len(encode_example(example, model.processing).query) for example in examples]
+    lengths = [len(encode_example(example, model.chat_processor).query) for example in examples]
     assert f"query, tokens        {percentiles(lengths)}\n" in capsys.readouterr().out
 
 
@@ -129,12 +129,12 @@ def test_mining_reads_as_training_does_and_by_a_checkpoint_as_that_was_trained(
     checkpoint, small, random_base, tmp_path, monkeypatch
 ):
     read = []
-    monkeypatch.setattr("cafe.mining.hard_negatives.mine", lambda model, *rest: read.append(model.processing))
+    monkeypatch.setattr("cafe.mining.hard_negatives.mine", lambda model, *rest: read.append(model.chat_processor))
     command = ["mine", str(small), "--output", str(tmp_path / "mined")]
     assert main([*command, *(["--checkpoint", str(random_base)] if checkpoint else [])]) == 0
-    [processing] = read
-    one_crop = processing.processor.image_processor.image_grid_pinpoints == [[CROP, CROP]]
-    assert (processing.prompts.mode == "multimodal", one_crop) == (not checkpoint, not checkpoint)
+    [chat_processor] = read
+    one_crop = chat_processor.processor.image_processor.image_grid_pinpoints == [[CROP, CROP]]
+    assert (chat_processor.prompts.mode == "multimodal", one_crop) == (not checkpoint, not checkpoint)
 
 
 def test_a_reported_directory_may_have_an_equals_sign_in_its_name(tmp_path, monkeypatch):

@@ -25,54 +25,56 @@ def processing(random_base):
     return ChatProcessor(load_processor(str(random_base)), Prompts())
 
 
-def make(processing, path, **options):
-    return ContrastiveBatchDataset([open_source(Source(path=str(path)))], processing, batch_size=8, seed=3, **options)
+def make(chat_processor, path, **options):
+    return ContrastiveBatchDataset(
+        [open_source(Source(path=str(path)))], chat_processor, batch_size=8, seed=3, **options
+    )
 
 
-def test_the_order_follows_the_seed_whatever_the_workers(processing, scenes):
-    batches = make(processing, scenes / "llava_train.json")
-    alone = [batch.sources for batch in iterate_batches(batches, 0, 8, 0)]
-    helped = [batch.sources for batch in iterate_batches(batches, 0, 8, 2)]
+def test_the_order_follows_the_seed_whatever_the_workers(chat_processor, scenes):
+    batches = make(chat_processor, scenes / "llava_train.json")
+    alone = [batch.record_names for batch in iterate_batches(batches, 0, 8, 0)]
+    helped = [batch.record_names for batch in iterate_batches(batches, 0, 8, 2)]
     assert alone == helped
     assert sorted(name for batch in alone[:6] for name in batch) == sorted(set(name for b in alone[:6] for name in b))
     assert alone[:2] != alone[6:8]  # the second epoch has its own order
 
 
-def test_a_batch_holds_every_branch(processing, scenes):
-    batch = make(processing, scenes / "llava_train.json")[0]
+def test_a_batch_holds_every_branch(chat_processor, scenes):
+    batch = make(chat_processor, scenes / "llava_train.json")[0]
     (micro_batch,) = batch.micro_batches
     assert micro_batch.embed is micro_batch.joint
     assert len(micro_batch.joint.inputs["pixel_values"]) == 8  # every picture once
     assert len(batch.owners) >= 16
     assert sorted(micro_batch.slots.tolist()) == list(range(16 + len(batch.owners)))
     assert batch.supervised == len(micro_batch.joint.labels) > 0
-    assert make(processing, scenes / "llava_train.json", hard_negatives=False)[0].owners.tolist() == []
-    assert make(processing, scenes / "llava_train.json", contrast=False)[0].micro_batches[0].slots.tolist() == []
-    assert make(processing, scenes / "llava_train.json", language=False)[0].supervised == 0
+    assert make(chat_processor, scenes / "llava_train.json", hard_negatives=False)[0].owners.tolist() == []
+    assert make(chat_processor, scenes / "llava_train.json", contrast=False)[0].micro_batches[0].slots.tolist() == []
+    assert make(chat_processor, scenes / "llava_train.json", language=False)[0].supervised == 0
 
 
-def test_an_example_with_nothing_to_train_on_is_passed_over(processing, scenes):
+def test_an_example_with_nothing_to_train_on_is_passed_over(chat_processor, scenes):
     """As of a source of dialogues alone, where the contrastive loss is trained alone."""
     sources = [
         open_source(Source(path=str(scenes / "llava_train.json"))),
-        open_source(Source(path=str(scenes / "vqa_train.json"), contrast=False)),
+        open_source(Source(path=str(scenes / "vqa_train.json"), use_pairs=False)),
     ]
-    both = ContrastiveBatchDataset(sources, processing, batch_size=16, seed=3)
-    alone = ContrastiveBatchDataset(sources, processing, batch_size=16, seed=3, language=False)
+    both = ContrastiveBatchDataset(sources, chat_processor, batch_size=16, seed=3)
+    alone = ContrastiveBatchDataset(sources, chat_processor, batch_size=16, seed=3, language=False)
     pairs, dialogues = 0, 0
     for number in range(3):
-        kept = [name for name in both[number].sources if "llava_train" in name]
-        assert alone[number].sources == kept and len(alone[number].target_ids) == len(kept)
-        assert len(both[number].sources) == 16 and len(both[number].target_ids) == len(kept)
+        kept = [name for name in both[number].record_names if "llava_train" in name]
+        assert alone[number].record_names == kept and len(alone[number].target_ids) == len(kept)
+        assert len(both[number].record_names) == 16 and len(both[number].target_ids) == len(kept)
         pairs, dialogues = pairs + len(kept), dialogues + 16 - len(kept)
     assert pairs > 10 and dialogues > 10
-    assert len(alone.largest(16)) < 16 == len(both.largest(16))
+    assert len(alone.largest_examples(16)) < 16 == len(both.largest_examples(16))
 
 
-def test_micro_batches_keep_to_their_size_and_hold_all(processing, scenes):
-    whole = make(processing, scenes / "llava_train.json")[0]
+def test_micro_batches_keep_to_their_size_and_hold_all(chat_processor, scenes):
+    whole = make(chat_processor, scenes / "llava_train.json")[0]
     for size in (MicroBatchSize(tokens=700), MicroBatchSize(crops=5), MicroBatchSize(tokens=1)):
-        batch = make(processing, scenes / "llava_train.json", size=size)[0]
+        batch = make(chat_processor, scenes / "llava_train.json", size=size)[0]
         assert sum(len(part.slots) for part in batch.micro_batches) == len(whole.micro_batches[0].slots)
         assert batch.supervised == whole.supervised
         assert batch.micro_batches[0].embed is batch.micro_batches[0].joint  # read once
@@ -87,8 +89,8 @@ def test_micro_batches_keep_to_their_size_and_hold_all(processing, scenes):
             assert all(len(part) * 2 <= size.crops for part in pictures)
 
 
-def test_every_tensor_of_a_batch_is_pinned_once(processing, scenes, monkeypatch):
-    batch = make(processing, scenes / "llava_train.json", size=MicroBatchSize(crops=20))[0]
+def test_every_tensor_of_a_batch_is_pinned_once(chat_processor, scenes, monkeypatch):
+    batch = make(chat_processor, scenes / "llava_train.json", size=MicroBatchSize(crops=20))[0]
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     copy = batch.pin_memory()
@@ -98,7 +100,7 @@ def test_every_tensor_of_a_batch_is_pinned_once(processing, scenes, monkeypatch)
     assert all(torch.equal(one, other) for one, other in zip(found.values(), given.values(), strict=True))
     assert (copy.supervised, copy.sources) == (batch.supervised, batch.sources)
 
-    (one,) = make(processing, scenes / "llava_train.json")[0].pin_memory().micro_batches
+    (one,) = make(chat_processor, scenes / "llava_train.json")[0].pin_memory().micro_batches
     assert one.embed is one.joint
 
 
@@ -115,21 +117,21 @@ def tensors(value):
             yield from tensors(part)
 
 
-def test_two_ranks_share_a_global_batch(processing, scenes):
+def test_two_ranks_share_a_global_batch(chat_processor, scenes):
     whole = ContrastiveBatchDataset(
-        [open_source(Source(path=str(scenes / "llava_train.json")))], processing, batch_size=16, seed=3
+        [open_source(Source(path=str(scenes / "llava_train.json")))], chat_processor, batch_size=16, seed=3
     )
-    parts = [make(processing, scenes / "llava_train.json", rank=rank, world=2)[1].sources for rank in (0, 1)]
-    assert whole[1].sources == parts[0] + parts[1]
+    parts = [make(chat_processor, scenes / "llava_train.json", rank=rank, world=2)[1].sources for rank in (0, 1)]
+    assert whole[1].record_names == parts[0] + parts[1]
 
 
-def test_equal_targets_have_equal_ids(processing, scenes, tmp_path):
+def test_equal_targets_have_equal_ids(chat_processor, scenes, tmp_path):
     rows = json.loads((scenes / "llava_train.json").read_text())[:8]
     for row in rows[:2]:
         row["conversations"][1]["value"] = "the same words"
     (tmp_path / "a.json").write_text(json.dumps(rows))
     batches = ContrastiveBatchDataset(
-        [open_source(Source(path=str(tmp_path / "a.json"), images=str(scenes)))], processing, batch_size=8, seed=0
+        [open_source(Source(path=str(tmp_path / "a.json"), images=str(scenes)))], chat_processor, batch_size=8, seed=0
     )
     ids = batches[0].target_ids
     assert len(torch.unique(ids)) == 7
@@ -137,8 +139,8 @@ def test_equal_targets_have_equal_ids(processing, scenes, tmp_path):
         row["negatives"] = [rows[0]["conversations"][1]["value"], "something else"]
     (tmp_path / "b.json").write_text(json.dumps(rows))
     source = Source(path=str(tmp_path / "b.json"), images=str(scenes))
-    batch = ContrastiveBatchDataset([open_source(source)], processing, batch_size=8, seed=0)[0]
-    assert batch.owners.tolist() == [pair for pair in range(8) for _ in range(2)]
+    batch = ContrastiveBatchDataset([open_source(source)], chat_processor, batch_size=8, seed=0)[0]
+    assert batch.negative_owner.tolist() == [pair for pair in range(8) for _ in range(2)]
     assert len(torch.unique(batch.negative_ids)) == 2 and batch.negative_ids[0] in batch.target_ids
 
 
@@ -152,7 +154,7 @@ def test_contents_have_one_identity_only_where_they_are_equal():
     assert content_hash(Content.of(red.copy())) == content_hash(Content.of(red))
 
 
-def test_bad_records_are_quarantined_and_too_many_stop_the_run(processing, scenes, tmp_path):
+def test_bad_records_are_quarantined_and_too_many_stop_the_run(chat_processor, scenes, tmp_path):
     rows = json.loads((scenes / "llava_train.json").read_text())[:16]
     (tmp_path / "damaged.png").write_bytes(b"no picture")
     rows[3]["image"], rows[5]["image"] = "damaged.png", "missing.png"
@@ -161,30 +163,30 @@ def test_bad_records_are_quarantined_and_too_many_stop_the_run(processing, scene
             row["image"] = str(scenes / row["image"])
     rows[7]["conversations"][1]["value"] = " "
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    batches = make(processing, tmp_path / "a.json")
-    quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_share=0.5)
+    batches = make(chat_processor, tmp_path / "a.json")
+    quarantine = Quarantine(tmp_path / "quarantine.jsonl", max_bad_fraction=0.5)
     for number in range(2):
-        quarantine.check(batches[number])
+        quarantine.record(batches[number])
     reasons = [json.loads(line)["reason"] for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
-    assert quarantine.bad == len(reasons) == 3 and quarantine.seen == 16
+    assert quarantine.num_bad == len(reasons) == 3 and quarantine.num_records == 16
     for record, word in ((3, "cannot be decoded"), (5, "does not exist"), (7, "is empty")):
         assert any(f"a.json, record {record}" in reason and word in reason for reason in reasons), (record, reasons)
 
-    strict = Quarantine(tmp_path / "strict.jsonl", max_share=0.01)
+    strict = Quarantine(tmp_path / "strict.jsonl", max_bad_fraction=0.01)
     with pytest.raises(CafeError, match="records are bad"):
         for number in range(20):
-            strict.check(batches[number])
+            strict.record(batches[number])
 
 
-def test_a_text_cut_within_a_character_is_a_bad_record(processing, scenes, tmp_path):
+def test_a_text_cut_within_a_character_is_a_bad_record(chat_processor, scenes, tmp_path):
     records = json.loads((scenes / "llava_train.json").read_text())[:8]
     records[3]["conversations"][1]["value"] = "a \ud83d"
     (tmp_path / "cut.json").write_text(json.dumps(records))
     batches = ContrastiveBatchDataset(
-        [open_source(Source(path=str(tmp_path / "cut.json"), images=str(scenes)))], processing, 8, 3
+        [open_source(Source(path=str(tmp_path / "cut.json"), images=str(scenes)))], chat_processor, 8, 3
     )
-    [bad] = batches[0].bad
-    assert "record 3" in bad and "half of a character" in bad and len(batches[0].sources) == 7
+    [bad] = batches[0].bad_records
+    assert "record 3" in bad and "half of a character" in bad and len(batches[0].record_names) == 7
 
 
 def test_all_bad_from_the_start_stops_a_run_and_one_bad_record_does_not(tmp_path):
@@ -192,24 +194,24 @@ def test_all_bad_from_the_start_stops_a_run_and_one_bad_record_does_not(tmp_path
         empty = torch.empty(0, dtype=torch.long)
         return Batch([], empty, empty, torch.empty(0), empty, 0, ["broken"] * bad, ["fine"] * good)
 
-    quarantine = Quarantine(tmp_path / "one.jsonl", max_share=0.5)
+    quarantine = Quarantine(tmp_path / "one.jsonl", max_bad_fraction=0.5)
     for bad, good in ((0, 1), (1, 0), (1, 0)):
-        quarantine.check(batch(bad, good))
+        quarantine.record(batch(bad, good))
     with pytest.raises(CafeError, match="All of the first 9 records are bad"):
         for _ in range(3):
-            Quarantine(tmp_path / "all.jsonl", max_share=0.5).check(batch(9, 0))
+            Quarantine(tmp_path / "all.jsonl", max_bad_fraction=0.5).record(batch(9, 0))
 
 
-def test_data_without_what_is_trained_is_one_sentence(processing, scenes):
-    source = open_source(Source(path=str(scenes / "vqa_train.json"), contrast=False))
+def test_data_without_what_is_trained_is_one_sentence(chat_processor, scenes):
+    source = open_source(Source(path=str(scenes / "vqa_train.json"), use_pairs=False))
     with pytest.raises(CafeError, match="None of the first 48 records holds a pair"):
-        ContrastiveBatchDataset([source], processing, batch_size=8, seed=0, language=False)
+        ContrastiveBatchDataset([source], chat_processor, batch_size=8, seed=0, language=False)
 
 
-def test_too_little_data_is_one_sentence(processing, scenes):
+def test_too_little_data_is_one_sentence(chat_processor, scenes):
     with pytest.raises(CafeError, match="48 records, fewer than one batch of 64"):
         ContrastiveBatchDataset(
-            [open_source(Source(path=str(scenes / "llava_train.json")))], processing, batch_size=64, seed=0
+            [open_source(Source(path=str(scenes / "llava_train.json")))], chat_processor, batch_size=64, seed=0
         )
 
 
@@ -226,8 +228,8 @@ class Dies(ContrastiveBatchDataset):
 
 
 @pytest.mark.parametrize("deaths", [1, 2])
-def test_a_worker_that_dies_is_replaced_but_not_again_at_once(processing, scenes, tmp_path, deaths):
-    batches = Dies([open_source(Source(path=str(scenes / "llava_train.json")))], processing, batch_size=8, seed=3)
+def test_a_worker_that_dies_is_replaced_but_not_again_at_once(chat_processor, scenes, tmp_path, deaths):
+    batches = Dies([open_source(Source(path=str(scenes / "llava_train.json")))], chat_processor, batch_size=8, seed=3)
     batches.lives = tmp_path
     for number in range(deaths):
         (tmp_path / str(number)).touch()
@@ -238,8 +240,10 @@ def test_a_worker_that_dies_is_replaced_but_not_again_at_once(processing, scenes
         with pytest.raises(CafeError, match="workers died twice around batch"):
             list(stream)
         return
-    expected = [batch.sources for batch in iterate_batches(make(processing, scenes / "llava_train.json"), 0, 4, 0)]
-    assert [batch.sources for batch in stream] == expected
+    expected = [
+        batch.record_names for batch in iterate_batches(make(chat_processor, scenes / "llava_train.json"), 0, 4, 0)
+    ]
+    assert [batch.record_names for batch in stream] == expected
     assert len(said) == 1 and "died around batch" in said[0]
     assert torch.equal(state, torch.get_rng_state())  # a loader that is made anew draws nothing of the run's
 
@@ -247,5 +251,5 @@ def test_a_worker_that_dies_is_replaced_but_not_again_at_once(processing, scenes
 def test_the_quarantine_forgets_what_came_after_the_saved_step(tmp_path):
     file = tmp_path / "quarantine.jsonl"
     file.write_text('{"reason": "one"}\n{"reason": "two"}\n{"reas')
-    quarantine = Quarantine(file, 0.5, bad=1, seen=10)
-    assert file.read_text() == '{"reason": "one"}\n' and (quarantine.bad, quarantine.seen) == (1, 10)
+    quarantine = Quarantine(file, 0.5, num_bad=1, num_records=10)
+    assert file.read_text() == '{"reason": "one"}\n' and (quarantine.num_bad, quarantine.num_records) == (1, 10)

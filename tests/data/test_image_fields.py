@@ -52,7 +52,7 @@ def test_a_folder_is_a_video_whose_frames_are_in_the_order_of_their_numbers(tmp_
     (tmp_path / "clip" / "notes.txt").write_text("no picture")
     refs = image_refs("clip", Source(path=str(tmp_path / "x.json")))
     assert [ref.source.stem for ref in refs] == ["frame1", "frame2", "frame9", "frame10"]
-    thinned = image_refs("clip", Source(path=str(tmp_path / "x.json"), frames=2))
+    thinned = image_refs("clip", Source(path=str(tmp_path / "x.json"), max_frames=2))
     assert [ref.source.stem for ref in thinned] == ["frame2", "frame10"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(CafeError, match="holds no pictures"):

@@ -40,8 +40,8 @@ def picture_sizes(source):
     return [Image.open(example.pair.query.images[0].source).size for example in examples]
 
 
-def test_counts_are_those_of_the_file(messy, processing):
-    [found] = inspect([open_source(messy)], processing)
+def test_counts_are_those_of_the_file(messy, chat_processor):
+    [found] = inspect([open_source(messy)], chat_processor)
     table = dict(found.table())
     expected = {
         "records": "9", "read": "9", "bad": "3", "pairs": "6", "dialogues": "6", "hard negatives": "0", "pictures": "6",
@@ -49,50 +49,50 @@ def test_counts_are_those_of_the_file(messy, processing):
     }  # fmt: skip
     assert {name: table[name] for name in expected} == expected
     assert ["record 6" in found.bad[0], "record 7" in found.bad[1], "record 8" in found.bad[2]] == [True] * 3
-    lengths = [len(encode_example(open_source(messy).example(index, None), processing).query) for index in range(6)]
+    lengths = [len(encode_example(open_source(messy).example(index, None), chat_processor).query) for index in range(6)]
     assert found.lengths("query") == lengths
     assert table["width, pixels"] == percentiles([size[0] for size in picture_sizes(messy)])
     assert int(table["supervised tokens"].replace(",", "")) == sum(
-        encode_example(open_source(messy).example(index, None), processing).dialogue.supervised.sum()
+        encode_example(open_source(messy).example(index, None), chat_processor).dialogue.loss_mask.sum()
         for index in range(6)
     )
 
 
-def test_a_sample_is_as_large_as_asked(messy, processing):
-    [found] = inspect([open_source(messy)], processing, sample=4, examples=2)
+def test_a_sample_is_as_large_as_asked(messy, chat_processor):
+    [found] = inspect([open_source(messy)], chat_processor, sample=4, examples=2)
     assert len(found.looks) == 4 and found.records == 9 and len(found.examples) == 2
 
 
-def test_every_token_is_shown_once_and_marked_by_what_it_is_for(scenes, processing):
+def test_every_token_is_shown_once_and_marked_by_what_it_is_for(scenes, chat_processor):
     example = open_source(Source(path=str(scenes / "llava_train.json"))).example(0, None)
-    branches = encode_example(example, processing)
+    branches = encode_example(example, chat_processor)
     images = [ref.source for ref in contents(example)["dialogue"].images]
     assert len(images) == 1
-    runs = processing.pictures([decode_image(ref) for ref in example.pair.query.images]).runs
+    runs = chat_processor.pictures([decode_image(ref) for ref in example.pair.query.images]).runs
     shown = [(runs[0], "PICTURE")]
-    dialogue = spans(branches.dialogue, shown, processing, embedded=False)
+    dialogue = spans(branches.dialogue, shown, chat_processor, embedded=False)
     assert sum(span.tokens for span in dialogue) == len(branches.dialogue)
     said = "".join(span.text for span in dialogue if span.kind == "supervised")
-    wanted = branches.dialogue.input_ids[branches.dialogue.supervised]
-    assert said == processing.tokenizer.decode(wanted) and said.startswith(example.pair.target.text)
+    wanted = branches.dialogue.input_ids[branches.dialogue.loss_mask]
+    assert said == chat_processor.tokenizer.decode(wanted) and said.startswith(example.pair.target.text)
     [picture] = [span for span in dialogue if span.kind == "picture"]
-    assert picture.text == "PICTURE" and picture.tokens == int(branches.dialogue.shown.sum())
-    query = spans(branches.query, shown, processing, embedded=True)
+    assert picture.text == "PICTURE" and picture.tokens == int(branches.dialogue.image_mask.sum())
+    query = spans(branches.query, shown, chat_processor, embedded=True)
     assert [span.kind for span in query].count("readout") == 1 and query[-1].kind == "readout"
     words = "".join(span.text for span in query if span.kind != "picture")
     assert "Compress this image in one word:" in words
 
 
-def test_characters_of_several_tokens_stay_whole(processing):
+def test_characters_of_several_tokens_stay_whole(chat_processor):
     example = Example(Pair(Content.of("日本 é"), Content.of("x")))
     shown = "".join(
-        span.text for span in spans(encode_example(example, processing).query, [], processing, embedded=True)
+        span.text for span in spans(encode_example(example, chat_processor).query, [], chat_processor, embedded=True)
     )
     assert "日本 é" in shown
 
 
-def test_the_page_holds_everything_and_needs_nothing(messy, processing, tmp_path):
-    write_page(tmp_path / "page.html", inspect([open_source(messy)], processing, examples=6), processing)
+def test_the_page_holds_everything_and_needs_nothing(messy, chat_processor, tmp_path):
+    write_page(tmp_path / "page.html", inspect([open_source(messy)], chat_processor, examples=6), chat_processor)
     html = (tmp_path / "page.html").read_text()
     assert not re.search(r"<script|https?://|<link", html)
     assert html.count('<img src="data:image/png') >= 12  # the query and the dialogue of each
@@ -100,11 +100,11 @@ def test_the_page_holds_everything_and_needs_nothing(messy, processing, tmp_path
     assert "missing.png does not exist" in html and "<b>&" not in html
 
 
-def test_a_soft_target_is_shown_with_its_score(processing, tmp_path):
+def test_a_soft_target_is_shown_with_its_score(chat_processor, tmp_path):
     row = {"query": "a dog", "positive": "a hound", "negatives": ["a puppy", "a car"], "negative_scores": [0.8, 0]}
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"negative_scores": None}))
     source = Source(path=str(tmp_path / "a.jsonl"), format="pairs")
-    write_page(tmp_path / "page.html", inspect([open_source(source)], processing), processing)
+    write_page(tmp_path / "page.html", inspect([open_source(source)], chat_processor), chat_processor)
     html = (tmp_path / "page.html").read_text()
     assert re.findall(r"(negative \d)<small>\d+ tokens(.*?)</small>", html) == [
         ("negative 1", "<br>score 0.80"), ("negative 2", "<br>score 0.00"), ("negative 1", ""), ("negative 2", ""),

@@ -41,12 +41,12 @@ def test_a_llava_record_pairs_its_image_with_the_first_answer(tmp_path, name):
 def test_a_source_that_is_not_contrasted_gives_dialogues_alone(tmp_path):
     row = {"image": "p.png", "conversations": turns("<image>\nIs it a cat?", "yes")}
     write(tmp_path / "a.json", [row])
-    example = open_source(Source(path=str(tmp_path / "a.json"), contrast=False)).example(0, Random(0))
+    example = open_source(Source(path=str(tmp_path / "a.json"), use_pairs=False)).example(0, Random(0))
     assert example.pair is None and example.dialogue.turns[1].content.text == "yes"
     pairs = tmp_path / "pairs.json"
     pairs.write_text(json.dumps([{"query": "cat", "positive": "a cat"}]))
     with pytest.raises(CafeError, match="there is no dialogue"):
-        open_source(Source(path=str(pairs), format="pairs", contrast=False)).example(0, Random(0))
+        open_source(Source(path=str(pairs), format="pairs", use_pairs=False)).example(0, Random(0))
 
 
 @pytest.mark.parametrize("pattern", ["*/x.json", "{a,b}/x.json"])
@@ -155,10 +155,12 @@ def tar_of(path, colors):
 def test_shards_are_one_source_whose_records_are_named_by_shard(tmp_path):
     tar_of(tmp_path / "0.tar", ["red", "green"])
     tar_of(tmp_path / "1.tar", ["blue"])
-    records = open_source(Source(path=str(tmp_path / "{0..1}.tar"), format="pairs", ask="Describe the image."))
+    records = open_source(
+        Source(path=str(tmp_path / "{0..1}.tar"), format="pairs", answer_prompt="Describe the image.")
+    )
     examples = [records.example(index, Random(0)) for index in range(len(records))]
     assert [example.pair.target.text for example in examples] == ["it is red", "it is green", "it is blue"]
-    assert records.chunks == [2, 1] and examples[2].source == f"{tmp_path}/1.tar, record 0 (id blue)"
+    assert records.chunks == [2, 1] and examples[2].origin == f"{tmp_path}/1.tar, record 0 (id blue)"
     assert examples[0].dialogue.turns[0].content.images == examples[0].pair.query.images
 
 
@@ -186,7 +188,7 @@ def test_conversations_in_parquet_with_their_pictures_inside_are_llavas_too(tmp_
     records = open_source(Source(path=str(tmp_path / "a.parquet")))
     first, second = (records.example(index, Random(0)) for index in range(2))
     assert first.pair.query.images[0].source == png("red") and first.pair.target.text == "red"
-    assert second.pair is None and "record 1 (id 8)" in second.source
+    assert second.pair is None and "record 1 (id 8)" in second.origin
 
 
 def test_a_dataset_is_a_source_by_the_names_of_its_columns(tmp_path):

@@ -19,7 +19,7 @@ def recipe(recipe: Recipe, scenes: Path, tmp_path: Path) -> Recipe:
     AcceleratorState._reset_state(True)
     evaluation = EvaluationConfig(data=str(scenes))
     output = str(tmp_path / "ablation")
-    return replace(recipe, output=output, evaluation=evaluation, batch_size=4, steps=1, trackers=None)
+    return replace(recipe, output=output, evaluation=evaluation, batch_size=4, max_steps=1, trackers=None)
 
 
 def test_every_arm_is_trained_and_measured_once(recipe, tmp_path, capsys):

@@ -126,19 +126,19 @@ def test_what_is_kept_is_given_again_without_the_model(tmp_path):
     for model in (first, second):
         subject = CachedModel(model, tmp_path)
         assert subject.embed(texts).tolist() == [[1, 1], [2, 1], [3, 1]]
-        assert subject.answer(prompts, 2) == ["as"]
+        assert subject.generate(prompts, 2) == ["as"]
     assert (first.embedded, first.answered) == (3, 1)
     assert (second.embedded, second.answered) == (0, 0)
 
 
 def test_other_weights_prompts_lengths_and_limits_are_computed_anew(tmp_path):
-    CachedModel(Counting(Words(), "one"), tmp_path).answer([Content.of("ask"), Content.of("more")], 2)
+    CachedModel(Counting(Words(), "one"), tmp_path).generate([Content.of("ask"), Content.of("more")], 2)
     other = Counting(Words(), "two")
-    assert CachedModel(other, tmp_path).answer([Content.of("ask"), Content.of("more")], 2) == ["as", "mo"]
+    assert CachedModel(other, tmp_path).generate([Content.of("ask"), Content.of("more")], 2) == ["as", "mo"]
     same = Counting(Words(), "one")
-    assert CachedModel(same, tmp_path).answer([Content.of("ask"), Content.of("more")], 3) == ["ask", "mor"]
-    assert CachedModel(same, tmp_path).answer([Content.of("ask")], 2) == ["as"]
-    assert CachedModel(same, tmp_path).answer([Content.of("asks"), Content.of("more")], 2) == ["as", "mo"]
+    assert CachedModel(same, tmp_path).generate([Content.of("ask"), Content.of("more")], 3) == ["ask", "mor"]
+    assert CachedModel(same, tmp_path).generate([Content.of("ask")], 2) == ["as"]
+    assert CachedModel(same, tmp_path).generate([Content.of("asks"), Content.of("more")], 2) == ["as", "mo"]
     assert (other.answered, same.answered) == (2, 5)
 
 
@@ -158,7 +158,7 @@ def test_the_fingerprint_follows_weights_and_prompts(random_base):
 
     model, again = Cafe.load(random_base), Cafe.load(random_base)
     assert model.fingerprint() == again.fingerprint()
-    again.processing.prompts = replace(again.processing.prompts, image_instruction="Other:")
+    again.chat_processor.prompts = replace(again.chat_processor.prompts, image_instruction="Other:")
     assert model.fingerprint() != again.fingerprint()
     before = model.fingerprint()
     next(model.lvlm.parameters()).data.view(-1)[0] += 1e-3
@@ -168,6 +168,6 @@ def test_the_fingerprint_follows_weights_and_prompts(random_base):
 def test_nothing_half_written_is_left(tmp_path):
     CachedModel(Counting(Words(), "same"), tmp_path).embed(["a"])
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
-    CachedModel(Counting(Words(), "same"), tmp_path).answer([Content.of("ask")], 4)
+    CachedModel(Counting(Words(), "same"), tmp_path).generate([Content.of("ask")], 4)
     (kept,) = tmp_path.glob("*.json")
     assert json.loads(kept.read_text()) == ["ask"]

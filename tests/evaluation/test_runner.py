@@ -280,7 +280,7 @@ def test_the_list_names_every_suite_with_its_files_and_where_they_are_had(capsys
     assert main(["evaluate", "--list"]) == 0
     said = capsys.readouterr().out
     for suite in SUITES:
-        assert f"{suite.name}: {suite.measures}" in said and suite.where in said
+        assert f"{suite.name}: {suite.measures}" in said and suite.download in said
         assert all(file in said for file in suite.files)
 
 
@@ -404,13 +404,13 @@ def test_a_quick_look_at_a_run_has_a_folder_of_its_own(random_base, scenes, tmp_
     ],
 )
 def test_what_training_could_not_measure_is_said_before_it(recipe, data, folder, best, message):
-    evaluation = EvaluationConfig(data=folder and str(data / folder), sources=recipe.data.sources, every=1)
+    evaluation = EvaluationConfig(data=folder and str(data / folder), sources=recipe.data.sources, eval_steps=1)
     with pytest.raises(CafeError, match=message):
         training_evaluator(replace(recipe, evaluation=evaluation, keep_best=best))
 
 
 def test_every_result_of_an_evaluation_may_be_what_the_best_goes_by(recipe, random_base, scenes):
-    evaluation = EvaluationConfig(data=str(scenes), sources=recipe.data.sources, every=1, limit=4)
+    evaluation = EvaluationConfig(data=str(scenes), sources=recipe.data.sources, eval_steps=1, limit=4)
     measure = training_evaluator(replace(recipe, evaluation=evaluation))
     found = measure(Cafe.load(random_base))
     for best in (*found, "-held_out/lm_loss"):

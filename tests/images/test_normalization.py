@@ -25,7 +25,7 @@ def make(family: str) -> tuple[Cafe, Normalization]:
         model = FAMILIES[family]()
     except ImportError as error:
         pytest.skip(str(error))
-    normalization = Normalization.of(model.processing.processor.image_processor)
+    normalization = Normalization.from_processor(model.chat_processor.processor.image_processor)
     assert normalization
     return model, normalization
 
@@ -48,8 +48,8 @@ def test_values_are_those_of_the_formula_and_bytes_come_back(normalization, shap
     ids=["between bytes", "beyond bytes", "no colours", "no colours in patches"],
 )
 def test_what_is_not_made_of_bytes_is_told(values):
-    assert HALF.to_bytes(values) is None
-    picture = {"pixel_values": HALF.to_values(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))}
+    assert HALF.quantize_exact(values) is None
+    picture = {"pixel_values": HALF.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))}
     given = [picture, {"pixel_values": values}]
     assert pack_uint8(given, HALF) == (given, None)
 
@@ -59,19 +59,21 @@ def test_bytes_beside_values_that_no_byte_becomes_are_made_values():
     odd = {"pixel_values": torch.full((1, 3, 2, 2), 0.001)}
     made, pixels = pack_uint8([{"pixel_values": raw}, odd], HALF)
     assert pixels is None and made[1] is odd
-    assert torch.equal(made[0]["pixel_values"], HALF.to_values(raw))
+    assert torch.equal(made[0]["pixel_values"], HALF.normalize(raw))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_familys_pictures_come_back_joined_as_they_were(family):
     model, normalization = make(family)
-    parts = [model.processing.pictures([noise(n, *size)]).vision for n, size in enumerate([(48, 32), (90, 31)])]
+    parts = [
+        model.chat_processor.process_images([noise(n, *size)]).inputs for n, size in enumerate([(48, 32), (90, 31)])
+    ]
     joined, (raw, pixels) = collate_vision(parts), pack_uint8(parts, normalization)
     assert (pixels is None) == (family in NOT_BYTES)
     if pixels:
         sent = collate_vision(raw)
         assert sent["pixel_values"].dtype == torch.uint8
-        assert torch.allclose(pixels.to_values(sent["pixel_values"]), joined["pixel_values"], rtol=0, atol=1e-6)
+        assert torch.allclose(pixels.normalize(sent["pixel_values"]), joined["pixel_values"], rtol=0, atol=1e-6)
 
 
 def test_a_pack_of_bytes_is_read_as_one_of_values(random_base):
@@ -80,7 +82,7 @@ def test_a_pack_of_bytes_is_read_as_one_of_values(random_base):
     branches.append([model.encode_embedding(Content.of("a red circle"))])
     of_bytes = replace(model.packing, normalization=HALF)
     sent, kept = (pack(branches, [[]] * 4, packing) for packing in (of_bytes, model.packing))
-    assert sent.inputs["pixel_values"].dtype == torch.uint8 and sent.pixels and not kept.pixels
+    assert sent.inputs["pixel_values"].dtype == torch.uint8 and sent.pixel_decoder and not kept.pixel_decoder
     with torch.no_grad():
         assert torch.allclose(forward_packed(model.lvlm, sent)[0], forward_packed(model.lvlm, kept)[0], atol=1e-5)
 

@@ -31,7 +31,7 @@ def test_resized_pictures_are_pillows_but_for_a_level_of_255_here_and_there(size
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_familys_values_are_those_of_its_own_processor_within_one_of_255(family):
     try:
-        images = FAMILIES[family]().processing.processor.image_processor
+        images = FAMILIES[family]().chat_processor.processor.image_processor
     except ImportError as error:
         pytest.skip(str(error))
     ours = type(images)
@@ -48,7 +48,7 @@ def test_a_familys_values_are_those_of_its_own_processor_within_one_of_255(famil
 
 
 def test_other_processors_stay_as_they_are():
-    images = FAMILIES["llava"]().processing.processor.image_processor
+    images = FAMILIES["llava"]().chat_processor.processor.image_processor
     ours = type(images)
     use_torch_resize(images)
     assert type(images) is ours

@@ -83,7 +83,7 @@ def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family
     for size in (MicroBatchSize(), MicroBatchSize(tokens=400)):
         model.lvlm.zero_grad()
         batch = ContrastiveBatchDataset(
-            [Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size
+            [Listed(examples())], model.chat_processor, 4, seed=0, packing=model.packing, micro_batch_size=size
         )[0]
         assert (len(batch.micro_batches) > 1) == (size.tokens is not None)
         losses = JointStep(model.lvlm, objective).double()(batch)
@@ -99,18 +99,18 @@ def test_with_dropout_the_gradient_cache_gives_the_gradient_of_one_graph_that_dr
     objective = ObjectiveConfig(temperature=0.1)
     size = MicroBatchSize(tokens=400)
     batch = ContrastiveBatchDataset(
-        [Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size
+        [Listed(examples())], model.chat_processor, 4, seed=0, packing=model.packing, micro_batch_size=size
     )[0]
     step = JointStep(model.lvlm, objective).double()
     torch.manual_seed(7)
     reads = [step.reading(micro_batch.joint) for micro_batch in reversed(batch.micro_batches)][::-1]  # first one last
     assert len(reads) > 1
     vectors = torch.cat([embedded for embedded, _ in reads])
-    slots = torch.cat([micro_batch.slots for micro_batch in batch.micro_batches])
+    slots = torch.cat([micro_batch.embedding_slots for micro_batch in batch.micro_batches])
     contrastive, _ = step.contrast(
         torch.empty_like(vectors).index_copy(0, slots, vectors), batch, torch.tensor(0.1), False
     )
-    (contrastive + torch.stack([said for _, said in reads]).sum() / batch.supervised).backward()
+    (contrastive + torch.stack([said for _, said in reads]).sum() / batch.num_supervised).backward()
     expected = gradient(model)
     model.lvlm.zero_grad()
     torch.manual_seed(7)
@@ -137,7 +137,7 @@ def test_an_adapter_is_saved_by_itself_loaded_with_its_base_and_merged_into_the_
     assert {"adapter_config.json", "adapter_model.safetensors", "cafe.json"} <= files and "config.json" not in files
 
     again = Cafe.load(tmp_path / "adapter")
-    assert type(again.lvlm) is type(model.lvlm) and again.record["temperature"] == 0.05
+    assert type(again.lvlm) is type(model.lvlm) and again.metadata["temperature"] == 0.05
     np.testing.assert_allclose(again.embed(contents), expected, atol=1e-6)
     theirs = PeftModel.from_pretrained(
         AutoModelForImageTextToText.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
@@ -165,7 +165,7 @@ def test_an_adapter_whose_copy_broke_off_is_one_sentence(random_base, tmp_path):
 def recipe(recipe: Recipe) -> Recipe:
     adapter = LoraSettings(rank=4, vision_tower=("q_proj", "v_proj"), dropout=0.1)
     optimizer = OptimizerConfig(learning_rate=1e-2, vision_tower_learning_rate=None)
-    return replace(recipe, model=replace(recipe.model, adapter=adapter), optimizer=optimizer, steps=3)
+    return replace(recipe, model=replace(recipe.model, adapter=adapter), optimizer=optimizer, max_steps=3)
 
 
 def test_a_run_trains_the_adapter_alone_and_says_how_much(recipe, tmp_path):
@@ -175,7 +175,7 @@ def test_a_run_trains_the_adapter_alone_and_says_how_much(recipe, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert log[-1]["lm_loss"] < log[0]["lm_loss"]
     model = Cafe.load(checkpoint)
-    assert has_adapter(model.lvlm) and model.record["recipe"]["model"]["adapter"]["rank"] == 4
+    assert has_adapter(model.lvlm) and model.metadata["recipe"]["model"]["adapter"]["rank"] == 4
     base = dict(Cafe.load(recipe.model.base).lvlm.named_parameters())
     for name, parameter in model.lvlm.named_parameters():
         if "lora_" not in name:

@@ -45,7 +45,7 @@ every_family = pytest.mark.parametrize("family", families.FAMILIES)
 
 def own_inputs(model: Cafe, messages: list[Message], content: Content, over: bool = True) -> dict[str, torch.Tensor]:
     """What the family's processor makes of a chat that is over, or waits for an answer."""
-    processor, images = model.processing.processor, [decode_image(ref) for ref in content.images]
+    processor, images = model.chat_processor.processor, [decode_image(ref) for ref in content.images]
     if model.lvlm.config.model_type == "paligemma":
         return own_prefix_and_suffix(processor, messages, images)
     text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=not over)
@@ -73,7 +73,7 @@ def own_prefix_and_suffix(
 
 
 def own_embedding_inputs(model: Cafe, content: Content) -> dict[str, torch.Tensor]:
-    inputs = own_inputs(model, [*embedding_messages(content, model.processing.prompts), EMPTY], content)
+    inputs = own_inputs(model, [*embedding_messages(content, model.chat_processor.prompts), EMPTY], content)
     if model.lvlm.config.model_type == "paligemma":
         inputs["token_type_ids"].zero_()  # all of an embedding's prompt is read both ways
     return inputs
@@ -88,29 +88,31 @@ def plain_hidden(model: Cafe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", CONTENTS)
 def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
     model = make(family)
-    assert model.packing.share == (family not in READ_ONE_BY_ONE)
+    assert model.packing.share_prefixes == (family not in READ_ONE_BY_ONE)
     warned = [record for record in caplog.records if record.name == "cafe.lvlm.forward"]
     assert len(warned) == (family in READ_ONE_BY_ONE)
 
     content, other, text = Content.of(CONTENTS[kind]), Content.of([TALL, "it"]), Content.of("a blue square")
     dialogue = chat(Content((*content.parts, " What is it?")), "a red circle")
     examples = [Example(Pair(content, text, (other,)), dialogue), Example(Pair(text, other))]
-    encoded = [encode_example(example, model.processing) for example in examples]
+    encoded = [encode_example(example, model.chat_processor) for example in examples]
     groups = [[one.query, one.target, *one.negatives, *([one.dialogue] if one.dialogue else [])] for one in encoded]
     expected = [own_embedding_inputs(model, one) for one in (content, text, other)]
-    expected.append(own_inputs(model, dialogue_messages(dialogue, model.processing.prompts), dialogue.turns[0].content))
+    expected.append(
+        own_inputs(model, dialogue_messages(dialogue, model.chat_processor.prompts), dialogue.turns[0].content)
+    )
     expected += [own_embedding_inputs(model, one) for one in (text, other)]
 
     packed, layout = pack(groups, [[], []], model.packing), build_layout(groups, model.packing)
     inputs = dict(packed.inputs)
-    if packed.end is not None:
-        inputs["attention_mask"] = attention_mask(packed.end, model.lvlm.config.get_text_config())
-        assert packed.filled < sum(len(branch) for group in groups for branch in group)
+    if packed.subtree_end is not None:
+        inputs["attention_mask"] = attention_mask(packed.subtree_end, model.lvlm.config.get_text_config())
+        assert packed.num_tokens < sum(len(branch) for group in groups for branch in group)
     with torch.no_grad():
         hidden = model.lvlm.base_model(**inputs).last_hidden_state
-    for branch, place, own in zip([b for group in groups for b in group], layout.places, expected, strict=True):
+    for branch, place, own in zip([b for group in groups for b in group], layout.coords, expected, strict=True):
         length = own["input_ids"].shape[1]
-        extra = [] if length == len(branch) else [model.processing.tokenizer.eos_token_id]  # see LLAVA_TEMPLATE
+        extra = [] if length == len(branch) else [model.chat_processor.tokenizer.eos_token_id]  # see LLAVA_TEMPLATE
         assert branch.input_ids.tolist() == [*own["input_ids"][0].tolist(), *extra]
         found = hidden[place[:length, 0], place[:length, 1]]
         torch.testing.assert_close(found, plain_hidden(model, own), atol=1e-4, rtol=1e-4)
@@ -122,27 +124,27 @@ def test_a_trial_finds_by_itself_which_families_share(family, monkeypatch):
     monkeypatch.setattr(
         "cafe.lvlm.forward.supports_prefix_sharing", lambda lvlm: None
     )  # as of a family that nobody knows
-    assert infer_packing(model.lvlm, model.processing).share == (family not in READ_ONE_BY_ONE)
+    assert infer_packing(model.lvlm, model.chat_processor).share_prefixes == (family not in READ_ONE_BY_ONE)
 
 
 @every_family
 def test_a_dialogue_has_the_templates_tokens_and_its_prompts_are_those_in_use(family):
     model = make(family)
-    processing = model.processing
+    chat_processor = model.chat_processor
     dialogue = chat(Content.of([SMALL, "What is it?"]), "a circle", "What color?", "red")
-    messages, pictures = dialogue_messages(dialogue, processing.prompts), processing.pictures([SMALL])
-    branch = processing.encode_dialogue(messages, pictures)
+    messages, pictures = dialogue_messages(dialogue, chat_processor.prompts), chat_processor.process_images([SMALL])
+    branch = chat_processor.encode_dialogue(messages, pictures)
     own = own_inputs(model, messages, Content.of(SMALL))["input_ids"][0]
     # Two templates cannot say it all: LLaVA's ends no turn, and Qwen 3.5's hides past thoughts.
     found, expected = (
-        re.sub("</s>|</?think>\n*", "", processing.tokenizer.decode(ids)) for ids in (branch.input_ids, own)
+        re.sub("</s>|</?think>\n*", "", chat_processor.tokenizer.decode(ids)) for ids in (branch.input_ids, own)
     )
     assert found == expected
-    said = processing.tokenizer.decode(branch.input_ids[branch.supervised], skip_special_tokens=True)
+    said = chat_processor.tokenizer.decode(branch.input_ids[branch.loss_mask], skip_special_tokens=True)
     assert re.sub("</think>|<turn.>|<end_of_turn>|\\s", "", said) == "acirclered"
-    prompt = processing.encode_prompt(messages[:2], pictures).input_ids
+    prompt = chat_processor.encode_prompt(messages[:2], pictures).input_ids
     assert torch.equal(branch.input_ids[: len(prompt)], prompt)
-    assert not branch.supervised[: len(prompt)].any() and branch.supervised[len(prompt)]
+    assert not branch.loss_mask[: len(prompt)].any() and branch.loss_mask[len(prompt)]
 
 
 @every_family
@@ -157,9 +159,9 @@ def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family
     for size in (MicroBatchSize(), MicroBatchSize(tokens=400)):
         model.lvlm.zero_grad()
         batch = ContrastiveBatchDataset(
-            [Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size
+            [Listed(examples())], model.chat_processor, 4, seed=0, packing=model.packing, micro_batch_size=size
         )[0]
-        assert not batch.bad and (len(batch.micro_batches) > 1) == (size.tokens is not None)
+        assert not batch.bad_records and (len(batch.micro_batches) > 1) == (size.tokens is not None)
         losses = JointStep(model.lvlm, objective).double()(batch)
         assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-5)
         assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
@@ -175,10 +177,10 @@ def test_embeddings_and_answers_are_the_plain_ones(family):
     np.testing.assert_allclose(vectors, F.normalize(expected, dim=-1).numpy(), atol=1e-5)
 
     prompt = "What is it?"
-    messages = dialogue_messages(chat(Content.of([WIDE, prompt])), model.processing.prompts)
+    messages = dialogue_messages(chat(Content.of([WIDE, prompt])), model.chat_processor.prompts)
     inputs = own_inputs(model, messages, Content.of(WIDE), over=False)
     output = model.lvlm.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-    answer = model.processing.tokenizer.decode(output, skip_special_tokens=True).strip()
+    answer = model.chat_processor.tokenizer.decode(output, skip_special_tokens=True).strip()
     assert model.generate(WIDE, prompt, max_new_tokens=6) == answer
     longer = Content.of([SMALL, TALL, "Which one of the two, at some length?"])
     batch = [longer, Content.of([WIDE, prompt]), Content.of("Hello?")]
@@ -189,7 +191,7 @@ def test_embeddings_and_answers_are_the_plain_ones(family):
     assert said == answer
     looks = []
     with find_vision_tower(model.lvlm).register_forward_hook(lambda *_: looks.append(1)):
-        vectors, answers = model.describe([TALL, WIDE], prompt, max_new_tokens=6)
+        vectors, answers = model.embed_and_generate_batch([TALL, WIDE], prompt, max_new_tokens=6)
     assert len(looks) == 1 + (family in PREFIX_LMS)  # at all pictures, once, or with each prompt
     np.testing.assert_allclose(vectors, model.embed([TALL, WIDE]), atol=1e-5)
     assert answers == [model.generate(picture, prompt, max_new_tokens=6) for picture in (TALL, WIDE)]
@@ -207,7 +209,7 @@ def test_answers_scored_in_one_pass_have_the_likelihood_of_transformers_own_logi
             inputs = model._inputs([row])
             with torch.inference_mode():
                 logits = model.lvlm(**inputs).logits[0, :-1].double().log_softmax(-1)
-            wanted = row.supervised[1:].nonzero()[:, 0]
+            wanted = row.loss_mask[1:].nonzero()[:, 0]
             expected = logits[wanted, row.input_ids[1:][wanted]].sum().item()
             assert score == pytest.approx(expected, abs=1e-3, rel=1e-4)
             assert model.score(content, answer) == pytest.approx(score, abs=1e-3, rel=1e-4)
@@ -218,7 +220,7 @@ def test_a_saved_checkpoint_loads_and_embeds_the_same(family, tmp_path):
     model = make(family)
     model.save(tmp_path / "saved")
     again = Cafe.load(tmp_path / "saved")
-    assert type(again.lvlm) is type(model.lvlm) and again.packing.share == model.packing.share
+    assert type(again.lvlm) is type(model.lvlm) and again.packing.share_prefixes == model.packing.share_prefixes
     contents = list(CONTENTS.values())
     np.testing.assert_array_equal(again.embed(contents), model.embed(contents))
 
@@ -248,7 +250,7 @@ def test_a_prefix_lms_answers_have_the_loss_that_transformers_takes_of_its_proce
     model.lvlm.train(training)
     for content, answer in (([WIDE, "What is it?"], "a red circle"), ([SMALL, TALL, "Which one?"], "the first")):
         [*images, prompt] = content
-        own = model.processing.processor(
+        own = model.chat_processor.processor(
             text=["<image>" * len(images) + prompt], images=[images], suffix=[answer], return_tensors="pt"
         )
         packed = pack([[]], [[model.encode_dialogue(chat(Content.of(content), answer))]], model.packing)
@@ -263,11 +265,11 @@ def test_an_attention_without_masks_would_read_a_prefix_lms_prompts_otherwise_an
     model = make("paligemma")
     model.lvlm.config.get_text_config()._attn_implementation = "flash_attention_2"
     with pytest.raises(CafeError, match="reads prompts both ways, and flash_attention_2 takes no mask"):
-        infer_packing(model.lvlm, model.processing)
+        infer_packing(model.lvlm, model.chat_processor)
 
 
 def test_a_template_that_shows_no_picture_is_refused():
-    processor = families.llava().processing.processor
+    processor = families.llava().chat_processor.processor
     for template in (None, "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"):
         processor.chat_template = template
         with pytest.raises(CafeError, match="LlavaProcessor has no chat template that shows pictures"):
@@ -277,8 +279,8 @@ def test_a_template_that_shows_no_picture_is_refused():
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1)])
 def test_a_picture_that_a_family_refuses_is_a_bad_record(size):
-    processing = make("qwen2_vl").processing
+    chat_processor = make("qwen2_vl").chat_processor
     example = Example(Pair(Content.of(Image.new("RGB", size)), Content.of("a line")), None, "record 3")
-    for way in (processing, with_fast_images(processing)[0]):
+    for way in (chat_processor, with_fast_images(chat_processor)[0]):
         with pytest.raises(CafeError, match=f"record 3: The .* takes no picture of {size[0]} x {size[1]} pixels"):
             encode_example(example, way)

@@ -13,12 +13,12 @@ PICTURE = Image.new("RGB", (200, 150), "red")
 
 def shown(model: Cafe) -> int:
     """The tokens that stand for a picture."""
-    return len(model.processing.pictures([PICTURE]).runs[0])
+    return len(model.chat_processor.process_images([PICTURE]).token_runs[0])
 
 
 def read_pixels(model: Cafe) -> int:
     """The pixels of the crops, or of the patches of 4 x 4, that the vision tower gets."""
-    vision = model.processing.pictures([PICTURE]).vision
+    vision = model.chat_processor.process_images([PICTURE]).inputs
     if "image_grid_thw" in vision:
         return int(vision["image_grid_thw"].prod()) * 16
     values = vision["pixel_values"]
@@ -36,7 +36,7 @@ def test_the_limit_holds_and_is_saved_with_the_model(family, tmp_path):
     before, tokens = read_pixels(model), shown(model)
     grids = [(1, 1), (2, 2)] if family.startswith("llava") else ()
     limit = 512 if family in AREA else CROP + 100
-    set_max_image_size(model.lvlm, model.processing.processor, limit, grids)
+    set_max_image_size(model.lvlm, model.chat_processor.processor, limit, grids)
     assert read_pixels(model) < before and shown(model) < tokens
     assert read_pixels(model) <= (limit if family in AREA else 2 * CROP)  # a crop and the thumbnail
     vector = model.embed([PICTURE])
@@ -48,9 +48,9 @@ def test_the_limit_holds_and_is_saved_with_the_model(family, tmp_path):
 
 def test_grids_are_rows_and_columns_of_crops():
     model = FAMILIES["llava_onevision"]()
-    set_max_image_size(model.lvlm, model.processing.processor, grids=[(1, 3), (2, 1)])
+    set_max_image_size(model.lvlm, model.chat_processor.processor, grids=[(1, 3), (2, 1)])
     assert model.lvlm.config.image_grid_pinpoints == [[32, 96], [64, 32]]
-    wide = model.processing.pictures([Image.new("RGB", (300, 100))]).vision["pixel_values"]
+    wide = model.chat_processor.process_images([Image.new("RGB", (300, 100))]).inputs["pixel_values"]
     assert wide.shape[1] == 4  # three crops and the thumbnail
 
 
@@ -58,10 +58,10 @@ def test_grids_are_rows_and_columns_of_crops():
 def test_a_limit_below_what_a_model_can_read_is_one_sentence(family):
     model = FAMILIES[family]()
     with pytest.raises(CafeError, match=r"max_pixels is 100, and this .* reads no picture at less than"):
-        set_max_image_size(model.lvlm, model.processing.processor, 100)
+        set_max_image_size(model.lvlm, model.chat_processor.processor, 100)
 
 
 def test_a_model_without_grids_is_named():
     model = FAMILIES["llava"]()
     with pytest.raises(CafeError, match="does not cut pictures into grids"):
-        set_max_image_size(model.lvlm, model.processing.processor, grids=[(1, 1)])
+        set_max_image_size(model.lvlm, model.chat_processor.processor, grids=[(1, 1)])

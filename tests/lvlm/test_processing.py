@@ -24,105 +24,105 @@ def processing(random_base):
     return ChatProcessor(load_processor(str(random_base)), Prompts(chat_template="chatml"))
 
 
-def decode(processing, encoded):
-    return processing.tokenizer.decode(encoded.input_ids)
+def decode(chat_processor, encoded):
+    return chat_processor.tokenizer.decode(encoded.input_ids)
 
 
-def test_an_images_embedding_prompt_is_the_published_one(processing):
-    messages = embedding_messages(Content.of(PICTURE), processing.prompts)
-    encoded = processing.encode_embedding(messages, processing.pictures([PICTURE]))
-    image = "<image>" * len(processing.pictures([PICTURE]).runs[0])
+def test_an_images_embedding_prompt_is_the_published_one(chat_processor):
+    messages = embedding_messages(Content.of(PICTURE), chat_processor.prompts)
+    encoded = chat_processor.encode_embedding(messages, chat_processor.pictures([PICTURE]))
+    image = "<image>" * len(chat_processor.pictures([PICTURE]).runs[0])
     instruction = "\nCompress this image in one word:"
-    assert decode(processing, encoded) == (
+    assert decode(chat_processor, encoded) == (
         f"{SYSTEM}<|im_start|>user\n{image}{instruction}<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     )
 
 
-def test_a_texts_embedding_prompt_is_the_published_one(processing):
-    messages = embedding_messages(Content.of("a red circle."), processing.prompts)
-    encoded = processing.encode_embedding(messages, processing.pictures([]))
-    assert decode(processing, encoded) == (
+def test_a_texts_embedding_prompt_is_the_published_one(chat_processor):
+    messages = embedding_messages(Content.of("a red circle."), chat_processor.prompts)
+    encoded = chat_processor.encode_embedding(messages, chat_processor.pictures([]))
+    assert decode(chat_processor, encoded) == (
         f"{SYSTEM}<|im_start|>user\na red circle.Compress this sentence in one word:<|im_end|>\n"
         "<|im_start|>assistant\n<|im_end|>"
     )
 
 
-def test_only_what_the_assistant_says_and_its_end_is_supervised(processing):
+def test_only_what_the_assistant_says_and_its_end_is_supervised(chat_processor):
     turns = [
         Turn("user", Content.of({"image": PICTURE, "text": "What is it?"})),
         Turn("assistant", Content.of("a circle")),
         Turn("user", Content.of("And its color?")),
         Turn("assistant", Content.of("red")),
     ]
-    messages = dialogue_messages(Dialogue(tuple(turns)), processing.prompts)
-    encoded = processing.encode_dialogue(messages, processing.pictures([PICTURE]))
-    assert processing.tokenizer.decode(encoded.input_ids[encoded.supervised]) == "a circle<|im_end|>red<|im_end|>"
-    prompt = processing.encode_prompt(messages[:2], processing.pictures([PICTURE]))
+    messages = dialogue_messages(Dialogue(tuple(turns)), chat_processor.prompts)
+    encoded = chat_processor.encode_dialogue(messages, chat_processor.pictures([PICTURE]))
+    assert chat_processor.tokenizer.decode(encoded.input_ids[encoded.supervised]) == "a circle<|im_end|>red<|im_end|>"
+    prompt = chat_processor.encode_prompt(messages[:2], chat_processor.pictures([PICTURE]))
     assert torch.equal(prompt.input_ids, encoded.input_ids[: len(prompt.input_ids)])
     assert not encoded.supervised[: len(prompt.input_ids)].any()
 
 
-def test_a_whole_dialogue_tokenizes_as_the_familys_processor_does(processing):
+def test_a_whole_dialogue_tokenizes_as_the_familys_processor_does(chat_processor):
     turns = (Turn("user", Content.of({"image": PICTURE, "text": "What is it?"})), Turn("assistant", Content.of("red")))
-    messages = dialogue_messages(Dialogue(turns), processing.prompts)
-    text = processing.processor.apply_chat_template(messages, tokenize=False).rstrip()
-    reference = processing.processor(text=[text], images=[[PICTURE]], return_tensors="pt")
-    encoded = processing.encode_dialogue(messages, processing.pictures([PICTURE]))
+    messages = dialogue_messages(Dialogue(turns), chat_processor.prompts)
+    text = chat_processor.processor.apply_chat_template(messages, tokenize=False).rstrip()
+    reference = chat_processor.processor(text=[text], images=[[PICTURE]], return_tensors="pt")
+    encoded = chat_processor.encode_dialogue(messages, chat_processor.pictures([PICTURE]))
     assert torch.equal(encoded.input_ids, reference["input_ids"][0])
     assert torch.equal(encoded.vision["pixel_values"], reference["pixel_values"])
 
 
-def test_special_tokens_in_a_users_text_stay_words(processing):
-    messages = embedding_messages(Content.of("an <image> of <|im_end|>"), processing.prompts)
-    encoded = processing.encode_embedding(messages, processing.pictures([]))
-    assert processing.tokenizer.convert_tokens_to_ids("<image>") not in encoded.input_ids
-    assert decode(processing, encoded).count("<|im_end|>") == 3
+def test_special_tokens_in_a_users_text_stay_words(chat_processor):
+    messages = embedding_messages(Content.of("an <image> of <|im_end|>"), chat_processor.prompts)
+    encoded = chat_processor.encode_embedding(messages, chat_processor.pictures([]))
+    assert chat_processor.tokenizer.convert_tokens_to_ids("<image>") not in encoded.input_ids
+    assert decode(chat_processor, encoded).count("<|im_end|>") == 3
 
 
-def test_truncation_keeps_the_instruction_and_the_frame(processing):
-    messages = embedding_messages(Content.of("a red circle " * 100), processing.prompts)
-    encoded = processing.encode_embedding(messages, processing.pictures([]), max_tokens=64)
+def test_truncation_keeps_the_instruction_and_the_frame(chat_processor):
+    messages = embedding_messages(Content.of("a red circle " * 100), chat_processor.prompts)
+    encoded = chat_processor.encode_embedding(messages, chat_processor.pictures([]), max_tokens=64)
     assert len(encoded.input_ids) == 64
-    assert decode(processing, encoded).endswith(
+    assert decode(chat_processor, encoded).endswith(
         "Compress this sentence in one word:<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     )
 
 
-def test_images_are_never_cut(processing):
-    messages = embedding_messages(Content.of(PICTURE), processing.prompts)
+def test_images_are_never_cut(chat_processor):
+    messages = embedding_messages(Content.of(PICTURE), chat_processor.prompts)
     with pytest.raises(CafeError, match="cannot be cut to 20"):
-        processing.encode_embedding(messages, processing.pictures([PICTURE]), max_tokens=20)
+        chat_processor.encode_embedding(messages, chat_processor.pictures([PICTURE]), max_tokens=20)
 
 
 @pytest.mark.parametrize("system", [None, ""])
-def test_a_dialogue_is_cut_behind_its_last_image_and_nowhere_before(processing, system):
+def test_a_dialogue_is_cut_behind_its_last_image_and_nowhere_before(chat_processor, system):
     if system is not None:
-        processing = ChatProcessor(processing.processor, replace(processing.prompts, system=system))
+        chat_processor = ChatProcessor(chat_processor.processor, replace(chat_processor.prompts, system=system))
     turns = (Turn("user", Content.of(["some words first " * 5, PICTURE])), Turn("assistant", Content.of("red " * 20)))
-    messages, pictures = dialogue_messages(Dialogue(turns), processing.prompts), processing.pictures([PICTURE])
-    whole = processing.encode_dialogue(messages, pictures)
+    messages, pictures = dialogue_messages(Dialogue(turns), chat_processor.prompts), chat_processor.pictures([PICTURE])
+    whole = chat_processor.encode_dialogue(messages, pictures)
     end = int(whole.shown.nonzero()[-1]) + 1
     assert end < len(whole.input_ids)
-    cut = processing.encode_dialogue(messages, pictures, max_tokens=end)
+    cut = chat_processor.encode_dialogue(messages, pictures, max_tokens=end)
     assert torch.equal(cut.input_ids, whole.input_ids[:end])
     with pytest.raises(CafeError, match=f"ends at token {end}, and {end - 1} are read"):
-        processing.encode_dialogue(messages, pictures, max_tokens=end - 1)
+        chat_processor.encode_dialogue(messages, pictures, max_tokens=end - 1)
 
 
-def test_saved_processor_files_are_the_familys_standard_ones(processing, tmp_path):
-    processing.save(tmp_path)
+def test_saved_processor_files_are_the_familys_standard_ones(chat_processor, tmp_path):
+    chat_processor.save(tmp_path)
     assert "LlavaOnevisionProcessor" in (tmp_path / "processor_config.json").read_text()
-    again = ChatProcessor(load_processor_from(tmp_path, processing), Prompts(chat_template="chatml"))
-    messages = embedding_messages(Content.of("a red circle."), processing.prompts)
+    again = ChatProcessor(load_processor_from(tmp_path, chat_processor), Prompts(chat_template="chatml"))
+    messages = embedding_messages(Content.of("a red circle."), chat_processor.prompts)
     assert torch.equal(
-        again.encode_embedding(messages, again.pictures([])).input_ids,
-        processing.encode_embedding(messages, processing.pictures([])).input_ids,
+        again.encode_embedding(messages, again.process_images([])).input_ids,
+        chat_processor.encode_embedding(messages, chat_processor.pictures([])).input_ids,
     )
 
 
-def load_processor_from(directory, processing):
+def load_processor_from(directory, chat_processor):
     """The processor alone; a checkpoint would hold the model's configuration beside it."""
-    return type(processing.processor).from_pretrained(directory)
+    return type(chat_processor.processor).from_pretrained(directory)
 
 
 def photo(width: int, height: int) -> Image.Image:
@@ -136,52 +136,56 @@ def photo(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def test_a_large_jpeg_decoded_small_shows_the_model_the_same_to_a_few_levels_of_255(processing):
+def test_a_large_jpeg_decoded_small_shows_the_model_the_same_to_a_few_levels_of_255(chat_processor):
     out = io.BytesIO()
     photo(1000, 800).save(out, "JPEG", quality=92)
     ref = ImageRef(out.getvalue())
-    [small] = processing.decode([ref])
+    [small] = chat_processor.decode([ref])
     assert small.size == (250, 200)  # a quarter: an eighth would not be enough
-    whole, drafted = (processing.pictures([image]).vision["pixel_values"] for image in (decode_image(ref), small))
+    whole, drafted = (chat_processor.pictures([image]).vision["pixel_values"] for image in (decode_image(ref), small))
     difference = (whole - drafted).abs() * 0.5 * 255  # the processor divided by a deviation of 0.5
     assert difference.mean() < 1 and difference.max() <= 8, (difference.mean(), difference.max())
 
 
-def test_what_is_not_much_too_large_is_decoded_as_it_is(processing):
+def test_what_is_not_much_too_large_is_decoded_as_it_is(chat_processor):
     data, sizes = [], []
     for kind, size in (("JPEG", (200, 2000)), ("JPEG", (2001, 1999)), ("PNG", (1000, 1000))):
         out = io.BytesIO()
         Image.new("RGB", size).save(out, kind)
         data.append(ImageRef(out.getvalue()))
         sizes.append(size)
-    assert [image.size for image in processing.decode(data)] == sizes  # odd sides would not keep the shape
+    assert [image.size for image in chat_processor.decode(data)] == sizes  # odd sides would not keep the shape
 
 
-def test_in_multimodal_mode_the_content_is_the_users_turn_and_only_it_is_cut(processing):
-    processing = ChatProcessor(processing.processor, replace(processing.prompts, mode="multimodal"))
+def test_in_multimodal_mode_the_content_is_the_users_turn_and_only_it_is_cut(chat_processor):
+    chat_processor = ChatProcessor(chat_processor.processor, replace(chat_processor.prompts, mode="multimodal"))
     content = Content.of([PICTURE, "Find the same color: " + "a red circle " * 50])
-    pictures = processing.pictures([PICTURE])
-    whole = processing.encode_embedding(embedding_messages(content, processing.prompts), pictures)
+    pictures = chat_processor.pictures([PICTURE])
+    whole = chat_processor.encode_embedding(embedding_messages(content, chat_processor.prompts), pictures)
     image = "<image>" * len(pictures.runs[0])
-    assert decode(processing, whole) == (
+    assert decode(chat_processor, whole) == (
         f"{SYSTEM}<|im_start|>user\n{image}\n{content.text}<|im_end|>\n<|im_start|>assistant\n<|im_end|>"
     )
-    cut = processing.encode_embedding(embedding_messages(content, processing.prompts), pictures, max_tokens=150)
+    cut = chat_processor.encode_embedding(embedding_messages(content, chat_processor.prompts), pictures, max_tokens=150)
     assert len(cut) == 150
-    end = processing.tokenizer("<|im_end|>\n<|im_start|>assistant\n<|im_end|>")["input_ids"]
+    end = chat_processor.tokenizer("<|im_end|>\n<|im_start|>assistant\n<|im_end|>")["input_ids"]
     assert cut.input_ids[-len(end) :].tolist() == end
     kept = 150 - len(end)
     assert torch.equal(cut.input_ids[:kept], whole.input_ids[:kept])
     alone = Content.of(PICTURE)
     with pytest.raises(CafeError, match="cannot be cut to 20"):
-        processing.encode_embedding(embedding_messages(alone, processing.prompts), pictures, max_tokens=20)
+        chat_processor.encode_embedding(embedding_messages(alone, chat_processor.prompts), pictures, max_tokens=20)
 
 
-def test_half_of_a_character_is_named_wherever_it_stands(processing):
+def test_half_of_a_character_is_named_wherever_it_stands(chat_processor):
     """As JSON may hold it: a tokenizer takes no such text."""
     half = json.loads(r'"an emoji \ud83d"')
     said = (Turn("user", Content.of("What?")), Turn("assistant", Content.of(half)))
     with pytest.raises(CafeError, match=r"half of a character, '\\ud83d'"):
-        processing.encode_embedding(embedding_messages(Content.of(half), processing.prompts), processing.pictures([]))
+        chat_processor.encode_embedding(
+            embedding_messages(Content.of(half), chat_processor.prompts), chat_processor.pictures([])
+        )
     with pytest.raises(CafeError, match=r"half of a character, '\\ud83d'"):
-        processing.encode_dialogue(dialogue_messages(Dialogue(said), processing.prompts), processing.pictures([]))
+        chat_processor.encode_dialogue(
+            dialogue_messages(Dialogue(said), chat_processor.prompts), chat_processor.pictures([])
+        )

@@ -42,7 +42,7 @@ def batch(model, scenes) -> Batch:
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     size = MicroBatchSize(tokens=700)
     batch = ContrastiveBatchDataset(
-        [source], model.processing, PAIRS, 0, packing=PackingConfig(columns=160), size=size
+        [source], model.chat_processor, PAIRS, 0, packing=PackingConfig(max_row_tokens=160), micro_batch_size=size
     )[0]
     assert len(batch.micro_batches) > 1
     return batch
@@ -88,9 +88,11 @@ def test_pictures_of_their_own_sizes_are_read_once_too(family, tmp_path):
     freeze(model.lvlm, ["vision_tower", "projector"])
     size = MicroBatchSize(tokens=400)
     batch = ContrastiveBatchDataset(
-        [Listed(examples())], model.processing, 4, seed=0, packing=model.packing, size=size
+        [Listed(examples())], model.chat_processor, 4, seed=0, packing=model.packing, micro_batch_size=size
     )[0]
-    patches = sum(len(model.processing.pictures([each]).vision["pixel_values"]) for each in (SMALL, WIDE, TALL))
+    patches = sum(
+        len(model.chat_processor.process_images([each]).inputs["pixel_values"]) for each in (SMALL, WIDE, TALL)
+    )
     tower = find_vision_tower(model.lvlm)
     counted = Counted(tower)
     loss, gradient = follow(model, batch, None)
@@ -129,7 +131,7 @@ def test_a_tower_that_lays_pictures_end_to_end_reads_each_once(told, tmp_path):
         expected = [read_some(*which) for which in calls]
         for times in (1, 0):
             counted.crops = 0
-            with VisionCache(tower, config, tmp_path / str(told)).step():
+            with VisionCache(tower, config, tmp_path / str(told)).enabled():
                 for which, whole in zip(calls, expected, strict=True):
                     torch.testing.assert_close(read_some(*which), whole)
             assert counted.crops == times * len(crops)
@@ -152,7 +154,7 @@ def test_processes_may_fill_a_directory_at_once(model, tmp_path, monkeypatch):
     crops = torch.randn(1, 3, 32, 32)
 
     def fill(tower: torch.nn.Module) -> Tensor:
-        with VisionCache(tower, model.lvlm.config, tmp_path).step():
+        with VisionCache(tower, model.lvlm.config, tmp_path).enabled():
             return tower(crops).last_hidden_state
 
     tower = find_vision_tower(model.lvlm)
@@ -190,10 +192,10 @@ def test_of_what_a_tower_returns_only_what_the_model_reads_is_kept(family, layer
             tower.forward = lambda *rows, **named: plain(*rows, **named | {"output_hidden_states": True})
         for _ in range(2):
             vision = VisionCache(tower, model.lvlm.config, tmp_path)
-            with vision.step():
+            with vision.enabled():
                 for _ in range(2):
                     torch.testing.assert_close(forward_packed(model.lvlm, done)[0], expected)
-                for made in vision.kept.values():
+                for made in vision.cached.values():
                     assert sum(leaf.ndim == 3 for leaf in tree_leaves(made) if leaf is not None) == count
             tower.forward = None  # the second time from disk
 
@@ -204,11 +206,11 @@ def test_a_step_of_one_micro_batch_holds_nothing_beside_what_the_tower_made(fami
     tower = find_vision_tower(model.lvlm)
     crops = torch.randn(3, 3, 32, 32)
     vision = VisionCache(tower, model.lvlm.config)
-    with vision.step():
+    with vision.enabled():
         made = tower(crops, output_hidden_states=-1 if family == "llava_onevision" else None)
         kept, returned = (
             {leaf.untyped_storage().data_ptr() for leaf in tree_leaves(of) if leaf is not None}
-            for of in (list(vision.kept.values()), made)
+            for of in (list(vision.cached.values()), made)
         )
         assert kept and kept <= returned
 

@@ -62,11 +62,11 @@ def test_search_is_exact(way):
 
 
 def test_limits_are_nv_retrievers():
-    assert max_negative_similarity(0.8, MiningConfig(share=0.95)) == pytest.approx(0.76)
-    assert max_negative_similarity(0.8, MiningConfig(share=None, margin=0.1)) == pytest.approx(0.7)
-    assert max_negative_similarity(0.8, MiningConfig(share=0.5, margin=0.1)) == pytest.approx(0.4)
-    assert max_negative_similarity(-0.5, MiningConfig(share=0.95)) == -0.5  # never above the positive
-    assert max_negative_similarity(0.8, MiningConfig(share=None)) == float("inf")
+    assert max_negative_similarity(0.8, MiningConfig(max_positive_ratio=0.95)) == pytest.approx(0.76)
+    assert max_negative_similarity(0.8, MiningConfig(max_positive_ratio=None, margin=0.1)) == pytest.approx(0.7)
+    assert max_negative_similarity(0.8, MiningConfig(max_positive_ratio=0.5, margin=0.1)) == pytest.approx(0.4)
+    assert max_negative_similarity(-0.5, MiningConfig(max_positive_ratio=0.95)) == -0.5  # never above the positive
+    assert max_negative_similarity(0.8, MiningConfig(max_positive_ratio=None)) == float("inf")
 
 
 def test_candidates_are_the_closest_that_are_no_match_and_not_too_close():
@@ -76,9 +76,9 @@ def test_candidates_are_the_closest_that_are_no_match_and_not_too_close():
     target_ids[5], targets[5] = target_ids[4], targets[4]  # one caption of two pictures
     embedded = EmbeddedPairs([(0, n) for n in range(40)], queries, targets, query_ids, target_ids, {})
     for mining in (
-        MiningConfig(top=64, share=None),
-        MiningConfig(top=5, share=0.9),
-        MiningConfig(top=7, share=None, margin=0.2),
+        MiningConfig(top=64, max_positive_ratio=None),
+        MiningConfig(top=5, max_positive_ratio=0.9),
+        MiningConfig(top=7, max_positive_ratio=None, margin=0.2),
     ):
         found = candidates(embedded, mining)
         for number in range(40):
@@ -118,13 +118,13 @@ def test_the_judge_keeps_what_the_model_says_no_to(model, scenes):
     for number, row in enumerate(found):
         for other in row:  # one plain forward each
             query, target = examples[places[number]].pair.query, examples[places[other]].pair.target
-            [branch] = questions(query, [target], model.processing, mining.question)
+            [branch] = questions(query, [target], model.chat_processor, mining.question)
             with torch.no_grad():
                 logits = model.lvlm(**model._inputs([branch])).logits[0, -1].double()
             words = {}
             for word in ("yes", "no"):
                 forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-                words[word] = {model.processing.tokenizer(form)["input_ids"][0] for form in forms}
+                words[word] = {model.chat_processor.tokenizer(form)["input_ids"][0] for form in forms}
             positive, negative = words["yes"] - words["no"], words["no"] - words["yes"]
             weights = logits.softmax(0)
             yes_probability, no = weights[list(positive)].sum(), weights[list(negative)].sum()
@@ -151,7 +151,7 @@ def test_the_judge_caps_its_logits_as_its_model_does(model, monkeypatch):
 def test_the_new_source_holds_the_old_records_with_mined_negatives(model, scenes, tmp_path):
     records = open_source(Source(path=str(scenes / "llava_train.json")))
     said: list[str] = []
-    mining = MiningConfig(negatives=3, top=10, share=None, margin=0.0, workers=0)
+    mining = MiningConfig(negatives=3, top=10, max_positive_ratio=None, margin=0.0, workers=0)
     path = mine(model, [records], tmp_path / "mined", mining, report=said.append)
     mined = open_source(Source(path=str(path), format="pairs"))
     assert len(mined) == len(records) == 48 and "0 of 48 records are bad" in said[0]
@@ -172,8 +172,8 @@ def test_the_new_source_holds_the_old_records_with_mined_negatives(model, scenes
         assert (scores[1:] < scores[0] + 1e-5).all() and (np.diff(scores[1:]) < 1e-5).all()
         total += len(texts)
     assert total > 0
-    batch = ContrastiveBatchDataset([mined], model.processing, batch_size=48, seed=0, packing=model.packing)[0]
-    assert len(batch.owners) == total and batch.bad == []
+    batch = ContrastiveBatchDataset([mined], model.chat_processor, batch_size=48, seed=0, packing=model.packing)[0]
+    assert len(batch.negative_owner) == total and batch.bad_records == []
 
 
 def test_pictures_without_a_file_get_one(model, tmp_path):
@@ -181,9 +181,13 @@ def test_pictures_without_a_file_get_one(model, tmp_path):
     pq.write_table(
         pa.Table.from_pylist([*rows, {"query": "", "query_image": None, "positive": "x"}]), tmp_path / "a.parquet"
     )
-    source = Source(path=str(tmp_path / "a.parquet"), format="pairs", ask="")
+    source = Source(path=str(tmp_path / "a.parquet"), format="pairs", answer_prompt="")
     path = mine(
-        model, [open_source(source)], tmp_path / "mined", MiningConfig(workers=0, share=None), report=lambda line: None
+        model,
+        [open_source(source)],
+        tmp_path / "mined",
+        MiningConfig(workers=0, max_positive_ratio=None),
+        report=lambda line: None,
     )
     mined = open_source(Source(path=str(path), format="pairs"))
     assert len(mined) == 2 and len(list((tmp_path / "mined" / "images").iterdir())) == 2
@@ -209,7 +213,11 @@ def test_a_damaged_picture_of_a_dialogue_alone_is_quarantined(model, tmp_path):
     source = Source(path=str(tmp_path / "a.parquet"), format="pairs")
     told: list[str] = []
     path = mine(
-        model, [open_source(source)], tmp_path / "mined", MiningConfig(workers=0, share=None), report=told.append
+        model,
+        [open_source(source)],
+        tmp_path / "mined",
+        MiningConfig(workers=0, max_positive_ratio=None),
+        report=told.append,
     )
     assert len(open_source(Source(path=str(path), format="pairs"))) == 2 and "1 of 3 records are bad" in told[0]
     reason = json.loads((tmp_path / "mined" / "quarantine.jsonl").read_text())["reason"]
@@ -246,6 +254,6 @@ def test_the_command_mines_judges_and_writes(random_base, scenes, tmp_path, caps
     soft = ["mine", str(recipe), "--output", str(output), "--share", "0", "--judge", "0.0", "--soft"]
     assert main(soft) == 0
     mined = open_source(Source(path=str(output / "records.jsonl"), format="pairs"))
-    batch = ContrastiveBatchDataset([mined], Cafe.load(random_base).processing, batch_size=5, seed=0)[0]
-    assert len(batch.scores) == len(batch.owners) == 20 and (batch.scores > 0).all()
-    assert batch.owners.bincount().tolist() == [4] * 5
+    batch = ContrastiveBatchDataset([mined], Cafe.load(random_base).chat_processor, batch_size=5, seed=0)[0]
+    assert len(batch.negative_match_prob) == len(batch.negative_owner) == 20 and (batch.negative_match_prob > 0).all()
+    assert batch.negative_owner.bincount().tolist() == [4] * 5

@@ -16,11 +16,11 @@ def prefix(first: Branch, second: Branch) -> int:
     """How many tokens two branches may share, by definition: pictures all or none."""
     length = 0
     while length < min(len(first), len(second)) and first.input_ids[length] == second.input_ids[length]:
-        if first.shown[length] and first.vision is not second.vision:
+        if first.image_mask[length] and first.image_inputs is not second.image_inputs:
             break
         length += 1
     for one in (first, second):
-        places = one.shown.nonzero()[:, 0].tolist()
+        places = one.image_mask.nonzero()[:, 0].tolist()
         if places and places[0] < length <= places[-1]:
             length = places[0]
     return length
@@ -29,40 +29,42 @@ def prefix(first: Branch, second: Branch) -> int:
 @settings(max_examples=200, deadline=None)
 @given(examples(), st.integers(1, 40), st.booleans(), st.sampled_from([1, 16]))
 def test_every_branch_sees_exactly_itself_at_its_own_positions(groups, columns, share, multiple):
-    layout = build_layout(groups, PackingConfig(columns=columns, share=share, multiple=multiple))
-    assert layout.end.shape[1] % multiple == 0
-    sees = tree_mask(layout.end)[:, 0]
-    for one, place in zip([b for group in groups for b in group], layout.places, strict=True):
+    layout = build_layout(
+        groups, PackingConfig(max_row_tokens=columns, share_prefixes=share, pad_to_multiple_of=multiple)
+    )
+    assert layout.subtree_end.shape[1] % multiple == 0
+    sees = tree_mask(layout.subtree_end)[:, 0]
+    for one, place in zip([b for group in groups for b in group], layout.coords, strict=True):
         rows, at = place[:, 0], place[:, 1]
         assert len(set(rows.tolist())) == 1
         assert torch.equal(layout.input_ids[rows, at], one.input_ids)
         assert layout.position_ids[0, rows, at].tolist() == list(range(len(one)))
         for index, (row, column) in enumerate(place.tolist()):
             assert sees[row, column].nonzero()[:, 0].tolist() == sorted(at[: index + 1].tolist())
-    taken = {tuple(place) for places in layout.places for place in places.tolist()}
-    assert len(taken) == layout.filled.sum()  # nothing is there for nobody
+    taken = {tuple(place) for places in layout.coords for place in places.tolist()}
+    assert len(taken) == layout.valid.sum()  # nothing is there for nobody
     assert sees.any(-1).all()  # not even padding sees nothing
 
 
 @settings(max_examples=200, deadline=None)
 @given(examples(), st.integers(1, 40))
 def test_within_a_row_a_prefix_is_there_once_and_rows_keep_their_budget(groups, columns):
-    layout = build_layout(groups, PackingConfig(columns=columns))
+    layout = build_layout(groups, PackingConfig(max_row_tokens=columns))
     branches = [b for group in groups for b in group]
-    for i, first in enumerate(layout.places):
-        for j, second in enumerate(layout.places[:i]):
+    for i, first in enumerate(layout.coords):
+        for j, second in enumerate(layout.coords[:i]):
             if first[0, 0] == second[0, 0]:
                 same = (first[:, None] == second[None, :]).all(-1).sum()
                 assert same == prefix(branches[i], branches[j])
     largest = max(count_unique_tokens(group) for group in groups)
-    assert layout.end.shape[1] <= (columns if largest <= columns else largest + largest // 8)
+    assert layout.subtree_end.shape[1] <= (columns if largest <= columns else largest + largest // 8)
 
 
 @settings(max_examples=50, deadline=None)
 @given(examples())
 def test_the_block_mask_says_the_same(groups):
     for columns in (1, 10**6):
-        end = build_layout(groups, PackingConfig(columns=columns)).end
+        end = build_layout(groups, PackingConfig(max_row_tokens=columns)).subtree_end
         rows, length = end.shape
         block = flex_tree_mask(end)
         where = torch.meshgrid(torch.arange(rows), torch.arange(length), torch.arange(length), indexing="ij")
@@ -78,7 +80,7 @@ def test_the_blocks_are_those_that_pytorch_finds_in_the_whole_mask(data, multipl
         prefix, *own = data.draw(st.lists(lengths, min_size=2, max_size=4))
         groups.append([branch([0, *[token] * prefix, *[token + 1 + i] * length]) for i, length in enumerate(own)])
         token += 10
-    end = build_layout(groups, PackingConfig(columns=columns, multiple=multiple)).end
+    end = build_layout(groups, PackingConfig(max_row_tokens=columns, pad_to_multiple_of=multiple)).subtree_end
     mask = tree_mask(end)
     found = flex_tree_mask(end)
     rows, length = end.shape
@@ -112,8 +114,8 @@ def test_an_image_is_there_once_with_its_tensors_in_the_order_of_its_tokens():
     assert sorted(row) == sorted([1, IMAGE, IMAGE, 2, 3, 4, IMAGE, IMAGE, 5, 7, 8, 9])
     order = [first, second] if row.index(2) < row.index(5) else [second, first]
     assert torch.equal(done.inputs["pixel_values"], torch.cat([vision["pixel_values"] for vision in order]))
-    assert [row[column] for _, column in done.readouts.tolist()] == [2, 8, 5, 9]
-    assert done.labels.tolist() == [3, 4] and [row[column] for _, column in done.predictors.tolist()] == [IMAGE, 3]
+    assert [row[column] for _, column in done.embedding_index.tolist()] == [2, 8, 5, 9]
+    assert done.labels.tolist() == [3, 4] and [row[column] for _, column in done.logits_index.tolist()] == [IMAGE, 3]
 
 
 def test_crops_are_counted_however_a_family_lays_them_out():
@@ -139,8 +141,8 @@ def test_texts_of_mixed_lengths_leave_hardly_any_padding():
         prompt = [1, 2, 3, *[IMAGE] * 196]
         groups.append([branch([*prompt, 5, 6], vision), branch([1, 2, 3, *said[:short]])])
         groups[-1].append(branch([*prompt, *said[:long]], vision, spoken=long // 2))
-    done = pack([group[:2] for group in groups], [group[2:] for group in groups], PackingConfig(columns=1024))
-    assert done.filled >= 0.98 * done.inputs["input_ids"].numel()
+    done = pack([group[:2] for group in groups], [group[2:] for group in groups], PackingConfig(max_row_tokens=1024))
+    assert done.num_tokens >= 0.98 * done.inputs["input_ids"].numel()
 
 
 @settings(max_examples=200, deadline=None)
@@ -155,6 +157,6 @@ def test_rows_take_no_more_work_than_filled_best_fit_by_hand(lengths, columns):
         else:
             rows.append(length)
     groups = [[branch([number + 100, *[0] * (length - 1)])] for number, length in enumerate(lengths)]
-    count, longest = build_layout(groups, PackingConfig(columns=columns)).end.shape
+    count, longest = build_layout(groups, PackingConfig(max_row_tokens=columns)).subtree_end.shape
     assert longest <= columns
     assert count * longest * (3 * columns + longest) <= len(rows) * max(rows) * (3 * columns + max(rows))

@@ -82,7 +82,7 @@ def load_of(batch: Batch, patch: int) -> StepWorkload:
     """What a batch's packs hold."""
     packs = [micro_batch.joint for micro_batch in batch.micro_batches]
     twice = batch.micro_batches[1:] or batch.micro_batches
-    alone, again = [each.embed for each in twice], [each.joint for each in twice]
+    alone, again = [each.embedding_only for each in twice], [each.joint for each in twice]
     side = packs[0].inputs["pixel_values"].shape[-1]
 
     def tokens(of: Iterable[PackedBatch]) -> int:
@@ -97,8 +97,8 @@ def load_of(batch: Batch, patch: int) -> StepWorkload:
         patches=(side // patch) ** 2,
         rows=rows,
         columns=tokens(packs) // rows,
-        labels=batch.supervised,
-        read=sum(len(pack.predictors) + len(pack.readouts) for pack in packs),
+        labels=batch.num_supervised,
+        read=sum(len(pack.logits_index) + len(pack.embedding_index) for pack in packs),
         embedded=tokens(alone) / tokens(again),
         embedded_crops=crops(alone) / crops(again),
         micro_batches=len(packs),
@@ -116,7 +116,12 @@ def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, token
         enable_gradient_checkpointing(model.lvlm)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     batch = ContrastiveBatchDataset(
-        [source], model.processing, 6, 0, packing=PackingConfig(columns=160), size=MicroBatchSize(tokens=tokens)
+        [source],
+        model.chat_processor,
+        6,
+        0,
+        packing=PackingConfig(max_row_tokens=160),
+        micro_batch_size=MicroBatchSize(tokens=tokens),
     )[0]
     vision = VisionCache(find_vision_tower(model.lvlm), model.lvlm.config) if frozen else None
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
@@ -169,7 +174,9 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(half, attention):
 
     mask = tokens * (2 if half else 4)
     for count, gated, beside in ((language, True, mask), (tower, False, 0)):
-        stack = TransformerShape(layers=1, width=width, heads=width, queries=heads, inner=inner, gated=gated)
+        stack = TransformerShape(
+            layers=1, width=width, heads=width, queries=heads, intermediate_size=inner, gated=gated
+        )
         scored = tokens if attention == "eager" else 0
         assert stack.kept(bool(half), scored) + beside == pytest.approx((count(2) - count(1)) / tokens, rel=0.03)
 
@@ -206,7 +213,7 @@ def test_a_picture_takes_the_tokens_that_the_familys_processor_gives_it(size, li
 
 
 def test_a_run_is_planned_with_the_recipes_limits():
-    recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.grids=[[1,1]]"])
+    recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.image_grids=[[1,1]]"])
     assert plan(recipe).load.crops == 2 * recipe.batch_size  # the picture and its thumbnail
 
 
@@ -216,7 +223,7 @@ def test_the_plan_of_any_family_knows_its_pictures_and_its_flops(family):
         model = FAMILIES[family]()
     except ImportError as error:
         pytest.skip(str(error))
-    seen = image_cost_from_processor(model.processing, model.lvlm, TypicalSample(width=64, height=64))
+    seen = image_cost_from_processor(model.chat_processor, model.lvlm, TypicalSample(width=64, height=64))
     said, branches, spoken = Content.of("a red circle"), [], []
     for number in range(2):
         image = noise(number, 64, 64)
@@ -224,7 +231,7 @@ def test_the_plan_of_any_family_knows_its_pictures_and_its_flops(family):
         branches.append([model.encode_embedding(Content.of(image)), model.encode_embedding(said)])
         spoken.append([model.encode_dialogue(answered)])
     packed = pack(branches, spoken, model.packing)
-    assert seen.tokens == branches[0][0].shown.sum()
+    assert seen.tokens == branches[0][0].image_mask.sum()
     micro_batch = MicroBatch(packed, packed, torch.tensor([0, 2, 1, 3]))
     none = torch.empty(0, dtype=torch.long)
     batch = Batch([micro_batch], torch.arange(2), none, none.float(), none, len(packed.labels), [], [""] * 2)
@@ -237,7 +244,7 @@ def test_the_plan_of_any_family_knows_its_pictures_and_its_flops(family):
         rows=rows,
         columns=columns,
         labels=len(packed.labels),
-        read=len(packed.predictors) + len(packed.readouts),
+        read=len(packed.logits_index) + len(packed.embedding_index),
     )
     # Gemma 4's embeddings of each layer, and the linear attention of Qwen3.5, are not in the formula.
     assert sum(estimate_flops(measure_model(model.lvlm), load).values()) == pytest.approx(
@@ -260,7 +267,7 @@ def test_a_directory_is_planned_by_its_own_processor(tmp_path, capsys):
     FAMILIES["smolvlm"]().save(tmp_path)
     recipe = ["plan", str(RECIPES / "cafe-0.5b.yaml"), f"model.base={tmp_path}"]
     assert main([*recipe, "--picture", "64x64"]) == 0 and "5 crops of 16 patches" in capsys.readouterr().out
-    assert main([*recipe, "model.max_pixels=1024"]) == 0 and "1 crops of 16 patches" in capsys.readouterr().out
+    assert main([*recipe, "model.max_image_pixels=1024"]) == 0 and "1 crops of 16 patches" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -276,13 +283,15 @@ def test_the_rows_are_those_of_training(random_base, scenes, recipe, share, toke
     )
     model = Cafe.load(random_base, recipe.prompts, torch.float32)
     batches = build_dataset(recipe, model, 0, 1)
-    by_length = groupby(batches.largest(48), lambda example: len(example.target))
+    by_length = groupby(batches.largest_examples(48), lambda example: len(example.target))
     examples = max((list(alike) for _, alike in by_length), key=len)
-    rows = [part.joint.inputs["input_ids"].shape for part in batches.of(examples).micro_batches]
+    rows = [part.joint.inputs["input_ids"].shape for part in batches.collate(examples).micro_batches]
     query, target = examples[0].query, examples[0].target
     prompt = len(query) + len(target) - count_unique_tokens([query, target])
-    words = len(query) - int(query.shown.sum()) - prompt
-    data = TypicalSample(width=64, height=64, prompt=prompt, words=words, caption=len(target) - prompt - words)
+    words = len(query) - int(query.image_mask.sum()) - prompt
+    data = TypicalSample(
+        width=64, height=64, prompt=prompt, prompt_overhead_tokens=words, caption=len(target) - prompt - words
+    )
     found = planned(replace(recipe, batch_size=len(examples)), model.lvlm, data, 1)
     assert found.micro_batches == len(rows)
     assert found.columns == pytest.approx(max(columns for _, columns in rows), rel=0.06)
@@ -323,7 +332,9 @@ def test_the_peak_of_a_step_is_what_its_tensors_take(random_base, scenes, checkp
         enable_gradient_checkpointing(model.lvlm)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     size = MicroBatchSize(tokens=tokens)
-    batch = ContrastiveBatchDataset([source], model.processing, 12, 0, packing=PackingConfig(columns=160), size=size)[0]
+    batch = ContrastiveBatchDataset(
+        [source], model.chat_processor, 12, 0, packing=PackingConfig(max_row_tokens=160), micro_batch_size=size
+    )[0]
     step = JointStep(model.lvlm.train(), ObjectiveConfig())
     optimizer = torch.optim.AdamW(step.lvlm.parameters())
     with Live() as live:
@@ -343,7 +354,7 @@ def test_what_a_frozen_tower_made_is_counted(random_base, scenes):
     freeze(model.lvlm, ("vision_tower",))
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     batch = ContrastiveBatchDataset(
-        [source], model.processing, 48, 0, packing=model.packing, size=MicroBatchSize(tokens=200)
+        [source], model.chat_processor, 48, 0, packing=model.packing, micro_batch_size=MicroBatchSize(tokens=200)
     )[0]
     tower, peaks = find_vision_tower(model.lvlm), []
     for vision in (None, VisionCache(tower, model.lvlm.config)):
@@ -365,13 +376,13 @@ def test_what_a_frozen_tower_leaves_of_a_patch_is_what_the_cache_keeps(family):
     freeze(model.lvlm, ("vision_tower", "projector"))
     sizes, tower = measure_model(model.lvlm), find_vision_tower(model.lvlm)
     branch = model.encode_embedding(Content.of(noise(0, 64, 64)))
-    patches = branch.vision["pixel_values"].numel() // (3 * model.lvlm.config.vision_config.patch_size**2)
+    patches = branch.image_inputs["pixel_values"].numel() // (3 * model.lvlm.config.vision_config.patch_size**2)
     patches //= getattr(model.lvlm.config.vision_config, "temporal_patch_size", 1)
     vision = VisionCache(tower, model.lvlm.config)
-    with torch.no_grad(), vision.step():
+    with torch.no_grad(), vision.enabled():
         forward_packed(model.lvlm, pack([[branch]], [[]], model.packing))
-        kept = sum(leaf.numel() for leaf in tree_leaves(list(vision.kept.values())) if leaf is not None)
-    assert sizes.looks_once and kept == sizes.leaves * patches
+        kept = sum(leaf.numel() for leaf in tree_leaves(list(vision.cached.values())) if leaf is not None)
+    assert sizes.vision_is_cached and kept == sizes.cached_features_per_patch * patches
 
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
@@ -391,7 +402,7 @@ def test_an_optimizers_state_is_what_it_holds(random_base, name):
 
 def test_float16_takes_what_bfloat16_takes():
     one, other = (
-        plan(read_recipe(RECIPES / "mmeb-lora.yaml", [f"model.precision={half}", f"model.frozen_weights={half}"]))
+        plan(read_recipe(RECIPES / "mmeb-lora.yaml", [f"model.precision={half}", f"model.frozen_weights_dtype={half}"]))
         for half in ("bf16", "fp16")
     )
     assert one.memory == other.memory and one.flops == other.flops

@@ -31,7 +31,7 @@ def lessons() -> Lessons:
 
 
 def test_lessons_follow_the_seed_and_come_in_their_order(lessons):
-    again = Lessons(lessons.processing, seed=0, steps=10, batch=6)
+    again = Lessons(lessons.chat_processor, seed=0, steps=10, batch=6)
     assert [set(lessons[step]) for step in (0, 1, 2, 9)] == [{"by place"}] * 2 + [{"caption", "questions"}] * 2
     for step in (0, 4):
         for kind, pack in lessons[step].items():
@@ -44,7 +44,7 @@ def test_lessons_follow_the_seed_and_come_in_their_order(lessons):
 def test_a_picture_read_with_others_is_as_read_alone(lessons):
     painted = [paint(draw_scene(0, "train", index)) for index in range(4)]
     for together, picture in zip(lessons._read(painted), painted, strict=True):
-        alone = lessons.processing.pictures([picture])
+        alone = lessons.chat_processor.pictures([picture])
         assert together.runs == alone.runs
         assert all(torch.equal(together.vision[key], value) for key, value in alone.vision.items())
 

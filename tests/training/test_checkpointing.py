@@ -46,14 +46,16 @@ def recipe(random_base: Path, scenes: Path, tmp_path_factory: pytest.TempPathFac
         output=str(directory / "unbroken"),
         model=ModelConfig(base=str(directory / "base")),
         data=DataConfig(
-            sources=(Source(path=str(directory / "data.json"), images=str(scenes)),), workers=1, max_bad_share=0.9
+            sources=(Source(path=str(directory / "data.json"), images=str(scenes)),),
+            num_workers=1,
+            max_bad_fraction=0.9,
         ),
         objective=ObjectiveConfig(learn_temperature=True, hard_negatives=False),
         optimizer=OptimizerConfig(learning_rate=1e-3),
         batch_size=4,
-        steps=STEPS,
-        log_every=1,
-        save_every=2,
+        max_steps=STEPS,
+        logging_steps=1,
+        save_steps=2,
     )
 
 

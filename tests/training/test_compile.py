@@ -21,7 +21,7 @@ def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes):
         layer.self_attn.attention_dropout = 0.2
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     batches = ContrastiveBatchDataset(
-        [source], model.processing, 6, 0, packing=model.packing, size=MicroBatchSize(tokens=250)
+        [source], model.chat_processor, 6, 0, packing=model.packing, micro_batch_size=MicroBatchSize(tokens=250)
     )
     step = JointStep(model.lvlm.train(), ObjectiveConfig())
 
@@ -50,7 +50,7 @@ def test_rows_that_are_read_by_blocks_are_compiled_once(random_base, scenes, mon
     torch.compiler.reset()
     model = Cafe.load(random_base)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
-    batches = ContrastiveBatchDataset([source], model.processing, 3, 0, packing=model.packing)
+    batches = ContrastiveBatchDataset([source], model.chat_processor, 3, 0, packing=model.packing)
     step = JointStep(model.lvlm.train(), ObjectiveConfig())
     compile_layers(model.lvlm)
     graphs = []

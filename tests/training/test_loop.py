@@ -42,13 +42,13 @@ def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(rec
     second = train(replace(recipe, output=str(tmp_path / "again")), report=lambda line: None)
     one, two = weights(first), weights(second)
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert Cafe.load(first).record["recipe"]["batch_size"] == 8
+    assert Cafe.load(first).metadata["recipe"]["batch_size"] == 8
 
 
 def test_a_run_tells_nothing_of_what_its_base_was_measured_at(recipe, random_base, tmp_path):
     Cafe.load(random_base).save(tmp_path / "base", results={"vqa/all": 50.0})
     further = replace(recipe, steps=1, model=replace(recipe.model, base=str(tmp_path / "base")))
-    assert "results" not in Cafe.load(train(further, report=lambda line: None)).record
+    assert "results" not in Cafe.load(train(further, report=lambda line: None)).metadata
 
 
 def test_a_log_of_every_0_steps_tells_of_the_first_and_the_last(recipe, tmp_path):
@@ -71,7 +71,7 @@ def test_each_part_has_its_own_learning_rate(recipe, random_base):
 
 def test_a_learned_temperature_moves(recipe):
     checkpoint = train(replace(recipe, objective=ObjectiveConfig(learn_temperature=True)), report=lambda line: None)
-    assert Cafe.load(checkpoint).record["temperature"] != pytest.approx(0.05, abs=1e-6)
+    assert Cafe.load(checkpoint).metadata["temperature"] != pytest.approx(0.05, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -111,7 +111,7 @@ def test_an_attention_that_cannot_be_trained_here_is_refused(recipe):
 
 def test_evaluation_data_wants_something_that_measures(recipe, scenes):
     with pytest.raises(CafeError, match=r"nothing measures evaluation\.data"):
-        train(replace(recipe, evaluation=EvaluationConfig(data=str(scenes), every=1)))
+        train(replace(recipe, evaluation=EvaluationConfig(data=str(scenes), eval_steps=1)))
 
 
 def test_a_base_is_a_run_a_directory_or_an_id(random_base, tmp_path, monkeypatch):

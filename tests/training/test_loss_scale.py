@@ -25,7 +25,7 @@ from cafe.training.recipe import ObjectiveConfig, Recipe
 from cafe.training.step import JointStep, Losses
 
 SMALL = 1e-6  # weight of a loss whose gradient float16 does not hold
-QUICK = LossScale(factor=2.0**19, patience=1)  # doubles after each step, so that it overflows soon
+QUICK = LossScale(factor=2.0**19, growth_interval=1)  # doubles after each step, so that it overflows soon
 
 
 @pytest.fixture(autouse=True)
@@ -35,14 +35,16 @@ def fresh_accelerator() -> None:
 
 @pytest.fixture
 def recipe(recipe: Recipe) -> Recipe:
-    return replace(recipe, model=replace(recipe.model, precision="fp16"), batch_size=4, steps=6)
+    return replace(recipe, model=replace(recipe.model, precision="fp16"), batch_size=4, max_steps=6)
 
 
 def followed(random_base: Path, scenes: Path, precision: str, scale: float) -> tuple[Losses, torch.Tensor, float]:
     """A cached step's losses and its gradient: of the weights, and of the temperature."""
     model = Cafe.load(random_base, Prompts(), torch.float32)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
-    batch = ContrastiveBatchDataset([source], model.processing, 6, seed=0, size=MicroBatchSize(tokens=700))[0]
+    batch = ContrastiveBatchDataset(
+        [source], model.chat_processor, 6, seed=0, micro_batch_size=MicroBatchSize(tokens=700)
+    )[0]
     objective = ObjectiveConfig(lm_weight=SMALL, contrastive_weight=SMALL, learn_temperature=True)
     step = JointStep(model.lvlm, objective, precision)
     losses = step(batch, measure=True, scale=scale)
@@ -61,25 +63,25 @@ def test_a_small_gradient_in_float16_is_float32s_with_the_scale_and_lost_without
     assert found.lm.item() == pytest.approx(losses.lm.item(), rel=1e-3)
     assert found.contrastive.item() == pytest.approx(losses.contrastive.item(), rel=1e-2)
     for name in ("grad_norm_lm", "grad_norm_contrastive"):
-        assert found.measured[name] == pytest.approx(losses.measured[name], rel=0.02)
+        assert found.metrics[name] == pytest.approx(losses.metrics[name], rel=0.02)
 
 
 def test_a_scale_in_float32_changes_no_bit(random_base, scenes):
     (one, grad, temperature), (other, scaled, its_temperature) = (
         followed(random_base, scenes, "fp32", scale) for scale in (1.0, 2.0**16)
     )
-    assert torch.equal(grad, scaled) and temperature == its_temperature and one.measured == other.measured
+    assert torch.equal(grad, scaled) and temperature == its_temperature and one.metrics == other.metrics
 
 
 def test_a_scale_halves_at_once_and_doubles_after_many_steps():
-    scale = LossScale(factor=8.0, patience=3).after_step().lower()
-    assert (scale.factor, scale.steady) == (4.0, 0)
+    scale = LossScale(factor=8.0, growth_interval=3).update().backoff()
+    assert (scale.factor, scale.good_steps) == (4.0, 0)
     factors = []
     for _ in range(6):
-        scale = scale.after_step()
+        scale = scale.update()
         factors.append(scale.factor)
     assert factors == [4.0, 4.0, 8.0, 8.0, 8.0, 16.0]
-    assert LossScale().after_step().factor == 1.0
+    assert LossScale().update().factor == 1.0
 
 
 def trained(recipe: Recipe, name: str, scale: LossScale, patch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
@@ -128,22 +130,22 @@ def test_a_gradient_that_no_scale_makes_finite_is_counted_and_leaves_the_scale_a
 
     breaks = Breaks()
     monkeypatch.setattr("cafe.training.step.forward_packed", breaks)
-    leave_out, make = loop.leave_out, loop.Feed.__next__
+    leave_out, make = loop.skip_nonfinite_step, loop.BatchFeed.__next__
     positions = []
 
-    def watched(at: loop.Position, *rest: object) -> None:
+    def watched(at: loop.TrainerState, *rest: object) -> None:
         positions.append(replace(at))
         leave_out(at, *rest)
 
-    def fed(feed: loop.Feed) -> list[object]:
+    def fed(feed: loop.BatchFeed) -> list[object]:
         breaks.batches = feed.step
         return make(feed)
 
     monkeypatch.setattr(loop, "leave_out", watched)
-    monkeypatch.setattr(loop.Feed, "__next__", fed)
-    output, said = trained(recipe, "run", LossScale(factor=4.0, patience=100), monkeypatch)
+    monkeypatch.setattr(loop.BatchFeed, "__next__", fed)
+    output, said = trained(recipe, "run", LossScale(factor=4.0, growth_interval=100), monkeypatch)
     assert [line.split()[-1] for line in said] == ["2.", "1."]
-    assert [at.scale for at in positions] == [LossScale(factor=4.0, patience=100, steady=1)]
+    assert [at.scale for at in positions] == [LossScale(factor=4.0, growth_interval=100, good_steps=1)]
     log = log_of(output)
     assert log[1]["skipped"] == 1 and len(log) == 6 and all("loss" in line for line in (log[0], *log[2:]))
     assert all(weight.isfinite().all() for weight in load_file(output / "checkpoint/model.safetensors").values())
@@ -152,7 +154,7 @@ def test_a_gradient_that_no_scale_makes_finite_is_counted_and_leaves_the_scale_a
 def test_a_run_that_broke_off_goes_on_with_its_scale(recipe, monkeypatch):
     recipe = replace(recipe, save_every=2, steps=4)
     whole, said = trained(recipe, "whole", QUICK, monkeypatch)
-    clip: Callable[..., object] = loop.clip_gradients
+    clip: Callable[..., object] = loop.clip_grad_norm_
 
     def breaks(*args: object) -> object:
         if (whole.with_name("broken") / "state" / "step-000002").is_dir():

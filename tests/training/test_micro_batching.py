@@ -34,7 +34,7 @@ def model(random_base: Path) -> Cafe:
 @pytest.fixture
 def batches(model: Cafe, scenes: Path) -> ContrastiveBatchDataset:
     source = open_source(Source(path=str(scenes / "llava_train.json")))
-    return ContrastiveBatchDataset([source], model.processing, PAIRS, seed=0, packing=model.packing)
+    return ContrastiveBatchDataset([source], model.chat_processor, PAIRS, seed=0, packing=model.packing)
 
 
 def gradient(module: torch.nn.Module) -> torch.Tensor:
@@ -50,7 +50,7 @@ class RunsOut:
 
     def __call__(self, lvlm: PreTrainedModel, pack: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
         made = forward_packed(lvlm, pack)
-        if pack.filled > self.tokens:
+        if pack.num_tokens > self.tokens:
             self.after -= 1
             if self.after < 0 and self.times:
                 self.times -= 1
@@ -77,13 +77,13 @@ def test_a_step_that_runs_out_of_memory_is_repeated_exactly_in_halves(model, bat
     monkeypatch.undo()
     joint.zero_grad()
     torch.manual_seed(5)
-    smaller = batches.cut_to(feed.found)
+    smaller = batches.cut_to(feed.measured_size)
     assert len(smaller[0].micro_batches) > count
     unbroken = joint(smaller[0])
     assert torch.equal(found, gradient(joint)) and torch.equal(losses.lm, unbroken.lm)
     assert torch.equal(state, torch.get_rng_state())
     later = next(feed)[0]  # the batches after it are cut alike
-    assert [part.joint.filled for part in later.micro_batches] == [
+    assert [part.joint.num_tokens for part in later.micro_batches] == [
         part.joint.filled for part in smaller[1].micro_batches
     ]
 
@@ -92,18 +92,18 @@ def test_a_step_that_runs_out_of_memory_is_repeated_exactly_in_halves(model, bat
 def test_a_family_whose_pictures_are_rows_of_patches_is_cut_by_tokens_alone(family, scenes, monkeypatch):
     model = make(family)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
-    batches = ContrastiveBatchDataset([source], model.processing, PAIRS, seed=0, packing=model.packing)
+    batches = ContrastiveBatchDataset([source], model.chat_processor, PAIRS, seed=0, packing=model.packing)
     with monkeypatch.context() as patch:
-        RunsOut(patch, 3 * count_unique_tokens(batches.largest(1)[0].all))
+        RunsOut(patch, 3 * count_unique_tokens(batches.largest_examples(1)[0].all))
         size = find_micro_batch_size(JointStep(model.lvlm, ObjectiveConfig()), batches)
         assert size.tokens and not size.crops
     said: list[str] = []
     feed = BatchFeed(batches, None, 0, 1, 1, 0, said.append)
     parts = next(feed)
-    tokens = parts[0].micro_batches[0].joint.filled // 2
+    tokens = parts[0].micro_batches[0].joint.num_tokens // 2
     RunsOut(monkeypatch, times=1)
     run_step_with_oom_retry(JointStep(model.lvlm, ObjectiveConfig()), parts, feed, measure=False)
-    assert feed.found == MicroBatchSize(tokens) and said[0].endswith(f"in micro-batches of {tokens} tokens.")
+    assert feed.measured_size == MicroBatchSize(tokens) and said[0].endswith(f"in micro-batches of {tokens} tokens.")
     assert 2 <= len(feed.batches[0].micro_batches) < PAIRS
 
 
@@ -115,7 +115,7 @@ def test_without_dropout_the_gradient_is_that_of_a_step_that_never_broke(model, 
     feed = BatchFeed(batches, None, 0, 1, 1, 0, lambda line: None)
     RunsOut(monkeypatch, times=2)
     run_step_with_oom_retry(joint, next(feed), feed, measure=False)
-    assert feed.found is not None
+    assert feed.measured_size is not None
     assert (gradient(joint) - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -127,15 +127,15 @@ def test_a_size_found_before_and_that_of_the_recipe_both_hold(batches):
         (MicroBatchSize(tokens=300), MicroBatchSize(900, 20), MicroBatchSize(300, 20)),
         (None, MicroBatchSize(crops=20), MicroBatchSize(crops=20)),
     ]:
-        assert BatchFeed(batches.cut_to(of_recipe), found, 4, 8, 1, 0, print).batches.size == expected
+        assert BatchFeed(batches.cut_to(of_recipe), found, 4, 8, 1, 0, print).batches.micro_batch_size == expected
 
 
 def test_a_process_without_records_takes_the_size_that_the_others_halve(batches, monkeypatch):
     others = iter([1, 600, 30])  # they can be halved; their largest micro-batch
     monkeypatch.setattr("cafe.training.micro_batching.all_reduce_max", lambda number, device: max(number, next(others)))
     feed = BatchFeed(batches, None, 1, 2, 1, 0, lambda line: None)
-    feed.halve([batches.of([])], torch.device("cpu"))
-    assert feed.batches.size == MicroBatchSize(300, 15)
+    feed.halve_micro_batch_size([batches.of([])], torch.device("cpu"))
+    assert feed.batches.micro_batch_size == MicroBatchSize(300, 15)
 
 
 def test_an_example_that_does_not_fit_by_itself_is_named(model, batches, monkeypatch):
@@ -180,7 +180,7 @@ def test_memory_is_flat_over_a_long_run_of_varying_sizes(model, batches):
     joint = JointStep(model.lvlm, ObjectiveConfig())
     optimizer = torch.optim.AdamW(joint.parameters())
     sizes = [MicroBatchSize(tokens=tokens) for tokens in (None, 900, 500, 300)]
-    small = ContrastiveBatchDataset(batches.sources, batches.processing, 2, seed=0, packing=batches.packing)
+    small = ContrastiveBatchDataset(batches.sources, batches.chat_processor, 2, seed=0, packing=batches.packing)
 
     def alive() -> tuple[int, int]:
         gc.collect()
@@ -189,7 +189,9 @@ def test_memory_is_flat_over_a_long_run_of_varying_sizes(model, batches):
 
     counts = []
     for step in range(40):
-        joint((batches if step % 10 == 9 else small).cut_to(sizes[step % 4])[step], measure=step % 3 == 0)
+        joint(
+            (batches if step % 10 == 9 else small).with_micro_batch_size(sizes[step % 4])[step], measure=step % 3 == 0
+        )
         optimizer.step()
         optimizer.zero_grad()
         if step in (1, 20, 39):

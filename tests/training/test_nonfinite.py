@@ -34,10 +34,10 @@ def poison(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> str:
     """Makes the model say what is not a number wherever it reads the answer of one record; returns its name."""
     (source,) = recipe.data.sources
     records = json.loads(Path(source.path).read_text())
-    processing = ChatProcessor(load_processor(recipe.model.base), recipe.prompts)
-    batches = ContrastiveBatchDataset([open_source(source)], processing, recipe.batch_size, recipe.seed)
+    chat_processor = ChatProcessor(load_processor(recipe.model.base), recipe.prompts)
+    batches = ContrastiveBatchDataset([open_source(source)], chat_processor, recipe.batch_size, recipe.seed)
     record = int(batches.order(0).records[(step - 1) * recipe.batch_size + 1])
-    tokenizer = processing.tokenizer
+    tokenizer = chat_processor.tokenizer
     answer = records[record]["conversations"][1]["value"].split()
 
     def broken(lvlm: PreTrainedModel, pack: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -135,14 +135,14 @@ def test_the_papers_recipes_hold_the_papers_settings(size):
     assert recipe.objective.temperature == 0.05
     assert (recipe.objective.lm_weight, recipe.objective.contrastive_weight) == (1, 1)
     assert recipe.optimizer.learning_rate == 1e-5 and recipe.optimizer.vision_tower_learning_rate == 2e-6
-    assert recipe.optimizer.warm_up == 0.03 and recipe.optimizer.weight_decay == 0
-    assert recipe.model.max_tokens == 32768 and recipe.model.precision == "bf16"
+    assert recipe.optimizer.warmup_ratio == 0.03 and recipe.optimizer.weight_decay == 0
+    assert recipe.model.max_length == 32768 and recipe.model.precision == "bf16"
 
 
 def test_overrides_reach_into_the_tree():
-    recipe = read_recipe(SCENES, ["optimizer.learning_rate=1e-4", "seed=7", "steps=null", "model.precision=fp16"])
+    recipe = read_recipe(SCENES, ["optimizer.learning_rate=1e-4", "seed=7", "max_steps=null", "model.precision=fp16"])
     assert recipe.model.precision == "fp16"
-    assert recipe.optimizer.learning_rate == 1e-4 and recipe.seed == 7 and recipe.steps is None
+    assert recipe.optimizer.learning_rate == 1e-4 and recipe.seed == 7 and recipe.max_steps is None
 
 
 @pytest.mark.parametrize(
@@ -162,24 +162,24 @@ def test_overrides_reach_into_the_tree():
         ("batch_size.a=1", "batch_size, which is a value"),
         ("model.adapter={rnk: 8}", "model.adapter.rnk is unknown; the nearest is model.adapter.rank"),
         ("optimizer.name=adam", "optimizer.name should be one of adamw, adafactor"),
-        ("objective.hardness=-1", "objective.hardness should be 0 or more"),
-        ("objective.matryoshka_weights=[1]", "one weight for each of objective.matryoshka"),
+        ("objective.hardness_weight=-1", "objective.hardness_weight should be 0 or more"),
+        ("objective.matryoshka_weights=[1]", "one weight for each of objective.matryoshka_dims"),
         ("objective.temperature=0", "objective.temperature should be above 0, not 0"),
         ("objective.temperature=.nan", "objective.temperature should be above 0, not nan"),
         ("objective={lm_weight: 0, contrastive_weight: 0}", "are both 0: nothing is learned"),
-        ("optimizer.accumulate=0", "optimizer.accumulate should be above 0, not 0"),
+        ("optimizer.gradient_accumulation_steps=0", "optimizer.gradient_accumulation_steps should be above 0, not 0"),
         ("optimizer.learning_rate=-1", "optimizer.learning_rate should be 0 or more"),
-        ("model.frozen=[vision_tower, projector, language_model]", "model.frozen names every part"),
-        ("model.max_tokens=0", "model.max_tokens should be above 0"),
-        ("data.workers=-1", "data.workers should be 0 or more"),
+        ("model.freeze=[vision_tower, projector, language_model]", "model.freeze names every part"),
+        ("model.max_length=0", "model.max_length should be above 0"),
+        ("data.num_workers=-1", "data.num_workers should be 0 or more"),
         ("evaluation.limit=0", "evaluation.limit should be above 0"),
         ("micro_batch.tokens=0", "micro_batch.tokens should be above 0"),
         ("batch_size=0", "batch_size should be above 0, not 0"),
-        ("log_every=-1", "log_every should be 0 or more"),
+        ("logging_steps=-1", "log_every should be 0 or more"),
         ("seed=4294967296", "seed should be below 4,294,967,296"),
-        ("optimizer.warm_up=100", "optimizer.warm_up should be between 0 and 1, not 100"),
+        ("optimizer.warmup_ratio=100", "optimizer.warmup_ratio should be between 0 and 1, not 100"),
         ("optimizer.beta1=1", "optimizer.beta1 should be 0 or more and below 1, not 1"),
-        ("data.max_bad_share=5", "data.max_bad_share should be between 0 and 1, not 5"),
+        ("data.max_bad_fraction=5", "data.max_bad_fraction should be between 0 and 1, not 5"),
         ("data.sources=[{path: a.json, window: 0}]", r"data.sources\[0\].window should be above 0, not 0"),
         ("evaluation.sources=[{path: a.json, frames: 0}]", r"evaluation.sources\[0\].frames should be above 0"),
         ("model.adapter.rank=0", "model.adapter.rank should be above 0, not 0"),
@@ -200,8 +200,8 @@ def test_what_a_checkpoint_records_of_a_recipe_is_a_recipe(path, tmp_path):
 
 
 def test_an_empty_list_takes_back_what_a_recipe_says():
-    recipe = read_recipe(SCENES, ["model.frozen=[vision_tower]", "model.frozen=[]", "trackers=[]"])
-    assert recipe.model.frozen == () and recipe.trackers == ()
+    recipe = read_recipe(SCENES, ["model.freeze=[vision_tower]", "model.freeze=[]", "trackers=[]"])
+    assert recipe.model.freeze == () and recipe.trackers == ()
 
 
 def test_a_missing_recipe_is_named(tmp_path):

@@ -50,14 +50,14 @@ def load(base: Path, dtype: torch.dtype) -> Cafe:
 
 def batches(model: Cafe, scenes: Path, **options) -> ContrastiveBatchDataset:
     source = open_source(Source(path=str(scenes / "llava_train.json")))
-    return ContrastiveBatchDataset([source], model.processing, PAIRS, seed=0, **options)
+    return ContrastiveBatchDataset([source], model.chat_processor, PAIRS, seed=0, **options)
 
 
 def encoded(model: Cafe, scenes: Path) -> list[EncodedExample]:
     """The examples of the first batch."""
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     places = batches(model, scenes).order(0).records[:PAIRS].tolist()
-    return [encode_example(source.example(place, Random(f"0 0 {place}")), model.processing) for place in places]
+    return [encode_example(source.example(place, Random(f"0 0 {place}")), model.chat_processor) for place in places]
 
 
 def plain(model: Cafe, scenes: Path, objective: ObjectiveConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +66,8 @@ def plain(model: Cafe, scenes: Path, objective: ObjectiveConfig) -> tuple[torch.
 
     def forward(branch: Branch) -> torch.Tensor:
         vision = {
-            name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in branch.vision.items()
+            name: tensor.double() if tensor.is_floating_point() else tensor
+            for name, tensor in branch.image_inputs.items()
         }
         return model.lvlm.model(input_ids=branch.input_ids[None], **vision).last_hidden_state[0]
 
@@ -79,8 +80,8 @@ def plain(model: Cafe, scenes: Path, objective: ObjectiveConfig) -> tuple[torch.
     said, labels = [], []
     for dialogue in (e.dialogue for e in examples):
         logits = model.lvlm.lm_head(forward(dialogue))[:-1]
-        said.append(logits[dialogue.supervised[1:]])
-        labels.append(dialogue.input_ids[1:][dialogue.supervised[1:]])
+        said.append(logits[dialogue.loss_mask[1:]])
+        labels.append(dialogue.input_ids[1:][dialogue.loss_mask[1:]])
     return F.cross_entropy(torch.cat(said), torch.cat(labels)), contrastive
 
 
@@ -90,10 +91,10 @@ def gradient(module: nn.Module) -> torch.Tensor:
 
 
 WAYS = {
-    "one by one": {"packing": PackingConfig(share=False)},
-    "trees": {"packing": PackingConfig(columns=200)},
-    "cached": {"packing": PackingConfig(columns=400), "size": MicroBatchSize(tokens=700)},
-    "cached, one by one": {"packing": PackingConfig(share=False), "size": MicroBatchSize(crops=10)},
+    "one by one": {"packing": PackingConfig(share_prefixes=False)},
+    "trees": {"packing": PackingConfig(max_row_tokens=200)},
+    "cached": {"packing": PackingConfig(max_row_tokens=400), "size": MicroBatchSize(tokens=700)},
+    "cached, one by one": {"packing": PackingConfig(share_prefixes=False), "size": MicroBatchSize(crops=10)},
 }
 
 
@@ -128,12 +129,19 @@ def test_in_float32_the_gradient_is_that_of_float64_but_for_rounding(random_base
 
 def test_every_option_of_the_contrastive_loss_gives_the_same_gradient_however_the_batch_is_cut(model, scenes):
     options = ObjectiveConfig(
-        lm_weight=0.0, temperature=0.1, symmetric=False, hardness=2.0, margin=0.3, matryoshka=(16, 64)
+        lm_weight=0.0,
+        temperature=0.1,
+        symmetric=False,
+        hardness_weight=2.0,
+        false_negative_margin=0.3,
+        matryoshka_dims=(16, 64),
     )
     examples = encoded(model, scenes)
 
     def last(branch: Branch) -> torch.Tensor:
-        vision = {name: value.double() if value.is_floating_point() else value for name, value in branch.vision.items()}
+        vision = {
+            name: value.double() if value.is_floating_point() else value for name, value in branch.image_inputs.items()
+        }
         return model.lvlm.model(input_ids=branch.input_ids[None], **vision).last_hidden_state[0, -1]
 
     queries = torch.stack([last(e.query) for e in examples])
@@ -152,7 +160,7 @@ def test_every_option_of_the_contrastive_loss_gives_the_same_gradient_however_th
 
 def test_a_prefix_that_no_embedding_has_is_one_sentence(model):
     with pytest.raises(CafeError, match=r"objective\.matryoshka: 1000 is not a prefix"):
-        JointStep(model.lvlm, ObjectiveConfig(matryoshka=(64, 1000)))
+        JointStep(model.lvlm, ObjectiveConfig(matryoshka_dims=(64, 1000)))
 
 
 def test_a_temperature_that_is_given_is_taken_and_a_learned_one_comes_back_from_its_bound(model, scenes):
@@ -214,13 +222,13 @@ def test_dropout_is_found_in_every_part(model):
 
 
 def test_the_published_scale_is_one_over_the_processes(model, scenes, monkeypatch):
-    batch = batches(model, scenes, packing=PackingConfig(columns=200))[0]
+    batch = batches(model, scenes, packing=PackingConfig(max_row_tokens=200))[0]
     grads = {}
     for compat in ("exact", "published"):
         model.lvlm.zero_grad()
         with monkeypatch.context() as patch:
             patch.setattr("cafe.training.step.world_size", lambda: 4)
-            JointStep(model.lvlm, ObjectiveConfig(lm_weight=0.0, compat=compat))(batch)
+            JointStep(model.lvlm, ObjectiveConfig(lm_weight=0.0, gradient_scaling=compat))(batch)
         grads[compat] = gradient(model.lvlm)
     torch.testing.assert_close(grads["published"], grads["exact"] / 4)
 
@@ -230,8 +238,8 @@ def trie_size(branches: list[Branch]) -> int:
     root, size = {}, 0
     for branch in branches:
         node = root
-        for token, shown in zip(branch.input_ids.tolist(), branch.shown.tolist(), strict=True):
-            key = (token, id(branch.vision)) if shown else token
+        for token, shown in zip(branch.input_ids.tolist(), branch.image_mask.tolist(), strict=True):
+            key = (token, id(branch.image_inputs)) if shown else token
             size += key not in node
             node = node.setdefault(key, {})
     return size
@@ -247,13 +255,15 @@ def formula(lvlm: PreTrainedModel, pack: PackedBatch, branches: list[Branch], gr
     same = [len(set(tokens)) == 1 for tokens in zip(*(branch.input_ids.tolist() for branch in branches), strict=False)]
     tokens = trie_size(branches) + (rows - 1) * [*same, False].index(False)
     v, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-    pictures = {id(branch.vision): branch.vision["pixel_values"] for branch in branches if branch.vision}
+    pictures = {
+        id(branch.image_inputs): branch.image_inputs["pixel_values"] for branch in branches if branch.image_inputs
+    }
     seen = sum(crops.shape[:2].numel() for crops in pictures.values()) * patches
     tower = vision.num_hidden_layers * 2 * seen * (4 * v * v + 2 * v * vision.intermediate_size)
     projector = 2 * seen * (v * d + d * d)
     head = 2 * len(pack.labels) * d * text.vocab_size
     layers = text.num_hidden_layers * tokens * (before + behind)
-    layers -= (tokens - len(pack.labels) - len(pack.readouts)) * behind
+    layers -= (tokens - len(pack.labels) - len(pack.embedding_index)) * behind
     attention = 4 * (text.num_hidden_layers * rows * columns**2 * d + vision.num_hidden_layers * seen * patches * v)
     stem = 2 * seen * 3 * vision.patch_size**2 * v
     if not gradient:
@@ -274,7 +284,7 @@ def test_the_flops_of_a_step_are_those_of_the_formula(model, scenes, size):
         expected += formula(lvlm, micro_batch.joint, [branch for one in examples[part] for branch in one.all], True)
         if part.start:
             first = [branch for branches in embedded[part] for branch in branches]
-            expected += formula(lvlm, micro_batch.embed, first, False)
+            expected += formula(lvlm, micro_batch.embedding_only, first, False)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         JointStep(lvlm, ObjectiveConfig())(batch)
     assert (len(batch.micro_batches) > 1) == (size.tokens is not None)
@@ -282,7 +292,7 @@ def test_the_flops_of_a_step_are_those_of_the_formula(model, scenes, size):
 
 
 def test_a_batch_with_nothing_to_train_on_changes_nothing(model, scenes):
-    batch = batches(model, scenes, language=False).of([])
+    batch = batches(model, scenes, language=False).collate([])
     losses = JointStep(model.lvlm, ObjectiveConfig(lm_weight=0.0))(batch, measure=True)
     assert losses.lm == losses.contrastive == 0
     assert losses.measured == {"accuracy": 0.0, "grad_norm_contrastive": 0.0}
@@ -293,11 +303,11 @@ def test_a_batch_with_nothing_to_train_on_changes_nothing(model, scenes):
 def test_a_micro_batch_of_texts_alone_adds_nothing_where_only_the_projector_is_trained(model, scenes, measure):
     freeze(model.lvlm, ["vision_tower", "language_model"])
     said = Dialogue((Turn("user", Content.of("Which?")), Turn("assistant", Content.of("the left one"))))
-    texts = encode_example(Example(Pair(Content.of("a circle"), Content.of("a square")), said), model.processing)
+    texts = encode_example(Example(Pair(Content.of("a circle"), Content.of("a square")), said), model.chat_processor)
     found = []
     for size in (MicroBatchSize(), MicroBatchSize(tokens=1)):
         model.lvlm.zero_grad()
-        batch = batches(model, scenes, size=size).of([encoded(model, scenes)[0], texts])
+        batch = batches(model, scenes, size=size).collate([encoded(model, scenes)[0], texts])
         found.append((JointStep(model.lvlm, ObjectiveConfig())(batch, measure=measure), gradient(model.lvlm)))
     (whole, expected), (cut_up, grad) = found
     assert (cut_up.lm.item(), cut_up.contrastive.item()) == pytest.approx((whole.lm.item(), whole.contrastive.item()))

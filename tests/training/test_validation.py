@@ -44,12 +44,12 @@ def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
     return Recipe(
         output=str(tmp_path / "run"),
         model=ModelConfig(base=str(random_base)),
-        data=DataConfig(sources=(source,), workers=0),
+        data=DataConfig(sources=(source,), num_workers=0),
         optimizer=OptimizerConfig(learning_rate=1e-3),
-        evaluation=EvaluationConfig(sources=(source,), every=1, limit=BATCH, samples=2),
+        evaluation=EvaluationConfig(sources=(source,), eval_steps=1, limit=BATCH, num_samples=2),
         batch_size=2,
-        steps=3,
-        log_every=1,
+        max_steps=3,
+        logging_steps=1,
     )
 
 
@@ -61,8 +61,8 @@ def test_the_held_out_loss_is_that_of_all_logits_dialogue_by_dialogue(recipe, ra
     total = tokens = 0.0
     for place in batches.order(0).records[:BATCH]:
         row = model.encode_dialogue(batches.sources[0].example(int(place), Random(0)).dialogue)
-        logits = model.lvlm(**model.processing.collate([row])).logits[0, :-1]
-        said = row.supervised[1:]
+        logits = model.lvlm(**model.chat_processor.collate([row])).logits[0, :-1]
+        said = row.loss_mask[1:]
         total += F.cross_entropy(logits[said], row.input_ids[1:][said], reduction="sum").item()
         tokens += said.sum().item()
     assert found == pytest.approx(total / tokens, rel=1e-4)
@@ -135,8 +135,8 @@ def test_better_is_higher_or_lower_with_a_minus_sign():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"evaluation": EvaluationConfig(every=1)}, "neither evaluation.data nor evaluation.sources"),
-        ({"evaluation": EvaluationConfig(), "keep_best": "a"}, "set evaluation.every too"),
+        ({"evaluation": EvaluationConfig(eval_steps=1)}, "neither evaluation.data nor evaluation.sources"),
+        ({"evaluation": EvaluationConfig(), "keep_best": "a"}, "set evaluation.eval_steps too"),
     ],
 )
 def test_a_recipe_that_cannot_be_measured_is_one_sentence(recipe, changes, sentence):

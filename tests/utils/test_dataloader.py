@@ -35,7 +35,7 @@ def test_items_come_in_the_order_of_their_places_from_what_cannot_be_pickled(wor
 def test_checking_mining_and_the_base_model_have_workers(random_base, scenes, tmp_path):
     model = Cafe.load(random_base)
     records = open_source(Source(path=str(scenes / "llava_train.json")))
-    [found] = inspect([records], model.processing, sample=2, workers=1)
+    [found] = inspect([records], model.chat_processor, sample=2, workers=1)
     assert len(found.looks) == 2
     examples, mining = Examples([records], 0), MiningConfig(workers=1)
     embedded = embed_pairs(model, examples, [(0, 0), (0, 1)], mining)

@@ -132,8 +132,10 @@ def recipe(random_base, scenes, tmp_path_factory):
     records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
     data = directory / "data.json"
     data.write_text(json.dumps(records))
-    processing = Cafe.load(random_base).processing
-    order = ContrastiveBatchDataset([open_source(Source(path=str(data)))], processing, GLOBAL_BATCH, 0).order(0).records
+    chat_processor = Cafe.load(random_base).chat_processor
+    order = (
+        ContrastiveBatchDataset([open_source(Source(path=str(data)))], chat_processor, GLOBAL_BATCH, 0).order(0).records
+    )
     for record in records:
         record["negative_scores"] = [0.1 * (number % 4) for number, _ in enumerate(record["negatives"])]
     for place in (*order[:4], *order[12:14]):
@@ -162,9 +164,9 @@ def changed(
     """A source, as an override wants it, in which some records, by their turn in a run, are others."""
     records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
     data.write_text(json.dumps(records))
-    processing = Cafe.load(random_base).processing
+    chat_processor = Cafe.load(random_base).chat_processor
     for place in (
-        ContrastiveBatchDataset([open_source(Source(path=str(data)))], processing, GLOBAL_BATCH, 0)
+        ContrastiveBatchDataset([open_source(Source(path=str(data)))], chat_processor, GLOBAL_BATCH, 0)
         .order(0)
         .records[which]
     ):
@@ -213,14 +215,23 @@ def alone(recipe, tmp_path_factory):
         (2, ("model.shard=true",), {}),
         (2, ("micro_batch.tokens=500",), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.gradient_checkpointing=true"), {}),
-        (2, ("model.shard=true", "micro_batch.tokens=500", "model.frozen=[vision_tower]"), {}),
+        (2, ("model.shard=true", "micro_batch.tokens=500", "model.freeze=[vision_tower]"), {}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.compile=true"), {}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.precision=bf16"), {}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.precision=fp16", *OVERFLOW), {}),
-        (2, ("model.shard=true", "model.share_prefixes=false", "optimizer.accumulate=2", "batch_size=2"), {}),
+        (
+            2,
+            (
+                "model.shard=true",
+                "model.share_prefixes=false",
+                "optimizer.gradient_accumulation_steps=2",
+                "batch_size=2",
+            ),
+            {},
+        ),
         under_zero(2, ("micro_batch.tokens=500",), stage="1"),
-        under_zero(2, ("optimizer.accumulate=2", "batch_size=2"), stage="2"),
-        under_zero(4, ("micro_batch.tokens=250", "model.frozen=[vision_tower]"), stage="2"),
+        under_zero(2, ("optimizer.gradient_accumulation_steps=2", "batch_size=2"), stage="2"),
+        under_zero(4, ("micro_batch.tokens=250", "model.freeze=[vision_tower]"), stage="2"),
         under_zero(2, ("model.precision=fp16", *OVERFLOW), stage="2"),
     ],
     ids=str,
@@ -261,7 +272,7 @@ def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_ba
         changed(scenes, random_base, tmp_path / f"{count}.json", slice(count), lose_picture)
         for count in (GLOBAL_BATCH // 2, BATCH)
     )
-    bad = f"data.sources={few}", f"evaluation.sources={half}", "evaluation.samples=0"
+    bad = f"data.sources={few}", f"evaluation.sources={half}", "evaluation.num_samples=0"
     one, its_log = alone(*bad)
     assert not run(recipe, tmp_path / "run", 2, *bad, *overrides)
     assert (tmp_path / "run-0.report").read_text().endswith(" 4 of 16 records were bad.\n")
@@ -294,7 +305,7 @@ def test_processes_that_loaded_different_weights_say_so(recipe, tmp_path, overri
 def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, recipe, random_base, tmp_path):
     fixed = "objective.learn_temperature=false"
     one, _ = alone(fixed, "objective.contrastive_weight=0.5")
-    assert not run(recipe, tmp_path / "run", 2, fixed, "objective.compat=published")
+    assert not run(recipe, tmp_path / "run", 2, fixed, "objective.gradient_scaling=published")
     several, _ = results(tmp_path / "run")
     other, _ = alone(fixed)
     start = load_file(random_base / "model.safetensors")
@@ -316,10 +327,10 @@ def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, r
 )
 def test_several_processes_killed_go_on_with_the_same_command(recipe, tmp_path, overrides, launcher):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    run(recipe, broken, 2, "save_every=1", *overrides, killed_at=broken / "state" / "step-000001", **launcher)
+    run(recipe, broken, 2, "save_steps=1", *overrides, killed_at=broken / "state" / "step-000001", **launcher)
     assert not (broken / "checkpoint").exists()
     for output in (broken, whole):
-        assert not run(recipe, output, 2, "save_every=1", *overrides, **launcher)
+        assert not run(recipe, output, 2, "save_steps=1", *overrides, **launcher)
     logs = [(output / "log.jsonl").read_text().splitlines() for output in (broken, whole)]
     assert [untimed(line) for line in logs[0]] == [untimed(line) for line in logs[1]] != []
     weights = [next((output / "checkpoint").glob("*model.safetensors")).read_bytes() for output in (broken, whole)]
@@ -349,6 +360,9 @@ def test_a_launcher_that_would_be_wrong_is_refused(recipe, tmp_path, monkeypatch
 
 
 def test_a_batch_that_the_data_cannot_fill_in_every_process_is_one_sentence(random_base, scenes):
-    source, processing = open_source(Source(path=str(scenes / "llava_train.json"))), Cafe.load(random_base).processing
+    source, chat_processor = (
+        open_source(Source(path=str(scenes / "llava_train.json"))),
+        Cafe.load(random_base).chat_processor,
+    )
     with pytest.raises(CafeError, match="holds 48 records, fewer than one batch of 64"):
-        ContrastiveBatchDataset([source], processing, 32, 0, world=2)
+        ContrastiveBatchDataset([source], chat_processor, 32, 0, world_size=2)

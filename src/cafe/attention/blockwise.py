@@ -46,11 +46,11 @@ class Block:
         """Whether it is a path."""
         return self.queries == self.keys
 
-    def seeing(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads queries *dim"]:
+    def query_view(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads queries *dim"]:
         """A view of the states of those that see."""
         return states[self.row : self.row + 1, :, self.queries]
 
-    def seen(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads keys *dim"]:
+    def key_view(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads keys *dim"]:
         """A view of the states of those that are seen."""
         return states[self.row : self.row + 1, :, self.keys]
 
@@ -90,7 +90,7 @@ def _branches(ends: Sequence[int], path: slice) -> Iterator[tuple[slice, slice]]
 
 def blockwise_mask(end: Int64[Tensor, "rows columns"]) -> SdpaOverrideMask:
     """`tree_mask` of rows on a CPU, of which PyTorch's attention takes the blocks."""
-    return SdpaOverrideMask.of(tree_mask(end), partial(_attend, tree_to_blocks(end)))
+    return SdpaOverrideMask.wrap(tree_mask(end), partial(_attend, tree_to_blocks(end)))
 
 
 @torch.compiler.disable  # within compiled layers: else they are compiled anew for other blocks
@@ -121,9 +121,9 @@ class _BlockwiseAttention(torch.autograd.Function):
         out = value.to(exact, copy=True)  # what sees itself alone is its own value
         sums = out.new_zeros(out.shape[:3])  # their logarithms
         for block in blocks:
-            states = block.seeing(query), block.seen(key), block.seen(value)
+            states = block.query_view(query), block.key_view(key), block.key_view(value)
             made, added = _attention(*states, 0.0, block.causal, scale=scale)
-            so_far, total = block.seeing(out), block.seeing(sums)
+            so_far, total = block.query_view(out), block.query_view(sums)
             if block.causal:
                 so_far.copy_(made)
                 total.copy_(added)

@@ -43,12 +43,14 @@ def restrict_last_layer(lvlm: PreTrainedModel, *places: Int64[Tensor, "tokens 2"
     for part in parts:
         compute = TokenwiseHooks(at)
         handles += [
-            part.register_forward_pre_hook(_this_thread_only(compute.pick)),
-            part.register_forward_hook(_this_thread_only(compute.put)),
+            part.register_forward_pre_hook(_this_thread_only(compute.gather)),
+            part.register_forward_hook(_this_thread_only(compute.scatter)),
         ]
     if parts:
         attention = lvlm.get_decoder().layers[-1].self_attn
-        handles.append(attention.register_forward_pre_hook(_this_thread_only(QuerySubset(at).narrow), with_kwargs=True))
+        handles.append(
+            attention.register_forward_pre_hook(_this_thread_only(QuerySubset(at).pre_hook), with_kwargs=True)
+        )
     try:
         yield
     finally:
@@ -77,23 +79,23 @@ def tokenwise_modules(lvlm: PreTrainedModel) -> list[nn.Module]:
 class TokenwiseHooks:
     """Hooks that let a module see some tokens alone, and put what it makes of them in their places."""
 
-    def __init__(self, places: Int64[Tensor, "tokens 2"]) -> None:
-        self.places = places
+    def __init__(self, coords: Int64[Tensor, "tokens 2"]) -> None:
+        self.coords = coords
         self.shape = torch.Size()
 
-    def pick(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    def gather(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
         """Before the module."""
         [hidden] = args
         self.shape = hidden.shape
-        self.places = self.places.to(hidden.device, non_blocking=True)
-        return (hidden[self.places[:, 0], self.places[:, 1]][None],)
+        self.coords = self.coords.to(hidden.device, non_blocking=True)
+        return (hidden[self.coords[:, 0], self.coords[:, 1]][None],)
 
-    def put(self, module: nn.Module, args: Any, made: Any) -> Any:
+    def scatter(self, module: nn.Module, args: Any, made: Any) -> Any:
         """Behind it; zeros elsewhere. What experts return beside, as their router's scores, is left as it is."""
         if isinstance(made, tuple):
-            return (self.put(module, args, made[0]), *made[1:])
+            return (self.scatter(module, args, made[0]), *made[1:])
         every = made.new_zeros(*self.shape[:2], made.shape[-1])
-        every[self.places[:, 0], self.places[:, 1]] = made[0]
+        every[self.coords[:, 0], self.coords[:, 1]] = made[0]
         return every
 
 
@@ -107,16 +109,16 @@ class QuerySubset:
         self.grid = torch.zeros(len(counts), int(counts.max()) if len(places) else 0, dtype=torch.long)
         self.grid[self.rows, self.slots] = self.columns
 
-    def narrow(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def pre_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Before the attention module: gives it a mask that lets these tokens alone ask."""
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 4 or len(mask) != len(self.grid):
             return args, kwargs
         if 2 * self.grid.shape[1] > mask.shape[2]:  # not much less than all
             return args, kwargs
-        return args, {**kwargs, "attention_mask": SdpaOverrideMask.of(mask, self.attend)}
+        return args, {**kwargs, "attention_mask": SdpaOverrideMask.wrap(mask, self.sdpa)}
 
-    def attend(
+    def sdpa(
         self,
         query: Float[Tensor, "rows heads columns dim"],
         key: Float[Tensor, "rows key_heads columns dim"],

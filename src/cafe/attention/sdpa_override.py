@@ -11,13 +11,13 @@ from torch import Tensor
 class SdpaOverrideMask(Tensor):
     """A mask that holds what is called in place of `scaled_dot_product_attention`. To all else it is that mask."""
 
-    attend: Callable[..., Tensor]
+    sdpa: Callable[..., Tensor]
 
     @classmethod
-    def of(cls, mask: Tensor, attend: Callable[..., Tensor]) -> "SdpaOverrideMask":
+    def wrap(cls, mask: Tensor, attend: Callable[..., Tensor]) -> "SdpaOverrideMask":
         """A mask with its own way of attention, which takes the same arguments."""
         own: SdpaOverrideMask = mask.as_subclass(cls)
-        own.attend = attend
+        own.sdpa = attend
         return own
 
     @classmethod

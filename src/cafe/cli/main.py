@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     plan = commands.add_parser("plan", help="what a recipe is expected to cost: parameters, FLOPs, memory, hours")
     add_recipe_arguments(plan)
     plan.add_argument("--gpus", type=positive_int, default=1, help="how many share the run")
-    plan.add_argument("--picture", default="640x480", help="pixels of a typical picture, WIDTHxHEIGHT")
+    plan.add_argument("--image", default="640x480", help="pixels of a typical picture, WIDTHxHEIGHT")
     plan.add_argument("--caption", type=positive_int, default=200, help="tokens of a typical caption")
     plan.add_argument("--pairs", type=positive_int, help="records of the data")
     plan.set_defaults(run=_plan)
@@ -191,7 +191,10 @@ def parser() -> argparse.ArgumentParser:
     mine.add_argument("--negatives", type=positive_int, default=4, help="a record, at most")
     mine.add_argument("--top", type=positive_int, default=64, help="closest targets to look at")
     mine.add_argument(
-        "--share", type=fraction, default=0.95, help="of the positive's similarity, not reached; 0 for none"
+        "--max-positive-ratio",
+        type=fraction,
+        default=0.95,
+        help="of the positive's similarity, not reached; 0 for none",
     )
     mine.add_argument("--margin", type=float, help="below the positive's similarity")
     mine.add_argument(
@@ -236,9 +239,9 @@ def _plan(options: argparse.Namespace) -> None:
     from cafe.planning.plan import TypicalSample, format_plan, plan
     from cafe.training.recipe import read_recipe
 
-    width, _, height = options.picture.partition("x")
+    width, _, height = options.image.partition("x")
     if not all(side.isdecimal() and int(side) for side in (width, height)):
-        raise CafeError(f"--picture should be like 640x480, not {options.picture!r}.")
+        raise CafeError(f"--image should be like 640x480, not {options.image!r}.")
     data = TypicalSample(width=int(width), height=int(height), caption=options.caption)
     print(format_plan(plan(read_recipe(options.recipe, options.overrides), options.gpus, data, options.pairs)))
 
@@ -380,7 +383,7 @@ def _data_check(options: argparse.Namespace) -> None:
 
     if options.what.endswith((".yaml", ".yml")):
         recipe = read_recipe(options.what, options.overrides)
-        sources, max_bad_share, max_tokens = recipe.data.sources, recipe.data.max_bad_share, recipe.model.max_tokens
+        sources, max_bad_share, max_tokens = recipe.data.sources, recipe.data.max_bad_fraction, recipe.model.max_length
         base, prompts, model = resolve_checkpoint(options.base or recipe.model.base), recipe.prompts, recipe.model
     elif options.base:
         sources, max_bad_share, max_tokens = (read_source(options.what, options.overrides),), 0.01, None
@@ -388,16 +391,16 @@ def _data_check(options: argparse.Namespace) -> None:
         prompts, model = prompts_from_metadata(read_metadata(base)), ModelConfig(base=base)
     else:
         raise CafeError("A source alone does not say which model is to read it: give --base.")
-    processing = build_chat_processor(base, prompts, model)
+    chat_processor = build_chat_processor(base, prompts, model)
     checks = inspect(
         [open_source(source) for source in sources],
-        processing,
+        chat_processor,
         max_tokens=max_tokens,
         sample=options.sample,
         examples=options.examples,
         workers=options.workers,
     )
-    write_page(options.output, checks, processing, max_tokens)
+    write_page(options.output, checks, chat_processor, max_tokens)
     for found in checks:
         print(found.name)
         for name, value in found.table():
@@ -422,20 +425,22 @@ def _mine(options: argparse.Namespace) -> None:
         model = Cafe.load(resolve_checkpoint(options.checkpoint))
     else:
         model = Cafe.load(resolve_checkpoint(recipe.model.base), recipe.prompts)
-        set_max_image_size(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
+        set_max_image_size(
+            model.lvlm, model.chat_processor.processor, recipe.model.max_image_pixels, recipe.model.image_grids
+        )
     mining = MiningConfig(
         negatives=options.negatives,
         top=options.top,
-        share=options.share or None,
+        max_positive_ratio=options.max_positive_ratio or None,
         margin=options.margin,
         judge=options.judge if options.judge is not None or not options.soft else 0.5,
         soft=options.soft,
         question=options.question or QUESTION,
         batch_size=options.batch_size,
-        workers=recipe.data.workers,
+        workers=recipe.data.num_workers,
     )
     sources = [open_source(source) for source in recipe.data.sources]
-    mine(model, sources, options.output, mining, recipe.seed, recipe.model.max_tokens)
+    mine(model, sources, options.output, mining, recipe.seed, recipe.model.max_length)
 
 
 def _scenes_write(options: argparse.Namespace) -> None:

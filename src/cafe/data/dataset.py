@@ -38,20 +38,20 @@ class MicroBatch:
 
     Attributes:
         joint: all their branches.
-        embed: the embedded branches alone, for the gradient cache's first phase; `joint` itself where they are all, and
+        embedding_only: the embedded branches alone, for the gradient cache's first phase; `joint` itself where they are all, and
             in the first micro-batch, which is read once.
-        slots: the place of each readout among the batch's embeddings.
+        embedding_slots: the place of each readout among the batch's embeddings.
     """
 
     joint: PackedBatch
-    embed: PackedBatch
-    slots: Int64[Tensor, " readouts"]
+    embedding_only: PackedBatch
+    embedding_slots: Int64[Tensor, " readouts"]
 
     def pin_memory(self) -> "MicroBatch":
         """See `PackedBatch`."""
         joint = self.joint.pin_memory()
-        embed = joint if self.embed is self.joint else self.embed.pin_memory()
-        return MicroBatch(joint, embed, self.slots.pin_memory())
+        embed = joint if self.embedding_only is self.joint else self.embedding_only.pin_memory()
+        return MicroBatch(joint, embed, self.embedding_slots.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -61,27 +61,27 @@ class Batch:
     Attributes:
         micro_batches: what goes through the model at once.
         target_ids: equal numbers for pairs with equal targets.
-        owners: the pair that each hard negative belongs to.
-        scores: how likely each hard negative matches its pair's query after all.
+        negative_owner: the pair that each hard negative belongs to.
+        negative_match_prob: how likely each hard negative matches its pair's query after all.
         negative_ids: as `target_ids`, for the hard negatives.
-        supervised: the number of tokens that the language loss is taken on.
-        bad: the messages of records left out.
-        sources: the file and record of each example.
+        num_supervised: the number of tokens that the language loss is taken on.
+        bad_records: the messages of records left out.
+        record_names: the file and record of each example.
     """
 
     micro_batches: list[MicroBatch]
     target_ids: Int64[Tensor, " pairs"]
-    owners: Int64[Tensor, " negatives"]
-    scores: Float32[Tensor, " negatives"]
+    negative_owner: Int64[Tensor, " negatives"]
+    negative_match_prob: Float32[Tensor, " negatives"]
     negative_ids: Int64[Tensor, " negatives"]
-    supervised: int
-    bad: list[str]
-    sources: list[str]
+    num_supervised: int
+    bad_records: list[str]
+    record_names: list[str]
 
     def pin_memory(self) -> "Batch":
         """See `PackedBatch`; PyTorch's loader calls it, in a thread of its own."""
         micro_batches = [micro_batch.pin_memory() for micro_batch in self.micro_batches]
-        names = ("target_ids", "owners", "scores", "negative_ids")
+        names = ("target_ids", "negative_owner", "negative_match_prob", "negative_ids")
         tensors = {name: getattr(self, name).pin_memory() for name in names}
         return replace(self, micro_batches=micro_batches, **tensors)
 
@@ -111,7 +111,7 @@ class EncodedExample:
     query: Branch | None
     target: Branch | None
     negatives: list[Branch]
-    scores: Sequence[float]
+    negative_match_prob: Sequence[float]
     target_id: int
     negative_ids: list[int]
     dialogue: Branch | None
@@ -122,30 +122,30 @@ class EncodedExample:
         return [branch for branch in (self.query, self.target, *self.negatives, self.dialogue) if branch]
 
 
-def encode_example(example: Example, processing: ChatProcessor, max_tokens: int | None = None) -> EncodedExample:
+def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: int | None = None) -> EncodedExample:
     """Decodes an example's images and renders its branches; an image is decoded and processed once for all of them.
 
     Raises:
         CafeError: an image is missing or damaged, or its tokens do not fit; the record is named.
     """
     try:
-        return _encode_example(example, processing, max_tokens)
+        return _encode_example(example, chat_processor, max_tokens)
     except CafeError as error:
-        raise CafeError(f"{example.source}: {error}") from None
+        raise CafeError(f"{example.origin}: {error}") from None
 
 
-def _encode_example(example: Example, processing: ChatProcessor, max_tokens: int | None) -> EncodedExample:
+def _encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> EncodedExample:
     done: dict[tuple[int, ...], ProcessedImages] = {}
 
     def pictures(refs: Sequence[ImageRef]) -> ProcessedImages:
         key = tuple(map(id, refs))
         if key not in done:
-            done[key] = processing.shown(refs)
+            done[key] = chat_processor.load_images(refs)
         return done[key]
 
     def embedding(content: Content) -> Branch:
-        messages = embedding_messages(content, processing.prompts)
-        return processing.encode_embedding(messages, pictures(content.images), max_tokens)
+        messages = embedding_messages(content, chat_processor.prompts)
+        return chat_processor.encode_embedding(messages, pictures(content.images), max_tokens)
 
     query = target = dialogue = None
     negatives: list[Branch] = []
@@ -159,8 +159,8 @@ def _encode_example(example: Example, processing: ChatProcessor, max_tokens: int
         negative_ids = [content_hash(negative) for negative in example.pair.negatives]
     if example.dialogue:
         refs = [ref for turn in example.dialogue.turns for ref in turn.content.images]
-        messages = dialogue_messages(example.dialogue, processing.prompts)
-        dialogue = processing.encode_dialogue(messages, pictures(refs), max_tokens)
+        messages = dialogue_messages(example.dialogue, chat_processor.prompts)
+        dialogue = chat_processor.encode_dialogue(messages, pictures(refs), max_tokens)
     return EncodedExample(query, target, negatives, scores, target_id, negative_ids, dialogue)
 
 
@@ -187,15 +187,15 @@ class ContrastiveBatchDataset(Dataset[Batch]):
 
     Args:
         sources: the opened sources.
-        processing: renders and tokenizes.
+        chat_processor: renders and tokenizes.
         batch_size: pairs of a batch in each process.
         seed: of the order and of every choice within records.
         max_tokens: the longest sequence.
         contrast, language: whether to make the branches of each loss.
         hard_negatives: whether to use the records' hard negatives.
         packing: how branches become packs.
-        size: how much goes through the model at once.
-        rank, world: which of several processes this is; each takes its own part of every batch.
+        micro_batch_size: how much goes through the model at once.
+        rank, world_size: which of several processes this is; each takes its own part of every batch.
         mixture: how the sources make one stream.
         blanks: show a blank picture, to which nothing comes, in each micro-batch that has none: where the model is
             sharded over processes, each of them must run the vision tower as often as any.
@@ -204,7 +204,7 @@ class ContrastiveBatchDataset(Dataset[Batch]):
     def __init__(
         self,
         sources: Sequence[OpenedSource],
-        processing: ChatProcessor,
+        chat_processor: ChatProcessor,
         batch_size: int,
         seed: int,
         max_tokens: int | None = None,
@@ -213,37 +213,37 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         language: bool = True,
         hard_negatives: bool = True,
         packing: PackingConfig = DEFAULT_PACKING,
-        size: MicroBatchSize = NO_LIMIT,
+        micro_batch_size: MicroBatchSize = NO_LIMIT,
         rank: int = 0,
-        world: int = 1,
+        world_size: int = 1,
         mixture: Mixture = PROPORTIONAL,
         blanks: bool = False,
     ) -> None:
-        self.sources, self.processing, self.batch_size, self.seed = list(sources), processing, batch_size, seed
+        self.sources, self.chat_processor, self.batch_size, self.seed = list(sources), chat_processor, batch_size, seed
         self.max_tokens, self.contrast, self.language, self.hard_negatives = (
             max_tokens,
             contrast,
             language,
             hard_negatives,
         )
-        self.packing, self.size = packing, size
-        self.rank, self.world = rank, world
-        self.blank = blank_branch(processing) if blanks else None
+        self.packing, self.micro_batch_size = packing, micro_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.blank = blank_branch(chat_processor) if blanks else None
         self.mixture = mixture
-        self._order = (0, self._draw(0))
-        self.per_epoch = len(self._order[1].records) // (batch_size * world)
-        self._look()
+        self._order = (0, self._draw_order(0))
+        self.per_epoch = len(self._order[1].records) // (batch_size * world_size)
+        self._check_first_records()
 
     def __len__(self) -> int:
         """Batches in one epoch; the indices go on beyond it."""
         return self.per_epoch
 
-    def _look(self) -> None:
+    def _check_first_records(self) -> None:
         """Makes sure that the first records hold something of what is trained."""
         idle = 0
         for place in range(min(NUM_CHECKED_RECORDS, len(self.order(0).records))):
             with suppress(CafeError):  # bad ones are told of as they come
-                example = self._drawn(0, place)
+                example = self._example_at(0, place)
                 if example.pair or example.dialogue:
                     return
                 idle += 1
@@ -251,7 +251,7 @@ class ContrastiveBatchDataset(Dataset[Batch]):
             parts = [name for name, trained in (("pair", self.contrast), ("dialogue", self.language)) if trained]
             raise CafeError(f"None of the first {idle} records holds a {' or a '.join(parts)}, to be trained on.")
 
-    def _drawn(self, epoch: int, place: int) -> Example:
+    def _example_at(self, epoch: int, place: int) -> Example:
         """The record at a place of an epoch's order, with what is trained of it; that may be nothing."""
         order = self.order(epoch)
         records = self.sources[int(order.sources[place])]
@@ -259,63 +259,63 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         pair = example.pair if self.contrast else None
         if pair and not self.hard_negatives:
             pair = replace(pair, negatives=(), negative_scores=())
-        return Example(pair, example.dialogue if self.language else None, example.source)
+        return Example(pair, example.dialogue if self.language else None, example.origin)
 
-    def cut_to(self, size: MicroBatchSize) -> "ContrastiveBatchDataset":
+    def with_micro_batch_size(self, size: MicroBatchSize) -> "ContrastiveBatchDataset":
         """The same batches in micro-batches of another size."""
         other = copy.copy(self)
-        other.size = size
+        other.micro_batch_size = size
         return other
 
-    def largest(self, count: int) -> list[EncodedExample]:
+    def largest_examples(self, count: int) -> list[EncodedExample]:
         """The first `count` examples of this process, those with most tokens first; bad ones are left out."""
         found = []
         start = self.rank * self.batch_size
         for place in range(start, start + min(count, self.batch_size)):
             try:
-                example = self._drawn(0, place)
+                example = self._example_at(0, place)
                 if example.pair or example.dialogue:
-                    found.append(encode_example(example, self.processing, self.max_tokens))
+                    found.append(encode_example(example, self.chat_processor, self.max_tokens))
             except CafeError:
                 continue
         return sorted(found, key=lambda branches: -count_unique_tokens(branches.all))
 
-    def of(self, examples: list[EncodedExample]) -> Batch:
+    def collate(self, examples: list[EncodedExample]) -> Batch:
         """A batch of some examples."""
         return self._collate(examples, [], [""] * len(examples))
 
     def order(self, epoch: int) -> EpochOrder:
         """The order of an epoch."""
         if self._order[0] != epoch:
-            self._order = (epoch, self._draw(epoch))
+            self._order = (epoch, self._draw_order(epoch))
         return self._order[1]
 
-    def _draw(self, epoch: int) -> EpochOrder:
+    def _draw_order(self, epoch: int) -> EpochOrder:
         return epoch_order(
             [records.chunks for records in self.sources],
-            [records.source.window for records in self.sources],
+            [records.source.shuffle_window for records in self.sources],
             [records.source.weight for records in self.sources],
             self.mixture,
-            self.batch_size * self.world,
+            self.batch_size * self.world_size,
             Random(f"order {self.seed} {epoch}"),
         )
 
     def __getitem__(self, number: int) -> Batch:
         epoch, within = divmod(number, self.per_epoch)
-        start = (within * self.world + self.rank) * self.batch_size
+        start = (within * self.world_size + self.rank) * self.batch_size
         done: list[EncodedExample] = []
         bad: list[str] = []
         names: list[str] = []
         for place in range(start, start + self.batch_size):
             try:
-                example = self._drawn(epoch, place)
+                example = self._example_at(epoch, place)
                 if not (example.pair or example.dialogue):
                     continue
-                done.append(encode_example(example, self.processing, self.max_tokens))
+                done.append(encode_example(example, self.chat_processor, self.max_tokens))
             except CafeError as error:
                 bad.append(str(error))
             else:
-                names.append(example.source)
+                names.append(example.origin)
         return self._collate(done, bad, names)
 
     def _collate(self, done: list[EncodedExample], bad: list[str], names: list[str]) -> Batch:
@@ -334,11 +334,11 @@ class ContrastiveBatchDataset(Dataset[Batch]):
                 hard = 2 * pairs + len(owners)
                 slots[-1] += [pair, pairs + pair, *range(hard, hard + len(branches.negatives))]
                 owners += [pair] * len(branches.negatives)
-                scores += branches.scores
+                scores += branches.negative_match_prob
                 negative_ids += branches.negative_ids
                 pair += 1
         spoken = [[branches.dialogue] if branches.dialogue else [] for branches in done]
-        cuts = split_micro_batches(embedded, spoken, self.size)
+        cuts = split_micro_batches(embedded, spoken, self.micro_batch_size)
         micro_batches = []
         for part in cuts:
             joint = self._pack(embedded[part], spoken[part])
@@ -349,21 +349,21 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         return Batch(
             micro_batches,
             target_ids=torch.tensor([branches.target_id for branches in done if branches.query], dtype=torch.long),
-            owners=torch.tensor(owners, dtype=torch.long),
-            scores=torch.tensor(scores, dtype=torch.float32),
+            negative_owner=torch.tensor(owners, dtype=torch.long),
+            negative_match_prob=torch.tensor(scores, dtype=torch.float32),
             negative_ids=torch.tensor(negative_ids, dtype=torch.long),
-            supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
-            bad=bad,
-            sources=names,
+            num_supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
+            bad_records=bad,
+            record_names=names,
         )
 
     def _pack(self, embedded: list[list[Branch]], spoken: list[list[Branch]]) -> PackedBatch:
-        shows = any(branch.vision for group in (*embedded, *spoken) for branch in group)
+        shows = any(branch.image_inputs for group in (*embedded, *spoken) for branch in group)
         if self.blank and not shows:
             embedded, spoken = [*embedded, []], [*spoken, [self.blank]]
         return pack(embedded, spoken, self.packing)
 
-    def nothing(self) -> MicroBatch | None:
+    def blank_micro_batch(self) -> MicroBatch | None:
         """A micro-batch of a blank picture alone, where there are blanks."""
         if self.blank is None:
             return None
@@ -371,11 +371,11 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         return MicroBatch(empty, empty, torch.empty(0, dtype=torch.long))
 
 
-def blank_branch(processing: ChatProcessor, width: int = 64, height: int = 64) -> Branch:
+def blank_branch(chat_processor: ChatProcessor, width: int = 64, height: int = 64) -> Branch:
     """A prompt with a blank picture of so many pixels."""
     picture = Image.new("RGB", (width, height))
-    messages = dialogue_messages(Dialogue((Turn("user", Content.of(picture)),)), processing.prompts)
-    return processing.encode_prompt(messages, processing.pictures([picture]))
+    messages = dialogue_messages(Dialogue((Turn("user", Content.of(picture)),)), chat_processor.prompts)
+    return chat_processor.encode_prompt(messages, chat_processor.process_images([picture]))
 
 
 def split_micro_batches(
@@ -426,7 +426,7 @@ def iterate_batches(
             if number - died < MIN_BATCHES_BETWEEN_CRASHES:
                 raise CafeError(
                     f"The loader workers died twice around batch {number}: often memory is short for them, and fewer "
-                    "of them (data.workers) or smaller pictures need less."
+                    "of them (data.num_workers) or smaller pictures need less."
                 ) from None
             died = number
             report(f"A loader worker died around batch {number}; new ones go on from there.")
@@ -453,34 +453,34 @@ class Quarantine:
 
     Args:
         file: one JSON line a bad record is appended here.
-        max_share: the largest share of bad records (0 to 1) before the run stops.
-        bad, seen: the records of the steps that are already done; what the file names of later ones is dropped.
+        max_bad_fraction: the largest share of bad records (0 to 1) before the run stops.
+        num_bad, num_records: the records of the steps that are already done; what the file names of later ones is dropped.
     """
 
-    def __init__(self, file: Path, max_share: float, bad: int = 0, seen: int = 0) -> None:
-        self.file, self.max_share = file, max_share
-        self.bad, self.seen = bad, seen
+    def __init__(self, file: Path, max_bad_fraction: float, num_bad: int = 0, num_records: int = 0) -> None:
+        self.file, self.max_bad_fraction = file, max_bad_fraction
+        self.num_bad, self.num_records = num_bad, num_records
         if file.is_file():
             lines = file.read_text().splitlines(keepends=True)
-            file.write_text("".join(lines[:bad]))
+            file.write_text("".join(lines[:num_bad]))
 
-    def check(self, batch: Batch) -> Batch:
+    def record(self, batch: Batch) -> Batch:
         """Counts a batch's records, and passes it on.
 
         Raises:
             CafeError: more than the set share of at least 100 records is bad, or all of the first 8 or more.
         """
-        self.bad += len(batch.bad)
-        self.seen += len(batch.bad) + len(batch.sources)
-        if batch.bad:
+        self.num_bad += len(batch.bad_records)
+        self.num_records += len(batch.bad_records) + len(batch.record_names)
+        if batch.bad_records:
             with self.file.open("a") as out:
-                out.writelines(json.dumps({"reason": reason}) + "\n" for reason in batch.bad)
-        if self.bad == self.seen >= 8:
-            named = f"{self.file} names them. The last: {batch.bad[-1]}"
-            raise CafeError(f"All of the first {self.bad} records are bad; {named}")
-        if self.seen >= 100 and self.bad > self.max_share * self.seen:
+                out.writelines(json.dumps({"reason": reason}) + "\n" for reason in batch.bad_records)
+        if self.num_bad == self.num_records >= 8:
+            named = f"{self.file} names them. The last: {batch.bad_records[-1]}"
+            raise CafeError(f"All of the first {self.num_bad} records are bad; {named}")
+        if self.num_records >= 100 and self.num_bad > self.max_bad_fraction * self.num_records:
             raise CafeError(
-                f"{self.bad} of {self.seen} records are bad, more than the share of {self.max_share:.2%} "
-                f"that data.max_bad_share allows; {self.file} names them. The last: {(batch.bad or ['none'])[-1]}"
+                f"{self.num_bad} of {self.num_records} records are bad, more than the share of {self.max_bad_fraction:.2%} "
+                f"that data.max_bad_fraction allows; {self.file} names them. The last: {(batch.bad_records or ['none'])[-1]}"
             )
         return batch

@@ -24,56 +24,60 @@ KNOWN_SIZES = 512  # whose token runs are kept, of thousands of numbers each
 _SIZES = ((97, 61), (61, 97), (300, 180), (64, 64))  # (width, height) of the pictures that both ways are tried on
 
 
-def with_fast_images(processing: ChatProcessor) -> tuple[ChatProcessor, Normalization | None]:
+def with_fast_images(chat_processor: ChatProcessor) -> tuple[ChatProcessor, Normalization | None]:
     """Processing that makes the same of contents, pictures as bytes where it can, and what normalizes these.
 
     The short way is only gone where it made the same of some pictures of noise.
     """
-    normalization = Normalization.of(getattr(processing.processor, "image_processor", None))
+    normalization = Normalization.from_processor(getattr(chat_processor.processor, "image_processor", None))
     if normalization is None:
-        return processing, None
+        return chat_processor, None
     draw = np.random.default_rng(0)
     noise = [Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)) for width, height in _SIZES]
-    short = FastImageProcessor(processing, captured_kwargs(processing, noise[0]))
+    short = FastImageProcessor(chat_processor, captured_kwargs(chat_processor, noise[0]))
     for image in noise:
-        whole, made = processing.pictures([image]).vision, short.vision(np.array(image))
+        whole, made = chat_processor.process_images([image]).inputs, short.image_inputs(np.array(image))
         same = all(name in made and torch.equal(made[name], whole[name]) for name in whole if name != "pixel_values")
-        if not same or not normalization.makes(whole["pixel_values"], made["pixel_values"]):
-            return processing, normalization
+        if not same or not normalization.reproduces(whole["pixel_values"], made["pixel_values"]):
+            return chat_processor, normalization
     return short, normalization
 
 
 class FastImageProcessor(ChatProcessor):
-    def __init__(self, processing: ChatProcessor, options: dict[str, Any]) -> None:
-        self.__dict__.update(processing.__dict__)
+    def __init__(self, chat_processor: ChatProcessor, options: dict[str, Any]) -> None:
+        self.__dict__.update(chat_processor.__dict__)
         self.options = options | _RAW
         self.known: dict[tuple[int, ...], list[list[int]]] = {}  # token runs, which depend on a picture's size alone
         self.names: frozenset[str] = frozenset()
 
-    def shown(self, refs: Sequence[ImageRef]) -> ProcessedImages:
+    def load_images(self, refs: Sequence[ImageRef]) -> ProcessedImages:
         # Several pictures together may be filled up with values that no byte becomes.
-        return self.picture(decode_array(refs[0], enough=self.enough)) if len(refs) == 1 else super().shown(refs)
+        return (
+            self.process_array(decode_array(refs[0], enough=self.min_decode_side))
+            if len(refs) == 1
+            else super().load_images(refs)
+        )
 
-    def picture(self, pixels: UInt8[np.ndarray, "height width 3"]) -> ProcessedImages:
+    def process_array(self, pixels: UInt8[np.ndarray, "height width 3"]) -> ProcessedImages:
         """A picture alone; the first of a size goes the family's own way."""
         if pixels.shape not in self.known:
-            whole = self.pictures([Image.fromarray(pixels)])
+            whole = self.process_images([Image.fromarray(pixels)])
             if len(self.known) >= KNOWN_SIZES:
                 self.known.clear()
-            self.known[pixels.shape], self.names = whole.runs, frozenset(whole.vision)
+            self.known[pixels.shape], self.names = whole.token_runs, frozenset(whole.inputs)
             return whole
-        made = self.vision(pixels)
+        made = self.image_inputs(pixels)
         return ProcessedImages(self.known[pixels.shape], {name: made[name] for name in self.names})
 
-    def vision(self, pixels: UInt8[np.ndarray, "height width 3"]) -> dict[str, Tensor]:
+    def image_inputs(self, pixels: UInt8[np.ndarray, "height width 3"]) -> dict[str, Tensor]:
         """What the family's image processor makes of a picture, in bytes, and all else that it says of it."""
         made = self.processor.image_processor([[pixels]], **self.options)
         return {**made, "pixel_values": made["pixel_values"].to(torch.uint8)}
 
 
-def captured_kwargs(processing: ChatProcessor, image: Image.Image) -> dict[str, Any]:
+def captured_kwargs(chat_processor: ChatProcessor, image: Image.Image) -> dict[str, Any]:
     """The options with which a family's processor calls its image processor."""
-    images = processing.processor.image_processor
+    images = chat_processor.processor.image_processor
     preprocess, asked = images.preprocess, dict[str, Any]()
 
     def listen(given: Any, **options: Any) -> Any:
@@ -82,7 +86,7 @@ def captured_kwargs(processing: ChatProcessor, image: Image.Image) -> dict[str, 
 
     images.preprocess = listen
     try:
-        processing.pictures([image])
+        chat_processor.process_images([image])
     finally:
         del images.preprocess
     return asked

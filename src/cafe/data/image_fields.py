@@ -43,7 +43,7 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
     if isinstance(value, dict):
         return image_refs(value.get("bytes") or value.get("path"), source)
     if isinstance(value, (list, tuple)):
-        return subsample([ref for item in value for ref in image_refs(item, source)], source.frames)
+        return subsample([ref for item in value for ref in image_refs(item, source)], source.max_frames)
     if not isinstance(value, str):
         raise CafeError(f"a picture is a {type(value).__name__} and should be a path, bytes or base64.")
     if value.startswith("data:") or _BASE64.fullmatch(value[:1000]):
@@ -52,7 +52,7 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
     if name.lower().endswith(_VIDEOS):
         raise CafeError(f"{value} is a video, and no decoder is here: give a folder or a list of its frames.")
     if not Path(name).suffix and (frames := list_frames(name)):
-        return subsample(frames, source.frames)
+        return subsample(frames, source.max_frames)
     return [_ref(name)]
 
 

@@ -113,7 +113,7 @@ def percentiles(numbers: Sequence[int]) -> str:
 
 def inspect(
     sources: Sequence[OpenedSource],
-    processing: ChatProcessor,
+    chat_processor: ChatProcessor,
     *,
     max_tokens: int | None = None,
     sample: int = 1000,
@@ -125,7 +125,7 @@ def inspect(
 
     Args:
         sources: the opened sources.
-        processing: of the model that is to read them.
+        chat_processor: of the model that is to read them.
         max_tokens: the longest sequence; what cannot be cut to it is bad.
         sample: records a source, by lot; 0 for all.
         examples: how many of them to keep for the page.
@@ -137,7 +137,7 @@ def inspect(
         indices: Sequence[int] = range(len(records))
         if sample and sample < len(records):
             indices = sorted(Random(seed).sample(indices, sample))
-        stream = make_loader(_StatsDataset(records, processing, max_tokens, seed), indices, workers)
+        stream = make_loader(_StatsDataset(records, chat_processor, max_tokens, seed), indices, workers)
         looks = list(tqdm(stream, desc=f"check {records.source.path}", unit="record", total=len(indices)))
         good = [index for index, look in zip(indices, looks, strict=True) if not look.bad]
         shown = sorted(Random(seed).sample(good, min(examples, len(good))))
@@ -149,13 +149,13 @@ def inspect(
 class _StatsDataset(Dataset[RecordStats]):
     """Record number n, looked at."""
 
-    def __init__(self, records: OpenedSource, processing: ChatProcessor, max_tokens: int | None, seed: int) -> None:
-        self.records, self.processing, self.max_tokens, self.seed = records, processing, max_tokens, seed
+    def __init__(self, records: OpenedSource, chat_processor: ChatProcessor, max_tokens: int | None, seed: int) -> None:
+        self.records, self.chat_processor, self.max_tokens, self.seed = records, chat_processor, max_tokens, seed
 
     def __getitem__(self, index: int) -> RecordStats:
         try:
             example = self.records.example(index, Random(f"{self.seed} {index}"))
-            branches = encode_example(example, self.processing, self.max_tokens)
+            branches = encode_example(example, self.chat_processor, self.max_tokens)
             images = {id(ref): decode_image(ref) for content in contents(example).values() for ref in content.images}
         except CafeError as error:
             return RecordStats(bad=str(error))
@@ -169,7 +169,7 @@ class _StatsDataset(Dataset[RecordStats]):
         pair = example.pair
         return RecordStats(
             tokens=tokens | {"negative": [len(branch) for branch in branches.negatives]},
-            supervised=int(branches.dialogue.supervised.sum()) if branches.dialogue else 0,
+            supervised=int(branches.dialogue.loss_mask.sum()) if branches.dialogue else 0,
             sizes=tuple(image.size for image in images.values()),
             pictures=tuple(digests.values()),
             pair=_digest(digest(pair.query), digest(pair.target)) if pair else b"",
@@ -205,17 +205,17 @@ class Span:
 
 
 def spans(
-    branch: Branch, shown: Sequence[tuple[list[int], str]], processing: ChatProcessor, embedded: bool
+    branch: Branch, shown: Sequence[tuple[list[int], str]], chat_processor: ChatProcessor, embedded: bool
 ) -> list[Span]:
     """A branch as it is read.
 
     Args:
         branch: the tokens.
         shown: of each picture in order, its run of tokens and its data URI.
-        processing: whose tokens they are.
+        chat_processor: whose tokens they are.
         embedded: whether the last token is a readout.
     """
-    ids, supervised, tokenizer = branch.input_ids.tolist(), branch.supervised.tolist(), processing.tokenizer
+    ids, supervised, tokenizer = branch.input_ids.tolist(), branch.loss_mask.tolist(), chat_processor.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     waiting, done, at = list(shown), [], 0
     while at < len(ids):
@@ -243,23 +243,23 @@ def _words(tokenizer: Any, ids: list[int]) -> str:
     return f" {text}" if spaced and not text.startswith(" ") else text
 
 
-def _card(example: Example, processing: ChatProcessor, max_tokens: int | None) -> dict[str, Any]:
+def _card(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> dict[str, Any]:
     """An example for the page: its name and its branches as spans; a soft target with its score."""
-    branches = encode_example(example, processing, max_tokens)
+    branches = encode_example(example, chat_processor, max_tokens)
     named = {"query": branches.query, "target": branches.target, "dialogue": branches.dialogue}
     named |= {f"negative {number + 1}": branch for number, branch in enumerate(branches.negatives)}
     soft = example.pair.negative_scores if example.pair else ()
     scores = {f"negative {number + 1}": f"{score:.2f}" for number, score in enumerate(soft)}
     rows = []
     for name, content in contents(example).items():
-        images = processing.decode(content.images)
-        shown = list(zip(processing.pictures(images).runs, map(thumbnail, images), strict=True))
+        images = chat_processor.decode_images(content.images)
+        shown = list(zip(chat_processor.process_images(images).token_runs, map(thumbnail, images), strict=True))
         branch = named[name]
         assert branch is not None
-        parts = spans(branch, shown, processing, embedded=name != "dialogue")
+        parts = spans(branch, shown, chat_processor, embedded=name != "dialogue")
         told = {"name": name, "score": scores.get(name), "tokens": len(branch)}
         rows.append({**told, "spans": parts[:SHOWN_TOKENS], "cut": len(parts) - SHOWN_TOKENS})
-    return {"name": example.source, "rows": rows}
+    return {"name": example.origin, "rows": rows}
 
 
 def _bars(numbers: Sequence[int]) -> dict[str, Any]:
@@ -276,7 +276,7 @@ def _dots(sizes: Sequence[tuple[int, int]], most: int = 600) -> dict[str, Any]:
 
 
 def write_page(
-    path: Path, checks: Sequence[SourceReport], processing: ChatProcessor, max_tokens: int | None = None
+    path: Path, checks: Sequence[SourceReport], chat_processor: ChatProcessor, max_tokens: int | None = None
 ) -> None:
     """Writes the page: one self-contained HTML file, without a script."""
     sections = []
@@ -295,7 +295,7 @@ def write_page(
                 "more": max(0, len(found.bad) - 20),
                 "charts": charts,
                 "sizes": _dots(sizes) if sizes else None,
-                "cards": [_card(example, processing, max_tokens) for example in found.examples],
+                "cards": [_card(example, chat_processor, max_tokens) for example in found.examples],
             }
         )
     looks = [look for found in checks for look in found.looks]

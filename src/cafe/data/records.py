@@ -79,7 +79,7 @@ class OpenedSource:
             if isinstance(row, dict):
                 name += next((f" (id {row[key]})" for key in ("id", "__key__") if key in row), "")
             pair, dialogue = FORMATS[self.source.format](row, self.sources[number], rng)
-            if not self.source.contrast:
+            if not self.source.use_pairs:
                 pair = None
                 if dialogue is None:
                     raise CafeError("there is no dialogue, and the source's pairs are not taken (contrast: false).")
@@ -110,7 +110,7 @@ def open_source(source: Source) -> OpenedSource:
     lost: dict[str, str] = {}
     for name in tqdm(names, desc=f"index {source.path}", unit="file", disable=len(names) < 8, leave=False):
         try:
-            read[name] = open_rows(name, source.window)
+            read[name] = open_rows(name, source.shuffle_window)
         except CafeError as error:
             if len(names) == 1:
                 raise

@@ -44,14 +44,14 @@ class Source:
         split: of a Karpathy file or a dataset, which split to read; "train" of a Karpathy file reads "restval" too.
         subset: of a dataset that has several.
         columns: the names of a record's fields, where they are others than ours.
-        ask: in the formats mmeb and pairs, what the user says behind the query so that the positive, where it is text
+        answer_prompt: in the formats mmeb and pairs, what the user says behind the query so that the positive, where it is text
             alone, is what the assistant answers; "" adds nothing; null makes no dialogue.
-        frames: the most pictures taken of one list or folder of pictures, evenly spaced: frames of a video; null for
+        max_frames: the most pictures taken of one list or folder of pictures, evenly spaced: frames of a video; null for
             all.
-        contrast: take the pairs of its records; false reads dialogues alone, as of instruction data whose answers
+        use_pairs: take the pairs of its records; false reads dialogues alone, as of instruction data whose answers
             ("yes") are no captions.
         weight: how often the source is drawn, beside its share by size.
-        window: parquet row groups or tar files that are read and shuffled together.
+        shuffle_window: parquet row groups or tar files that are read and shuffled together.
     """
 
     path: str
@@ -60,11 +60,11 @@ class Source:
     split: str = "train"
     subset: str = ""
     columns: Columns = field(default_factory=Columns)
-    ask: str | None = None
-    frames: int | None = None
-    contrast: bool = True
+    answer_prompt: str | None = None
+    max_frames: int | None = None
+    use_pairs: bool = True
     weight: float = 1.0
-    window: int = 8
+    shuffle_window: int = 8
 
     @property
     def folder(self) -> str:

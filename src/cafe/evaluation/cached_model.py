@@ -31,10 +31,10 @@ class CachedModel:
     Args:
         model: a `Cafe`, or anything with its `embed` and `generate_batch`; suites that score, set prompts or keep need
             those methods too.
-        keep: a folder for what the model gives, as it comes; what is there already, from the same weights, prompts
+        cache_dir: a folder for what the model gives, as it comes; what is there already, from the same weights, prompts
             and batch size, is not computed again. Without it, embeddings are kept in memory.
         batch_size: contents at once; the model's own choice unless given.
-        together: share the work among the processes of torch.distributed. All must then call alike.
+        distributed: share the work among the processes of torch.distributed. All must then call alike.
         progress: show rate and time left of each call.
         judges: who judges free descriptions, as `judges.py` names them.
     """
@@ -42,29 +42,29 @@ class CachedModel:
     def __init__(
         self,
         model: Any,
-        keep: Path | None = None,
+        cache_dir: Path | None = None,
         batch_size: int | None = None,
-        together: bool = False,
+        distributed: bool = False,
         progress: bool = False,
         judges: Sequence[str] = (),
     ) -> None:
         self.model: Any = model
         self.judges = tuple(judges)
-        self.keep = keep
-        self.fingerprint: str = model.fingerprint() if keep else ""
+        self.cache_dir = cache_dir
+        self.fingerprint: str = model.fingerprint() if cache_dir else ""
         self.suite = ""  # shown beside the progress
         self._batch: dict[str, int] = {"batch_size": batch_size} if batch_size else {}
         self._size = BATCHES * batch_size if batch_size else CHUNK
-        self._together = together
-        shared = together and dist.is_initialized()
+        self._together = distributed
+        shared = distributed and dist.is_initialized()
         self._rank, self._world = (dist.get_rank(), dist.get_world_size()) if shared else (0, 1)
         self._progress = progress and self._rank == 0
         self._memory: dict[str, np.ndarray] = {}
-        if keep:
-            keep.mkdir(parents=True, exist_ok=True)
+        if cache_dir:
+            cache_dir.mkdir(parents=True, exist_ok=True)
 
     @property
-    def main(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this process is the one that writes and speaks."""
         return self._rank == 0
 
@@ -73,7 +73,7 @@ class CachedModel:
         chunks = self._each("embed", contents, lambda chunk: self.model.embed(chunk, **self._batch))
         return np.concatenate(chunks) if chunks else np.zeros((0, 0), np.float32)
 
-    def answer(self, prompts: Sequence[Content], max_new_tokens: int) -> list[str]:
+    def generate(self, prompts: Sequence[Content], max_new_tokens: int) -> list[str]:
         """The likeliest answer to each content taken as a user's turn."""
 
         def compute(chunk: list[Content]) -> list[str]:
@@ -92,17 +92,17 @@ class CachedModel:
         pairs = [(content, tuple(said)) for content, said in zip(contents, answers, strict=True)]
         return [np.array(scores) for chunk in self._each("score", pairs, compute) for scores in chunk]
 
-    def around(self, model: Any) -> "CachedModel":
+    def with_model(self, model: Any) -> "CachedModel":
         """Another model, evaluated in the same way."""
         other = CachedModel(
-            model, self.keep, self._batch.get("batch_size"), self._together, self._progress, self.judges
+            model, self.cache_dir, self._batch.get("batch_size"), self._together, self._progress, self.judges
         )
         other.suite = self.suite
         return other
 
     def with_prompts(self, **changes: Any) -> "CachedModel":
         """The same weights with other prompts."""
-        return self.around(self.model.with_prompts(**changes))
+        return self.with_model(self.model.with_prompts(**changes))
 
     def _each(self, kind: str, items: Sequence[Any], compute: Callable[[list[Any]], Any]) -> list[Any]:
         """What `compute` makes of each chunk, all chunks in order, on every process."""
@@ -129,13 +129,13 @@ class CachedModel:
     def _kept(self, kind: str, chunk: list[Any], compute: Callable[[list[Any]], Any]) -> Any:
         described = [self.fingerprint, kind, str(self._batch), *map(_describe, chunk)]
         key = hashlib.sha256("\0".join(described).encode()).hexdigest()[:32]
-        if self.keep is None:
+        if self.cache_dir is None:
             if kind != "embed":
                 return compute(chunk)
             if key not in self._memory:
                 self._memory[key] = compute(chunk)
             return self._memory[key]
-        path = self.keep / f"{key}.{'npy' if kind == 'embed' else 'json'}"
+        path = self.cache_dir / f"{key}.{'npy' if kind == 'embed' else 'json'}"
         if not path.is_file():
             value = compute(chunk)
             buffer = io.BytesIO()

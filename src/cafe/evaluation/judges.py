@@ -64,7 +64,7 @@ def votes(model: CachedModel, texts: Sequence[str], vocabulary: Vocabulary) -> B
         if name == "exact":
             cast.append(exact(texts, vocabulary)[None])
         else:
-            judge = model if name == "self" else model.around(LanguageModel.load(name))
+            judge = model if name == "self" else model.with_model(LanguageModel.load(name))
             cast.append(ask(judge, texts, vocabulary.classes))
     return np.concatenate(cast)
 
@@ -83,7 +83,7 @@ def ask(judge: CachedModel, texts: Sequence[str], classes: Sequence[str]) -> Boo
         for text in texts
         for name in classes
     ]
-    said = [parse_strictly(answer) is True for answer in judge.answer(prompts, ANSWER)]
+    said = [parse_strictly(answer) is True for answer in judge.generate(prompts, ANSWER)]
     return np.array(said, bool).reshape(len(QUESTIONS), len(texts), len(classes))
 
 

@@ -56,8 +56,8 @@ def evaluate(
     about = {"data": str(data.resolve()), "limit": limit, "fingerprint": subject.fingerprint}
     done = EvaluationResult(samples={"data": str(data.resolve())}, about=about)
     for number, suite in enumerate(chosen, 1):
-        if subject.main:
-            files = ", ".join(str(path.relative_to(data)) for path in suite.find(data)[:3])
+        if subject.is_main_process:
+            files = ", ".join(str(path.relative_to(data)) for path in suite.find_files(data)[:3])
             report(f"[{number}/{len(chosen)}] {suite.name}: {files}")
         subject.suite = suite.name
         done.add(suite.run(subject, data, limit))
@@ -95,8 +95,8 @@ def training_evaluator(recipe: Recipe) -> Callable[[Any], dict[str, float]] | No
     Raises:
         CafeError: there is no evaluation file, or nothing gives the result that `keep_best` names.
     """
-    wanted, best = recipe.evaluation, recipe.keep_best.removeprefix("-")
-    if not wanted.every:
+    wanted, best = recipe.evaluation, recipe.metric_for_best_model.removeprefix("-")
+    if not wanted.eval_steps:
         return None
     data = Path(wanted.data)
 
@@ -128,25 +128,25 @@ def select_suites(data: Path, names: Sequence[str] = ()) -> list[Suite]:
     for name in named:
         if name not in known:
             raise CafeError(f"There is no suite {name!r}: there are {', '.join(known)}, and all.")
-        if not known[name].find(data):
+        if not known[name].find_files(data):
             expected = "; ".join(known[name].files)
-            raise CafeError(f"The suite {name} lacks its files in {data}: {expected}. From: {known[name].where}.")
+            raise CafeError(f"The suite {name} lacks its files in {data}: {expected}. From: {known[name].download}.")
     if named and "all" not in names:
         return [suite for suite in SUITES if suite.name in named]
-    there = [suite for suite in SUITES if suite.find(data)]
+    there = [suite for suite in SUITES if suite.find_files(data)]
     if not there:
         raise CafeError(f"There is no evaluation file in {data}: `cafe evaluate --list` says what each suite expects.")
-    return there if names else [suite for suite in there if suite.usual] or there
+    return there if names else [suite for suite in there if suite.default] or there
 
 
 def describe_suites(data: Path | None = None) -> str:
     """Every suite: what it measures, the files it expects under the folder, and where they are had."""
     lines = []
     for suite in SUITES:
-        found = "" if data is None else "  [files found]" if suite.find(data) else "  [files missing]"
-        named = "" if suite.usual else "  [runs when named]"
+        found = "" if data is None else "  [files found]" if suite.find_files(data) else "  [files missing]"
+        named = "" if suite.default else "  [runs when named]"
         lines += [f"{suite.name}: {suite.measures}{named}{found}", *(f"    {file}" for file in suite.files)]
-        lines += [f"    from: {suite.where}"]
+        lines += [f"    from: {suite.download}"]
         lines += [f"    protocol: {', '.join(suite.sources)}"] if suite.sources else []
     return "\n".join(lines)
 

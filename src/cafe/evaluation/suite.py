@@ -63,22 +63,22 @@ class Suite:
         name: what `--suite` takes, and the first word of the suite's results.
         measures: what it measures, in half a sentence.
         files: the files it expects under the folder of evaluation files, with what they are.
-        where: where the files are had.
+        download: where the files are had.
         sources: the published protocol.
-        find: its files under a folder; empty where they are not there. It raises `CafeError` where two of them measure
+        find_files: its files under a folder; empty where they are not there. It raises `CafeError` where two of them measure
             the same.
         run: measures a model on the files under a folder, on the first `limit` records of each.
-        usual: it runs where no suite is named; the others are long, and wait to be named.
+        default: it runs where no suite is named; the others are long, and wait to be named.
     """
 
     name: str
     measures: str
     files: tuple[str, ...]
-    where: str
+    download: str
     sources: tuple[str, ...] = ()
-    find: Callable[[Path], list[Path]]
+    find_files: Callable[[Path], list[Path]]
     run: Callable[[CachedModel, Path, int | None], EvaluationResult]
-    usual: bool = True
+    default: bool = True
 
 
 def aggregate(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
@@ -201,7 +201,7 @@ def ask_about_images(
     """
     pictures = [find_image(row["image"], data, source, *folders) for row in rows]
     shown = zip(pictures, rows, strict=True)
-    said = model.answer([Content((ImageRef(data / at), row["text"])) for at, row in shown], longest)
+    said = model.generate([Content((ImageRef(data / at), row["text"])) for at, row in shown], longest)
     return [
         {"id": row.get("question_id", number), "group": str(at), "image": str(at), "asked": row["text"], "said": text}
         for number, (row, at, text) in enumerate(zip(rows, pictures, said, strict=True))

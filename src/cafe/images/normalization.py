@@ -24,13 +24,13 @@ class Normalization:
     std: tuple[float, ...]
 
     @classmethod
-    def of(cls, image_processor: Any) -> "Normalization | None":
+    def from_processor(cls, image_processor: Any) -> "Normalization | None":
         """An image processor's; None where it has another way."""
         factor = getattr(image_processor, "rescale_factor", None)
         mean, std = (tuple(getattr(image_processor, name, None) or ()) for name in ("image_mean", "image_std"))
         return cls(factor, mean, std) if factor and len(mean) == len(std) == 3 else None
 
-    def to_bytes(self, values: Float32[Tensor, "..."] | UInt8[Tensor, "..."]) -> UInt8[Tensor, "..."] | None:
+    def quantize_exact(self, values: Float32[Tensor, "..."] | UInt8[Tensor, "..."]) -> UInt8[Tensor, "..."] | None:
         """The bytes that values were made of, or that they are already; None if they were not."""
         if values.dtype == torch.uint8:
             return values
@@ -38,15 +38,15 @@ class Normalization:
             return None
         mean, std = self._of(values)
         raw = torch.addcmul(mean / self.factor, values, std / self.factor).round_().clamp_(0, 255).to(torch.uint8)
-        return raw if self.makes(values, raw) else None
+        return raw if self.reproduces(values, raw) else None
 
-    def makes(self, values: Float32[Tensor, "..."], raw: Tensor) -> bool:
+    def reproduces(self, values: Float32[Tensor, "..."], raw: Tensor) -> bool:
         """Whether some bytes become just these values."""
         if raw.dtype != torch.uint8 or raw.shape != values.shape or not _by_color(raw):
             return False
-        return bool(self.to_values(raw).sub_(values).abs_().max() <= TOLERANCE)
+        return bool(self.normalize(raw).sub_(values).abs_().max() <= TOLERANCE)
 
-    def to_values(self, raw: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
+    def normalize(self, raw: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
         """The model's values."""
         mean, std = self._of(raw)
         return raw.float().mul_(self.factor).sub_(mean).div_(std)
@@ -70,9 +70,9 @@ class PackedPixels:
     normalization: Normalization
     shapes: tuple[torch.Size, ...]
 
-    def to_values(self, raw: UInt8[Tensor, "first ..."]) -> Float32[Tensor, "first ..."]:
+    def normalize(self, raw: UInt8[Tensor, "first ..."]) -> Float32[Tensor, "first ..."]:
         """The model's values of all parts."""
-        values = self.normalization.to_values(raw)
+        values = self.normalization.normalize(raw)
         for part, shape in zip(values.split([shape[0] for shape in self.shapes]), self.shapes, strict=True):
             for dim, size in enumerate(shape):
                 part.narrow(dim, size, part.shape[dim] - size).zero_()
@@ -83,7 +83,7 @@ def pack_uint8(
     pictures: Sequence[dict[str, Tensor]], normalization: Normalization
 ) -> tuple[list[dict[str, Tensor]], PackedPixels | None]:
     """The vision tensors with `pixel_values` as bytes, and how to come back; as values where one is not of bytes."""
-    found = [normalization.to_bytes(vision["pixel_values"]) for vision in pictures if "pixel_values" in vision]
+    found = [normalization.quantize_exact(vision["pixel_values"]) for vision in pictures if "pixel_values" in vision]
     raw = [each for each in found if each is not None]
     if not raw or len(raw) < len(pictures):
         return [_with_values(vision, normalization) for vision in pictures], None
@@ -96,7 +96,7 @@ def pack_uint8(
 def _with_values(vision: dict[str, Tensor], normalization: Normalization) -> dict[str, Tensor]:
     if "pixel_values" not in vision or vision["pixel_values"].dtype != torch.uint8:
         return vision
-    return {**vision, "pixel_values": normalization.to_values(vision["pixel_values"])}
+    return {**vision, "pixel_values": normalization.normalize(vision["pixel_values"])}
 
 
 def _by_color(values: Tensor) -> bool:

@@ -21,19 +21,19 @@ class Family:
 
     Attributes:
         vision_tower, projector: pieces of parameter names; what matches neither is the language model.
-        shares: whether branches may share a prefix under a tree mask; None where only a trial tells.
+        supports_tree_mask: whether branches may share a prefix under a tree mask; None where only a trial tells.
     """
 
     vision_tower: tuple[str, ...]
     projector: tuple[str, ...]
-    shares: bool | None = None
+    supports_tree_mask: bool | None = None
 
 
-_LLAVA = Family(("vision_tower.",), ("multi_modal_projector.", "image_newline"), shares=True)
-_QWEN = Family(("visual.",), ("visual.merger.", "visual.deepstack_merger_list."), shares=True)
-_IDEFICS = Family(("vision_model.",), ("connector.",), shares=True)
+_LLAVA = Family(("vision_tower.",), ("multi_modal_projector.", "image_newline"), supports_tree_mask=True)
+_QWEN = Family(("visual.",), ("visual.merger.", "visual.deepstack_merger_list."), supports_tree_mask=True)
+_IDEFICS = Family(("vision_model.",), ("connector.",), supports_tree_mask=True)
 _GEMMA = Family(  # image tokens see each other both ways, PaliGemma's all of the prompt
-    ("vision_tower.",), ("multi_modal_projector.", "embed_vision."), shares=False
+    ("vision_tower.",), ("multi_modal_projector.", "embed_vision."), supports_tree_mask=False
 )
 
 FAMILIES = {
@@ -116,7 +116,7 @@ def supports_prefix_sharing(lvlm: PreTrainedModel) -> bool | None:
     layers = getattr(text, "layer_types", None)
     if set(layers) != {"full_attention"} if layers else getattr(text, "sliding_window", None):
         return False  # a sliding window, linear attention or a convolution sees neighbours in the row, not ancestors
-    return FAMILIES.get(lvlm.config.model_type, _UNKNOWN).shares
+    return FAMILIES.get(lvlm.config.model_type, _UNKNOWN).supports_tree_mask
 
 
 def position_ids_fn(lvlm: PreTrainedModel) -> PositionIdsFn:
@@ -125,8 +125,8 @@ def position_ids_fn(lvlm: PreTrainedModel) -> PositionIdsFn:
         return default_position_ids
 
     def positions(branch: Branch) -> Int64[Tensor, "3 tokens"]:
-        grids = {name: grid for name, grid in branch.vision.items() if name.endswith("_grid_thw")}
-        types = branch.shown.long()[None].int()
+        grids = {name: grid for name, grid in branch.image_inputs.items() if name.endswith("_grid_thw")}
+        types = branch.image_mask.long()[None].int()
         found: Tensor = lvlm.base_model.get_rope_index(branch.input_ids[None], mm_token_type_ids=types, **grids)[0]
         return found[:, 0]
 

@@ -31,15 +31,15 @@ def forward_packed(
     """One pass: the last hidden state (after the final norm) of each readout, and before each supervised token."""
     device = lvlm.device
     inputs: dict[str, Any] = {**to_device(pack.inputs, device, lvlm.dtype)}
-    if pack.pixels:
-        inputs["pixel_values"] = pack.pixels.to_values(inputs["pixel_values"]).to(lvlm.dtype)
-    if pack.end is not None:
-        end, half = pack.end.to(device, non_blocking=True), torch.is_autocast_enabled(device.type)
+    if pack.pixel_decoder:
+        inputs["pixel_values"] = pack.pixel_decoder.normalize(inputs["pixel_values"]).to(lvlm.dtype)
+    if pack.subtree_end is not None:
+        end, half = pack.subtree_end.to(device, non_blocking=True), torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if half else lvlm.dtype
         inputs["attention_mask"] = attention_mask(end, lvlm.config.get_text_config(), dtype)
-    with restrict_last_layer(lvlm, pack.readouts, pack.predictors):
+    with restrict_last_layer(lvlm, pack.embedding_index, pack.logits_index):
         hidden = lvlm.base_model(**inputs, use_cache=False).last_hidden_state
-    readouts, predictors = (each.to(device, non_blocking=True) for each in (pack.readouts, pack.predictors))
+    readouts, predictors = (each.to(device, non_blocking=True) for each in (pack.embedding_index, pack.logits_index))
     return hidden[readouts[:, 0], readouts[:, 1]], hidden[predictors[:, 0], predictors[:, 1]]
 
 
@@ -50,7 +50,7 @@ def compute_logits(lvlm: PreTrainedModel, hidden: Float[Tensor, "tokens dim"]) -
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
-def infer_packing(lvlm: PreTrainedModel, processing: ChatProcessor) -> PackingConfig:
+def infer_packing(lvlm: PreTrainedModel, chat_processor: ChatProcessor) -> PackingConfig:
     """How a model's branches are laid out: as trees where it can read them, which an unknown family has to show.
 
     Rows are at most twice as long as the model is wide: then what is computed and masked in attention is little beside
@@ -62,40 +62,42 @@ def infer_packing(lvlm: PreTrainedModel, processing: ChatProcessor) -> PackingCo
     """
     text = lvlm.config.get_text_config()
     attention, family = text._attn_implementation, lvlm.config.model_type
-    if processing.prefix_lm and attention not in MASKED_ATTENTION:
+    if chat_processor.prefix_lm and attention not in MASKED_ATTENTION:
         raise CafeError(f"model.attention: a {family} model reads prompts both ways, and {attention} takes no mask.")
     flex = attention == "flex_attention"
     packing = PackingConfig(
-        share=supports_prefix_sharing(lvlm) is not False,
-        columns=UNBOUNDED_ROW if flex else 2 * text.hidden_size,
-        multiple=FLEX_MULTIPLE if flex else 1,
-        pad=processing.tokenizer.pad_token_id or 0,
-        positions=position_ids_fn(lvlm),
-        token_types=processing.token_types,
+        share_prefixes=supports_prefix_sharing(lvlm) is not False,
+        max_row_tokens=UNBOUNDED_ROW if flex else 2 * text.hidden_size,
+        pad_to_multiple_of=FLEX_MULTIPLE if flex else 1,
+        pad_token_id=chat_processor.tokenizer.pad_token_id or 0,
+        position_ids_fn=position_ids_fn(lvlm),
+        token_type_fns=chat_processor.token_type_fns,
     )
-    if supports_prefix_sharing(lvlm) is None and not supports_tree_attention(lvlm, processing, packing):
-        packing = replace(packing, share=False)
-    if not packing.share:
+    if supports_prefix_sharing(lvlm) is None and not supports_tree_attention(lvlm, chat_processor, packing):
+        packing = replace(packing, share_prefixes=False)
+    if not packing.share_prefixes:
         logger.warning("The branches of a %s model are read one by one: nothing is shared.", family)
     return packing
 
 
 @torch.no_grad()
-def supports_tree_attention(lvlm: PreTrainedModel, processing: ChatProcessor, packing: PackingConfig) -> bool:
+def supports_tree_attention(lvlm: PreTrainedModel, chat_processor: ChatProcessor, packing: PackingConfig) -> bool:
     """Whether a model reads branches laid out as a tree as it reads them one by one: tried on a small picture."""
-    pictures = processing.pictures([Image.new("RGB", (64, 64), "red")])
+    pictures = chat_processor.process_images([Image.new("RGB", (64, 64), "red")])
     content = Content.of([Image.new("RGB", (64, 64)), "one"])
     branches = [
-        processing.encode_prompt(dialogue_messages(Dialogue((Turn("user", content),)), processing.prompts), pictures),
-        processing.encode_embedding(embedding_messages(content, processing.prompts), pictures),
+        chat_processor.encode_prompt(
+            dialogue_messages(Dialogue((Turn("user", content),)), chat_processor.prompts), pictures
+        ),
+        chat_processor.encode_embedding(embedding_messages(content, chat_processor.prompts), pictures),
     ]
     try:
         shared, _ = forward_packed(
-            lvlm, pack([branches], [[]], replace(packing, columns=UNBOUNDED_ROW))
+            lvlm, pack([branches], [[]], replace(packing, max_row_tokens=UNBOUNDED_ROW))
         )  # two rows would try nothing
     except (RuntimeError, ValueError, TypeError, IndexError):
         return False
-    alone, _ = forward_packed(lvlm, pack([branches], [[]], replace(packing, share=False)))
+    alone, _ = forward_packed(lvlm, pack([branches], [[]], replace(packing, share_prefixes=False)))
     tolerance = 1e-3 if lvlm.dtype == torch.float32 else 5e-2
     return bool((shared - alone).norm() <= tolerance * alone.norm())
 

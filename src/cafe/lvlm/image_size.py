@@ -40,9 +40,13 @@ def set_max_image_size(
     anyres = getattr(images, "image_grid_pinpoints", None)
     if grids:
         if not anyres:
-            raise CafeError(f"A {lvlm.config.model_type} model does not cut pictures into grids: set model.max_pixels.")
+            raise CafeError(
+                f"A {lvlm.config.model_type} model does not cut pictures into grids: set model.max_image_pixels."
+            )
         if any(len(grid) != 2 or min(grid) < 1 for grid in grids):
-            raise CafeError(f"model.grids holds pairs of rows and columns, as [[1, 1], [2, 2]], not {list(grids)}.")
+            raise CafeError(
+                f"model.image_grids holds pairs of rows and columns, as [[1, 1], [2, 2]], not {list(grids)}."
+            )
         anyres = [[rows * crop[0], columns * crop[1]] for rows, columns in grids]
     if max_pixels and anyres:
         least = min(map(math.prod, anyres))
@@ -85,6 +89,6 @@ def _set_size(images: Any, **sizes: int) -> None:
 def _refuse(small: bool, lvlm: PreTrainedModel, max_pixels: int, least: int) -> None:
     if small:
         raise CafeError(
-            f"model.max_pixels is {max_pixels:,}, and this {lvlm.config.model_type} model reads no picture at less "
+            f"model.max_image_pixels is {max_pixels:,}, and this {lvlm.config.model_type} model reads no picture at less "
             f"than {least:,} pixels."
         )

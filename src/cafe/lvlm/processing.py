@@ -92,8 +92,8 @@ _USER_PROBE: Message = {"role": "user", "content": [{"type": "text", "text": _SE
 class ProcessedImages:
     """The processed images of one content: the token run that stands for each, and the model's inputs for all."""
 
-    runs: list[list[int]]
-    vision: dict[str, Tensor]
+    token_runs: list[list[int]]
+    inputs: dict[str, Tensor]
 
 
 def memoize(before: dict[Key, Value], key: Key, make: Callable[[], Value]) -> Value:
@@ -128,22 +128,22 @@ class ChatProcessor:
         self.prefix_lm = name in PREFIX_LM
         self._template = None if processor.chat_template else PREFIX_LM.get(name)
         picture: list[Message] = [{"role": "user", "content": [{"type": "image"}]}]
-        shown = self._render(picture, False) if processor.chat_template or self._template else ""
-        self.placeholder = next((token for token in placeholders if token in shown), "")  # stands for a picture
+        load_images = self._render(picture, False) if processor.chat_template or self._template else ""
+        self.placeholder = next((token for token in placeholders if token in load_images), "")  # stands for a picture
         if not self.placeholder:
             raise CafeError(
                 f"This {name} has no chat template that shows pictures: set prompts.chat_template to chatml."
             )
         special = sorted({*self.tokenizer.all_special_tokens, self.placeholder, *self._added()}, key=len, reverse=True)
         self._special = re.compile("|".join(re.escape(token) for token in special))
-        self._before, self._end = self._assistant_frame()
+        self._assistant_prefix, self._assistant_suffix = self._assistant_frame()
         # A part of a picture may be another token than the placeholder (Gemma 3, Aya): it is the most frequent mark.
         probe, marks = self._process([Image.new("RGB", (64, 64))]), self.tokenizer.added_tokens_decoder
         [(self.image_token_id, _)] = Counter(t for t in probe["input_ids"][0].tolist() if t in marks).most_common(1)
         marking = [name for name in TOKEN_TYPES if name in probe and probe[name].any()]
-        self.token_types: dict[str, TokenTypeFn] = {name: image_token_type_ids for name in marking[:1]}
+        self.token_type_fns: dict[str, TokenTypeFn] = {name: image_token_type_ids for name in marking[:1]}
         if self.prefix_lm:
-            self.token_types = {"token_type_ids": prefix_lm_token_type_ids}
+            self.token_type_fns = {"token_type_ids": prefix_lm_token_type_ids}
 
     def _added(self) -> list[str]:
         return [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
@@ -152,7 +152,7 @@ class ChatProcessor:
         """Writes the family's standard processor files."""
         self.processor.save_pretrained(directory)
 
-    def pictures(self, images: Sequence[Image.Image]) -> ProcessedImages:
+    def process_images(self, images: Sequence[Image.Image]) -> ProcessedImages:
         """Processes the images of one content together, as the family does for one prompt."""
         if not images:
             return ProcessedImages([], {})
@@ -168,18 +168,18 @@ class ChatProcessor:
         per_token = ("attention_mask", "labels", *TOKEN_TYPES)
         return ProcessedImages(runs, {name: value for name, value in batch.items() if name not in per_token})
 
-    def shown(self, refs: Sequence[ImageRef]) -> ProcessedImages:
+    def load_images(self, refs: Sequence[ImageRef]) -> ProcessedImages:
         """Decodes and processes the images of one content."""
-        return self.pictures(self.decode(refs))
+        return self.process_images(self.decode_images(refs))
 
-    def decode(self, refs: Sequence[ImageRef]) -> list[Image.Image]:
+    def decode_images(self, refs: Sequence[ImageRef]) -> list[Image.Image]:
         """Opens images, large JPEGs no larger than the family's processor can tell."""
-        return [decode_image(ref, enough=self.enough) for ref in refs]
+        return [decode_image(ref, enough=self.min_decode_side) for ref in refs]
 
     @cached_property
-    def enough(self) -> int | None:
+    def min_decode_side(self) -> int | None:
         """How many pixels a decoded side needs: twice as many as the model sees of a large square; None for all."""
-        vision = self.pictures([Image.new("RGB", (_LARGE_SIDE, _LARGE_SIDE))]).vision
+        vision = self.process_images([Image.new("RGB", (_LARGE_SIDE, _LARGE_SIDE))]).inputs
         seen = vision["pixel_values"].numel() // 3
         return 2 * math.ceil(math.sqrt(seen)) if seen < _LARGE_SIDE**2 else None
 
@@ -208,12 +208,12 @@ class ChatProcessor:
         frame behind it and never from an image.
         """
         text = self._embedding_text(messages)
-        pieces = self._split(text, iter(pictures.runs))
+        pieces = self._split(text, iter(pictures.token_runs))
         if max_tokens and sum(map(len, pieces)) > max_tokens:
             instruction = messages[-1]["content"][-1]["text"] if self.prompts.mode == "compress" else ""
             frame = self._embedding_text([*messages[:-1], _USER_PROBE]).rpartition(_SENTINEL)[2]
             content = text.removesuffix(instruction + frame)
-            pieces, tail = self._split(content, iter(pictures.runs)), self._tokens(instruction + frame)
+            pieces, tail = self._split(content, iter(pictures.token_runs)), self._tokens(instruction + frame)
             kept = len(pieces[-1]) - (sum(map(len, pieces)) + len(tail) - max_tokens)
             pieces = [*pieces[:-1], pieces[-1][: max(kept, 0)], tail]
             if kept < 0 or content == text:
@@ -222,7 +222,7 @@ class ChatProcessor:
 
     def _embedding_text(self, messages: list[Message]) -> str:
         """The prompt whose last token is the readout."""
-        if self.prompts.frame == "closed":
+        if self.prompts.assistant_frame == "closed":
             return self._render([*messages, _EMPTY_ANSWER], False).rstrip()
         return self._render(messages, True)
 
@@ -230,29 +230,30 @@ class ChatProcessor:
         self, messages: list[Message], pictures: ProcessedImages, max_tokens: int | None = None
     ) -> Branch:
         """A whole dialogue; what the assistant says is supervised, together with the token that ends its turn."""
-        runs = iter(pictures.runs)
+        runs = iter(pictures.token_runs)
         pieces: list[tuple[list[int], bool]] = []
         said = [_ASSISTANT_PROBE if message["role"] == "assistant" else message for message in messages]
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 prompt = self._render(said[:index], True).rpartition(_SENTINEL)[2]
-                words = "".join(part["text"] for part in self._safe([message])[0]["content"])
+                words = "".join(part["text"] for part in self._escape_special_tokens([message])[0]["content"])
                 pieces += [
-                    (piece, False) for piece in self._split(prompt.removeprefix(self._end if pieces else ""), runs)
+                    (piece, False)
+                    for piece in self._split(prompt.removeprefix(self._assistant_suffix if pieces else ""), runs)
                 ]
-                pieces.append((self._tokens(self._before + words + self._end), True))
+                pieces.append((self._tokens(self._assistant_prefix + words + self._assistant_suffix), True))
         encoded = self._join(pieces, pictures)
         if max_tokens and len(encoded.input_ids) > max_tokens:
-            if encoded.shown[max_tokens:].any():
-                end = int(encoded.shown.nonzero()[-1]) + 1
+            if encoded.image_mask[max_tokens:].any():
+                end = int(encoded.image_mask.nonzero()[-1]) + 1
                 raise CafeError(f"The last image of a dialogue ends at token {end}, and {max_tokens} are read.")
-            encoded = encoded.cut(max_tokens)
+            encoded = encoded.truncate(max_tokens)
         return encoded
 
     def encode_prompt(self, messages: list[Message], pictures: ProcessedImages) -> Branch:
         """A dialogue up to where the assistant begins to speak."""
         text = self._render(messages, True)
-        return self._join([(piece, False) for piece in self._split(text, iter(pictures.runs))], pictures)
+        return self._join([(piece, False) for piece in self._split(text, iter(pictures.token_runs))], pictures)
 
     def collate(self, rows: Sequence[Branch], left: bool = False) -> dict[str, Tensor]:
         """Model inputs of several sequences: input_ids and attention_mask (rows, tokens), and the vision tensors.
@@ -267,8 +268,8 @@ class ChatProcessor:
         return {
             "input_ids": padded([row.input_ids for row in rows], self.tokenizer.pad_token_id or 0),
             "attention_mask": padded([torch.ones_like(row.input_ids) for row in rows]),
-            **{name: padded([types(row) for row in rows]) for name, types in self.token_types.items()},
-            **collate_vision([row.vision for row in rows]),
+            **{name: padded([types(row) for row in rows]) for name, types in self.token_type_fns.items()},
+            **collate_vision([row.image_inputs for row in rows]),
         }
 
     def _assistant_frame(self) -> tuple[str, str]:
@@ -285,7 +286,7 @@ class ChatProcessor:
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
         def make() -> str:
             return self.processor.apply_chat_template(
-                self._safe(messages),
+                self._escape_special_tokens(messages),
                 chat_template=self._template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
@@ -293,7 +294,7 @@ class ChatProcessor:
 
         return memoize(self._known_prompts, (repr(messages), add_generation_prompt), make)
 
-    def _safe(self, messages: list[Message]) -> list[Message]:
+    def _escape_special_tokens(self, messages: list[Message]) -> list[Message]:
         """The messages with special tokens in their text broken up, so that a user's words stay words."""
         return [
             {
@@ -329,4 +330,4 @@ class ChatProcessor:
     def _join(self, pieces: Sequence[tuple[list[int], bool]], pictures: ProcessedImages) -> Branch:
         ids = torch.tensor([token for piece, _ in pieces for token in piece])
         supervised = torch.tensor([flag for piece, flag in pieces for _ in piece])
-        return Branch(ids, supervised, ids == self.image_token_id, pictures.vision)
+        return Branch(ids, supervised, ids == self.image_token_id, pictures.inputs)

@@ -49,7 +49,7 @@ class Prompts:
         system: the system prompt; empty for none.
         image_instruction: follows content that holds an image.
         text_instruction: follows content of text alone.
-        frame: "closed" opens and closes the assistant's turn at once, as published, and reads the closing token;
+        assistant_frame: "closed" opens and closes the assistant's turn at once, as published, and reads the closing token;
             "open" stops where the assistant would begin to speak.
         chat_template: "chatml" for the published frame, "family" for the template the base model came with.
     """
@@ -58,7 +58,7 @@ class Prompts:
     system: str = "You are a helpful assistant."
     image_instruction: str = "Compress this image in one word:"
     text_instruction: str = "Compress this sentence in one word:"
-    frame: Literal["closed", "open"] = "closed"
+    assistant_frame: Literal["closed", "open"] = "closed"
     chat_template: Literal["chatml", "family"] = "family"
 
 

@@ -29,15 +29,15 @@ class TowerInputs:
     """The crops, or whole pictures, that a tower is given.
 
     Attributes:
-        keys: a hash of each.
-        rows: of the pixels, that each has.
-        shares: of what the tower makes of all: as large as these numbers beside each other.
+        hashes: a hash of each.
+        input_rows: of the pixels, that each has.
+        output_rows: of what the tower makes of all: as large as these numbers beside each other.
         dim: along which it lays that out.
     """
 
-    keys: list[int]
-    rows: list[int]
-    shares: list[int]
+    hashes: list[int]
+    input_rows: list[int]
+    output_rows: list[int]
     dim: int = 0
 
 
@@ -86,10 +86,10 @@ class VisionCache:
         self.directory = None
         if directory:
             self.directory = directory / "_".join([weights_digest(tower), *map(str, self.layers or [])])
-        self.kept: dict[int, Any] = {}
+        self.cached: dict[int, Any] = {}
 
     @contextmanager
-    def step(self) -> Iterator[None]:
+    def enabled(self) -> Iterator[None]:
         """Within it, the tower reads no crop twice."""
         read = self.tower.forward
         self.tower.forward = lambda *args, **named: self._forward(read, args, named)
@@ -97,7 +97,7 @@ class VisionCache:
             yield
         finally:
             self.tower.forward = read
-            self.kept.clear()
+            self.cached.clear()
 
     @torch.no_grad()
     def _forward(self, read: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -106,9 +106,11 @@ class VisionCache:
         crops = parse_tower_inputs(pixels, named, self.patch)
         if crops is None:
             return read(*args, **named)
-        keys = crops.keys
+        keys = crops.hashes
         unread = {
-            key: place for place, key in enumerate(keys) if key not in self.kept and not self._load(key, pixels.device)
+            key: place
+            for place, key in enumerate(keys)
+            if key not in self.cached and not self._load(key, pixels.device)
         }
         if unread:
 
@@ -116,23 +118,23 @@ class VisionCache:
                 """Of what there is for each row of pixels, or each crop, that of the unread crops."""
                 if not isinstance(value, Tensor) or len(value) not in (len(pixels), len(keys)):
                     return value
-                parts = value.split(crops.rows if len(value) == len(pixels) else 1)
+                parts = value.split(crops.input_rows if len(value) == len(pixels) else 1)
                 return torch.cat([parts[place] for place in unread.values()])
 
             if len(unread) < len(keys):
                 args, named = tuple(map(choose, args)), {name: choose(value) for name, value in named.items()}
             made = read(*args, **named)
-            self._forget(made)
-            stops = list(accumulate(crops.shares[place] for place in unread.values()))
+            self._drop_unread_outputs(made)
+            stops = list(accumulate(crops.output_rows[place] for place in unread.values()))
             for key, start, stop in zip(unread, [0, *stops], stops, strict=False):
-                self.kept[key] = _part(made, start, stop, stops[-1], crops.dim)
+                self.cached[key] = _part(made, start, stop, stops[-1], crops.dim)
                 self._save(key)
             if len(unread) == len(keys):
                 return made  # what is kept are views of it: a step of one micro-batch holds nothing twice
-        again = [self.kept[key] for key in keys]
+        again = [self.cached[key] for key in keys]
         return tree_map(lambda *leaves: None if leaves[0] is None else torch.cat(leaves, crops.dim), *again)
 
-    def _forget(self, made: ModelOutput) -> None:
+    def _drop_unread_outputs(self, made: ModelOutput) -> None:
         """Drops what the model does not read; older versions of transformers return the hidden states of all layers."""
         if hasattr(self.tower, "merger"):  # the projector is in it
             made["last_hidden_state"] = None
@@ -147,7 +149,7 @@ class VisionCache:
     def _load(self, key: int, device: torch.device) -> bool:
         file = self._file(key)
         if file and file.is_file():
-            self.kept[key] = torch.load(file, map_location=device, weights_only=False)
+            self.cached[key] = torch.load(file, map_location=device, weights_only=False)
             return True
         return False
 
@@ -156,7 +158,7 @@ class VisionCache:
         if file:
             file.parent.mkdir(parents=True, exist_ok=True)
             partial = file.with_suffix(f".{uuid4().hex}.partial")  # another process may write the same
-            torch.save(tree_map_only(Tensor, Tensor.clone, self.kept[key]), partial)
+            torch.save(tree_map_only(Tensor, Tensor.clone, self.cached[key]), partial)
             partial.replace(file)
 
     def _file(self, key: int) -> Path | None:

@@ -51,7 +51,7 @@ class MiningConfig:
     Attributes:
         negatives: how many a record gets, at most; the hardest.
         top: how many of the closest targets are looked at.
-        share: a negative's similarity is below this share of the positive's (NV-Retriever's perc-to-pos); null for no
+        max_positive_ratio: a negative's similarity is below this share of the positive's (NV-Retriever's perc-to-pos); null for no
             such limit.
         margin: it is below the positive's by at least this; null for no such limit.
         judge: drop what the model itself says "yes" to with at least this probability; null asks nothing.
@@ -63,7 +63,7 @@ class MiningConfig:
 
     negatives: int = 4
     top: int = 64
-    share: float | None = 0.95
+    max_positive_ratio: float | None = 0.95
     margin: float | None = None
     judge: float | None = None
     soft: bool = False
@@ -197,7 +197,7 @@ class _Pairs(Dataset[_EncodedShard]):
         self, examples: Examples, places: list[tuple[int, int]], model: Cafe, size: int, max_tokens: int | None
     ) -> None:
         self.examples, self.places, self.size, self.max_tokens = examples, places, size, max_tokens
-        self.processing, self.packing = model.processing, model.packing
+        self.chat_processor, self.packing = model.chat_processor, model.packing
 
     def __getitem__(self, start: int) -> _EncodedShard:
         groups: list[list[Branch]] = []
@@ -208,7 +208,7 @@ class _Pairs(Dataset[_EncodedShard]):
                 if not example.pair:
                     continue
                 pair = replace(example.pair, negatives=(), negative_scores=())
-                branches = encode_example(Example(pair, None, example.source), self.processing, self.max_tokens)
+                branches = encode_example(Example(pair, None, example.origin), self.chat_processor, self.max_tokens)
             except CafeError as error:
                 bad[place] = str(error)
                 continue
@@ -274,8 +274,10 @@ def candidates(embedded: EmbeddedPairs, mining: MiningConfig) -> list[list[int]]
 def max_negative_similarity(positive: float, mining: MiningConfig) -> float:
     """What a negative's similarity has to be below, given the positive's (arXiv 2407.15831)."""
     limits = [math.inf]
-    if mining.share is not None:
-        limits.append(min(mining.share * positive, positive))  # a share of a negative number would be above it
+    if mining.max_positive_ratio is not None:
+        limits.append(
+            min(mining.max_positive_ratio * positive, positive)
+        )  # a share of a negative number would be above it
     if mining.margin is not None:
         limits.append(positive - mining.margin)
     return min(limits)
@@ -291,30 +293,30 @@ class _Questions(Dataset[PackedBatch]):
         self, examples: Examples, embedded: EmbeddedPairs, found: list[list[int]], model: Cafe, mining: MiningConfig
     ) -> None:
         self.examples, self.places, self.found = examples, embedded.places, found
-        self.processing, self.packing, self.mining = model.processing, model.packing, mining
+        self.chat_processor, self.packing, self.mining = model.chat_processor, model.packing, mining
 
     def __getitem__(self, numbers: list[int]) -> PackedBatch:
         groups = []
         for number in numbers:
             query = self._pair(number).query
             others = [self._pair(other).target for other in self.found[number]]
-            groups.append(questions(query, others, self.processing, self.mining.question))
+            groups.append(questions(query, others, self.chat_processor, self.mining.question))
         return pack(groups, [[]] * len(groups), self.packing)
 
     def _pair(self, number: int) -> Any:
         return self.examples[self.places[number]].pair
 
 
-def questions(query: Content, others: Sequence[Content], processing: ChatProcessor, question: str) -> list[Branch]:
+def questions(query: Content, others: Sequence[Content], chat_processor: ChatProcessor, question: str) -> list[Branch]:
     """The prompts that ask of each content whether it matches the query; they share the query's tokens."""
     done = []
     refs = [ref for content in (query, *others) for ref in content.images]
-    shown = dict(zip(map(id, refs), processing.decode(refs), strict=True))
+    shown = dict(zip(map(id, refs), chat_processor.decode_images(refs), strict=True))
     for other in others:
         asked = Content((*query.parts, "\n", *other.parts, f"\n{question}"))
-        pictures = processing.pictures([shown[id(ref)] for ref in asked.images])
-        messages = dialogue_messages(Dialogue((Turn("user", asked),)), processing.prompts)
-        done.append(processing.encode_prompt(messages, pictures))
+        pictures = chat_processor.process_images([shown[id(ref)] for ref in asked.images])
+        messages = dialogue_messages(Dialogue((Turn("user", asked),)), chat_processor.prompts)
+        done.append(chat_processor.encode_prompt(messages, pictures))
     return done
 
 
@@ -353,15 +355,15 @@ def filter_by_judge(
 def yes_probability(model: Cafe, hidden: Float[Tensor, "questions dim"]) -> Float[Tensor, " questions"]:
     """The probability of "yes" against "no" as the next word, from the hidden state before it."""
     logits = compute_logits(model.lvlm, hidden)
-    positive, negative = (_first_tokens(model.processing, word) for word in ("yes", "no"))
+    positive, negative = (_first_tokens(model.chat_processor, word) for word in ("yes", "no"))
     return torch.sigmoid(
         logits[:, sorted(positive - negative)].logsumexp(1) - logits[:, sorted(negative - positive)].logsumexp(1)
     )
 
 
-def _first_tokens(processing: ChatProcessor, word: str) -> set[int]:
+def _first_tokens(chat_processor: ChatProcessor, word: str) -> set[int]:
     forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-    return {processing.tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
+    return {chat_processor.tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
 
 
 # 4. Write records that read back as they were.
@@ -376,11 +378,11 @@ def to_record(example: Example, output: Path) -> dict[str, Any]:
     try:
         return _as_row(example, output)
     except CafeError as error:
-        raise CafeError(f"{example.source}: {error}") from None
+        raise CafeError(f"{example.origin}: {error}") from None
 
 
 def _as_row(example: Example, output: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": example.source}
+    row: dict[str, Any] = {"id": example.origin}
     if example.pair:
         for side, content in (("query", example.pair.query), ("positive", example.pair.target)):
             row[side], row[f"{side}_image"] = _marked(content, output)

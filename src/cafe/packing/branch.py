@@ -17,23 +17,23 @@ class Branch:
 
     Attributes:
         input_ids: the tokens, image tokens included.
-        supervised: which tokens the language loss is taken on.
-        shown: which tokens stand for pictures.
-        vision: the image processor's tensors by name; empty without images. Branches that show the same pictures
+        loss_mask: which tokens the language loss is taken on.
+        image_mask: which tokens stand for pictures.
+        image_inputs: the image processor's tensors by name; empty without images. Branches that show the same pictures
             share the same mapping: pictures are compared by identity.
     """
 
     input_ids: Int64[Tensor, " tokens"]
-    supervised: Bool[Tensor, " tokens"]
-    shown: Bool[Tensor, " tokens"]
-    vision: dict[str, Tensor] = field(default_factory=dict)
+    loss_mask: Bool[Tensor, " tokens"]
+    image_mask: Bool[Tensor, " tokens"]
+    image_inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def cut(self, length: int) -> "Branch":
+    def truncate(self, length: int) -> "Branch":
         """The first tokens; all pictures must be among them."""
-        return Branch(self.input_ids[:length], self.supervised[:length], self.shown[:length], self.vision)
+        return Branch(self.input_ids[:length], self.loss_mask[:length], self.image_mask[:length], self.image_inputs)
 
 
 def default_position_ids(branch: Branch) -> Int64[Tensor, "1 tokens"]:
@@ -43,9 +43,9 @@ def default_position_ids(branch: Branch) -> Int64[Tensor, "1 tokens"]:
 
 def image_token_type_ids(branch: Branch) -> Int64[Tensor, " tokens"]:
     """1 where a token is replaced by a picture's features, 0 elsewhere."""
-    return branch.shown.long()
+    return branch.image_mask.long()
 
 
 def prefix_lm_token_type_ids(branch: Branch) -> Int64[Tensor, " tokens"]:
     """0 in the prompt, which prefix-LMs read both ways, 1 from the first supervised token on."""
-    return (branch.supervised.cumsum(0) > 0).long()
+    return (branch.loss_mask.cumsum(0) > 0).long()

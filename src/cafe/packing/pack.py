@@ -18,31 +18,31 @@ class PackedBatch:
     """What goes through the model at once.
 
     Attributes:
-        inputs: the model's inputs by name, without the attention mask of trees, which is made from `end`.
-        end: see `Layout`; None where branches do not share.
-        readouts: the (row, column) of the last token of each embedded branch, in their order.
-        predictors: the (row, column) of the tokens before each supervised token.
+        inputs: the model's inputs by name, without the attention mask of trees, which is made from `subtree_end`.
+        subtree_end: see `Layout`; None where branches do not share.
+        embedding_index: the (row, column) of the last token of each embedded branch, in their order.
+        logits_index: the (row, column) of the tokens before each supervised token.
         labels: the supervised tokens.
-        filled: the tokens that are not padding.
-        pixels: what makes values of `pixel_values`, where these are bytes.
+        num_tokens: the tokens that are not padding.
+        pixel_decoder: what makes values of `pixel_values`, where these are bytes.
     """
 
     inputs: dict[str, Tensor]
-    end: Int64[Tensor, "rows columns"] | None
-    readouts: Int64[Tensor, "readouts 2"]
-    predictors: Int64[Tensor, "supervised 2"]
+    subtree_end: Int64[Tensor, "rows columns"] | None
+    embedding_index: Int64[Tensor, "readouts 2"]
+    logits_index: Int64[Tensor, "supervised 2"]
     labels: Int64[Tensor, " supervised"]
-    filled: int
-    pixels: PackedPixels | None = None
+    num_tokens: int
+    pixel_decoder: PackedPixels | None = None
 
     def pin_memory(self) -> "PackedBatch":
         """The same in memory that a GPU copies from while it computes."""
         return replace(
             self,
             inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
-            end=None if self.end is None else self.end.pin_memory(),
-            readouts=self.readouts.pin_memory(),
-            predictors=self.predictors.pin_memory(),
+            subtree_end=None if self.subtree_end is None else self.subtree_end.pin_memory(),
+            embedding_index=self.embedding_index.pin_memory(),
+            logits_index=self.logits_index.pin_memory(),
             labels=self.labels.pin_memory(),
         )
 
@@ -62,41 +62,43 @@ def pack(
     branches = [branch for group in groups for branch in group]
     wants = [index < len(first) for first, group in zip(embedded, groups, strict=True) for index in range(len(group))]
     readouts, predictors, labels = [], [], []
-    for branch, place, embeds in zip(branches, layout.places, wants, strict=True):
+    for branch, place, embeds in zip(branches, layout.coords, wants, strict=True):
         if embeds:
             readouts.append(place[-1])
         else:
-            said = branch.supervised.nonzero()[:, 0]
+            said = branch.loss_mask.nonzero()[:, 0]
             said = said[said > 0]
             predictors.append(place[said - 1])
             labels.append(branch.input_ids[said])
-    pictures, pixels = [branches[first].vision for first in layout.pictures], None
+    pictures, pixels = [branches[first].image_inputs for first in layout.image_order], None
     if packing.normalization:
         pictures, pixels = pack_uint8(pictures, packing.normalization)
     inputs = {"input_ids": layout.input_ids, **collate_vision(pictures)}
-    if packing.share:
+    if packing.share_prefixes:
         inputs["position_ids"] = layout.position_ids[0] if len(layout.position_ids) == 1 else layout.position_ids
     else:
-        inputs["attention_mask"] = layout.filled.long()
-        for name, types in packing.token_types.items():
+        inputs["attention_mask"] = layout.valid.long()
+        for name, types in packing.token_type_fns.items():
             inputs[name] = torch.zeros_like(layout.input_ids)
-            for branch, place in zip(branches, layout.places, strict=True):
+            for branch, place in zip(branches, layout.coords, strict=True):
                 inputs[name][place[:, 0], place[:, 1]] = types(branch)
     nowhere = torch.empty(0, 2, dtype=torch.long)
     return PackedBatch(
         inputs,
-        layout.end if packing.share else None,
+        layout.subtree_end if packing.share_prefixes else None,
         torch.stack(readouts) if readouts else nowhere,
         torch.cat([nowhere, *predictors]),
         torch.cat([nowhere[:, 0], *labels]),
-        int(layout.filled.sum()),
+        int(layout.valid.sum()),
         pixels,
     )
 
 
 def count_crops(branches: Sequence[Branch]) -> int:
     """The pictures, or parts of pictures, that the vision tower reads for some branches."""
-    visions = {id(branch.vision): branch.vision for branch in branches if "pixel_values" in branch.vision}
+    visions = {
+        id(branch.image_inputs): branch.image_inputs for branch in branches if "pixel_values" in branch.image_inputs
+    }
     return sum(_num_crops(vision) for vision in visions.values())
 
 

@@ -32,18 +32,18 @@ class Layout:
     Attributes:
         input_ids: filled up with `pad` behind each row's last token.
         position_ids: one axis, or three for M-RoPE.
-        end: of each token, the column one past the last token below it; padding sees itself alone.
-        filled: which places hold a token.
-        places: for each branch, the (row, column) of each of its tokens.
-        pictures: for each set of pictures, in the order of their tokens, the first branch that shows it.
+        subtree_end: of each token, the column one past the last token below it; padding sees itself alone.
+        valid: which places hold a token.
+        coords: for each branch, the (row, column) of each of its tokens.
+        image_order: for each set of pictures, in the order of their tokens, the first branch that shows it.
     """
 
     input_ids: Int64[Tensor, "rows columns"]
     position_ids: Int64[Tensor, "axes rows columns"]
-    end: Int64[Tensor, "rows columns"]
-    filled: Bool[Tensor, "rows columns"]
-    places: list[Int64[Tensor, "tokens 2"]]
-    pictures: list[int]
+    subtree_end: Int64[Tensor, "rows columns"]
+    valid: Bool[Tensor, "rows columns"]
+    coords: list[Int64[Tensor, "tokens 2"]]
+    image_order: list[int]
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,22 @@ class PackingConfig:
     """How branches become packs.
 
     Attributes:
-        share: lay branches out as trees; without it every branch is a row by itself, padded on the right, and the
+        share_prefixes: lay branches out as trees; without it every branch is a row by itself, padded on the right, and the
             model makes its own mask and position ids.
-        columns: the most tokens in a row of trees.
-        multiple: rows are filled up to a multiple of this many tokens, so that their shapes are few.
-        pad: the token that fills up rows.
-        positions: the position ids of a branch that is alone in its row.
-        token_types: inputs that mark tokens, by name, for models that want one where branches do not share.
+        max_row_tokens: the most tokens in a row of trees.
+        pad_to_multiple_of: rows are filled up to a multiple of this many tokens, so that their shapes are few.
+        pad_token_id: the token that fills up rows.
+        position_ids_fn: the position ids of a branch that is alone in its row.
+        token_type_fns: inputs that mark tokens, by name, for models that want one where branches do not share.
         normalization: pack pictures as bytes, of which this makes the model's values; as they are without it.
     """
 
-    share: bool = True
-    columns: int = 1024
-    multiple: int = 1
-    pad: int = 0
-    positions: PositionIdsFn = default_position_ids
-    token_types: Mapping[str, TokenTypeFn] = field(default_factory=dict)
+    share_prefixes: bool = True
+    max_row_tokens: int = 1024
+    pad_to_multiple_of: int = 1
+    pad_token_id: int = 0
+    position_ids_fn: PositionIdsFn = default_position_ids
+    token_type_fns: Mapping[str, TokenTypeFn] = field(default_factory=dict)
     normalization: Normalization | None = None
 
 
@@ -84,13 +84,13 @@ def build_layout(groups: Sequence[Sequence[Branch]], packing: PackingConfig) -> 
         packing: how.
     """
     branches = [branch for group in groups for branch in group]
-    if packing.share:
+    if packing.share_prefixes:
         keys = _sharing_keys(branches)
         root = _common_prefix_length(keys) if len(branches) > 1 else 0
         trees = _split_subtrees([len(group) for group in groups], keys, root)
         rows = [
             _row(members, keys)
-            for members in _bin_pack(trees, [_num_tokens(tree, keys) for tree in trees], root, packing.columns)
+            for members in _bin_pack(trees, [_num_tokens(tree, keys) for tree in trees], root, packing.max_row_tokens)
         ]
     else:
         rows = [_Row.alone(number, len(branch)) for number, branch in enumerate(branches)]
@@ -99,13 +99,13 @@ def build_layout(groups: Sequence[Sequence[Branch]], packing: PackingConfig) -> 
     for number, row in enumerate(rows):
         for member, taken in row.columns.items():
             places[member] = torch.stack([torch.full((len(taken),), number), torch.from_numpy(taken)], dim=1)
-    ends = [torch.from_numpy(row.end) for row in rows]
+    ends = [torch.from_numpy(row.subtree_end) for row in rows]
     end = pad_sequence(ends, batch_first=True, padding_value=-1)
-    end = torch.nn.functional.pad(end, (0, -end.shape[1] % packing.multiple), value=-1)
+    end = torch.nn.functional.pad(end, (0, -end.shape[1] % packing.pad_to_multiple_of), value=-1)
     filled = end >= 0
     end = torch.where(filled, end, torch.arange(1, end.shape[1] + 1))
-    input_ids = torch.full_like(end, packing.pad)
-    positions = packing.positions if packing.share else default_position_ids
+    input_ids = torch.full_like(end, packing.pad_token_id)
+    positions = packing.position_ids_fn if packing.share_prefixes else default_position_ids
     position_ids = torch.zeros(len(positions(branches[0])), *end.shape, dtype=torch.long)
     for branch, place in zip(branches, places, strict=True):
         input_ids[place[:, 0], place[:, 1]] = branch.input_ids
@@ -115,9 +115,9 @@ def build_layout(groups: Sequence[Sequence[Branch]], packing: PackingConfig) -> 
 
 @dataclass(frozen=True)
 class _Row:
-    """One row: `end` of each token, and the columns of each member branch's tokens."""
+    """One row: `subtree_end` of each token, and the columns of each member branch's tokens."""
 
-    end: SharingKeys
+    subtree_end: SharingKeys
     columns: dict[int, SharingKeys]
 
     @classmethod
@@ -195,7 +195,7 @@ def _image_order(branches: Sequence[Branch], places: Sequence[Tensor]) -> list[i
     """The first branch to show each laid-out set of pictures, in the order of the sets' first tokens."""
     found: dict[tuple[int, int], int] = {}
     for number, (branch, place) in enumerate(zip(branches, places, strict=True)):
-        if branch.shown.any():
-            row, column = place[branch.shown][0].tolist()
+        if branch.image_mask.any():
+            row, column = place[branch.image_mask][0].tolist()
             found.setdefault((row, column), number)
     return [found[place] for place in sorted(found)]

@@ -21,9 +21,11 @@ def _sharing_keys(branches: Sequence[Branch]) -> list[SharingKeys]:
     keys = []
     for branch in branches:
         ids = branch.input_ids.numpy().copy()
-        if branch.shown.any():
-            shown = branch.shown.numpy()
-            number = known.setdefault((id(branch.vision), ids[: np.flatnonzero(shown)[-1] + 1].tobytes()), len(known))
+        if branch.image_mask.any():
+            shown = branch.image_mask.numpy()
+            number = known.setdefault(
+                (id(branch.image_inputs), ids[: np.flatnonzero(shown)[-1] + 1].tobytes()), len(known)
+            )
             ids[shown] = -1 - number
         keys.append(ids)
     return keys

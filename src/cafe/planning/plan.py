@@ -79,14 +79,14 @@ class TypicalSample:
         width, height: pixels of the picture.
         caption: tokens of the caption, which is also the answer.
         prompt: tokens of the system prompt.
-        words: tokens of an instruction or question with the template around it.
+        prompt_overhead_tokens: tokens of an instruction or question with the template around it.
     """
 
     width: int = 640
     height: int = 480
     caption: int = 200
     prompt: int = 14
-    words: int = 16
+    prompt_overhead_tokens: int = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,25 +141,27 @@ class TransformerShape:
         width: of the residual stream.
         heads: width of all query heads together.
         queries: their number.
-        inner: width of the feed-forward part.
+        intermediate_size: width of the feed-forward part.
         gated: a gate and RMS norms, as in Llama and Qwen; else two matrices and layer norms.
-        window: tokens that see each other in all layers but `full` of them; None where all see all.
-        full: see `window`.
+        window: tokens that see each other in all layers but `num_full_attention_layers` of them; None where all see all.
+        num_full_attention_layers: see `window`.
     """
 
     layers: int
     width: int
     heads: int
     queries: int
-    inner: int
+    intermediate_size: int
     gated: bool
     window: int | None = None
-    full: int = 0
+    num_full_attention_layers: int = 0
 
     def seen(self, length: int) -> int:
         """Tokens that one of a sequence is compared with, over all layers; masked ones count."""
         if self.window:
-            return self.full * length + (self.layers - self.full) * min(self.window, length)
+            return self.num_full_attention_layers * length + (self.layers - self.num_full_attention_layers) * min(
+                self.window, length
+            )
         return self.layers * length
 
     def attention_flops(self, length: int) -> float:
@@ -182,7 +184,7 @@ class TransformerShape:
         }[self.gated, half]
         each_score = 6 if half else 4  # the softmax's, and a copy of 16 bits
         scores = each_score * self.queries * self.seen(scored) / self.layers
-        widths = self.width, self.heads, self.inner
+        widths = self.width, self.heads, self.intermediate_size
         return scores + sum(size * width for size, width in zip(each, widths, strict=True))
 
 
@@ -202,25 +204,25 @@ class ModelSizes:
 
     Attributes:
         parts: parameters by part; the head and the embeddings are the language model's.
-        stem: weights of the patch embedding.
+        patch_embedding_weights: weights of the patch embedding.
         head, head_trained: weights of the language-model head, and those of them that are trained.
         vocabulary: tokens.
-        largest, layer, layered: parameters of the largest tensor, of the largest layer, and of all layers.
-        merges: patches that become one row for the projector, which is then a part of the tower.
-        leaves: numbers that the model reads of what the tower makes of a patch.
+        largest, layer, layer_parameters: parameters of the largest tensor, of the largest layer, and of all layers.
+        patches_per_token: patches that become one row for the projector, which is then a part of the tower.
+        cached_features_per_patch: numbers that the model reads of what the tower makes of a patch.
         tower, language: the layers of each.
     """
 
     parts: dict[PartName, ParameterCounts]
-    stem: int
+    patch_embedding_weights: int
     head: int
     head_trained: int
     vocabulary: int
     largest: int
     layer: int
-    layered: int
-    merges: int
-    leaves: float
+    layer_parameters: int
+    patches_per_token: int
+    cached_features_per_patch: float
     tower: TransformerShape
     language: TransformerShape
 
@@ -230,9 +232,9 @@ class ModelSizes:
         return sum(part.parameters for part in self.parts.values())
 
     @property
-    def looks_once(self) -> bool:
+    def vision_is_cached(self) -> bool:
         """Whether what the tower makes of a picture is kept through a step."""
-        inner: tuple[PartName, ...] = ("vision_tower", "projector") if self.merges > 1 else ("vision_tower",)
+        inner: tuple[PartName, ...] = ("vision_tower", "projector") if self.patches_per_token > 1 else ("vision_tower",)
         return not any(self.parts[part].trained for part in inner)
 
     @property
@@ -304,31 +306,31 @@ def measure_model(lvlm: PreTrainedModel) -> ModelSizes:
     merges, deep = getattr(vision, "spatial_merge_size", 1) ** 2, getattr(vision, "deepstack_visual_indexes", [])
     return ModelSizes(
         {name: ParameterCounts(*count) for name, count in counts.items()},
-        stem=stem,
+        patch_embedding_weights=stem,
         head=head.weight.numel(),
         head_trained=head.weight.numel() * head.weight.requires_grad,
         vocabulary=len(head.weight),
         largest=max(parameter.numel() for parameter in lvlm.parameters()),
         layer=max(layers),
-        layered=sum(layers),
-        merges=merges,
-        leaves=width if merges == 1 else text.hidden_size * (1 + len(deep)) / merges,
+        layer_parameters=sum(layers),
+        patches_per_token=merges,
+        cached_features_per_patch=width if merges == 1 else text.hidden_size * (1 + len(deep)) / merges,
         tower=TransformerShape(
             layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
             width=width,
             heads=width,
             queries=getattr(vision, "num_heads", None) or vision.num_attention_heads,
-            inner=getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio),
+            intermediate_size=getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio),
             gated=bool(full),
             window=(vision.window_size // vision.patch_size) ** 2 if full else None,
-            full=full,
+            num_full_attention_layers=full,
         ),
         language=TransformerShape(
             layers=text.num_hidden_layers,
             width=text.hidden_size,
             heads=own * text.num_attention_heads,
             queries=text.num_attention_heads,
-            inner=text.intermediate_size,
+            intermediate_size=text.intermediate_size,
             gated=True,
         ),
     )
@@ -370,11 +372,11 @@ def image_cost_from_config(
     return ImageCost(crops=1, patches=tokens * images.merge_size**2, tokens=tokens)
 
 
-def image_cost_from_processor(processing: ChatProcessor, lvlm: PreTrainedModel, data: TypicalSample) -> ImageCost:
+def image_cost_from_processor(chat_processor: ChatProcessor, lvlm: PreTrainedModel, data: TypicalSample) -> ImageCost:
     """What a picture of the data costs where a model's own processor makes it."""
-    branch = blank_branch(processing, data.width, data.height)
-    pixels, tokens = branch.vision["pixel_values"], int(branch.shown.sum())
-    if "image_grid_thw" in branch.vision:
+    branch = blank_branch(chat_processor, data.width, data.height)
+    pixels, tokens = branch.image_inputs["pixel_values"], int(branch.image_mask.sum())
+    if "image_grid_thw" in branch.image_inputs:
         return ImageCost(crops=1, patches=len(pixels), tokens=tokens)
     patch = lvlm.config.vision_config.patch_size
     height, width = (patch, patch) if isinstance(patch, int) else patch
@@ -387,8 +389,12 @@ def typical_branches(
 ) -> list[Branch]:
     """The branches of a pair: query, target and dialogue, of tokens that are equal where those of real data are."""
     prompt, shown, caption = [0] * data.prompt, [-1 - number] * seen.tokens, [3 + number] * data.caption
-    embedded = [prompt + shown + [1] * data.words, prompt + caption + [1] * data.words] if contrast else []
-    spoken = [prompt + shown + [2] * data.words + caption] if speaks else []
+    embedded = (
+        [prompt + shown + [1] * data.prompt_overhead_tokens, prompt + caption + [1] * data.prompt_overhead_tokens]
+        if contrast
+        else []
+    )
+    spoken = [prompt + shown + [2] * data.prompt_overhead_tokens + caption] if speaks else []
     none = torch.zeros(0, dtype=torch.bool)
     return [Branch(torch.tensor(tokens), none, none) for tokens in embedded + spoken]
 
@@ -396,7 +402,7 @@ def typical_branches(
 def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample, gpus: int) -> StepWorkload:
     """What one step of one GPU reads."""
     if recipe.model.base in KNOWN_CONFIGS:
-        seen = image_cost_from_config(lvlm, data, recipe.model.max_pixels, recipe.model.grids)
+        seen = image_cost_from_config(lvlm, data, recipe.model.max_image_pixels, recipe.model.image_grids)
     else:
         seen = image_cost_from_processor(
             build_chat_processor(resolve_checkpoint(recipe.model.base), recipe.prompts, recipe.model), lvlm, data
@@ -412,9 +418,9 @@ def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample
         together = min(together, max(1, size.tokens // count_unique_tokens(pair)))
     if size.crops:
         together = min(together, max(1, size.crops // seen.crops))
-    width = recipe.model.row_tokens or 2 * lvlm.config.get_text_config().hidden_size  # as in `packing_for`
+    width = recipe.model.max_row_tokens or 2 * lvlm.config.get_text_config().hidden_size  # as in `packing_for`
     groups = [typical_branches(data, seen, contrast, speaks, number) for number in range(together)]
-    rows, columns = build_layout(groups, PackingConfig(share=shares, columns=width)).end.shape
+    rows, columns = build_layout(groups, PackingConfig(share_prefixes=shares, max_row_tokens=width)).subtree_end.shape
     embedded = pair[: 2 * contrast]
     return StepWorkload(
         crops=pairs * times * seen.crops,
@@ -457,22 +463,24 @@ def estimate_flops(sizes: ModelSizes, load: StepWorkload, checkpointed: bool = F
             return forward * (1 + again)
         backward = 2 * rows * (of.matrices + of.trained_matrices) + 2.5 * attention
         if stack and checkpointed:  # what nothing behind it in its layer keeps, its last product, is not made again
-            backward += forward - 2 * rows * stack.layers * stack.inner * stack.width
+            backward += forward - 2 * rows * stack.layers * stack.intermediate_size * stack.width
         return forward * (1 + again) + backward
 
     # The last layer works only on the tokens that are read, unless it is made again.
     stack = sizes.language
-    late = 0 if checkpointed else stack.width * (stack.heads + 3 * stack.inner) / language.matrices
+    late = 0 if checkpointed else stack.width * (stack.heads + 3 * stack.intermediate_size) / language.matrices
     asking = load.rows * stack.attention_flops(load.columns)
     if not checkpointed and 2 * load.read <= load.tokens:
         asking -= 4.0 * load.columns * (load.tokens - load.read) * stack.heads
-    rereads = 0.0 if sizes.looks_once else cropped
-    projects = rereads if sizes.merges > 1 else cropped
+    rereads = 0.0 if sizes.vision_is_cached else cropped
+    projects = rereads if sizes.patches_per_token > 1 else cropped
     attention = load.crops * sizes.tower.attention_flops(load.patches)
     looking = part(tower, patches, attention, rereads, tower.trained, sizes.tower)
     return {
-        "vision tower": looking + 2 * patches * sizes.stem * (1 + rereads + (tower.trained > 0)),
-        "projector": part(projector, patches / sizes.merges, 0.0, projects, tower.trained + projector.trained),
+        "vision tower": looking + 2 * patches * sizes.patch_embedding_weights * (1 + rereads + (tower.trained > 0)),
+        "projector": part(
+            projector, patches / sizes.patches_per_token, 0.0, projects, tower.trained + projector.trained
+        ),
         "language model": part(
             language,
             load.tokens - late * (load.tokens - load.read),
@@ -507,14 +515,16 @@ def estimate_memory(sizes: ModelSizes, load: StepWorkload, recipe: Recipe, gpus:
     looks = sizes.parts["vision_tower"].trained > 0
     gradients = 4 * sizes.trained * part
     language = sizes.parts["language_model"]
-    held = recipe.model.frozen_weights
+    held = recipe.model.frozen_weights_dtype
     frozen = (4.0 if held == "fp32" else 2.0) * (sizes.parameters - sizes.trained)
     if held == "4bit":
         frozen -= (2.0 - NF4) * (language.matrices - language.trained_matrices)
     state = optimizer_state_bytes(sizes, recipe.optimizer.name)
     always = {"weights": (4 * sizes.trained + frozen) * part, "optimizer state": state * part}
     if shard:  # beside the layers: whole weights and gradients; of the layers, two at a time
-        always["gathered weights"] = 8 * (sizes.parameters - sizes.layered) + 2 * sizes.layer * (2 if half else 4)
+        always["gathered weights"] = 8 * (sizes.parameters - sizes.layer_parameters) + 2 * sizes.layer * (
+            2 if half else 4
+        )
 
     # What the forward pass keeps for the backward pass.
     eager = recipe.model.attention == "eager"
@@ -530,8 +540,8 @@ def estimate_memory(sizes: ModelSizes, load: StepWorkload, recipe: Recipe, gpus:
         kept += 2 * sum(each.matrices if held == "fp32" else each.trained_matrices for each in sizes.parts.values())
 
     # What a frozen tower made of all crops; of a projector in it, autocast makes 16 bits.
-    made = load.crops * load.patches * sizes.leaves * sizes.looks_once
-    made *= 2 if held != "fp32" or (half and sizes.merges > 1) else 4
+    made = load.crops * load.patches * sizes.cached_features_per_patch * sizes.vision_is_cached
+    made *= 2 if held != "fp32" or (half and sizes.patches_per_token > 1) else 4
 
     # What is there for a moment.
     tile = min(HEAD_CHUNK_NUMEL, load.largest * load.labels * sizes.vocabulary)
@@ -570,8 +580,8 @@ def plan(recipe: Recipe, gpus: int = 1, data: TypicalSample | None = None, pairs
     configure_trainable_parameters(lvlm, recipe.model)
     sizes, load = measure_model(lvlm), estimate_workload(recipe, lvlm, data, gpus)
     batch = recipe.batch_size * gpus
-    if recipe.steps:
-        pairs = recipe.steps * batch * recipe.optimizer.accumulate
+    if recipe.max_steps:
+        pairs = recipe.max_steps * batch * recipe.optimizer.gradient_accumulation_steps
     return Plan(
         sizes=sizes,
         load=load,
@@ -579,7 +589,7 @@ def plan(recipe: Recipe, gpus: int = 1, data: TypicalSample | None = None, pairs
         memory=estimate_memory(sizes, load, recipe, gpus),
         gpus=gpus,
         batch=batch,
-        pairs=pairs * recipe.epochs if pairs and not recipe.steps else pairs or PAIRS,
+        pairs=pairs * recipe.num_train_epochs if pairs and not recipe.max_steps else pairs or PAIRS,
     )
 
 

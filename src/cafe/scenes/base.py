@@ -206,9 +206,9 @@ class Lessons(Dataset[dict[str, PackedBatch]]):
     others are asked about.
     """
 
-    def __init__(self, processing: ChatProcessor, seed: int, steps: int, batch: int) -> None:
-        self.processing, self.seed, self.steps, self.batch = processing, seed, steps, batch
-        self.packing = PackingConfig(columns=COLUMNS)
+    def __init__(self, chat_processor: ChatProcessor, seed: int, steps: int, batch: int) -> None:
+        self.chat_processor, self.seed, self.steps, self.batch = chat_processor, seed, steps, batch
+        self.packing = PackingConfig(max_row_tokens=COLUMNS)
 
     def __getitem__(self, step: int) -> dict[str, PackedBatch]:
         first = step * self.batch
@@ -229,7 +229,7 @@ class Lessons(Dataset[dict[str, PackedBatch]]):
         painted = [paint(scene) for scene in scenes]
         rows = [
             [
-                self.processing.encode_dialogue(dialogue_messages(dialogue, self.processing.prompts), pictures)
+                self.chat_processor.encode_dialogue(dialogue_messages(dialogue, self.chat_processor.prompts), pictures)
                 for dialogue in lessons(scene, picture, kind, Random(f"lesson {scene.name}"))
             ]
             for scene, picture, pictures in zip(scenes, painted, self._read(painted), strict=True)
@@ -238,8 +238,8 @@ class Lessons(Dataset[dict[str, PackedBatch]]):
 
     def _read(self, painted: list[Image.Image]) -> list[ProcessedImages]:
         """Each picture by itself, in one call: all have one size and so the same tokens."""
-        runs = self.processing.pictures(painted[:1]).runs
-        tensors = self.processing.processor.image_processor(painted, return_tensors="pt")
+        runs = self.chat_processor.process_images(painted[:1]).token_runs
+        tensors = self.chat_processor.processor.image_processor(painted, return_tensors="pt")
         return [ProcessedImages(runs, {name: t[i : i + 1] for name, t in tensors.items()}) for i in range(len(painted))]
 
 
@@ -274,14 +274,14 @@ def train_base(
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = make_processor(corpus(seed, 3000))
-    processing = ChatProcessor(processor, Prompts())
+    chat_processor = ChatProcessor(processor, Prompts())
     model = make_model(processor).to(device)
     report(
         f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens"
     )
     optimizer = make_optimizer(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
-    stream = iter(make_loader(Lessons(processing, seed, steps, batch), range(steps), workers))
+    stream = iter(make_loader(Lessons(chat_processor, seed, steps, batch), range(steps), workers))
     history: dict[str, list[float]] = {}
     started = time.monotonic()
     progress = tqdm(range(steps), desc="base", unit="step", mininterval=5)
@@ -299,7 +299,7 @@ def train_base(
         if step % 25 == 24:
             progress.set_postfix({kind: f"{fmean(losses[-25:]):.4f}" for kind, losses in history.items()})
     model.half().save_pretrained(directory)
-    processing.save(directory)
+    chat_processor.save(directory)
     record = {
         "seed": seed,
         "steps": steps,

@@ -35,7 +35,7 @@ def build_chat_processor(base: str, prompts: Prompts, recipe: ModelConfig) -> Ch
         processor = load_processor(base, config.model_type)
     except (ImportError, OSError, ValueError) as error:
         raise load_error("processor", base, error) from error
-    set_max_image_size(meta_model(config), processor, recipe.max_pixels, recipe.grids)
+    set_max_image_size(meta_model(config), processor, recipe.max_image_pixels, recipe.image_grids)
     return ChatProcessor(processor, prompts)
 
 
@@ -52,25 +52,25 @@ def build_dataset(
     The recipe's sources are opened here unless they were before.
     """
     objective = recipe.objective
-    processing, normalization = with_fast_images(model.processing)
+    chat_processor, normalization = with_fast_images(model.chat_processor)
     return ContrastiveBatchDataset(
         sources or [open_source(source) for source in recipe.data.sources],
-        processing,
+        chat_processor,
         recipe.batch_size,
         recipe.seed,
-        recipe.model.max_tokens,
+        recipe.model.max_length,
         contrast=objective.contrastive_weight > 0,
         language=objective.lm_weight > 0,
         hard_negatives=objective.hard_negatives,
         packing=replace(
             model.packing,
-            share=model.packing.share and recipe.model.share_prefixes,
-            columns=recipe.model.row_tokens or model.packing.columns,
+            share_prefixes=model.packing.share_prefixes and recipe.model.share_prefixes,
+            max_row_tokens=recipe.model.max_row_tokens or model.packing.max_row_tokens,
             normalization=normalization,
         ),
-        size=recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else NO_LIMIT,
+        micro_batch_size=recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else NO_LIMIT,
         rank=rank,
-        world=world,
+        world_size=world,
         mixture=recipe.data.mixture,
         blanks=sharded,
     )

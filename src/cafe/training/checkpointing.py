@@ -42,21 +42,21 @@ class TrainerState:
 
     Attributes:
         step: the last step taken; the data's position and the schedule follow from it.
-        skipped: steps left out because their loss or gradient was not finite.
-        bad, seen: of this process's records, see `Quarantine`.
-        size: of micro-batches, where it was found by measurement; the recipe's holds as well.
-        best: the best result of an evaluation so far.
-        scale: of the next step's loss.
+        num_nonfinite: steps left out because their loss or gradient was not finite.
+        num_bad_records, num_records: of this process's records, see `Quarantine`.
+        micro_batch_size: of micro-batches, where it was found by measurement; the recipe's holds as well.
+        best_metric: the best result of an evaluation so far.
+        loss_scale: of the next step's loss.
         rng_state: the state of every random number generator.
     """
 
     step: int = 0
-    skipped: int = 0
-    bad: int = 0
-    seen: int = 0
-    size: MicroBatchSize | None = None
-    best: float | None = None
-    scale: LossScale = field(default_factory=LossScale)
+    num_nonfinite: int = 0
+    num_bad_records: int = 0
+    num_records: int = 0
+    micro_batch_size: MicroBatchSize | None = None
+    best_metric: float | None = None
+    loss_scale: LossScale = field(default_factory=LossScale)
     rng_state: dict[str, Any] = field(default_factory=dict)
 
 
@@ -131,8 +131,9 @@ def load(
             "(DeepSpeed or not) or of this package: give another output, or remove that directory to start anew."
         ) from None
     own = torch.load(found / f"process-{rank()}.pt")
-    size, scale = own["size"] and MicroBatchSize(**own["size"]), LossScale(**own.get("scale", {}))
-    return TrainerState(**{**own, "size": size, "scale": scale})
+    size = own["micro_batch_size"] and MicroBatchSize(**own["micro_batch_size"])
+    scale = LossScale(**own["loss_scale"])
+    return TrainerState(**{**own, "micro_batch_size": size, "loss_scale": scale})
 
 
 def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

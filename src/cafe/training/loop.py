@@ -71,9 +71,9 @@ def train(
     set_seed(recipe.seed)
     sharded = uses_fsdp(recipe.model.shard)
     divided = uses_deepspeed(recipe)
-    if recipe.evaluation.every and recipe.evaluation.data and not evaluate:
+    if recipe.evaluation.eval_steps and recipe.evaluation.data and not evaluate:
         raise CafeError(
-            "evaluation.every is set, and nothing measures evaluation.data: `train` takes what does, which "
+            "evaluation.eval_steps is set, and nothing measures evaluation.data: `train` takes what does, which "
             "cafe.evaluation.evaluate.during(recipe) makes."
         )
     accelerator = make_accelerator(log_with=require_trackers(recipe.trackers or ()), project_dir=output / "trackers")
@@ -87,48 +87,54 @@ def train(
     # The data, which may be missing, the model, batches in an order fixed by the seed, the step, and its optimizer.
     sources = [open_source(source) for source in recipe.data.sources]
     base, place = resolve_checkpoint(recipe.model.base), torch.device("cpu") if sharded else device
-    halved = recipe.model.adapter and recipe.model.frozen_weights != "fp32"
+    halved = recipe.model.adapter and recipe.model.frozen_weights_dtype != "fp32"
     dtype = AUTOCAST_DTYPES[recipe.model.precision] if halved else torch.float32
-    four_bit = recipe.model.frozen_weights == "4bit"
+    four_bit = recipe.model.frozen_weights_dtype == "4bit"
     model = Cafe.load(base, recipe.prompts, dtype, place, recipe.model.attention, four_bit)
-    model.record.clear()  # it tells of the base, and this becomes another model
-    set_max_image_size(model.lvlm, model.processing.processor, recipe.model.max_pixels, recipe.model.grids)
+    model.metadata.clear()  # it tells of the base, and this becomes another model
+    set_max_image_size(
+        model.lvlm, model.chat_processor.processor, recipe.model.max_image_pixels, recipe.model.image_grids
+    )
     batches = build_dataset(recipe, model, rank, accelerator.num_processes, sharded, sources)
-    joint = build_step(recipe, model, batches.nothing())
+    joint = build_step(recipe, model, batches.blank_micro_batch())
     if wrong := mismatched_tensors(joint.state_dict(), device):  # whose gradients would be summed
         raise CafeError(f"The processes loaded different weights, {wrong[0]} first: is {base} the same in all?")
     about = summarize_trainable(model.lvlm)
     if sharded:
-        apply_fsdp(joint.reading, device, joint.reading.dtype, whole=joint.vision.tower if joint.vision else None)
+        apply_fsdp(
+            joint.packed_forward, device, joint.packed_forward.dtype, whole=joint.vision.tower if joint.vision else None
+        )
     joint.to(device)
     if recipe.model.compile:
         compile_layers(model.lvlm)
     trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, recipe.optimizer)
-    clip, accumulate = recipe.optimizer.clip, recipe.optimizer.accumulate
+    clip, accumulate = recipe.optimizer.max_grad_norm, recipe.optimizer.gradient_accumulation_steps
     zero = DeepSpeedZero(trained, optimizer, clip) if divided and accelerator.num_processes > 1 else None
-    steps = recipe.steps or max(1, recipe.epochs * len(batches) // accumulate)
-    schedule = cosine_schedule_with_warmup(steps, recipe.optimizer.warm_up)
+    steps = recipe.max_steps or max(1, recipe.num_train_epochs * len(batches) // accumulate)
+    schedule = cosine_schedule_with_warmup(steps, recipe.optimizer.warmup_ratio)
     report(f"{about}; {steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
 
     # Where the run stood when it was last saved; at its start if it never was.
     scale = FLOAT16 if recipe.model.precision == "fp16" else LossScale()
     at = checkpointing.load(output / STATE, joint, optimizer, report) or TrainerState(
-        scale=scale, rng_state=get_rng_state()
+        loss_scale=scale, rng_state=get_rng_state()
     )
     if at.step:
         report(f"Going on after step {at.step}.")
-    if recipe.micro_batch == "auto" and not at.size:
-        at.size = find_micro_batch_size(joint, batches, recipe.memory)
-        report(f"Micro-batches of {at.size.tokens or 'all'} tokens and {at.size.crops or 'all'} crops fit.")
-    feed = BatchFeed(batches, at.size, at.step, steps, accumulate, recipe.data.workers, report)
-    if recipe.model.gradient_checkpointing and feed.batches.size != NO_LIMIT:
+    if recipe.micro_batch == "auto" and not at.micro_batch_size:
+        at.micro_batch_size = find_micro_batch_size(joint, batches, recipe.memory_limit_gib)
+        report(
+            f"Micro-batches of {at.micro_batch_size.tokens or 'all'} tokens and {at.micro_batch_size.crops or 'all'} crops fit."
+        )
+    feed = BatchFeed(batches, at.micro_batch_size, at.step, steps, accumulate, recipe.data.num_workers, report)
+    if recipe.model.gradient_checkpointing and feed.batches.micro_batch_size != NO_LIMIT:
         report(
             "Warning: model.gradient_checkpointing and micro_batch both save memory by one more forward pass; together "
             "they are for where a single pair does not fit without the first."
         )
     named = output / f"quarantine{f'-{rank}' if rank else ''}.jsonl"
-    quarantine = Quarantine(named, recipe.data.max_bad_share, at.bad, at.seen)
+    quarantine = Quarantine(named, recipe.data.max_bad_fraction, at.num_bad_records, at.num_records)
     log = MetricsLogger(output, accelerator, name, at.step) if rank == 0 else None
     examination = Validator(recipe, model, joint, evaluate, rank)
     set_rng_state(at.rng_state)
@@ -138,9 +144,9 @@ def train(
         for step in bar:
             # Both losses of each contrastive batch, and their gradient summed over batches and processes; where that
             # overflows and the loss does not, once more under half the scale.
-            measure = step in (1, steps) or (recipe.log_every > 0 and step % recipe.log_every == 0)
-            parts = [quarantine.check(batch) for batch in next(feed)]
-            scale, drawn = at.scale, get_rng_state()
+            measure = step in (1, steps) or (recipe.logging_steps > 0 and step % recipe.logging_steps == 0)
+            parts = [quarantine.record(batch) for batch in next(feed)]
+            scale, drawn = at.loss_scale, get_rng_state()
             while True:
                 losses = run_step_with_oom_retry(joint, parts, feed, measure, scale.factor)
                 lm = torch.stack([each.lm for each in losses]).mean()
@@ -155,7 +161,7 @@ def train(
                 finite = all_reduce_max(not (loss.isfinite() and norm.isfinite()), device) == 0
                 if finite or scale.factor == 1 or all_reduce_max(not loss.isfinite(), device):
                     break
-                scale = scale.lower()
+                scale = scale.backoff()
                 report(f"The gradient overflows at step {step}: again with the loss scaled by {scale.factor:.0f}.")
                 joint.zero_grad()
                 set_rng_state(drawn)
@@ -164,13 +170,13 @@ def train(
             rate = set_learning_rates(optimizer, schedule(step - 1))
             if finite:
                 (zero or optimizer).step()
-                at.scale = scale.after_step()
+                at.loss_scale = scale.update()
             optimizer.zero_grad()
 
             # What is to be known of it.
             at.step = step
             if not finite:
-                skip_nonfinite_step(at, joint, feed.batches, accumulate, recipe.max_skipped, log)
+                skip_nonfinite_step(at, joint, feed.batches, accumulate, recipe.max_nonfinite_steps, log)
             elif measure and log:
                 values = {
                     "loss": loss.item(),
@@ -178,26 +184,32 @@ def train(
                     "contrastive_loss": contrastive.item(),
                     "temperature": losses[0].temperature.item(),
                     "grad_norm": norm.item(),
-                    **losses[0].measured,
+                    **losses[0].metrics,
                     "lr": rate,
                 }
                 log.write(step, values)
                 bar.set_postfix({key: f"{values[key]:.3f}" for key in ("lm_loss", "contrastive_loss", "accuracy")})
-            if examination.due(step):
+            if examination.should_run(step):
                 examination(at, log)
 
             # Where it stands, so that nothing is lost.
             asked = all_reduce_max(stop.signal, device)
-            if asked or (recipe.save_every and step % recipe.save_every == 0):
-                at = replace(at, size=feed.found, bad=quarantine.bad, seen=quarantine.seen, rng_state=get_rng_state())
-                checkpointing.save(output / STATE, joint, optimizer, at, recipe.keep_last)
+            if asked or (recipe.save_steps and step % recipe.save_steps == 0):
+                at = replace(
+                    at,
+                    micro_batch_size=feed.measured_size,
+                    num_bad_records=quarantine.num_bad,
+                    num_records=quarantine.num_records,
+                    rng_state=get_rng_state(),
+                )
+                checkpointing.save(output / STATE, joint, optimizer, at, recipe.save_total_limit)
             if asked:
                 raise RunInterrupted(
                     f"Stopped after step {step} of {steps}, which is saved; the same command goes on.", asked
                 )
 
         weights = full_state_dict(model.lvlm)
-        bad, seen = all_reduce_sum_(torch.tensor([quarantine.bad, quarantine.seen], device=device)).tolist()
+        bad, seen = all_reduce_sum_(torch.tensor([quarantine.num_bad, quarantine.num_records], device=device)).tolist()
         if log:
             model.lvlm.eval()
             temperature = joint.log_temperature.exp().item()

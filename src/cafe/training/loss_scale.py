@@ -21,26 +21,26 @@ class LossScale:
 
     Attributes:
         factor: it.
-        patience: steps after which it doubles.
-        steady: steps since it last changed.
+        growth_interval: steps after which it doubles.
+        good_steps: steps since it last changed.
     """
 
     factor: float = 1.0
-    patience: float = math.inf
-    steady: int = 0
+    growth_interval: float = math.inf
+    good_steps: int = 0
 
-    def lower(self) -> "LossScale":
+    def backoff(self) -> "LossScale":
         """The scale after a gradient that overflowed."""
-        return replace(self, factor=self.factor / 2, steady=0)
+        return replace(self, factor=self.factor / 2, good_steps=0)
 
-    def after_step(self) -> "LossScale":
+    def update(self) -> "LossScale":
         """The scale after a gradient that was finite."""
-        if self.steady + 1 < self.patience:
-            return replace(self, steady=self.steady + 1)
-        return replace(self, factor=2 * self.factor, steady=0)
+        if self.good_steps + 1 < self.growth_interval:
+            return replace(self, good_steps=self.good_steps + 1)
+        return replace(self, factor=2 * self.factor, good_steps=0)
 
 
-FLOAT16 = LossScale(factor=2.0**16, patience=2000)  # as PyTorch's own begins and doubles
+FLOAT16 = LossScale(factor=2.0**16, growth_interval=2000)  # as PyTorch's own begins and doubles
 
 
 def unscale(parameters: Iterable[nn.Parameter], factor: float) -> None:

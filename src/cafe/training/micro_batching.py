@@ -42,7 +42,10 @@ class BatchFeed:
         workers: int,
         report: Callable[[str], None],
     ) -> None:
-        self.batches, self.found = batches.cut_to(batches.size.within(size or NO_LIMIT)), size
+        self.batches, self.measured_size = (
+            batches.with_micro_batch_size(batches.micro_batch_size.within(size or NO_LIMIT)),
+            size,
+        )
         self.step, self.stop, self.accumulate = done, stop, accumulate
         self.workers, self.report = workers, report
         self.stream = self._load()
@@ -56,25 +59,27 @@ class BatchFeed:
         self.step += 1
         return [next(self.stream) for _ in range(self.accumulate)]
 
-    def halve(self, parts: list[Batch], device: torch.device) -> list[Batch]:
+    def halve_micro_batch_size(self, parts: list[Batch], device: torch.device) -> list[Batch]:
         """The same step's batches in micro-batches of half the size, as all later ones will be.
 
         Raises:
             CafeError: each example is a micro-batch already.
         """
         micro_batches = [micro_batch for part in parts for micro_batch in part.micro_batches]
-        if not all_reduce_max(len(micro_batches) < sum(len(part.sources) for part in parts), device):
+        if not all_reduce_max(len(micro_batches) < sum(len(part.record_names) for part in parts), device):
             raise CafeError(
                 f"Memory runs out over a single example at step {self.step}, one of "
-                f"{', '.join(parts[0].sources[:3])}: limit the size of pictures (model.max_pixels, model.grids) or of "
-                "texts (model.max_tokens), or set model.gradient_checkpointing."
+                f"{', '.join(parts[0].record_names[:3])}: limit the size of pictures (model.max_image_pixels, model.image_grids) or of "
+                "texts (model.max_length), or set model.gradient_checkpointing."
             )
         # This process may have no micro-batch: all its records were bad, and memory ran out in another.
-        tokens = all_reduce_max(max((each.joint.filled for each in micro_batches), default=0), device) // 2
+        tokens = all_reduce_max(max((each.joint.num_tokens for each in micro_batches), default=0), device) // 2
         crops = all_reduce_max(max((num_crops(each.joint.inputs) for each in micro_batches), default=0), device)
-        self.found = MicroBatchSize(max(tokens, 1), max(crops // 2, 1) if crops else None)
-        self.batches = self.batches.cut_to(self.found)
-        size = f"{self.found.tokens} tokens" + (f", {self.found.crops} crops" if self.found.crops else "")
+        self.measured_size = MicroBatchSize(max(tokens, 1), max(crops // 2, 1) if crops else None)
+        self.batches = self.batches.with_micro_batch_size(self.measured_size)
+        size = f"{self.measured_size.tokens} tokens" + (
+            f", {self.measured_size.crops} crops" if self.measured_size.crops else ""
+        )
         self.report(f"Memory ran out at step {self.step}: again in micro-batches of {size}.")
         numbers = range((self.step - 1) * self.accumulate, self.step * self.accumulate)
         self.stream = self._load()
@@ -97,7 +102,7 @@ def run_step_with_oom_retry(
             raise_if_sharded(joint)
         free_step_memory(joint)
         set_rng_state(state)
-        parts[:] = feed.halve(parts, joint.log_temperature.device)
+        parts[:] = feed.halve_micro_batch_size(parts, joint.log_temperature.device)
 
 
 def raise_if_sharded(joint: JointStep) -> None:
@@ -146,7 +151,7 @@ def find_micro_batch_size(
     device = joint.log_temperature.device
     meter = MemoryMeter(device)
     state = get_rng_state()
-    examples = batches.largest(min(batches.batch_size, PROBE_EXAMPLES))
+    examples = batches.largest_examples(min(batches.batch_size, PROBE_EXAMPLES))
     examples = examples[: -all_reduce_max(-len(examples), device)]
     if not examples:
         raise CafeError("The first records are all bad: there is nothing to measure micro_batch: auto with.")
@@ -157,7 +162,7 @@ def find_micro_batch_size(
     room = MEMORY_FRACTION * free - optimizer
     fit, taken, count = 0, 0.0, 1
     while True:
-        batch = batches.cut_to(NO_LIMIT).of(examples[:count])
+        batch = batches.with_micro_batch_size(NO_LIMIT).collate(examples[:count])
         try:
             meter.reset()
             joint(batch, measure=True)  # as the first step, and all that are logged: these keep two gradients
@@ -176,8 +181,8 @@ def find_micro_batch_size(
     if not fit:
         raise CafeError(
             f"The largest of {len(examples)} examples, {sizes[0][0]} tokens and {sizes[0][1]} crops, does not fit in "
-            f"{max(room, 0) / 2**30:.1f} GiB: limit pictures (model.max_pixels, model.grids) or texts "
-            "(model.max_tokens), or set model.gradient_checkpointing."
+            f"{max(room, 0) / 2**30:.1f} GiB: limit pictures (model.max_image_pixels, model.image_grids) or texts "
+            "(model.max_length), or set model.gradient_checkpointing."
         )
     if fit == batches.batch_size:
         return NO_LIMIT

@@ -30,14 +30,14 @@ def skip_nonfinite_step(
     Raises:
         CafeError: it is number `largest` of them.
     """
-    at.skipped += 1
+    at.num_nonfinite += 1
     records = find_nonfinite_records(joint, batches, range((at.step - 1) * accumulate, at.step * accumulate))
     if log:
-        log.write(at.step, {"skipped": at.skipped, "records": records})
-    if at.skipped >= largest:
+        log.write(at.step, {"skipped": at.num_nonfinite, "records": records})
+    if at.num_nonfinite >= largest:
         others = f" and {len(records) - 3} others" if len(records) > 3 else ""
         raise CafeError(
-            f"The loss or its gradient was not finite in {at.skipped} steps, the last of them step {at.step} on "
+            f"The loss or its gradient was not finite in {at.num_nonfinite} steps, the last of them step {at.step} on "
             f"{', '.join(records[:3])}{others}; log.jsonl names the records of each."
         )
 
@@ -51,11 +51,11 @@ def find_nonfinite_records(joint: JointStep, batches: ContrastiveBatchDataset, n
     found: list[str] = []
     seen: list[str] = []
     for number in numbers:
-        batch = batches.cut_to(ONE_EXAMPLE)[number]
-        for name, (vectors, said) in zip(batch.sources, forward_micro_batches(joint, batch), strict=True):
+        batch = batches.with_micro_batch_size(ONE_EXAMPLE)[number]
+        for name, (vectors, said) in zip(batch.record_names, forward_micro_batches(joint, batch), strict=True):
             if not (vectors.isfinite().all() and said.isfinite()):
                 found.append(name)
-        seen += batch.sources
+        seen += batch.record_names
     everywhere = [name for names in all_gather_object(found) for name in names]
     return everywhere or [name for names in all_gather_object(seen) for name in names]
 
@@ -64,6 +64,6 @@ def forward_micro_batches(
     joint: JointStep, batch: Batch
 ) -> list[tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]]:
     """The embeddings and the summed language loss of each micro-batch. All processes must call it."""
-    with unsharded(joint.reading):  # without a backward pass, nothing else spreads the outermost weights again
+    with unsharded(joint.packed_forward):  # without a backward pass, nothing else spreads the outermost weights again
         made = [joint.read(micro_batch.joint) for micro_batch in joint.as_many_as_any(batch.micro_batches)]
     return made[: len(batch.micro_batches)]

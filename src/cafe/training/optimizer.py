@@ -27,11 +27,11 @@ def configure_trainable_parameters(lvlm: PreTrainedModel, recipe: ModelConfig) -
     if recipe.adapter:
         add_adapter(lvlm, recipe.adapter)
     else:
-        freeze(lvlm, recipe.frozen)
-    if recipe.frozen_weights in AUTOCAST_DTYPES:
+        freeze(lvlm, recipe.freeze)
+    if recipe.frozen_weights_dtype in AUTOCAST_DTYPES:
         for parameter in lvlm.parameters():
             if not parameter.requires_grad:
-                parameter.data = parameter.data.to(AUTOCAST_DTYPES[recipe.frozen_weights])
+                parameter.data = parameter.data.to(AUTOCAST_DTYPES[recipe.frozen_weights_dtype])
 
 
 def enable_gradient_checkpointing(lvlm: PreTrainedModel) -> None:

@@ -49,7 +49,7 @@ def _check(
 
 def _check_sources(sources: Sequence[Source], where: str) -> None:
     for index, source in enumerate(sources):
-        _check(source, f"{where}[{index}].", above_0=("frames", "window"))
+        _check(source, f"{where}[{index}].", above_0=("max_frames", "shuffle_window"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,58 +60,58 @@ class ModelConfig:
         base: a local directory, a Hub id, or "scenes" for the tiny base model that ships with the package.
         precision: "fp32", or "bf16" or "fp16" for bfloat16's or float16's arithmetic over float32 weights. float16 has
             more digits and less range, and scales the loss for that; it is for GPUs without bfloat16.
-        frozen_weights: the precision in which weights that are not trained are held; "4bit" is for the language
+        frozen_weights_dtype: the precision in which weights that are not trained are held; "4bit" is for the language
             model's alone and wants bitsandbytes.
         attention: the attention implementation by transformers' name.
-        max_tokens: the longest sequence.
+        max_length: the longest sequence.
         gradient_checkpointing: compute activations again in the backward pass, to save memory where even those of a
             small micro-batch are too many: of one pair in a model of 7 billion, for example.
         compile: compile the layers (torch.compile): the first steps take minutes, the others less than before.
         shard: spread weights, gradients and optimizer state over the processes (FSDP2); without it each has them all.
-        frozen: parts that are not trained.
+        freeze: parts that are not trained.
         adapter: train LoRA or DoRA matrices in place of the weights themselves.
         vision_cache: a directory that keeps what a frozen vision tower makes of each picture; empty for none.
         share_prefixes: read what branches have in common once, where the family can.
-        row_tokens: the most tokens in a row of trees; null for twice as many as the model is wide.
-        max_pixels: the largest area at which a picture is read, in pixels; null for the model's own.
-        grids: the (rows, columns) of crops that a picture may be cut into, in families that do so (anyres).
+        max_row_tokens: the most tokens in a row of trees; null for twice as many as the model is wide.
+        max_image_pixels: the largest area at which a picture is read, in pixels; null for the model's own.
+        image_grids: the (rows, columns) of crops that a picture may be cut into, in families that do so (anyres).
     """
 
     base: str
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    frozen_weights: Literal["fp32", "bf16", "fp16", "4bit"] = "fp32"
+    frozen_weights_dtype: Literal["fp32", "bf16", "fp16", "4bit"] = "fp32"
     attention: str = "sdpa"
-    max_tokens: int = 32768
+    max_length: int = 32768
     gradient_checkpointing: bool = False
     compile: bool = False
     shard: bool = False
-    frozen: tuple[PartName, ...] = ()
+    freeze: tuple[PartName, ...] = ()
     adapter: LoraSettings | None = None
     vision_cache: str = ""
     share_prefixes: bool = True
-    row_tokens: int | None = None
-    max_pixels: int | None = None
-    grids: tuple[tuple[int, ...], ...] = ()
+    max_row_tokens: int | None = None
+    max_image_pixels: int | None = None
+    image_grids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        _check(self, "model.", above_0=("max_tokens", "row_tokens", "max_pixels"))
+        _check(self, "model.", above_0=("max_length", "max_row_tokens", "max_image_pixels"))
         if self.adapter:
             _check(self.adapter, "model.adapter.", above_0=("rank", "alpha"), below_1=("dropout",))
-        wanted = {"bf16": ("bf16",), "fp16": ("fp16",), "4bit": ("bf16", "fp16")}.get(self.frozen_weights)
+        wanted = {"bf16": ("bf16",), "fp16": ("fp16",), "4bit": ("bf16", "fp16")}.get(self.frozen_weights_dtype)
         if wanted and self.precision not in wanted:
             raise CafeError(
-                f"model.frozen_weights: {self.frozen_weights} goes with model.precision: {' or '.join(wanted)}."
+                f"model.frozen_weights_dtype: {self.frozen_weights_dtype} goes with model.precision: {' or '.join(wanted)}."
             )
-        if self.frozen_weights == "4bit" and not (self.adapter or "language_model" in self.frozen):
-            raise CafeError("model.frozen_weights: 4bit needs model.adapter, or language_model in model.frozen.")
-        if self.frozen_weights != "fp32" and self.shard:
+        if self.frozen_weights_dtype == "4bit" and not (self.adapter or "language_model" in self.freeze):
+            raise CafeError("model.frozen_weights_dtype: 4bit needs model.adapter, or language_model in model.freeze.")
+        if self.frozen_weights_dtype != "fp32" and self.shard:
             raise CafeError(
-                "model.frozen_weights goes without model.shard, which wants a layer's weights of one precision."
+                "model.frozen_weights_dtype goes without model.shard, which wants a layer's weights of one precision."
             )
-        if self.adapter and self.frozen:
-            raise CafeError("model.frozen goes without model.adapter, which freezes every part itself.")
-        if set(self.frozen) == set(get_args(PartName)):
-            raise CafeError("model.frozen names every part of the model: nothing is left to train.")
+        if self.adapter and self.freeze:
+            raise CafeError("model.freeze goes without model.adapter, which freezes every part itself.")
+        if set(self.freeze) == set(get_args(PartName)):
+            raise CafeError("model.freeze names every part of the model: nothing is left to train.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,17 +121,17 @@ class DataConfig:
     Attributes:
         sources: files of records with their folders of pictures.
         mixture: how several sources make one stream.
-        workers: processes that decode and tokenize.
-        max_bad_share: the share of bad records (0 to 1) above which the run stops.
+        num_workers: processes that decode and tokenize.
+        max_bad_fraction: the share of bad records (0 to 1) above which the run stops.
     """
 
     sources: tuple[Source, ...]
     mixture: Mixture = field(default_factory=Mixture)
-    workers: int = 1
-    max_bad_share: float = 0.01
+    num_workers: int = 1
+    max_bad_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        _check(self, "data.", from_0=("workers",), up_to_1=("max_bad_share",))
+        _check(self, "data.", from_0=("num_workers",), up_to_1=("max_bad_fraction",))
         if not self.sources:
             raise CafeError("data.sources is empty: there is nothing to train on.")
         _check_sources(self.sources, "data.sources")
@@ -145,13 +145,13 @@ class ObjectiveConfig:
         temperature: of the contrastive loss; the starting value if learned.
         learn_temperature: train it, as CLIP does.
         symmetric: contrast targets with queries too; MMEB training (VLM2Vec) does not, and takes temperature 0.02.
-        hardness: counts a negative more the more it resembles the match; see `info_nce`. 0 for equal weights.
-        margin: a negative more similar than the match by more than this cosine is left out; null for none.
-        matryoshka: numbers of first dimensions that are contrasted by themselves, beside the whole embedding.
+        hardness_weight: counts a negative more the more it resembles the match; see `info_nce`. 0 for equal weights.
+        false_negative_margin: a negative more similar than the match by more than this cosine is left out; null for none.
+        matryoshka_dims: numbers of first dimensions that are contrasted by themselves, beside the whole embedding.
         matryoshka_weights: of these in the mean loss, in which the whole embedding weighs 1; null for 1 each.
         hard_negatives: use the records' hard negatives.
         mask_duplicates: pairs with the same target are not each other's negatives.
-        compat: "published" scales the contrastive gradient by one over the number of processes, as the published code
+        gradient_scaling: "published" scales the contrastive gradient by one over the number of processes, as the published code
             does; for comparison.
     """
 
@@ -160,27 +160,31 @@ class ObjectiveConfig:
     temperature: float = 0.05
     learn_temperature: bool = False
     symmetric: bool = True
-    hardness: float = 0.0
-    margin: float | None = None
-    matryoshka: tuple[int, ...] | None = None
+    hardness_weight: float = 0.0
+    false_negative_margin: float | None = None
+    matryoshka_dims: tuple[int, ...] | None = None
     matryoshka_weights: tuple[float, ...] | None = None
     hard_negatives: bool = True
     mask_duplicates: bool = True
-    compat: Literal["exact", "published"] = "exact"
+    gradient_scaling: Literal["exact", "published"] = "exact"
 
     def __post_init__(self) -> None:
-        _check(self, "objective.", above_0=("temperature",), from_0=("lm_weight", "contrastive_weight", "hardness"))
+        _check(
+            self, "objective.", above_0=("temperature",), from_0=("lm_weight", "contrastive_weight", "hardness_weight")
+        )
         if not (self.lm_weight or self.contrastive_weight):
             raise CafeError("objective.lm_weight and objective.contrastive_weight are both 0: nothing is learned.")
-        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka or ()):
-            raise CafeError("objective.matryoshka_weights should have one weight for each of objective.matryoshka.")
+        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims or ()):
+            raise CafeError(
+                "objective.matryoshka_weights should have one weight for each of objective.matryoshka_dims."
+            )
         if (least := min(self.matryoshka_weights or [0])) < 0:
             raise CafeError(f"objective.matryoshka_weights should be 0 or more, not {least}.")
 
     @property
-    def prefixes(self) -> dict[int, float]:
+    def dim_weights(self) -> dict[int, float]:
         """The weight of each number of first dimensions that is contrasted by itself."""
-        dims = self.matryoshka or ()
+        dims = self.matryoshka_dims or ()
         return dict(zip(dims, self.matryoshka_weights or [1.0] * len(dims), strict=True))
 
 
@@ -195,9 +199,9 @@ class OptimizerConfig:
             the GPU's is short. These last want bitsandbytes.
         learning_rate: of the language model and whatever has none of its own.
         vision_tower_learning_rate, projector_learning_rate: of these parts; null takes `learning_rate`.
-        warm_up: share of the steps (0 to 1).
-        clip: the largest gradient norm.
-        accumulate: contrastive batches whose gradients are averaged before each step.
+        warmup_ratio: share of the steps (0 to 1).
+        max_grad_norm: the largest gradient norm.
+        gradient_accumulation_steps: contrastive batches whose gradients are averaged before each step.
     """
 
     name: Literal["adamw", "adafactor", "muon", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
@@ -208,14 +212,14 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
-    warm_up: float = 0.03
-    clip: float = 1.0
-    accumulate: int = 1
+    warmup_ratio: float = 0.03
+    max_grad_norm: float = 1.0
+    gradient_accumulation_steps: int = 1
 
     def __post_init__(self) -> None:
         rates = ("learning_rate", "vision_tower_learning_rate", "projector_learning_rate", "weight_decay")
-        _check(self, "optimizer.", above_0=("epsilon", "clip", "accumulate"), from_0=rates)
-        _check(self, "optimizer.", up_to_1=("warm_up",), below_1=("beta1", "beta2"))
+        _check(self, "optimizer.", above_0=("epsilon", "max_grad_norm", "gradient_accumulation_steps"), from_0=rates)
+        _check(self, "optimizer.", up_to_1=("warmup_ratio",), below_1=("beta1", "beta2"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,19 +229,19 @@ class EvaluationConfig:
     Attributes:
         data: a folder of evaluation files, as `cafe evaluate` takes; empty for none.
         sources: held-out records, in the formats of the training data, for the language loss and samples.
-        every: steps between evaluations; 0 for none.
+        eval_steps: steps between evaluations; 0 for none.
         limit: records a suite, and records of `sources`; null for all.
-        samples: the held-out dialogues whose first question the model answers in the log.
+        num_samples: the held-out dialogues whose first question the model answers in the log.
     """
 
     data: str = ""
     sources: tuple[Source, ...] = ()
-    every: int = 0
+    eval_steps: int = 0
     limit: int | None = None
-    samples: int = 4
+    num_samples: int = 4
 
     def __post_init__(self) -> None:
-        _check(self, "evaluation.", above_0=("limit",), from_0=("every", "samples"))
+        _check(self, "evaluation.", above_0=("limit",), from_0=("eval_steps", "num_samples"))
         _check_sources(self.sources, "evaluation.sources")
 
 
@@ -250,14 +254,14 @@ class Recipe:
         batch_size: pairs of a contrastive batch in each process.
         micro_batch: how much of it goes through the model at once; the gradient cache makes up for the cut. "auto"
             measures at the start what fits.
-        memory: what a process may take in all under "auto", in GiB; null for what is free when it starts.
-        epochs: passes over the data, unless `steps` says when to stop.
-        log_every: steps between lines of the log; with 0 it tells of the first and the last alone.
-        save_every: steps between saved states of the run, from which it goes on when it breaks off; 0 for none.
-        keep_last: how many of them are kept.
-        keep_best: the result of the evaluation during training by which the best checkpoint is kept, such as
+        memory_limit_gib: what a process may take in all under "auto", in GiB; null for what is free when it starts.
+        num_train_epochs: passes over the data, unless `max_steps` says when to stop.
+        logging_steps: steps between lines of the log; with 0 it tells of the first and the last alone.
+        save_steps: steps between saved states of the run, from which it goes on when it breaks off; 0 for none.
+        save_total_limit: how many of them are kept.
+        metric_for_best_model: the result of the evaluation during training by which the best checkpoint is kept, such as
             "retrieval/text_to_image/R@1"; with a minus sign before it, the lowest is the best. Empty for none.
-        max_skipped: steps whose loss or gradient is not finite are left out; after so many the run stops.
+        max_nonfinite_steps: steps whose loss or gradient is not finite are left out; after so many the run stops.
         trackers: where the log goes beside `log.jsonl`; null for nowhere.
     """
 
@@ -270,23 +274,23 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     batch_size: int = 32
     micro_batch: MicroBatchSize | Literal["auto"] = field(default_factory=MicroBatchSize)
-    memory: float | None = None
-    epochs: int = 1
-    steps: int | None = None
+    memory_limit_gib: float | None = None
+    num_train_epochs: int = 1
+    max_steps: int | None = None
     seed: int = 0
-    log_every: int = 10
-    save_every: int = 500
-    keep_last: int = 2
-    keep_best: str = ""
-    max_skipped: int = 10
+    logging_steps: int = 10
+    save_steps: int = 500
+    save_total_limit: int = 2
+    metric_for_best_model: str = ""
+    max_nonfinite_steps: int = 10
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = ("tensorboard",)
 
     def __post_init__(self) -> None:
         _check(
             self,
             "",
-            above_0=("batch_size", "memory", "epochs", "steps", "keep_last"),
-            from_0=("seed", "log_every", "save_every", "max_skipped"),
+            above_0=("batch_size", "memory_limit_gib", "num_train_epochs", "max_steps", "save_total_limit"),
+            from_0=("seed", "logging_steps", "save_steps", "max_nonfinite_steps"),
         )
         if self.seed >= 2**32:  # NumPy's takes no larger one
             raise CafeError(f"seed should be below {2**32:,}, not {self.seed}.")
@@ -326,7 +330,7 @@ def read_source(path: str, overrides: list[str] | None = None) -> Source:
     for override in overrides or []:
         _override(tree, override)
     source: Source = _build(Source, tree, "", "The command line")
-    _check(source, "", above_0=("frames", "window"))
+    _check(source, "", above_0=("max_frames", "shuffle_window"))
     return source
 
 

@@ -17,17 +17,17 @@ STATE, CHECKPOINT, BEST = "state", "checkpoint", "best"
 # What may change between a run and its continuation: it changes no step, or by rounding alone.
 RESUMABLE_FIELDS = (
     "output",
-    "save_every",
-    "keep_last",
-    "keep_best",
-    "log_every",
+    "save_steps",
+    "save_total_limit",
+    "metric_for_best_model",
+    "logging_steps",
     "trackers",
-    "max_skipped",
+    "max_nonfinite_steps",
     "micro_batch",
-    "memory",
+    "memory_limit_gib",
     "evaluation",
-    "data.workers",
-    "data.max_bad_share",
+    "data.num_workers",
+    "data.max_bad_fraction",
 )
 
 

@@ -51,13 +51,13 @@ DROPOUT_ATTRIBUTES = (
 class Losses:
     """Both losses of a batch over all processes, and what the log tells of them.
 
-    `measured` holds the accuracy of retrieval within the batch and the norm of each loss's own gradient.
+    `metrics` holds the accuracy of retrieval within the batch and the norm of each loss's own gradient.
     """
 
     lm: Float[Tensor, ""]
     contrastive: Float[Tensor, ""]
     temperature: Float[Tensor, ""]
-    measured: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
 
 
 class PackedForward(nn.Module):
@@ -76,7 +76,7 @@ class PackedForward(nn.Module):
 
     def forward(self, pack: PackedBatch) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
         """The embeddings, not yet normalised, and the language loss summed over tokens."""
-        with self.arithmetic():
+        with self.autocast():
             embedded, exclusive_prefix_sum = forward_packed(self.lvlm, pack)
             embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
             head = self.lvlm.get_output_embeddings()
@@ -85,7 +85,7 @@ class PackedForward(nn.Module):
             with torch.set_grad_enabled(self.language and torch.is_grad_enabled()):
                 return embedded, linear_cross_entropy(exclusive_prefix_sum, labels, head.weight, head.bias, softcap)
 
-    def arithmetic(self) -> AbstractContextManager[None]:
+    def autocast(self) -> AbstractContextManager[None]:
         """Within it, the model computes in `dtype`."""
         return torch.autocast(self.lvlm.device.type, self.dtype, enabled=self.dtype is not None)
 
@@ -112,11 +112,11 @@ class JointStep(nn.Module):
         super().__init__()
         torch._functorch.config.donated_buffer = False  # of compiled parts: each loss may follow the same graph
         self.width = lvlm.config.get_text_config().hidden_size
-        if wrong := [dim for dim in objective.prefixes if not 0 < dim < self.width]:
+        if wrong := [dim for dim in objective.dim_weights if not 0 < dim < self.width]:
             raise CafeError(
-                f"objective.matryoshka: {wrong[0]} is not a prefix of an embedding of {self.width} dimensions."
+                f"objective.matryoshka_dims: {wrong[0]} is not a prefix of an embedding of {self.width} dimensions."
             )
-        self.reading = PackedForward(lvlm, AUTOCAST_DTYPES.get(precision), language=objective.lm_weight > 0)
+        self.packed_forward = PackedForward(lvlm, AUTOCAST_DTYPES.get(precision), language=objective.lm_weight > 0)
         self.objective = objective
         self.vision, self.blank = vision, blank
         self.log_temperature = nn.Parameter(
@@ -129,7 +129,7 @@ class JointStep(nn.Module):
     @property
     def lvlm(self) -> PreTrainedModel:
         """The model."""
-        return self.reading.lvlm
+        return self.packed_forward.lvlm
 
     def forward(self, batch: Batch, share: float = 1.0, measure: bool = False, scale: float = 1.0) -> Losses:
         """Adds the batch's gradient to the parameters'; to be summed over processes.
@@ -140,13 +140,13 @@ class JointStep(nn.Module):
             measure: fill in `Losses.measured`.
             scale: another factor on the gradient, which the caller divides out of it again; see `LossScale`.
         """
-        with self.vision.step() if self.vision else nullcontext():
+        with self.vision.enabled() if self.vision else nullcontext():
             return self._follow(batch, share, measure, scale)
 
     def _follow(self, batch: Batch, share: float, measure: bool, scale: float) -> Losses:
         objective, device = self.objective, self.log_temperature.device
         trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]  # now, while in shards
-        micro_batches = self.as_many_as_any(batch.micro_batches)
+        micro_batches = self.pad_micro_batches(batch.micro_batches)
         # What is read twice is read in the same rows where dropout is to draw the same.
         whole = len(micro_batches) > 1 and self.lvlm.training and has_dropout(self.lvlm)
 
@@ -154,16 +154,16 @@ class JointStep(nn.Module):
         # read for both losses at once: it keeps its graph, and needs no other forward. Where no process has anything to
         # embed, as when language alone is trained, the others wait for their turn.
         vectors = torch.zeros(
-            2 * len(batch.target_ids) + len(batch.owners), self.width, device=device, dtype=self.dtype
+            2 * len(batch.target_ids) + len(batch.negative_owner), self.width, device=device, dtype=self.dtype
         )
-        slots = [micro_batch.slots.to(device, non_blocking=True) for micro_batch in micro_batches]
+        slots = [micro_batch.embedding_slots.to(device, non_blocking=True) for micro_batch in micro_batches]
         embeds = all_reduce_max(len(vectors), device) > 0
         drawn = {}
-        with self.together(device):
+        with self.oom_guard(device):
             for number, micro_batch in reversed(list(enumerate(micro_batches if embeds else micro_batches[:1]))):
                 drawn[number] = get_device_rng_state(device)
                 with torch.set_grad_enabled(number == 0):
-                    reading = self.read(micro_batch.joint if whole or number == 0 else micro_batch.embed)
+                    reading = self.read(micro_batch.joint if whole or number == 0 else micro_batch.embedding_only)
                 vectors[slots[number]] = reading[0].detach()
         vectors.requires_grad_()
 
@@ -172,33 +172,33 @@ class JointStep(nn.Module):
             with torch.no_grad():  # not in the graph: what is below the bound could never rise again
                 self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
         temperature = self.log_temperature[0].exp()
-        contrastive, accuracy = self.contrast(vectors, batch, temperature, measure)
+        contrastive, accuracy = self.contrastive_loss(vectors, batch, temperature, measure)
         if contrastive.requires_grad:
-            with self.together(device):
+            with self.oom_guard(device):
                 (scale * share * objective.contrastive_weight * contrastive).backward()
         pull = torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
-        if objective.compat == "published":
+        if objective.gradient_scaling == "published":
             pull = pull / world_size()
 
         # 3. Carry it on into the model, together with the gradient of the language loss.
-        tokens = all_reduce_sum_(torch.tensor(batch.supervised, device=device)).clamp(min=1)
+        tokens = all_reduce_sum_(torch.tensor(batch.num_supervised, device=device)).clamp(min=1)
         gradients = PerLossGradients(
-            trained, ("contrastive", "lm") if self.reading.language else ("contrastive",), measure
+            trained, ("contrastive", "lm") if self.packed_forward.language else ("contrastive",), measure
         )
         lm = vectors.new_zeros(())
-        with self.together(device):
+        with self.oom_guard(device):
             for number, micro_batch in enumerate(micro_batches):
                 if number > 0:
                     with replay_rng(drawn[number], device) if embeds else nullcontext():
                         reading = self.read(micro_batch.joint)
                 embedded, said = reading
                 lm += said.detach() / tokens
-                gradients.follow(
+                gradients.backward(
                     contrastive=(embedded * pull[slots[number]]).sum(),
                     lm=scale * share * objective.lm_weight * said / tokens,
                 )
                 del reading, embedded, said  # before the next is read
-        norms = {f"grad_norm_{name}": norm / scale for name, norm in gradients.finish().items()}
+        norms = {f"grad_norm_{name}": norm / scale for name, norm in gradients.merge().items()}
 
         measured = {"accuracy": accuracy.item(), **norms} if measure else {}
         return Losses(all_reduce_sum_(lm), contrastive.detach(), temperature.detach(), measured)
@@ -210,29 +210,29 @@ class JointStep(nn.Module):
 
     def read(self, pack: PackedBatch) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
         """See `PackedForward`."""
-        embedded, said = self.reading(pack)
+        embedded, said = self.packed_forward(pack)
         return embedded, said
 
-    def as_many_as_any(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+    def pad_micro_batches(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """These and, where the model is sharded, blank ones: every process follows every other's forwards."""
         if not self.blank:
             return micro_batches
         missing = all_reduce_max(len(micro_batches), self.log_temperature.device) - len(micro_batches)
         return micro_batches + [self.blank] * missing
 
-    def together(self, device: torch.device) -> AbstractContextManager[None]:
+    def oom_guard(self, device: torch.device) -> AbstractContextManager[None]:
         """For work in which processes do not wait for each other, as those do that share a model."""
         return nullcontext() if self.blank else raise_oom_on_all_ranks(device)
 
-    def contrast(
+    def contrastive_loss(
         self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Float[Tensor, ""], measure: bool
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
         """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them; 0 unless measured."""
         pairs = len(batch.target_ids)
-        queries, targets, negatives = vectors.split([pairs, pairs, len(batch.owners)])
+        queries, targets, negatives = vectors.split([pairs, pairs, len(batch.negative_owner)])
         target_ids, owners, scores, negative_ids = (
             each.to(vectors.device, non_blocking=True)
-            for each in (batch.target_ids, batch.owners, batch.scores, batch.negative_ids)
+            for each in (batch.target_ids, batch.negative_owner, batch.negative_match_prob, batch.negative_ids)
         )
         owners = owners + exclusive_prefix_sum(pairs, vectors.device)
         queries, targets, target_ids = all_gather_rows(queries, targets, target_ids)
@@ -241,9 +241,9 @@ class JointStep(nn.Module):
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
         objective = self.objective
-        with self.together(vectors.device):
+        with self.oom_guard(vectors.device):
             loss = matryoshka(
-                objective.prefixes,
+                objective.dim_weights,
                 queries,
                 targets,
                 temperature,
@@ -252,8 +252,8 @@ class JointStep(nn.Module):
                 scores=scores,
                 target_ids=ids,
                 symmetric=objective.symmetric,
-                hardness=objective.hardness,
-                margin=objective.margin,
+                hardness=objective.hardness_weight,
+                margin=objective.false_negative_margin,
             )
             own = None if ids is None else ids[: len(queries)]
             accuracy = in_batch_accuracy(queries.detach(), targets.detach(), own) if measure else vectors.new_zeros(())
@@ -266,33 +266,33 @@ class PerLossGradients:
     Args:
         parameters: that are trained.
         losses: their names, in every process the same: each may have a gradient in some micro-batches or in none.
-        apart: keep them apart.
+        separate: keep them apart.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], losses: Sequence[str], apart: bool) -> None:
-        self.parameters, self.apart = parameters, apart
-        self.of: dict[str, list[Tensor | None]] = {name: [None] * len(parameters) for name in losses}
-        self.before = self._swap([None] * len(parameters)) if apart else []
+    def __init__(self, parameters: list[nn.Parameter], losses: Sequence[str], separate: bool) -> None:
+        self.parameters, self.separate = parameters, separate
+        self.by_loss: dict[str, list[Tensor | None]] = {name: [None] * len(parameters) for name in losses}
+        self.before = self._swap([None] * len(parameters)) if separate else []
 
-    def follow(self, **losses: Float[Tensor, ""]) -> None:
+    def backward(self, **losses: Float[Tensor, ""]) -> None:
         """Takes the gradients of some losses of the same graph, and lets the graph go."""
         losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
-        if not self.apart:
+        if not self.separate:
             if losses:  # a text has none where the projector alone is trained
                 torch.stack(list(losses.values())).sum().backward()
             return
         for left, (name, loss) in enumerate(losses.items(), start=1):
-            self._swap(self.of[name])
+            self._swap(self.by_loss[name])
             loss.backward(retain_graph=left < len(losses))
-            self.of[name] = self._swap([None] * len(self.parameters))
+            self.by_loss[name] = self._swap([None] * len(self.parameters))
 
-    def finish(self) -> dict[str, float]:
+    def merge(self) -> dict[str, float]:
         """Adds what was kept apart to the parameters' gradients; returns the norm of each."""
-        if not self.apart:
+        if not self.separate:
             return {}
         norms = {}
         self._swap(self.before)
-        for name, sums in self.of.items():
+        for name, sums in self.by_loss.items():
             norms[name] = global_grad_norm(self.parameters, sums).item()
             for parameter, grad in zip(self.parameters, sums, strict=True):
                 if grad is not None:

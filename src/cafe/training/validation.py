@@ -53,17 +53,21 @@ class Validator:
         wanted = recipe.evaluation
         self.recipe, self.model, self.joint = recipe, model, joint
         self.evaluate = evaluate
-        if wanted.every and not (self.evaluate or wanted.sources):
-            raise CafeError("evaluation.every is set, and neither evaluation.data nor evaluation.sources says of what.")
-        if recipe.keep_best and not wanted.every:
-            raise CafeError("keep_best goes by a result of the evaluation during training: set evaluation.every too.")
+        if wanted.eval_steps and not (self.evaluate or wanted.sources):
+            raise CafeError(
+                "evaluation.eval_steps is set, and neither evaluation.data nor evaluation.sources says of what."
+            )
+        if recipe.metric_for_best_model and not wanted.eval_steps:
+            raise CafeError(
+                "keep_best goes by a result of the evaluation during training: set evaluation.eval_steps too."
+            )
         self.held_out = (
-            validation_batches(recipe, model, rank, bool(joint.blank)) if wanted.every and wanted.sources else None
+            validation_batches(recipe, model, rank, bool(joint.blank)) if wanted.eval_steps and wanted.sources else None
         )
 
-    def due(self, step: int) -> bool:
+    def should_run(self, step: int) -> bool:
         """Whether it is time."""
-        return bool(self.recipe.evaluation.every) and step % self.recipe.evaluation.every == 0
+        return bool(self.recipe.evaluation.eval_steps) and step % self.recipe.evaluation.eval_steps == 0
 
     @torch.compiler.set_stance("force_eager")  # what is compiled is for training's lengths
     def __call__(self, at: TrainerState, log: MetricsLogger | None) -> None:
@@ -75,18 +79,18 @@ class Validator:
         state = get_rng_state()
         model = replace(self.model, lvlm=self.model.lvlm.eval())
         samples = {}
-        reading = self.joint.reading
+        reading = self.joint.packed_forward
         with unsharded(reading), reading.arithmetic():
             results = dict(self.evaluate(model)) if self.evaluate else {}
             if self.held_out:
-                samples["samples"] = generate_samples(model, self.held_out, self.recipe.evaluation.samples)
+                samples["samples"] = generate_samples(model, self.held_out, self.recipe.evaluation.num_samples)
         if self.held_out:
             results["held_out/lm_loss"] = validation_loss(self.joint, self.held_out, self.recipe)
         if log:
             log.write(at.step, {**results, **samples})
-        name = self.recipe.keep_best
-        if name and run_on_main_and_broadcast(lambda: is_better(results, name, at.best)):
-            at.best = run_on_main_and_broadcast(lambda: results[name.removeprefix("-")])
+        name = self.recipe.metric_for_best_model
+        if name and run_on_main_and_broadcast(lambda: is_better(results, name, at.best_metric)):
+            at.best_metric = run_on_main_and_broadcast(lambda: results[name.removeprefix("-")])
             weights = full_state_dict(model.lvlm)
             if log:
                 made = {"recipe": recipe_dict(self.recipe), "steps": at.step, "results": results}
@@ -113,7 +117,7 @@ def validation_loss(joint: JointStep, batches: ContrastiveBatchDataset, recipe: 
     for number in range(count):
         batch = batches[number]
         total += sum(said for _, said in forward_micro_batches(joint, batch))
-        tokens += batch.supervised
+        tokens += batch.num_supervised
     return (all_reduce_sum_(total) / all_reduce_sum_(tokens).clamp(min=1)).item()
 
 
@@ -123,7 +127,7 @@ def generate_samples(model: Cafe, batches: ContrastiveBatchDataset, count: int) 
     turns = [example.dialogue.turns for example in examples if example.dialogue]
     said = model.generate_batch([asked.content for asked, *_ in turns]) if turns else []
     return [
-        {"record": example.source, "asked": asked.content.text, "said": answer, "answer": right.content.text}
+        {"record": example.origin, "asked": asked.content.text, "said": answer, "answer": right.content.text}
         for example, (asked, right, *_), answer in zip(examples, turns, said, strict=True)
     ]
 

@@ -42,9 +42,9 @@ def test_a_mark_without_a_picture_stands_for_nothing():
 
 
 def test_with_a_question_the_answer_is_also_said():
-    _, dialogue = mmeb(ROW, Source(path="x", ask=""), Random(0))
+    _, dialogue = mmeb(ROW, Source(path="x", answer_prompt=""), Random(0))
     assert [turn.content.text for turn in dialogue.turns] == ["What is it?", "a cat"]
-    assert mmeb(ROW | {"pos_image_path": "b.jpg"}, Source(path="x", ask=""), Random(0))[1] is None
+    assert mmeb(ROW | {"pos_image_path": "b.jpg"}, Source(path="x", answer_prompt=""), Random(0))[1] is None
 
 
 @pytest.mark.parametrize(

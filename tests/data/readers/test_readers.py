@@ -63,11 +63,11 @@ def test_every_kind_gives_the_same_rows_in_any_order_and_in_another_process(tmp_
 
 def test_a_parquet_file_holds_no_more_row_groups_than_it_may(tmp_path):
     write(str(tmp_path / "a.parquet"), "parquet")
-    rows = Parquet(str(tmp_path / "a.parquet"), kept=2)
-    assert rows.chunks == [6, 6, 6, 2] and rows.held == {}
+    rows = Parquet(str(tmp_path / "a.parquet"), max_cached=2)
+    assert rows.chunks == [6, 6, 6, 2] and rows.cached == {}
     for index in (0, 7, 19, 8, 3):
-        assert rows[index] == TABLE[index] and len(rows.held) <= 2
-    assert list(rows.held) == [1, 0]
+        assert rows[index] == TABLE[index] and len(rows.cached) <= 2
+    assert list(rows.cached) == [1, 0]
 
 
 @pytest.mark.parametrize("fmt", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])

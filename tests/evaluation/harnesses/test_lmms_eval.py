@@ -114,7 +114,7 @@ def test_the_loss_of_a_continuation_is_the_mean_over_its_tokens(wrapped, model):
     ]
     found = wrapped.loglikelihood(requests)
     for (loss, greedy), picture, text in zip(found, PICTURES, ("a red square", "a circle"), strict=True):
-        tokens = len(model.processing.tokenizer(text, add_special_tokens=False).input_ids) + 1
+        tokens = len(model.chat_processor.tokenizer(text, add_special_tokens=False).input_ids) + 1
         assert loss == pytest.approx(-model.score([picture, "What is it?"], text) / tokens, abs=1e-4)
         assert greedy == (model.generate(picture, "What is it?", max_new_tokens=tokens) == text)
 

@@ -204,7 +204,7 @@ def test_pictures_may_lie_elsewhere_under_absolute_paths(data, tmp_path_factory)
 
 def test_paragraphs_of_the_scenes_are_found_by_name(scenes):
     (suite,) = select_suites(scenes, ["paragraphs"])
-    assert [path.name for path in suite.find(scenes)] == ["paragraphs_test.jsonl"]
+    assert [path.name for path in suite.find_files(scenes)] == ["paragraphs_test.jsonl"]
 
 
 @pytest.mark.parametrize(

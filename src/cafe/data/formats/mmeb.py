@@ -33,7 +33,7 @@ def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue |
             raise CafeError(f"the {name} is empty.")
     negative = _side(row.get("neg_text"), row.get("neg_image_path"), source)
     pair = Pair(query, target, (negative,) if negative.parts else ())
-    return pair, answer_dialogue(pair, source.ask)
+    return pair, answer_dialogue(pair, source.answer_prompt)
 
 
 def _side(text: str | None, image: Any, source: Source) -> Content:

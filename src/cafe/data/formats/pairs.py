@@ -62,7 +62,7 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     pair = Pair(query, target, tuple(negatives), tuple(scores))
     shown = [bool(negative.parts) for negative in negatives]
     pair = replace(pair, negatives=tuple(compress(negatives, shown)), negative_scores=tuple(compress(scores, shown)))
-    return pair, spoken or answer_dialogue(pair, source.ask)
+    return pair, spoken or answer_dialogue(pair, source.answer_prompt)
 
 
 def answer_dialogue(pair: Pair, ask: str | None) -> Dialogue | None:

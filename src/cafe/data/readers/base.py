@@ -112,10 +112,10 @@ class JsonLines:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.held = read(name) if is_url(name) else None
+        self.cached = read(name) if is_url(name) else None
         starts, at = [], 0
         with file_errors(name):
-            for line in self.held.splitlines(keepends=True) if self.held is not None else _lines(name):
+            for line in self.cached.splitlines(keepends=True) if self.cached is not None else _lines(name):
                 if line.strip():
                     starts.append((at, at + len(line)))
                 at += len(line)
@@ -124,7 +124,7 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> Any:
         start, stop = self.places[index].tolist()
-        line = self.held[start:stop] if self.held is not None else read(self.name, start, stop)
+        line = self.cached[start:stop] if self.cached is not None else read(self.name, start, stop)
         try:
             return json.loads(line)
         except ValueError as error:
@@ -139,13 +139,13 @@ def _lines(name: str) -> Iterator[bytes]:
 class Parquet:
     """A parquet file. A row group is the least that can be read; some are kept."""
 
-    def __init__(self, name: str, kept: int) -> None:
-        self.name, self.kept = name, kept
+    def __init__(self, name: str, max_cached: int) -> None:
+        self.name, self.max_cached = name, max_cached
         with file_errors(name), fsspec.open(name) as file:
             metadata = pq.ParquetFile(file).metadata
         self.chunks = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         self.ends = np.cumsum(self.chunks)
-        self.held: OrderedDict[int, pa.Table] = OrderedDict()
+        self.cached: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __getitem__(self, index: int) -> Any:
         group = int(np.searchsorted(self.ends, index, side="right"))
@@ -153,13 +153,13 @@ class Parquet:
         return self._group(group).slice(within, 1).to_pylist()[0]
 
     def _group(self, number: int) -> pa.Table:
-        if number not in self.held:
+        if number not in self.cached:
             with file_errors(self.name), fsspec.open(self.name) as file:
-                self.held[number] = pq.ParquetFile(file).read_row_group(number)
-            if len(self.held) > self.kept:
-                self.held.popitem(last=False)
-        self.held.move_to_end(number)
-        return self.held[number]
+                self.cached[number] = pq.ParquetFile(file).read_row_group(number)
+            if len(self.cached) > self.max_cached:
+                self.cached.popitem(last=False)
+        self.cached.move_to_end(number)
+        return self.cached[number]
 
 
 class Tar:

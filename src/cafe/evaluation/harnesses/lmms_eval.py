@@ -93,7 +93,9 @@ class CafeModel(lmms):
             wanted.append(target if isinstance(target, str) else target(self.task_dict[task][split][document]))
             prompts.append(self._content(words, visuals, document, task, split))
         scores = self.model.score_batch(prompts, [[text] for text in wanted], self.batch_size)
-        tokens = [len(self.model.processing.tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in wanted]
+        tokens = [
+            len(self.model.chat_processor.tokenizer(text, add_special_tokens=False).input_ids) + 1 for text in wanted
+        ]
         said = self.model.generate_batch(prompts, max_new_tokens=max(tokens, default=1), batch_size=self.batch_size)
         return [
             (-float(score[0]) / count, answer == text.strip())

@@ -25,20 +25,20 @@ class SampleTally:
 
     Attributes:
         groups: their names in alphabetical order, so that the same groups are drawn alike wherever they come from.
-        parts: numerators.
-        wholes: denominators.
+        numerators: numerators.
+        denominators: denominators.
         marks: for each sample's id, its numerator and denominator.
     """
 
     groups: tuple[str, ...]
-    parts: Float[np.ndarray, " groups"]
-    wholes: Float[np.ndarray, " groups"]
+    numerators: Float[np.ndarray, " groups"]
+    denominators: Float[np.ndarray, " groups"]
     marks: Mapping[str, tuple[float, float]]
 
     @property
     def value(self) -> float:
         """The result, in percent."""
-        return float(_percent(self.parts.sum(), self.wholes.sum()))
+        return float(_percent(self.numerators.sum(), self.denominators.sum()))
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def interval(result: Sequence[SampleTally], draws: int = NUM_RESAMPLES) -> tuple
     drawn = []
     for tally in result:
         weights = _resamples(len(tally.groups), draws, _seed(tally))
-        drawn.append(_percent(weights @ tally.parts, weights @ tally.wholes))
+        drawn.append(_percent(weights @ tally.numerators, weights @ tally.denominators))
     return _middle(np.mean(drawn, axis=0))
 
 
@@ -120,8 +120,8 @@ def _drawn(
     """The difference of a result's part: as it is, in each resample, and in each draw of swaps."""
     order = {group: number for number, group in enumerate(second.groups)}
     aligned = [order[group] for group in first.groups]
-    parts = np.stack([first.parts, second.parts[aligned]], axis=1)
-    wholes = np.stack([first.wholes, second.wholes[aligned]], axis=1)
+    parts = np.stack([first.numerators, second.numerators[aligned]], axis=1)
+    wholes = np.stack([first.denominators, second.denominators[aligned]], axis=1)
 
     def differences(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
         rates = _percent(parts, wholes)

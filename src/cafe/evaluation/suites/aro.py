@@ -134,10 +134,10 @@ ARO = Suite(
         "aro/dataset_coco.json, aro/dataset_flickr30k.json (Karpathy): for the order of words, which needs spaCy",
         "their pictures, in val2014/, flickr30k-images/ or images/",
     ),
-    where="github.com/mertyg/vision-language-models-are-bows; cs.stanford.edu/people/karpathy/deepimagesent; "
+    download="github.com/mertyg/vision-language-models-are-bows; cs.stanford.edu/people/karpathy/deepimagesent; "
     "its first two written small by `cafe scenes write DIR`",
     sources=("arXiv 2210.01936",),
-    find=find,
+    find_files=find,
     run=run,
-    usual=False,
+    default=False,
 )

@@ -47,7 +47,7 @@ CAPTIONS = Suite(
     name="captions",
     measures="captions that are exactly right, and objects mentioned that are not there",
     files=("captions_test.jsonl: image, text (what to ask), answers (all that are right), objects (all there are)",),
-    where="written by `cafe scenes write DIR`, or by hand for pictures of which everything is known",
-    find=find,
+    download="written by `cafe scenes write DIR`, or by hand for pictures of which everything is known",
+    find_files=find,
     run=run,
 )

@@ -26,7 +26,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     mentioned = read_captions(captions, pictures) if captions.is_file() else {}
     at = {number: find_image(name, data, source, YEAR) for number, name in pictures.names.items()}
     ask = pictures.prompt or PROMPT
-    said = model.answer([Content((ImageRef(data / path), ask)) for path in at.values()], MAX_NEW_TOKENS)
+    said = model.generate([Content((ImageRef(data / path), ask)) for path in at.values()], MAX_NEW_TOKENS)
     rows = []
     for (number, path), text in zip(at.items(), said, strict=True):
         present = pictures.objects[number] | mentioned.get(number, set())
@@ -66,10 +66,10 @@ CHAIR = Suite(
         "annotations/synonyms.txt: CHAIR's own list of words (may be left out)",
         "the pictures, in the folder itself, images/ or val2014/",
     ),
-    where="cocodataset.org (2014 Train/Val annotations, 2014 Val images); github.com/LisaAnne/Hallucination (words); "
+    download="cocodataset.org (2014 Train/Val annotations, 2014 Val images); github.com/LisaAnne/Hallucination (words); "
     "written small by `cafe scenes write DIR`",
     sources=("arXiv 1809.02156",),
-    find=find,
+    find_files=find,
     run=run,
-    usual=False,
+    default=False,
 )

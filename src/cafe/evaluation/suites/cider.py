@@ -31,7 +31,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         [text for text, owner in zip(collection.texts, collection.owner, strict=True) if owner == number]
         for number in range(len(collection.pictures))
     ]
-    said = model.answer([Content.of([picture, PROMPT]) for picture in collection.pictures], MAX_NEW_TOKENS)
+    said = model.generate([Content.of([picture, PROMPT]) for picture in collection.pictures], MAX_NEW_TOKENS)
     scores = cider(said, references)
     rows = [
         {"id": number, "group": name, "image": name, "said": text, "marks": {"cider/CIDEr": float(score)}}
@@ -68,9 +68,9 @@ CIDER = Suite(
         "cider/dataset_*.json: a Karpathy file, its split 'test'",
         "its pictures, in the folder itself, images/, val2014/ or flickr30k-images/",
     ),
-    where="cs.stanford.edu/people/karpathy/deepimagesent (captions); cocodataset.org (2014 Val images)",
+    download="cs.stanford.edu/people/karpathy/deepimagesent (captions); cocodataset.org (2014 Val images)",
     sources=("arXiv 1411.5726",),
-    find=HOME.find,
+    find_files=HOME.find,
     run=run,
-    usual=False,
+    default=False,
 )

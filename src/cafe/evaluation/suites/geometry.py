@@ -67,13 +67,13 @@ GEOMETRY = Suite(
     name="geometry",
     measures="modality gap and separability, alignment, uniformity, effective rank and hubness of a collection",
     files=("what retrieval, flickr30k or coco expect",),
-    where="as for those",
+    download="as for those",
     sources=(
         "arXiv 2203.02053 (modality gap)",
         "arXiv 2005.10242 (alignment, uniformity)",
         "Roy & Vetterli, EUSIPCO 2007 (effective rank)",
         "Radovanović et al., JMLR 11, 2010 (hubness)",
     ),
-    find=find,
+    find_files=find,
     run=run,
 )

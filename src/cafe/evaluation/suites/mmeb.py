@@ -404,10 +404,10 @@ MMEB = Suite(
         "mmeb_eval/NAME.parquet or .jsonl: a video dataset of V2, in the columns of its Hub dataset VLM2Vec/NAME",
         "their pictures and folders of frames, in the folder itself or in " + ", ".join(FOLDERS[1:]),
     ),
-    where="the Hub datasets TIGER-Lab/MMEB-eval (V1), ziyjiang/MMEB_Test_Instruct and TIGER-Lab/MMEB-V2; "
+    download="the Hub datasets TIGER-Lab/MMEB-eval (V1), ziyjiang/MMEB_Test_Instruct and TIGER-Lab/MMEB-V2; "
     "written small by `cafe scenes write DIR`",
     sources=("arXiv 2410.05160", "arXiv 2507.04590"),
-    find=lambda data: list(datasets(data).values()),
+    find_files=lambda data: list(datasets(data).values()),
     run=run,
-    usual=False,
+    default=False,
 )

@@ -97,9 +97,9 @@ POPE = Suite(
         *(f"pope/*_{split}.json: the {split} probes, JSON lines" for split in SPLITS),
         "COCO val2014's pictures, in the folder itself, images/ or val2014/",
     ),
-    where="github.com/AoiDragon/POPE (output/coco); cocodataset.org (2014 Val images); "
+    download="github.com/AoiDragon/POPE (output/coco); cocodataset.org (2014 Val images); "
     "written small by `cafe scenes write DIR`",
     sources=("arXiv 2305.10355",),
-    find=find,
+    find_files=find,
     run=run,
 )

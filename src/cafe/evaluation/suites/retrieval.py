@@ -59,14 +59,14 @@ class RetrievalDataset:
 
     Attributes:
         name: the suite's.
-        patterns: of its file, the first that is there; a file that matches none of `but`.
+        patterns: of its file, the first that is there; a file that matches none of `exclude`.
         captions: the captions of a picture that are taken, the first ones; all if None.
         folders: where its pictures may lie, besides the folder of evaluation files, the file's own, and `images`.
     """
 
     name: str
     patterns: tuple[str, ...]
-    but: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
     captions: int | None = None
     folders: tuple[str, ...] = ()
 
@@ -78,7 +78,7 @@ class RetrievalDataset:
             elif pattern.endswith("/"):
                 found = [data / pattern] if any((data / pattern / mark).is_file() for mark in _SAVED) else []
             else:
-                path = find_one(data, pattern, but=self.but)
+                path = find_one(data, pattern, but=self.exclude)
                 found = [path] if path else []
             if found:
                 return found
@@ -267,7 +267,7 @@ def _karpathy_test(path: Path) -> list[dict[str, Any]]:
 OWN = RetrievalDataset(
     "retrieval",
     ("dataset_*.json", "captions.csv", "captions.jsonl", "captions.parquet"),
-    but=("dataset_flickr30k.json", "dataset_coco.json"),
+    exclude=("dataset_flickr30k.json", "dataset_coco.json"),
 )
 FLICKR = RetrievalDataset(
     "flickr30k",
@@ -296,8 +296,8 @@ RETRIEVAL = Suite(
         "dataset_*.json (Karpathy, its split 'test'), or captions.csv, .jsonl or .parquet (columns image, caption)",
         "its pictures, in the folder itself or in images/",
     ),
-    where="your own pictures with captions; written by `cafe scenes write DIR`",
-    find=OWN.find,
+    download="your own pictures with captions; written by `cafe scenes write DIR`",
+    find_files=OWN.find,
     run=OWN.run,
 )
 FLICKR30K = Suite(
@@ -307,10 +307,10 @@ FLICKR30K = Suite(
         "[flickr30k/]dataset_flickr30k.json (Karpathy) and its pictures, in flickr30k-images/ or images/",
         "or flickr30k/: the CSV file and images_flickr_1k_test/, parquet files, or what save_to_disk wrote",
     ),
-    where="cs.stanford.edu/people/karpathy/deepimagesent and shannon.cs.illinois.edu/DenotationGraph; "
+    download="cs.stanford.edu/people/karpathy/deepimagesent and shannon.cs.illinois.edu/DenotationGraph; "
     "or the Hub dataset nlphuji/flickr_1k_test_image_text_retrieval",
     sources=("arXiv 1412.2306 (split)", "arXiv 2503.19900"),
-    find=FLICKR.find,
+    find_files=FLICKR.find,
     run=FLICKR.run,
 )
 COCO = Suite(
@@ -320,10 +320,10 @@ COCO = Suite(
         "[coco/]dataset_coco.json (Karpathy) and COCO's val2014 pictures, in val2014/ or images/",
         "or coco/: the CSV file and images_mscoco_2014_5k_test/, parquet files, or what save_to_disk wrote",
     ),
-    where="cs.stanford.edu/people/karpathy/deepimagesent and cocodataset.org (2014 Val images); "
+    download="cs.stanford.edu/people/karpathy/deepimagesent and cocodataset.org (2014 Val images); "
     "or the Hub dataset nlphuji/mscoco_2014_5k_test_image_text_retrieval",
     sources=("arXiv 1412.2306 (split)", "arXiv 2503.19900"),
-    find=MSCOCO.find,
+    find_files=MSCOCO.find,
     run=MSCOCO.run,
 )
 PARAGRAPHS = Suite(
@@ -333,8 +333,8 @@ PARAGRAPHS = Suite(
         "paragraphs*.csv, .jsonl or .parquet (columns image, caption)",
         "its pictures, in the folder itself or in images/",
     ),
-    where="DOCCI, DCI, Urban1k and others, with their files renamed; written by `cafe scenes write DIR`",
+    download="DOCCI, DCI, Urban1k and others, with their files renamed; written by `cafe scenes write DIR`",
     sources=("arXiv 2403.15378 (Urban1k)", "arXiv 2404.19753 (DOCCI)", "arXiv 2312.08578 (DCI)"),
-    find=LONG.find,
+    find_files=LONG.find,
     run=LONG.run,
 )

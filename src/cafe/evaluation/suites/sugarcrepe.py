@@ -56,10 +56,10 @@ SUGARCREPE = Suite(
         "sugarcrepe/{" + ",".join(CHANGES) + "}.json",
         "COCO val2017's pictures, in the folder itself, images/ or val2017/",
     ),
-    where="github.com/RAIVNLab/sugar-crepe (data); cocodataset.org (2017 Val images); "
+    download="github.com/RAIVNLab/sugar-crepe (data); cocodataset.org (2017 Val images); "
     "written small by `cafe scenes write DIR`",
     sources=("arXiv 2306.14610",),
-    find=find,
+    find_files=find,
     run=run,
-    usual=False,
+    default=False,
 )

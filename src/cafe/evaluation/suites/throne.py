@@ -34,7 +34,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     pictures = read_instances(source, limit)
     at = {number: find_image(name, data, source, YEAR) for number, name in pictures.names.items()}
     ask = pictures.prompt or PROMPT
-    said = model.answer([Content((ImageRef(data / path), ask)) for path in at.values()], MAX_NEW_TOKENS)
+    said = model.generate([Content((ImageRef(data / path), ask)) for path in at.values()], MAX_NEW_TOKENS)
     cast = votes(model, said, pictures.vocabulary)
     classes = pictures.vocabulary.classes
     present = np.array([[name in pictures.objects[number] for name in classes] for number in at])
@@ -100,10 +100,10 @@ THRONE = Suite(
         "annotations/synonyms.txt: words for the judge 'exact' (may be left out)",
         "the pictures, in the folder itself, images/ or val2017/",
     ),
-    where="cocodataset.org (2017 Train/Val annotations, Val images), or written small by `cafe scenes write DIR`; "
+    download="cocodataset.org (2017 Train/Val annotations, Val images), or written small by `cafe scenes write DIR`; "
     "judges: any language model, in the paper FLAN-T5",
     sources=("arXiv 2405.05256",),
-    find=find,
+    find_files=find,
     run=run,
-    usual=False,
+    default=False,
 )

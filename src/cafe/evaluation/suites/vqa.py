@@ -41,7 +41,7 @@ VQA = Suite(
     name="vqa",
     measures="short answers to questions about pictures, by category",
     files=("vqa_test.jsonl: image, text (the question), answer, category",),
-    where="written by `cafe scenes write DIR`, or by hand",
-    find=find,
+    download="written by `cafe scenes write DIR`, or by hand",
+    find_files=find,
     run=run,
 )

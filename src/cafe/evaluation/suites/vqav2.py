@@ -137,10 +137,10 @@ VQAV2 = Suite(
         "or vqa/NAME.jsonl: image, text (the question), answers (ten of them)",
         "the pictures, in the folder itself, images/ or val2014/",
     ),
-    where="visualqa.org (questions and annotations); okvqa.allenai.org; cocodataset.org (2014 Val images); "
+    download="visualqa.org (questions and annotations); okvqa.allenai.org; cocodataset.org (2014 Val images); "
     "written small by `cafe scenes write DIR`",
     sources=("arXiv 1505.00468", "arXiv 1612.00837"),
-    find=find,
+    find_files=find,
     run=run,
-    usual=False,
+    default=False,
 )

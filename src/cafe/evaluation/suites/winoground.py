@@ -86,9 +86,9 @@ WINOGROUND = Suite(
         "winoground/examples.jsonl: caption_0, caption_1, image_0, image_1; or the Hub dataset's parquet file",
         "the pictures NAME.png, in winoground/images/ or inside the parquet file",
     ),
-    where="the Hub dataset facebook/winoground; written small by `cafe scenes write DIR`",
+    download="the Hub dataset facebook/winoground; written small by `cafe scenes write DIR`",
     sources=("arXiv 2204.03162",),
-    find=find,
+    find_files=find,
     run=run,
-    usual=False,
+    default=False,
 )
