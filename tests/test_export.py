@@ -103,7 +103,7 @@ RECORD = {
     "recipe": {
         "model": {"base": "owner/base-model"},
         "data": {"sources": [{"path": "captions.json"}]},
-        "objective": {"matryoshka": [64, 128]},
+        "objective": {"matryoshka_dims": [64, 128]},
     },
 }
 
@@ -119,7 +119,7 @@ def test_the_model_card_shows_results_data_and_recipe():
     best = model_card(RECORD | {"results": {"held_out/lm_loss": 1.5}})
     assert "| held_out/lm_loss | 1.500 |" in best
     bare = model_card({"prompts": asdict(Prompts())}, library="peft")
-    assert "`cafe evaluate` measures" in bare and "library_name: peft" in bare and "base_model" not in bare
+    assert "No results are recorded." in bare and "library_name: peft" in bare and "base_model" not in bare
 
 
 class Hub(BaseHTTPRequestHandler):

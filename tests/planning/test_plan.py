@@ -427,7 +427,7 @@ def test_more_gpus_share_a_sharded_models_weights_gradients_and_optimizer_state(
     assert plan(recipe, 8).peak < plan(recipe, 1).peak / 2
 
 
-EXPECTED = re.compile(r"#   `cafe (plan .+)`: ([\d.,]+) GiB a GPU, ([\d.,]+) hours on (.+)")
+EXPECTED = re.compile(r"#   `cafe (plan .+)`: ([\d.,]+) GiB per GPU, ([\d.,]+) hours on (.+)")
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
