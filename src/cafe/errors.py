@@ -1,22 +1,46 @@
-"""The one error a user's mistake raises: its message is a full sentence that names the file, record or field."""
+"""The errors a user's mistake raises: each message is a full sentence that names the file, record or field."""
 
 from pathlib import Path
 
 
 class CafeError(Exception):
-    """Wrong input. The command line prints the message alone and exits with status 1."""
+    """Report a user's mistake. The command line prints the message alone and exits with status 1."""
 
 
-def load_error(what: str, name: str | Path, error: Exception) -> CafeError:
-    """Says that nothing can be loaded by a name, which was taken for one on the Hub if there is no such directory."""
+class RecordError(CafeError):
+    """Report a bad record: a field, an image or a length that cannot be used. Training skips it and counts it."""
+
+
+class RecipeError(CafeError):
+    """Report a wrong recipe, option or argument: an unknown name, a value out of range, settings that do not go together."""
+
+
+class MissingPackageError(CafeError):
+    """Report a feature that needs a package which is not installed; the message has the pip command."""
+
+
+class CheckpointError(CafeError):
+    """Report a model, checkpoint or saved state that is missing, damaged or does not fit."""
+
+
+def load_error(what: str, name: str | Path, error: Exception) -> CheckpointError:
+    """Make the error of a model that cannot be loaded by its name, which may be a directory or a Hub id.
+
+    Args:
+        what: the kind of thing that was to be loaded.
+        name: the directory or Hub id.
+        error: what went wrong.
+    """
     reason = str(error).strip().splitlines()[0]
     if Path(name).is_dir():
-        return CafeError(f"No {what} can be loaded from {name}: {reason}")
-    return CafeError(f"There is no directory {name}, and the Hugging Face Hub gives no {what} of that name: {reason}")
+        return CheckpointError(f"No {what} can be loaded from {name}: {reason}")
+    return CheckpointError(
+        f"There is no directory {name}, and the Hugging Face Hub has no {what} of that name: {reason}"
+    )
 
 
 class RunInterrupted(Exception):
-    """A run was asked to stop by a signal, and has saved where it stands. The command exits with 128 + the signal."""
+    """Stop a run that a signal interrupted, after its state was saved. The command exits with 128 + the signal."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)
