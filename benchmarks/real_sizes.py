@@ -25,7 +25,7 @@ from planned_memory import make_pairs
 from published import step_a, step_b
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.lvlm.forward import FLEX_MULTIPLE, UNBOUNDED_ROW
 from cafe.packing import PackingConfig, count_unique_tokens
 from cafe.planning.architectures import load_config

@@ -13,7 +13,11 @@ from samples import png
 from torch.utils.data import get_worker_info
 
 from cafe.content import Content
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatchSize, Quarantine, content_hash, iterate_batches
+from cafe.data.batch import Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.encoding import content_hash
+from cafe.data.loader import iterate_batches
+from cafe.data.quarantine import Quarantine
 from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
 from cafe.lvlm.processing import ChatProcessor, load_processor
@@ -21,7 +25,7 @@ from cafe.lvlm.prompts import Prompts
 
 
 @pytest.fixture(scope="module")
-def processing(random_base):
+def chat_processor(random_base):
     return ChatProcessor(load_processor(str(random_base)), Prompts())
 
 
@@ -43,14 +47,14 @@ def test_the_order_follows_the_seed_whatever_the_workers(chat_processor, scenes)
 def test_a_batch_holds_every_branch(chat_processor, scenes):
     batch = make(chat_processor, scenes / "llava_train.json")[0]
     (micro_batch,) = batch.micro_batches
-    assert micro_batch.embed is micro_batch.joint
+    assert micro_batch.embedding_only is micro_batch.joint
     assert len(micro_batch.joint.inputs["pixel_values"]) == 8  # every picture once
-    assert len(batch.owners) >= 16
-    assert sorted(micro_batch.slots.tolist()) == list(range(16 + len(batch.owners)))
-    assert batch.supervised == len(micro_batch.joint.labels) > 0
-    assert make(chat_processor, scenes / "llava_train.json", hard_negatives=False)[0].owners.tolist() == []
-    assert make(chat_processor, scenes / "llava_train.json", contrast=False)[0].micro_batches[0].slots.tolist() == []
-    assert make(chat_processor, scenes / "llava_train.json", language=False)[0].supervised == 0
+    assert len(batch.negative_owner) >= 16
+    assert sorted(micro_batch.embedding_slots.tolist()) == list(range(16 + len(batch.negative_owner)))
+    assert batch.num_supervised == len(micro_batch.joint.labels) > 0
+    assert make(chat_processor, scenes / "llava_train.json", hard_negatives=False)[0].negative_owner.tolist() == []
+    assert make(chat_processor, scenes / "llava_train.json", contrast=False)[0].micro_batches[0].embedding_slots.tolist() == []
+    assert make(chat_processor, scenes / "llava_train.json", language=False)[0].num_supervised == 0
 
 
 def test_an_example_with_nothing_to_train_on_is_passed_over(chat_processor, scenes):
@@ -74,23 +78,23 @@ def test_an_example_with_nothing_to_train_on_is_passed_over(chat_processor, scen
 def test_micro_batches_keep_to_their_size_and_hold_all(chat_processor, scenes):
     whole = make(chat_processor, scenes / "llava_train.json")[0]
     for size in (MicroBatchSize(tokens=700), MicroBatchSize(crops=5), MicroBatchSize(tokens=1)):
-        batch = make(chat_processor, scenes / "llava_train.json", size=size)[0]
-        assert sum(len(part.slots) for part in batch.micro_batches) == len(whole.micro_batches[0].slots)
-        assert batch.supervised == whole.supervised
-        assert batch.micro_batches[0].embed is batch.micro_batches[0].joint  # read once
+        batch = make(chat_processor, scenes / "llava_train.json", micro_batch_size=size)[0]
+        assert sum(len(part.embedding_slots) for part in batch.micro_batches) == len(whole.micro_batches[0].embedding_slots)
+        assert batch.num_supervised == whole.num_supervised
+        assert batch.micro_batches[0].embedding_only is batch.micro_batches[0].joint  # read once
         pictures = [part.joint.inputs["pixel_values"] for part in batch.micro_batches]
         assert sum(map(len, pictures)) == 8
         if size.tokens == 1:
             assert len(batch.micro_batches) == 8
         elif size.tokens:
-            assert all(part.joint.filled <= size.tokens for part in batch.micro_batches)
-            assert all(len(part.embed.labels) == 0 for part in batch.micro_batches[1:])
+            assert all(part.joint.num_tokens <= size.tokens for part in batch.micro_batches)
+            assert all(len(part.embedding_only.labels) == 0 for part in batch.micro_batches[1:])
         else:
             assert all(len(part) * 2 <= size.crops for part in pictures)
 
 
 def test_every_tensor_of_a_batch_is_pinned_once(chat_processor, scenes, monkeypatch):
-    batch = make(chat_processor, scenes / "llava_train.json", size=MicroBatchSize(crops=20))[0]
+    batch = make(chat_processor, scenes / "llava_train.json", micro_batch_size=MicroBatchSize(crops=20))[0]
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor) or tensor.clone())
     copy = batch.pin_memory()
@@ -98,10 +102,10 @@ def test_every_tensor_of_a_batch_is_pinned_once(chat_processor, scenes, monkeypa
     assert len(batch.micro_batches) > 1 and len(found) > 10
     assert sorted(map(id, pinned)) == sorted(found) and found.keys().isdisjoint(given)
     assert all(torch.equal(one, other) for one, other in zip(found.values(), given.values(), strict=True))
-    assert (copy.supervised, copy.sources) == (batch.supervised, batch.sources)
+    assert (copy.num_supervised, copy.record_names) == (batch.num_supervised, batch.record_names)
 
     (one,) = make(chat_processor, scenes / "llava_train.json")[0].pin_memory().micro_batches
-    assert one.embed is one.joint
+    assert one.embedding_only is one.joint
 
 
 def tensors(value):
@@ -121,7 +125,7 @@ def test_two_ranks_share_a_global_batch(chat_processor, scenes):
     whole = ContrastiveBatchDataset(
         [open_source(Source(path=str(scenes / "llava_train.json")))], chat_processor, batch_size=16, seed=3
     )
-    parts = [make(chat_processor, scenes / "llava_train.json", rank=rank, world=2)[1].sources for rank in (0, 1)]
+    parts = [make(chat_processor, scenes / "llava_train.json", rank=rank, world_size=2)[1].record_names for rank in (0, 1)]
     assert whole[1].record_names == parts[0] + parts[1]
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from cafe.cli.main import main
 from cafe.content import Content, Example, Pair
-from cafe.data.dataset import encode_example
+from cafe.data.encoding import encode_example
 from cafe.data.inspection import contents, count_duplicates, inspect, percentiles, spans, write_page
 from cafe.data.records import Source, open_source
 from cafe.images.decoding import decode_image
@@ -17,7 +17,7 @@ from cafe.lvlm.prompts import Prompts
 
 
 @pytest.fixture(scope="module")
-def processing(random_base):
+def chat_processor(random_base):
     return ChatProcessor(load_processor(str(random_base)), Prompts())
 
 
@@ -68,7 +68,7 @@ def test_every_token_is_shown_once_and_marked_by_what_it_is_for(scenes, chat_pro
     branches = encode_example(example, chat_processor)
     images = [ref.source for ref in contents(example)["dialogue"].images]
     assert len(images) == 1
-    runs = chat_processor.pictures([decode_image(ref) for ref in example.pair.query.images]).runs
+    runs = chat_processor.process_images([decode_image(ref) for ref in example.pair.query.images]).token_runs
     shown = [(runs[0], "PICTURE")]
     dialogue = spans(branches.dialogue, shown, chat_processor, embedded=False)
     assert sum(span.tokens for span in dialogue) == len(branches.dialogue)

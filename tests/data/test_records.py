@@ -35,7 +35,7 @@ def test_a_llava_record_pairs_its_image_with_the_first_answer(tmp_path, name):
     assert example.pair.target.text == "a cat" and example.pair.negatives[0].text == "a dog"
     assert [turn.content.text for turn in example.dialogue.turns] == ["Describe.", "a cat", "Color?", "black"]
     assert example.dialogue.turns[0].content.images == example.pair.query.images
-    assert "record 0 (id 7)" in example.source
+    assert "record 0 (id 7)" in example.origin
 
 
 def test_a_source_that_is_not_contrasted_gives_dialogues_alone(tmp_path):

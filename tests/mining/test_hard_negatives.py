@@ -16,18 +16,10 @@ from cafe.content import Content
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
-from cafe.mining.hard_negatives import (
-    EmbeddedPairs,
-    Examples,
-    MiningConfig,
-    candidates,
-    embed_pairs,
-    filter_by_judge,
-    max_negative_similarity,
-    mine,
-    questions,
-    yes_probability,
-)
+from cafe.mining.config import MiningConfig
+from cafe.mining.embed import EmbeddedPairs, Examples, embed_pairs
+from cafe.mining.hard_negatives import candidates, max_negative_similarity, mine
+from cafe.mining.judge import filter_by_judge, questions, yes_probability
 from cafe.model import Cafe
 from cafe.search import search, search_blocks
 
@@ -240,18 +232,18 @@ def test_the_command_mines_judges_and_writes(random_base, scenes, tmp_path, caps
     pq.write_table(pq.read_table(scenes / "mmeb_train" / "grounding.parquet").slice(0, 5), tmp_path / "a.parquet")
     source = f"{{path: {tmp_path}/a.parquet, format: mmeb, images: {scenes}}}"
     recipe.write_text(
-        f"output: x\nmodel: {{base: {random_base}}}\ndata: {{workers: 0, sources: [{source}]}}\n"
+        f"output: x\nmodel: {{base: {random_base}}}\ndata: {{num_workers: 0, sources: [{source}]}}\n"
         "prompts: {mode: multimodal}\n"
     )
     output = tmp_path / "mined"
-    assert main(["mine", str(recipe), "--output", str(output), "--share", "0", "--judge", "1.1"]) == 0
+    assert main(["mine", str(recipe), "--output", str(output), "--max-positive-ratio", "0", "--judge", "1.1"]) == 0
     assert "hard negatives for" in capsys.readouterr().out
     mined = open_source(Source(path=str(output / "records.jsonl"), format="pairs"))
     pair = mined.example(0, Random(0)).pair
     assert len(pair.negatives) == 4 and all(negative.images for negative in pair.negatives)
     assert isinstance(pair.query, Content) and pair.negatives[0].text == pair.target.text
 
-    soft = ["mine", str(recipe), "--output", str(output), "--share", "0", "--judge", "0.0", "--soft"]
+    soft = ["mine", str(recipe), "--output", str(output), "--max-positive-ratio", "0", "--judge", "0.0", "--soft"]
     assert main(soft) == 0
     mined = open_source(Source(path=str(output / "records.jsonl"), format="pairs"))
     batch = ContrastiveBatchDataset([mined], Cafe.load(random_base).chat_processor, batch_size=5, seed=0)[0]

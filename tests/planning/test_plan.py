@@ -26,7 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cafe.cli.main import main, parser
 from cafe.content import Content, Dialogue, Turn
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatch, MicroBatchSize
+from cafe.data.batch import Batch, MicroBatch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
 from cafe.lvlm.families import find_vision_tower

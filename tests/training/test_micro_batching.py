@@ -9,7 +9,8 @@ import torch
 from model_samples import make
 from transformers import PreTrainedModel
 
-from cafe.data.dataset import NO_LIMIT, ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import NO_LIMIT, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
 from cafe.lvlm.forward import forward_packed

@@ -8,7 +8,9 @@ from torch.utils.data import Dataset
 
 from cafe.data.inspection import inspect
 from cafe.data.records import Source, open_source
-from cafe.mining.hard_negatives import Examples, MiningConfig, embed_pairs, filter_by_judge
+from cafe.mining.config import MiningConfig
+from cafe.mining.embed import Examples, embed_pairs
+from cafe.mining.judge import filter_by_judge
 from cafe.model import Cafe
 from cafe.scenes.base import train_base
 from cafe.utils.dataloader import make_loader

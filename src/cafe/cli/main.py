@@ -416,7 +416,8 @@ def _mine(options: argparse.Namespace) -> None:
     from cafe.checkpoint import resolve_checkpoint
     from cafe.data.records import open_source
     from cafe.lvlm.image_size import set_max_image_size
-    from cafe.mining.hard_negatives import QUESTION, MiningConfig, mine
+    from cafe.mining.config import QUESTION, MiningConfig
+    from cafe.mining.hard_negatives import mine
     from cafe.model import Cafe
     from cafe.training.recipe import read_recipe
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cafe.content import Content, Example
-from cafe.data.dataset import encode_example
+from cafe.data.encoding import encode_example
 from cafe.data.records import OpenedSource
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image

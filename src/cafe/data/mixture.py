@@ -27,6 +27,9 @@ class Mixture:
     sub_batch: int = 1
 
 
+PROPORTIONAL = Mixture()
+
+
 @dataclass(frozen=True)
 class EpochOrder:
     """One epoch's records in their order: of which source, and its which record."""

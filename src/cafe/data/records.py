@@ -23,7 +23,8 @@ from cafe.data.formats.karpathy import karpathy, split_of
 from cafe.data.formats.llava import llava
 from cafe.data.formats.mmeb import mmeb
 from cafe.data.formats.pairs import pairs
-from cafe.data.readers.base import HFDataset, InMemoryRows, Rows, UnreadableFile, load_json, open_rows
+from cafe.data.readers.base import InMemoryRows, Rows, UnreadableFile, load_json, open_rows
+from cafe.data.readers.hf_datasets import HFDataset
 from cafe.data.source import Columns, Format, Source
 from cafe.errors import CafeError
 

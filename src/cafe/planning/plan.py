@@ -18,7 +18,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from cafe.checkpoint import resolve_checkpoint
-from cafe.data.dataset import NO_LIMIT, MicroBatchSize, blank_branch
+from cafe.data.batch import NO_LIMIT, MicroBatchSize, blank_branch
 from cafe.errors import CafeError
 from cafe.losses.contrastive import CHUNK_NUMEL
 from cafe.losses.language_modeling import HEAD_CHUNK_NUMEL

@@ -13,7 +13,8 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from cafe.checkpoint import resolve_checkpoint
-from cafe.data.dataset import NO_LIMIT, Quarantine
+from cafe.data.batch import NO_LIMIT
+from cafe.data.quarantine import Quarantine
 from cafe.data.records import open_source
 from cafe.errors import CafeError, RunInterrupted
 from cafe.lvlm.image_size import set_max_image_size

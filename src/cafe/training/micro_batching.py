@@ -8,7 +8,9 @@ from pathlib import Path
 
 import torch
 
-from cafe.data.dataset import NO_LIMIT, Batch, ContrastiveBatchDataset, MicroBatchSize, iterate_batches
+from cafe.data.batch import NO_LIMIT, Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.loader import iterate_batches
 from cafe.errors import CafeError
 from cafe.packing import count_crops, count_unique_tokens
 from cafe.training.step import JointStep, Losses

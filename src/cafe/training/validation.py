@@ -10,7 +10,9 @@ from random import Random
 import torch
 
 from cafe.content import Example
-from cafe.data.dataset import NO_LIMIT, PROPORTIONAL, ContrastiveBatchDataset
+from cafe.data.batch import NO_LIMIT
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.mixture import PROPORTIONAL
 from cafe.errors import CafeError
 from cafe.model import Cafe
 from cafe.training.build import build_dataset

@@ -67,7 +67,7 @@ def test_scores_of_negatives_stay_beside_them():
 
 
 def test_with_a_request_the_positive_is_also_said():
-    _, dialogue = read({"query_image": b"1", "positive": "a cat"}, ask="Describe the image.")
+    _, dialogue = read({"query_image": b"1", "positive": "a cat"}, answer_prompt="Describe the image.")
     assert texts(turn.content for turn in dialogue.turns) == ["Describe the image.", "a cat"]
     assert dialogue.turns[0].content.images[0].source == b"1"
 

@@ -15,7 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from samples import png
 
-from cafe.data.readers.base import HFDataset, Parquet, Tar, open_rows
+from cafe.data.readers.base import open_rows
+from cafe.data.readers.hf_datasets import HFDataset
+from cafe.data.readers.parquet import Parquet
+from cafe.data.readers.tar import Tar
 from cafe.errors import CafeError
 
 TABLE = [{"query": f"question {number}\nof two lines", "positive": f"answer {number}"} for number in range(20)]
@@ -55,7 +58,7 @@ def tar(members: list[tuple[str, bytes]], fmt: int = tarfile.PAX_FORMAT) -> byte
 def test_every_kind_gives_the_same_rows_in_any_order_and_in_another_process(tmp_path, kind, where):
     name = str(tmp_path / f"a.{kind}") if where == "local" else f"memory://rows/a.{kind}"
     write(name, kind)
-    rows = pickle.loads(pickle.dumps(open_rows(name, kept=2)))
+    rows = pickle.loads(pickle.dumps(open_rows(name, max_cached=2)))
     assert sum(rows.chunks) == 20
     for index in random.Random(0).sample(range(20), 20):
         assert rows[index] == TABLE[index]

@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cafe.content import ImageRef
-from cafe.data.readers.base import HFDataset, open_rows
+from cafe.data.readers.base import open_rows
+from cafe.data.readers.hf_datasets import HFDataset
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.metrics import ranks
