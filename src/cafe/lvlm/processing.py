@@ -217,7 +217,9 @@ class ChatProcessor:
             kept = len(pieces[-1]) - (sum(map(len, pieces)) + len(tail) - max_tokens)
             pieces = [*pieces[:-1], pieces[-1][: max(kept, 0)], tail]
             if kept < 0 or content == text:
-                raise RecordError(f"An embedding prompt of {sum(map(len, pieces))} tokens cannot be cut to {max_tokens}.")
+                raise RecordError(
+                    f"An embedding prompt of {sum(map(len, pieces))} tokens cannot be cut to {max_tokens}."
+                )
         return self._join([(piece, False) for piece in pieces], pictures)
 
     def _embedding_text(self, messages: list[Message]) -> str:
