@@ -38,7 +38,7 @@ def test_checking_mining_and_the_base_model_have_workers(random_base, scenes, tm
     model = Cafe.load(random_base)
     records = open_source(Source(path=str(scenes / "llava_train.json")))
     [found] = inspect([records], model.chat_processor, sample=2, workers=1)
-    assert len(found.looks) == 2
+    assert len(found.stats) == 2
     examples, mining = Examples([records], 0), MiningConfig(workers=1)
     embedded = embed_pairs(model, examples, [(0, 0), (0, 1)], mining)
     assert list(map(len, filter_by_judge(model, examples, embedded, [[1], [0]], mining, threshold=1.1))) == [1, 1]

@@ -407,9 +407,9 @@ def _data_check(options: argparse.Namespace) -> None:
             print(f"  {name:20} {value}")
     print(f"The page is {options.output}; spreads are least, median, 95th percentile and most.")
     for found in checks:
-        if len(found.bad) > max_bad_share * len(found.looks):
-            share = len(found.bad) / len(found.looks)
-            raise CafeError(f"{share:.1%} of the records of {found.name} are bad. The first: {found.bad[0]}")
+        if len(found.errors) > max_bad_share * len(found.stats):
+            share = len(found.errors) / len(found.stats)
+            raise CafeError(f"{share:.1%} of the records of {found.name} are bad. The first: {found.errors[0]}")
 
 
 def _mine(options: argparse.Namespace) -> None:

@@ -1,27 +1,29 @@
-"""Contrastive batches, and how they are cut into micro-batches."""
+"""Collate encoded examples into contrastive batches, cut into micro-batches that fit into memory."""
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 
+import torch
 from jaxtyping import Float32, Int64
 from PIL import Image
 from torch import Tensor
 
 from cafe.content import Content, Dialogue, Turn
+from cafe.data.encoding import EncodedExample
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages
-from cafe.packing import Branch, PackedBatch, count_crops, count_unique_tokens
+from cafe.packing import Branch, PackedBatch, PackingConfig, count_crops, count_unique_tokens, pack
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Some examples of a contrastive batch, laid out for the model.
+    """Hold some examples of a contrastive batch, packed for one forward pass.
 
     Attributes:
         joint: all their branches.
-        embedding_only: the embedded branches alone, for the gradient cache's first phase; `joint` itself where they are all, and
-            in the first micro-batch, which is read once.
-        embedding_slots: the place of each readout among the batch's embeddings.
+        embedding_only: the embedded branches alone, for the first phase of the gradient cache. It is `joint` itself
+            where there are no others, and in the first micro-batch, which goes through the model only once.
+        embedding_slots: for each embedded branch, its row among the batch's embeddings.
     """
 
     joint: PackedBatch
@@ -29,24 +31,24 @@ class MicroBatch:
     embedding_slots: Int64[Tensor, " readouts"]
 
     def pin_memory(self) -> "MicroBatch":
-        """See `PackedBatch`."""
+        """Copy the tensors to page-locked memory, each once."""
         joint = self.joint.pin_memory()
-        embed = joint if self.embedding_only is self.joint else self.embedding_only.pin_memory()
-        return MicroBatch(joint, embed, self.embedding_slots.pin_memory())
+        embedding_only = joint if self.embedding_only is self.joint else self.embedding_only.pin_memory()
+        return MicroBatch(joint, embedding_only, self.embedding_slots.pin_memory())
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One contrastive batch. Its embeddings are those of all queries, then of all targets, then of all hard negatives.
+    """Hold one contrastive batch. Its embeddings are all queries, then all targets, then all hard negatives.
 
     Attributes:
         micro_batches: what goes through the model at once.
-        target_ids: equal numbers for pairs with equal targets.
-        negative_owner: the pair that each hard negative belongs to.
-        negative_match_prob: how likely each hard negative matches its pair's query after all.
-        negative_ids: as `target_ids`, for the hard negatives.
+        target_ids: hashes of the targets; pairs with equal targets have equal numbers.
+        negative_owner: for each hard negative, the index of its pair.
+        negative_match_prob: for each hard negative, the probability that it matches its pair's query after all.
+        negative_ids: hashes of the hard negatives, comparable with `target_ids`.
         num_supervised: the number of tokens that the language loss is taken on.
-        bad_records: the messages of records left out.
+        bad_records: why records were skipped, one message each.
         record_names: the file and record of each example.
     """
 
@@ -60,27 +62,31 @@ class Batch:
     record_names: list[str]
 
     def pin_memory(self) -> "Batch":
-        """See `PackedBatch`; PyTorch's loader calls it, in a thread of its own."""
-        micro_batches = [micro_batch.pin_memory() for micro_batch in self.micro_batches]
-        names = ("target_ids", "negative_owner", "negative_match_prob", "negative_ids")
-        tensors = {name: getattr(self, name).pin_memory() for name in names}
-        return replace(self, micro_batches=micro_batches, **tensors)
+        """Copy the tensors to page-locked memory. PyTorch's data loader calls it in a thread of its own."""
+        return replace(
+            self,
+            micro_batches=[micro_batch.pin_memory() for micro_batch in self.micro_batches],
+            target_ids=self.target_ids.pin_memory(),
+            negative_owner=self.negative_owner.pin_memory(),
+            negative_match_prob=self.negative_match_prob.pin_memory(),
+            negative_ids=self.negative_ids.pin_memory(),
+        )
 
 
 @dataclass(frozen=True)
 class MicroBatchSize:
-    """How much goes through the model at once; None for no limit.
+    """Limit what goes through the model at once; None sets no limit.
 
     Attributes:
-        tokens: what branches share counts once, padding not at all.
-        crops: pictures, or the parts into which they are cut, for the vision tower.
+        tokens: tokens, where those that branches share count once and padding does not count.
+        crops: images for the vision tower, or the crops into which they are cut.
     """
 
     tokens: int | None = None
     crops: int | None = None
 
     def within(self, other: "MicroBatchSize") -> "MicroBatchSize":
-        """No more than either of two."""
+        """Return the stricter of two sizes, limit by limit."""
         limits = zip(astuple(self), astuple(other), strict=True)
         return MicroBatchSize(*(min(filter(None, both), default=None) for both in limits))
 
@@ -88,23 +94,106 @@ class MicroBatchSize:
 NO_LIMIT = MicroBatchSize()
 
 
+def collate_examples(
+    examples: Sequence[EncodedExample],
+    packing: PackingConfig,
+    size: MicroBatchSize = NO_LIMIT,
+    blank: Branch | None = None,
+    bad_records: Sequence[str] = (),
+) -> Batch:
+    """Make a contrastive batch of some examples.
+
+    Args:
+        examples: the encoded examples.
+        packing: how branches become packs.
+        size: the largest micro-batch.
+        blank: added to each pack without images, see `blank_branch`; None adds nothing.
+        bad_records: why other records were skipped.
+    """
+    embedding = [example.embedding_branches for example in examples]
+    language = [example.lm_branches for example in examples]
+    slots = _assign_embedding_slots(examples)
+
+    micro_batches: list[MicroBatch] = []
+    for part in split_micro_batches(embedding, language, size):
+        joint = pack_with_blank(embedding[part], language[part], packing, blank)
+        # The gradient cache embeds every micro-batch but the first twice, and the first time without dialogues.
+        is_first = not micro_batches
+        if not is_first and any(embedding[part]) and any(language[part]):
+            no_language: list[list[Branch]] = [[]] * len(language[part])
+            embedding_only = pack_with_blank(embedding[part], no_language, packing, blank)
+        else:
+            embedding_only = joint
+        rows = torch.tensor([row for example in slots[part] for row in example], dtype=torch.long)
+        micro_batches.append(MicroBatch(joint, embedding_only, rows))
+
+    # What the contrastive loss needs to know of each pair and each hard negative, in the order of the embeddings.
+    pairs = [example for example in examples if example.embedding_branches]
+    owners = [index for index, example in enumerate(pairs) for _ in example.negatives]
+    match_prob = [prob for example in pairs for prob in example.negative_match_prob]
+    negative_ids = [negative_id for example in pairs for negative_id in example.negative_ids]
+    return Batch(
+        micro_batches,
+        target_ids=torch.tensor([example.target_id for example in pairs], dtype=torch.long),
+        negative_owner=torch.tensor(owners, dtype=torch.long),
+        negative_match_prob=torch.tensor(match_prob, dtype=torch.float32),
+        negative_ids=torch.tensor(negative_ids, dtype=torch.long),
+        num_supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
+        bad_records=list(bad_records),
+        record_names=[example.origin for example in examples],
+    )
+
+
+def _assign_embedding_slots(examples: Sequence[EncodedExample]) -> list[list[int]]:
+    """Return for each example the rows of its embedded branches: queries come first, then targets, then negatives."""
+    num_pairs = sum(bool(example.embedding_branches) for example in examples)
+    slots = []
+    pair, negative = 0, 2 * num_pairs
+    for example in examples:
+        if not example.embedding_branches:
+            slots.append(list[int]())
+            continue
+        end = negative + len(example.negatives)
+        slots.append([pair, num_pairs + pair, *range(negative, end)])
+        pair, negative = pair + 1, end
+    return slots
+
+
 def split_micro_batches(
-    embedded: Sequence[list[Branch]], spoken: Sequence[list[Branch]], size: MicroBatchSize
+    embedding: Sequence[list[Branch]], language: Sequence[list[Branch]], size: MicroBatchSize
 ) -> list[slice]:
-    """Cuts examples, in their order, into micro-batches. An example that is too large makes one by itself."""
-    cuts, start, tokens, crops = [], 0, 0, 0
-    for index, branches in enumerate(map(list.__add__, embedded, spoken)):
-        own_tokens, own_crops = count_unique_tokens(branches), count_crops(branches)
-        full = (size.tokens and tokens + own_tokens > size.tokens) or (size.crops and crops + own_crops > size.crops)
-        if full and index > start:
+    """Cut examples into consecutive micro-batches. An example that is too large by itself gets one of its own."""
+    if not embedding:
+        return []
+    cuts = []
+    start, tokens, crops = 0, 0, 0
+    for index, branches in enumerate(map(list.__add__, embedding, language)):
+        example_tokens, example_crops = count_unique_tokens(branches), count_crops(branches)
+        over_tokens = size.tokens and tokens + example_tokens > size.tokens
+        over_crops = size.crops and crops + example_crops > size.crops
+        if index > start and (over_tokens or over_crops):
             cuts.append(slice(start, index))
             start, tokens, crops = index, 0, 0
-        tokens, crops = tokens + own_tokens, crops + own_crops
-    return [*cuts, slice(start, len(embedded))] if embedded else []
+        tokens, crops = tokens + example_tokens, crops + example_crops
+    return [*cuts, slice(start, len(embedding))]
 
 
 def blank_branch(chat_processor: ChatProcessor, width: int = 64, height: int = 64) -> Branch:
-    """A prompt with a blank picture of so many pixels."""
-    picture = Image.new("RGB", (width, height))
-    messages = dialogue_messages(Dialogue((Turn("user", Content.of(picture)),)), chat_processor.prompts)
-    return chat_processor.encode_prompt(messages, chat_processor.process_images([picture]))
+    """Encode a prompt that shows a blank image of this size in pixels.
+
+    It gets no gradient. Where the model is sharded over processes, each of them has to run the vision tower as often as
+    any other, or they deadlock.
+    """
+    image = Image.new("RGB", (width, height))
+    messages = dialogue_messages(Dialogue((Turn("user", Content.of(image)),)), chat_processor.prompts)
+    return chat_processor.encode_prompt(messages, chat_processor.process_images([image]))
+
+
+def pack_with_blank(
+    embedding: list[list[Branch]], language: list[list[Branch]], packing: PackingConfig, blank: Branch | None
+) -> PackedBatch:
+    """Pack some examples, and `blank` with them if none of them shows an image."""
+    has_images = any(branch.image_inputs for example in (*embedding, *language) for branch in example)
+    if blank is not None and not has_images:
+        embedding, language = [*embedding, []], [*language, [blank]]
+    return pack(embedding, language, packing)

@@ -1,4 +1,7 @@
-"""Contrastive batches of token sequences in an order that the seed fixes."""
+"""Contrastive batches of a run, in an order that the seed fixes.
+
+A bad record is left out of its batch; its error goes along with the batch, to be written to the quarantine file.
+"""
 
 import copy
 from collections.abc import Sequence
@@ -10,34 +13,33 @@ import torch
 from torch.utils.data import Dataset
 
 from cafe.content import Example
-from cafe.data.batch import NO_LIMIT, Batch, MicroBatch, MicroBatchSize, blank_branch, split_micro_batches
+from cafe.data.batch import NO_LIMIT, Batch, MicroBatch, MicroBatchSize, blank_branch, collate_examples, pack_with_blank
 from cafe.data.encoding import EncodedExample, encode_example
 from cafe.data.mixture import PROPORTIONAL, EpochOrder, Mixture, epoch_order
 from cafe.data.records import OpenedSource
-from cafe.errors import CafeError
+from cafe.errors import RecipeError, RecordError
 from cafe.lvlm.processing import ChatProcessor
-from cafe.packing import DEFAULT_PACKING, Branch, PackedBatch, PackingConfig, count_unique_tokens, pack
+from cafe.packing import DEFAULT_PACKING, PackingConfig, count_unique_tokens
 
-NUM_CHECKED_RECORDS = 100  # records, for what is trained
+NUM_CHECKED_RECORDS = 100  # at the start of the data, for a pair or dialogue to train on
 
 
 class ContrastiveBatchDataset(Dataset[Batch]):
-    """Contrastive batch number n of a run, the same for the same seed whichever worker makes it.
+    """Make contrastive batch number n of a run; it is the same for the same seed, whichever worker makes it.
 
     Args:
         sources: the opened sources.
         chat_processor: renders and tokenizes.
-        batch_size: pairs of a batch in each process.
-        seed: of the order and of every choice within records.
+        batch_size: records per batch in each process.
+        seed: fixes the order and every choice within records.
         max_tokens: the longest sequence.
         contrast, language: whether to make the branches of each loss.
         hard_negatives: whether to use the records' hard negatives.
         packing: how branches become packs.
-        micro_batch_size: how much goes through the model at once.
-        rank, world_size: which of several processes this is; each takes its own part of every batch.
-        mixture: how the sources make one stream.
-        blanks: show a blank picture, to which nothing comes, in each micro-batch that has none: where the model is
-            sharded over processes, each of them must run the vision tower as often as any.
+        micro_batch_size: the largest micro-batch.
+        rank, world_size: this process and the number of them; each takes its own part of every batch.
+        mixture: how the sources are mixed.
+        add_blank_images: add a blank image to each micro-batch without images, as sharded models need.
     """
 
     def __init__(
@@ -56,155 +58,124 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         mixture: Mixture = PROPORTIONAL,
-        blanks: bool = False,
+        add_blank_images: bool = False,
     ) -> None:
-        self.sources, self.chat_processor, self.batch_size, self.seed = list(sources), chat_processor, batch_size, seed
-        self.max_tokens, self.contrast, self.language, self.hard_negatives = (
-            max_tokens,
-            contrast,
-            language,
-            hard_negatives,
-        )
-        self.packing, self.micro_batch_size = packing, micro_batch_size
+        self.sources = list(sources)
+        self.chat_processor = chat_processor
+        self.batch_size = batch_size
+        self.seed = seed
+        self.max_tokens = max_tokens
+        self.contrast = contrast
+        self.language = language
+        self.hard_negatives = hard_negatives
+        self.packing = packing
+        self.micro_batch_size = micro_batch_size
         self.rank, self.world_size = rank, world_size
-        self.blank = blank_branch(chat_processor) if blanks else None
         self.mixture = mixture
-        self._order = (0, self._draw_order(0))
+        self.blank = blank_branch(chat_processor) if add_blank_images else None
+
+        self._order = (0, self._draw_order(0))  # the epoch that was asked for last
         self.per_epoch = len(self._order[1].records) // (batch_size * world_size)
         self._check_first_records()
 
     def __len__(self) -> int:
-        """Batches in one epoch; the indices go on beyond it."""
+        """Return the number of batches in one epoch; the indices continue beyond it."""
         return self.per_epoch
 
-    def _check_first_records(self) -> None:
-        """Makes sure that the first records hold something of what is trained."""
-        idle = 0
-        for place in range(min(NUM_CHECKED_RECORDS, len(self.order(0).records))):
-            with suppress(CafeError):  # bad ones are told of as they come
-                example = self._example_at(0, place)
-                if example.pair or example.dialogue:
-                    return
-                idle += 1
-        if idle:
-            parts = [name for name, trained in (("pair", self.contrast), ("dialogue", self.language)) if trained]
-            raise CafeError(f"None of the first {idle} records holds a {' or a '.join(parts)}, to be trained on.")
+    def __getitem__(self, number: int) -> Batch:
+        epoch, within = divmod(number, self.per_epoch)
+        start = (within * self.world_size + self.rank) * self.batch_size
+        examples: list[EncodedExample] = []
+        bad_records: list[str] = []
+        for position in range(start, start + self.batch_size):
+            try:
+                encoded = self._encode_at(epoch, position)
+            except RecordError as error:
+                bad_records.append(str(error))
+                continue
+            if encoded is not None:
+                examples.append(encoded)
+        return collate_examples(examples, self.packing, self.micro_batch_size, self.blank, bad_records)
 
-    def _example_at(self, epoch: int, place: int) -> Example:
-        """The record at a place of an epoch's order, with what is trained of it; that may be nothing."""
-        order = self.order(epoch)
-        records = self.sources[int(order.sources[place])]
-        example = records.example(int(order.records[place]), Random(f"{self.seed} {epoch} {place}"))
-        pair = example.pair if self.contrast else None
-        if pair and not self.hard_negatives:
-            pair = replace(pair, negatives=(), negative_scores=())
-        return Example(pair, example.dialogue if self.language else None, example.origin)
+    def collate(self, examples: list[EncodedExample]) -> Batch:
+        """Make a batch of some examples."""
+        return collate_examples(examples, self.packing, self.micro_batch_size, self.blank)
 
     def with_micro_batch_size(self, size: MicroBatchSize) -> "ContrastiveBatchDataset":
-        """The same batches in micro-batches of another size."""
+        """Return a dataset of the same batches in micro-batches of another size."""
         other = copy.copy(self)
         other.micro_batch_size = size
         return other
 
-    def largest_examples(self, count: int) -> list[EncodedExample]:
-        """The first `count` examples of this process, those with most tokens first; bad ones are left out."""
-        found = []
-        start = self.rank * self.batch_size
-        for place in range(start, start + min(count, self.batch_size)):
-            try:
-                example = self._example_at(0, place)
-                if example.pair or example.dialogue:
-                    found.append(encode_example(example, self.chat_processor, self.max_tokens))
-            except CafeError:
-                continue
-        return sorted(found, key=lambda branches: -count_unique_tokens(branches.all))
+    def blank_micro_batch(self) -> MicroBatch | None:
+        """Return a micro-batch of a blank image alone; None without `add_blank_images`."""
+        if self.blank is None:
+            return None
+        empty = pack_with_blank([], [], self.packing, self.blank)
+        return MicroBatch(empty, empty, torch.empty(0, dtype=torch.long))
 
-    def collate(self, examples: list[EncodedExample]) -> Batch:
-        """A batch of some examples."""
-        return self._collate(examples, [], [""] * len(examples))
+    def largest_examples(self, count: int) -> list[EncodedExample]:
+        """Return the first `count` good examples of this process, those with most tokens first."""
+        examples = []
+        start = self.rank * self.batch_size
+        for position in range(start, start + min(count, self.batch_size)):
+            with suppress(RecordError):  # reported when its batch is made
+                encoded = self._encode_at(0, position)
+                if encoded is not None:
+                    examples.append(encoded)
+        return sorted(examples, key=lambda example: -count_unique_tokens(example.all))
 
     def order(self, epoch: int) -> EpochOrder:
-        """The order of an epoch."""
+        """Return the order of an epoch."""
         if self._order[0] != epoch:
             self._order = (epoch, self._draw_order(epoch))
         return self._order[1]
 
     def _draw_order(self, epoch: int) -> EpochOrder:
         return epoch_order(
-            [records.chunks for records in self.sources],
-            [records.source.shuffle_window for records in self.sources],
-            [records.source.weight for records in self.sources],
+            [opened.chunks for opened in self.sources],
+            [opened.source.shuffle_window for opened in self.sources],
+            [opened.source.weight for opened in self.sources],
             self.mixture,
             self.batch_size * self.world_size,
             Random(f"order {self.seed} {epoch}"),
         )
 
-    def __getitem__(self, number: int) -> Batch:
-        epoch, within = divmod(number, self.per_epoch)
-        start = (within * self.world_size + self.rank) * self.batch_size
-        done: list[EncodedExample] = []
-        bad: list[str] = []
-        names: list[str] = []
-        for place in range(start, start + self.batch_size):
-            try:
-                example = self._example_at(epoch, place)
-                if not (example.pair or example.dialogue):
-                    continue
-                done.append(encode_example(example, self.chat_processor, self.max_tokens))
-            except CafeError as error:
-                bad.append(str(error))
-            else:
-                names.append(example.origin)
-        return self._collate(done, bad, names)
+    def _check_first_records(self) -> None:
+        """Make sure that the first records hold something to train on."""
+        num_untrained = 0
+        for position in range(min(NUM_CHECKED_RECORDS, len(self.order(0).records))):
+            with suppress(RecordError):  # reported when its batch is made
+                example = self._example_at(0, position)
+                if example.pair or example.dialogue:
+                    return
+                num_untrained += 1
+        if num_untrained:
+            parts = [name for name, trained in (("pair", self.contrast), ("dialogue", self.language)) if trained]
+            raise RecipeError(f"None of the first {num_untrained} records holds a {' or a '.join(parts)} to train on.")
 
-    def _collate(self, done: list[EncodedExample], bad: list[str], names: list[str]) -> Batch:
-        pairs = sum(branches.query is not None for branches in done)
-        embedded: list[list[Branch]] = []
-        slots: list[list[int]] = []
-        owners: list[int] = []
-        scores: list[float] = []
-        negative_ids: list[int] = []
-        pair = 0
-        for branches in done:
-            embedded.append([])
-            slots.append([])
-            if branches.query and branches.target:
-                embedded[-1] += [branches.query, branches.target, *branches.negatives]
-                hard = 2 * pairs + len(owners)
-                slots[-1] += [pair, pairs + pair, *range(hard, hard + len(branches.negatives))]
-                owners += [pair] * len(branches.negatives)
-                scores += branches.negative_match_prob
-                negative_ids += branches.negative_ids
-                pair += 1
-        spoken = [[branches.dialogue] if branches.dialogue else [] for branches in done]
-        cuts = split_micro_batches(embedded, spoken, self.micro_batch_size)
-        micro_batches = []
-        for part in cuts:
-            joint = self._pack(embedded[part], spoken[part])
-            one = part == cuts[0] or not (any(embedded[part]) and any(spoken[part]))
-            embed = joint if one else self._pack(embedded[part], [[]] * len(spoken[part]))
-            places = [slot for example in slots[part] for slot in example]
-            micro_batches.append(MicroBatch(joint, embed, torch.tensor(places, dtype=torch.long)))
-        return Batch(
-            micro_batches,
-            target_ids=torch.tensor([branches.target_id for branches in done if branches.query], dtype=torch.long),
-            negative_owner=torch.tensor(owners, dtype=torch.long),
-            negative_match_prob=torch.tensor(scores, dtype=torch.float32),
-            negative_ids=torch.tensor(negative_ids, dtype=torch.long),
-            num_supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
-            bad_records=bad,
-            record_names=names,
-        )
+    def _encode_at(self, epoch: int, position: int) -> EncodedExample | None:
+        """Encode the record at a position of an epoch's order; None if nothing of it is trained.
 
-    def _pack(self, embedded: list[list[Branch]], spoken: list[list[Branch]]) -> PackedBatch:
-        shows = any(branch.image_inputs for group in (*embedded, *spoken) for branch in group)
-        if self.blank and not shows:
-            embedded, spoken = [*embedded, []], [*spoken, [self.blank]]
-        return pack(embedded, spoken, self.packing)
-
-    def blank_micro_batch(self) -> MicroBatch | None:
-        """A micro-batch of a blank picture alone, where there are blanks."""
-        if self.blank is None:
+        Raises:
+            RecordError: the record is bad.
+        """
+        example = self._example_at(epoch, position)
+        if example.pair is None and example.dialogue is None:
             return None
-        empty = self._pack([], [])
-        return MicroBatch(empty, empty, torch.empty(0, dtype=torch.long))
+        return encode_example(example, self.chat_processor, self.max_tokens)
+
+    def _example_at(self, epoch: int, position: int) -> Example:
+        """Read the record at a position of an epoch's order, and drop what is not trained.
+
+        Raises:
+            RecordError: the record is bad.
+        """
+        order = self.order(epoch)
+        opened = self.sources[int(order.sources[position])]
+        # Choices within the record, such as its caption, are fixed by its position alone.
+        example = opened.example(int(order.records[position]), Random(f"{self.seed} {epoch} {position}"))
+        pair = example.pair if self.contrast else None
+        if pair and not self.hard_negatives:
+            pair = replace(pair, negatives=(), negative_scores=())
+        return Example(pair, example.dialogue if self.language else None, example.origin)

@@ -1,4 +1,4 @@
-"""Examples -> token sequences: decode an example's images and render its branches."""
+"""Encode examples: decode their images, render their prompts, and tokenize these into branches."""
 
 import hashlib
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from cafe.content import Content, Example, ImageRef
-from cafe.errors import CafeError
+from cafe.content import Content, Dialogue, Example, ImageRef
+from cafe.errors import RecordError
 from cafe.lvlm.processing import ChatProcessor, ProcessedImages
 from cafe.lvlm.prompts import dialogue_messages, embedding_messages
 from cafe.packing import Branch
@@ -15,7 +15,16 @@ from cafe.packing import Branch
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """The token sequences of one example."""
+    """Hold the token sequences of one example.
+
+    Attributes:
+        query, target: the pair's branches; None without a pair.
+        negatives: the branches of its hard negatives.
+        negative_match_prob: for each hard negative, the probability that it matches the query after all.
+        target_id, negative_ids: hashes of these contents, to find duplicates by.
+        dialogue: the branch that the language loss is taken on; None without a dialogue.
+        origin: the file and record.
+    """
 
     query: Branch | None
     target: Branch | None
@@ -24,61 +33,80 @@ class EncodedExample:
     target_id: int
     negative_ids: list[int]
     dialogue: Branch | None
+    origin: str = ""
+
+    @property
+    def embedding_branches(self) -> list[Branch]:
+        """Return the branches that are embedded: query, target and hard negatives."""
+        if self.query is None or self.target is None:
+            return []
+        return [self.query, self.target, *self.negatives]
+
+    @property
+    def lm_branches(self) -> list[Branch]:
+        """Return the branches that the language loss is taken on: the dialogue, if any."""
+        return [] if self.dialogue is None else [self.dialogue]
 
     @property
     def all(self) -> list[Branch]:
-        """All of them that there are."""
-        return [branch for branch in (self.query, self.target, *self.negatives, self.dialogue) if branch]
+        """Return all branches."""
+        return [*self.embedding_branches, *self.lm_branches]
 
 
 def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: int | None = None) -> EncodedExample:
-    """Decodes an example's images and renders its branches; an image is decoded and processed once for all of them.
+    """Encode an example. Each image is decoded and processed once for all branches that show it.
 
     Raises:
-        CafeError: an image is missing or damaged, or its tokens do not fit; the record is named.
+        RecordError: an image is missing or damaged, or the tokens do not fit into `max_tokens`; names the record.
     """
     try:
-        return _encode_example(example, chat_processor, max_tokens)
-    except CafeError as error:
-        raise CafeError(f"{example.origin}: {error}") from None
+        return _encode(example, chat_processor, max_tokens)
+    except RecordError as error:
+        raise RecordError(f"{example.origin}: {error}") from None
 
 
-def _encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> EncodedExample:
-    done: dict[tuple[int, ...], ProcessedImages] = {}
+def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> EncodedExample:
+    processed: dict[tuple[int, ...], ProcessedImages] = {}
 
-    def pictures(refs: Sequence[ImageRef]) -> ProcessedImages:
+    def load_images(refs: Sequence[ImageRef]) -> ProcessedImages:
+        # By identity: branches that show the same images must hold the same tensors, or nothing is shared.
         key = tuple(map(id, refs))
-        if key not in done:
-            done[key] = chat_processor.load_images(refs)
-        return done[key]
+        if key not in processed:
+            processed[key] = chat_processor.load_images(refs)
+        return processed[key]
 
-    def embedding(content: Content) -> Branch:
+    def encode_content(content: Content) -> Branch:
         messages = embedding_messages(content, chat_processor.prompts)
-        return chat_processor.encode_embedding(messages, pictures(content.images), max_tokens)
+        return chat_processor.encode_embedding(messages, load_images(content.images), max_tokens)
 
-    query = target = dialogue = None
-    negatives: list[Branch] = []
-    scores: Sequence[float] = []
-    target_id, negative_ids = 0, []
-    if example.pair:
-        query, target = embedding(example.pair.query), embedding(example.pair.target)
-        negatives = [embedding(negative) for negative in example.pair.negatives]
-        scores = example.pair.negative_scores or [0.0] * len(negatives)
-        target_id = content_hash(example.pair.target)
-        negative_ids = [content_hash(negative) for negative in example.pair.negatives]
-    if example.dialogue:
-        refs = [ref for turn in example.dialogue.turns for ref in turn.content.images]
-        messages = dialogue_messages(example.dialogue, chat_processor.prompts)
-        dialogue = chat_processor.encode_dialogue(messages, pictures(refs), max_tokens)
-    return EncodedExample(query, target, negatives, scores, target_id, negative_ids, dialogue)
+    def encode_dialogue(dialogue: Dialogue) -> Branch:
+        refs = [ref for turn in dialogue.turns for ref in turn.content.images]
+        messages = dialogue_messages(dialogue, chat_processor.prompts)
+        return chat_processor.encode_dialogue(messages, load_images(refs), max_tokens)
+
+    pair = example.pair
+    if pair is None:
+        dialogue = encode_dialogue(example.dialogue) if example.dialogue else None
+        return EncodedExample(None, None, [], [], 0, [], dialogue, example.origin)
+    return EncodedExample(
+        query=encode_content(pair.query),
+        target=encode_content(pair.target),
+        negatives=[encode_content(negative) for negative in pair.negatives],
+        negative_match_prob=pair.negative_scores or [0.0] * len(pair.negatives),
+        target_id=content_hash(pair.target),
+        negative_ids=[content_hash(negative) for negative in pair.negatives],
+        dialogue=encode_dialogue(example.dialogue) if example.dialogue else None,
+        origin=example.origin,
+    )
 
 
 def content_hash(content: Content) -> int:
-    """A number that is equal for equal contents, across processes."""
-    digest = hashlib.blake2b(digest_size=7)
+    """Hash a content to a number that is the same in every process; equal contents have equal numbers."""
+    digest = hashlib.blake2b(digest_size=7)  # 56 bits, so that it fits into a signed 64-bit tensor
     for part in content.parts:
         digest.update(str(part).encode() + b"\0")
         source = part.source if isinstance(part, ImageRef) else None
+        # A path is in its name already; images in memory are told apart by what they hold.
         if isinstance(source, bytes):
             digest.update(source)
         elif isinstance(source, Image.Image):

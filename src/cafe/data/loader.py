@@ -1,4 +1,4 @@
-"""Load batches in worker processes, and replace workers that die."""
+"""Load batches ahead in worker processes, and restart the workers if one dies."""
 
 import re
 import signal
@@ -12,32 +12,24 @@ from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.errors import CafeError
 from cafe.utils.dataloader import make_loader
 
-MIN_BATCHES_BETWEEN_CRASHES = 10  # batches; workers are ahead of the run by less
+MIN_BATCHES_BETWEEN_CRASHES = 10  # more than the workers are ahead of the run
 
 
 def iterate_batches(
-    batches: ContrastiveBatchDataset, start: int, stop: int, workers: int, report: Callable[[str], None] = print
+    dataset: ContrastiveBatchDataset,
+    start: int,
+    stop: int,
+    num_workers: int,
+    report: Callable[[str], None] = print,
 ) -> Iterator[Batch]:
-    """Batches number `start` to `stop`, made ahead in worker processes. Workers that die are replaced.
+    """Yield batches number `start` to `stop`, made ahead by worker processes. Workers that die are restarted.
 
     Raises:
         CafeError: they died again soon after.
     """
-    number, died = start, -MIN_BATCHES_BETWEEN_CRASHES
+    number, last_crash = start, -MIN_BATCHES_BETWEEN_CRASHES
     while number < stop:
-        handler = signal.getsignal(signal.SIGCHLD)
-        stream = iter(
-            make_loader(
-                batches,
-                range(number, stop),
-                workers,
-                pin_memory=torch.cuda.is_available(),
-                worker_init_fn=_leave_signals_to_the_run,
-                generator=torch.Generator(),  # else making the loader would draw from the run's own
-            )
-        )
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, handler)  # the loader's would raise in the middle of a step
+        stream = _start_workers(dataset, range(number, stop), num_workers)
         try:
             for batch in stream:
                 yield batch
@@ -45,23 +37,42 @@ def iterate_batches(
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             if not _is_worker_crash(error):
                 raise
-            if number - died < MIN_BATCHES_BETWEEN_CRASHES:
+            if number - last_crash < MIN_BATCHES_BETWEEN_CRASHES:
                 raise CafeError(
-                    f"The loader workers died twice around batch {number}: often memory is short for them, and fewer "
-                    "of them (data.num_workers) or smaller pictures need less."
+                    f"Data-loader workers died twice near batch {number}, often for lack of memory: "
+                    "reduce data.num_workers or the size of images."
                 ) from None
-            died = number
-            report(f"A loader worker died around batch {number}; new ones go on from there.")
+            last_crash = number
+            report(f"A data-loader worker died near batch {number}; restarting workers from there.")
+
+
+def _start_workers(dataset: ContrastiveBatchDataset, numbers: range, num_workers: int) -> Iterator[Batch]:
+    handler = signal.getsignal(signal.SIGCHLD)
+    stream = iter(
+        make_loader(
+            dataset,
+            numbers,
+            num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_reset_signal_handlers,
+            generator=torch.Generator(),  # otherwise the loader would draw from the run's own random numbers
+        )
+    )
+    # PyTorch's handler raises wherever the main thread is when a worker dies: in the middle of a step.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return stream
 
 
 def _is_worker_crash(error: Exception) -> bool:
-    """Whether a loader's error says that a worker died: outright, or as its last tensors are fetched from it."""
+    """Return whether a loader's error means that a worker died, also while its last tensors were fetched."""
     if isinstance(error, RuntimeError):
         return bool(re.search("DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)))
+    # An error that a worker raised itself is sent with this text in it.
     return "in DataLoader worker" not in str(error)
 
 
-def _leave_signals_to_the_run(worker: int) -> None:
-    """^C reaches a whole process group: the run takes it, its workers go on until it ends them by SIGTERM."""
+def _reset_signal_handlers(worker: int) -> None:
+    """Leave Ctrl-C, which reaches the whole process group, to the run, which ends its workers by SIGTERM."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -7,18 +7,18 @@ QUESTION = "Is the last of these a correct match for what comes before it? Answe
 
 @dataclass(frozen=True, kw_only=True)
 class MiningConfig:
-    """How hard negatives are found.
+    """How hard negatives are mined.
 
     Attributes:
-        negatives: how many a record gets, at most; the hardest.
-        top: how many of the closest targets are looked at.
-        max_positive_ratio: a negative's similarity is below this share of the positive's (NV-Retriever's perc-to-pos); null for no
-            such limit.
-        margin: it is below the positive's by at least this; null for no such limit.
-        judge: drop what the model itself says "yes" to with at least this probability; null asks nothing.
-        soft: keep it as a soft target instead, with that probability as its score.
-        question: what it is asked.
-        batch_size: records that go through the model at once.
+        negatives: the maximum number per record; the hardest are taken.
+        top: the number of nearest targets considered per query.
+        max_positive_ratio: reject candidates whose similarity reaches this fraction of the positive's (NV-Retriever's
+            perc-to-pos); null for no such limit.
+        margin: reject candidates whose similarity is not below the positive's by this much; null for no such limit.
+        judge: drop candidates that the model itself calls a match with at least this probability; null does not ask.
+        soft: keep these as soft targets instead, with that probability as their score.
+        question: what the judge is asked.
+        batch_size: records per forward pass.
         workers: processes that decode and tokenize.
     """
 

@@ -1,7 +1,7 @@
-"""Let the model judge which candidates match after all."""
+"""Let the model's generative half judge which candidates match after all, and choose negatives."""
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import islice
 
 import torch
 from jaxtyping import Float
@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cafe.content import Content, Dialogue, Turn
+from cafe.content import Content, Dialogue, Pair, Turn
 from cafe.lvlm.forward import compute_logits, forward_packed
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages
@@ -20,38 +20,16 @@ from cafe.packing import Branch, PackedBatch, pack
 from cafe.utils.dataloader import make_loader
 
 
-class _Questions(Dataset[PackedBatch]):
-    """About each candidate of some pairs, the question whether it matches."""
-
-    def __init__(
-        self, examples: Examples, embedded: EmbeddedPairs, found: list[list[int]], model: Cafe, mining: MiningConfig
-    ) -> None:
-        self.examples, self.places, self.found = examples, embedded.places, found
-        self.chat_processor, self.packing, self.mining = model.chat_processor, model.packing, mining
-
-    def __getitem__(self, numbers: list[int]) -> PackedBatch:
-        groups = []
-        for number in numbers:
-            query = self._pair(number).query
-            others = [self._pair(other).target for other in self.found[number]]
-            groups.append(questions(query, others, self.chat_processor, self.mining.question))
-        return pack(groups, [[]] * len(groups), self.packing)
-
-    def _pair(self, number: int) -> Any:
-        return self.examples[self.places[number]].pair
-
-
-def questions(query: Content, others: Sequence[Content], chat_processor: ChatProcessor, question: str) -> list[Branch]:
-    """The prompts that ask of each content whether it matches the query; they share the query's tokens."""
-    done = []
-    refs = [ref for content in (query, *others) for ref in content.images]
-    shown = dict(zip(map(id, refs), chat_processor.decode_images(refs), strict=True))
-    for other in others:
-        asked = Content((*query.parts, "\n", *other.parts, f"\n{question}"))
-        pictures = chat_processor.process_images([shown[id(ref)] for ref in asked.images])
-        messages = dialogue_messages(Dialogue((Turn("user", asked),)), chat_processor.prompts)
-        done.append(chat_processor.encode_prompt(messages, pictures))
-    return done
+def select_negatives(
+    model: Cafe, examples: Examples, embedded: EmbeddedPairs, candidates: list[list[int]], config: MiningConfig
+) -> list[dict[int, float]]:
+    """Choose the hard negatives of each pair, and the score of each; ask the judge first if there is one."""
+    scored = [dict.fromkeys(row, 0.0) for row in candidates]
+    if config.judge is not None:
+        # Judging is the slow part, so only twice as many as are wanted are judged.
+        shortlists = [row[: 2 * config.negatives] for row in candidates]
+        scored = filter_by_judge(model, examples, embedded, shortlists, config, config.judge)
+    return [dict(islice(row.items(), config.negatives)) for row in scored]
 
 
 @torch.inference_mode()
@@ -59,42 +37,86 @@ def filter_by_judge(
     model: Cafe,
     examples: Examples,
     embedded: EmbeddedPairs,
-    found: list[list[int]],
-    mining: MiningConfig,
+    candidates: list[list[int]],
+    config: MiningConfig,
     threshold: float,
 ) -> list[dict[int, float]]:
-    """The candidates that are kept, and the score of each.
+    """Return for each pair the candidates that remain, and the score of each.
 
-    Those that the model calls matches, because its probability of "yes" is not below the threshold, are dropped, or
-    kept with that probability as their score where `mining.soft` says so. The others' is 0.
+    A candidate is a match if the model's probability of "yes" reaches the threshold. Matches are dropped or, with
+    `config.soft`, kept with that probability as their score; all others have the score 0.
     """
-    asked = [number for number, row in enumerate(found) if row]
-    size = max(1, mining.batch_size // 4)
-    groups = [asked[start : start + size] for start in range(0, len(asked), size)]
-    data = _Questions(examples, embedded, found, model, mining)
-    stream = make_loader(data, groups, mining.workers)
-    kept: list[dict[int, float]] = [{} for _ in found]
-    for numbers, laid in zip(groups, tqdm(stream, desc="judge", unit="batch", total=len(groups)), strict=True):
-        hidden, _ = forward_packed(model.lvlm, laid)
-        chances = iter(yes_probability(model, hidden).tolist())
-        for number in numbers:
-            scores = {other: next(chances) for other in found[number]}
-            if mining.soft:
-                kept[number] = {other: score if score >= threshold else 0.0 for other, score in scores.items()}
+    judged = [number for number, row in enumerate(candidates) if row]
+    size = max(1, config.batch_size // 4)  # a group holds a prompt per candidate
+    groups = [judged[start : start + size] for start in range(0, len(judged), size)]
+    stream = make_loader(_JudgeDataset(examples, embedded, candidates, model, config), groups, config.workers)
+
+    result: list[dict[int, float]] = [{} for _ in candidates]
+    for group, packed in zip(groups, tqdm(stream, desc="judge", unit="batch", total=len(groups)), strict=True):
+        hidden, _ = forward_packed(model.lvlm, packed)
+        probabilities = iter(yes_probability(model, hidden).tolist())
+        for number in group:
+            scores = {candidate: next(probabilities) for candidate in candidates[number]}
+            if config.soft:
+                result[number] = {c: score if score >= threshold else 0.0 for c, score in scores.items()}
             else:
-                kept[number] = {other: 0.0 for other, score in scores.items() if score < threshold}
-    return kept
+                result[number] = {c: 0.0 for c, score in scores.items() if score < threshold}
+    return result
+
+
+class _JudgeDataset(Dataset[PackedBatch]):
+    """Pack the judge's prompts for the candidates of some pairs."""
+
+    def __init__(
+        self,
+        examples: Examples,
+        embedded: EmbeddedPairs,
+        candidates: list[list[int]],
+        model: Cafe,
+        config: MiningConfig,
+    ) -> None:
+        self.examples, self.record_keys, self.candidates = examples, embedded.record_keys, candidates
+        self.chat_processor, self.packing, self.question = model.chat_processor, model.packing, config.question
+
+    def __getitem__(self, numbers: list[int]) -> PackedBatch:
+        groups = []
+        for number in numbers:
+            query = self._pair(number).query
+            targets = [self._pair(candidate).target for candidate in self.candidates[number]]
+            groups.append(judge_branches(query, targets, self.chat_processor, self.question))
+        return pack(groups, [[]] * len(groups), self.packing)
+
+    def _pair(self, number: int) -> Pair:
+        pair = self.examples[self.record_keys[number]].pair
+        assert pair is not None  # records without a pair are not embedded
+        return pair
+
+
+def judge_branches(
+    query: Content, targets: Sequence[Content], chat_processor: ChatProcessor, question: str
+) -> list[Branch]:
+    """Encode the prompts that ask of each target whether it matches the query; they share the query's tokens."""
+    refs = [ref for content in (query, *targets) for ref in content.images]
+    images = dict(zip(map(id, refs), chat_processor.decode_images(refs), strict=True))  # the query's are decoded once
+    branches = []
+    for target in targets:
+        content = Content((*query.parts, "\n", *target.parts, f"\n{question}"))
+        processed = chat_processor.process_images([images[id(ref)] for ref in content.images])
+        messages = dialogue_messages(Dialogue((Turn("user", content),)), chat_processor.prompts)
+        branches.append(chat_processor.encode_prompt(messages, processed))
+    return branches
 
 
 def yes_probability(model: Cafe, hidden: Float[Tensor, "questions dim"]) -> Float[Tensor, " questions"]:
-    """The probability of "yes" against "no" as the next word, from the hidden state before it."""
+    """Return the probability of "yes" against "no" as the next word, given the hidden state before it."""
     logits = compute_logits(model.lvlm, hidden)
-    positive, negative = (_first_tokens(model.chat_processor, word) for word in ("yes", "no"))
-    return torch.sigmoid(
-        logits[:, sorted(positive - negative)].logsumexp(1) - logits[:, sorted(negative - positive)].logsumexp(1)
-    )
+    yes, no = (_first_tokens(model.chat_processor, word) for word in ("yes", "no"))
+    # A token that both words begin with, such as a lone space, says nothing.
+    yes_logit = logits[:, sorted(yes - no)].logsumexp(1)
+    no_logit = logits[:, sorted(no - yes)].logsumexp(1)
+    return torch.sigmoid(yes_logit - no_logit)
 
 
 def _first_tokens(chat_processor: ChatProcessor, word: str) -> set[int]:
-    forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-    return {chat_processor.tokenizer(form, add_special_tokens=False)["input_ids"][0] for form in forms}
+    spellings = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
+    return {chat_processor.tokenizer(spelling, add_special_tokens=False)["input_ids"][0] for spelling in spellings}

@@ -1,64 +1,124 @@
-"""Write mined records that read back as they were."""
+"""Write a source of the format "pairs" that reads back as the records were, but with mined negatives."""
 
 import hashlib
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tqdm import tqdm
 
 from cafe.content import Content, Example, ImageRef
 from cafe.data.image_fields import IMAGE_TOKEN
-from cafe.errors import CafeError
+from cafe.errors import RecordError
 from cafe.images.decoding import image_errors
+from cafe.mining.embed import EmbeddedPairs, Examples, RecordKey
+
+
+def write_source(
+    output: Path, examples: Examples, embedded: EmbeddedPairs, negatives: list[dict[int, float]], soft: bool
+) -> dict[RecordKey, str]:
+    """Write `records.jsonl` and `quarantine.jsonl` to a folder, and images without a file to its `images`.
+
+    Args:
+        output: the folder.
+        examples: all records.
+        embedded: their pairs.
+        negatives: for each pair the numbers of the pairs whose targets are its negatives, and their scores.
+        soft: whether to write the scores.
+
+    Returns:
+        Why records are bad, in embedding or in writing.
+    """
+    bad_records = dict(embedded.bad_records)
+    chosen = dict(zip(embedded.record_keys, negatives, strict=True))
+    path = output / "records.jsonl"
+    # Half of a character, in a dialogue that nobody has read yet, is written as JSON escapes it.
+    with path.with_suffix(".partial").open("w", encoding="utf-8", errors="backslashreplace") as out:
+        for key in tqdm(examples.keys(), desc="write", unit="record"):
+            if key in bad_records:
+                continue
+            try:
+                example = _with_negatives(examples, embedded, key, chosen.get(key, {}), soft)
+                record = to_record(example, output)
+            except RecordError as error:
+                bad_records[key] = str(error)
+                continue
+            out.write(json.dumps(record, ensure_ascii=False) + "\n")
+    path.with_suffix(".partial").replace(path)
+    with (output / "quarantine.jsonl").open("w") as out:
+        out.writelines(json.dumps({"reason": reason}) + "\n" for reason in bad_records.values())
+    return bad_records
+
+
+def _with_negatives(
+    examples: Examples, embedded: EmbeddedPairs, key: RecordKey, scores: dict[int, float], soft: bool
+) -> Example:
+    example = examples[key]
+    if example.pair is None:
+        return example
+    pairs = [examples[embedded.record_keys[number]].pair for number in scores]
+    negatives = tuple(pair.target for pair in pairs if pair)
+    negative_scores = tuple(scores.values()) if soft else ()
+    return replace(example, pair=replace(example.pair, negatives=negatives, negative_scores=negative_scores))
 
 
 def to_record(example: Example, output: Path) -> dict[str, Any]:
-    """An example as a record of the format "pairs"; pictures without a file are written to `output`/images.
+    """Make a record of the format "pairs"; images without a file are written to `output`/images.
 
     Raises:
-        CafeError: one of these is damaged, so far as is seen without decoding it; the record is named.
+        RecordError: an image is damaged, as far as its header shows; names the record.
     """
+    record: dict[str, Any] = {"id": example.origin}
     try:
-        return _as_row(example, output)
-    except CafeError as error:
-        raise CafeError(f"{example.origin}: {error}") from None
+        if example.pair:
+            record |= _pair_fields(example, output)
+        if example.dialogue:
+            turns = [(turn.role, *_text_and_images(turn.content, output)) for turn in example.dialogue.turns]
+            record["image"] = [image for _, _, images in turns for image in images]
+            record["conversations"] = [{"role": role, "content": text} for role, text, _ in turns]
+    except RecordError as error:
+        raise RecordError(f"{example.origin}: {error}") from None
+    return record
 
 
-def _as_row(example: Example, output: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": example.origin}
-    if example.pair:
-        for side, content in (("query", example.pair.query), ("positive", example.pair.target)):
-            row[side], row[f"{side}_image"] = _marked(content, output)
-        negatives = [_marked(negative, output) for negative in example.pair.negatives]
-        row["negatives"] = [{"text": text, "images": images} for text, images in negatives]
-        if example.pair.negative_scores:
-            row["negative_scores"] = [round(score, 4) for score in example.pair.negative_scores]
-    if example.dialogue:
-        said = [(turn.role, *_marked(turn.content, output)) for turn in example.dialogue.turns]
-        row["image"] = [image for _, _, images in said for image in images]
-        row["conversations"] = [{"role": role, "content": text} for role, text, _ in said]
-    return row
+def _pair_fields(example: Example, output: Path) -> dict[str, Any]:
+    pair = example.pair
+    assert pair is not None
+    fields: dict[str, Any] = {}
+    for side, content in (("query", pair.query), ("positive", pair.target)):
+        fields[side], fields[f"{side}_image"] = _text_and_images(content, output)
+    negatives = [_text_and_images(negative, output) for negative in pair.negatives]
+    fields["negatives"] = [{"text": text, "images": images} for text, images in negatives]
+    if pair.negative_scores:
+        fields["negative_scores"] = [round(score, 4) for score in pair.negative_scores]
+    return fields
 
 
-def _marked(content: Content, output: Path) -> tuple[str, list[str]]:
-    """A content's text with marks where its pictures stand, and where those are kept."""
-    # A user's words that look like a mark are broken up, as they are when they are rendered.
+def _text_and_images(content: Content, output: Path) -> tuple[str, list[str]]:
+    """Return a content's text with image tokens where its images stand, and the files of these."""
+    # A user's words that look like an image token are broken up, as they are when they are rendered.
     texts = [part.replace(IMAGE_TOKEN, "< image>") if isinstance(part, str) else IMAGE_TOKEN for part in content.parts]
-    return "".join(texts), [_kept(ref, output) for ref in content.images]
+    return "".join(texts), [_image_file(ref, output) for ref in content.images]
 
 
-def _kept(ref: ImageRef, output: Path) -> str:
+def _image_file(ref: ImageRef, output: Path) -> str:
+    """Return the path of an image's file, written now if there is none."""
     if isinstance(ref.source, Path):
         return str(ref.source.absolute())
-    data = ref.source
-    if isinstance(data, Image.Image):
-        out = io.BytesIO()
-        data.save(out, "PNG")
-        data = out.getvalue()
+    data = _encode_png(ref.source) if isinstance(ref.source, Image.Image) else ref.source
     with image_errors(ref), Image.open(io.BytesIO(data)) as image:
         suffix = (image.format or "image").lower()
+    # Named by its content, so that an image of several records is written once.
     name = f"images/{hashlib.blake2b(data, digest_size=16).hexdigest()}.{suffix}"
     if not (output / name).is_file():
         (output / name).write_bytes(data)
     return name
+
+
+def _encode_png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "PNG")
+    return out.getvalue()

@@ -73,7 +73,7 @@ def build_dataset(
         rank=rank,
         world_size=world,
         mixture=recipe.data.mixture,
-        blanks=sharded,
+        add_blank_images=sharded,
     )
 
 

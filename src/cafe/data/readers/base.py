@@ -1,7 +1,7 @@
-"""The rows of a file, whatever kind of file it is: how many, and any of them when asked for.
+"""The rows of a file of any kind: how many there are, and any of them on demand.
 
-A row is a mapping of names to values. Nothing but an index is held of what may be large (JSON lines, parquet, tar): a
-row is read where it is needed, in a worker. `chunks` says how many rows in a run are read best together.
+A row is a mapping of names to values. Of files that may be large (JSON lines, parquet, tar) only an index is kept in
+memory; a row is read where it is needed, in a worker.
 """
 
 import csv
@@ -15,7 +15,7 @@ from cafe.data.files import read
 from cafe.data.readers.json_lines import JsonLines
 from cafe.data.readers.parquet import Parquet
 from cafe.data.readers.tar import Tar
-from cafe.errors import CafeError
+from cafe.errors import CafeError, RecordError
 
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
 
@@ -24,8 +24,8 @@ class Rows(Protocol):
     """The rows of one file.
 
     Attributes:
-        name: the file's.
-        chunks: the lengths of runs of rows that are read best together.
+        name: the file's name.
+        chunks: the lengths of runs of rows that are best read together.
     """
 
     @property
@@ -35,41 +35,42 @@ class Rows(Protocol):
     def chunks(self) -> Sequence[int]: ...
 
     def __getitem__(self, index: int) -> Any:
-        """A row.
+        """Read a row.
 
         Raises:
-            CafeError: it is damaged.
+            RecordError: the row is damaged.
+            CafeError: the file cannot be read.
         """
 
 
-def open_rows(name: str, kept: int) -> Rows:
-    """Opens a file by its kind.
+def open_rows(name: str, max_cached: int) -> Rows:
+    """Open a file by its kind.
 
     Args:
         name: a path or URL.
-        kept: how many chunks to hold in memory.
+        max_cached: the number of chunks to keep in memory.
 
     Raises:
-        CafeError: it is missing, damaged or of no known kind.
+        CafeError: it is missing, damaged or of unknown kind.
     """
-    kind = Path(name).suffix.lower()
-    if kind not in KINDS:
-        raise CafeError(f"The data file {name} is of no kind that is read: {', '.join(KINDS)}.")
-    if kind in (".jsonl", ".ndjson"):
-        return JsonLines(name)
-    if kind == ".parquet":
-        return Parquet(name, kept)
-    if kind == ".tar":
-        return Tar(name)
-    if kind == ".json":
-        return InMemoryRows(name, load_json(name))
-    csv.field_size_limit(2**31 - 1)  # a cell may hold a picture in base64
-    text = io.StringIO(_text(name, read(name)), newline="")
-    return InMemoryRows(name, list(csv.DictReader(text, delimiter="\t" if kind == ".tsv" else ",")))
+    match Path(name).suffix.lower():
+        case ".jsonl" | ".ndjson":
+            return JsonLines(name)
+        case ".parquet":
+            return Parquet(name, max_cached)
+        case ".tar":
+            return Tar(name)
+        case ".json":
+            return InMemoryRows(name, load_json(name))
+        case ".csv":
+            return InMemoryRows(name, _load_csv(name, ","))
+        case ".tsv":
+            return InMemoryRows(name, _load_csv(name, "\t"))
+    raise CafeError(f"The data file {name} is of no kind that is read: {', '.join(KINDS)}.")
 
 
 def load_json(name: str) -> Any:
-    """What a JSON file holds.
+    """Load a JSON file.
 
     Raises:
         CafeError: it is missing or not JSON.
@@ -80,11 +81,13 @@ def load_json(name: str) -> Any:
         raise CafeError(f"The data file {name} is not valid JSON: {error}.") from None
 
 
-def _text(name: str, data: bytes) -> str:
+def _load_csv(name: str, delimiter: str) -> list[dict[str, str]]:
+    csv.field_size_limit(2**31 - 1)  # a cell may hold an image in base64
     try:
-        return data.decode("utf-8-sig")  # spreadsheets write a mark before the first column's name
+        text = read(name).decode("utf-8-sig")  # spreadsheets write a byte order mark before the first column's name
     except UnicodeDecodeError as error:
         raise CafeError(f"The data file {name} is not UTF-8 text: {error}.") from None
+    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
 
 
 class InMemoryRows:
@@ -100,10 +103,10 @@ class InMemoryRows:
 
 
 class UnreadableFile:
-    """Stands for a file that cannot be read, beside others that can: so many rows, and all of them damaged."""
+    """Stand for a file that cannot be read, among others that can: so many rows, all of them bad."""
 
-    def __init__(self, name: str, reason: str, rows: int) -> None:
-        self.name, self.reason, self.chunks = name, reason, [rows]
+    def __init__(self, name: str, reason: str, num_rows: int) -> None:
+        self.name, self.reason, self.chunks = name, reason, [num_rows]
 
     def __getitem__(self, index: int) -> Any:
-        raise CafeError(self.reason)
+        raise RecordError(self.reason)

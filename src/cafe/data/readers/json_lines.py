@@ -1,39 +1,46 @@
-"""JSON lines: one record a line, read where it lies."""
+"""JSON lines: an index of where each line begins and ends."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
 from cafe.data.files import file_errors, is_url, read
-from cafe.errors import CafeError
+from cafe.errors import RecordError
 
 
 class JsonLines:
-    """JSON lines. A local file's are looked up where they lie; one from an object store is held."""
+    """Read JSON lines by an index of byte ranges; a file from an object store is kept in memory."""
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.cached = read(name) if is_url(name) else None
-        starts, at = [], 0
+        self.content = read(name) if is_url(name) else None
+        lines = _local_lines(name) if self.content is None else self.content.splitlines(keepends=True)
         with file_errors(name):
-            for line in self.cached.splitlines(keepends=True) if self.cached is not None else _lines(name):
-                if line.strip():
-                    starts.append((at, at + len(line)))
-                at += len(line)
-        self.places = np.array(starts, np.int64).reshape(-1, 2)
-        self.chunks = [len(starts)]
+            ranges = list(_byte_ranges(lines))
+        self.ranges = np.array(ranges, np.int64).reshape(-1, 2)
+        self.chunks = [len(ranges)]
 
     def __getitem__(self, index: int) -> Any:
-        start, stop = self.places[index].tolist()
-        line = self.cached[start:stop] if self.cached is not None else read(self.name, start, stop)
+        start, stop = self.ranges[index].tolist()
+        line = read(self.name, start, stop) if self.content is None else self.content[start:stop]
         try:
             return json.loads(line)
         except ValueError as error:
-            raise CafeError(f"the line is not valid JSON: {error}.") from None
+            raise RecordError(f"the line is not valid JSON: {error}.") from None
 
 
-def _lines(name: str) -> Iterator[bytes]:
+def _byte_ranges(lines: Iterable[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield where each line begins and ends, without empty ones."""
+    start = 0
+    for line in lines:
+        stop = start + len(line)
+        if line.strip():
+            yield start, stop
+        start = stop
+
+
+def _local_lines(name: str) -> Iterator[bytes]:
     with open(name, "rb") as file:
         yield from file

@@ -12,7 +12,7 @@ from cafe.data.files import file_errors
 
 
 class Parquet:
-    """A parquet file. A row group is the least that can be read; some are kept."""
+    """Read a parquet file. A row group is the least that can be read; the last used ones are cached."""
 
     def __init__(self, name: str, max_cached: int) -> None:
         self.name, self.max_cached = name, max_cached
@@ -23,11 +23,11 @@ class Parquet:
         self.cached: OrderedDict[int, pa.Table] = OrderedDict()
 
     def __getitem__(self, index: int) -> Any:
-        group = int(np.searchsorted(self.ends, index, side="right"))
-        within = index - int(self.ends[group]) + self.chunks[group]
-        return self._group(group).slice(within, 1).to_pylist()[0]
+        number = int(np.searchsorted(self.ends, index, side="right"))
+        within = index - int(self.ends[number]) + self.chunks[number]
+        return self._row_group(number).slice(within, 1).to_pylist()[0]
 
-    def _group(self, number: int) -> pa.Table:
+    def _row_group(self, number: int) -> pa.Table:
         if number not in self.cached:
             with file_errors(self.name), fsspec.open(self.name) as file:
                 self.cached[number] = pq.ParquetFile(file).read_row_group(number)

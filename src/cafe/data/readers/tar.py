@@ -1,4 +1,8 @@
-"""WebDataset tars, read by an index of their rows."""
+"""WebDataset tars, read by an index of where each row begins.
+
+The index is built by one pass over the file's headers and kept in the user's cache. Rows are read by byte range, so a
+tar on an object store is never downloaded whole.
+"""
 
 import hashlib
 import io
@@ -14,96 +18,111 @@ import numpy as np
 
 from cafe.data.files import file_errors, file_version, read
 from cafe.data.image_fields import is_image_name
-from cafe.errors import CafeError
+from cafe.errors import CafeError, RecordError
+
+BLOCK = 512  # bytes, of which tars are made
 
 
 class Tar:
-    """A WebDataset tar: files whose names agree up to the first dot are one row.
+    """Read a tar in which files whose names agree up to the first dot are one row.
 
     A row has the fields of its .json, its text (.txt, .caption) under "positive" and under its own suffix, and all its
-    pictures, in the order they lie in, under "image" and "query_image". Its bytes are found by an index that is made at
-    first use, by a pass over the file, and kept in the user's cache. A file cut short ends in one damaged row.
+    images, in their order in the file, under "image" and "query_image". A truncated file ends in one damaged row.
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.starts, self.damage = _index(name)
+        self.starts, self.damage = _load_index(name)
         self.chunks = [len(self.starts) - 1 + bool(self.damage)]
 
     def __getitem__(self, index: int) -> Any:
         if index >= len(self.starts) - 1:
-            raise CafeError(f"what follows is lost: {self.damage}.")
+            raise RecordError(f"the rest of the file is lost: {self.damage}.")
         data = read(self.name, int(self.starts[index]), int(self.starts[index + 1]))
         row: dict[str, Any] = {}
-        shown: list[bytes] = []
+        images: list[bytes] = []
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
                 for member in tar:
                     if _is_member(member):
-                        _add_member(row, shown, member.name, tar.extractfile(member).read())  # type: ignore[union-attr]
+                        content = tar.extractfile(member).read()  # type: ignore[union-attr]  # None for folders alone
+                        _add_member(row, images, member.name, content)
         except (tarfile.TarError, ValueError) as error:
-            raise CafeError(f"the row is damaged: {error}.") from None
-        return row | ({"image": shown, "query_image": shown} if shown else {})
+            raise RecordError(f"the row is damaged: {error}.") from None
+        if images:
+            row |= {"image": images, "query_image": images}
+        return row
 
 
-def _add_member(row: dict[str, Any], shown: list[bytes], name: str, data: bytes) -> None:
-    """Puts a member of a tar into its row."""
-    row["__key__"], kind = _parts(name)
+def _add_member(row: dict[str, Any], images: list[bytes], name: str, data: bytes) -> None:
+    """Add a member of a tar to its row, or to the row's images."""
+    row["__key__"], suffix = _split_name(name)
     if is_image_name(name):
-        shown.append(data)
-    elif kind.endswith("json"):
+        images.append(data)
+    elif suffix.endswith("json"):
         value = json.loads(data)
-        row.update(value if isinstance(value, dict) else {kind: value})
-    elif kind in ("txt", "caption", "text"):
-        row[kind] = row["positive"] = data.decode().strip()
+        row.update(value if isinstance(value, dict) else {suffix: value})
+    elif suffix in ("txt", "caption", "text"):
+        row[suffix] = row["positive"] = data.decode().strip()
     else:
-        row[kind] = data
+        row[suffix] = data
 
 
 def _is_member(member: tarfile.TarInfo) -> bool:
-    """Whether a member is part of a row: a file, and not one that a Mac hides beside each (._a.jpg)."""
+    """Return whether a member belongs to a row: a file, and not one that macOS hides beside it (._a.jpg)."""
     return member.isfile() and not Path(member.name).name.startswith(".")
 
 
-def _parts(name: str) -> tuple[str, str]:
-    """A member's key, and what follows the first dot."""
+def _split_name(name: str) -> tuple[str, str]:
+    """Split a member's name at the first dot after its folder, into its row's key and its suffix."""
     folder, slash, last = name.rpartition("/")
-    stem, _, kind = last.partition(".")
-    return folder + slash + stem, kind.lower()
+    stem, _, suffix = last.partition(".")
+    return folder + slash + stem, suffix.lower()
 
 
-def _index(name: str) -> tuple[np.ndarray, str]:
-    """Where each row of a tar begins, at last where the last one ends; and what is wrong with the file, if anything.
+def _load_index(name: str) -> tuple[np.ndarray, str]:
+    """Return where each row begins, followed by where the last one ends; and what is wrong with the file, if anything.
 
     Raises:
         CafeError: it cannot be read at all.
     """
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    kept = home / "cafe" / "tars" / f"{hashlib.blake2b(file_version(name).encode(), digest_size=16).hexdigest()}.npy"
-    with suppress(OSError):  # it is not there yet, or may not be read
-        return np.load(kept), ""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    key = hashlib.blake2b(file_version(name).encode(), digest_size=16).hexdigest()
+    path = cache / "cafe" / "tars" / f"{key}.npy"
+    with suppress(OSError):  # not there yet, or not readable
+        return np.load(path), ""
+    index, damage = _build_index(name)
+    if not damage:  # of which the cache would not tell
+        with suppress(OSError):  # the cache is not writable: the index is built again next time
+            _write_index(path, index)
+    return index, damage
+
+
+def _build_index(name: str) -> tuple[np.ndarray, str]:
     starts, key, end, damage = [], None, 0, ""
     with file_errors(name), fsspec.open(name) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if _is_member(member) and _parts(member.name)[0] != key:
-                        key = _parts(member.name)[0]
+                    if _is_member(member) and _split_name(member.name)[0] != key:
+                        key = _split_name(member.name)[0]
                         starts.append(member.offset)
                     end = tar.offset
+            # A whole tar ends with a block of zeros; tarfile accepts one that was cut between two members.
             file.seek(end)
-            if any(block := file.read(512)) or len(block) < 512:
+            block = file.read(BLOCK)
+            if any(block) or len(block) < BLOCK:
                 damage = "the file ends without its end mark"
         except tarfile.TarError as error:
             if not starts:
                 raise CafeError(f"The data file {name} cannot be read: {error}.") from None
-            damage, end = str(error), starts.pop()
-    index = np.array([*starts, end], np.int64)
-    if not damage:
-        with suppress(OSError):  # a home that cannot be written to: the index is made again the next time
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            partial = kept.with_suffix(f".{os.getpid()}")
-            with partial.open("wb") as out:
-                np.save(out, index)
-            partial.replace(kept)
-    return index, damage
+            damage, end = str(error), starts.pop()  # the row that was being read is lost
+    return np.array([*starts, end], np.int64), damage
+
+
+def _write_index(path: Path, index: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")  # several workers may write it at the same time
+    with partial.open("wb") as out:
+        np.save(out, index)
+    partial.replace(path)

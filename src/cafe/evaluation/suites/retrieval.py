@@ -219,7 +219,7 @@ def _records(paths: Sequence[Path]) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), kept=1)
+    rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), max_cached=1)
     for number in range(sum(rows.chunks)):
         try:
             row = rows[number]
