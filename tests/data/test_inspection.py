@@ -121,4 +121,4 @@ def test_the_command_prints_writes_and_fails_on_too_many_bad_records(messy, rand
 
 
 def test_percentiles_and_duplicates():
-    assert percentiles(range(101)) == "0 · 50 · 95 · 100" and count_duplicates(iter([b"1", b"2", b"1", b"1"])) == 2
+    assert percentiles(range(101)) == "0 · 50 · 95 · 100" and count_duplicates([b"1", b"2", b"1", b"1"]) == 2

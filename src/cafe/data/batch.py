@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import chain
 
 import torch
 from jaxtyping import Float32, Int64
@@ -32,6 +33,7 @@ class MicroBatch:
 
     def pin_memory(self) -> "MicroBatch":
         """Copy the tensors to page-locked memory, each once."""
+        # One object stays one object, or its tensors would be copied to the GPU twice.
         joint = self.joint.pin_memory()
         embedding_only = joint if self.embedding_only is self.joint else self.embedding_only.pin_memory()
         return MicroBatch(joint, embedding_only, self.embedding_slots.pin_memory())
@@ -110,38 +112,52 @@ def collate_examples(
         blank: added to each pack without images, see `blank_branch`; None adds nothing.
         bad_records: why other records were skipped.
     """
-    embedding = [example.embedding_branches for example in examples]
-    language = [example.lm_branches for example in examples]
-    slots = _assign_embedding_slots(examples)
-
-    micro_batches: list[MicroBatch] = []
-    for part in split_micro_batches(embedding, language, size):
-        joint = pack_with_blank(embedding[part], language[part], packing, blank)
-        # The gradient cache embeds every micro-batch but the first twice, and the first time without dialogues.
-        is_first = not micro_batches
-        if not is_first and any(embedding[part]) and any(language[part]):
-            no_language: list[list[Branch]] = [[]] * len(language[part])
-            embedding_only = pack_with_blank(embedding[part], no_language, packing, blank)
-        else:
-            embedding_only = joint
-        rows = torch.tensor([row for example in slots[part] for row in example], dtype=torch.long)
-        micro_batches.append(MicroBatch(joint, embedding_only, rows))
+    micro_batches = _make_micro_batches(examples, packing, size, blank)
 
     # What the contrastive loss needs to know of each pair and each hard negative, in the order of the embeddings.
-    pairs = [example for example in examples if example.embedding_branches]
-    owners = [index for index, example in enumerate(pairs) for _ in example.negatives]
-    match_prob = [prob for example in pairs for prob in example.negative_match_prob]
-    negative_ids = [negative_id for example in pairs for negative_id in example.negative_ids]
+    target_ids: list[int] = []
+    owners: list[int] = []
+    match_prob: list[float] = []
+    negative_ids: list[int] = []
+    for example in examples:
+        if example.embedding_branches:
+            owners += [len(target_ids)] * len(example.negatives)
+            match_prob += example.negative_match_prob
+            negative_ids += example.negative_ids
+            target_ids.append(example.target_id)
     return Batch(
         micro_batches,
-        target_ids=torch.tensor([example.target_id for example in pairs], dtype=torch.long),
+        target_ids=torch.tensor(target_ids, dtype=torch.long),
         negative_owner=torch.tensor(owners, dtype=torch.long),
         negative_match_prob=torch.tensor(match_prob, dtype=torch.float32),
         negative_ids=torch.tensor(negative_ids, dtype=torch.long),
+        # Of all micro-batches: the language loss is a mean over the tokens of the batch, not a mean of means.
         num_supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
         bad_records=list(bad_records),
         record_names=[example.origin for example in examples],
     )
+
+
+def _make_micro_batches(
+    examples: Sequence[EncodedExample], packing: PackingConfig, size: MicroBatchSize, blank: Branch | None
+) -> list[MicroBatch]:
+    embedding = [example.embedding_branches for example in examples]
+    language = [example.lm_branches for example in examples]
+    slots = _assign_embedding_slots(examples)
+    micro_batches: list[MicroBatch] = []
+    for part in split_micro_batches(embedding, language, size):
+        joint = pack_with_blank(embedding[part], language[part], packing, blank)
+        # The gradient cache first embeds every micro-batch without its dialogues, but the first one, which it runs
+        # once with everything. A micro-batch of one kind of branch needs no second pack either.
+        runs_twice = len(micro_batches) > 0
+        if runs_twice and any(embedding[part]) and any(language[part]):
+            no_language: list[list[Branch]] = [[]] * len(language[part])
+            embedding_only = pack_with_blank(embedding[part], no_language, packing, blank)
+        else:
+            embedding_only = joint
+        rows = torch.tensor(list(chain.from_iterable(slots[part])), dtype=torch.long)
+        micro_batches.append(MicroBatch(joint, embedding_only, rows))
+    return micro_batches
 
 
 def _assign_embedding_slots(examples: Sequence[EncodedExample]) -> list[list[int]]:
@@ -151,7 +167,7 @@ def _assign_embedding_slots(examples: Sequence[EncodedExample]) -> list[list[int
     pair, negative = 0, 2 * num_pairs
     for example in examples:
         if not example.embedding_branches:
-            slots.append(list[int]())
+            slots.append(list[int]())  # keeps examples and their slots side by side
             continue
         end = negative + len(example.negatives)
         slots.append([pair, num_pairs + pair, *range(negative, end)])
@@ -168,9 +184,10 @@ def split_micro_batches(
     cuts = []
     start, tokens, crops = 0, 0, 0
     for index, branches in enumerate(map(list.__add__, embedding, language)):
+        # Examples share nothing with each other, so their sizes add up.
         example_tokens, example_crops = count_unique_tokens(branches), count_crops(branches)
-        over_tokens = size.tokens and tokens + example_tokens > size.tokens
-        over_crops = size.crops and crops + example_crops > size.crops
+        over_tokens = bool(size.tokens) and tokens + example_tokens > size.tokens
+        over_crops = bool(size.crops) and crops + example_crops > size.crops
         if index > start and (over_tokens or over_crops):
             cuts.append(slice(start, index))
             start, tokens, crops = index, 0, 0
@@ -195,5 +212,6 @@ def pack_with_blank(
     """Pack some examples, and `blank` with them if none of them shows an image."""
     has_images = any(branch.image_inputs for example in (*embedding, *language) for branch in example)
     if blank is not None and not has_images:
+        # As a language branch without supervised tokens: it adds no embedding and no loss.
         embedding, language = [*embedding, []], [*language, [blank]]
     return pack(embedding, language, packing)

@@ -83,6 +83,7 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         return self.per_epoch
 
     def __getitem__(self, number: int) -> Batch:
+        # A global batch is a stretch of the epoch's order; each rank takes a stretch of that.
         epoch, within = divmod(number, self.per_epoch)
         start = (within * self.world_size + self.rank) * self.batch_size
         examples: list[EncodedExample] = []
@@ -123,6 +124,7 @@ class ContrastiveBatchDataset(Dataset[Batch]):
                 encoded = self._encode_at(0, position)
                 if encoded is not None:
                     examples.append(encoded)
+        # The sort is stable, so all ranks and all runs measure the same examples.
         return sorted(examples, key=lambda example: -count_unique_tokens(example.all))
 
     def order(self, epoch: int) -> EpochOrder:

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -84,20 +84,20 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
         messages = dialogue_messages(dialogue, chat_processor.prompts)
         return chat_processor.encode_dialogue(messages, load_images(refs), max_tokens)
 
-    pair = example.pair
-    if pair is None:
-        dialogue = encode_dialogue(example.dialogue) if example.dialogue else None
-        return EncodedExample(None, None, [], [], 0, [], dialogue, example.origin)
-    return EncodedExample(
-        query=encode_content(pair.query),
-        target=encode_content(pair.target),
-        negatives=[encode_content(negative) for negative in pair.negatives],
-        negative_match_prob=pair.negative_scores or [0.0] * len(pair.negatives),
-        target_id=content_hash(pair.target),
-        negative_ids=[content_hash(negative) for negative in pair.negatives],
-        dialogue=encode_dialogue(example.dialogue) if example.dialogue else None,
-        origin=example.origin,
-    )
+    encoded = EncodedExample(None, None, [], [], 0, [], None, example.origin)
+    if pair := example.pair:
+        encoded = replace(
+            encoded,
+            query=encode_content(pair.query),
+            target=encode_content(pair.target),
+            negatives=list(map(encode_content, pair.negatives)),
+            negative_match_prob=pair.negative_scores or [0.0] * len(pair.negatives),
+            target_id=content_hash(pair.target),
+            negative_ids=list(map(content_hash, pair.negatives)),
+        )
+    if example.dialogue:
+        encoded = replace(encoded, dialogue=encode_dialogue(example.dialogue))
+    return encoded
 
 
 def content_hash(content: Content) -> int:

@@ -44,6 +44,7 @@ def expand_pattern(pattern: str) -> list[str]:
     """
     names: list[str] = []
     for name in _expand_braces(pattern):
+        # A bracket may be part of a name: [v1]/train.json.
         is_plain = not re.search(r"[*?\[]", name)
         is_local_file = not is_url(name) and Path(name).is_file()
         if is_plain or is_local_file:
@@ -101,7 +102,7 @@ def file_version(name: str) -> str:
     """
     with file_errors(name):
         fs, path = fsspec.url_to_fs(name)
-        return f"{name} {fs.ukey(path)}"
+        return f"{name} {fs.ukey(path)}"  # of size and time of change, or the store's etag
 
 
 @contextmanager

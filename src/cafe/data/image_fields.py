@@ -41,7 +41,7 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
     match value:
         case None:
             return []
-        case str() | bytes() if not value:
+        case str() | bytes() if not value:  # CSV has no null
             return []
         case bytes() | Image.Image():
             return [ImageRef(value)]
@@ -58,7 +58,7 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
 def _refs_from_text(text: str, source: Source) -> list[ImageRef]:
     if text.startswith("data:"):
         return [ImageRef(_decode_base64(text.partition(",")[2]))]
-    if _BASE64.fullmatch(text[:1000]):
+    if _BASE64.fullmatch(text[:1000]):  # the beginning is enough: the rest is checked when it is decoded
         return [ImageRef(_decode_base64(text))]
     name = join(source.folder, text)
     if name.lower().endswith(_VIDEO_SUFFIXES):
@@ -95,12 +95,12 @@ def list_frames(name: str) -> list[ImageRef]:
         if not fs.isdir(path):
             return []
         files = [str(file) for file in fs.ls(path, detail=False)]
-    if is_url(name):
-        files = [fs.unstrip_protocol(file) for file in files]
-    frames = [file for file in files if is_image_name(file)]
+    frames = sorted(filter(is_image_name, files), key=_natural_key)
     if not frames:
         raise RecordError(f"The folder {name} holds no images.")
-    return [_ref(file) for file in sorted(frames, key=_natural_key)]
+    if is_url(name):
+        frames = [fs.unstrip_protocol(file) for file in frames]  # fsspec lists paths without their protocol
+    return [_ref(file) for file in frames]
 
 
 def _natural_key(name: str) -> list[tuple[int, str]]:
@@ -118,12 +118,15 @@ def interleave(text: str, waiting: list[ImageRef], token: str | re.Pattern[str] 
     Raises:
         RecordError: there are more tokens than images.
     """
-    first, *others = text.split(token) if isinstance(token, str) else token.split(text)
-    if len(others) > len(waiting):
-        raise RecordError(f"a text shows {len(others)} images and only {len(waiting)} are left.")
-    parts: list[Part] = [first.strip("\n")] if first.strip() else []
-    for piece in others:
-        parts.append(waiting.pop(0))
+    pieces = text.split(token) if isinstance(token, str) else token.split(text)
+    num_tokens = len(pieces) - 1
+    if num_tokens > len(waiting):
+        raise RecordError(f"a text shows {num_tokens} images and only {len(waiting)} are left.")
+    parts: list[Part] = []
+    for index, piece in enumerate(pieces):
+        if index:
+            parts.append(waiting.pop(0))
+        # Line breaks beside an image belong to the token, as in "<image>\nWhat is it?"; chat templates add their own.
         if piece.strip():
             parts.append(piece.strip("\n"))
     return parts

@@ -5,8 +5,8 @@ the model will read them: every token, the supervised ones colored, and each ima
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from random import Random
@@ -83,28 +83,41 @@ class SourceReport:
         """Return the widths and heights of all images."""
         return [size for record in self.stats for size in record.image_sizes]
 
+    @property
+    def image_digests(self) -> list[bytes]:
+        """Return the digests of all images."""
+        return [digest for record in self.stats for digest in record.image_digests]
+
+    @property
+    def pair_digests(self) -> list[bytes]:
+        """Return the digests of all pairs."""
+        return [record.pair_digest for record in self.stats if record.pair_digest]
+
+    @property
+    def target_digests(self) -> list[bytes]:
+        """Return the digests of all targets."""
+        return [record.target_digest for record in self.stats if record.target_digest]
+
     def lengths(self, kind: str) -> list[int]:
         """Return the lengths in tokens of all branches of one kind."""
         return [length for record in self.stats for length in record.tokens.get(kind, ())]
 
     def table(self) -> list[tuple[str, str]]:
         """Return names and values for display."""
-        pairs = [record.pair_digest for record in self.stats if record.pair_digest]
-        targets = [record.target_digest for record in self.stats if record.target_digest]
-        images = [digest for record in self.stats for digest in record.image_digests]
         counts = {
             "records": self.num_records,
             "read": len(self.stats),
             "bad": len(self.errors),
-            "pairs": len(pairs),
+            "pairs": len(self.pair_digests),
             "dialogues": len(self.lengths("dialogue")),
             "hard negatives": len(self.lengths("negative")),
             "supervised tokens": sum(record.num_supervised for record in self.stats),
-            "images": len(images),
-            "images seen before": count_duplicates(images),
-            "targets seen before": count_duplicates(targets),
-            "pairs seen before": count_duplicates(pairs),
+            "images": len(self.image_digests),
+            "images seen before": count_duplicates(self.image_digests),
+            "targets seen before": count_duplicates(self.target_digests),
+            "pairs seen before": count_duplicates(self.pair_digests),
         }
+        # Of what a source does not have there is no distribution.
         distributions = {f"{kind}, tokens": self.lengths(kind) for kind in BRANCH_NAMES}
         distributions["width, pixels"] = [width for width, _ in self.image_sizes]
         distributions["height, pixels"] = [height for _, height in self.image_sizes]
@@ -112,14 +125,14 @@ class SourceReport:
         return rows + [(name, percentiles(numbers)) for name, numbers in distributions.items() if numbers]
 
 
-def count_duplicates(digests: Iterable[bytes]) -> int:
+def count_duplicates(digests: Sequence[bytes]) -> int:
     """Count how many are equal to an earlier one."""
-    listed = list(digests)
-    return len(listed) - len(set(listed))
+    return len(digests) - len(set(digests))
 
 
 def percentiles(numbers: Sequence[int]) -> str:
     """Format minimum, median, 95th percentile and maximum."""
+    # Nearest: each of the four is a number that occurs.
     low, median, high, top = np.percentile(numbers, [0, 50, 95, 100], method="nearest").tolist()
     return f"{low:,} · {median:,} · {high:,} · {top:,}"
 
@@ -147,12 +160,14 @@ def inspect(
     """
     reports = []
     for opened in sources:
+        # In order: files are read from front to back.
         indices: Sequence[int] = range(len(opened))
         if sample and sample < len(opened):
             indices = sorted(Random(seed).sample(indices, sample))
         stream = make_loader(_StatsDataset(opened, chat_processor, max_tokens, seed), indices, workers)
         stats = list(tqdm(stream, desc=f"check {opened.source.path}", unit="record", total=len(indices)))
 
+        # The page shows a random choice of the good ones, read once more: statistics do not keep records.
         good = [index for index, record in zip(indices, stats, strict=True) if not record.error]
         shown = sorted(Random(seed).sample(good, min(examples, len(good))))
         shown_examples = [opened.example(index, Random(f"{seed} {index}")) for index in shown]
@@ -185,19 +200,18 @@ def _record_stats(example: Example, chat_processor: ChatProcessor, max_tokens: i
 
     branches = {"query": encoded.query, "target": encoded.target, "dialogue": encoded.dialogue}
     tokens = {kind: [len(branch)] for kind, branch in branches.items() if branch is not None}
-    tokens["negative"] = [len(branch) for branch in encoded.negatives]
-    target = pair = b""
+    tokens["negative"] = list(map(len, encoded.negatives))
+    stats = RecordStats(
+        tokens=tokens,
+        num_supervised=sum(int(branch.loss_mask.sum()) for branch in encoded.lm_branches),
+        image_sizes=tuple(image.size for image in images.values()),
+        image_digests=tuple(digests.values()),
+    )
     if example.pair:
         target = content_digest(example.pair.target)
         pair = _digest(content_digest(example.pair.query), target)
-    return RecordStats(
-        tokens=tokens,
-        num_supervised=int(encoded.dialogue.loss_mask.sum()) if encoded.dialogue is not None else 0,
-        image_sizes=tuple(image.size for image in images.values()),
-        image_digests=tuple(digests.values()),
-        pair_digest=pair,
-        target_digest=target,
-    )
+        stats = replace(stats, pair_digest=pair, target_digest=target)
+    return stats
 
 
 def _digest(*pieces: bytes) -> bytes:
@@ -252,6 +266,7 @@ def spans(
     result: list[Span] = []
     start = 0
     while start < len(ids):
+        # An image's whole run of tokens is one span.
         if waiting and ids[start : start + len(waiting[0][0])] == waiting[0][0]:
             run, uri = waiting.pop(0)
             result.append(Span("image", uri, len(run)))
@@ -271,6 +286,7 @@ def spans(
 
 def _decode_character(tokenizer: Any, ids: list[int], start: int) -> tuple[int, str]:
     """Decode one token, or as many as make a whole character; return where they end, and the text."""
+    # Byte-level tokenizers may cut a character in parts, which decode to U+FFFD by themselves.
     stop = start + 1
     text = _decode_tokens(tokenizer, ids[start:stop])
     while "\ufffd" in text and stop < min(start + MAX_CHARACTER_TOKENS, len(ids)):
@@ -290,6 +306,7 @@ def _card(example: Example, chat_processor: ChatProcessor, max_tokens: int | Non
     """Lay out an example for the page: its name and its branches as spans; soft targets with their scores."""
     encoded = encode_example(example, chat_processor, max_tokens)
     branches = {"query": encoded.query, "target": encoded.target, "dialogue": encoded.dialogue}
+    # By the names that `contents` gives them.
     branches |= {f"negative {number + 1}": branch for number, branch in enumerate(encoded.negatives)}
     match_prob = example.pair.negative_scores if example.pair else ()
     scores = {f"negative {number + 1}": f"{score:.2f}" for number, score in enumerate(match_prob)}
@@ -334,6 +351,7 @@ def write_page(
     """Write the page: one self-contained HTML file, without scripts."""
     sections = [_section(report, chat_processor, max_tokens) for report in reports]
     template = files("cafe.data").joinpath("inspection.html.jinja").read_text(encoding="utf-8")
+    # What records hold is escaped: anyone may have written it.
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = page.from_string(template).render(sections=sections, tiles=_tiles(reports))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -359,11 +377,16 @@ def _section(report: SourceReport, chat_processor: ChatProcessor, max_tokens: in
 
 def _tiles(reports: Sequence[SourceReport]) -> Iterator[tuple[str, str, str]]:
     """Yield the headline figures over all sources: label, value and note."""
-    stats = [record for report in reports for record in report.stats]
-    num_bad = sum(len(report.errors) for report in reports)
-    duplicates = count_duplicates(record.pair_digest for record in stats if record.pair_digest)
-    lengths = [length for record in stats for kind in record.tokens.values() for length in kind]
-    yield "Records", f"{sum(report.num_records for report in reports):,}", f"{len(stats):,} read"
+    num_records = num_read = num_bad = longest = 0
+    pairs: list[bytes] = []
+    for report in reports:
+        num_records += report.num_records
+        num_read += len(report.stats)
+        num_bad += len(report.errors)
+        pairs += report.pair_digests
+        for kind in BRANCH_NAMES:
+            longest = max([longest, *report.lengths(kind)])
+    yield "Records", f"{num_records:,}", f"{num_read:,} read"
     yield "Bad", f"{num_bad:,}", "of those read"
-    yield "Pairs seen before", f"{duplicates:,}", "over all sources"
-    yield "Longest", f"{max(lengths, default=0):,}", "tokens"
+    yield "Pairs seen before", f"{count_duplicates(pairs):,}", "over all sources"
+    yield "Longest", f"{longest:,}", "tokens"

@@ -100,6 +100,7 @@ def _check_mixture(totals: Sequence[int], weights: Sequence[float], mixture: Mix
         raise RecipeError(
             f"data.mixture.sub_batch is {run}, which does not divide the contrastive batch of {batch_size}."
         )
+    # A source with weight 0 is not read, so its records do not make an epoch longer.
     num_records = sum(total for total, weight in zip(totals, weights, strict=True) if weight)
     if num_records < batch_size:
         raise RecipeError(f"The data holds {num_records} records, fewer than one batch of {batch_size}.")
@@ -115,6 +116,7 @@ def _runs_per_source(
         RecipeError: a source that has a share gets no run.
     """
     shares = mixing_weights(totals, weights, temperature)
+    # In whole runs, so that a batch never mixes sources where it should not.
     counts = largest_remainder(shares, num_runs)
     for source, (share, count) in enumerate(zip(shares, counts, strict=True)):
         if share and not count:
@@ -148,6 +150,7 @@ def windowed_shuffle(chunks: Sequence[int], window: int, rng: Random) -> Int64[n
     starts = np.cumsum([0, *chunks]).tolist()
     order = list(range(len(chunks)))
     rng.shuffle(order)
+    # Only a window's chunks are open at a time, so that reading stays near to sequential.
     parts = []
     for first in range(0, len(order), window):
         records = array("q")

@@ -54,6 +54,7 @@ class OpenedSource:
         """Return for each file the source with the folder of its images, by default the file's own."""
         if self.source.images:
             return [self.source] * len(self.files)
+        # A pattern may match files in several folders, each with its images beside it.
         return [replace(self.source, images=folder_of(file.name)) for file in self.files]
 
     @cached_property
@@ -74,6 +75,7 @@ class OpenedSource:
         Raises:
             RecordError: the record is bad.
         """
+        # Which file the record is in, and which of its rows.
         file_number = bisect_right(self.ends, index)
         file = self.files[file_number]
         row_number = index - (self.ends[file_number - 1] if file_number else 0)
@@ -89,6 +91,7 @@ class OpenedSource:
         except CafeError as error:
             # Also where the row's file or its image on an object store cannot be read: other records may be fine.
             raise RecordError(f"{origin}: {error}") from None
+        # The parsers take for granted that fields are there and of the right type, which keeps them short.
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise RecordError(f"{origin}: a field is missing or of the wrong kind ({error}).") from None
         return Example(pair, dialogue, origin)
@@ -124,29 +127,33 @@ def _open_files(source: Source) -> list[Rows]:
     if is_folder or source.path.startswith("dataset:"):
         return [HFDataset(source.path, source.split, source.subset)]
     names = expand_pattern(source.path)
+    # The usual form of these files is one object, whose images of other splits are dropped here, not counted as bad.
     if source.format == "karpathy" and source.path.endswith(".json"):
         return [_open_karpathy(name, source.split) for name in names]
     if len(names) == 1:
         return [open_rows(names[0], source.shuffle_window)]
+    return _open_several(names, source)
 
-    readable: dict[str, Rows] = {}
-    unreadable: dict[str, str] = {}
+
+def _open_several(names: list[str], source: Source) -> list[Rows]:
+    files: dict[str, Rows] = {}
+    errors: dict[str, str] = {}
     quiet = len(names) < MIN_FILES_FOR_PROGRESS_BAR
     for name in tqdm(names, desc=f"index {source.path}", unit="file", disable=quiet, leave=False):
         try:
-            readable[name] = open_rows(name, source.shuffle_window)
+            files[name] = open_rows(name, source.shuffle_window)
         except CafeError as error:
-            unreadable[name] = str(error)
+            errors[name] = str(error)
             logger.warning("%s Its records count as bad.", error)
-    if not readable:
-        last_error = unreadable[names[-1]]
-        raise CafeError(f"None of the {len(names)} files of {source.path} can be read. The last: {last_error}")
+    if not files:
+        raise CafeError(f"None of the {len(names)} files of {source.path} can be read. The last: {errors[names[-1]]}")
 
-    num_rows = [sum(file.chunks) for file in readable.values()]
+    # A file that cannot be read counts as bad records, in its place, so that the order of the others stays.
+    num_rows = [sum(file.chunks) for file in files.values()]
     mean = max(1, round(sum(num_rows) / len(num_rows)))
-    for name, reason in unreadable.items():
-        readable[name] = UnreadableFile(name, reason, mean)
-    return [readable[name] for name in names]
+    for name, reason in errors.items():
+        files[name] = UnreadableFile(name, reason, mean)
+    return [files[name] for name in names]
 
 
 def _open_karpathy(name: str, split: str) -> Rows:

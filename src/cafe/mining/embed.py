@@ -94,6 +94,7 @@ class _PairDataset(Dataset[_EncodedPairs]):
             groups.append(encoded.embedding_branches)
             record_keys.append(key)
             ids.append((content_hash(pair.query), content_hash(pair.target)))
+        # Packed here, in a worker, so that the main process only runs the model.
         packed = pack(groups, [[]] * len(groups), self.packing) if groups else None
         return _EncodedPairs(packed, record_keys, ids, bad_records)
 

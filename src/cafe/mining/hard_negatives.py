@@ -67,7 +67,7 @@ def mine(
     negatives = select_negatives(model, examples, embedded, candidates, config)
     bad_records = write_source(output, examples, embedded, negatives, config.soft)
 
-    counts = [len(row) for row in negatives]
+    counts = list(map(len, negatives))
     report(
         f"{sum(counts):,} hard negatives for {sum(map(bool, counts)):,} of {len(counts):,} pairs; "
         f"{len(bad_records):,} of {len(record_keys):,} records are bad. The new source: {{path: {path}, format: pairs}}"
@@ -80,6 +80,7 @@ def find_candidates(embedded: EmbeddedPairs, config: MiningConfig) -> list[list[
 
     A target equal to the pair's own, or paired elsewhere with an equal query, is a match and not a negative.
     """
+    # Equal targets are one row of the corpus, or the nearest `top` would be copies of each other.
     target_ids, first_pair = np.unique(embedded.target_ids, return_index=True)
     matches: dict[int, set[int]] = defaultdict(set)
     for query, target in zip(embedded.query_ids.tolist(), embedded.target_ids.tolist(), strict=True):

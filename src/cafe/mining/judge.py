@@ -46,6 +46,7 @@ def filter_by_judge(
     A candidate is a match if the model's probability of "yes" reaches the threshold. Matches are dropped or, with
     `config.soft`, kept with that probability as their score; all others have the score 0.
     """
+    # Pairs without candidates have no prompt, and an empty pack is none.
     judged = [number for number, row in enumerate(candidates) if row]
     size = max(1, config.batch_size // 4)  # a group holds a prompt per candidate
     groups = [judged[start : start + size] for start in range(0, len(judged), size)]
@@ -56,11 +57,12 @@ def filter_by_judge(
         hidden, _ = forward_packed(model.lvlm, packed)
         probabilities = iter(yes_probability(model, hidden).tolist())
         for number in group:
-            scores = {candidate: next(probabilities) for candidate in candidates[number]}
-            if config.soft:
-                result[number] = {c: score if score >= threshold else 0.0 for c, score in scores.items()}
-            else:
-                result[number] = {c: 0.0 for c, score in scores.items() if score < threshold}
+            for candidate in candidates[number]:
+                probability = next(probabilities)
+                if config.soft:
+                    result[number][candidate] = probability if probability >= threshold else 0.0
+                elif probability < threshold:
+                    result[number][candidate] = 0.0
     return result
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from cafe.content import Content, Example, ImageRef
+from cafe.content import Content, Dialogue, Example, ImageRef, Pair
 from cafe.data.image_fields import IMAGE_TOKEN
 from cafe.errors import RecordError
 from cafe.images.decoding import image_errors
@@ -33,7 +33,7 @@ def write_source(
         Why records are bad, in embedding or in writing.
     """
     bad_records = dict(embedded.bad_records)
-    chosen = dict(zip(embedded.record_keys, negatives, strict=True))
+    chosen = dict(zip(embedded.record_keys, negatives, strict=True))  # a record with no pair has no entry
     path = output / "records.jsonl"
     # Half of a character, in a dialogue that nobody has read yet, is written as JSON escapes it.
     with path.with_suffix(".partial").open("w", encoding="utf-8", errors="backslashreplace") as out:
@@ -47,7 +47,7 @@ def write_source(
                 bad_records[key] = str(error)
                 continue
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
-    path.with_suffix(".partial").replace(path)
+    path.with_suffix(".partial").replace(path)  # complete or not there
     with (output / "quarantine.jsonl").open("w") as out:
         out.writelines(json.dumps({"reason": reason}) + "\n" for reason in bad_records.values())
     return bad_records
@@ -74,26 +74,34 @@ def to_record(example: Example, output: Path) -> dict[str, Any]:
     record: dict[str, Any] = {"id": example.origin}
     try:
         if example.pair:
-            record |= _pair_fields(example, output)
+            record |= _pair_fields(example.pair, output)
         if example.dialogue:
-            turns = [(turn.role, *_text_and_images(turn.content, output)) for turn in example.dialogue.turns]
-            record["image"] = [image for _, _, images in turns for image in images]
-            record["conversations"] = [{"role": role, "content": text} for role, text, _ in turns]
+            record |= _dialogue_fields(example.dialogue, output)
     except RecordError as error:
         raise RecordError(f"{example.origin}: {error}") from None
     return record
 
 
-def _pair_fields(example: Example, output: Path) -> dict[str, Any]:
-    pair = example.pair
-    assert pair is not None
+def _pair_fields(pair: Pair, output: Path) -> dict[str, Any]:
     fields: dict[str, Any] = {}
-    for side, content in (("query", pair.query), ("positive", pair.target)):
-        fields[side], fields[f"{side}_image"] = _text_and_images(content, output)
-    negatives = [_text_and_images(negative, output) for negative in pair.negatives]
-    fields["negatives"] = [{"text": text, "images": images} for text, images in negatives]
+    fields["query"], fields["query_image"] = _text_and_images(pair.query, output)
+    fields["positive"], fields["positive_image"] = _text_and_images(pair.target, output)
+    fields["negatives"] = []
+    for negative in pair.negatives:
+        text, images = _text_and_images(negative, output)
+        fields["negatives"].append({"text": text, "images": images})
     if pair.negative_scores:
         fields["negative_scores"] = [round(score, 4) for score in pair.negative_scores]
+    return fields
+
+
+def _dialogue_fields(dialogue: Dialogue, output: Path) -> dict[str, Any]:
+    """Return the fields of a conversation, with the images of all turns in one list, as the llava format has them."""
+    fields: dict[str, Any] = {"image": [], "conversations": []}
+    for turn in dialogue.turns:
+        text, images = _text_and_images(turn.content, output)
+        fields["image"] += images
+        fields["conversations"].append({"role": turn.role, "content": text})
     return fields
 
 

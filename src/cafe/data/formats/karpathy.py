@@ -19,12 +19,14 @@ def karpathy(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialog
     Raises:
         RecordError: a caption is empty; or the image is of another split, in a file that `select_split` did not filter.
     """
+    # JSON lines of such records hold all splits: training must not read the test images.
     if row.get("split") and not select_split([row], source.split):
         raise RecordError(f"it is of the split {row['split']!r}, and {source.split!r} is read.")
     captions = [sentence["raw"].strip() for sentence in row["sentences"]]
     if not captions or not all(captions):
         raise RecordError("a caption is empty.")
     folder = row.get("filepath", "")
+    # COCO's images are spread over folders, Flickr30K's are not.
     [ref] = image_refs(f"{folder}/{row['filename']}" if folder else row["filename"], source)
     caption = Content.of(rng.choice(captions))
     dialogue = Dialogue((Turn("user", Content((ref, DESCRIBE_PROMPT))), Turn("assistant", caption)))

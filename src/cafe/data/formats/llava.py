@@ -36,7 +36,7 @@ def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     scores = tuple(as_list(row.get("negative_scores")))
     if not all(isinstance(caption, str) for caption in false_captions):
         raise RecordError(f"negatives should be a list of texts, not {false_captions!r:.40}.")
-    if not refs:
+    if not refs:  # nothing to pair the answer with: the record trains language alone
         return None, dialogue
     negatives = tuple(map(Content.of, false_captions))
     return Pair(Content(tuple(refs)), dialogue.turns[1].content, negatives, scores), dialogue
@@ -55,6 +55,7 @@ def parse_conversation(turns: list[Any], refs: list[ImageRef], num_frames: int =
         if index % 2:
             parsed.append(Turn("assistant", Content.of(text.strip())))
         else:
+            # A video is shown as its frames, one after the other.
             marked = text.replace("<video>", IMAGE_TOKEN * num_frames)
             parsed.append(Turn("user", Content(tuple(interleave(marked, waiting)))))
     if not parsed or len(parsed) % 2:
@@ -83,6 +84,7 @@ def _speaker_and_text(turn: dict[str, Any]) -> tuple[Any, Any]:
     if "from" in turn:
         return turn["from"], turn["value"]
     content = turn["content"]
+    # A list of parts refers to the record's images in order, as image tokens in a text do.
     if not isinstance(content, str):
         content = "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in content)
     return _SPEAKERS.get(turn["role"], turn["role"]), content

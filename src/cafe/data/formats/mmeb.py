@@ -40,4 +40,6 @@ def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue |
 
 def _side(text: str | None, image: Any, source: Source) -> Content:
     refs, text = image_refs(image, source), text or ""
-    return place_images(text if refs else MARK.sub("", text), refs, MARK)
+    if not refs:
+        text = MARK.sub("", text)
+    return place_images(text, refs, MARK)

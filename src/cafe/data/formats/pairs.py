@@ -9,7 +9,7 @@ its pair or alone.
 """
 
 from dataclasses import replace
-from itertools import compress
+from itertools import compress, zip_longest
 from random import Random
 from typing import Any
 
@@ -31,6 +31,7 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     positive = _field(row, source, "positive")
     if isinstance(positive, (list, tuple)) and positive:
         positive = rng.choice(positive)
+    # An empty side is no mistake yet: a record may hold a dialogue alone.
     query = _content(_field(row, source, "query"), _field(row, source, "query_image"), source)
     target = _content(positive, _field(row, source, "positive_image"), source)
     dialogue = _conversation(row, source, query)
@@ -40,6 +41,7 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     _check_side(row, source, "positive", target)
     negatives = _negatives(row, source)
     scores = [float(score) for score in as_list(_field(row, source, "negative_scores"))]
+    # Dropped only now, so that scores are checked beside what they were given for.
     pair = _drop_empty_negatives(Pair(query, target, tuple(negatives), tuple(scores)))
     return pair, dialogue or answer_dialogue(pair, source.answer_prompt)
 
@@ -62,6 +64,7 @@ def _field(row: Any, source: Source, name: str) -> Any:
 
 
 def _check_side(row: Any, source: Source, name: str, side: Content) -> None:
+    # A missing column is more often a wrong name than an empty side, and gets another message.
     columns = getattr(source.columns, name), getattr(source.columns, f"{name}_image")
     if not any(column in row for column in columns):
         wanted = " or ".join(map(repr, columns))
@@ -85,8 +88,8 @@ def _negatives(row: Any, source: Source) -> list[Content]:
     images = as_list(_field(row, source, "negative_images"))
     if texts and images and len(texts) != len(images):
         raise RecordError(f"there are {len(texts)} negatives and {len(images)} images of negatives.")
-    texts, images = texts or [None] * len(images), images or [None] * len(texts)
-    return [_content(text, image, source) for text, image in zip(texts, images, strict=True)]
+    # Where one of the two columns is empty, its values are missing one by one.
+    return [_content(text, image, source) for text, image in zip_longest(texts, images)]
 
 
 def _drop_empty_negatives(pair: Pair) -> Pair:

@@ -82,6 +82,7 @@ def load_json(name: str) -> Any:
 
 
 def _load_csv(name: str, delimiter: str) -> list[dict[str, str]]:
+    # The default limit is 128 KiB.
     csv.field_size_limit(2**31 - 1)  # a cell may hold an image in base64
     try:
         text = read(name).decode("utf-8-sig")  # spreadsheets write a byte order mark before the first column's name

@@ -15,10 +15,12 @@ class JsonLines:
 
     def __init__(self, name: str) -> None:
         self.name = name
+        # Without a local file, each line would be a request of its own.
         self.content = read(name) if is_url(name) else None
         lines = _local_lines(name) if self.content is None else self.content.splitlines(keepends=True)
         with file_errors(name):
             ranges = list(_byte_ranges(lines))
+        # An array: a list of pairs would take several times the memory, in each worker again.
         self.ranges = np.array(ranges, np.int64).reshape(-1, 2)
         self.chunks = [len(ranges)]
 

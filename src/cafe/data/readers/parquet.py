@@ -16,6 +16,7 @@ class Parquet:
 
     def __init__(self, name: str, max_cached: int) -> None:
         self.name, self.max_cached = name, max_cached
+        # The file is opened anew for each row group: a worker must not share its parent's handle.
         with file_errors(name), fsspec.open(name) as file:
             metadata = pq.ParquetFile(file).metadata
         self.chunks = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
@@ -31,6 +32,7 @@ class Parquet:
         if number not in self.cached:
             with file_errors(self.name), fsspec.open(self.name) as file:
                 self.cached[number] = pq.ParquetFile(file).read_row_group(number)
+            # Least recently used goes first: the order of training stays within a window of row groups.
             if len(self.cached) > self.max_cached:
                 self.cached.popitem(last=False)
         self.cached.move_to_end(number)

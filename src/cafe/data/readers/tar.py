@@ -38,6 +38,7 @@ class Tar:
     def __getitem__(self, index: int) -> Any:
         if index >= len(self.starts) - 1:
             raise RecordError(f"the rest of the file is lost: {self.damage}.")
+        # A row's range of bytes is itself a tar, but for the end mark, which tarfile does not insist on.
         data = read(self.name, int(self.starts[index]), int(self.starts[index + 1]))
         row: dict[str, Any] = {}
         images: list[bytes] = []
@@ -104,9 +105,11 @@ def _build_index(name: str) -> tuple[np.ndarray, str]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if _is_member(member) and _split_name(member.name)[0] != key:
-                        key = _split_name(member.name)[0]
-                        starts.append(member.offset)
+                    if _is_member(member):
+                        member_key, _ = _split_name(member.name)
+                        if member_key != key:
+                            key = member_key
+                            starts.append(member.offset)
                     end = tar.offset
             # A whole tar ends with a block of zeros; tarfile accepts one that was cut between two members.
             file.seek(end)
