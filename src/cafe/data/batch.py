@@ -186,8 +186,8 @@ def split_micro_batches(
     for index, branches in enumerate(map(list.__add__, embedding, language)):
         # Examples share nothing with each other, so their sizes add up.
         example_tokens, example_crops = count_unique_tokens(branches), count_crops(branches)
-        over_tokens = bool(size.tokens) and tokens + example_tokens > size.tokens
-        over_crops = bool(size.crops) and crops + example_crops > size.crops
+        over_tokens = size.tokens and tokens + example_tokens > size.tokens
+        over_crops = size.crops and crops + example_crops > size.crops
         if index > start and (over_tokens or over_crops):
             cuts.append(slice(start, index))
             start, tokens, crops = index, 0, 0
