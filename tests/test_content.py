@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from cafe import content
+from cafe.images import decoding
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_array, decode_image
@@ -121,7 +121,7 @@ def encoded(image: Image.Image, kind: str, **options) -> ImageRef:
 def decoder(request, monkeypatch):
     """Runs a test with either decoder of plain JPEGs."""
     if request.param == "Pillow":
-        monkeypatch.setattr(content, "simplejpeg", None)
+        monkeypatch.setattr(decoding, "simplejpeg", None)
     else:
         pytest.importorskip("simplejpeg")
     return request.param

@@ -43,7 +43,7 @@ def test_one_content_is_not_taken_apart(model, picture):
         with pytest.raises(CafeError, match="put a single one in a list"):
             model.embed(single)
     with pytest.raises(CafeError, match="A list of contents is wanted, not a str"):
-        model.describe("picture.png")
+        model.embed_and_generate_batch("picture.png")
 
 
 def test_a_batch_holds_something(model):
@@ -113,7 +113,7 @@ def test_the_score_of_an_answer_is_its_log_likelihood_token_by_token(model, pict
     total, ids = 0.0, row.input_ids.tolist()
     for token in answer:
         with torch.inference_mode():
-            logits = model.lvlm(input_ids=torch.tensor([ids]), **row.vision).logits[0, -1]
+            logits = model.lvlm(input_ids=torch.tensor([ids]), **row.image_inputs).logits[0, -1]
         total += logits.log_softmax(-1)[token].item()
         ids.append(token)
     assert model.score([picture, "What?"], "a circle") == pytest.approx(total, abs=1e-3)
@@ -157,7 +157,7 @@ def test_saving_takes_the_place_of_nothing_but_a_checkpoint(model, tmp_path):
 def test_the_prompts_of_a_checkpoint_on_the_hub_are_its_own(model, tmp_path, monkeypatch):
     """As the Hub's client keeps it after a download."""
     home = tmp_path / "models--me--mine"
-    model.with_prompts(mode="multimodal", chat_template="model").save(home / "snapshots" / "abc")
+    model.with_prompts(mode="multimodal", chat_template="family").save(home / "snapshots" / "abc")
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -176,7 +176,7 @@ def test_other_prompts_leave_the_model_as_it_was():
 
 def test_few_contents_wait_encoded(model, picture, monkeypatch):
     events = []
-    encode, forward = Cafe.encode_embedding, cafe.model.read
+    encode, forward = Cafe.encode_embedding, cafe.model.forward_packed
     monkeypatch.setattr(Cafe, "encode_embedding", lambda *given: events.append("encoded") or encode(*given))
     monkeypatch.setattr("cafe.model.forward_packed", lambda *given: events.append("read") or forward(*given))
     contents = ["word " * (number % 7 + 1) for number in range(40)]

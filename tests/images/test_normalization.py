@@ -37,9 +37,9 @@ def test_values_are_those_of_the_formula_and_bytes_come_back(normalization, shap
     color = (np.arange(24) // 8 if len(shape) == 2 else np.arange(3)[:, None, None]).astype(int)
     mean, std = np.array(normalization.mean)[color], np.array(normalization.std)[color]
     expected = (raw.numpy().astype(float) / 255 - mean) / std
-    values = normalization.to_values(raw)
+    values = normalization.normalize(raw)
     assert np.abs(values.numpy() - expected).max() < 1e-6
-    assert torch.equal(normalization.to_bytes(values), raw)
+    assert torch.equal(normalization.quantize_exact(values), raw)
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,7 @@ def test_a_run_trains_the_adapter_alone_and_says_how_much(recipe, tmp_path):
 
 
 def test_limits_on_pictures_hold_with_an_adapter_and_merged(recipe, tmp_path, capsys):
-    limited = replace(recipe, model=replace(recipe.model, grids=((1, 1),)), steps=1)
+    limited = replace(recipe, model=replace(recipe.model, image_grids=((1, 1),)), max_steps=1)
     checkpoint = train(limited, report=lambda line: None)
     assert main(["merge", str(checkpoint), str(tmp_path / "merged")]) == 0
     picture = Image.new("RGB", (64, 64), "red")
@@ -223,8 +223,8 @@ def even_base(random_base, tmp_path_factory):
 def test_frozen_weights_may_be_held_in_fewer_bits_and_the_adapter_stays_in_float32(
     recipe, even_base, precision, weights
 ):
-    half = replace(recipe.model, base=str(even_base), precision=precision, frozen_weights=weights)
-    checkpoint = train(replace(recipe, model=half, steps=1, batch_size=2), report=lambda line: None)
+    half = replace(recipe.model, base=str(even_base), precision=precision, frozen_weights_dtype=weights)
+    checkpoint = train(replace(recipe, model=half, max_steps=1, batch_size=2), report=lambda line: None)
     weights_of = load_file(checkpoint / "adapter_model.safetensors")
     assert weights_of and all(tensor.dtype == torch.float32 for tensor in weights_of.values())
     vectors = Cafe.load(checkpoint, four_bit=weights == "4bit").embed(["a red circle"])
@@ -259,12 +259,12 @@ def test_a_layer_that_is_not_there_is_one_sentence(random_base, change, sentence
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"frozen_weights": "bf16"}, "goes with model.precision: bf16"),
-        ({"frozen_weights": "bf16", "precision": "fp16"}, "bf16 goes with model.precision: bf16"),
-        ({"frozen_weights": "4bit"}, "goes with model.precision: bf16 or fp16"),
-        ({"frozen_weights": "bf16", "precision": "bf16", "shard": True}, "goes without model.shard"),
-        ({"frozen_weights": "4bit", "precision": "bf16"}, "4bit needs model.adapter"),
-        ({"adapter": LoraSettings(), "frozen": ("projector",)}, "freezes every part itself"),
+        ({"frozen_weights_dtype": "bf16"}, "goes with model.precision: bf16"),
+        ({"frozen_weights_dtype": "bf16", "precision": "fp16"}, "bf16 goes with model.precision: bf16"),
+        ({"frozen_weights_dtype": "4bit"}, "goes with model.precision: bf16 or fp16"),
+        ({"frozen_weights_dtype": "bf16", "precision": "bf16", "shard": True}, "goes without model.shard"),
+        ({"frozen_weights_dtype": "4bit", "precision": "bf16"}, "4bit needs model.adapter"),
+        ({"adapter": LoraSettings(), "freeze": ("projector",)}, "freezes every part itself"),
     ],
 )
 def test_what_does_not_go_together_is_one_sentence(fields, sentence):

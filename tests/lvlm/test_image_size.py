@@ -57,7 +57,7 @@ def test_grids_are_rows_and_columns_of_crops():
 @pytest.mark.parametrize("family", ["llava", "gemma3", "gemma4", "paligemma", "qwen2_vl", "llava_next", "smolvlm"])
 def test_a_limit_below_what_a_model_can_read_is_one_sentence(family):
     model = FAMILIES[family]()
-    with pytest.raises(CafeError, match=r"max_pixels is 100, and this .* reads no picture at less than"):
+    with pytest.raises(CafeError, match=r"max_image_pixels is 100, and this .* reads no picture at less than"):
         set_max_image_size(model.lvlm, model.chat_processor.processor, 100)
 
 
