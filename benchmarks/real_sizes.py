@@ -26,9 +26,9 @@ from published import step_a, step_b
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cafe.data.dataset import MicroBatchSize
+from cafe.lvlm.architectures import load_config
 from cafe.lvlm.forward import FLEX_MULTIPLE, UNBOUNDED_ROW
 from cafe.packing import PackingConfig, count_unique_tokens
-from cafe.planning.architectures import load_config
 from cafe.planning.plan import GIB, HARDWARE, MFU, TypicalSample, estimate_flops, estimate_workload, measure_model
 from cafe.training.compile import compile_layers
 from cafe.training.recipe import Recipe, read_recipe

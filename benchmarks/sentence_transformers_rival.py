@@ -18,15 +18,15 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from cafe.data.fast_images import with_fast_images
 from common import Row, clock, flops, show, tiny_cafe
 from loading import GROUP, PAIRS, write
 from torch import Tensor, nn
 from transformers import AutoProcessor, TrainerCallback
 
 from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize, iterate_batches
-from cafe.data.fast_images import with_fast_images
 from cafe.data.records import Source, open_source
-from cafe.lvlm.processing import load_processor
+from cafe.lvlm.loading import load_processor
 from cafe.model import Cafe
 from cafe.training.optimizer import make_optimizer
 from cafe.training.recipe import ObjectiveConfig, OptimizerConfig

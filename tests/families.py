@@ -19,7 +19,8 @@ from transformers import (
 
 from cafe.lvlm.families import attention_kwargs
 from cafe.lvlm.forward import infer_packing
-from cafe.lvlm.processing import ChatProcessor, without_video
+from cafe.lvlm.loading import without_video
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import CHATML, Prompts
 from cafe.model import Cafe
 

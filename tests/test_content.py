@@ -8,9 +8,9 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from cafe.images import decoding
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
+from cafe.images import decoding
 from cafe.images.decoding import decode_array, decode_image
 
 
@@ -127,15 +127,15 @@ def decoder(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("enough", [None, 16, 40, 64])  # as it is, and at an eighth, a quarter and a half
+@pytest.mark.parametrize("min_side", [None, 16, 40, 64])  # as it is, and at an eighth, a quarter and a half
 @pytest.mark.parametrize("options", [{"quality": 95, "subsampling": 0}, {"quality": 30}, {"progressive": True}])
-def test_pixels_in_an_array_are_those_of_the_picture(decoder, enough, options):
+def test_pixels_in_an_array_are_those_of_the_picture(decoder, min_side, options):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 240, 3), np.uint8))
     for image in (noise, noise.resize((30, 20)).resize((240, 160))):
         ref = encoded(image, "JPEG", **options)
-        shown = decode_image(ref, enough=enough)
-        assert shown.height == {None: 160, 16: 20, 40: 40, 64: 80}[enough]
-        assert np.array_equal(decode_array(ref, enough=enough), shown)
+        shown = decode_image(ref, min_side=min_side)
+        assert shown.height == {None: 160, 16: 20, 40: 40, 64: 80}[min_side]
+        assert np.array_equal(decode_array(ref, min_side=min_side), shown)
 
 
 def test_so_are_those_of_pictures_that_are_no_plain_jpegs(decoder):

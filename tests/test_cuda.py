@@ -15,9 +15,9 @@ import torch.distributed as dist
 from torch import nn
 
 from cafe.data.dataset import NO_LIMIT, Batch, ContrastiveBatchDataset, MicroBatchSize
-from cafe.data.fast_images import with_fast_images
 from cafe.data.records import Source, open_source
 from cafe.lvlm.adapters import LoraSettings
+from cafe.lvlm.processing import with_fast_images
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.scenes.draw import paint

@@ -23,7 +23,7 @@ from cafe.cli.main import main
 from cafe.content import Content
 from cafe.export import model_card
 from cafe.images.resizing import use_torch_resize
-from cafe.lvlm.processing import load_processor
+from cafe.lvlm.loading import load_processor
 from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
 

@@ -42,7 +42,7 @@ def test_one_content_is_not_taken_apart(model, picture):
     for single in ("a red circle", {"image": picture}, picture, Content.of("a")):
         with pytest.raises(CafeError, match="put a single one in a list"):
             model.embed(single)
-    with pytest.raises(CafeError, match="A list of contents is wanted, not a str"):
+    with pytest.raises(CafeError, match="Expected a list of contents, not a str"):
         model.embed_and_generate_batch("picture.png")
 
 
@@ -149,7 +149,7 @@ def test_a_saved_checkpoint_loads_with_cafe_and_with_plain_transformers(model, p
 
 def test_saving_takes_the_place_of_nothing_but_a_checkpoint(model, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(CafeError, match="holds something that is no checkpoint"):
+    with pytest.raises(CafeError, match="holds something that is not a checkpoint"):
         model.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -21,7 +21,8 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from cafe.content import Content
 from cafe.errors import CafeError
-from cafe.lvlm.processing import ChatProcessor, ProcessedImages
+from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts, embedding_messages
 
 TEMPLATE = "embedding_template.jinja"

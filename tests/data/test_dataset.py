@@ -16,7 +16,8 @@ from cafe.content import Content
 from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatchSize, Quarantine, content_hash, iterate_batches
 from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_processor
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
 
 

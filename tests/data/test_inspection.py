@@ -12,7 +12,8 @@ from cafe.data.dataset import encode_example
 from cafe.data.inspection import contents, count_duplicates, inspect, percentiles, spans, write_page
 from cafe.data.records import Source, open_source
 from cafe.images.decoding import decode_image
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_processor
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
 
 

@@ -197,7 +197,7 @@ def test_limits_on_pictures_hold_with_an_adapter_and_merged(recipe, tmp_path, ca
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "keep.txt").touch()
     for output, sentence in (
-        (tmp_path / "home", "no checkpoint of cafe"),
+        (tmp_path / "home", "not a checkpoint of cafe"),
         (checkpoint, "take the place of the adapter"),
     ):
         assert main(["merge", str(checkpoint), str(output)]) == 1
@@ -280,7 +280,7 @@ def test_a_package_that_is_not_there_is_named(random_base, tmp_path, monkeypatch
     model.save(tmp_path / "adapter")
     model = Cafe.load(random_base)
     monkeypatch.setattr("cafe.lvlm.adapters.find_spec", lambda name: None)
-    monkeypatch.setattr("cafe.lvlm.families.find_spec", lambda name: None)
+    monkeypatch.setattr("cafe.lvlm.quantization.find_spec", lambda name: None)
     for act in (lambda: add_adapter(model.lvlm, LoraSettings()), lambda: Cafe.load(tmp_path / "adapter")):
         with pytest.raises(CafeError, match="needs the package peft"):
             act()

@@ -14,12 +14,11 @@ from transformers import ProcessorMixin
 from cafe.attention.tree import attention_mask
 from cafe.content import Content, Example, Pair
 from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize, encode_example
-from cafe.data.fast_images import with_fast_images
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image
 from cafe.lvlm.families import FAMILIES, find_vision_tower, model_part, supports_prefix_sharing
 from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing
-from cafe.lvlm.processing import ChatProcessor
+from cafe.lvlm.processing import ChatProcessor, with_fast_images
 from cafe.lvlm.prompts import Message, Prompts, dialogue_messages, embedding_messages
 from cafe.model import Cafe
 from cafe.packing import build_layout, pack
@@ -206,7 +205,7 @@ def test_answers_scored_in_one_pass_have_the_likelihood_of_transformers_own_logi
     for content, answers, found in zip(asked, said, scores, strict=True):
         for answer, score in zip(answers, found, strict=True):
             row = model.encode_dialogue(chat(content, answer))
-            inputs = model._inputs([row])
+            inputs = model.chat_processor.collate([row])
             with torch.inference_mode():
                 logits = model.lvlm(**inputs).logits[0, :-1].double().log_softmax(-1)
             wanted = row.loss_mask[1:].nonzero()[:, 0]
@@ -272,7 +271,7 @@ def test_a_template_that_shows_no_picture_is_refused():
     processor = families.llava().chat_processor.processor
     for template in (None, "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"):
         processor.chat_template = template
-        with pytest.raises(CafeError, match="LlavaProcessor has no chat template that shows pictures"):
+        with pytest.raises(CafeError, match="LlavaProcessor has no chat template that shows images"):
             ChatProcessor(processor, Prompts())
     ChatProcessor(processor, Prompts(chat_template="chatml"))
 
@@ -282,5 +281,5 @@ def test_a_picture_that_a_family_refuses_is_a_bad_record(size):
     chat_processor = make("qwen2_vl").chat_processor
     example = Example(Pair(Content.of(Image.new("RGB", size)), Content.of("a line")), None, "record 3")
     for way in (chat_processor, with_fast_images(chat_processor)[0]):
-        with pytest.raises(CafeError, match=f"record 3: The .* takes no picture of {size[0]} x {size[1]} pixels"):
+        with pytest.raises(CafeError, match=f"record 3: The .* cannot read an image of {size[0]} x {size[1]} pixels"):
             encode_example(example, way)

@@ -57,11 +57,11 @@ def test_grids_are_rows_and_columns_of_crops():
 @pytest.mark.parametrize("family", ["llava", "gemma3", "gemma4", "paligemma", "qwen2_vl", "llava_next", "smolvlm"])
 def test_a_limit_below_what_a_model_can_read_is_one_sentence(family):
     model = FAMILIES[family]()
-    with pytest.raises(CafeError, match=r"max_image_pixels is 100, and this .* reads no picture at less than"):
+    with pytest.raises(CafeError, match=r"max_image_pixels is 100, but this .* reads no image at less than"):
         set_max_image_size(model.lvlm, model.chat_processor.processor, 100)
 
 
 def test_a_model_without_grids_is_named():
     model = FAMILIES["llava"]()
-    with pytest.raises(CafeError, match="does not cut pictures into grids"):
+    with pytest.raises(CafeError, match="does not cut images into grids"):
         set_max_image_size(model.lvlm, model.chat_processor.processor, grids=[(1, 1)])

@@ -12,7 +12,8 @@ from PIL import Image
 from cafe.content import Content, Dialogue, ImageRef, Turn
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_processor
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts, dialogue_messages, embedding_messages
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -99,13 +100,16 @@ def test_a_dialogue_is_cut_behind_its_last_image_and_nowhere_before(chat_process
     if system is not None:
         chat_processor = ChatProcessor(chat_processor.processor, replace(chat_processor.prompts, system=system))
     turns = (Turn("user", Content.of(["some words first " * 5, PICTURE])), Turn("assistant", Content.of("red " * 20)))
-    messages, pictures = dialogue_messages(Dialogue(turns), chat_processor.prompts), chat_processor.process_images([PICTURE])
+    messages, pictures = (
+        dialogue_messages(Dialogue(turns), chat_processor.prompts),
+        chat_processor.process_images([PICTURE]),
+    )
     whole = chat_processor.encode_dialogue(messages, pictures)
     end = int(whole.image_mask.nonzero()[-1]) + 1
     assert end < len(whole.input_ids)
     cut = chat_processor.encode_dialogue(messages, pictures, max_tokens=end)
     assert torch.equal(cut.input_ids, whole.input_ids[:end])
-    with pytest.raises(CafeError, match=f"ends at token {end}, and {end - 1} are read"):
+    with pytest.raises(CafeError, match=f"ends at token {end}, past the limit of {end - 1}"):
         chat_processor.encode_dialogue(messages, pictures, max_tokens=end - 1)
 
 
@@ -142,7 +146,9 @@ def test_a_large_jpeg_decoded_small_shows_the_model_the_same_to_a_few_levels_of_
     ref = ImageRef(out.getvalue())
     [small] = chat_processor.decode_images([ref])
     assert small.size == (250, 200)  # a quarter: an eighth would not be enough
-    whole, drafted = (chat_processor.process_images([image]).inputs["pixel_values"] for image in (decode_image(ref), small))
+    whole, drafted = (
+        chat_processor.process_images([image]).inputs["pixel_values"] for image in (decode_image(ref), small)
+    )
     difference = (whole - drafted).abs() * 0.5 * 255  # the processor divided by a deviation of 0.5
     assert difference.mean() < 1 and difference.max() <= 8, (difference.mean(), difference.max())
 

@@ -120,7 +120,7 @@ def test_the_judge_keeps_what_the_model_says_no_to(model, scenes):
             query, target = examples[places[number]].pair.query, examples[places[other]].pair.target
             [branch] = questions(query, [target], model.chat_processor, mining.question)
             with torch.no_grad():
-                logits = model.lvlm(**model._inputs([branch])).logits[0, -1].double()
+                logits = model.lvlm(**model.chat_processor.collate([branch])).logits[0, -1].double()
             words = {}
             for word in ("yes", "no"):
                 forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")

@@ -26,7 +26,8 @@ from cafe.content import Content, Dialogue, Example, ImageRef, Turn
 from cafe.data.mixture import EpochOrder, Mixture, epoch_order
 from cafe.data.records import OpenedSource
 from cafe.errors import CafeError
-from cafe.lvlm.processing import ChatProcessor, ProcessedImages
+from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages, embedding_messages
 from cafe.packing import DEFAULT_PACKING, Branch, PackedBatch, PackingConfig, count_crops, count_unique_tokens, pack
 from cafe.utils.dataloader import make_loader

@@ -8,25 +8,28 @@ holds the peak memory to a run.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any, get_args
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.image_processing_utils import select_best_resolution
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.data.dataset import NO_LIMIT, MicroBatchSize, blank_branch
 from cafe.errors import CafeError
 from cafe.losses.contrastive import CHUNK_NUMEL
 from cafe.losses.language_modeling import HEAD_CHUNK_NUMEL
+from cafe.lvlm.architectures import (
+    KNOWN_CONFIGS,
+    has_known_tower_sizes,
+    is_mixture_of_experts,
+    load_config,
+    meta_model,
+)
 from cafe.lvlm.families import PartName, model_part, supports_prefix_sharing
-from cafe.lvlm.image_size import set_max_image_size
+from cafe.lvlm.image_cost import ImageCost, published_image_cost
 from cafe.lvlm.processing import ChatProcessor
 from cafe.packing import Branch, PackingConfig, build_layout, count_crops, count_unique_tokens
-from cafe.planning.architectures import KNOWN_CONFIGS, load_config, meta_model
 from cafe.training.build import build_chat_processor
 from cafe.training.fsdp import iter_layers
 from cafe.training.optimizer import configure_trainable_parameters
@@ -60,14 +63,6 @@ HARDWARE = (
 RESERVED = 1.5 * GIB  # bytes of a GPU that are kept for CUDA and for what the allocator cannot use
 NF4 = 4.127 / 8  # bytes a weight with its scales, quantised themselves (QLoRA, arXiv 2305.14314, section 3)
 PAIRS = 100_000  # of a run whose recipe does not say
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # what families call their number
-TOWER = (  # what they call its sizes
-    ("embed_dim", "hidden_size"),
-    ("depth", "num_hidden_layers"),
-    ("num_heads", "num_attention_heads"),
-    ("intermediate_size", "mlp_ratio"),
-    ("patch_size",),
-)
 MFU = 0.35  # of the peak FLOPs, assumed; on an H200 0.47 to 0.55 were measured at 7B, 0.22 to 0.24 at 0.5B
 
 
@@ -87,15 +82,6 @@ class TypicalSample:
     caption: int = 200
     prompt: int = 14
     prompt_overhead_tokens: int = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageCost:
-    """What a picture costs: crops, patches that the tower reads in each, and tokens in the language model."""
-
-    crops: int
-    patches: int
-    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,9 +269,9 @@ def measure_model(lvlm: PreTrainedModel) -> ModelSizes:
     """
     family, text = lvlm.config.model_type, lvlm.config.get_text_config()
     vision: Any = getattr(lvlm.config, "vision_config", None)
-    if any(getattr(text, name, None) for name in EXPERTS):
+    if is_mixture_of_experts(text):
         raise CafeError(f"This {family} model is a mixture of experts, whose costs are not known to `cafe plan`.")
-    if not all(any(hasattr(vision, name) for name in names) for names in TOWER):
+    if not has_known_tower_sizes(vision):
         raise CafeError(f"The vision tower of a {family} model is of a kind whose costs are not known to `cafe plan`.")
     head = lvlm.get_output_embeddings()
     counts: dict[PartName, list[int]] = {name: [0, 0, 0, 0] for name in get_args(PartName)}
@@ -344,32 +330,7 @@ def image_cost_from_config(
     Raises:
         CafeError: the limits, see `set_max_image_size`, are not for it.
     """
-    config, vision = lvlm.config, lvlm.config.vision_config
-    processor: Any = SimpleNamespace(image_processor=SimpleNamespace())  # as published
-    images = processor.image_processor
-    if config.model_type == "llava_onevision":
-        images.size = {"height": vision.image_size, "width": vision.image_size}
-        images.image_grid_pinpoints = config.image_grid_pinpoints
-        set_max_image_size(lvlm, processor, max_pixels, grids)
-        grid = vision.image_size // vision.patch_size
-        best = select_best_resolution((data.height, data.width), images.image_grid_pinpoints)
-        rows, columns = (side // vision.image_size for side in best)
-        height, width = rows * grid, columns * grid  # of the whole picture, from which the padding is cut
-        if data.width / data.height > width / height:
-            height -= 2 * ((height - int(data.height * width / data.width)) // 2)
-        else:
-            width -= 2 * ((width - int(data.width * height / data.height)) // 2)
-        shrink = math.sqrt(height * width / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * grid**2))
-        if shrink > 1.1:
-            height, width = int(height // shrink), int(width // shrink)
-        return ImageCost(crops=1 + rows * columns, patches=grid**2, tokens=grid**2 + height * width + height)
-    least, most = (2**16, 2**24) if config.model_type == "qwen3_vl" else (56 * 56, 12845056)
-    images.size, images.merge_size = {"shortest_edge": least, "longest_edge": most}, vision.spatial_merge_size
-    set_max_image_size(lvlm, processor, max_pixels, grids)
-    side = vision.patch_size * images.merge_size
-    resized = smart_resize(data.height, data.width, side, *images.size.values())
-    tokens = math.prod(resized) // side**2
-    return ImageCost(crops=1, patches=tokens * images.merge_size**2, tokens=tokens)
+    return published_image_cost(lvlm, data.width, data.height, max_pixels, grids)
 
 
 def image_cost_from_processor(chat_processor: ChatProcessor, lvlm: PreTrainedModel, data: TypicalSample) -> ImageCost:
