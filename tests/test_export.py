@@ -22,7 +22,7 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from cafe.cli.main import main
 from cafe.content import Content
 from cafe.export import model_card
-from cafe.images.resizing import use_torch_resize
+from cafe.images.resizing import with_torch_resize
 from cafe.lvlm.loading import load_processor
 from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
@@ -45,7 +45,8 @@ def test_sentence_transformers_gives_our_embeddings_of_text_image_and_both(famil
         monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda path, **options: load_processor(str(path)))
     theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     np.testing.assert_allclose((theirs.encode(CONTENTS) * expected).sum(1), 1, atol=1e-4)  # with Pillow's resize
-    use_torch_resize(theirs[0].processor.image_processor)
+    processor = theirs[0].processor
+    processor.image_processor = with_torch_resize(processor.image_processor)
     for found in (theirs.encode(CONTENTS), np.stack([theirs.encode(content) for content in CONTENTS])):
         np.testing.assert_allclose((found * expected).sum(1), 1, atol=1e-4)
         np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -113,6 +114,7 @@ def test_the_model_card_shows_results_data_and_recipe():
     _, about, text = card.split("---\n", 2)
     assert yaml.safe_load(about)["base_model"] == "owner/base-model"
     assert "| retrieval/image_to_text/R@1 | 61.250 |" in text and "- `captions.json`" in text
+    assert "The prompt frame is `closed`." in text
     assert "first 64, 128 dimensions" in text and "Compress this image in one word:" in text
     shown = [yaml.safe_load(block) for block in re.findall("```yaml\n(.*?)\n```", text, re.S)]
     assert shown == [{name: RECORD[name] for name in ("steps", "temperature", "versions")}, RECORD["recipe"]]
