@@ -236,7 +236,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from cafe.errors import CafeError
-    from cafe.planning.plan import TypicalSample, format_plan, plan
+    from cafe.planning.plan import format_plan, plan
+    from cafe.planning.workload import TypicalSample
     from cafe.training.recipe import read_recipe
 
     width, _, height = options.image.partition("x")
