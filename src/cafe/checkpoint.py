@@ -41,6 +41,7 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     """Read the metadata of a local checkpoint or of one on the Hub; empty if it has none."""
     if Path(path).exists():
         return read_metadata(path)
+    # A model on the Hub need not have the file, and the machine need not reach the Hub if the model is cached.
     missing = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors")}
     try:
         file = cached_file(str(path), METADATA_FILE, **missing)
@@ -69,6 +70,7 @@ def ensure_overwritable(path: Path) -> None:
     Raises:
         CheckpointError: there is something else at the path.
     """
+    # An empty directory, and one with an older checkpoint, may be replaced.
     is_other_directory = path.is_dir() and any(path.iterdir()) and not (path / METADATA_FILE).is_file()
     if path.is_file() or is_other_directory:
         raise CheckpointError(f"{path} holds something that is not a checkpoint of cafe; nothing was written.")
@@ -95,11 +97,14 @@ def resolve_checkpoint(base: str) -> str:
     Raises:
         CheckpointError: there is no such directory, and it cannot be a Hub id.
     """
+    # A name that a package registers comes first, so that "scenes" is never taken for a directory.
     for shipped in entry_points(group="cafe.base_models", name=base):
         return str(shipped.load())
     path = Path(base).expanduser()
     if path.is_dir():
         return str(checkpoint_dir(path))
-    if base.startswith(("/", "./", "../", "~")) or base.count("/") > 1:
+    # What is left could only be a Hub id, which is "name" or "owner/name".
+    looks_like_path = base.startswith(("/", "./", "../", "~"))
+    if looks_like_path or base.count("/") > 1:
         raise CheckpointError(f"The model's directory {base} does not exist.")
     return base

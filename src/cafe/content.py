@@ -57,6 +57,12 @@ class Content:
 
 
 def _parts(value: Any) -> Iterator[Part]:
+    """Yield the parts of a value in reading order.
+
+    Raises:
+        RecordError: the value, or something in it, is no content.
+    """
+    # Text comes before sequences, because a string is one, and so are bytes.
     match value:
         case str() | ImageRef():
             yield value
@@ -74,17 +80,24 @@ def _parts(value: Any) -> Iterator[Part]:
 
 
 def _parts_of_mapping(value: dict[str, Any]) -> Iterator[Part]:
-    """Read a mapping of "image" or "images" and "text": the images come first."""
+    """Yield the parts of a mapping of "image" or "images" and "text": the images come first.
+
+    Raises:
+        RecordError: the mapping has other keys or none, or its text is not a string.
+    """
     unknown = sorted(set(value) - {"image", "images", "text"})
     if unknown or not value:
         names = ", ".join(unknown) or "an empty mapping"
         raise RecordError(f"Content takes the keys image, images and text, not {names}.")
     text = value.get("text")
-    if text is not None and not isinstance(text, str):
+    if not isinstance(text, str | None):
         raise RecordError(f"Content's text should be a str, not a {type(text).__name__}.")
+
     images = value["image"] if "image" in value else value.get("images", [])
-    for image in images if isinstance(images, (list, tuple)) else [images]:
-        # A string is a path here, where text has a key of its own.
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    for image in images:
+        # A string is a path here, because text has a key of its own.
         yield from _parts(Path(image) if isinstance(image, str) else image)
     if text:
         yield text
@@ -119,13 +132,14 @@ class Pair:
     negative_scores: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        # Whoever reads the record puts its file and number before these messages.
         if self.negative_scores and len(self.negative_scores) != len(self.negatives):
             raise RecordError(
                 f"there are {len(self.negatives)} negatives and {len(self.negative_scores)} scores of them."
             )
-        wrong = [score for score in self.negative_scores if not 0 <= score <= 1]
-        if wrong:
-            raise RecordError(f"a negative's score should be between 0 and 1, not {wrong[0]:g}.")
+        for score in self.negative_scores:
+            if not 0 <= score <= 1:
+                raise RecordError(f"a negative's score should be between 0 and 1, not {score:g}.")
 
 
 @dataclass(frozen=True)

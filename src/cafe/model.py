@@ -94,6 +94,7 @@ class Cafe:
         Raises:
             CheckpointError: there is something else at the path.
         """
+        # Everything is written beside the path first, and takes its place in one rename.
         path = Path(path)
         ensure_overwritable(path)
         partial = staging_path(path)
@@ -117,7 +118,7 @@ class Cafe:
 
     def fingerprint(self) -> str:
         """Compute a digest of what decides the answers: weights, precision, device, prompts and image processing."""
-        processor = getattr(self.chat_processor.processor, "image_processor", "")
+        processor = getattr(self.chat_processor.processor, "image_processor", "")  # prints all of its settings
         return fingerprint(self.lvlm, self.chat_processor.prompts, processor)
 
     def with_prompts(self, **changes: Any) -> "Cafe":
@@ -147,6 +148,7 @@ class Cafe:
         vectors = np.zeros((len(contents), dim or self._embedding_dim), np.float32)
         encode = lambda content: self.encode_embedding(Content.of(content))  # noqa: E731
         for indices, branches in length_sorted_batches(contents, encode, batch_size):
+            # Each content is an example by itself, without a dialogue.
             batch = pack([[branch] for branch in branches], [[]] * len(branches), self.packing)
             hidden, _ = forward_packed(self.lvlm, batch)
             vectors[indices] = F.normalize(hidden[:, :dim].float(), dim=-1).cpu().numpy()
@@ -175,6 +177,7 @@ class Cafe:
         kwargs = generation_kwargs(max_new_tokens, temperature, top_p)
         if not stream:
             return self._generate([self.encode_prompt(content)], **kwargs)[0]
+        # The prompt is encoded in the thread too, so that an image that cannot be read ends the stream with its error.
         streamer = TextIteratorStreamer(self.chat_processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         return stream_text(lambda: self._generate([self.encode_prompt(content)], **kwargs, streamer=streamer), streamer)
 
@@ -224,6 +227,7 @@ class Cafe:
             content = _prompt_content(image, prompt)
             if not content.images:
                 raise CafeError("There is no image to describe.")
+            # The same images, processed once, stand at the beginning of both branches.
             processed = self.chat_processor.load_images(content.images)
             embedding = self.encode_embedding(Content(tuple(content.images)), processed)
             return embedding, self.encode_prompt(content, processed)
@@ -279,6 +283,7 @@ class Cafe:
         """Compute the log-likelihood of the supervised tokens of some contents' dialogues, in one forward pass."""
         batch = pack([[]] * len(dialogues), dialogues, self.packing)
         _, hidden = forward_packed(self.lvlm, batch)
+        # The hidden states of all answers come one after the other. The first token of a branch is predicted by none.
         lengths = [int(branch.loss_mask[1:].sum()) for branches in dialogues for branch in branches]
         labels = batch.labels.to(hidden.device).split(lengths)
         # One answer at a time: with a large vocabulary, the logits of a whole batch would not fit in memory.
@@ -334,4 +339,6 @@ def _as_list(contents: Any) -> list[Any]:
 def _prompt_content(image: Any, prompt: str) -> Content:
     if image is None:
         return Content.of(prompt)
-    return Content.of([Path(image) if isinstance(image, str) else image, prompt])
+    if isinstance(image, str):  # a path: the text is in the prompt
+        image = Path(image)
+    return Content.of([image, prompt])

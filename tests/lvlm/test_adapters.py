@@ -103,11 +103,11 @@ def test_with_dropout_the_gradient_cache_gives_the_gradient_of_one_graph_that_dr
     )[0]
     step = JointStep(model.lvlm, objective).double()
     torch.manual_seed(7)
-    reads = [step.reading(micro_batch.joint) for micro_batch in reversed(batch.micro_batches)][::-1]  # first one last
+    reads = [step.packed_forward(micro_batch.joint) for micro_batch in reversed(batch.micro_batches)][::-1]  # first one last
     assert len(reads) > 1
     vectors = torch.cat([embedded for embedded, _ in reads])
     slots = torch.cat([micro_batch.embedding_slots for micro_batch in batch.micro_batches])
-    contrastive, _ = step.contrast(
+    contrastive, _ = step.contrastive_loss(
         torch.empty_like(vectors).index_copy(0, slots, vectors), batch, torch.tensor(0.1), False
     )
     (contrastive + torch.stack([said for _, said in reads]).sum() / batch.num_supervised).backward()

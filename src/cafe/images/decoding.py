@@ -89,8 +89,9 @@ def _open_encoded(source: Path | bytes, max_pixels: int, min_side: int | None) -
 
 def _reduce_jpeg(image: Image.Image, min_side: int) -> None:
     """Have a JPEG decoded at the smallest size that keeps its shape and at least `min_side` pixels a side."""
+    # libjpeg decodes at these fractions from fewer coefficients. Other formats ignore `draft`.
     for factor in (8, 4, 2):
-        divides = not image.width % factor and not image.height % factor
+        divides = image.width % factor == image.height % factor == 0
         if divides and min(image.size) >= factor * min_side:
             image.draft(None, (image.width // factor, image.height // factor))
             return
@@ -124,9 +125,12 @@ def _apply_exif_orientation(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits; big-endian "I;16B" takes no `point` unless converted to "I" first
+    # 16 bits to 8: Pillow would clip them. Big-endian "I;16B" takes no `point` unless converted to "I" first.
+    if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
+    # Alpha, whether a channel or a palette's transparent color: Pillow would drop it and show what lies below.
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        white = Image.new("RGBA", layer.size, "white")
+        image = Image.alpha_composite(white, layer)
     return image if image.mode == "RGB" else image.convert("RGB")

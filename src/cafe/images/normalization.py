@@ -27,24 +27,42 @@ class Normalization:
     def from_processor(cls, image_processor: Any) -> "Normalization | None":
         """Read the normalization of an image processor; None if it has another form."""
         factor = getattr(image_processor, "rescale_factor", None)
-        mean = tuple(getattr(image_processor, "image_mean", None) or ())
-        std = tuple(getattr(image_processor, "image_std", None) or ())
-        return cls(factor, mean, std) if factor and len(mean) == len(std) == 3 else None
+        mean = getattr(image_processor, "image_mean", None)
+        std = getattr(image_processor, "image_std", None)
+        # Some processors do not normalize, and others have one mean for all colors.
+        if not factor or not mean or not std:
+            return None
+        if len(mean) != 3 or len(std) != 3:
+            return None
+        return cls(factor, tuple(mean), tuple(std))
 
     def quantize_exact(self, values: Float32[Tensor, "..."] | UInt8[Tensor, "..."]) -> UInt8[Tensor, "..."] | None:
-        """Return the bytes that values were made of, or the values if they are bytes; None if they were not."""
+        """Return the bytes that values were made of; None if they were made of none.
+
+        Args:
+            values: pixel values; bytes are returned unchanged.
+        """
         if values.dtype == torch.uint8:
             return values
-        if not values.is_floating_point() or not values.numel() or not _has_colors(values):
+        if not values.is_floating_point() or not values.numel():
             return None
-        # Solve (byte * factor - mean) / std = value for the byte, and see if it gives the value back.
+        if not _has_colors(values):
+            return None
+        # Solve (byte * factor - mean) / std = value for the byte, round it, and see if it gives the value back.
         mean, std = self._broadcast(values)
         raw = torch.addcmul(mean / self.factor, values, std / self.factor).round_().clamp_(0, 255).to(torch.uint8)
         return raw if self.reproduces(values, raw) else None
 
     def reproduces(self, values: Float32[Tensor, "..."], raw: Tensor) -> bool:
-        """Tell whether bytes normalize to these values."""
-        if raw.dtype != torch.uint8 or raw.shape != values.shape or not _has_colors(raw):
+        """Tell whether bytes normalize to these values.
+
+        Args:
+            values: pixel values.
+            raw: what may be their bytes: of another dtype or shape, or without colors, they are not.
+        """
+        if raw.dtype != torch.uint8 or raw.shape != values.shape:
+            return False
+        if not _has_colors(raw):
             return False
         return bool(self.normalize(raw).sub_(values).abs_().max() <= TOLERANCE)
 
@@ -56,12 +74,12 @@ class Normalization:
     def _broadcast(self, pixels: Tensor) -> list[Tensor]:
         """Return mean and standard deviation in a shape that broadcasts with images, or with rows of patches."""
         repeat, shape = 1, [3, 1, 1]
-        if pixels.dim() == 2:  # each row holds all values of one color, then those of the next
+        # A row of a patch holds all values of one color, then those of the next.
+        if pixels.dim() == 2:
             repeat, shape = pixels.shape[1] // 3, [-1]
-        return [
-            torch.tensor(moment, device=pixels.device).repeat_interleave(repeat).view(shape)
-            for moment in (self.mean, self.std)
-        ]
+        mean = torch.tensor(self.mean, device=pixels.device)
+        std = torch.tensor(self.std, device=pixels.device)
+        return [mean.repeat_interleave(repeat).view(shape), std.repeat_interleave(repeat).view(shape)]
 
 
 @dataclass(frozen=True)
@@ -78,6 +96,7 @@ class PackedPixels:
         """Compute the pixel values of all parts."""
         values = self.normalization.normalize(raw)
         parts = values.split([shape[0] for shape in self.shapes])
+        # Write zeros beyond a part's own size, one dimension after the other.
         for part, shape in zip(parts, self.shapes, strict=True):
             for dim, size in enumerate(shape):
                 part.narrow(dim, size, part.shape[dim] - size).zero_()
@@ -90,23 +109,38 @@ def pack_uint8(
     """Return image inputs with `pixel_values` as bytes, and what decodes them.
 
     If some values cannot be made of bytes, all stay values, or become values, and there is nothing to decode.
+
+    Args:
+        images: the image inputs of some contents; `pixel_values` are values, or already bytes.
+        normalization: what the image processor makes of a byte.
     """
-    quantized = [normalization.quantize_exact(inputs["pixel_values"]) for inputs in images if "pixel_values" in inputs]
-    raw = [pixels for pixels in quantized if pixels is not None]
-    if not raw or len(raw) < len(images):
+    packed: list[dict[str, Tensor]] = []
+    for inputs in images:
+        values = inputs.get("pixel_values")
+        raw = None if values is None else normalization.quantize_exact(values)
+        if raw is None:
+            break
+        packed.append({**inputs, "pixel_values": raw})
+    # One tensor holds the pixels of all contents, so they are bytes together or not at all.
+    if not packed or len(packed) < len(images):
         return [_with_values(inputs, normalization) for inputs in images], None
-    packed = [{**inputs, "pixel_values": pixels} for inputs, pixels in zip(images, raw, strict=True)]
-    return packed, PackedPixels(normalization, tuple(pixels.shape for pixels in raw))
+    shapes = tuple(inputs["pixel_values"].shape for inputs in packed)
+    return packed, PackedPixels(normalization, shapes)
 
 
 def _with_values(inputs: dict[str, Tensor], normalization: Normalization) -> dict[str, Tensor]:
-    if "pixel_values" not in inputs or inputs["pixel_values"].dtype != torch.uint8:
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.dtype != torch.uint8:
         return inputs
-    return {**inputs, "pixel_values": normalization.normalize(inputs["pixel_values"])}
+    return {**inputs, "pixel_values": normalization.normalize(pixels)}
 
 
 def _has_colors(values: Tensor) -> bool:
-    """Tell whether the colors stand where `_broadcast` expects them."""
+    """Tell whether the colors stand where `_broadcast` expects them.
+
+    Images have them in the third dimension from the end. A row of a patch has the values of three colors of the same
+    number.
+    """
     if values.dim() > 2:
         return values.shape[-3] == 3
     return values.dim() == 2 and values.shape[1] % 3 == 0

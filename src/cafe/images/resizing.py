@@ -31,6 +31,7 @@ class _TorchResize(PilBackend):
     """Override the resize that a family's image processor inherits from `PilBackend`."""
 
     def resize(self, image: NDArray[Any], size: SizeDict, resample: Any = None, **kwargs: Any) -> NDArray[Any]:
+        # Other filters, other dtypes, and sizes that depend on the image are left to Pillow.
         mode = MODES.get(resample)
         exact_size = size.height and size.width and not size.shortest_edge
         if mode and exact_size and image.dtype == np.uint8:

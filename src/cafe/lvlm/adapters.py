@@ -58,7 +58,7 @@ def add_adapter(lvlm: PreTrainedModel, adapter: LoraSettings) -> None:
         RecipeError: the model has an adapter already, or no layer has a given name.
     """
     _require_peft()
-    from peft import LoraConfig
+    from peft import LoraConfig  # here, because PEFT is optional and slow to import
 
     if has_adapter(lvlm):
         raise RecipeError(f"{lvlm.name_or_path} has an adapter already: `cafe merge` makes a plain checkpoint of both.")
@@ -70,6 +70,7 @@ def add_adapter(lvlm: PreTrainedModel, adapter: LoraSettings) -> None:
         target_modules=find_target_modules(lvlm, adapter),
     )
     _inject(lvlm, config)
+    # The adapter is saved elsewhere, where a relative path would mean another directory.
     base = Path(lvlm.name_or_path)
     config.base_model_name_or_path = str(base.resolve() if base.is_dir() else base)
 
@@ -80,6 +81,7 @@ def find_target_modules(lvlm: PreTrainedModel, adapter: LoraSettings) -> list[st
     Raises:
         RecipeError: a part has no layer of a given name.
     """
+    # In this order, which is that of the saved configuration.
     wanted: dict[PartName, tuple[str, ...] | None] = {
         "language_model": adapter.language_model,
         "projector": adapter.projector,
@@ -113,11 +115,17 @@ def _linear_layers(lvlm: PreTrainedModel) -> dict[PartName, list[str]]:
 
 
 def _check_layer_names(part: PartName, names: Sequence[str], layers: Sequence[str], model_type: str) -> None:
-    there = {_last_name(layer) for layer in layers}
+    """Refuse names that no linear layer of the part has, and parts without any.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    known = {_last_name(layer) for layer in layers}
     for name in names:
-        if name != "all" and name not in there:
-            known = ", ".join(sorted(there)) or "none"
-            raise RecipeError(f"model.adapter.{part}: no linear layer is called {name!r}; there are {known}.")
+        if name == "all" or name in known:
+            continue
+        listed = ", ".join(sorted(known)) or "none"
+        raise RecipeError(f"model.adapter.{part}: no linear layer is called {name!r}; there are {listed}.")
     if not layers:
         raise RecipeError(f"model.adapter.{part}: a {model_type} model has no linear layer there.")
 
@@ -156,7 +164,7 @@ def load_adapter(lvlm: PreTrainedModel, path: str | Path, config: "PeftConfig") 
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    base = config.base_model_name_or_path
+    base = config.base_model_name_or_path  # transformers overwrites it
     _inject(lvlm, config)
     config.base_model_name_or_path = base
     try:
@@ -181,6 +189,7 @@ def merge(lvlm: PreTrainedModel) -> None:
         if isinstance(module, BaseTunerLayer):
             module.merge()
             lvlm.set_submodule(name, module.get_base_layer())
+    # What transformers keeps of an adapter beside its layers.
     del lvlm.peft_config
     lvlm._hf_peft_config_loaded = False
 
@@ -189,6 +198,7 @@ def _inject(lvlm: PreTrainedModel, config: "PeftConfig") -> None:
     from peft.functional import cast_adapter_dtype
 
     lvlm.add_adapter(config, ADAPTER_NAME)
+    # Small updates would be lost in 16 bits.
     cast_adapter_dtype(lvlm, ADAPTER_NAME, autocast_adapter_dtype=True)
 
 

@@ -116,6 +116,7 @@ def load_config(base: str) -> PreTrainedConfig:
     if base in KNOWN_CONFIGS:
         fields = dict(KNOWN_CONFIGS[base])
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    # Nothing is downloaded: a Hub model outside the table is not known, even where it could be fetched.
     try:
         return AutoConfig.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError):
@@ -131,6 +132,7 @@ def load_config(base: str) -> PreTrainedConfig:
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a model without weights: its parameters have names and shapes, on the meta device."""
+    # The constructor allocates its parameters on the default device.
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
 

@@ -117,6 +117,7 @@ def family_of(model_type: str) -> Family:
 
 def family_of_processor(processor: ProcessorMixin) -> Family:
     """Look up a family by its processor, whose class transformers maps to model types."""
+    # By the class's name: without its video processor, a processor is of another class with the same name.
     name = type(processor).__name__
     for model_type, family in FAMILIES.items():
         if PROCESSOR_MAPPING_NAMES.get(model_type) == name:
@@ -125,8 +126,14 @@ def family_of_processor(processor: ProcessorMixin) -> Family:
 
 
 def model_part(parameter: str, model_type: str) -> PartName:
-    """Return the part of the model that a parameter belongs to, by its name."""
+    """Return the part of the model that a parameter belongs to.
+
+    Args:
+        parameter: its name; of a module, the name with a dot behind it.
+        model_type: of the model's configuration.
+    """
     family = family_of(model_type)
+    # The projector comes first: in some families it is a module of the tower.
     if any(fragment in parameter for fragment in family.projector):
         return "projector"
     if any(fragment in parameter for fragment in family.vision_tower):
@@ -135,7 +142,8 @@ def model_part(parameter: str, model_type: str) -> PartName:
 
 
 def find_vision_tower(lvlm: PreTrainedModel) -> nn.Module | None:
-    """Find a model's vision tower by its family's name for it."""
+    """Find a model's vision tower by its family's name for it; None if it has none of that name."""
+    # Modules come from the outside in, so the first match is the whole tower.
     names = family_of(lvlm.config.model_type).vision_tower
     for name, module in lvlm.named_modules():
         if f"{name}.".endswith(names):
@@ -163,6 +171,7 @@ def feature_layers(config: PreTrainedConfig) -> list[int] | None:
     source = family_of(config.model_type).feature_source
     if source is None:
         return None
+    # The configuration names one layer or several, counted from the end if negative.
     layers = config.vision_feature_layer
     if source == "hidden_states_or_output" and layers == -1:
         return []
@@ -208,6 +217,7 @@ def position_ids_fn(lvlm: PreTrainedModel) -> PositionIdsFn:
         return default_position_ids
 
     def mrope_position_ids(branch: Branch) -> Int64[Tensor, "3 tokens"]:
+        # The model takes a batch, here of one row, and returns (axes, rows, tokens) with the rows' offsets.
         grids = {name: grid for name, grid in branch.image_inputs.items() if name.endswith("_grid_thw")}
         token_types = branch.image_mask.long()[None].int()
         position_ids: Tensor = lvlm.base_model.get_rope_index(

@@ -54,6 +54,7 @@ def stream_text(generate: Callable[[], Any], streamer: TextIteratorStreamer) -> 
             errors.append(error)
             streamer.end()
 
+    # The streamer's queue ends with the text; only then is it known whether the thread failed.
     def pieces() -> Iterator[str]:
         yield from streamer
         if errors:
@@ -118,6 +119,7 @@ def _continue_embedding(
 ) -> Tensor:
     """Return the hidden state of the last token behind a prefix in the cache."""
     base = lvlm.base_model
+    # A position is the number of tokens before it in its row, padding left out.
     mask = _extend_mask(prefix, suffix)
     position_ids = mask.cumsum(1)[:, -suffix.shape[1] :] - 1
     if uses_mrope(lvlm):
@@ -139,6 +141,7 @@ def _decode_new_tokens(chat_processor: ChatProcessor, output: Tensor, prompt_len
 
 
 def _common_prefix_length(first: Tensor, second: Tensor) -> int:
+    # At least one token of each is left to continue with.
     length = min(len(first), len(second)) - 1
     differing = (first[:length] != second[:length]).nonzero()
     return int(differing[0]) if len(differing) else length

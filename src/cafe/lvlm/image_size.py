@@ -49,7 +49,10 @@ def set_max_image_size(
 
 
 def detect_image_sizing(image_processor: Any) -> ImageSizing:
-    """Find what limits the size of an image for a family that the table does not have."""
+    """Find what limits the size of an image for a family that the table does not have.
+
+    Each way has settings of its own in the image processor; those of several crops are looked for before those of one.
+    """
     if getattr(image_processor, "image_grid_pinpoints", None):
         return "image_grids"
     if hasattr(image_processor, "merge_size"):
@@ -74,20 +77,27 @@ def _limit_image_grids(
     """Keep the grids that are wanted and small enough; transformers writes a grid as its (height, width) in pixels."""
     pinpoints = images.image_grid_pinpoints
     if grids:
-        if any(len(grid) != 2 or min(grid) < 1 for grid in grids):
-            raise RecipeError(
-                f"model.image_grids holds pairs of rows and columns, as [[1, 1], [2, 2]], not {list(grids)}."
-            )
+        _check_grids(grids)
         height, width = _crop_size(images)
         pinpoints = [[rows * height, columns * width] for rows, columns in grids]
     if max_pixels:
         smallest = min(map(math.prod, pinpoints))
         _check_limit(config, max_pixels, smallest)
         pinpoints = [pinpoint for pinpoint in pinpoints if math.prod(pinpoint) <= max_pixels]
+    # The model cuts off padding by the grids in its configuration, so it must have the same ones.
     images.image_grid_pinpoints = config.image_grid_pinpoints = pinpoints
 
 
+def _check_grids(grids: Sequence[Sequence[int]]) -> None:
+    for grid in grids:
+        if len(grid) != 2 or min(grid) < 1:
+            raise RecipeError(
+                f"model.image_grids holds pairs of rows and columns, as [[1, 1], [2, 2]], not {list(grids)}."
+            )
+
+
 def _limit_pixels(sizing: ImageSizing, config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+    """Limit the area of an image by the setting of its image processor."""
     match sizing:
         case "area":
             _limit_area(config, images, max_pixels)
@@ -102,15 +112,20 @@ def _limit_pixels(sizing: ImageSizing, config: PreTrainedConfig, images: Any, ma
 
 
 def _limit_area(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
-    # Here `shortest_edge` and `longest_edge` are the areas of the smallest and the largest image.
+    """Limit the area of an image, which is resized to fit.
+
+    Despite their names, `shortest_edge` and `longest_edge` are areas here, of the smallest and the largest image.
+    """
     size = dict(images.size)
     _check_limit(config, max_pixels, size["shortest_edge"])
     _set_longest_edge(images, min(max_pixels, size["longest_edge"]))
+    # Older processors keep the same area twice.
     if getattr(images, "max_pixels", None):
         images.max_pixels = images.size["longest_edge"]
 
 
 def _limit_soft_tokens(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+    """Limit the number of tokens of an image, each of which stands for the same number of pixels."""
     pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
     _check_limit(config, max_pixels, SOFT_TOKENS[0] * pixels_per_token)
     fitting = [tokens for tokens in SOFT_TOKENS if tokens * pixels_per_token <= max_pixels]
@@ -118,7 +133,7 @@ def _limit_soft_tokens(config: PreTrainedConfig, images: Any, max_pixels: int) -
 
 
 def _limit_longest_edge(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
-    # `max_image_size` is the side of a crop; the longest edge is a whole number of them.
+    """Limit the longest edge of an image to a whole number of crops, whose side is called `max_image_size`."""
     crop = dict(images.max_image_size)["longest_edge"]
     _check_limit(config, max_pixels, crop**2)
     longest_edge = math.isqrt(max_pixels) // crop * crop
@@ -126,7 +141,7 @@ def _limit_longest_edge(config: PreTrainedConfig, images: Any, max_pixels: int) 
 
 
 def _limit_patches(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
-    # These processors call their crops patches.
+    """Limit the number of crops of an image, which these processors call patches."""
     pixels_per_crop = math.prod(_crop_size(images))
     _check_limit(config, max_pixels, pixels_per_crop)
     images.max_patches = min(max_pixels // pixels_per_crop, images.max_patches)
@@ -135,16 +150,23 @@ def _limit_patches(config: PreTrainedConfig, images: Any, max_pixels: int) -> No
 
 def _crop_size(images: Any) -> tuple[int, int]:
     """Return the height and width of a crop, or of the whole image where there are no crops."""
+    # A size is written as (height, width), or as the one side of a square.
     size = dict(images.size or {})
     side = size.get("shortest_edge") or 0
     return size.get("height") or side, size.get("width") or side
 
 
 def _set_longest_edge(images: Any, longest_edge: int) -> None:
+    # `size` is a `SizeDict` or, before an image processor reads it, a plain dictionary.
     images.size = type(images.size)(**{**dict(images.size), "longest_edge": longest_edge})
 
 
 def _check_limit(config: PreTrainedConfig, max_pixels: int, smallest: int) -> None:
+    """Refuse a limit below the smallest image.
+
+    Raises:
+        RecipeError: it is.
+    """
     if max_pixels < smallest:
         raise RecipeError(
             f"model.max_image_pixels is {max_pixels:,}, but this {config.model_type} model reads no image at less than "

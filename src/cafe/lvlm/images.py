@@ -75,6 +75,7 @@ class FamilyImages:
         if not images:
             return ProcessedImages([], {})
         batch = self._call_processor(images)
+        # What is made for each token belongs to this prompt; the rest is the model's input for the images.
         token_runs = self._split_runs(batch.pop("input_ids")[0].tolist())
         per_token = ("attention_mask", "labels", *TOKEN_TYPES)
         return ProcessedImages(token_runs, {name: value for name, value in batch.items() if name not in per_token})
@@ -90,6 +91,7 @@ class FamilyImages:
     @cached_property
     def min_decode_side(self) -> int | None:
         """Pixels of a side that decoding has to keep: twice what the model reads of a large square; None for all."""
+        # Crops, patches or a resized image: the model reads so many pixels of it, of three colors each.
         inputs = self.process([Image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE))]).inputs
         pixels_read = inputs["pixel_values"].numel() // 3
         return 2 * math.ceil(math.sqrt(pixels_read)) if pixels_read < _PROBE_SIDE**2 else None
@@ -112,14 +114,13 @@ class FamilyImages:
 
     def _split_runs(self, tokens: list[int]) -> list[list[int]]:
         """Split the tokens of a prompt of images into the run of each."""
+        separator = self.processor.tokenizer.eos_token_id
         runs: list[list[int]] = [[]]
         for token in tokens:
-            if token == self.processor.tokenizer.eos_token_id:
+            if token == separator:
                 runs.append([])
-            else:
+            elif token == self.image_token_id or not self.image_tokens_only:
                 runs[-1].append(token)
-        if self.image_tokens_only:
-            runs = [[token for token in run if token == self.image_token_id] for run in runs]
         return runs
 
 
@@ -166,6 +167,7 @@ class FastImages:
         return {**inputs, "pixel_values": inputs["pixel_values"].to(torch.uint8)}
 
     def _learn_size(self, pixels: UInt8[np.ndarray, "height width 3"]) -> ProcessedImages:
+        """Process the first image of a size as the family does, and keep its token runs."""
         processed = self.family.process([Image.fromarray(pixels)])
         if len(self._token_runs) >= MAX_KNOWN_SIZES:
             self._token_runs.clear()
@@ -193,6 +195,7 @@ def make_fast_images(family: FamilyImages) -> tuple[FamilyImages | FastImages, N
 def _gives_same_inputs(
     fast: FastImages, pixels: UInt8[np.ndarray, "height width 3"], normalization: Normalization
 ) -> bool:
+    """Compare both paths on one image: pixels within rounding, all other inputs exactly."""
     expected = fast.family.process([Image.fromarray(pixels)]).inputs
     inputs = fast.image_inputs(pixels)
     for name in expected.keys() - {"pixel_values"}:

@@ -79,6 +79,7 @@ def load_chat_processor(
         CheckpointError: no processor can be loaded from there.
         RecipeError: the limits do not fit the model, see `set_max_image_size`.
     """
+    # An adapter has a processor of its own, but its base's configuration.
     try:
         adapter = read_adapter_config(base)
         config = AutoConfig.from_pretrained((adapter and adapter.base_model_name_or_path) or base)
@@ -123,6 +124,7 @@ def load_lvlm(
         processor = load_processor(str(path), lvlm.config.model_type)
     except (ImportError, OSError, ValueError, SafetensorError) as error:  # ImportError: a processor needs a package
         raise load_error("vision-language model", base, error) from error
+    # The processor may be an adapter's, trained with other grids than its base has.
     chat_processor = ChatProcessor(processor, prompts)
     sync_image_grids(lvlm, processor)
     if not four_bit:  # bitsandbytes has put the weights on the device itself

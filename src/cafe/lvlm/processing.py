@@ -154,17 +154,19 @@ class ChatProcessor:
         Rows are padded on the right, or on the left for generation.
         """
 
+        side = "left" if left else "right"
+
         def pad(rows: list[Tensor], value: int = 0) -> Tensor:
-            side = "left" if left else "right"
             return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
-        token_types = {name: pad([mark(row) for row in branches]) for name, mark in self.token_type_fns.items()}
-        return {
-            "input_ids": pad([row.input_ids for row in branches], self.tokenizer.pad_token_id or 0),
-            "attention_mask": pad([torch.ones_like(row.input_ids) for row in branches]),
-            **token_types,
-            **collate_vision([row.image_inputs for row in branches]),
+        input_ids = [branch.input_ids for branch in branches]
+        inputs = {
+            "input_ids": pad(input_ids, self.tokenizer.pad_token_id or 0),
+            "attention_mask": pad([torch.ones_like(ids) for ids in input_ids]),
         }
+        for name, token_type_fn in self.token_type_fns.items():
+            inputs[name] = pad([token_type_fn(branch) for branch in branches])
+        return {**inputs, **collate_vision([branch.image_inputs for branch in branches])}
 
     def _find_placeholder(self, candidates: Sequence[str]) -> str:
         """Find the token that the template writes for an image.
@@ -172,6 +174,7 @@ class ChatProcessor:
         Raises:
             CheckpointError: there is no template, or it writes none.
         """
+        # Without a template transformers refuses to render.
         has_template = self.processor.chat_template or self._template
         rendered = self._render([_IMAGE_PROBE], False) if has_template else ""
         for token in candidates:
@@ -183,8 +186,11 @@ class ChatProcessor:
         )
 
     def _compile_special_tokens(self) -> re.Pattern[str]:
-        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        tokens = {*self.tokenizer.all_special_tokens, self.placeholder, *added}
+        tokens = {*self.tokenizer.all_special_tokens, self.placeholder}
+        # Not all that are marked as special are in `all_special_tokens`.
+        for token in self.tokenizer.added_tokens_decoder.values():
+            if token.special:
+                tokens.add(str(token))
         # Longest first, so that no token is taken for the shorter one it begins with.
         return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
 
@@ -193,6 +199,7 @@ class ChatProcessor:
 
         A template that does not end the assistant's turn is given the end-of-sequence token.
         """
+        # A template may write more behind the generation prompt when the answer is there, as an empty thought.
         chat: list[Message] = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
         prompt = self._render(chat, True)
         before, _, after = self._render([*chat, _ASSISTANT_PROBE], False).partition(_SENTINEL)
@@ -209,10 +216,12 @@ class ChatProcessor:
         self, messages: list[Message], text: str, images: ProcessedImages, max_tokens: int
     ) -> list[list[int]]:
         """Return the pieces of an embedding prompt with tokens removed at the end of its content."""
+        # The prompt is content, instruction and frame, in this order; the frame is what follows a probe in its place.
         instruction = messages[-1]["content"][-1]["text"] if self.prompts.mode == "compress" else ""
         frame = self._render_embedding([*messages[:-1], _USER_PROBE]).rpartition(_SENTINEL)[2]
         content = text.removesuffix(instruction + frame)
 
+        # Only the words behind the last image can be cut.
         *pieces, last = self._split(content, iter(images.token_runs))
         tail = self._tokenize(instruction + frame)
         kept = max_tokens - _num_tokens(pieces) - len(tail)
@@ -225,6 +234,7 @@ class ChatProcessor:
         """Split a dialogue into token pieces, each with whether it is supervised."""
         runs = iter(images.token_runs)
         pieces: list[tuple[list[int], bool]] = []
+        # With sentinels for all answers, the rendered chat shows where each turn begins and ends.
         probes = [_ASSISTANT_PROBE if message["role"] == "assistant" else message for message in messages]
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -239,14 +249,13 @@ class ChatProcessor:
         return pieces
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        frozen = tuple(
-            (message["role"], tuple((part["type"], part.get("text", "")) for part in message["content"]))
-            for message in messages
-        )
+        frozen = tuple((message["role"], _freeze(message["content"])) for message in messages)
         return self._apply_template(frozen, add_generation_prompt)
 
     def _render_frozen(self, chat: FrozenChat, add_generation_prompt: bool) -> str:
-        messages = [{"role": role, "content": [self._thaw(*part) for part in parts]} for role, parts in chat]
+        messages = []
+        for role, parts in chat:
+            messages.append({"role": role, "content": [self._thaw(*part) for part in parts]})
         return self.processor.apply_chat_template(
             messages,
             chat_template=self._template,
@@ -255,10 +264,12 @@ class ChatProcessor:
         )
 
     def _thaw(self, kind: str, text: str) -> dict[str, str]:
-        return {"type": kind, "text": self._escape_special_tokens(text)} if kind == "text" else {"type": kind}
+        if kind != "text":
+            return {"type": kind}
+        return {"type": kind, "text": self._escape_special_tokens(text)}
 
     def _escape_special_tokens(self, text: str) -> str:
-        """Break up special tokens in a text, so that a user's words stay words."""
+        """Break up special tokens in a text by a space, so that a user's words stay words."""
         return self._special_tokens.sub(lambda match: match[0][0] + " " + match[0][1:], text)
 
     def _tokenize_text(self, text: str) -> list[int]:
@@ -277,9 +288,19 @@ class ChatProcessor:
         return pieces
 
     def _join(self, pieces: Sequence[tuple[list[int], bool]], images: ProcessedImages) -> Branch:
-        input_ids = torch.tensor([token for piece, _ in pieces for token in piece])
-        loss_mask = torch.tensor([supervised for piece, supervised in pieces for _ in piece])
-        return Branch(input_ids, loss_mask, input_ids == self.image_token_id, images.inputs)
+        """Join token pieces, each supervised or not, into a branch."""
+        tokens: list[int] = []
+        supervised: list[bool] = []
+        for piece, is_supervised in pieces:
+            tokens += piece
+            supervised += [is_supervised] * len(piece)
+        # Special tokens in the text were broken up, so every image token is an image's.
+        input_ids = torch.tensor(tokens)
+        return Branch(input_ids, torch.tensor(supervised), input_ids == self.image_token_id, images.inputs)
+
+
+def _freeze(parts: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
+    return tuple((part["type"], part.get("text", "")) for part in parts)
 
 
 def _num_tokens(pieces: Sequence[Sequence[int]]) -> int:

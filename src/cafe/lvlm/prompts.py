@@ -52,6 +52,7 @@ DESCRIBE_PROMPT = "Describe the image."
 
 def embedding_messages(content: Content, prompts: Prompts) -> list[Message]:
     """Return the chat that asks for content in one token; in multimodal mode, the content alone."""
+    # In multimodal mode, the texts of the data contain the instruction.
     if prompts.mode == "multimodal":
         return [*_system(prompts), _message("user", content)]
     instruction = prompts.image_instruction if content.images else prompts.text_instruction
@@ -74,5 +75,7 @@ def _message(role: str, content: Content) -> Message:
 
 
 def _message_part(part: str | ImageRef) -> dict[str, str]:
-    # An image is a placeholder here; its tokens and pixels are put in by the processor.
-    return {"type": "image"} if isinstance(part, ImageRef) else {"type": "text", "text": part}
+    # The template writes a placeholder for an image; its tokens and pixels come from the image processor.
+    if isinstance(part, ImageRef):
+        return {"type": "image"}
+    return {"type": "text", "text": part}

@@ -51,15 +51,18 @@ def parse_tower_inputs(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: in
         kwargs: the tower's other arguments.
         patch_size: for a tower that crops images to their size and lays their patches end to end (Pixtral); else None.
     """
+    # Qwen: the patches of all images are rows, and each image has its grid of them.
     if "grid_thw" in kwargs:
         num_patches = kwargs["grid_thw"].prod(1).tolist()
         return TowerInputs(hash_patched_images(pixels, kwargs["grid_thw"]).tolist(), num_patches, num_patches)
     one_each = [1] * len(pixels)
+    # Gemma 4: an image is a row of patches, padded; the positions of the padding are negative.
     if "pixel_position_ids" in kwargs:
         positions = kwargs["pixel_position_ids"]
         hashes = hash_rows(torch.stack([hash_rows(pixels), hash_rows(positions)], dim=1))
-        num_patches = (positions >= 0).all(dim=2).sum(1).tolist()  # the positions of padding are negative
+        num_patches = (positions >= 0).all(dim=2).sum(1).tolist()
         return TowerInputs(hashes.tolist(), one_each, num_patches)
+    # All others: crops of one size.
     if pixels.ndim != 4:
         return None
     if patch_size is None:
@@ -69,14 +72,16 @@ def parse_tower_inputs(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: in
 
 def _parse_packed_images(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: int) -> TowerInputs:
     """Find the images in the arguments of a tower that cuts off their padding."""
-    sizes = kwargs["image_sizes"].tolist() if "image_sizes" in kwargs else [list(pixels.shape[2:])] * len(pixels)
-    # The same numbers in another shape are another image, so the size is part of the hash.
-    numbers = [
-        [height, width, int(hash_rows(image[None, :, :height, :width]))]
-        for image, (height, width) in zip(pixels, sizes, strict=True)
-    ]
+    sizes = [list(pixels.shape[2:])] * len(pixels)
+    if "image_sizes" in kwargs:
+        sizes = kwargs["image_sizes"].tolist()
+    numbers: list[list[int]] = []
+    num_patches: list[int] = []
+    for image, (height, width) in zip(pixels, sizes, strict=True):
+        # The same numbers in another shape are another image, so the size is part of the hash.
+        numbers.append([height, width, int(hash_rows(image[None, :, :height, :width]))])
+        num_patches.append((height // patch_size) * (width // patch_size))
     hashes = hash_rows(torch.tensor(numbers, device=pixels.device))
-    num_patches = [(height // patch_size) * (width // patch_size) for height, width in sizes]
     return TowerInputs(hashes.tolist(), [1] * len(pixels), num_patches, dim=1)
 
 
@@ -93,6 +98,7 @@ class VisionCache:
         self.tower = tower
         self.layers = feature_layers(config)
         self.patch_size = packed_patch_size(tower)
+        # Other weights, or other layers read, are other features.
         self.directory = None
         if directory:
             self.directory = directory / "_".join([weights_digest(tower), *map(str, self.layers or [])])
@@ -122,24 +128,27 @@ class VisionCache:
             return forward(*args, **kwargs)
         missing = self._find_missing(crops.hashes, pixels.device)
         if missing:
-            if len(missing) < len(crops.hashes):
+            all_missing = len(missing) == len(crops.hashes)
+            if not all_missing:
                 args, kwargs = _select_crops(crops, list(missing.values()), len(pixels), args, kwargs)
             output = forward(*args, **kwargs)
             self._drop_unread_outputs(output)
             self._store(output, crops, missing)
-            if len(missing) == len(crops.hashes):
+            if all_missing:
                 return output  # the cache holds views of it, so a step of one micro-batch keeps nothing twice
-        outputs = [self.cached[key] for key in crops.hashes]
-        return tree_map(lambda *leaves: None if leaves[0] is None else torch.cat(leaves, crops.dim), *outputs)
+        return _concatenate([self.cached[key] for key in crops.hashes], crops.dim)
 
     def _find_missing(self, hashes: Sequence[int], device: torch.device) -> dict[int, int]:
         """Return the hash of each crop that has to be encoded, with the index of its last occurrence."""
-        return {
-            key: index for index, key in enumerate(hashes) if key not in self.cached and not self._load(key, device)
-        }
+        missing: dict[int, int] = {}
+        for index, key in enumerate(hashes):
+            if key not in self.cached and not self._load(key, device):
+                missing[key] = index
+        return missing
 
     def _store(self, output: Any, crops: TowerInputs, missing: Mapping[int, int]) -> None:
         """Cache the part of the output that belongs to each encoded crop."""
+        # The tower was given the missing crops alone, in the order of `missing`.
         stops = list(accumulate(crops.output_rows[index] for index in missing.values()))
         for key, start, stop in zip(missing, [0, *stops], stops, strict=False):
             self.cached[key] = _slice_output(output, start, stop, stops[-1], crops.dim)
@@ -152,9 +161,12 @@ class VisionCache:
         if self.layers is None or not output.get("hidden_states"):
             return
         states = output["hidden_states"]
-        read = {range(len(states))[layer] for layer in self.layers}  # counts negative layers from the end
-        output["hidden_states"] = tuple(state if index in read else None for index, state in enumerate(states))
-        if read:
+        kept: list[Tensor | None] = [None] * len(states)
+        for layer in self.layers:
+            kept[layer] = states[layer]  # negative layers count from the end in both
+        output["hidden_states"] = tuple(kept)
+        # A model that reads hidden states does not read the output behind the final norm.
+        if self.layers:
             output["last_hidden_state"] = None
 
     def _load(self, key: int, device: torch.device) -> bool:
@@ -169,7 +181,8 @@ class VisionCache:
         if file is None:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{uuid4().hex}.partial")  # another process may be writing the same crop
+        # Another process may be writing the same crop. Views are cloned, or their whole storage would be saved.
+        partial = file.with_suffix(f".{uuid4().hex}.partial")
         torch.save(tree_map_only(Tensor, Tensor.clone, self.cached[key]), partial)
         partial.replace(file)
 
@@ -180,12 +193,25 @@ class VisionCache:
 def _select_crops(
     crops: TowerInputs, chosen: Sequence[int], num_rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Select some crops from a tower's arguments, each of which may have an entry per row of pixels or per crop."""
+    """Select some crops from a tower's arguments.
+
+    Args:
+        crops: the crops that the arguments hold.
+        chosen: the indices of those to keep.
+        num_rows: rows of pixels. A tensor of this length has an entry per row, as the pixels themselves, and one as
+            long as there are crops has an entry per crop, as their grids; other arguments are kept as they are.
+        args, kwargs: the arguments.
+    """
 
     def select(value: Any) -> Any:
-        if not isinstance(value, Tensor) or len(value) not in (num_rows, len(crops.hashes)):
+        if not isinstance(value, Tensor):
             return value
-        parts = value.split(crops.input_rows if len(value) == num_rows else 1)
+        if len(value) == num_rows:
+            parts = value.split(crops.input_rows)
+        elif len(value) == len(crops.hashes):
+            parts = value.split(1)
+        else:
+            return value
         return torch.cat([parts[index] for index in chosen])
 
     return tuple(map(select, args)), {name: select(value) for name, value in kwargs.items()}
@@ -201,8 +227,19 @@ def _slice_output(output: Any, start: int, stop: int, total: int, dim: int) -> A
     return tree_map_only(Tensor, cut, output)
 
 
+def _concatenate(outputs: Sequence[Any], dim: int) -> Any:
+    """Concatenate the outputs of several crops, tensor by tensor."""
+
+    def concatenate(*leaves: Tensor | None) -> Tensor | None:
+        # What one output dropped, all dropped.
+        return None if leaves[0] is None else torch.cat(leaves, dim)
+
+    return tree_map(concatenate, *outputs)
+
+
 def hash_rows(crops: Float[Tensor, " crops *shape"]) -> Int64[Tensor, " crops"]:
     """Hash the bits of each crop: a sum of products with fixed random numbers, exact in any order of summation."""
+    # Integers wrap around on overflow, so a sum is the same in any order and on any device.
     bits = crops.flatten(1).contiguous().view(torch.int16)
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(crops.device)
