@@ -230,7 +230,7 @@ def _slice_output(output: Any, start: int, stop: int, total: int, dim: int) -> A
 def _concatenate(outputs: Sequence[Any], dim: int) -> Any:
     """Concatenate the outputs of several crops, tensor by tensor."""
 
-    def concatenate(*leaves: Tensor | None) -> Tensor | None:
+    def concatenate(*leaves: Any) -> Tensor | None:
         # What one output dropped, all dropped.
         return None if leaves[0] is None else torch.cat(leaves, dim)
 
