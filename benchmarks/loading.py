@@ -14,12 +14,12 @@ from random import Random
 
 from common import Row, clock, show, tiny_cafe
 
-from cafe import content
 from cafe.data.batch import Batch
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.fast_images import with_fast_images
 from cafe.data.loader import iterate_batches
 from cafe.data.records import Source, open_source
+from cafe.images import decoding
+from cafe.lvlm.processing import with_fast_images
 from cafe.scenes.draw import paint
 from cafe.scenes.words import CAPTION_PROMPT, paragraph
 from cafe.scenes.world import draw_scenes
@@ -77,7 +77,7 @@ def compare(width: int, height: int) -> float:
 
 def main() -> None:
     """Prints the table."""
-    print(f"JPEG files are decoded by {'simplejpeg' if content.simplejpeg else 'Pillow'}", flush=True)
+    print(f"JPEG files are decoded by {'simplejpeg' if decoding.simplejpeg else 'Pillow'}", flush=True)
     rows = [
         Row(f"13: pairs/s, files of {width} x {height} / memory", compare(width, height), 0.95, 0.99)
         for width, height in SIZES

@@ -22,8 +22,8 @@ from memory import give_back_what_is_freed, watched
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from cafe.lvlm.architectures import load_config
 from cafe.packing import PackingConfig
-from cafe.planning.architectures import load_config
 from cafe.planning.hardware import GIB
 from cafe.planning.memory import estimate_memory
 from cafe.planning.sizes import measure_model

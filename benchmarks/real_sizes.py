@@ -26,9 +26,9 @@ from published import step_a, step_b
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cafe.data.batch import MicroBatchSize
+from cafe.lvlm.architectures import load_config
 from cafe.lvlm.forward import FLEX_MULTIPLE, UNBOUNDED_ROW
 from cafe.packing import PackingConfig, count_unique_tokens
-from cafe.planning.architectures import load_config
 from cafe.planning.flops import estimate_flops
 from cafe.planning.hardware import GIB, HARDWARE, MFU
 from cafe.planning.sizes import measure_model

@@ -18,6 +18,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from cafe.data.fast_images import with_fast_images
 from common import Row, clock, flops, show, tiny_cafe
 from loading import GROUP, PAIRS, write
 from torch import Tensor, nn
@@ -25,10 +26,9 @@ from transformers import AutoProcessor, TrainerCallback
 
 from cafe.data.batch import MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.fast_images import with_fast_images
 from cafe.data.loader import iterate_batches
 from cafe.data.records import Source, open_source
-from cafe.lvlm.processing import load_processor
+from cafe.lvlm.loading import load_processor
 from cafe.model import Cafe
 from cafe.training.optimizer import make_optimizer
 from cafe.training.recipe import ObjectiveConfig, OptimizerConfig

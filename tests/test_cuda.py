@@ -16,9 +16,9 @@ from torch import nn
 
 from cafe.data.batch import NO_LIMIT, Batch, MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.fast_images import with_fast_images
 from cafe.data.records import Source, open_source
 from cafe.lvlm.adapters import LoraSettings
+from cafe.lvlm.processing import with_fast_images
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.scenes.draw import paint
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 PAIRS = 8
 CUT = MicroBatchSize(tokens=700)
-PICTURE = paint(draw_scene(0, "test", 0))
+IMAGE = paint(draw_scene(0, "test", 0))
 
 
 @pytest.fixture(autouse=True)
@@ -47,7 +47,7 @@ def exact() -> Iterator[None]:
 
 
 def batches(model: Cafe, scenes: Path, size: MicroBatchSize = NO_LIMIT) -> ContrastiveBatchDataset:
-    """Batches as training makes them, pictures as bytes."""
+    """Batches as training makes them, images as bytes."""
     chat_processor, normalization = with_fast_images(model.chat_processor)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     packing = replace(model.packing, normalization=normalization)
@@ -81,7 +81,7 @@ def on_cpu(random_base, scenes) -> tuple[Losses, torch.Tensor]:
 @pytest.mark.parametrize("size", [NO_LIMIT, CUT], ids=["one pass", "cached"])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-def test_the_gradient_is_the_cpus(random_base, scenes, on_cpu, attention, compiled, size):
+def test_the_gradient_equals_the_cpus(random_base, scenes, on_cpu, attention, compiled, size):
     model = Cafe.load(random_base, dtype=torch.float32, attention=attention)
     if compiled:
         compile_layers(model.lvlm)
@@ -95,7 +95,7 @@ def test_the_gradient_is_the_cpus(random_base, scenes, on_cpu, attention, compil
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize(("precision", "close"), [("bf16", 0.1), ("fp16", 0.02)])
-def test_16_bits_are_close(random_base, scenes, on_cpu, precision, close, attention, compiled):
+def test_half_precision_gradients_are_close(random_base, scenes, on_cpu, precision, close, attention, compiled):
     model = Cafe.load(random_base, dtype=torch.float32, attention=attention)
     if compiled:
         compile_layers(model.lvlm)
@@ -136,7 +136,7 @@ def test_a_sharded_step_is_the_whole_one(random_base, scenes, on_cpu, precision,
     )
 
 
-def test_a_frozen_towers_pictures_are_read_once(random_base, scenes):
+def test_a_frozen_tower_encodes_images_once(random_base, scenes):
     model = Cafe.load(random_base, dtype=torch.float32)
     tower = model.lvlm.model.vision_tower.requires_grad_(False)
     batch = batches(model, scenes, CUT)[0]
@@ -153,22 +153,22 @@ def test_a_frozen_towers_pictures_are_read_once(random_base, scenes):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_a_model_is_used_in_16_bits(random_base, dtype):
+def test_a_model_embeds_and_generates_in_half_precision(random_base, dtype):
     gpu, cpu = Cafe.load(random_base, dtype=dtype), Cafe.load(random_base, device="cpu")
     assert gpu.lvlm.dtype == (dtype or torch.bfloat16) and gpu.lvlm.device.type == "cuda"
-    contents = ["a red circle", PICTURE, {"image": PICTURE, "text": "what is it?"}]
+    contents = ["a red circle", IMAGE, {"image": IMAGE, "text": "what is it?"}]
     assert (gpu.embed(contents) * cpu.embed(contents)).sum(1).min() > 0.99
-    vectors, answers = gpu.embed_and_generate_batch([PICTURE, PICTURE], max_new_tokens=4)
+    vectors, answers = gpu.embed_and_generate_batch([IMAGE, IMAGE], max_new_tokens=4)
     assert len(answers) == 2 and answers[0] == answers[1]
-    alone, answer = gpu.embed_and_generate(PICTURE, "What is it?", max_new_tokens=4)
+    alone, answer = gpu.embed_and_generate(IMAGE, "What is it?", max_new_tokens=4)
     assert isinstance(answer, str) and (vectors[0] * alone).sum() > 0.99
-    assert gpu.score([PICTURE, "What is it?"], "a circle") == pytest.approx(
-        cpu.score([PICTURE, "What is it?"], "a circle"), rel=0.05
+    assert gpu.score([IMAGE, "What is it?"], "a circle") == pytest.approx(
+        cpu.score([IMAGE, "What is it?"], "a circle"), rel=0.05
     )
 
 
 @pytest.mark.parametrize(("precision", "attention"), [("bf16", "sdpa"), ("bf16", "flex_attention"), ("fp16", "sdpa")])
-def test_a_run_from_files_in_workers_whose_size_is_found(recipe, precision, attention):
+def test_training_from_files_with_workers_and_automatic_micro_batches(recipe, precision, attention):
     recipe = replace(
         recipe,
         model=replace(recipe.model, precision=precision, attention=attention),
@@ -183,7 +183,7 @@ def test_a_run_from_files_in_workers_whose_size_is_found(recipe, precision, atte
 
 
 @pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
-def test_an_adapter_beside_4_bit_weights_with_paged_8_bit_moments(recipe):
+def test_adapter_trains_beside_4bit_weights_with_paged_8bit_optimizer(recipe):
     recipe = replace(
         recipe,
         model=replace(recipe.model, precision="bf16", frozen_weights="4bit", adapter=LoraSettings(rank=8)),
@@ -196,7 +196,7 @@ def test_an_adapter_beside_4_bit_weights_with_paged_8_bit_moments(recipe):
     assert Cafe.load(checkpoint, four_bit=True).embed(["a"]).shape[0] == 1
 
 
-def test_memory_that_runs_out_halves_the_micro_batch(recipe, capsys):
+def test_oom_halves_the_micro_batch(recipe, capsys):
     """Of 24 pairs in one micro-batch, under a limit that a few of them fit."""
     recipe = replace(recipe, batch_size=24, steps=2)
     torch.cuda.empty_cache()
@@ -219,7 +219,7 @@ def test_memory_that_runs_out_halves_the_micro_batch(recipe, capsys):
         assert json.loads(one)["lm_loss"] == pytest.approx(json.loads(other)["lm_loss"], rel=1e-3)
 
 
-def test_a_run_goes_on_with_the_same_command(recipe, monkeypatch):
+def test_resume_continues_with_the_same_command(recipe, monkeypatch):
     """Broken off at its third step, it ends as a whole run, but for kernels that add in an order of their own."""
     recipe = replace(recipe, save_every=2)
     whole = train(replace(recipe, output=recipe.output + "-whole"))

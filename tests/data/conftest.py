@@ -8,7 +8,8 @@ import pytest
 
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_processor
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
 
 

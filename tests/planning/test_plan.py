@@ -30,15 +30,15 @@ from cafe.data.batch import Batch, MicroBatch, MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
+from cafe.lvlm.architectures import KNOWN_CONFIGS, load_config, meta_model
 from cafe.lvlm.families import find_vision_tower
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.image_size import set_max_image_size
-from cafe.lvlm.processing import without_video
+from cafe.lvlm.loading import without_video
 from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.packing import PackedBatch, PackingConfig, count_unique_tokens, pack
-from cafe.planning.architectures import KNOWN_CONFIGS, load_config, meta_model
 from cafe.planning.flops import estimate_flops
 from cafe.planning.hardware import HARDWARE
 from cafe.planning.memory import estimate_memory, optimizer_state_bytes

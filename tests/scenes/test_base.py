@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from cafe.content import Content
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_processor
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
 from cafe.scenes import BASE

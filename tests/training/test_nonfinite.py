@@ -14,7 +14,8 @@ from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import open_source
 from cafe.errors import CafeError
 from cafe.lvlm.forward import forward_packed
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_processor
+from cafe.lvlm.processing import ChatProcessor
 from cafe.packing import PackedBatch
 from cafe.training.loop import train
 from cafe.training.recipe import OptimizerConfig, Recipe

@@ -18,7 +18,7 @@ from transformers import (
 from cafe.checkpoint import resolve_checkpoint
 from cafe.errors import CafeError
 from cafe.lvlm.adapters import LoraSettings
-from cafe.planning.architectures import load_config, meta_model
+from cafe.lvlm.architectures import load_config, meta_model
 from cafe.training.optimizer import configure_trainable_parameters, summarize_trainable
 from cafe.training.recipe import read_recipe
 from cafe.training.run_directory import as_json

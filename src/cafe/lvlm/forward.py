@@ -14,7 +14,7 @@ from cafe.attention.last_layer import restrict_last_layer
 from cafe.attention.tree import attention_mask
 from cafe.content import Content, Dialogue, Turn
 from cafe.errors import CafeError
-from cafe.lvlm.families import MASKED_ATTENTION, position_ids_fn, supports_prefix_sharing
+from cafe.lvlm.families import MASKED_ATTENTION, logit_softcap, position_ids_fn, supports_prefix_sharing
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages, embedding_messages
 from cafe.packing import PackedBatch, PackingConfig, pack
@@ -46,7 +46,7 @@ def forward_packed(
 def compute_logits(lvlm: PreTrainedModel, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocabulary"]:
     """The model's logits, in float32, from its last hidden states."""
     logits: Tensor = lvlm.get_output_embeddings()(hidden).float()
-    softcap = getattr(lvlm.config.get_text_config(), "final_logit_softcapping", None)  # Gemma's
+    softcap = logit_softcap(lvlm)
     return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 

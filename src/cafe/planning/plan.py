@@ -7,7 +7,7 @@ that can be read in `flops.py` and `memory.py`.
 from dataclasses import dataclass
 
 from cafe.checkpoint import resolve_checkpoint
-from cafe.planning.architectures import load_config, meta_model
+from cafe.lvlm.architectures import load_config, meta_model
 from cafe.planning.flops import estimate_flops
 from cafe.planning.hardware import GIB, HARDWARE, MFU, RESERVED, Hardware
 from cafe.planning.memory import estimate_memory

@@ -7,17 +7,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from cafe.errors import CafeError
+from cafe.lvlm.architectures import has_known_tower_sizes, is_mixture_of_experts
 from cafe.lvlm.families import PartName, model_part
 from cafe.training.fsdp import iter_layers
 
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # config fields that count experts
-TOWER = (  # config fields that a vision tower's sizes are read from, by the names that families give them
-    ("embed_dim", "hidden_size"),
-    ("depth", "num_hidden_layers"),
-    ("num_heads", "num_attention_heads"),
-    ("intermediate_size", "mlp_ratio"),
-    ("patch_size",),
-)
 # Bytes per token that a layer saves for its backward pass, as multiples of the residual stream's width, of the width of
 # all query heads and of the feed-forward width, by (gated, under autocast). Under autocast the residual stream and
 # what the norms make of it stay in float32.
@@ -152,9 +145,9 @@ def measure_model(lvlm: PreTrainedModel) -> ModelSizes:
     """
     family, text = lvlm.config.model_type, lvlm.config.get_text_config()
     vision: Any = getattr(lvlm.config, "vision_config", None)
-    if any(getattr(text, name, None) for name in EXPERTS):
+    if is_mixture_of_experts(text):
         raise CafeError(f"`cafe plan` cannot estimate mixture-of-experts models such as this {family} model.")
-    if not all(any(hasattr(vision, name) for name in names) for names in TOWER):
+    if not has_known_tower_sizes(vision):
         raise CafeError(
             f"`cafe plan` cannot estimate this {family} model: its vision tower's config lacks the usual size fields."
         )

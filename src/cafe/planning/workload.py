@@ -3,21 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.image_processing_utils import select_best_resolution
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.data.batch import NO_LIMIT, MicroBatchSize, blank_branch
+from cafe.lvlm.architectures import KNOWN_CONFIGS
 from cafe.lvlm.families import supports_prefix_sharing
-from cafe.lvlm.image_size import set_max_image_size
+from cafe.lvlm.image_cost import ImageCost, published_image_cost
 from cafe.lvlm.processing import ChatProcessor
 from cafe.packing import Branch, PackingConfig, build_layout, count_crops, count_unique_tokens
-from cafe.planning.architectures import KNOWN_CONFIGS
 from cafe.training.build import build_chat_processor
 from cafe.training.recipe import Recipe
 
@@ -41,15 +37,6 @@ class TypicalSample:
     caption: int = 200
     prompt: int = 14
     prompt_overhead_tokens: int = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImageCost:
-    """Describe the cost of an image: crops, patches of each that the tower reads, tokens in the language model."""
-
-    crops: int
-    patches: int
-    tokens: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,32 +81,7 @@ def image_cost_from_config(
     Raises:
         CafeError: the limits do not fit the model; see `set_max_image_size`.
     """
-    config, vision = lvlm.config, lvlm.config.vision_config
-    processor: Any = SimpleNamespace(image_processor=SimpleNamespace())  # as published
-    images = processor.image_processor
-    if config.model_type == "llava_onevision":
-        images.size = {"height": vision.image_size, "width": vision.image_size}
-        images.image_grid_pinpoints = config.image_grid_pinpoints
-        set_max_image_size(lvlm, processor, max_pixels, grids)
-        grid = vision.image_size // vision.patch_size
-        best = select_best_resolution((data.height, data.width), images.image_grid_pinpoints)
-        rows, columns = (side // vision.image_size for side in best)
-        height, width = rows * grid, columns * grid  # of the whole image, from which the padding is cut
-        if data.width / data.height > width / height:
-            height -= 2 * ((height - int(data.height * width / data.width)) // 2)
-        else:
-            width -= 2 * ((width - int(data.width * height / data.height)) // 2)
-        shrink = math.sqrt(height * width / (int(config.vision_aspect_ratio.removeprefix("anyres_max_")) * grid**2))
-        if shrink > 1.1:
-            height, width = int(height // shrink), int(width // shrink)
-        return ImageCost(crops=1 + rows * columns, patches=grid**2, tokens=grid**2 + height * width + height)
-    least, most = (2**16, 2**24) if config.model_type == "qwen3_vl" else (56 * 56, 12845056)
-    images.size, images.merge_size = {"shortest_edge": least, "longest_edge": most}, vision.spatial_merge_size
-    set_max_image_size(lvlm, processor, max_pixels, grids)
-    side = vision.patch_size * images.merge_size
-    resized = smart_resize(data.height, data.width, side, *images.size.values())
-    tokens = math.prod(resized) // side**2
-    return ImageCost(crops=1, patches=tokens * images.merge_size**2, tokens=tokens)
+    return published_image_cost(lvlm, data.width, data.height, max_pixels, grids)
 
 
 def image_cost_from_processor(chat_processor: ChatProcessor, lvlm: PreTrainedModel, data: TypicalSample) -> ImageCost:

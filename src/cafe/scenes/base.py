@@ -33,7 +33,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from cafe.content import Content, Dialogue, Turn
 from cafe.losses import linear_cross_entropy
 from cafe.lvlm.forward import forward_packed
-from cafe.lvlm.processing import ChatProcessor, ProcessedImages, without_video
+from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.loading import without_video
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import CHATML, Prompts, dialogue_messages
 from cafe.packing import PackedBatch, PackingConfig, pack
 from cafe.scenes.draw import SIDE, paint

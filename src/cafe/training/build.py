@@ -4,21 +4,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from cafe.data.batch import NO_LIMIT, MicroBatch, MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.fast_images import with_fast_images
 from cafe.data.records import OpenedSource, open_source
-from cafe.errors import load_error
-from cafe.lvlm.adapters import read_adapter_config
 from cafe.lvlm.families import find_vision_tower
-from cafe.lvlm.image_size import set_max_image_size
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_chat_processor
+from cafe.lvlm.processing import ChatProcessor, with_fast_images
 from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
-from cafe.planning.architectures import meta_model
 from cafe.training.optimizer import configure_trainable_parameters
 from cafe.training.recipe import ModelConfig, Recipe
 from cafe.training.step import JointStep
@@ -30,14 +24,7 @@ def build_chat_processor(base: str, prompts: Prompts, recipe: ModelConfig) -> Ch
     Raises:
         CafeError: nothing of the sort can be loaded from there, or the limits are not for it.
     """
-    try:
-        adapter = read_adapter_config(base)
-        config = AutoConfig.from_pretrained((adapter and adapter.base_model_name_or_path) or base)
-        processor = load_processor(base, config.model_type)
-    except (ImportError, OSError, ValueError) as error:
-        raise load_error("processor", base, error) from error
-    set_max_image_size(meta_model(config), processor, recipe.max_image_pixels, recipe.image_grids)
-    return ChatProcessor(processor, prompts)
+    return load_chat_processor(base, prompts, recipe.max_image_pixels, recipe.image_grids)
 
 
 def build_dataset(

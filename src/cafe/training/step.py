@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from cafe.data.batch import Batch, MicroBatch
 from cafe.errors import CafeError
 from cafe.losses import in_batch_accuracy, linear_cross_entropy, matryoshka
+from cafe.lvlm.families import logit_softcap
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.packing import PackedBatch
@@ -80,7 +81,7 @@ class PackedForward(nn.Module):
             embedded, exclusive_prefix_sum = forward_packed(self.lvlm, pack)
             embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
             head = self.lvlm.get_output_embeddings()
-            softcap = getattr(self.lvlm.config.get_text_config(), "final_logit_softcapping", None)
+            softcap = logit_softcap(self.lvlm)
             labels = pack.labels.to(exclusive_prefix_sum.device, non_blocking=True)
             with torch.set_grad_enabled(self.language and torch.is_grad_enabled()):
                 return embedded, linear_cross_entropy(exclusive_prefix_sum, labels, head.weight, head.bias, softcap)
