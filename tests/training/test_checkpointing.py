@@ -152,7 +152,7 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_weights_log_and_quaranti
 
 
 def test_a_signal_to_stop_saves_and_the_same_command_goes_on(recipe, unbroken, tmp_path):
-    stopped = replace(recipe, output=str(tmp_path / "run"), save_every=0)
+    stopped = replace(recipe, output=str(tmp_path / "run"), save_steps=0)
     log = tmp_path / "run" / "log.jsonl"
     for number, step in ((signal.SIGTERM, 2), (signal.SIGINT, 4)):
         ended = when(
@@ -176,7 +176,7 @@ def test_a_signal_to_stop_saves_and_the_same_command_goes_on(recipe, unbroken, t
 )
 def test_whatever_is_trained_and_whatever_trains_it_is_gone_on_with(recipe, tmp_path, changes):
     parts = {part: replace(getattr(recipe, part), **change) for part, change in changes.items()}
-    changed = replace(recipe, **parts, steps=4)
+    changed = replace(recipe, **parts, max_steps=4)
     whole, broken = (replace(changed, output=str(tmp_path / name)) for name in ("whole", "broken"))
     state = tmp_path / "broken" / "state" / "step-000002"
     assert when(state.is_dir, start(broken), signal.SIGKILL) == -signal.SIGKILL
@@ -221,7 +221,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_state_before(recipe, unbroke
 def test_a_finished_run_is_left_and_another_recipe_is_refused_in_its_place(recipe, unbroken):
     before = (unbroken / "checkpoint" / "model.safetensors").stat().st_mtime_ns
     said: list[str] = []
-    assert train(replace(recipe, log_every=7), report=said.append) == unbroken / "checkpoint"
+    assert train(replace(recipe, logging_steps=7), report=said.append) == unbroken / "checkpoint"
     assert len(said) == 1 and "nothing is left to do" in said[0]
     assert (unbroken / "checkpoint" / "model.safetensors").stat().st_mtime_ns == before
     assert not (unbroken / "state").exists()

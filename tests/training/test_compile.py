@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import cafe.lvlm.forward
+import cafe.attention.tree
 from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize
 from cafe.data.records import Source, open_source
 from cafe.model import Cafe
@@ -44,7 +44,7 @@ def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes):
 
 
 def test_rows_that_are_read_by_blocks_are_compiled_once(random_base, scenes, monkeypatch):
-    monkeypatch.setattr(cafe.reading, "LONG", 1)
+    monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", 1)
     eager = partial(torch.compile, backend="eager")  # traces alike, and makes no kernels
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic, options: eager(forward, dynamic=dynamic))
     torch.compiler.reset()

@@ -47,12 +47,12 @@ def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(rec
 
 def test_a_run_tells_nothing_of_what_its_base_was_measured_at(recipe, random_base, tmp_path):
     Cafe.load(random_base).save(tmp_path / "base", results={"vqa/all": 50.0})
-    further = replace(recipe, steps=1, model=replace(recipe.model, base=str(tmp_path / "base")))
+    further = replace(recipe, max_steps=1, model=replace(recipe.model, base=str(tmp_path / "base")))
     assert "results" not in Cafe.load(train(further, report=lambda line: None)).metadata
 
 
 def test_a_log_of_every_0_steps_tells_of_the_first_and_the_last(recipe, tmp_path):
-    train(replace(recipe, steps=3, log_every=0), report=lambda line: None)
+    train(replace(recipe, max_steps=3, logging_steps=0), report=lambda line: None)
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 3]
 
@@ -79,9 +79,9 @@ def test_16_bits_checkpointing_micro_batches_and_accumulation_run_and_the_middle
     half = replace(
         recipe,
         model=replace(recipe.model, precision=precision, gradient_checkpointing=True),
-        optimizer=replace(recipe.optimizer, accumulate=2),
+        optimizer=replace(recipe.optimizer, gradient_accumulation_steps=2),
         micro_batch=MicroBatchSize(tokens=400),
-        steps=2,
+        max_steps=2,
     )
     said: list[str] = []
     assert (train(half, report=said.append) / "cafe.json").is_file()

@@ -105,7 +105,7 @@ def log_of(output: Path) -> list[dict[str, object]]:
 def test_a_step_that_overflows_is_taken_again_as_if_it_never_had_been(recipe, monkeypatch):
     """With dropout, so that random numbers matter."""
     recipe = replace(
-        recipe, model=replace(recipe.model, adapter=LoraSettings(rank=4, dropout=0.1)), steps=3, max_skipped=1
+        recipe, model=replace(recipe.model, adapter=LoraSettings(rank=4, dropout=0.1)), max_steps=3, max_nonfinite_steps=1
     )
     many, said = trained(recipe, "many", LossScale(factor=2.0**28), monkeypatch)
     assert said[0] == f"The gradient overflows at step 1: again with the loss scaled by {2**27}."
@@ -141,18 +141,18 @@ def test_a_gradient_that_no_scale_makes_finite_is_counted_and_leaves_the_scale_a
         breaks.batches = feed.step
         return make(feed)
 
-    monkeypatch.setattr(loop, "leave_out", watched)
+    monkeypatch.setattr(loop, "skip_nonfinite_step", watched)
     monkeypatch.setattr(loop.BatchFeed, "__next__", fed)
     output, said = trained(recipe, "run", LossScale(factor=4.0, growth_interval=100), monkeypatch)
     assert [line.split()[-1] for line in said] == ["2.", "1."]
-    assert [at.scale for at in positions] == [LossScale(factor=4.0, growth_interval=100, good_steps=1)]
+    assert [at.loss_scale for at in positions] == [LossScale(factor=4.0, growth_interval=100, good_steps=1)]
     log = log_of(output)
     assert log[1]["skipped"] == 1 and len(log) == 6 and all("loss" in line for line in (log[0], *log[2:]))
     assert all(weight.isfinite().all() for weight in load_file(output / "checkpoint/model.safetensors").values())
 
 
 def test_a_run_that_broke_off_goes_on_with_its_scale(recipe, monkeypatch):
-    recipe = replace(recipe, save_every=2, steps=4)
+    recipe = replace(recipe, save_steps=2, max_steps=4)
     whole, said = trained(recipe, "whole", QUICK, monkeypatch)
     clip: Callable[..., object] = loop.clip_grad_norm_
 
@@ -161,10 +161,10 @@ def test_a_run_that_broke_off_goes_on_with_its_scale(recipe, monkeypatch):
             raise KeyboardInterrupt
         return clip(*args)
 
-    monkeypatch.setattr(loop, "clip_gradients", breaks)
+    monkeypatch.setattr(loop, "clip_grad_norm_", breaks)
     with pytest.raises(KeyboardInterrupt):
         trained(recipe, "broken", QUICK, monkeypatch)
-    monkeypatch.setattr(loop, "clip_gradients", clip)
+    monkeypatch.setattr(loop, "clip_grad_norm_", clip)
     AcceleratorState._reset_state(True)
     broken, later = trained(recipe, "broken", QUICK, monkeypatch)
     assert later and later == [line for line in said if int(line.split("step ")[1].split(":")[0]) > 2]

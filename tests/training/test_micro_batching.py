@@ -60,7 +60,7 @@ class RunsOut:
 
 @pytest.mark.parametrize("late", [False, True])  # while embedding; when some of the gradient is there already
 def test_a_step_that_runs_out_of_memory_is_repeated_exactly_in_halves(model, batches, late, monkeypatch):
-    batches = batches.cut_to(MicroBatchSize(tokens=700))
+    batches = batches.with_micro_batch_size(MicroBatchSize(tokens=700))
     joint = JointStep(model.lvlm, ObjectiveConfig())
     said: list[str] = []
     feed = BatchFeed(batches, None, 0, 2, 1, 0, said.append)
@@ -77,14 +77,14 @@ def test_a_step_that_runs_out_of_memory_is_repeated_exactly_in_halves(model, bat
     monkeypatch.undo()
     joint.zero_grad()
     torch.manual_seed(5)
-    smaller = batches.cut_to(feed.measured_size)
+    smaller = batches.with_micro_batch_size(feed.measured_size)
     assert len(smaller[0].micro_batches) > count
     unbroken = joint(smaller[0])
     assert torch.equal(found, gradient(joint)) and torch.equal(losses.lm, unbroken.lm)
     assert torch.equal(state, torch.get_rng_state())
     later = next(feed)[0]  # the batches after it are cut alike
     assert [part.joint.num_tokens for part in later.micro_batches] == [
-        part.joint.filled for part in smaller[1].micro_batches
+        part.joint.num_tokens for part in smaller[1].micro_batches
     ]
 
 
@@ -127,14 +127,14 @@ def test_a_size_found_before_and_that_of_the_recipe_both_hold(batches):
         (MicroBatchSize(tokens=300), MicroBatchSize(900, 20), MicroBatchSize(300, 20)),
         (None, MicroBatchSize(crops=20), MicroBatchSize(crops=20)),
     ]:
-        assert BatchFeed(batches.cut_to(of_recipe), found, 4, 8, 1, 0, print).batches.micro_batch_size == expected
+        assert BatchFeed(batches.with_micro_batch_size(of_recipe), found, 4, 8, 1, 0, print).batches.micro_batch_size == expected
 
 
 def test_a_process_without_records_takes_the_size_that_the_others_halve(batches, monkeypatch):
     others = iter([1, 600, 30])  # they can be halved; their largest micro-batch
     monkeypatch.setattr("cafe.training.micro_batching.all_reduce_max", lambda number, device: max(number, next(others)))
     feed = BatchFeed(batches, None, 1, 2, 1, 0, lambda line: None)
-    feed.halve_micro_batch_size([batches.of([])], torch.device("cpu"))
+    feed.halve_micro_batch_size([batches.collate([])], torch.device("cpu"))
     assert feed.batches.micro_batch_size == MicroBatchSize(300, 15)
 
 
@@ -153,7 +153,7 @@ def test_the_size_that_fits_follows_from_the_memory_there_is(model, batches, mon
     assert torch.equal(state, torch.get_rng_state())
     assert all(parameter.grad is None for parameter in joint.parameters())
 
-    largest = batches.largest(PAIRS)
+    largest = batches.largest_examples(PAIRS)
     tokens = [count_unique_tokens(example.all) for example in largest]
     assert tokens == sorted(tokens, reverse=True)
     RunsOut(monkeypatch, tokens[0] + tokens[1] // 2)  # two of the largest do not fit

@@ -63,4 +63,4 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_record_named(recipe, monk
 def test_too_many_of_them_stop_the_run_in_one_sentence(recipe, monkeypatch):
     name = poison(recipe, 2, monkeypatch)
     with pytest.raises(CafeError, match=rf"not finite in 1 steps, the last of them step 2 on .*{name}"):
-        train(replace(recipe, max_skipped=1), report=lambda line: None)
+        train(replace(recipe, max_nonfinite_steps=1), report=lambda line: None)

@@ -24,10 +24,10 @@ def test_a_run_keeps_its_name_and_refuses_another_recipe(recipe, tmp_path):
     assert claim_run_directory(other)  # nothing was saved yet: there is nothing to lose
     (tmp_path / "run" / "state").mkdir()
     name = claim_run_directory(other)
-    workers = replace(other.data, workers=7)
+    workers = replace(other.data, num_workers=7)
     assert (
         claim_run_directory(other)
-        == claim_run_directory(replace(other, save_every=3, log_every=1, data=workers))
+        == claim_run_directory(replace(other, save_steps=3, logging_steps=1, data=workers))
         == name
     )
     with pytest.raises(CafeError, match=r"another recipe \(optimizer.learning_rate was 0.5 and is 1e-05\): give"):
@@ -53,5 +53,5 @@ def test_a_run_is_finished_once_its_checkpoint_is_of_the_same_recipe(recipe, tmp
     claim_run_directory(recipe)
     written = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
     (checkpoint / "cafe.json").write_text(json.dumps({"recipe": written}))
-    assert is_finished(recipe) and is_finished(replace(recipe, save_every=1))
+    assert is_finished(recipe) and is_finished(replace(recipe, save_steps=1))
     assert not is_finished(replace(recipe, seed=1))

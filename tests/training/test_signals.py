@@ -26,7 +26,7 @@ import os, signal, sys
 import torch
 from cafe.training import step
 
-whole, seen = step.read, []
+whole, seen = step.forward_packed, []
 
 def read(lvlm, pack):
     if not seen and os.environ["RANK"] == "1":
@@ -36,7 +36,7 @@ def read(lvlm, pack):
             raise torch.OutOfMemoryError("Out of memory")
     return whole(lvlm, pack)
 
-step.read = read
+step.forward_packed = read
 """
 
 
@@ -63,10 +63,10 @@ def test_out_of_memory_and_a_signal_in_one_process_are_everyones_and_the_run_goe
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         f"output: {tmp_path / 'run'}\nmodel: {{base: {random_base}}}\n"
-        f"data: {{workers: 0, sources: [{{path: {scenes / 'llava_train.json'}}}]}}\n"
+        f"data: {{num_workers: 0, sources: [{{path: {scenes / 'llava_train.json'}}}]}}\n"
         # Large epsilon: AdamW's first steps would make a sign of every rounding error.
-        "optimizer: {learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warm_up: 0.0}\n"
-        "objective: {learn_temperature: true}\nsteps: 2\nlog_every: 1\n"
+        "optimizer: {learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warmup_ratio: 0.0}\n"
+        "objective: {learn_temperature: true}\nmax_steps: 2\nlogging_steps: 1\n"
     )
     codes, said = run(recipe, tmp_path / "run", 2, TROUBLE, shard)
     assert codes == [128 + signal.SIGTERM] * 2, said[-2000:]

@@ -93,8 +93,8 @@ def gradient(module: nn.Module) -> torch.Tensor:
 WAYS = {
     "one by one": {"packing": PackingConfig(share_prefixes=False)},
     "trees": {"packing": PackingConfig(max_row_tokens=200)},
-    "cached": {"packing": PackingConfig(max_row_tokens=400), "size": MicroBatchSize(tokens=700)},
-    "cached, one by one": {"packing": PackingConfig(share_prefixes=False), "size": MicroBatchSize(crops=10)},
+    "cached": {"packing": PackingConfig(max_row_tokens=400), "micro_batch_size": MicroBatchSize(tokens=700)},
+    "cached, one by one": {"packing": PackingConfig(share_prefixes=False), "micro_batch_size": MicroBatchSize(crops=10)},
 }
 
 
@@ -159,7 +159,7 @@ def test_every_option_of_the_contrastive_loss_gives_the_same_gradient_however_th
 
 
 def test_a_prefix_that_no_embedding_has_is_one_sentence(model):
-    with pytest.raises(CafeError, match=r"objective\.matryoshka: 1000 is not a prefix"):
+    with pytest.raises(CafeError, match=r"objective\.matryoshka_dims: 1000 is not a prefix"):
         JointStep(model.lvlm, ObjectiveConfig(matryoshka_dims=(64, 1000)))
 
 
@@ -199,11 +199,11 @@ def test_dropout_draws_the_same_numbers_when_a_micro_batch_is_read_again(model, 
 def test_language_alone_is_read_once_however_the_batch_is_cut(model, scenes):
     grads, read = [], []
     step = JointStep(model.lvlm, ObjectiveConfig(contrastive_weight=0.0))
-    step.reading.register_forward_hook(lambda *_: read.append(torch.is_grad_enabled()))
+    step.packed_forward.register_forward_hook(lambda *_: read.append(torch.is_grad_enabled()))
     for size in (MicroBatchSize(), MicroBatchSize(tokens=200)):
         step.zero_grad()
         read.clear()
-        batch = batches(model, scenes, contrast=False, size=size)[0]
+        batch = batches(model, scenes, contrast=False, micro_batch_size=size)[0]
         step(batch)
         assert read == [True] * len(batch.micro_batches)
         grads.append(gradient(step))
@@ -275,7 +275,7 @@ def formula(lvlm: PreTrainedModel, pack: PackedBatch, branches: list[Branch], gr
 @pytest.mark.parametrize("size", [MicroBatchSize(), MicroBatchSize(tokens=700)], ids=["one pass", "cached"])
 def test_the_flops_of_a_step_are_those_of_the_formula(model, scenes, size):
     """What the cache reads twice, it reads without the dialogues first."""
-    batch, lvlm = batches(model, scenes, packing=model.packing, size=size)[0], model.lvlm.float()
+    batch, lvlm = batches(model, scenes, packing=model.packing, micro_batch_size=size)[0], model.lvlm.float()
     examples = encoded(model, scenes)
     embedded = [[one.query, one.target, *one.negatives] for one in examples]
     expected = 0.0
@@ -295,7 +295,7 @@ def test_a_batch_with_nothing_to_train_on_changes_nothing(model, scenes):
     batch = batches(model, scenes, language=False).collate([])
     losses = JointStep(model.lvlm, ObjectiveConfig(lm_weight=0.0))(batch, measure=True)
     assert losses.lm == losses.contrastive == 0
-    assert losses.measured == {"accuracy": 0.0, "grad_norm_contrastive": 0.0}
+    assert losses.metrics == {"accuracy": 0.0, "grad_norm_contrastive": 0.0}
     assert not gradient(model.lvlm).any()
 
 
@@ -307,9 +307,9 @@ def test_a_micro_batch_of_texts_alone_adds_nothing_where_only_the_projector_is_t
     found = []
     for size in (MicroBatchSize(), MicroBatchSize(tokens=1)):
         model.lvlm.zero_grad()
-        batch = batches(model, scenes, size=size).collate([encoded(model, scenes)[0], texts])
+        batch = batches(model, scenes, micro_batch_size=size).collate([encoded(model, scenes)[0], texts])
         found.append((JointStep(model.lvlm, ObjectiveConfig())(batch, measure=measure), gradient(model.lvlm)))
     (whole, expected), (cut_up, grad) = found
     assert (cut_up.lm.item(), cut_up.contrastive.item()) == pytest.approx((whole.lm.item(), whole.contrastive.item()))
     assert expected.norm() > 0 and (grad - expected).norm() <= 1e-10 * expected.norm()
-    assert cut_up.measured == pytest.approx(whole.measured)
+    assert cut_up.metrics == pytest.approx(whole.metrics)

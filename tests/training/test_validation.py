@@ -93,7 +93,7 @@ def test_a_run_logs_what_it_measures_keeps_the_best_and_trains_on_unchanged(reci
         return {"retrieval/text_to_image/R@1": next(results)}
 
     wanted = replace(recipe.evaluation, data=str(tmp_path))
-    best = replace(recipe, evaluation=wanted, keep_best="retrieval/text_to_image/R@1")
+    best = replace(recipe, evaluation=wanted, metric_for_best_model="retrieval/text_to_image/R@1")
     checkpoint = train(best, evaluate, report=lambda line: None)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     measured = [line for line in log if "held_out/lm_loss" in line]
@@ -115,7 +115,7 @@ def test_a_run_is_measured_in_the_precision_that_it_reads_in(recipe, precision):
         half = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else None
         return {"length": float(np.linalg.norm(vector)), "right": half == AUTOCAST_DTYPES.get(precision)}
 
-    mixed = replace(recipe.model, precision=precision, frozen_weights=precision, frozen=("vision_tower",))
+    mixed = replace(recipe.model, precision=precision, frozen_weights_dtype=precision, freeze=("vision_tower",))
     train(replace(recipe, model=mixed), evaluate, report=lambda line: None)
     log = [json.loads(line) for line in (Path(recipe.output) / "log.jsonl").read_text().splitlines()]
     measured = [line for line in log if "samples" in line]
@@ -128,7 +128,7 @@ def test_better_is_higher_or_lower_with_a_minus_sign():
     assert is_better({"a": 2.0}, "-a", 3.0) and not is_better({"a": 2.0}, "-a", 1.0)
     assert not is_better({"a": math.nan}, "a", None) and not is_better({"a": math.inf}, "a", 1.0)
     assert is_better({"a": 2.0}, "a", math.nan) and is_better({"a": 2.0}, "-a", -math.inf)
-    with pytest.raises(CafeError, match="no result b for keep_best to go by; it has a"):
+    with pytest.raises(CafeError, match="no result b for metric_for_best_model to go by; it has a"):
         is_better({"a": 2.0}, "b", None)
 
 
@@ -136,7 +136,7 @@ def test_better_is_higher_or_lower_with_a_minus_sign():
     ("changes", "sentence"),
     [
         ({"evaluation": EvaluationConfig(eval_steps=1)}, "neither evaluation.data nor evaluation.sources"),
-        ({"evaluation": EvaluationConfig(), "keep_best": "a"}, "set evaluation.eval_steps too"),
+        ({"evaluation": EvaluationConfig(), "metric_for_best_model": "a"}, "set evaluation.eval_steps too"),
     ],
 )
 def test_a_recipe_that_cannot_be_measured_is_one_sentence(recipe, changes, sentence):

@@ -20,7 +20,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cafe.losses
+import cafe.losses.contrastive
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
@@ -58,7 +58,7 @@ def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: 
 
 def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
     """The same; the second process runs out of memory once, when it makes similarities for the so manieth time."""
-    make, turns = cafe.objectives._tiles, count(1)
+    make, turns = cafe.losses.contrastive._iter_logits, count(1)
 
     def runs_out(*args: Any, **options: Any) -> Iterator[Any]:
         if next(turns) == int(environment["SHORT_AT"]):
@@ -66,7 +66,7 @@ def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, s
         return make(*args, **options)
 
     if environment["RANK"] == "1":
-        cafe.objectives._tiles = runs_out
+        cafe.losses.contrastive._iter_logits = runs_out
     rank(recipe, overrides, environment, said)
 
 
@@ -148,12 +148,12 @@ def recipe(random_base, scenes, tmp_path_factory):
     file.write_text(f"""
 output: nowhere
 model: {{base: {random_base}}}
-data: {{workers: 0, sources: [{{path: {data}, images: {scenes}}}]}}
-optimizer: {{learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warm_up: 0.0, clip: 0.5}}
-objective: {{learn_temperature: true, hardness: 1.0, margin: 0.3, matryoshka: [32]}}
-evaluation: {{every: 1, data: {scenes}}}
-steps: {STEPS}
-log_every: 1
+data: {{num_workers: 0, sources: [{{path: {data}, images: {scenes}}}]}}
+optimizer: {{learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warmup_ratio: 0.0, max_grad_norm: 0.5}}
+objective: {{learn_temperature: true, hardness_weight: 1.0, false_negative_margin: 0.3, matryoshka_dims: [32]}}
+evaluation: {{eval_steps: 1, data: {scenes}}}
+max_steps: {STEPS}
+logging_steps: 1
 """)
     return file
 
@@ -237,7 +237,7 @@ def alone(recipe, tmp_path_factory):
     ids=str,
 )
 def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp_path, world, overrides, launcher):
-    mine = [override for override in overrides if re.search("frozen|accumulate|precision|weight", override)]
+    mine = [override for override in overrides if re.search("freeze|accumulation|precision|weight", override)]
     one, its_log = alone(*mine, *(["batch_size=4"] if "batch_size=2" in overrides else []))
     assert not run(recipe, tmp_path / "run", world, *overrides, **launcher)
     several, log = results(tmp_path / "run")

@@ -65,5 +65,5 @@ def forward_micro_batches(
 ) -> list[tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]]:
     """The embeddings and the summed language loss of each micro-batch. All processes must call it."""
     with unsharded(joint.packed_forward):  # without a backward pass, nothing else spreads the outermost weights again
-        made = [joint.read(micro_batch.joint) for micro_batch in joint.as_many_as_any(batch.micro_batches)]
+        made = [joint.packed_forward(micro_batch.joint) for micro_batch in joint.pad_micro_batches(batch.micro_batches)]
     return made[: len(batch.micro_batches)]

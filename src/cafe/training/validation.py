@@ -59,7 +59,7 @@ class Validator:
             )
         if recipe.metric_for_best_model and not wanted.eval_steps:
             raise CafeError(
-                "keep_best goes by a result of the evaluation during training: set evaluation.eval_steps too."
+                "metric_for_best_model goes by a result of the evaluation during training: set evaluation.eval_steps too."
             )
         self.held_out = (
             validation_batches(recipe, model, rank, bool(joint.blank)) if wanted.eval_steps and wanted.sources else None
@@ -74,13 +74,13 @@ class Validator:
         """Measures, logs what comes out, and keeps the checkpoint if it is the best so far. Training goes on unchanged.
 
         Raises:
-            CafeError: there is no result of the name that `keep_best` gives.
+            CafeError: there is no result of the name that `metric_for_best_model` gives.
         """
         state = get_rng_state()
         model = replace(self.model, lvlm=self.model.lvlm.eval())
         samples = {}
         reading = self.joint.packed_forward
-        with unsharded(reading), reading.arithmetic():
+        with unsharded(reading), reading.autocast():
             results = dict(self.evaluate(model)) if self.evaluate else {}
             if self.held_out:
                 samples["samples"] = generate_samples(model, self.held_out, self.recipe.evaluation.num_samples)
@@ -154,7 +154,7 @@ def is_better(results: dict[str, float], name: str, best: float | None) -> bool:
     metric = name.removeprefix("-")
     if metric not in results:
         known = ", ".join(sorted(results))
-        raise CafeError(f"The evaluation has no result {metric} for keep_best to go by; it has {known}.")
+        raise CafeError(f"The evaluation has no result {metric} for metric_for_best_model to go by; it has {known}.")
     found = results[metric]
     if best is None or not math.isfinite(best):
         return math.isfinite(found)
