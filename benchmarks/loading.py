@@ -47,7 +47,7 @@ def compare(width: int, height: int) -> float:
 
     def train(some: Iterable[Batch]) -> None:
         for batch in some:
-            step(batch)
+            step.forward_backward(batch)
             model.lvlm.zero_grad()
 
     with tempfile.TemporaryDirectory() as directory:

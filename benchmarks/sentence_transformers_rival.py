@@ -69,7 +69,7 @@ class Ours:
 
     def loss(self) -> Tensor:
         """Of the first batch; its gradient is left in the parameters."""
-        return self.step(self.batches[0]).contrastive
+        return self.step.forward_backward(self.batches[0]).contrastive
 
     def seconds(self) -> float:
         """Of some steps."""
@@ -77,7 +77,7 @@ class Ours:
 
         def train(steps: int) -> None:
             for batch in islice(stream, steps):
-                self.step(batch)
+                self.step.forward_backward(batch)
                 nn.utils.clip_grad_norm_(self.step.parameters(), CLIP)
                 self.optimizer.step()
                 self.optimizer.zero_grad()

@@ -62,7 +62,7 @@ class Counted:
 
 def follow(model: Cafe, batch: Batch, vision: VisionCache | None) -> tuple[float, Tensor]:
     model.lvlm.zero_grad()
-    losses = JointStep(model.lvlm, ObjectiveConfig(), vision=vision)(batch)
+    losses = JointStep(model.lvlm, ObjectiveConfig(), vision=vision).forward_backward(batch)
     grads = [p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None]
     return losses.lm.item() + losses.contrastive.item(), torch.cat(grads)
 

@@ -125,7 +125,7 @@ def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, token
     )[0]
     vision = VisionCache(find_vision_tower(model.lvlm), model.lvlm.config) if frozen else None
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        JointStep(model.lvlm.train(), ObjectiveConfig(), vision=vision)(batch)
+        JointStep(model.lvlm.train(), ObjectiveConfig(), vision=vision).forward_backward(batch)
     expected = sum(
         estimate_flops(
             measure_model(model.lvlm), load_of(batch, model.lvlm.config.vision_config.patch_size), checkpointed
@@ -236,7 +236,7 @@ def test_the_plan_of_any_family_knows_its_pictures_and_its_flops(family):
     none = torch.empty(0, dtype=torch.long)
     batch = Batch([micro_batch], torch.arange(2), none, none.float(), none, len(packed.labels), [], [""] * 2)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        JointStep(model.lvlm.train(), ObjectiveConfig())(batch)
+        JointStep(model.lvlm.train(), ObjectiveConfig()).forward_backward(batch)
     rows, columns = packed.inputs["input_ids"].shape
     load = StepWorkload(
         crops=4 * seen.crops,  # here each branch shows pictures of its own
@@ -339,7 +339,7 @@ def test_the_peak_of_a_step_is_what_its_tensors_take(random_base, scenes, checkp
     optimizer = torch.optim.AdamW(step.lvlm.parameters())
     with Live() as live:
         for _ in range(2):
-            step(batch, measure=True)
+            step.forward_backward(batch, log_grad_norms=True)
             optimizer.step()
             optimizer.zero_grad()
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.precision=fp32"])
@@ -360,7 +360,7 @@ def test_what_a_frozen_tower_made_is_counted(random_base, scenes):
     for vision in (None, VisionCache(tower, model.lvlm.config)):
         step = JointStep(model.lvlm.train(), ObjectiveConfig(), vision=vision)
         with Live() as live:
-            step(batch)
+            step.forward_backward(batch)
         model.lvlm.zero_grad()
         peaks.append(live.peak)
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.precision=fp32"])
