@@ -182,7 +182,7 @@ def lose_image(record: dict[str, Any]) -> None:
 
 
 def drop_image(record: dict[str, Any]) -> None:
-    """Leaves of it what is error_file."""
+    """Leave only its text."""
     record.pop("image")
     for turn in record["conversations"]:
         turn["value"] = turn["value"].replace("<image>", "").strip()

@@ -30,12 +30,14 @@ def build_chat_processor(base: str, prompts: Prompts, config: ModelConfig) -> Ch
     Raises:
         CafeError: none can be loaded from there, or the limits are not for it.
     """
+    # An adapter's directory has a processor, and the configuration is its base model's.
     try:
         adapter = read_adapter_config(base)
         base_config = AutoConfig.from_pretrained((adapter and adapter.base_model_name_or_path) or base)
         processor = load_processor(base, base_config.model_type)
     except (ImportError, OSError, ValueError) as error:
         raise load_error("processor", base, error) from error
+    # A model without weights is enough to find which limits its family takes.
     set_max_image_size(meta_model(base_config), processor, config.max_image_pixels, config.image_grids)
     return ChatProcessor(processor, prompts)
 

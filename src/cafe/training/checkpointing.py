@@ -143,6 +143,7 @@ def load(
     saved = run_on_main_and_broadcast(lambda: _newest_complete(directory, report))
     if saved is None:
         return None
+    # Each process has its own part of the data, and of the optimizer state under DeepSpeed.
     processes = json.loads((saved / MANIFEST).read_text())["processes"]
     if processes != world_size():
         raise CheckpointError(
@@ -157,6 +158,7 @@ def load(
             f"{saved} holds other weights than this run trains, as after a change of the base model, of the launcher "
             "(DeepSpeed or not) or of this package: set another output, or remove that directory to start over."
         ) from None
+    # Plain values and tensors alone, so `weights_only`, the default, can load it.
     own = torch.load(saved / f"process-{rank()}.pt")
     size = own["micro_batch_size"] and MicroBatchSize(**own["micro_batch_size"])
     loss_scale = LossScale(**own["loss_scale"])
@@ -170,6 +172,7 @@ def load(
 # and under DeepSpeed the optimizer holds flat partitions, which have no name in the module (KeyError).
 def _state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Return what training changes, by name. Frozen weights are the base model's and are not saved."""
+    # Buffers of a forward pass that are not persistent come back by themselves.
     persistent = module.state_dict().keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
     weights = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
@@ -195,6 +198,7 @@ def _load_tensors(saved: Path, module: nn.Module, optimizer: torch.optim.Optimiz
     tensors |= {f"optimizer.{name}.{entry}": empty for (name, entry), empty in entries.items()}
     dcp.load(tensors, checkpoint_id=saved, no_dist=world_size() == 1)
 
+    # `Optimizer.load_state_dict` wants the state by each weight's number in the groups.
     state: dict[Tensor, dict[str, Any]] = {}
     for name, entry in entries:
         state.setdefault(weights[name], {})[entry] = tensors[f"optimizer.{name}.{entry}"]

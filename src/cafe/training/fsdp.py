@@ -63,6 +63,7 @@ def apply_fsdp(
     for layer in list(iter_layers(module)):
         if ignored.isdisjoint(layer.parameters()):
             fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
+    # What no layer holds (embeddings, norms, the head) is gathered for the whole forward.
     fully_shard(module, mesh=mesh, mp_policy=exact, ignored_params=ignored)
     # Losses are scaled so that the sum of the processes' gradients is the gradient, not their mean.
     for submodule in module.modules():
@@ -104,6 +105,7 @@ def full_state_dict(lvlm: PreTrainedModel) -> dict[str, Tensor] | None:
     for tensor in tensors.values():
         if id(tensor) in gathered:
             continue
+        # All processes take part in gathering, one tensor at a time, and only the main one keeps it.
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         gathered[id(tensor)] = full.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)
     return {name: gathered[id(tensor)] for name, tensor in tensors.items()}

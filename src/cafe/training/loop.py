@@ -79,9 +79,9 @@ def train(
         report(f"{checkpoint} is already complete for this recipe; nothing to do.")
         return checkpoint
     run = prepare_run(recipe, evaluate, report)
-    # A signal to stop is acted on after the step, below.
     with catch_stop_signals() as stop, disk_full_errors(run.output):
-        for step in (bar := progress_bar(run)):
+        bar = progress_bar(run)
+        for step in bar:
             log_step = should_log(run, step)
             gradient = gradient_with_retries(run, next_batches(run), log_step)
             learning_rate = optimizer_step(run, gradient, step)
@@ -178,6 +178,7 @@ def _reduce(run: Run, losses: list[Losses], loss_scale: LossScale) -> StepGradie
     else:
         unscale(run.trained, loss_scale.factor)
         all_reduce_gradients(run.trained)
+        # Clipping needs the norm of the sum, so it comes last.
         norm = clip_grad_norm_(run.trained, run.recipe.optimizer.max_grad_norm)
     is_finite = all_reduce_max(not (loss.isfinite() and norm.isfinite()), run.device) == 0
     return StepGradient(losses, lm, contrastive, loss, norm, is_finite, loss_scale)

@@ -1,11 +1,11 @@
 """The loss scale of a run that computes in float16.
 
-float16's smallest number is 6e-8, and the gradient of one token or pair within a batch's mean is often smaller: it would
-be lost in the backward pass. The loss is therefore multiplied by a large factor, which is divided out of the weights'
-gradients, where float32 holds them (Micikevicius et al., arXiv 1710.03740). The factor is a power of two, so it changes
-no digit. It is as large as the gradients allow: a step whose gradient overflows is repeated with half the factor, the
-same batch and the same random numbers, so nothing is lost; after many steps without overflow the factor doubles.
-`torch.amp.GradScaler` would skip such a step and never learn from its batch.
+float16's smallest number is 6e-8, and the gradient of one token or pair within a batch's mean is often smaller: it
+would be lost in the backward pass. The loss is therefore multiplied by a large factor, which is divided out of the
+weights' gradients, where float32 holds them (Micikevicius et al., arXiv 1710.03740). The factor is a power of two, so
+it changes no digit. It is as large as the gradients allow: a step whose gradient overflows is repeated with half the
+factor, the same batch and the same random numbers, so nothing is lost; after many steps without overflow the factor
+doubles. `torch.amp.GradScaler` would skip such a step and never learn from its batch.
 """
 
 import math

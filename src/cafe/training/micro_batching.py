@@ -156,7 +156,7 @@ def find_micro_batch_size(
         )
     count, peak = peaks[-1]
     if count == dataset.batch_size:
-        return NO_LIMIT
+        return NO_LIMIT  # a batch of the largest examples fits as a whole
     return extrapolate(dataset, examples[:count], room / max(peak - used, 1.0), device)
 
 
@@ -176,7 +176,7 @@ def probe(
     fitting: list[tuple[int, float]] = []
     count = 1
     while True:
-        batch = whole.collate(examples[:count])
+        batch = whole.collate(examples[:count])  # in one micro-batch
         try:
             meter.reset()
             joint.forward_backward(batch, log_grad_norms=True)  # as logged steps do: it keeps two gradients
@@ -200,6 +200,7 @@ def extrapolate(
 
     The memory that one example takes besides its tokens makes this an underestimate.
     """
+    # In every process: the one with the least room decides for all.
     tokens = int(factor * sum(count_unique_tokens(example.all) for example in examples))
     crops = int(factor * sum(count_crops(example.all) for example in examples))
     [micro_batch] = dataset.with_micro_batch_size(NO_LIMIT).collate(examples).micro_batches

@@ -1,7 +1,7 @@
 """Muon: orthogonalized momentum for the matrices inside a model's layers (Jordan et al., 2024; arXiv 2502.16982).
 
-It learns to use images in a fraction of AdamW's steps. `torch.optim.Muon` iterates in bfloat16 everywhere, which takes a
-CPU without units for it a hundred times as long; here a CPU iterates in float32, and matrices of one shape are
+It learns to use images in a fraction of AdamW's steps. `torch.optim.Muon` iterates in bfloat16 everywhere, which takes
+a CPU without units for it a hundred times as long; here a CPU iterates in float32, and matrices of one shape are
 orthogonalized together.
 """
 

@@ -45,6 +45,7 @@ def find_nonfinite_records(joint: JointStep, dataset: ContrastiveBatchDataset, n
 
     If each of them alone is finite, the gradient was not: then all records are named.
     """
+    # One example per forward pass tells which of them it is.
     nonfinite: list[str] = []
     names: list[str] = []
     for number in numbers:
@@ -54,6 +55,7 @@ def find_nonfinite_records(joint: JointStep, dataset: ContrastiveBatchDataset, n
             if not (embeddings.isfinite().all() and lm_loss_sum.isfinite()):
                 nonfinite.append(name)
         names += batch.record_names
+    # Every process needs the answer: it decides whether to blame all records.
     everywhere = [name for part in all_gather_object(nonfinite) for name in part]
     return everywhere or [name for part in all_gather_object(names) for name in part]
 

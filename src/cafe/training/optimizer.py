@@ -77,6 +77,7 @@ def make_optimizer(step: nn.Module, family: str, config: OptimizerConfig) -> tor
         for key, group in groups.items()
     ]
     betas = config.beta1, config.beta2
+    # Learning rates and weight decay are the groups' own.
     match config.name:
         case "adamw":
             return torch.optim.AdamW(parameters, betas=betas, eps=config.epsilon, fused=True)

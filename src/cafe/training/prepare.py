@@ -206,6 +206,7 @@ def _move_to_device(joint: JointStep, recipe: Recipe, device: torch.device, shar
 def _count_steps(recipe: Recipe, dataset: ContrastiveBatchDataset) -> int:
     if recipe.max_steps:
         return recipe.max_steps
+    # At least one: the data may be smaller than what a step accumulates.
     num_batches = recipe.num_train_epochs * len(dataset)
     return max(1, num_batches // recipe.optimizer.gradient_accumulation_steps)
 
@@ -245,6 +246,6 @@ def _make_feed(
 
 def _open_quarantine(recipe: Recipe, state: TrainerState, rank: int) -> Quarantine:
     """Open the file of this process's bad records."""
-    suffix = f"-{rank}" if rank else ""
+    suffix = f"-{rank}" if rank else ""  # each process has its own records, and its own file
     path = Path(recipe.output) / f"quarantine{suffix}.jsonl"
     return Quarantine(path, recipe.data.max_bad_fraction, state.num_bad_records, state.num_records)

@@ -41,7 +41,7 @@ def claim_run_directory(recipe: Recipe) -> str:
     ensure_overwritable(output / CHECKPOINT)
     output.mkdir(parents=True, exist_ok=True)
     _lock(output)
-    file = output / RUN
+    file = output / RUN  # it says which recipe the directory's state and checkpoint are of
     plain = as_json(recipe)
     name = f"{output.resolve().name}-{uuid4().hex[:8]}"
     # Where nothing was saved yet there is nothing to lose: another recipe may take the directory over.

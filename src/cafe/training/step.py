@@ -112,6 +112,7 @@ class PackedForward(nn.Module):
         with self.autocast():
             embeddings, hidden = forward_packed(self.lvlm, pack)
             embeddings = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+            # The loss computes the logits itself, chunk by chunk, instead of the model as a whole.
             head = self.lvlm.get_output_embeddings()
             softcap = getattr(self.lvlm.config.get_text_config(), "final_logit_softcapping", None)
             labels = pack.labels.to(hidden.device, non_blocking=True)
@@ -192,11 +193,12 @@ class JointStep(nn.Module):
         trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]
         micro_batches = self.pad_micro_batches(batch.micro_batches)
         factor = loss_scale * grad_weight
+        # Within the cache a frozen vision tower runs once per image, though phases 1 and 3 both need its output.
         with self.vision.enabled() if self.vision else nullcontext():
             cached = self.embed_without_grad(batch, micro_batches)
             contrast = self.contrast(cached.embeddings, batch, factor, log_grad_norms)
-            losses = ("contrastive", "lm") if self.packed_forward.language else ("contrastive",)
-            gradients = PerLossGradients(trained, losses, separate=log_grad_norms)
+            loss_names = ("contrastive", "lm") if self.packed_forward.language else ("contrastive",)
+            gradients = PerLossGradients(trained, loss_names, separate=log_grad_norms)
             lm = self.backward_micro_batches(batch, micro_batches, cached, contrast.embedding_grads, gradients, factor)
             norms = {f"grad_norm_{name}": norm / loss_scale for name, norm in gradients.merge().items()}
         metrics = {"accuracy": contrast.accuracy.item(), **norms} if log_grad_norms else {}
@@ -244,6 +246,7 @@ class JointStep(nn.Module):
                 (factor * objective.contrastive_weight * loss).backward()
         embedding_grads = torch.zeros_like(embeddings) if embeddings.grad is None else embeddings.grad
         if objective.gradient_scaling == "published":
+            # The published code takes the mean over processes of what each has for its own rows, not the sum.
             embedding_grads = embedding_grads / world_size()
         return Contrast(loss, accuracy, temperature, embedding_grads)
 
@@ -298,6 +301,7 @@ class JointStep(nn.Module):
         factor: float,
     ) -> Float[Tensor, ""]:
         """Phase 3: backpropagate both losses through each micro-batch; return this process's part of the LM loss."""
+        # The mean over all supervised tokens, of all micro-batches and processes, is not a mean of means.
         num_supervised = all_reduce_sum_(torch.tensor(batch.num_supervised, device=self.device)).clamp(min=1)
         lm = cached.embeddings.new_zeros(())
         with self.oom_guard():

@@ -74,6 +74,7 @@ class Validator:
         Raises:
             RecipeError: there is no result by the name of `metric_for_best_model`.
         """
+        # Training must not notice: the mode and the generators are restored below.
         rng_state = get_rng_state()
         model = replace(self.model, lvlm=self.model.lvlm.eval())
         results, samples = self.measure(model)
@@ -88,6 +89,7 @@ class Validator:
         results: dict[str, float] = {}
         samples = {}
         packed_forward = self.joint.packed_forward
+        # Both use the model itself, outside of the module whose forward gathers the weights and casts.
         with unsharded(packed_forward), packed_forward.autocast():
             if self.evaluate:
                 results |= self.evaluate(model)
@@ -114,6 +116,7 @@ class Validator:
 
 def validation_dataset(recipe: Recipe, model: Cafe, rank: int, sharded: bool = False) -> ContrastiveBatchDataset:
     """Open the dialogues of `recipe.evaluation.sources`."""
+    # The loss of dialogues alone, in batches that always go through the model at once.
     language = replace(recipe.objective, contrastive_weight=0.0, lm_weight=1.0)
     data = replace(recipe.data, sources=recipe.evaluation.sources, mixture=PROPORTIONAL)
     held_out = replace(recipe, data=data, objective=language, batch_size=BATCH_SIZE, micro_batch=NO_LIMIT)
@@ -126,6 +129,7 @@ def validation_loss(joint: JointStep, dataset: ContrastiveBatchDataset, recipe: 
     limit, num_batches = recipe.evaluation.limit, len(dataset)
     if limit:
         num_batches = min(num_batches, math.ceil(limit / (BATCH_SIZE * world_size())))
+    # Summed over tokens first: a mean of the batches' means would weigh short answers more.
     total, tokens = torch.zeros((), device=joint.device), torch.zeros((), device=joint.device)
     for number in range(num_batches):
         batch = dataset[number]
