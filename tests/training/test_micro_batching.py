@@ -185,7 +185,7 @@ def test_micro_batch_size_follows_from_the_available_memory(model, batches, monk
     assert size.tokens and size.crops
     assert size.tokens >= tokens[0] and size.crops >= count_crops(largest[0].all)
     with pytest.raises(CafeError, match=r"largest of 6 examples, .* does not fit in 0\.0 GiB"):
-        find_micro_batch_size(joint, batches, limit=0.001)
+        find_micro_batch_size(joint, batches, memory_limit_gib=0.001)
 
 
 def test_micro_batch_size_is_measured_with_a_logged_step(model, batches, monkeypatch):

@@ -27,13 +27,14 @@ class PerLossGradients:
     def backward(self, **losses: Float[Tensor, ""]) -> None:
         """Backpropagate losses that share a graph, and free the graph."""
         # A micro-batch of text gives no gradient where the projector alone is trained.
-        losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
+        trained = {name: loss for name, loss in losses.items() if loss.requires_grad}
         if self.separate:
-            self._backward_separately(losses)
-        elif losses:
-            torch.stack(list(losses.values())).sum().backward()
+            self._backward_separately(trained)
+        elif trained:
+            torch.stack(list(trained.values())).sum().backward()
 
     def _backward_separately(self, losses: dict[str, Float[Tensor, ""]]) -> None:
+        """Backpropagate one loss at a time, each into its own gradients."""
         for count, (name, loss) in enumerate(losses.items(), start=1):
             self._swap(self.by_loss[name])
             loss.backward(retain_graph=count < len(losses))
@@ -48,8 +49,7 @@ class PerLossGradients:
         for name, grads in self.by_loss.items():
             norms[name] = global_grad_norm(self.parameters, grads).item()
             for parameter, grad in zip(self.parameters, grads, strict=True):
-                if grad is not None:
-                    parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
+                _accumulate(parameter, grad)
         return norms
 
     def _swap(self, grads: list[Tensor | None]) -> list[Tensor | None]:
@@ -58,6 +58,16 @@ class PerLossGradients:
         for parameter, grad in zip(self.parameters, grads, strict=True):
             parameter.grad = grad
         return previous
+
+
+def _accumulate(parameter: nn.Parameter, grad: Tensor | None) -> None:
+    """Add a gradient to a parameter's, as a backward pass does."""
+    if grad is None:
+        return
+    if parameter.grad is None:
+        parameter.grad = grad
+    else:
+        parameter.grad.add_(grad)
 
 
 def unscale(parameters: Iterable[nn.Parameter], factor: float) -> None:

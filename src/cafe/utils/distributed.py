@@ -29,12 +29,16 @@ def make_accelerator(**options: Any) -> Accelerator:
 
 def world_size() -> int:
     """Return the number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
+    if not dist.is_initialized():
+        return 1
+    return dist.get_world_size()
 
 
 def rank() -> int:
     """Return the rank of this process."""
-    return dist.get_rank() if dist.is_initialized() else 0
+    if not dist.is_initialized():
+        return 0
+    return dist.get_rank()
 
 
 def all_gather_object(value: T) -> list[T]:
@@ -185,13 +189,15 @@ def _gradient_buckets(parameters: Iterable[nn.Parameter]) -> list[list[Tensor]]:
 
 def global_grad_norm(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> Float[Tensor, ""]:
     """Return the norm of all gradients together, each summed over processes; the gradients are left as they are."""
-    sharded = [grad for parameter, grad in zip(parameters, grads, strict=True) if isinstance(parameter, DTensor)]
-    square = _norm([grad for grad in sharded if grad is not None]).square()
-    for parameter, grad in zip(parameters, grads, strict=True):
+    pairs = list(zip(parameters, grads, strict=True))
+    sharded = [grad for parameter, grad in pairs if isinstance(parameter, DTensor) and grad is not None]
+    square = _norm(sharded).square()
+    for parameter, grad in pairs:
         if isinstance(parameter, DTensor):
             continue
         # Every process takes part in every sum, whether it has a gradient or not.
-        summed = all_reduce_sum_(torch.zeros_like(parameter) if grad is None else grad.clone())
+        own = torch.zeros_like(parameter) if grad is None else grad.clone()
+        summed = all_reduce_sum_(own)
         square = square.to(summed.device) + summed.float().square().sum()
     return square.sqrt()
 
@@ -199,11 +205,14 @@ def global_grad_norm(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor 
 def clip_grad_norm_(parameters: Sequence[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
     """Scale summed gradients in place so that their total norm is at most `max_norm`; return the norm before."""
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    # Sharded and replicated gradients cannot be stacked into one norm.
-    kinds = [[p for p in with_grad if isinstance(p, DTensor) is sharded] for sharded in (True, False)]
-    norms = [_norm([p.grad for p in kind if p.grad is not None]) for kind in kinds if kind]
-    norm = torch.stack(norms).norm() if norms else torch.zeros(())
-    for kind in kinds:
+    # Sharded and replicated gradients cannot be stacked: each kind has a norm of its own first.
+    sharded = [parameter for parameter in with_grad if isinstance(parameter, DTensor)]
+    replicated = [parameter for parameter in with_grad if not isinstance(parameter, DTensor)]
+    norms = [_norm([p.grad for p in kind if p.grad is not None]) for kind in (sharded, replicated) if kind]
+    if not norms:
+        return torch.zeros(())
+    norm = torch.stack(norms).norm()
+    for kind in (sharded, replicated):
         clip_grads_with_norm_(kind, max_norm, norm)
     return norm
 
@@ -211,4 +220,6 @@ def clip_grad_norm_(parameters: Sequence[nn.Parameter], max_norm: float) -> Floa
 def _norm(grads: Sequence[Tensor]) -> Tensor:
     """Return the total norm of gradients that are all sharded or all replicated."""
     norm = get_total_norm(grads)
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if isinstance(norm, DTensor):
+        return norm.full_tensor()
+    return norm
