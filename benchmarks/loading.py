@@ -17,7 +17,8 @@ from common import Row, clock, show, tiny_cafe
 from cafe.data.batch import Batch
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.loader import iterate_batches
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.images import decoding
 from cafe.lvlm.processing import with_fast_images
 from cafe.scenes.draw import paint
@@ -49,7 +50,7 @@ def compare(width: int, height: int) -> float:
 
     def train(some: Iterable[Batch]) -> None:
         for batch in some:
-            step(batch)
+            step.forward_backward(batch)
             model.lvlm.zero_grad()
 
     with tempfile.TemporaryDirectory() as directory:

@@ -82,7 +82,7 @@ def two_steps(recipe: Recipe, data: TypicalSample, pairs: int, device: str) -> d
     optimizer = make_optimizer(step, lvlm.config.model_type, recipe.optimizer)
     for number in range(1, STEPS + 1):
         started = time.perf_counter()
-        losses = step(batch, measure=True)
+        losses = step.forward_backward(batch, log_grad_norms=True)
         clip_grad_norm_(trained, recipe.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

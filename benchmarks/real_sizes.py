@@ -77,9 +77,9 @@ class Case:
         whole, cut = make_batch(sides, rows), make_batch(sides, rows, size)
         return {
             "A": repeated(model, lambda: step_a(model, sides), published=True),
-            "ours, one pass": repeated(model, lambda: step(whole)),
+            "ours, one pass": repeated(model, lambda: step.forward_backward(whole)),
             "B": repeated(model, lambda: step_b(model, sides, self.chunk), published=True),
-            "ours, cached": repeated(model, lambda: step(cut)),
+            "ours, cached": repeated(model, lambda: step.forward_backward(cut)),
         }
 
 
@@ -157,7 +157,7 @@ def use(case: Case, model: PreTrainedModel, many: int, compiled: bool) -> list[R
         if compile_:
             compile_layers(model)
         batch = make_batch(sides, packing)
-        once = repeated(model, lambda batch=batch: step(batch))
+        once = repeated(model, lambda batch=batch: step.forward_backward(batch))
         once()
         seconds = statistics.median(clock(once) for _ in range(5))
         name = f"MFU, {many} pairs in one pass, {attention}{', compiled' * compile_}"

@@ -25,7 +25,7 @@ def main() -> None:
 
     def work(batch: Batch, long: int) -> None:
         cafe.reading.LONG = long
-        step(batch)
+        step.forward_backward(batch)
         model.zero_grad()
 
     rows = []

@@ -7,7 +7,8 @@ import pytest
 from cafe.cli.main import main, parse
 from cafe.data.encoding import encode_example
 from cafe.data.inspection import percentiles
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.lvlm.adapters import LoraSettings, add_adapter
 from cafe.lvlm.image_size import set_max_image_size
 from cafe.model import Cafe

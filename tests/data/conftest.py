@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.lvlm.loading import load_processor
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts

@@ -7,7 +7,8 @@ import torch
 
 from cafe.data.batch import MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 
 
 def test_a_batch_holds_every_branch(llava_dataset):

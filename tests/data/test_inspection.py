@@ -10,7 +10,8 @@ from cafe.cli.main import main
 from cafe.content import Content, Example, Pair
 from cafe.data.encoding import encode_example
 from cafe.data.inspection import contents, count_duplicates, inspect, percentiles, spans, write_page
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.images.decoding import decode_image
 
 

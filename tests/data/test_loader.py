@@ -11,7 +11,8 @@ from torch.utils.data import get_worker_info
 from cafe.data.batch import Batch
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.loader import iterate_batches
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.errors import CafeError
 
 

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from samples import png
 
-from cafe.data.records import Columns, Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Columns, Source
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image
 

@@ -87,7 +87,7 @@ def test_losses_and_gradients_are_the_plain_ones_in_any_micro_batches(family, do
             [Listed(examples())], model.chat_processor, 4, seed=0, packing=model.packing, micro_batch_size=size
         )[0]
         assert (len(batch.micro_batches) > 1) == (size.tokens is not None)
-        losses = JointStep(model.lvlm, objective).double()(batch)
+        losses = JointStep(model.lvlm, objective).double().forward_backward(batch)
         assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-5)
         assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
         assert (gradient(model) - expected).norm() <= 1e-5 * expected.norm()
@@ -117,10 +117,10 @@ def test_gradient_cache_with_dropout_has_the_gradient_of_one_graph(family):
     expected = gradient(model)
     model.lvlm.zero_grad()
     torch.manual_seed(7)
-    assert step(batch).contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
+    assert step.forward_backward(batch).contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
     assert (gradient(model) - expected).norm() <= 1e-6 * expected.norm()
     model.lvlm.zero_grad()
-    step(batch)  # draws anew
+    step.forward_backward(batch)  # draws anew
     assert (gradient(model) - expected).norm() > 1e-2 * expected.norm()
 
 

@@ -16,7 +16,8 @@ from transformers import LlavaConfig, PixtralVisionConfig, PixtralVisionModel
 from cafe.content import Content
 from cafe.data.batch import Batch, MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.lvlm.families import find_vision_tower
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.prompts import Prompts
@@ -63,7 +64,7 @@ class Counted:
 
 def follow(model: Cafe, batch: Batch, vision: VisionCache | None) -> tuple[float, Tensor]:
     model.lvlm.zero_grad()
-    losses = JointStep(model.lvlm, ObjectiveConfig(), vision=vision)(batch)
+    losses = JointStep(model.lvlm, ObjectiveConfig(), vision=vision).forward_backward(batch)
     grads = [p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None]
     return losses.lm.item() + losses.contrastive.item(), torch.cat(grads)
 

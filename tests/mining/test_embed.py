@@ -5,7 +5,8 @@ from random import Random
 
 import numpy as np
 
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.mining.config import MiningConfig
 from cafe.mining.embed import Examples, embed_pairs
 

@@ -12,7 +12,8 @@ from samples import png, unit
 from cafe.cli.main import main
 from cafe.content import Content
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.mining.config import MiningConfig
 from cafe.mining.embed import EmbeddedPairs

@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.mining.config import MiningConfig
 from cafe.mining.embed import Examples, embed_pairs
 from cafe.mining.judge import filter_by_judge, judge_branches, yes_probability

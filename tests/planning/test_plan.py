@@ -28,7 +28,8 @@ from cafe.cli.main import main, parser
 from cafe.content import Content, Dialogue, Turn
 from cafe.data.batch import Batch, MicroBatch, MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.lvlm.architectures import KNOWN_CONFIGS, load_config, meta_model
 from cafe.lvlm.families import find_vision_tower
@@ -124,7 +125,7 @@ def test_flops_of_a_step_match_torchs_count(random_base, scenes, frozen, tokens,
     )[0]
     vision = VisionCache(find_vision_tower(model.lvlm), model.lvlm.config) if frozen else None
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        JointStep(model.lvlm.train(), ObjectiveConfig(), vision=vision)(batch)
+        JointStep(model.lvlm.train(), ObjectiveConfig(), vision=vision).forward_backward(batch)
     expected = sum(
         estimate_flops(
             measure_model(model.lvlm), workload_of(batch, model.lvlm.config.vision_config.patch_size), checkpointed
@@ -237,7 +238,7 @@ def test_plan_knows_image_cost_and_flops_of_every_family(family):
     none = torch.empty(0, dtype=torch.long)
     batch = Batch([micro_batch], torch.arange(2), none, none.float(), none, len(packed.labels), [], [""] * 2)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        JointStep(model.lvlm.train(), ObjectiveConfig())(batch)
+        JointStep(model.lvlm.train(), ObjectiveConfig()).forward_backward(batch)
     rows, columns = packed.inputs["input_ids"].shape
     load = StepWorkload(
         crops=4 * seen.crops,  # here each branch shows images of its own
@@ -340,7 +341,7 @@ def test_peak_memory_of_a_step_matches_its_live_tensors(random_base, scenes, che
     optimizer = torch.optim.AdamW(step.lvlm.parameters())
     with Live() as live:
         for _ in range(2):
-            step(batch, measure=True)
+            step.forward_backward(batch, log_grad_norms=True)
             optimizer.step()
             optimizer.zero_grad()
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.precision=fp32"])
@@ -361,7 +362,7 @@ def test_vision_cache_memory_matches_its_live_tensors(random_base, scenes):
     for vision in (None, VisionCache(tower, model.lvlm.config)):
         step = JointStep(model.lvlm.train(), ObjectiveConfig(), vision=vision)
         with Live() as live:
-            step(batch)
+            step.forward_backward(batch)
         model.lvlm.zero_grad()
         peaks.append(live.peak)
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.precision=fp32"])

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from test_words import solve
 
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.scenes.words import CAPTION_PROMPT, PARAGRAPH_PROMPT, QUESTION_KINDS, captions, relation_between
 from cafe.scenes.world import KINDS, Scene, draw_scenes
 from cafe.scenes.write import write_scenes

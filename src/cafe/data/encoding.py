@@ -8,7 +8,8 @@ from PIL import Image
 
 from cafe.content import Content, Dialogue, Example, ImageRef
 from cafe.errors import RecordError
-from cafe.lvlm.processing import ChatProcessor, ProcessedImages
+from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages, embedding_messages
 from cafe.packing import Branch
 

@@ -10,7 +10,8 @@ from cafe.losses.contrastive import CHUNK_NUMEL
 from cafe.losses.language_modeling import HEAD_CHUNK_NUMEL
 from cafe.planning.sizes import ModelSizes, TransformerShape
 from cafe.planning.workload import StepWorkload
-from cafe.training.recipe import AUTOCAST_DTYPES, Recipe
+from cafe.training.precision import AUTOCAST_DTYPES
+from cafe.training.recipe import Recipe
 from cafe.utils.distributed import BUCKET_NUMEL
 
 NF4 = 4.127 / 8  # bytes per weight with its scales, which are quantized themselves (QLoRA, arXiv 2305.14314, section 3)

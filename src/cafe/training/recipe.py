@@ -11,18 +11,16 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 
 from cafe.data.batch import MicroBatchSize
 from cafe.data.mixture import Mixture
-from cafe.data.records import Source
+from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.families import PartName
 from cafe.lvlm.prompts import Prompts
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions of 16 bits
+from cafe.training.precision import AUTOCAST_DTYPES as AUTOCAST_DTYPES
 
 
 def _check(

@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cafe.data.formats.mmeb import mmeb
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.errors import CafeError
 
 ROW = {"qry": "<|image_1|>\nWhat is it?", "qry_image_path": "a.jpg", "pos_text": "a cat", "pos_image_path": ""}
