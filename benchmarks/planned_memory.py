@@ -33,7 +33,8 @@ from cafe.planning.plan import (
     measure_model,
 )
 from cafe.training.optimizer import configure_trainable_parameters, make_optimizer, summarize_trainable
-from cafe.training.recipe import Recipe, read_recipe
+from cafe.training.recipe import Recipe
+from cafe.training.recipe_io import read_recipe
 from cafe.training.step import JointStep
 from cafe.utils.distributed import clip_grad_norm_
 

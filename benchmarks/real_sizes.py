@@ -31,7 +31,8 @@ from cafe.packing import PackingConfig, count_unique_tokens
 from cafe.planning.architectures import load_config
 from cafe.planning.plan import GIB, HARDWARE, MFU, TypicalSample, estimate_flops, estimate_workload, measure_model
 from cafe.training.compile import compile_layers
-from cafe.training.recipe import Recipe, read_recipe
+from cafe.training.recipe import Recipe
+from cafe.training.recipe_io import read_recipe
 from cafe.training.step import JointStep
 
 Work = Callable[[], None]

@@ -54,7 +54,8 @@ from cafe.planning.plan import (
 from cafe.planning.plan import estimate_workload as planned
 from cafe.training.build import build_dataset
 from cafe.training.optimizer import enable_gradient_checkpointing, freeze, make_optimizer
-from cafe.training.recipe import ObjectiveConfig, OptimizerConfig, read_recipe
+from cafe.training.recipe import ObjectiveConfig, OptimizerConfig
+from cafe.training.recipe_io import read_recipe
 from cafe.training.step import JointStep
 
 RECIPES = Path(__file__).parents[2] / "recipes"

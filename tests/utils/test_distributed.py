@@ -26,7 +26,7 @@ from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
 from cafe.model import Cafe
 from cafe.training.loop import train
-from cafe.training.recipe import read_recipe
+from cafe.training.recipe_io import read_recipe
 from cafe.training.validation import BATCH
 
 STEPS, GLOBAL_BATCH = 2, 8

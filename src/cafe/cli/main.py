@@ -228,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
 def _train(options: argparse.Namespace) -> None:
     from cafe.evaluation.runner import training_evaluator
     from cafe.training.loop import train
-    from cafe.training.recipe import read_recipe
+    from cafe.training.recipe_io import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
     train(recipe, training_evaluator(recipe))
@@ -237,7 +237,7 @@ def _train(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from cafe.errors import CafeError
     from cafe.planning.plan import TypicalSample, format_plan, plan
-    from cafe.training.recipe import read_recipe
+    from cafe.training.recipe_io import read_recipe
 
     width, _, height = options.image.partition("x")
     if not all(side.isdecimal() and int(side) for side in (width, height)):
@@ -368,7 +368,7 @@ def _report(options: argparse.Namespace) -> None:
 
 def _ablate(options: argparse.Namespace) -> None:
     from cafe.evaluation.ablation import ablate
-    from cafe.training.recipe import read_recipe
+    from cafe.training.recipe_io import read_recipe
 
     ablate(read_recipe(options.recipe, options.overrides), options.seeds, _names(options.suite))
 
@@ -379,7 +379,8 @@ def _data_check(options: argparse.Namespace) -> None:
     from cafe.data.records import open_source
     from cafe.errors import CafeError
     from cafe.training.build import build_chat_processor
-    from cafe.training.recipe import ModelConfig, read_recipe, read_source
+    from cafe.training.recipe import ModelConfig
+    from cafe.training.recipe_io import read_recipe, read_source
 
     if options.what.endswith((".yaml", ".yml")):
         recipe = read_recipe(options.what, options.overrides)
@@ -418,7 +419,7 @@ def _mine(options: argparse.Namespace) -> None:
     from cafe.lvlm.image_size import set_max_image_size
     from cafe.mining.hard_negatives import QUESTION, MiningConfig, mine
     from cafe.model import Cafe
-    from cafe.training.recipe import read_recipe
+    from cafe.training.recipe_io import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
     if options.checkpoint:  # which says itself how it was trained to read
@@ -466,7 +467,7 @@ def _quickstart(options: argparse.Namespace) -> None:
     from cafe.model import Cafe
     from cafe.scenes.write import write_scenes
     from cafe.training.loop import train
-    from cafe.training.recipe import read_recipe
+    from cafe.training.recipe_io import read_recipe
 
     directory: Path = options.directory
     data = directory / "scenes"

@@ -15,6 +15,7 @@ from contextlib import suppress
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Annotated
 
 import torch
 from jaxtyping import Float32, Int64
@@ -30,6 +31,7 @@ from cafe.lvlm.processing import ChatProcessor, ProcessedImages
 from cafe.lvlm.prompts import dialogue_messages, embedding_messages
 from cafe.packing import DEFAULT_PACKING, Branch, PackedBatch, PackingConfig, count_crops, count_unique_tokens, pack
 from cafe.utils.dataloader import make_loader
+from cafe.utils.ranges import Above
 
 
 @dataclass(frozen=True)
@@ -95,8 +97,8 @@ class MicroBatchSize:
         crops: pictures, or the parts into which they are cut, for the vision tower.
     """
 
-    tokens: int | None = None
-    crops: int | None = None
+    tokens: Annotated[int | None, Above(0)] = None
+    crops: Annotated[int | None, Above(0)] = None
 
     def within(self, other: "MicroBatchSize") -> "MicroBatchSize":
         """No more than either of two."""

@@ -8,7 +8,7 @@ that what reads a model need not know. Adapters are loaded by PEFT's functions a
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from safetensors import SafetensorError
 from torch import nn
@@ -17,6 +17,7 @@ from transformers.utils import find_adapter_config_file
 
 from cafe.errors import CafeError, load_error
 from cafe.lvlm.families import PartName, model_part
+from cafe.utils.ranges import Above, HalfOpen
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -38,9 +39,9 @@ class LoraSettings:
             [q_proj, v_proj], or [all]; null leaves the part as it is.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Annotated[int, Above(0)] = 16
+    alpha: Annotated[float, Above(0)] = 32.0
+    dropout: Annotated[float, HalfOpen(0, 1)] = 0.0
     dora: bool = False
     language_model: tuple[str, ...] | None = ("all",)
     projector: tuple[str, ...] | None = None
