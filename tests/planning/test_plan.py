@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from cafe.cli.main import main, parser
+from cafe.cli.main import main
+from cafe.cli.training import plan_command
 from cafe.content import Content, Dialogue, Turn
 from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatch, MicroBatchSize
 from cafe.data.records import Source, open_source
@@ -267,7 +268,7 @@ def test_what_has_no_plain_sizes_is_refused_in_a_sentence():
 def test_a_directory_is_planned_by_its_own_processor(tmp_path, capsys):
     FAMILIES["smolvlm"]().save(tmp_path)
     recipe = ["plan", str(RECIPES / "cafe-0.5b.yaml"), f"model.base={tmp_path}"]
-    assert main([*recipe, "--picture", "64x64"]) == 0 and "5 crops of 16 patches" in capsys.readouterr().out
+    assert main([*recipe, "--image", "64x64"]) == 0 and "5 crops of 16 patches" in capsys.readouterr().out
     assert main([*recipe, "model.max_image_pixels=1024"]) == 0 and "1 crops of 16 patches" in capsys.readouterr().out
 
 
@@ -439,10 +440,11 @@ def test_a_recipes_stated_memory_and_time_are_what_the_plan_says(path):
         "say what `cafe plan` says in a comment, as the others do"
     )
     for match in found:
-        options = parser().parse_args(shlex.split(match[1]))
-        width, height = map(int, options.picture.split("x"))
-        data = TypicalSample(width=width, height=height, caption=options.caption)
-        costs = plan(read_recipe(RECIPES.parent / options.recipe, options.overrides), options.gpus, data, options.pairs)
+        options = plan_command.make_context("plan", shlex.split(match[1])[1:]).params
+        width, height = map(int, options["image"].split("x"))
+        data = TypicalSample(width=width, height=height, caption=options["caption"])
+        recipe = read_recipe(RECIPES.parent / options["recipe"], options["overrides"])
+        costs = plan(recipe, options["gpus"], data, options["pairs"])
         [hardware] = [hardware for hardware in HARDWARE if hardware.name == match[4]]
         assert f"{costs.peak / 2**30:,.1f}" == match[2] and f"{costs.hours(hardware):,.1f}" == match[3]
 
