@@ -74,6 +74,7 @@ def check_command(
     from cafe.data.records import open_source
     from cafe.training.build import build_chat_processor
 
+    # A recipe says by itself which model reads its sources, and how.
     is_recipe = path.endswith((".yaml", ".yml"))
     checked = _recipe_data(path, overrides, base) if is_recipe else _source_data(path, overrides, base)
     chat_processor = build_chat_processor(checked.base, checked.prompts, checked.model)
@@ -185,6 +186,7 @@ def mine_command(
     from cafe.mining.hard_negatives import QUESTION, MiningConfig, mine
     from cafe.training.recipe_io import read_recipe
 
+    # Soft targets are the judge's probabilities.
     if soft and judge is None:
         judge = DEFAULT_JUDGE_THRESHOLD
     run = read_recipe(recipe, overrides)
@@ -192,7 +194,7 @@ def mine_command(
     mining = MiningConfig(
         negatives=negatives,
         top=top,
-        max_positive_ratio=max_positive_ratio or None,
+        max_positive_ratio=max_positive_ratio or None,  # 0 disables it
         margin=margin,
         judge=judge,
         soft=soft,

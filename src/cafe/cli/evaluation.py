@@ -99,6 +99,7 @@ def _default_output(checkpoint: str, limit: int | None) -> Path:
 
 
 def _parse_sizes(context: click.Context, parameter: click.Parameter, text: str) -> list[int]:
+    """Parse numbers above 0 that are separated by commas."""
     return [POSITIVE(part, parameter, context) for part in text.split(",")]
 
 
@@ -149,7 +150,7 @@ def report_command(evaluations: tuple[str, ...], log: Path | None, output: Path)
     named = [_parse_evaluation(evaluation) for evaluation in evaluations]
     runs = [ReportRun(name, directory, None) for name, directory in named]
     name, directory = named[-1]
-    runs[-1] = ReportRun(name, directory, log)
+    runs[-1] = ReportRun(name, directory, log)  # --log belongs to the last one
     write_report(output, runs)
     print(f"The report is {output}")
 

@@ -8,13 +8,16 @@ import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+# Counts and fractions, of which click prints the range in the help and in errors.
 POSITIVE = click.IntRange(min=1)
 NON_NEGATIVE = click.IntRange(min=0)
 FRACTION = click.FloatRange(0, 1)
+# Whether a path exists is checked by what reads it, which knows what it should be.
 PATH = click.Path(path_type=Path)
 
 
 def _check_overrides(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:
+    """Refuse words without an equals sign, which are no overrides."""
     for word in words:
         if "=" not in word:
             raise click.UsageError(f"{word!r} is not of the form key=value.", context)

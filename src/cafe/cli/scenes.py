@@ -58,6 +58,7 @@ def quickstart_command(directory: Path, recipe: Path) -> None:
     from cafe.scenes.write import write_scenes
     from cafe.training.loop import train
 
+    # The base is measured first, so that the report compares with it. What exists already is not made again.
     data, before, after = directory / "scenes", directory / "before", directory / "after"
     run = _quickstart_recipe(recipe, directory, data)
     if not (data / "llava_train.json").is_file():

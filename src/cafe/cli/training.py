@@ -70,6 +70,7 @@ def merge_command(directory: Path, output: Path) -> None:
     from cafe.lvlm.adapters import has_adapter, merge
     from cafe.model import Cafe
 
+    # What can be wrong is checked before the model is loaded, which takes long.
     if not directory.is_dir():
         raise CheckpointError(f"The run {directory} does not exist.")
     checkpoint = checkpoint_dir(directory)

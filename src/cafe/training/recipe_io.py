@@ -70,6 +70,7 @@ OLD_NAMES: dict[type, dict[str, str]] = {
     EvaluationConfig: {"every": "eval_steps", "samples": "num_samples"},
 }
 
+# What a person calls the types that a value can have.
 SCALAR_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -86,6 +87,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = Path(path)
     tree = _read_yaml(path)
+    # Overrides change the tree before it is checked: they may mend what the file says.
     for override in overrides:
         _apply_override(tree, override)
     return _build(Recipe, tree, "", str(path))
@@ -105,7 +107,7 @@ def read_source(path: str, overrides: Sequence[str] = ()) -> Source:
     for override in overrides:
         _apply_override(tree, override)
     source: Source = _build(Source, tree, "", "The command line")
-    check_ranges(source)
+    check_ranges(source)  # in a recipe, the class that holds the sources does this
     return source
 
 
@@ -129,6 +131,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
         raise RecipeError(f"The override {override!r} is not of the form key=value.")
+    # Levels that the file does not have are made.
     *parents, last = key.split(".")
     for parent in parents:
         tree = tree.setdefault(parent, {})
@@ -156,7 +159,7 @@ def _build(cls: type, tree: Any, where: str, file: str) -> Any:
     if not isinstance(tree, dict):
         raise RecipeError(f"{file}: {where.rstrip('.')} should be a mapping, not {tree!r}.")
     _check_keys(cls, tree, where, file)
-    hints = get_type_hints(cls)
+    hints = get_type_hints(cls)  # without the ranges, which the class checks itself
     return cls(**{key: _convert(hints[key], value, where + key, file) for key, value in tree.items()})
 
 
@@ -169,6 +172,7 @@ def _check_keys(cls: type, tree: dict[str, Any], where: str, file: str) -> None:
             continue
         if key in renamed:
             raise RecipeError(f"{file}: {where}{key} is now called {where}{renamed[key]}.")
+        # With a cutoff of 0 there is always a nearest one.
         [nearest] = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
         raise RecipeError(f"{file}: the key {where}{key} is unknown; the nearest is {where}{nearest}.")
     for entry in fields(cls):
@@ -203,6 +207,7 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, where: str, file: str) ->
     """Convert a value to the first of several types, unless it is null or one of the words that another one allows."""
     if value is None and types.NoneType in kinds:
         return None
+    # Such as "auto" beside a mapping.
     for kind in kinds:
         if get_origin(kind) is typing.Literal and value in get_args(kind):
             return value

@@ -78,6 +78,7 @@ class HalfOpen:
         return f"{self.low:,} or more and below {self.high:,}"
 
 
+# What `check_ranges` looks for among the metadata of a type.
 Range = Above | AtLeast | Below | Between | HalfOpen
 
 
@@ -102,6 +103,7 @@ def check_ranges(config: Any, path: str = "") -> None:
     for field in fields(config):
         name = f"{path}.{field.name}" if path else field.name
         for where, value in _flatten(getattr(config, field.name), name):
+            # A nested dataclass has ranges of its own.
             if is_dataclass(value):
                 check_ranges(value, where)
                 continue
