@@ -29,7 +29,8 @@ from cafe.planning.memory import estimate_memory
 from cafe.planning.sizes import measure_model
 from cafe.planning.workload import TypicalSample, estimate_workload, image_cost_from_config
 from cafe.training.optimizer import configure_trainable_parameters, make_optimizer, summarize_trainable
-from cafe.training.recipe import Recipe, read_recipe
+from cafe.training.recipe import Recipe
+from cafe.training.recipe_io import read_recipe
 from cafe.training.step import JointStep
 from cafe.utils.distributed import clip_grad_norm_
 

@@ -34,7 +34,8 @@ from cafe.planning.hardware import GIB, HARDWARE, MFU
 from cafe.planning.sizes import measure_model
 from cafe.planning.workload import TypicalSample, estimate_workload
 from cafe.training.compile import compile_layers
-from cafe.training.recipe import Recipe, read_recipe
+from cafe.training.recipe import Recipe
+from cafe.training.recipe_io import read_recipe
 from cafe.training.step import JointStep
 
 Work = Callable[[], None]

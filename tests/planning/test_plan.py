@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from cafe.cli.main import main, parser
+from cafe.cli.main import main
+from cafe.cli.training import plan_command
 from cafe.content import Content, Dialogue, Turn
 from cafe.data.batch import Batch, MicroBatch, MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
@@ -54,7 +55,8 @@ from cafe.planning.workload import (
 )
 from cafe.training.build import build_dataset
 from cafe.training.optimizer import enable_gradient_checkpointing, freeze, make_optimizer
-from cafe.training.recipe import ObjectiveConfig, OptimizerConfig, read_recipe
+from cafe.training.recipe import ObjectiveConfig, OptimizerConfig
+from cafe.training.recipe_io import read_recipe
 from cafe.training.step import JointStep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -440,10 +442,11 @@ def test_recipes_state_the_memory_and_hours_of_their_plan(path):
         "say what `cafe plan` says in a comment, as the others do"
     )
     for match in found:
-        options = parser().parse_args(shlex.split(match[1]))
-        width, height = map(int, options.image.split("x"))
-        data = TypicalSample(width=width, height=height, caption=options.caption)
-        costs = plan(read_recipe(RECIPES.parent / options.recipe, options.overrides), options.gpus, data, options.pairs)
+        options = plan_command.make_context("plan", shlex.split(match[1])[1:]).params
+        width, height = map(int, options["image"].split("x"))
+        data = TypicalSample(width=width, height=height, caption=options["caption"])
+        recipe = read_recipe(RECIPES.parent / options["recipe"], options["overrides"])
+        costs = plan(recipe, options["gpus"], data, options["pairs"])
         [hardware] = [hardware for hardware in HARDWARE if hardware.name == match[4]]
         assert f"{costs.peak / 2**30:,.1f}" == match[2] and f"{costs.hours(hardware):,.1f}" == match[3]
 

@@ -27,7 +27,7 @@ from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.model import Cafe
 from cafe.training.loop import train
-from cafe.training.recipe import read_recipe
+from cafe.training.recipe_io import read_recipe
 from cafe.training.validation import BATCH_SIZE
 
 STEPS, GLOBAL_BATCH = 2, 8

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import chain
+from typing import Annotated
 
 import torch
 from jaxtyping import Float32, Int64
@@ -14,6 +15,7 @@ from cafe.data.encoding import EncodedExample
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages
 from cafe.packing import Branch, PackedBatch, PackingConfig, count_crops, count_unique_tokens, pack
+from cafe.utils.ranges import Above
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class MicroBatchSize:
         crops: images for the vision tower, or the crops into which they are cut.
     """
 
-    tokens: int | None = None
-    crops: int | None = None
+    tokens: Annotated[int | None, Above(0)] = None
+    crops: Annotated[int | None, Above(0)] = None
 
     def within(self, other: "MicroBatchSize") -> "MicroBatchSize":
         """Return the stricter of two sizes, limit by limit."""

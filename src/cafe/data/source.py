@@ -1,9 +1,10 @@
 """One source of data, as a recipe describes it."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from cafe.data.files import folder_of
+from cafe.utils.ranges import Above
 
 Format = Literal["llava", "karpathy", "mmeb", "pairs"]
 
@@ -60,10 +61,10 @@ class Source:
     subset: str = ""
     columns: Columns = field(default_factory=Columns)
     answer_prompt: str | None = None
-    max_frames: int | None = None
+    max_frames: Annotated[int | None, Above(0)] = None
     use_pairs: bool = True
     weight: float = 1.0
-    shuffle_window: int = 8
+    shuffle_window: Annotated[int, Above(0)] = 8
 
     @property
     def folder(self) -> str:

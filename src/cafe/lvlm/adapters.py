@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from safetensors import SafetensorError
 from torch import nn
@@ -18,6 +18,7 @@ from transformers.utils import find_adapter_config_file
 
 from cafe.errors import CheckpointError, MissingPackageError, RecipeError, load_error
 from cafe.lvlm.families import PartName, model_part
+from cafe.utils.ranges import Above, HalfOpen
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -39,9 +40,9 @@ class LoraSettings:
             [all]; null leaves the part unchanged.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Annotated[int, Above(0)] = 16
+    alpha: Annotated[float, Above(0)] = 32.0
+    dropout: Annotated[float, HalfOpen(0, 1)] = 0.0
     dora: bool = False
     language_model: tuple[str, ...] | None = ("all",)
     projector: tuple[str, ...] | None = None
