@@ -7,7 +7,7 @@ from branch_samples import branch, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cafe.lvlm.forward
+import cafe.attention.tree
 from cafe.attention.blockwise import blockwise_mask, tree_to_blocks
 from cafe.attention.sdpa_override import SdpaOverrideMask
 from cafe.attention.tree import attention_mask, tree_mask
@@ -75,7 +75,7 @@ def test_a_model_reads_long_rows_by_blocks_as_it_reads_short_ones(random_base, m
     group = [branch(ids) for ids in said]
     made = {}
     for name, long in (("by blocks", 1), ("dense", 10**6)):
-        monkeypatch.setattr(cafe.reading, "LONG", long)
+        monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", long)
         packed = pack([group], [[branch([*range(10, 40)], spoken=9)]], PackingConfig(max_row_tokens=80))
         text = model.lvlm.config.get_text_config()
         assert isinstance(attention_mask(packed.subtree_end, text), SdpaOverrideMask) == (long == 1)

@@ -143,9 +143,9 @@ class _BlockwiseAttention(torch.autograd.Function):
         of_query, of_key = torch.zeros_like(query, dtype=exact), torch.zeros_like(key, dtype=exact)
         of_value = grad.to(exact, copy=True)
         for block in ctx.blocks:
-            states = block.seeing(grad), block.seeing(query), block.seen(key), block.seen(value), block.seeing(out)
-            made = _attention_backward(*states, block.seeing(sums), 0.0, block.causal, scale=ctx.scale)
-            parts = block.seeing(of_query), block.seen(of_key), block.seen(of_value)
+            states = block.query_view(grad), block.query_view(query), block.key_view(key), block.key_view(value), block.query_view(out)
+            made = _attention_backward(*states, block.query_view(sums), 0.0, block.causal, scale=ctx.scale)
+            parts = block.query_view(of_query), block.key_view(of_key), block.key_view(of_value)
             for part, own in zip(parts, made, strict=True):
                 part.copy_(own) if block.causal else part.add_(own)
         return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None

@@ -26,7 +26,7 @@ class SdpaOverrideMask(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         mask = kwargs.get("attn_mask")
-        if func is F.scaled_dot_product_attention and isinstance(mask, SdpaOverrideMask) and hasattr(mask, "attend"):
-            func = mask.attend  # a part of the mask has none
+        if func is F.scaled_dot_product_attention and isinstance(mask, SdpaOverrideMask) and hasattr(mask, "sdpa"):
+            func = mask.sdpa  # a part of the mask has none
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
