@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from cafe.data.dataset import Batch, MicroBatch
 from cafe.errors import CafeError
-from cafe.losses import in_batch_accuracy, linear_cross_entropy, matryoshka
+from cafe.losses import in_batch_accuracy, info_nce, linear_cross_entropy
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.packing import PackedBatch
@@ -237,25 +237,21 @@ class JointStep(nn.Module):
         owners = owners + exclusive_prefix_sum(pairs, vectors.device)
         queries, targets, target_ids = all_gather_rows(queries, targets, target_ids)
         negatives, owners, scores, negative_ids = all_gather_rows(negatives, owners, scores, negative_ids)
-        ids = torch.cat([target_ids, negative_ids]) if self.objective.mask_duplicates else None
         if not len(queries):
             return vectors.new_zeros(()), vectors.new_zeros(())
-        objective = self.objective
+        config = self.objective.contrastive
         with self.oom_guard(vectors.device):
-            loss = matryoshka(
-                objective.dim_weights,
+            loss = info_nce(
                 queries,
                 targets,
                 temperature,
                 negatives,
-                owners=owners,
-                scores=scores,
-                target_ids=ids,
-                symmetric=objective.symmetric,
-                hardness=objective.hardness_weight,
-                margin=objective.false_negative_margin,
+                target_ids=torch.cat([target_ids, negative_ids]),
+                negative_owner=owners,
+                negative_match_prob=scores,
+                config=config,
             )
-            own = None if ids is None else ids[: len(queries)]
+            own = target_ids if config.mask_duplicates else None
             accuracy = in_batch_accuracy(queries.detach(), targets.detach(), own) if measure else vectors.new_zeros(())
         return loss, accuracy
 
