@@ -32,7 +32,7 @@ SUPPORTED_CHILDREN = {
 
 
 @contextmanager
-def restrict_last_layer(lvlm: PreTrainedModel, *read_index: Int64[Tensor, "tokens 2"]) -> Iterator[None]:
+def restrict_last_layer(lvlm: PreTrainedModel, *read_index: Int64[Tensor, "_tokens 2"]) -> Iterator[None]:
     """Make the last hidden states meaningless for all tokens but those at the (row, column) of `read_index`.
 
     Where the last layer is recomputed in the backward pass, or is of an unknown kind, it computes all tokens.

@@ -16,7 +16,7 @@ from cafe.attention.masks import flex_tree_mask, tree_mask
 
 @contextmanager
 def tree_attention(
-    lvlm: PreTrainedModel, subtree_end: Int64[Tensor, "rows columns"] | None, *read_index: Int64[Tensor, "tokens 2"]
+    lvlm: PreTrainedModel, subtree_end: Int64[Tensor, "rows columns"] | None, *read_index: Int64[Tensor, "_tokens 2"]
 ) -> Iterator[dict[str, Tensor | BlockMask]]:
     """Let a model attend along trees, and compute its last layer only for the tokens that are read.
 

@@ -42,7 +42,7 @@ class Layout:
     position_ids: Int64[Tensor, "axes rows columns"]
     subtree_end: Int64[Tensor, "rows columns"]
     valid: Bool[Tensor, "rows columns"]
-    coords: list[Int64[Tensor, "tokens 2"]]
+    coords: list[Int64[Tensor, "_tokens 2"]]
     image_order: list[int]
 
 
@@ -162,9 +162,6 @@ _Bins = list[tuple[int, list[int]]]  # for each row, its number of tokens and it
 def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, max_tokens: int) -> list[list[int]]:
     """Distribute trees over rows of at most `max_tokens`: best fit, or evenly where that is less work.
 
-    The work of a token is that of the layers' matrices, taken as attention over three times the maximum row, plus
-    attention over its own row: many rows leave more padding, long rows cost more attention.
-
     Args:
         trees: the branches of each tree.
         sizes: the tokens of each tree, root included.
@@ -182,23 +179,35 @@ def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, max_t
     total = sum(own_sizes)
     min_rows = max(1, math.ceil(total / max(1, max_tokens - root)))
 
-    def work(num_rows: int, longest: int) -> float:
-        if longest > max_tokens:
-            return math.inf
-        return num_rows * longest * (3 * max_tokens + longest)
-
-    def work_of(bins: _Bins) -> float:
-        return work(len(bins), max(tokens for tokens, _ in bins))
-
     best = _best_fit(own_sizes, root, max_tokens)
+    best_work = _work(len(best), _longest(best), max_tokens)
     # Best fit leaves a short last row, padded to the longest. Rows of equal length may be less work: try each number of
     # rows whose lower bound is below the best so far. Whatever fits in one row stays there.
     if min_rows > 1:
         for num_rows in range(min_rows, 2 * min_rows + 1):
             longest_at_least = max(largest, root + math.ceil(total / num_rows))
-            if work(num_rows, longest_at_least) < work_of(best):
-                best = min(best, _balance_rows(own_sizes, root, num_rows), key=work_of)
+            if _work(num_rows, longest_at_least, max_tokens) >= best_work:
+                continue
+            bins = _balance_rows(own_sizes, root, num_rows)
+            work = _work(len(bins), _longest(bins), max_tokens)
+            if work < best_work:
+                best, best_work = bins, work
     return [[branch for tree in row for branch in trees[tree]] for _, row in best]
+
+
+def _work(num_rows: int, longest: int, max_tokens: int) -> float:
+    """Estimate the work of rows: for each token, the layers' matrices and attention over its row.
+
+    The matrices are taken as attention over three times the maximum row (see `infer_packing`). So many rows are costly
+    by their padding, and long rows by their attention.
+    """
+    if longest > max_tokens:
+        return math.inf
+    return num_rows * longest * (3 * max_tokens + longest)
+
+
+def _longest(bins: _Bins) -> int:
+    return max(tokens for tokens, _ in bins)
 
 
 def _best_fit(sizes: Sequence[int], root: int, max_tokens: int) -> _Bins:

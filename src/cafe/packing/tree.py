@@ -70,14 +70,11 @@ def common_prefix_length(keys: Sequence[SharingKeys], start: int = 0) -> int:
 def iter_tree(members: Sequence[int], keys: Sequence[SharingKeys], start: int = 0) -> Iterator[Node]:
     """Iterate over the nodes of the tree that some branches form, depth first."""
     stop = common_prefix_length([keys[member] for member in members], start)
-
-    def next_key(member: int) -> int:
-        return int(keys[member][stop])
-
     # Branches that continue below this node, grouped by their next key: one child for each.
-    longer = sorted((member for member in members if len(keys[member]) > stop), key=next_key)
+    next_key = {member: keys[member][stop] for member in members if len(keys[member]) > stop}
+    longer = sorted(next_key, key=next_key.__getitem__)
     below: list[Node] = []
-    for _, child_members in groupby(longer, next_key):
+    for _, child_members in groupby(longer, next_key.__getitem__):
         below += iter_tree(list(child_members), keys, stop)
     size = stop - start + sum(node.length for node in below)
     yield Node(start, stop, list(members), size)
