@@ -13,7 +13,7 @@ import torch
 from common import Row, make_batch, make_pairs, show, tiny_llava
 from tqdm import tqdm
 
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.packing import PackingConfig
 from cafe.training.device_memory import MemoryMeter
 from cafe.training.recipe import ObjectiveConfig

@@ -21,7 +21,7 @@ import torch
 from common import Row, make_batch, make_pairs, show, tiny_llava
 from published import step_a
 
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.packing import PackingConfig
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep

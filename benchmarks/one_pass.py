@@ -7,7 +7,7 @@ import torch
 from common import Row, Sides, flops, make_batch, make_pairs, paired, show, tiny_llava
 from published import step_a, step_b
 
-from cafe.data.dataset import Batch, MicroBatchSize
+from cafe.data.batch import Batch, MicroBatchSize
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.packing import PackingConfig
 from cafe.training.recipe import ObjectiveConfig

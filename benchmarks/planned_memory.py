@@ -24,14 +24,10 @@ from transformers import AutoModelForImageTextToText, PreTrainedModel
 
 from cafe.packing import PackingConfig
 from cafe.planning.architectures import load_config
-from cafe.planning.plan import (
-    GIB,
-    TypicalSample,
-    estimate_memory,
-    estimate_workload,
-    image_cost_from_config,
-    measure_model,
-)
+from cafe.planning.hardware import GIB
+from cafe.planning.memory import estimate_memory
+from cafe.planning.sizes import measure_model
+from cafe.planning.workload import TypicalSample, estimate_workload, image_cost_from_config
 from cafe.training.optimizer import configure_trainable_parameters, make_optimizer, summarize_trainable
 from cafe.training.recipe import Recipe, read_recipe
 from cafe.training.step import JointStep

@@ -25,11 +25,14 @@ from planned_memory import make_pairs
 from published import step_a, step_b
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.lvlm.forward import FLEX_MULTIPLE, UNBOUNDED_ROW
 from cafe.packing import PackingConfig, count_unique_tokens
 from cafe.planning.architectures import load_config
-from cafe.planning.plan import GIB, HARDWARE, MFU, TypicalSample, estimate_flops, estimate_workload, measure_model
+from cafe.planning.flops import estimate_flops
+from cafe.planning.hardware import GIB, HARDWARE, MFU
+from cafe.planning.sizes import measure_model
+from cafe.planning.workload import TypicalSample, estimate_workload
 from cafe.training.compile import compile_layers
 from cafe.training.recipe import Recipe, read_recipe
 from cafe.training.step import JointStep

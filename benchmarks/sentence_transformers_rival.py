@@ -23,8 +23,10 @@ from loading import GROUP, PAIRS, write
 from torch import Tensor, nn
 from transformers import AutoProcessor, TrainerCallback
 
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize, iterate_batches
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.fast_images import with_fast_images
+from cafe.data.loader import iterate_batches
 from cafe.data.records import Source, open_source
 from cafe.lvlm.processing import load_processor
 from cafe.model import Cafe

@@ -9,7 +9,7 @@ from common import CAPTION, Row, make_batch, make_pairs, paired, show, tiny_llav
 
 import cafe.lvlm.forward
 from cafe.attention.blockwise import MIN_BLOCKWISE_TOKENS
-from cafe.data.dataset import Batch
+from cafe.data.batch import Batch
 from cafe.packing import PackingConfig
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep

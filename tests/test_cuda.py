@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cafe.data.dataset import NO_LIMIT, Batch, ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import NO_LIMIT, Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.fast_images import with_fast_images
 from cafe.data.records import Source, open_source
 from cafe.lvlm.adapters import LoraSettings

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from cafe.cli.main import main
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.errors import CafeError
 from cafe.lvlm.adapters import LoraSettings, add_adapter, find_target_modules, has_adapter
 from cafe.lvlm.families import model_part

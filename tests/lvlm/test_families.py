@@ -13,7 +13,9 @@ from transformers import ProcessorMixin
 
 from cafe.attention.tree import attention_mask
 from cafe.content import Content, Example, Pair
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize, encode_example
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.encoding import encode_example
 from cafe.data.fast_images import with_fast_images
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image

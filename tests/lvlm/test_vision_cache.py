@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, PixtralVisionConfig, PixtralVisionModel
 
 from cafe.content import Content
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.lvlm.families import find_vision_tower
 from cafe.lvlm.forward import forward_packed

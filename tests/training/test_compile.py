@@ -7,7 +7,8 @@ import torch
 from torch._dynamo.utils import counters
 
 import cafe.attention.tree
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.model import Cafe
 from cafe.training.compile import compile_layers

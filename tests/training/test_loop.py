@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.cli.main import main
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.lvlm.prompts import Prompts

@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.forward import forward_packed

@@ -11,7 +11,8 @@ import torch
 from model_samples import make
 from transformers import PreTrainedModel
 
-from cafe.data.dataset import NO_LIMIT, Batch, ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import NO_LIMIT, Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
 from cafe.lvlm.forward import forward_packed

@@ -12,13 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from cafe.content import Content, Dialogue, Example, Pair, Turn
-from cafe.data.dataset import (
-    ContrastiveBatchDataset,
-    EncodedExample,
-    MicroBatchSize,
-    encode_example,
-    split_micro_batches,
-)
+from cafe.data.batch import MicroBatchSize, split_micro_batches
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.encoding import EncodedExample, encode_example
 from cafe.data.records import Source, open_source
 from cafe.errors import CafeError
 from cafe.losses import matryoshka

@@ -8,7 +8,9 @@ from torch.utils.data import Dataset
 
 from cafe.data.inspection import inspect
 from cafe.data.records import Source, open_source
-from cafe.mining.hard_negatives import Examples, MiningConfig, embed_pairs, filter_by_judge
+from cafe.mining.config import MiningConfig
+from cafe.mining.embed import Examples, embed_pairs
+from cafe.mining.judge import filter_by_judge
 from cafe.model import Cafe
 from cafe.scenes.base import train_base
 from cafe.utils.dataloader import make_loader
@@ -36,7 +38,7 @@ def test_inspection_mining_and_base_model_load_with_workers(random_base, scenes,
     model = Cafe.load(random_base)
     records = open_source(Source(path=str(scenes / "llava_train.json")))
     [report] = inspect([records], model.chat_processor, sample=2, workers=1)
-    assert len(report.looks) == 2
+    assert len(report.stats) == 2
     examples, mining = Examples([records], 0), MiningConfig(workers=1)
     embedded = embed_pairs(model, examples, [(0, 0), (0, 1)], mining)
     assert list(map(len, filter_by_judge(model, examples, embedded, [[1], [0]], mining, threshold=1.1))) == [1, 1]

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from transformers import AutoConfig
 
-from cafe.data.dataset import NO_LIMIT, ContrastiveBatchDataset, MicroBatch, MicroBatchSize
+from cafe.data.batch import NO_LIMIT, MicroBatch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.fast_images import with_fast_images
 from cafe.data.records import OpenedSource, open_source
 from cafe.errors import load_error
@@ -78,7 +79,7 @@ def build_dataset(
         rank=rank,
         world_size=world,
         mixture=recipe.data.mixture,
-        blanks=sharded,
+        add_blank_images=sharded,
     )
 
 

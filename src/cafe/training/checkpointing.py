@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.errors import CafeError, CheckpointError
 from cafe.training.loss_scale import LossScale
 from cafe.utils.atomic import commit

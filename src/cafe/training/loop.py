@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from cafe.data.dataset import Batch
+from cafe.data.batch import Batch
 from cafe.errors import RunInterrupted
 from cafe.model import Cafe
 from cafe.training import checkpointing

@@ -5,14 +5,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from cafe.data.dataset import (
-    NO_LIMIT,
-    Batch,
-    ContrastiveBatchDataset,
-    EncodedExample,
-    MicroBatchSize,
-    iterate_batches,
-)
+from cafe.data.batch import NO_LIMIT, Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.encoding import EncodedExample
+from cafe.data.loader import iterate_batches
 from cafe.errors import CafeError
 from cafe.packing import count_crops, count_unique_tokens
 from cafe.training.device_memory import MemoryMeter, free_step_memory

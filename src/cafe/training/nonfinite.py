@@ -6,7 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.errors import CafeError
 from cafe.training.checkpointing import TrainerState
 from cafe.training.fsdp import unsharded

@@ -10,7 +10,9 @@ from accelerate.utils import set_seed
 from torch import nn
 
 from cafe.checkpoint import resolve_checkpoint
-from cafe.data.dataset import NO_LIMIT, ContrastiveBatchDataset, MicroBatchSize, Quarantine
+from cafe.data.batch import NO_LIMIT, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.quarantine import Quarantine
 from cafe.data.records import open_source
 from cafe.errors import CheckpointError, RecipeError
 from cafe.lvlm.image_size import set_max_image_size

@@ -25,7 +25,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cafe.data.dataset import Batch, MicroBatch
+from cafe.data.batch import Batch, MicroBatch
 from cafe.errors import RecipeError
 from cafe.losses import in_batch_accuracy, linear_cross_entropy, matryoshka
 from cafe.lvlm.forward import forward_packed
