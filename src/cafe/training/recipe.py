@@ -17,6 +17,7 @@ from cafe.data.batch import MicroBatchSize
 from cafe.data.mixture import Mixture
 from cafe.data.records import Source
 from cafe.errors import CafeError
+from cafe.losses import ContrastiveConfig
 from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.families import PartName
 from cafe.lvlm.prompts import Prompts
@@ -184,6 +185,12 @@ class ObjectiveConfig:
         """The weight of each number of first dimensions that is contrasted by itself."""
         dims = self.matryoshka_dims or ()
         return dict(zip(dims, self.matryoshka_weights or [1.0] * len(dims), strict=True))
+
+    @property
+    def contrastive(self) -> ContrastiveConfig:
+        """The options of the contrastive loss: the fields and properties of the same names."""
+        options = {option.name: getattr(self, option.name) for option in fields(ContrastiveConfig)}
+        return ContrastiveConfig(**options)
 
 
 @dataclass(frozen=True, kw_only=True)
