@@ -15,8 +15,10 @@ from random import Random
 from common import Row, clock, show, tiny_cafe
 
 from cafe import content
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, iterate_batches
+from cafe.data.batch import Batch
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.fast_images import with_fast_images
+from cafe.data.loader import iterate_batches
 from cafe.data.records import Source, open_source
 from cafe.scenes.draw import paint
 from cafe.scenes.words import CAPTION_PROMPT, paragraph
@@ -47,7 +49,7 @@ def compare(width: int, height: int) -> float:
 
     def train(some: Iterable[Batch]) -> None:
         for batch in some:
-            step(batch)
+            step.forward_backward(batch)
             model.lvlm.zero_grad()
 
     with tempfile.TemporaryDirectory() as directory:

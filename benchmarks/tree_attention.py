@@ -9,7 +9,7 @@ from common import CAPTION, Row, make_batch, make_pairs, paired, show, tiny_llav
 
 import cafe.attention.tree
 from cafe.attention.blockwise import MIN_BLOCKWISE_TOKENS
-from cafe.data.dataset import Batch
+from cafe.data.batch import Batch
 from cafe.packing import PackingConfig
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
@@ -25,7 +25,7 @@ def main() -> None:
 
     def work(batch: Batch, long: int) -> None:
         cafe.attention.tree.MIN_BLOCKWISE_TOKENS = long
-        step(batch)
+        step.forward_backward(batch)
         model.zero_grad()
 
     rows = []

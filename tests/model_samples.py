@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cafe.content import Content, Dialogue, Example, Pair, Turn
-from cafe.data.dataset import encode_example
+from cafe.data.encoding import encode_example
 from cafe.data.source import Source
 from cafe.model import Cafe
 from cafe.packing import Branch

@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cafe.data.dataset import NO_LIMIT, Batch, ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import NO_LIMIT, Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.fast_images import with_fast_images
 from cafe.data.records import Source, open_source
 from cafe.lvlm.adapters import LoraSettings
@@ -23,10 +24,10 @@ from cafe.model import Cafe
 from cafe.scenes.draw import paint
 from cafe.scenes.world import draw_scene
 from cafe.training import loop
-from cafe.training.compile import compile_layers
+from cafe.training.compile import allow_repeated_backward, compile_layers
 from cafe.training.fsdp import apply_fsdp
+from cafe.training.gradients import unscale
 from cafe.training.loop import train
-from cafe.training.loss_scale import unscale
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep, Losses
 
@@ -42,6 +43,7 @@ def exact() -> Iterator[None]:
     """Products of float32 matrices are of float32, and nothing that was compiled before is used."""
     torch.set_float32_matmul_precision("highest")  # FlexAttention's kernel goes by it too
     torch.compiler.reset()
+    allow_repeated_backward()  # of FlexAttention, for the norm of each loss's gradient
     yield
 
 
@@ -57,7 +59,7 @@ def followed(model: Cafe, batch: Batch, precision: str = "fp32", **options) -> t
     """The losses of a step and its gradient."""
     step = JointStep(model.lvlm, ObjectiveConfig(), precision).to(model.lvlm.device)
     step.zero_grad()
-    losses = step(batch, **options)
+    losses = step.forward_backward(batch, **options)
     return losses, gradient(model)
 
 
@@ -85,7 +87,7 @@ def test_the_gradient_is_the_cpus(random_base, scenes, on_cpu, attention, compil
     if compiled:
         compile_layers(model.lvlm)
     batch = batches(model, scenes, size)[0].pin_memory()
-    losses, grad = followed(model, batch, measure=True)
+    losses, grad = followed(model, batch, log_grad_norms=True)
     assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=1e-4)
     assert losses.contrastive.item() == pytest.approx(on_cpu[0].contrastive.item(), rel=1e-3)
     assert apart(grad, on_cpu[1]) <= 1e-5
@@ -98,7 +100,7 @@ def test_16_bits_are_close(random_base, scenes, on_cpu, precision, close, attent
     model = Cafe.load(random_base, dtype=torch.float32, attention=attention)
     if compiled:
         compile_layers(model.lvlm)
-    losses, grad = followed(model, batches(model, scenes, CUT)[0], precision, scale=2.0**12)
+    losses, grad = followed(model, batches(model, scenes, CUT)[0], precision, loss_scale=2.0**12)
     assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=close / 10)
     assert losses.contrastive.item() == pytest.approx(on_cpu[0].contrastive.item(), rel=close / 2)
     assert apart(grad / 2.0**12, on_cpu[1]) <= close
@@ -109,10 +111,10 @@ def test_flex_attention_compiles_nothing_once_it_is_warm(random_base, scenes):
     step = JointStep(model.lvlm, ObjectiveConfig(), "bf16").to("cuda")
     data = batches(model, scenes, CUT)
     for number in range(len(data)):
-        step(data[number])
+        step.forward_backward(data[number])
     with torch.compiler.set_stance("fail_on_recompile"):
         for number in range(len(data), 2 * len(data)):  # the next epoch
-            step(data[number])
+            step.forward_backward(data[number])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -122,9 +124,9 @@ def test_a_sharded_step_is_the_whole_one(random_base, scenes, on_cpu, precision,
     try:
         model = Cafe.load(random_base, dtype=torch.float32, device="cpu")
         step = JointStep(model.lvlm, ObjectiveConfig(), precision)
-        apply_fsdp(step.reading, torch.device("cuda"), step.reading.dtype)
+        apply_fsdp(step.packed_forward, torch.device("cuda"), step.packed_forward.dtype)
         step.to("cuda")
-        losses = step(batches(model, scenes, CUT)[0], measure=True, scale=2.0**12)
+        losses = step.forward_backward(batches(model, scenes, CUT)[0], log_grad_norms=True, loss_scale=2.0**12)
         unscale(step.parameters(), 2.0**12)
         grads = [p.grad.full_tensor().flatten().double().cpu() for p in model.lvlm.parameters() if p.grad is not None]
     finally:
@@ -146,7 +148,7 @@ def test_a_frozen_towers_pictures_are_read_once(random_base, scenes):
     step = JointStep(model.lvlm, ObjectiveConfig(), vision=VisionCache(tower, model.lvlm.config)).to("cuda")
     model.lvlm.zero_grad()
     before = len(calls)
-    step(batch)
+    step.forward_backward(batch)
     assert len(calls) - before == len(batch.micro_batches)
     assert apart(gradient(model), plain) <= 1e-5
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from cafe.errors import CafeError
+from cafe.errors import CafeError, RecordError
 
 try:
     import simplejpeg
@@ -116,11 +116,11 @@ class Pair:
 
     def __post_init__(self) -> None:
         if self.negative_scores and len(self.negative_scores) != len(self.negatives):
-            raise CafeError(
+            raise RecordError(
                 f"there are {len(self.negatives)} negatives and {len(self.negative_scores)} scores of them."
             )
         if wrong := [score for score in self.negative_scores if not 0 <= score <= 1]:
-            raise CafeError(f"a negative's score should be between 0 and 1, not {wrong[0]:g}.")
+            raise RecordError(f"a negative's score should be between 0 and 1, not {wrong[0]:g}.")
 
 
 @dataclass(frozen=True)

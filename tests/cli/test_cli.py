@@ -5,7 +5,7 @@ from random import Random
 import pytest
 
 from cafe.cli.main import main, parse
-from cafe.data.dataset import encode_example
+from cafe.data.encoding import encode_example
 from cafe.data.inspection import percentiles
 from cafe.data.records import Source, open_source
 from cafe.lvlm.adapters import LoraSettings, add_adapter

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from cafe.cli.main import main
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.errors import CafeError
 from cafe.lvlm.adapters import LoraSettings, add_adapter, find_target_modules, has_adapter
 from cafe.lvlm.families import model_part
@@ -86,7 +87,7 @@ def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family
             [Listed(examples())], model.chat_processor, 4, seed=0, packing=model.packing, micro_batch_size=size
         )[0]
         assert (len(batch.micro_batches) > 1) == (size.tokens is not None)
-        losses = JointStep(model.lvlm, objective).double()(batch)
+        losses = JointStep(model.lvlm, objective).double().forward_backward(batch)
         assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-5)
         assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
         assert (gradient(model) - expected).norm() <= 1e-5 * expected.norm()
@@ -103,21 +104,23 @@ def test_with_dropout_the_gradient_cache_gives_the_gradient_of_one_graph_that_dr
     )[0]
     step = JointStep(model.lvlm, objective).double()
     torch.manual_seed(7)
-    reads = [step.reading(micro_batch.joint) for micro_batch in reversed(batch.micro_batches)][::-1]  # first one last
+    reads = [step.packed_forward(micro_batch.joint) for micro_batch in reversed(batch.micro_batches)][
+        ::-1
+    ]  # first one last
     assert len(reads) > 1
     vectors = torch.cat([embedded for embedded, _ in reads])
     slots = torch.cat([micro_batch.embedding_slots for micro_batch in batch.micro_batches])
-    contrastive, _ = step.contrast(
+    contrastive, _ = step.contrastive_loss(
         torch.empty_like(vectors).index_copy(0, slots, vectors), batch, torch.tensor(0.1), False
     )
     (contrastive + torch.stack([said for _, said in reads]).sum() / batch.num_supervised).backward()
     expected = gradient(model)
     model.lvlm.zero_grad()
     torch.manual_seed(7)
-    assert step(batch).contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
+    assert step.forward_backward(batch).contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
     assert (gradient(model) - expected).norm() <= 1e-6 * expected.norm()
     model.lvlm.zero_grad()
-    step(batch)  # draws anew
+    step.forward_backward(batch)  # draws anew
     assert (gradient(model) - expected).norm() > 1e-2 * expected.norm()
 
 

@@ -13,7 +13,9 @@ from transformers import ProcessorMixin
 
 from cafe.attention.tree import attention_mask
 from cafe.content import Content, Example, Pair
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize, encode_example
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.encoding import encode_example
 from cafe.data.fast_images import with_fast_images
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image
@@ -162,7 +164,7 @@ def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family
             [Listed(examples())], model.chat_processor, 4, seed=0, packing=model.packing, micro_batch_size=size
         )[0]
         assert not batch.bad_records and (len(batch.micro_batches) > 1) == (size.tokens is not None)
-        losses = JointStep(model.lvlm, objective).double()(batch)
+        losses = JointStep(model.lvlm, objective).double().forward_backward(batch)
         assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-5)
         assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
         assert (gradient(model) - expected).norm() <= 1e-5 * expected.norm()

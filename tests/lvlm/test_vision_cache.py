@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, PixtralVisionConfig, PixtralVisionModel
 
 from cafe.content import Content
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import Source, open_source
 from cafe.lvlm.families import find_vision_tower
 from cafe.lvlm.forward import forward_packed
@@ -62,7 +63,7 @@ class Counted:
 
 def follow(model: Cafe, batch: Batch, vision: VisionCache | None) -> tuple[float, Tensor]:
     model.lvlm.zero_grad()
-    losses = JointStep(model.lvlm, ObjectiveConfig(), vision=vision)(batch)
+    losses = JointStep(model.lvlm, ObjectiveConfig(), vision=vision).forward_backward(batch)
     grads = [p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None]
     return losses.lm.item() + losses.contrastive.item(), torch.cat(grads)
 

@@ -236,7 +236,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     from cafe.errors import CafeError
-    from cafe.planning.plan import TypicalSample, format_plan, plan
+    from cafe.planning.plan import format_plan, plan
+    from cafe.planning.workload import TypicalSample
     from cafe.training.recipe import read_recipe
 
     width, _, height = options.image.partition("x")
@@ -407,16 +408,17 @@ def _data_check(options: argparse.Namespace) -> None:
             print(f"  {name:20} {value}")
     print(f"The page is {options.output}; spreads are least, median, 95th percentile and most.")
     for found in checks:
-        if len(found.bad) > max_bad_share * len(found.looks):
-            share = len(found.bad) / len(found.looks)
-            raise CafeError(f"{share:.1%} of the records of {found.name} are bad. The first: {found.bad[0]}")
+        if len(found.errors) > max_bad_share * len(found.stats):
+            share = len(found.errors) / len(found.stats)
+            raise CafeError(f"{share:.1%} of the records of {found.name} are bad. The first: {found.errors[0]}")
 
 
 def _mine(options: argparse.Namespace) -> None:
     from cafe.checkpoint import resolve_checkpoint
     from cafe.data.records import open_source
     from cafe.lvlm.image_size import set_max_image_size
-    from cafe.mining.hard_negatives import QUESTION, MiningConfig, mine
+    from cafe.mining.config import QUESTION, MiningConfig
+    from cafe.mining.hard_negatives import mine
     from cafe.model import Cafe
     from cafe.training.recipe import read_recipe
 

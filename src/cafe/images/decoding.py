@@ -12,7 +12,7 @@ from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
 from cafe.content import ImageRef
-from cafe.errors import CafeError
+from cafe.errors import CafeError, RecordError
 
 try:
     import simplejpeg
@@ -43,7 +43,7 @@ def decode_image(ref: ImageRef, max_pixels: int = MAX_IMAGE_PIXELS, enough: int 
             both sides (so that the shape stays exact) and leaves them so many pixels or more. None decodes all.
 
     Raises:
-        CafeError: the file is missing, is no image, is damaged, or has more than `max_pixels` pixels.
+        RecordError: the file is missing, is no image, is damaged, or has more than `max_pixels` pixels.
     """
     if isinstance(ref.source, Image.Image):
         with image_errors(ref):
@@ -74,7 +74,7 @@ def _open_encoded(source: Path | bytes, max_pixels: int, enough: int | None) -> 
     ref = ImageRef(source)  # for messages
     with image_errors(ref), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         if image.width * image.height > max_pixels:
-            raise CafeError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
+            raise RecordError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
         for part in (8, 4, 2):
             whole = not image.width % part and not image.height % part
             if enough and whole and min(image.size) >= part * enough:
@@ -91,11 +91,11 @@ def image_errors(ref: ImageRef) -> Iterator[None]:
     except (CafeError, MemoryError):
         raise
     except FileNotFoundError:
-        raise CafeError(f"The image {ref} does not exist.") from None
+        raise RecordError(f"The image {ref} does not exist.") from None
     except UnidentifiedImageError:  # which names bytes by their place in memory, another in each run
-        raise CafeError(f"The image {ref} cannot be decoded: it is of no kind that Pillow knows.") from None
+        raise RecordError(f"The image {ref} cannot be decoded: it is of no kind that Pillow knows.") from None
     except Exception as error:  # each of Pillow's decoders has its own kinds: RuntimeError (AVIF), struct.error (EXIF)
-        raise CafeError(f"The image {ref} cannot be decoded: {error}.") from error
+        raise RecordError(f"The image {ref} cannot be decoded: {error}.") from error
 
 
 def _apply_exif_orientation(image: Image.Image) -> Image.Image:

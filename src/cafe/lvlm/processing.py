@@ -25,7 +25,7 @@ from transformers import AutoConfig, BatchFeature, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
 from cafe.content import ImageRef
-from cafe.errors import CafeError
+from cafe.errors import CafeError, RecordError
 from cafe.images.decoding import decode_image
 from cafe.images.resizing import use_torch_resize
 from cafe.lvlm.prompts import CHATML, PREFIX_LM, Message, Prompts
@@ -187,7 +187,7 @@ class ChatProcessor:
         """What the family makes of a prompt that shows images alone.
 
         Raises:
-            CafeError: it takes no such picture.
+            RecordError: it takes no such picture.
         """
         # A special token between the placeholders keeps the runs apart whatever the family writes into them.
         text = self.tokenizer.eos_token.join([self.placeholder] * len(images))
@@ -197,7 +197,7 @@ class ChatProcessor:
         except ValueError as error:  # Qwen's: one side is more than 200 times as long as the other
             sizes = ", ".join(f"{image.width} x {image.height}" for image in images)
             name = type(self.processor).__name__
-            raise CafeError(f"The {name} takes no picture of {sizes} pixels: {error}.") from error
+            raise RecordError(f"The {name} takes no picture of {sizes} pixels: {error}.") from error
 
     def encode_embedding(
         self, messages: list[Message], pictures: ProcessedImages, max_tokens: int | None = None
@@ -217,7 +217,9 @@ class ChatProcessor:
             kept = len(pieces[-1]) - (sum(map(len, pieces)) + len(tail) - max_tokens)
             pieces = [*pieces[:-1], pieces[-1][: max(kept, 0)], tail]
             if kept < 0 or content == text:
-                raise CafeError(f"An embedding prompt of {sum(map(len, pieces))} tokens cannot be cut to {max_tokens}.")
+                raise RecordError(
+                    f"An embedding prompt of {sum(map(len, pieces))} tokens cannot be cut to {max_tokens}."
+                )
         return self._join([(piece, False) for piece in pieces], pictures)
 
     def _embedding_text(self, messages: list[Message]) -> str:
@@ -246,7 +248,7 @@ class ChatProcessor:
         if max_tokens and len(encoded.input_ids) > max_tokens:
             if encoded.image_mask[max_tokens:].any():
                 end = int(encoded.image_mask.nonzero()[-1]) + 1
-                raise CafeError(f"The last image of a dialogue ends at token {end}, and {max_tokens} are read.")
+                raise RecordError(f"The last image of a dialogue ends at token {end}, and {max_tokens} are read.")
             encoded = encoded.truncate(max_tokens)
         return encoded
 
@@ -314,7 +316,7 @@ class ChatProcessor:
             try:
                 text.encode()
             except UnicodeEncodeError as error:  # JSON can say half of a character, as of an emoji cut in two
-                raise CafeError(f"A text holds half of a character, {text[error.start]!a}.") from None
+                raise RecordError(f"A text holds half of a character, {text[error.start]!a}.") from None
             return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
 
         return memoize(self._known_tokens, text, make)

@@ -10,6 +10,9 @@ from typing import Any, Literal
 
 from cafe.content import Content, Dialogue, ImageRef
 
+DESCRIBE_PROMPT = "Describe the image."
+"""The default request for a caption."""
+
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"

@@ -11,10 +11,9 @@ from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import torch
 import yaml
 
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.data.mixture import Mixture
 from cafe.data.records import Source
 from cafe.errors import CafeError
@@ -22,8 +21,7 @@ from cafe.losses import ContrastiveConfig
 from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.families import PartName
 from cafe.lvlm.prompts import Prompts
-
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions of 16 bits
+from cafe.training.precision import AUTOCAST_DTYPES as AUTOCAST_DTYPES
 
 
 def _check(

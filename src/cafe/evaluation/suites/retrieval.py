@@ -21,7 +21,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cafe.content import ImageRef
-from cafe.data.readers.base import HFDataset, open_rows
+from cafe.data.readers.base import open_rows
+from cafe.data.readers.hf_datasets import HFDataset
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.metrics import ranks
@@ -218,7 +219,7 @@ def _records(paths: Sequence[Path]) -> Iterator[tuple[Any, list[str]]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), kept=1)
+    rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), max_cached=1)
     for number in range(sum(rows.chunks)):
         try:
             row = rows[number]
