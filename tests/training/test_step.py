@@ -18,7 +18,7 @@ from cafe.data.encoding import EncodedExample, encode_example
 from cafe.data.records import open_source
 from cafe.data.source import Source
 from cafe.errors import CafeError
-from cafe.losses import matryoshka
+from cafe.losses import ContrastiveConfig, info_nce
 from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
 from cafe.packing import Branch, PackedBatch, PackingConfig
@@ -147,10 +147,13 @@ def test_contrastive_options_give_the_plain_gradient_however_the_batch_is_cut(mo
     queries = torch.stack([last(e.query) for e in examples])
     targets = torch.stack([last(e.target) for e in examples])
     hard = torch.stack([last(row) for e in examples for row in e.negatives])
-    loss = matryoshka({16: 1.0, 64: 1.0}, queries, targets, 0.1, hard, symmetric=False, hardness=2.0, margin=0.3)
+    config = ContrastiveConfig(
+        symmetric=False, hardness_weight=2.0, false_negative_margin=0.3, dim_weights={16: 1.0, 64: 1.0}
+    )
+    loss = info_nce(queries, targets, 0.1, hard, config=config)
     loss.backward()
     expected = gradient(model.lvlm)
-    assert loss.item() != pytest.approx(matryoshka({}, queries, targets, 0.1, hard).item(), rel=1e-3)
+    assert loss.item() != pytest.approx(info_nce(queries, targets, 0.1, hard).item(), rel=1e-3)
     for way in WAYS.values():
         model.lvlm.zero_grad()
         losses = JointStep(model.lvlm, options).forward_backward(batches(model, scenes, **way)[0])

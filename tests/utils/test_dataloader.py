@@ -38,8 +38,8 @@ def test_loader_keeps_the_order_of_a_dataset_that_cannot_be_pickled(workers):
 def test_inspection_mining_and_base_model_load_with_workers(random_base, scenes, tmp_path):
     model = Cafe.load(random_base)
     records = open_source(Source(path=str(scenes / "llava_train.json")))
-    [found] = inspect([records], model.chat_processor, sample=2, workers=1)
-    assert len(found.stats) == 2
+    [report] = inspect([records], model.chat_processor, sample=2, workers=1)
+    assert len(report.stats) == 2
     examples, mining = Examples([records], 0), MiningConfig(workers=1)
     embedded = embed_pairs(model, examples, [(0, 0), (0, 1)], mining)
     assert list(map(len, filter_by_judge(model, examples, embedded, [[1], [0]], mining, threshold=1.1))) == [1, 1]

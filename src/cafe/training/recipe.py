@@ -4,13 +4,14 @@ Each field declares its type, its default and the range of its values, and `Attr
 page of recipes is generated from these. `recipe_io.py` reads recipes from files.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args
 
 from cafe.data.batch import MicroBatchSize
 from cafe.data.mixture import Mixture
 from cafe.data.source import Source
 from cafe.errors import RecipeError
+from cafe.losses import ContrastiveConfig
 from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.families import PartName
 from cafe.lvlm.prompts import Prompts
@@ -171,6 +172,12 @@ class ObjectiveConfig:
         """The weight of each number of first dimensions that is contrasted by itself."""
         dims = self.matryoshka_dims or ()
         return dict(zip(dims, self.matryoshka_weights or [1.0] * len(dims), strict=True))
+
+    @property
+    def contrastive(self) -> ContrastiveConfig:
+        """The options of the contrastive loss: the fields and properties of the same names."""
+        options = {option.name: getattr(self, option.name) for option in fields(ContrastiveConfig)}
+        return ContrastiveConfig(**options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 
 from cafe.data.batch import Batch, MicroBatch
 from cafe.errors import RecipeError
-from cafe.losses import in_batch_accuracy, linear_cross_entropy, matryoshka
+from cafe.losses import in_batch_accuracy, info_nce, linear_cross_entropy
 from cafe.lvlm.families import logit_softcap
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.vision_cache import VisionCache
@@ -261,35 +261,33 @@ class JointStep(nn.Module):
         """Return the contrastive loss of all processes' pairs, and their in-batch accuracy or 0."""
         pairs = len(batch.target_ids)
         queries, targets, negatives = embeddings.split([pairs, pairs, len(batch.negative_owner)])
-        target_ids, owners, scores, negative_ids = (
+        target_ids, negative_owner, match_prob, negative_ids = (
             each.to(embeddings.device, non_blocking=True)
             for each in (batch.target_ids, batch.negative_owner, batch.negative_match_prob, batch.negative_ids)
         )
         # Owners are counted within the process: shift them to where its pairs are among all.
-        owners = owners + exclusive_prefix_sum(pairs, embeddings.device)
+        negative_owner = negative_owner + exclusive_prefix_sum(pairs, embeddings.device)
         queries, targets, target_ids = all_gather_rows(queries, targets, target_ids)
-        negatives, owners, scores, negative_ids = all_gather_rows(negatives, owners, scores, negative_ids)
-        ids = torch.cat([target_ids, negative_ids]) if self.objective.mask_duplicates else None
+        negatives, negative_owner, match_prob, negative_ids = all_gather_rows(
+            negatives, negative_owner, match_prob, negative_ids
+        )
         if not len(queries):
             return embeddings.new_zeros(()), embeddings.new_zeros(())
-        objective = self.objective
+        config = self.objective.contrastive
         with self.oom_guard():
-            loss = matryoshka(
-                objective.dim_weights,
+            loss = info_nce(
                 queries,
                 targets,
                 temperature,
                 negatives,
-                owners=owners,
-                scores=scores,
-                target_ids=ids,
-                symmetric=objective.symmetric,
-                hardness=objective.hardness_weight,
-                margin=objective.false_negative_margin,
+                target_ids=torch.cat([target_ids, negative_ids]),
+                negative_owner=negative_owner,
+                negative_match_prob=match_prob,
+                config=config,
             )
             if not log_accuracy:
                 return loss, embeddings.new_zeros(())
-            own = None if ids is None else ids[: len(queries)]
+            own = target_ids if config.mask_duplicates else None
             return loss, in_batch_accuracy(queries.detach(), targets.detach(), own)
 
     def backward_micro_batches(

@@ -13,7 +13,7 @@ from cafe.content import Example
 from cafe.data.batch import NO_LIMIT
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.mixture import PROPORTIONAL
-from cafe.errors import CafeError, RecipeError
+from cafe.errors import RecipeError, RecordError
 from cafe.model import Cafe
 from cafe.training.build import build_dataset
 from cafe.training.checkpointing import TrainerState
@@ -160,7 +160,7 @@ def _readable_dialogues(model: Cafe, dataset: ContrastiveBatchDataset) -> Iterat
             if not example.dialogue or len(example.dialogue.turns) < 2:
                 continue
             model.encode_prompt(example.dialogue.turns[0].content)
-        except CafeError:
+        except RecordError:
             continue
         yield example
 
