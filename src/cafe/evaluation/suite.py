@@ -79,6 +79,9 @@ class Suite:
     find_files: Callable[[Path], list[Path]]
     run: Callable[[CachedModel, Path, int | None], EvaluationResult]
     default: bool = True
+    headline: tuple[str, ...] = ()
+    lower_is_better: tuple[str, ...] = ()
+    no_direction: tuple[str, ...] = ()
 
 
 def aggregate(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
