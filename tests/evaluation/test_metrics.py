@@ -86,6 +86,19 @@ def test_uniformity_in_blocks_agrees_with_all_pairs_at_once():
     assert uniformity(rows) == pytest.approx(np.log(np.exp(-2 * squared).mean()))
 
 
+def by_normal_equations(images: np.ndarray, texts: np.ndarray) -> list[bool]:
+    """Which held-out rows ridge regression on the signs of the sides tells right, solved in closed form."""
+    right = []
+    for fold in (0, 1):
+        fitted = np.concatenate([images[fold::2], texts[fold::2]])
+        signs = np.repeat([1.0, -1.0], len(fitted) // 2)
+        centered = fitted - fitted.mean(axis=0)
+        weights = np.linalg.solve(centered.T @ centered + 1e-2 * np.eye(fitted.shape[1]), centered.T @ signs)
+        held_out = np.concatenate([images[1 - fold :: 2], texts[1 - fold :: 2]])
+        right += (((held_out - fitted.mean(axis=0)) @ weights > 0) == (signs > 0)).tolist()
+    return right
+
+
 @pytest.mark.parametrize("apart", [0.0, 0.05, 1.0])
 def test_separability_agrees_with_scikit_learns_ridge(apart):
     images, texts = unit_rows(0, 60) + apart, unit_rows(1, 60)
@@ -96,6 +109,7 @@ def test_separability_agrees_with_scikit_learns_ridge(apart):
         tried = np.concatenate([images[1 - fold :: 2], texts[1 - fold :: 2]])
         right.append(RidgeClassifier(alpha=1e-2).fit(fitted, labels).score(tried, labels))
     assert separability(images, texts) == pytest.approx(100 * np.mean(right))
+    assert separability(images, texts) == pytest.approx(100 * np.mean(by_normal_equations(images, texts)))
     assert separability(images, texts[:41]) > 0  # unequal sides are evened
 
 
@@ -111,7 +125,10 @@ def test_effective_rank_agrees_with_singular_values():
 def test_hubness_agrees_with_scikit_learns_neighbours_and_scipys_skewness():
     queries, candidates = unit_rows(0, 1500, 16), unit_rows(1, 300, 16)
     nearest = NearestNeighbors(n_neighbors=10).fit(candidates).kneighbors(queries, return_distance=False)
-    assert hubness(queries, candidates) == pytest.approx(stats.skew(np.bincount(nearest.ravel(), minlength=300)))
+    counts = np.bincount(nearest.ravel(), minlength=300)
+    deviation = counts - counts.mean()
+    assert hubness(queries, candidates) == pytest.approx(stats.skew(counts))
+    assert hubness(queries, candidates) == pytest.approx((deviation**3).mean() / (deviation**2).mean() ** 1.5)
     assert hubness(np.eye(12), np.eye(12), k=1) == 0  # all are found once
 
 
@@ -140,6 +157,7 @@ def test_geometry_at_its_ends():
     assert alignment(rows, -rows) == pytest.approx(4)
     assert uniformity(np.repeat(rows[:1], 5, axis=0)) == pytest.approx(0)
     assert separability(rows[:1], rows) == 50  # nothing to fit
+    assert separability(np.full((4, 2), np.nan), rows[:, :2]) == 50  # nothing to tell apart
 
 
 def pope_scores(said: list[str], labels: list[bool]) -> dict[str, float]:
