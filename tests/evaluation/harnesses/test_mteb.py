@@ -80,7 +80,7 @@ def test_pictures_and_texts_of_a_batch_are_embedded_together(encoder, pairs):
 def test_sounds_are_refused_in_a_sentence():
     with pytest.raises(CafeError, match="not audio"):
         contents({"audio": [1], "text": ["a"]})
-    with pytest.raises(CafeError, match="texts and pictures"):
+    with pytest.raises(CafeError, match="texts and images"):
         contents({"label": [1]})
 
 

@@ -18,7 +18,7 @@ from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.suite import aggregate, json_records
 from cafe.evaluation.suites import aro, sugarcrepe, winoground
-from cafe.evaluation.suites.choices import PROMPT, WAYS, first_is_best, score
+from cafe.evaluation.suites.choices import METHODS, PROMPT, first_is_best, score
 from cafe.images.decoding import decode_image
 
 SUGARCREPE = Path(__file__).parents[4] / "shared" / "data" / "sugarcrepe"
@@ -68,7 +68,7 @@ def test_each_way_scores_as_its_definition_says(pictures):
     captions = [["red", "blue thing"], ["blue", "red"], ["green"]]
     scores = score(CachedModel(model), shown, captions)
     assert model.embedded == 2 + 4  # each picture and caption once
-    for way in WAYS:
+    for way in METHODS:
         assert [len(found) for found in scores[way]] == [2, 2, 1]
     [image, text] = model.embed([shown[0], "blue thing"])
     assert scores["embedding"][0][1] == pytest.approx(image @ text, abs=1e-6)
@@ -78,7 +78,7 @@ def test_each_way_scores_as_its_definition_says(pictures):
 
 
 def test_the_right_caption_must_be_higher_than_every_other_and_a_tie_is_no_win():
-    for way in WAYS:
+    for way in METHODS:
         assert first_is_best(np.array([1.0, 0.5, 0.9]), way) and first_is_best(np.array([1.0]), way)
         assert not first_is_best(np.array([1.0, 0.5, 1.0]), way)
         assert not first_is_best(np.array([np.nan, 0.5]), way) and not first_is_best(np.array([1.0, np.nan]), way)
@@ -97,7 +97,7 @@ def test_sugarcrepe_by_every_way_and_its_means(pictures):
     write_sugarcrepe(pictures, "add_obj", wrong[:1])
     write_sugarcrepe(pictures, "swap_obj", right[:1])
     done = sugarcrepe.run(CachedModel(Sees()), pictures, None)
-    for way in WAYS:
+    for way in METHODS:
         assert done.results[f"sugarcrepe/add_att/{way}"] == done.results[f"sugarcrepe/swap/{way}"] == 100
         assert done.results[f"sugarcrepe/add/{way}"] == 50 and done.results[f"sugarcrepe/add_obj/{way}"] == 0
         assert done.results[f"sugarcrepe/mean/{way}"] == pytest.approx(200 / 3)
@@ -155,7 +155,7 @@ def test_winoground_and_aro_on_the_scenes_with_a_real_model(scenes, random_base)
     model = CachedModel(Cafe.load(random_base))
     done = winoground.run(model, scenes, 3)
     assert len(done.outputs["winoground"]) == 3 and done.results.keys() == {
-        f"winoground/{way}/{name}" for way in WAYS for name in ("text", "image", "group")
+        f"winoground/{way}/{name}" for way in METHODS for name in ("text", "image", "group")
     }
     done = aro.run(model, scenes, 3)
     assert [len(done.outputs[f"aro/{part}"]) for part in ("relation", "attribution")] == [3, 3]
@@ -165,7 +165,7 @@ def test_winoground_and_aro_on_the_scenes_with_a_real_model(scenes, random_base)
 
 def test_winogrounds_scores_agree_with_all_orders_of_four_similarities():
     for a, b, c, d in itertools.product(range(3), repeat=4):  # captions 0 and 1 on picture 0, then on picture 1
-        text, image = winoground.right(np.array([a, b]), np.array([c, d]))
+        text, image = winoground.judge(np.array([a, b]), np.array([c, d]))
         by_picture = [max((0, 1), key=lambda n, row=row: row[n]) for row in ((a, b), (c, d))]
         assert text == (by_picture == [0, 1] and a != b and c != d)
         by_caption = [max((0, 1), key=lambda n, column=column: column[n]) for column in ((a, c), (b, d))]
@@ -175,7 +175,7 @@ def test_winogrounds_scores_agree_with_all_orders_of_four_similarities():
 @pytest.mark.parametrize("seed", range(3))
 def test_winogrounds_scores_agree_with_mtebs_own(seed):
     scores = np.random.default_rng(seed).normal(size=(40, 2, 2))  # picture by caption
-    marks = np.array([winoground.right(*example) for example in scores])
+    marks = np.array([winoground.judge(*example) for example in scores])
     theirs = AbsTaskImageTextPairClassification._compute_metrics(None, list(torch.tensor(scores)), 2, 2)
     assert theirs["text_acc"] == pytest.approx(marks[:, 0].mean())
     assert theirs["image_acc"] == pytest.approx(marks[:, 1].mean())
@@ -194,7 +194,7 @@ def test_winoground_as_json_lines_and_as_parquet(pictures):
     lines = pictures / "winoground" / "examples.jsonl"
     lines.write_text("".join(json.dumps(row) + "\n" for row in examples))
     results = winoground.run(CachedModel(Sees()), pictures, None).results
-    assert set(results) == {f"winoground/{way}/{name}" for way in WAYS for name in ("text", "image", "group")}
+    assert set(results) == {f"winoground/{way}/{name}" for way in METHODS for name in ("text", "image", "group")}
     assert all(value == pytest.approx(500 / 6) for value in results.values())
     assert set(winoground.run(CachedModel(Sees(blind=True)), pictures, None).results.values()) == {0.0}
 
@@ -237,7 +237,7 @@ def test_aro_cuts_the_picture_to_the_box_and_averages_over_kinds(tmp_path):
     attributes = [{name: row[name] for name in row if name != "relation_name"} for row in attributes]
     (tmp_path / "aro" / "visual_genome_attribution.json").write_text(json.dumps(attributes))
     results = aro.run(CachedModel(Sees()), tmp_path, None).results
-    for way in WAYS:
+    for way in METHODS:
         assert results[f"aro/relation/{way}"] == pytest.approx(200 / 3)
         assert results[f"aro/relation/macro_{way}"] == 50
         assert results[f"aro/attribution/{way}"] == pytest.approx(2500 / 26)

@@ -113,12 +113,12 @@ def write_instances(path, **changes):
 
 def test_instances_and_captions_are_read_as_coco_writes_them(tmp_path):
     path = write_instances(tmp_path / "annotations" / "instances_val2014.json")
-    pictures = read_instances(path)
-    assert pictures.names == {7: "a.png", 9: "b.png"} and pictures.objects == {7: {"dog"}, 9: {"bottle"}}
+    images = read_instances(path)
+    assert images.names == {7: "a.png", 9: "b.png"} and images.objects == {7: {"dog"}, 9: {"bottle"}}
     captions = path.with_name("captions_val2014.json")
     said = [{"image_id": 7, "caption": "A puppy with a bottle."}, {"image_id": 3, "caption": "A dog."}]
     captions.write_text(json.dumps({"annotations": said}))
-    assert read_captions(captions, pictures) == {7: {"dog", "bottle"}, 9: set()}
+    assert read_captions(captions, images) == {7: {"dog", "bottle"}, 9: set()}
     assert list(read_instances(path, 1).names) == [7]
     path.with_name("synonyms.txt").write_text("dog, hound\nbottle, flask, \n")
     assert read_instances(path).vocabulary.mentions("Hounds, a flask, a puppy") == ["dog", "bottle"]

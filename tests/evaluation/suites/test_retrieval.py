@@ -213,7 +213,7 @@ def test_paragraphs_of_the_scenes_are_found_by_name(scenes):
         ("image,words\n0.png,zero\n", "lacks the field 'caption' in record 1"),
         ("picture,caption\n0.png,zero\n", "lacks the field 'image' in record 1"),
         ("image,caption\n", "is empty"),
-        ('image,caption\n0.png,"[""zero"", """"]"\n', r"caption of picture 1 of .*captions.csv is no text"),
+        ('image,caption\n0.png,"[""zero"", """"]"\n', r"caption of image 1 of .*captions.csv is not text"),
         ("image,caption\nabsent.png,zero\n", r"picture absent.png, which .*captions.csv names, is in none of"),
     ],
 )

@@ -16,8 +16,8 @@ from cafe import Cafe
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.suites import aro, word_order
-from cafe.evaluation.suites.choices import WAYS
-from cafe.evaluation.suites.word_order import MODEL, candidates, orders, plain, spacy_tags
+from cafe.evaluation.suites.choices import METHODS
+from cafe.evaluation.suites.word_order import TAGGER_MODEL, candidates, orders, plain, spacy_tags
 from cafe.scenes.world import COLORS, KINDS, SIZES
 
 CAPTION = "A small red circle, left of a large blue star."
@@ -132,7 +132,7 @@ def test_a_model_that_reads_the_order_is_right_and_a_bag_of_words_never(captione
     for in_order in (True, False):
         done = aro.run(CachedModel(Reads(known, in_order)), data, None, scene_tags)
         for part in ("coco_order", "flickr30k_order"):
-            assert {done.results[f"aro/{part}/{way}"] for way in WAYS} == {100.0 * in_order}
+            assert {done.results[f"aro/{part}/{way}"] for way in METHODS} == {100.0 * in_order}
             lengths = [len(candidates(words)) for words in scene_tags(texts[:2])]
             assert done.results[f"aro/{part}/chance"] == pytest.approx(100 * np.mean([1 / n for n in lengths]))
             assert done.results[f"aro/{part}/left_out"] == 1
@@ -145,16 +145,16 @@ def test_captions_without_another_order_are_all_left_out(captioned):
 
 def test_without_the_tagger_one_sentence_says_what_to_install_before_anything_is_scored(captioned, monkeypatch):
     model = Reads([], True)
-    for missing in ("spacy", MODEL):
+    for missing in ("spacy", TAGGER_MODEL):
         monkeypatch.setattr(word_order, "find_spec", lambda name, missing=missing: name != missing or None)
-        with pytest.raises(CafeError, match=rf"{MODEL}: pip install 'cafe-lvlm\[aro\]'"):
+        with pytest.raises(CafeError, match=rf"{TAGGER_MODEL}: pip install 'cafe-lvlm\[aro\]'"):
             spacy_tags([CAPTION])
     with pytest.raises(CafeError, match="spaCy"):
         aro.run(CachedModel(model), captioned(CAPTION), None)
     assert not model.asked
 
 
-@pytest.mark.skipif(not find_spec("spacy") or not find_spec(MODEL), reason="spaCy or its model is not installed")
+@pytest.mark.skipif(not find_spec("spacy") or not find_spec(TAGGER_MODEL), reason="spaCy or its model is not installed")
 def test_spacy_finds_the_nouns_and_adjectives_of_captions():
     tags = spacy_tags(["A small brown dog chases two white cats.", "People's hats are on the old table"])
     kinds = [{kind: [word for word, tag in one if tag[:2] == kind] for kind in ("NN", "JJ")} for one in tags]
@@ -174,7 +174,7 @@ def test_the_scenes_karpathy_file_with_a_real_model(scenes, random_base, tmp_pat
     said = {plain(re.findall(r"\w+|[^\w\s]", text["raw"])) for row in sentences for text in row["sentences"]}
     for row in rows:
         assert row["captions"][0] in said and len({" ".join(sorted(text.split())) for text in row["captions"]}) == 1
-    for way in WAYS:
+    for way in METHODS:
         right = [row["scores"][way][0] > max(row["scores"][way][1:]) for row in rows]
         assert done.results[f"aro/coco_order/{way}"] == pytest.approx(100 * np.mean(right))
     image, *texts = (model.embed([one])[0] for one in (tmp_path / rows[0]["image"], *rows[0]["captions"]))

@@ -61,7 +61,7 @@ def _measure_visual_genome(model: CachedModel, data: Path, path: Path, limit: in
     records = json_records(path, FIELDS)[:limit]
     rows: list[dict[str, Any]] = []
     for start in range(0, len(records), NUM_AT_ONCE):  # the crops are in memory
-        rows += _choose(model, data, path, part, records[start : start + NUM_AT_ONCE], start)
+        rows += _judge_records(model, data, path, part, records[start : start + NUM_AT_ONCE], start)
     result = EvaluationResult(aggregate(rows), {part: rows})
     for method in METHODS:
         mean = macro(rows, f"{part}/{method}", MIN_RECORDS[name])
@@ -70,7 +70,7 @@ def _measure_visual_genome(model: CachedModel, data: Path, path: Path, limit: in
     return result
 
 
-def _choose(
+def _judge_records(
     model: CachedModel, data: Path, path: Path, part: str, records: list[dict[str, Any]], start: int
 ) -> list[dict[str, Any]]:
     """Score the two captions of each record; `start` is the number of the first."""

@@ -20,7 +20,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     result = EvaluationResult()
     for path in find(data):
         part = f"sugarcrepe/{path.stem}"
-        rows = _choose(model, data, path, part, limit)
+        rows = _judge_records(model, data, path, part, limit)
         result.outputs[part] = rows
         result.results |= aggregate(rows)
     for name, averaged in means(list(result.results)).items():
@@ -28,7 +28,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     return result
 
 
-def _choose(model: CachedModel, data: Path, path: Path, part: str, limit: int | None) -> list[dict[str, Any]]:
+def _judge_records(model: CachedModel, data: Path, path: Path, part: str, limit: int | None) -> list[dict[str, Any]]:
     """Score the two captions of each record of a file."""
     records = json_records(path, FIELDS)[:limit]
     images = [find_image(record["filename"], data, path, "val2017") for record in records]
