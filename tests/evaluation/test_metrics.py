@@ -66,7 +66,7 @@ def test_a_query_without_a_match_finds_nothing():
     assert rank_of_match(np.ones((1, 3)), np.zeros((1, 3), bool)).tolist() == [3]
 
 
-def test_a_collapsed_model_finds_nothing_however_its_products_are_rounded():
+def test_a_collapsed_model_finds_nothing_despite_rounding():
     row = unit_rows(0, 1, 160).astype(np.float32)
     images, texts = np.repeat(row, 1500, axis=0), np.repeat(row, 3001, axis=0)
     assert (ranks(images, texts, np.arange(1500), np.arange(3001) // 2) >= 2999).all()
@@ -124,7 +124,7 @@ def test_effective_rank_agrees_with_singular_values():
     assert effective_rank(np.ones((9, 4))) == pytest.approx(1, abs=1e-5)
 
 
-def test_hubness_agrees_with_scikit_learns_neighbours_and_scipys_skewness():
+def test_hubness_agrees_with_scikit_learns_neighbors_and_scipys_skewness():
     queries, candidates = unit_rows(0, 1500, 16), unit_rows(1, 300, 16)
     nearest = NearestNeighbors(n_neighbors=10).fit(candidates).kneighbors(queries, return_distance=False)
     counts = np.bincount(nearest.ravel(), minlength=300)
@@ -153,7 +153,7 @@ def test_ranks_in_blocks_agree_with_all_pairs_at_once():
     assert ranks(queries, candidates, groups, others).tolist() == whole.tolist()
 
 
-def test_geometry_at_its_ends():
+def test_geometry_of_equal_opposite_and_collapsed_rows():
     rows = unit_rows(0, 10)
     assert modality_gap(rows, rows) == 0
     assert alignment(rows, -rows) == pytest.approx(4)
@@ -238,7 +238,7 @@ def test_pope_scores_of_a_model_that_always_says_no():
         (". no", True),
     ],
 )
-def test_answers_are_read_as_pope_reads_them(answer, yes):
+def test_answers_are_parsed_as_pope_does(answer, yes):
     assert pope.parse_yes_no(answer) is yes
 
 
@@ -262,7 +262,7 @@ def test_answers_are_read_as_pope_reads_them(answer, yes):
         ("", None),
     ],
 )
-def test_the_strict_reading_takes_yes_and_no_only_where_they_are_said(answer, said):
+def test_strict_parsing_takes_yes_and_no_only_if_explicit(answer, said):
     assert pope.parse_strictly(answer) is said
 
 
@@ -274,7 +274,7 @@ def official(answer: str) -> bool:
 
 
 @given(strings.lists(strings.sampled_from(["No", "no", "not", "NO", "yes", ".", ",", " ", "\n", "a", "know"])))
-def test_the_official_reading_agrees_with_a_second_telling_of_it(pieces):
+def test_the_official_parsing_agrees_with_a_second_implementation(pieces):
     assert pope.parse_yes_no("".join(pieces)) is official("".join(pieces))
 
 

@@ -119,7 +119,7 @@ def test_the_loss_of_a_continuation_is_the_mean_over_its_tokens(wrapped, model):
         assert greedy == (model.generate(picture, "What is it?", max_new_tokens=tokens) == text)
 
 
-def test_pictures_stand_at_their_marks_or_come_first_and_videos_are_refused(plugin):
+def test_images_go_to_their_marks_or_first_and_videos_are_refused(plugin):
     one, two = PICTURES
     parts = plugin.content("a <image> b <image>", [one, two]).parts
     assert [isinstance(part, str) for part in parts] == [True, False, True, False]
@@ -130,7 +130,7 @@ def test_pictures_stand_at_their_marks_or_come_first_and_videos_are_refused(plug
         plugin.content("What?", ["video.mp4"])
 
 
-def test_an_answer_ends_before_its_stop_words_but_not_at_a_blank_line(plugin):
+def test_an_answer_ends_before_its_stop_words_not_at_blank_lines(plugin):
     assert plugin.cut("A. because\n\nof it", ["\n\n", "."]) == "A"
     assert plugin.cut("one\n\ntwo", ["\n\n"]) == "one\n\ntwo"
     assert plugin.cut(" one USER: two", "USER:") == "one"

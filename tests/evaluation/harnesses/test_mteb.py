@@ -69,7 +69,7 @@ def test_a_compositionality_task_runs_and_the_model_is_described(encoder, random
     assert encoder.mteb_model_meta.embed_dim == 160 and encoder.mteb_model_meta.modalities == ["image", "text"]
 
 
-def test_pictures_and_texts_of_a_batch_are_embedded_together(encoder, pairs):
+def test_images_and_texts_of_a_batch_are_embedded_together(encoder, pairs):
     pictures, captions = pairs
     batch = {"text": captions[:3], "image": pictures[:3], "id": ["a", "b", "c"]}
     found = encoder.encode([batch, batch], task_metadata=None, hf_split="", hf_subset="", batch_size=1)
@@ -77,7 +77,7 @@ def test_pictures_and_texts_of_a_batch_are_embedded_together(encoder, pairs):
     np.testing.assert_allclose(found, np.tile(encoder.model.embed(together[:3]), (2, 1)), atol=1e-5)
 
 
-def test_sounds_are_refused_in_a_sentence():
+def test_audio_is_refused_with_a_clear_message():
     with pytest.raises(CafeError, match="not audio"):
         contents({"audio": [1], "text": ["a"]})
     with pytest.raises(CafeError, match="texts and images"):

@@ -62,7 +62,7 @@ def pictures(tmp_path):
     return tmp_path
 
 
-def test_each_way_scores_as_its_definition_says(pictures):
+def test_each_method_scores_as_defined(pictures):
     model = Sees(prior=0.25)
     shown = [pictures / "red.png", pictures / "blue.png", pictures / "red.png"]
     captions = [["red", "blue thing"], ["blue", "red"], ["green"]]
@@ -77,7 +77,7 @@ def test_each_way_scores_as_its_definition_says(pictures):
     assert scores["gain"][0][1] == pytest.approx(scores["likelihood"][0][1] + 0.25 * len("blue thing"))
 
 
-def test_the_right_caption_must_be_higher_than_every_other_and_a_tie_is_no_win():
+def test_the_right_caption_must_beat_every_other_and_ties_lose():
     for way in METHODS:
         assert first_is_best(np.array([1.0, 0.5, 0.9]), way) and first_is_best(np.array([1.0]), way)
         assert not first_is_best(np.array([1.0, 0.5, 1.0]), way)
@@ -90,7 +90,7 @@ def write_sugarcrepe(folder: Path, change: str, records: list[dict]) -> None:
     (folder / "sugarcrepe" / f"{change}.json").write_text(json.dumps(rows))
 
 
-def test_sugarcrepe_by_every_way_and_its_means(pictures):
+def test_sugarcrepe_by_every_method_and_its_means(pictures):
     right = [{"filename": f"{c}.png", "caption": f"{c} thing", "negative_caption": "a mauve thing"} for c in COLORS]
     wrong = [{**row, "caption": row["negative_caption"], "negative_caption": row["caption"]} for row in right]
     write_sugarcrepe(pictures, "add_att", right)
@@ -106,7 +106,7 @@ def test_sugarcrepe_by_every_way_and_its_means(pictures):
     assert set(sugarcrepe.run(CachedModel(Sees(blind=True)), pictures, None).results.values()) == {0.0}
 
 
-def test_a_model_that_prefers_short_captions_without_looking_has_likelihood_but_no_gain(pictures):
+def test_a_blind_model_that_prefers_short_captions_has_no_gain(pictures):
     record = {"filename": "red.png", "caption": "a thing", "negative_caption": "a thing and another"}
     write_sugarcrepe(pictures, "add_obj", [record])
     results = sugarcrepe.run(CachedModel(Sees(blind=True, prior=0.1)), pictures, None).results
@@ -138,7 +138,7 @@ def test_all_seven_real_sugarcrepe_files_are_read():
     }  # fmt: skip
 
 
-def test_a_real_model_on_the_scenes_scores_captions_as_it_does_one_by_one(scenes, random_base):
+def test_a_real_model_scores_captions_in_batches_as_one_by_one(scenes, random_base):
     model = Cafe.load(random_base)
     done = sugarcrepe.run(CachedModel(model), scenes, 2)
     row = next(iter(done.outputs.values()))[0]
@@ -226,7 +226,7 @@ def aro_records() -> list[dict]:
     ]
 
 
-def test_aro_cuts_the_picture_to_the_box_and_averages_over_kinds(tmp_path):
+def test_aro_crops_the_image_to_the_box_and_averages_over_kinds(tmp_path):
     (tmp_path / "aro" / "images").mkdir(parents=True)
     both = Image.new("RGB", (16, 8), "red")
     both.paste("blue", (8, 0, 16, 8))

@@ -13,7 +13,7 @@ CLASSES = [line.split(",")[0].strip() for line in SYNONYMS.strip().splitlines()]
 COCO = vocabulary(CLASSES)
 
 
-def test_there_are_the_80_classes_of_coco_each_known_by_its_name_and_no_word_names_two():
+def test_the_80_coco_classes_are_known_and_no_synonym_names_two():
     assert len(CLASSES) == len(set(CLASSES)) == 80
     assert all(COCO.mentions(f"There is a {name} here.") == [name] for name in CLASSES)
     words = [word.strip() for line in SYNONYMS.strip().splitlines() for word in line.split(",")]
@@ -62,7 +62,7 @@ def chair_words(text: str, synonyms: str) -> list[str]:
     return [name[word] for word in found if word in name]
 
 
-def test_with_a_given_list_of_words_the_mentions_are_those_of_chairs_own_procedure():
+def test_with_custom_synonyms_mentions_are_those_of_chairs_own_procedure():
     synonyms = """person, man, baby, adult, passenger
 chair, seat, stool
 toilet, commode
@@ -92,7 +92,7 @@ def test_a_class_that_no_line_begins_with_is_named_by_its_name():
 @pytest.mark.parametrize(
     ("one", "many"), [("bus", "buses"), ("kitty", "kitties"), ("toy", "toys"), ("teddy bear", "teddy bears")]
 )
-def test_plurals(one, many):
+def test_plurals_follow_the_rules_of_english(one, many):
     assert plural(one) == many
 
 

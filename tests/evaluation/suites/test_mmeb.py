@@ -111,7 +111,7 @@ def test_score_files_are_those_of_vlm2vec_and_the_leaderboard(data, tmp_path):
     assert "data_source" in board["metadata"]
 
 
-def test_the_instruction_variant_puts_instructions_before_queries_and_pictures(data):
+def test_the_instruction_variant_puts_instructions_before_queries_and_images(data):
     rows = [
         {
             "qry_inst": "Find a picture of the color: ",
@@ -146,7 +146,7 @@ def test_a_candidate_that_is_there_twice_counts_once(data):
     assert query.candidates == [Side("red"), Side("blue")]
 
 
-def test_videos_are_folders_of_frames_evenly_spread_and_some_rank_all_candidates(data):
+def test_videos_are_folders_of_frames_and_some_rank_all_candidates(data):
     for color in COLORS:
         folder = data / "mmeb_eval" / "images" / f"{color}-clip"
         folder.mkdir(parents=True)
@@ -244,7 +244,7 @@ def test_a_bad_record_is_named(data, change, said):
     assert path.name in str(error.value)
 
 
-def test_missing_columns_broken_files_and_datasets_that_are_there_twice_are_named(data):
+def test_missing_columns_broken_files_and_duplicate_datasets_are_named(data):
     path = table(data / "mmeb_eval" / "SUN397.parquet", [{"qry_text": "a"}])
     with pytest.raises(CafeError, match="qry_img_path"):
         read_records(path)
@@ -288,7 +288,7 @@ def test_the_scenes_as_pages_of_documents_and_as_videos_of_a_frame(scenes, rando
     assert done.results["mmeb/VisRAG_SlideVQA/NDCG@5"] == done.results["mmeb/MSR-VTT/P@1"] == 100
 
 
-def test_the_scenes_are_measured_by_a_real_model_and_by_one_that_knows_the_answers(scenes, random_base, tmp_path):
+def test_mmeb_on_the_scenes_with_a_real_and_a_perfect_model(scenes, random_base, tmp_path):
     folder = tmp_path / "few"
     (folder / "mmeb_eval").mkdir(parents=True)
     (folder / "images").symlink_to(scenes / "images")

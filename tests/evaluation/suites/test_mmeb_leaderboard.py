@@ -20,7 +20,7 @@ def test_precision_at_1_agrees_with_looking_at_every_candidate(seed):
         assert at["hit@5"] == (worse < 5) and at["hit@10"] == 1
 
 
-def test_a_single_candidate_is_found_but_not_by_a_model_that_gives_nan():
+def test_a_single_candidate_is_found_and_nan_finds_nothing():
     assert score_query(np.array([0.1]), {0: 1.0})["hit@1"] == 1
     assert score_query(np.array([np.nan]), {0: 1.0})["ndcg_linear@1"] == 1  # there is nothing to come before it
     assert score_query(np.array([np.nan, 0.0]), {0: 1.0})["hit@1"] == 0

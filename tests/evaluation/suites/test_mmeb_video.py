@@ -179,7 +179,7 @@ def test_a_hub_datasets_own_columns_are_read(tmp_path, name):
         assert done.results[f"mmeb/{name}/P@1"] == 100
 
 
-def test_clips_are_told_from_the_video_and_several_may_be_right(tmp_path):
+def test_clips_are_separated_from_the_video_and_several_may_be_right(tmp_path):
     (first, *_) = read_records(written(tmp_path, "QVHighlight"), video="QVHighlight", data=tmp_path)
     assert first.side.images == ("video_mret/QVHighlight/red_0.0_10.0/query",)
     assert [side.images[0].rsplit("/", 1)[1] for side in first.candidates] == ["positive", "negative_0", "negative_1"]
@@ -192,7 +192,7 @@ def test_clips_are_told_from_the_video_and_several_may_be_right(tmp_path):
     assert first.gains == {0: 1.0, 1: 1.0} and {side.text for side in first.candidates} == {WATCH_CLIP}
 
 
-def test_classes_that_no_row_has_are_candidates_where_a_file_names_them(tmp_path):
+def test_classes_in_a_labels_file_are_candidates_too(tmp_path):
     path = written(tmp_path, "HMDB51", ("red", "green"))
     assert len(read_records(path, video="HMDB51", rank_all=True, data=tmp_path)[0].candidates) == 2
     (tmp_path / "mmeb_eval" / "HMDB51_labels.txt").write_text("red\n\nblue\ngreen\n")
@@ -200,13 +200,13 @@ def test_classes_that_no_row_has_are_candidates_where_a_file_names_them(tmp_path
     assert [side.text for side in first.candidates] == ["red", "green", "blue"] and first.gains == {0: 1.0}
 
 
-def test_of_something_something_the_first_thousand_rows_are_taken(tmp_path):
+def test_something_something_uses_the_first_thousand_rows(tmp_path):
     path = written(tmp_path, "SmthSmthV2")
     path.write_text(path.read_text() * 400)
     assert len(read_records(path, video="SmthSmthV2", data=tmp_path)) == 1000
 
 
-def test_records_that_were_brought_into_mmebs_form_are_read_as_before(tmp_path):
+def test_video_records_in_mmeb_eval_format_are_read_too(tmp_path):
     frames(tmp_path, "video_ret/MSVD/red_1", "red")
     row = {"qry_text": "red", "qry_img_path": "", "tgt_text": [""], "tgt_img_path": ["video_ret/MSVD/red_1"]}
     path = tmp_path / "mmeb_eval" / "MSVD.jsonl"

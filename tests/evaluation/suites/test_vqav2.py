@@ -72,7 +72,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("v2_OpenEnded_val", "v2_val"), ("ok_val", "ok_val")])
-def test_vqas_own_pair_of_files_by_kind_of_answer(data, names):
+def test_vqas_pair_of_files_is_scored_by_answer_type(data, names):
     questions = [
         {"question_id": number, "image_id": 7, "question": f"is it {word}?"}
         for number, word in enumerate(("yes", "five", "blue"))

@@ -71,7 +71,7 @@ def test_each_of_the_possible_orders_comes_equally_often(order, tags):
     assert len(counts) == 6 and all(abs(count - 1000) < 5 * np.sqrt(6000 * 5 / 36) for count in counts.values())
 
 
-def test_the_caption_comes_first_and_an_order_that_is_the_captions_own_is_no_candidate():
+def test_the_caption_comes_first_and_its_own_order_is_not_a_candidate():
     [caption] = scene_tags([CAPTION])
     for seed in range(50):
         first, *others = candidates(caption, seed)
@@ -124,7 +124,7 @@ def captioned(tmp_path):
     return write
 
 
-def test_a_model_that_reads_the_order_is_right_and_a_bag_of_words_never(captioned):
+def test_a_model_that_reads_order_is_right_a_bag_of_words_never(captioned):
     texts = [CAPTION, "a big green ring over a small red heart", "Circle."]
     data = captioned(*texts)
     known = [candidates(words)[0] for words in scene_tags(texts)]
@@ -143,7 +143,7 @@ def test_captions_without_another_order_are_all_left_out(captioned):
     assert results == {"aro/coco_order/left_out": 2, "aro/flickr30k_order/left_out": 2}
 
 
-def test_without_the_tagger_one_sentence_says_what_to_install_before_anything_is_scored(captioned, monkeypatch):
+def test_a_missing_tagger_is_reported_before_anything_is_scored(captioned, monkeypatch):
     model = Reads([], True)
     for missing in ("spacy", TAGGER_MODEL):
         monkeypatch.setattr(word_order, "find_spec", lambda name, missing=missing: name != missing or None)
