@@ -13,7 +13,7 @@ from cafe.evaluation.suites import chair, throne
 
 
 class Says:
-    """Says of each picture what it is given, and remembers what it was asked."""
+    """Says of each image what it is given, and remembers what it was asked."""
 
     def __init__(self, said: dict[str, str]) -> None:
         self.said = said

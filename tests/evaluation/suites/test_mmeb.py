@@ -21,7 +21,7 @@ from cafe.evaluation.suites.mmeb.readers import PAGE, PAGE_QUERY, Side, read_cor
 
 
 class ByName:
-    """Embeds by what `look` makes of a content's text and its pictures' names; counts what it is given."""
+    """Embeds by what `look` makes of a content's text and its images' names; counts what it is given."""
 
     def __init__(self, look) -> None:
         self.look = look
@@ -65,7 +65,7 @@ def data(tmp_path):
 
 
 def color_rows(wrong: int = 2) -> list[dict]:
-    """A picture looks for its color's name among others'."""
+    """An image looks for its color's name among others'."""
     rows = []
     for color in COLORS:
         names = [color, *(other for other in COLORS if other != color)][: wrong + 1]
@@ -81,7 +81,7 @@ def test_the_first_candidate_is_right_and_equal_contents_are_embedded_once(data)
     assert done.results["mmeb/SUN397/P@1"] == done.results["mmeb/IND/P@1"] == 100
     assert done.results["mmeb/overall/datasets"] == 1 and done.means["mmeb/IND/P@1"] == ["mmeb/SUN397/P@1"]
     assert model.modes == ["multimodal"]
-    assert len(model.seen) == 3 + 3  # three pictures, three names, though each row has all names
+    assert len(model.seen) == 3 + 3  # three images, three names, though each row has all names
     assert model.seen[0].parts[1] == "Which color?" and isinstance(model.seen[0].parts[0], ImageRef)
     assert [row["said"] for row in done.outputs["mmeb/SUN397"]] == list(COLORS)
 
@@ -114,7 +114,7 @@ def test_score_files_are_those_of_vlm2vec_and_the_leaderboard(data, tmp_path):
 def test_the_instruction_variant_puts_instructions_before_queries_and_images(data):
     rows = [
         {
-            "qry_inst": "Find a picture of the color: ",
+            "qry_inst": "Find an image of the color: ",
             "qry_text": "red",
             "qry_img_path": "",
             "tgt_inst": "<|image_1|>\nRepresent it.",
@@ -131,7 +131,7 @@ def test_the_instruction_variant_puts_instructions_before_queries_and_images(dat
         },
     ]
     queries = read_records(table(data / "mmeb_eval" / "mine.parquet", rows))
-    assert queries[0].side == Side("Find a picture of the color: red")
+    assert queries[0].side == Side("Find an image of the color: red")
     assert queries[0].candidates == [
         Side("<|image_1|>\nRepresent it.", ("red.png",)),
         Side("<|image_1|>\nRepresent it. dark", ("blue.png",)),
@@ -167,7 +167,7 @@ def test_videos_are_folders_of_frames_and_some_rank_all_candidates(data):
     shown = to_content(read_records(lines)[0].candidates[0], data, lines)
     numbers = [int(str(ref)[-8:-4]) for ref in shown.images]
     assert numbers == np.linspace(0, 29, 8, dtype=int).tolist() and shown.text == ""
-    listed = Side("two pictures", ("red.png", "blue.png"))
+    listed = Side("two images", ("red.png", "blue.png"))
     assert [Path(str(ref)).name for ref in to_content(listed, data, lines).images] == ["red.png", "blue.png"]
 
 
@@ -231,7 +231,7 @@ def test_documents_rank_the_whole_corpus_by_graded_relevance(data):
         ({"tgt_text": "red"}, "0 texts"),  # not its letters
         ({"tgt_img_path": ["", ""]}, "3 texts and 2 images"),
         ({"qry_img_path": "absent.png"}, "absent.png"),
-        ({"qry_text": "<|image_1|><|image_2|>"}, None),  # more marks than pictures: the picture comes first
+        ({"qry_text": "<|image_1|><|image_2|>"}, None),  # more marks than images: the image comes first
     ],
 )
 def test_a_bad_record_is_named(data, change, said):
@@ -303,8 +303,8 @@ def test_mmeb_on_the_scenes_with_a_real_and_a_perfect_model(scenes, random_base,
     right: dict[tuple, int] = {}
     rows = [row for name in sorted(names) for row in pq.read_table(folder / f"mmeb_eval/{name}.parquet").to_pylist()]
 
-    def key(text: str, picture: str) -> tuple[str, str]:
-        return text.replace("<|image_1|>", "").strip("\n"), Path(picture).name
+    def key(text: str, image: str) -> tuple[str, str]:
+        return text.replace("<|image_1|>", "").strip("\n"), Path(image).name
 
     for row in rows:
         right.setdefault(key(row["tgt_text"][0], row["tgt_img_path"][0]), len(right))

@@ -78,8 +78,8 @@ def found(folder, row):
 def sought(data, color):
     for each in COLORS:
         frames(data, f"video_mret/MomentSeeker/video_frames/films_{each}", each)
-    picture = data / "video-tasks" / "frames" / "video_mret" / "MomentSeeker" / "query_asked.jpg"
-    Image.new("RGB", (8, 8), (0, 255, 0)).save(picture)
+    image = data / "video-tasks" / "frames" / "video_mret" / "MomentSeeker" / "query_asked.jpg"
+    Image.new("RGB", (8, 8), (0, 255, 0)).save(image)
     clips = {each: [{"output_path": f"films/{each}.mp4"}] for each in COLORS}
     shown = {"red": "", "green": "asked.jpg", "blue": "films/blue.mp4"}[color]
     wrong = [clip for each in COLORS if each != color for clip in clips[each]]

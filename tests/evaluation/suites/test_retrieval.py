@@ -19,11 +19,11 @@ from cafe.errors import CafeError
 from cafe.evaluation.runner import evaluate, select_suites
 from cafe.images.decoding import decode_image
 
-SHADES = (0, 40, 80, 120, 160, 200, 240)  # of the pictures, each another
+SHADES = (0, 40, 80, 120, 160, 200, 240)  # of the images, each another
 
 
 class Seeing:
-    """Embeds a picture by its shade and a text by the shade it names, with seeded noise that makes mistakes."""
+    """Embeds an image by its shade and a text by the shade it names, with seeded noise that makes mistakes."""
 
     def __init__(self, noise: float) -> None:
         self.noise = noise
@@ -75,7 +75,7 @@ def parquet(folder: Path) -> None:
 
 
 def names_in_parquet(folder: Path) -> None:
-    """As the datasets library writes pictures that it was told to leave where they are."""
+    """As the datasets library writes images that it was told to leave where they are."""
     rows = [{"image": encoded(shade) | {"bytes": None}, "caption": captions_of(shade)} for shade in SHADES]
     pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet")
 
@@ -152,7 +152,7 @@ def test_a_dataset_saved_to_disk_gives_the_numbers_of_the_karpathy_file(data):
 
 
 def test_the_files_of_the_hub_repository_are_read_unchanged(data):
-    """A CSV file with lists in JSON and a column of splits, beside a folder of pictures."""
+    """A CSV file with lists in JSON and a column of splits, beside a folder of images."""
     karpathy(data, "dataset_coco.json")
     expected = measured(data, "coco")
     (data / "dataset_coco.json").unlink()

@@ -111,7 +111,7 @@ class Reads:
 
 @pytest.fixture
 def captioned(tmp_path):
-    """One picture in both of ARO's Karpathy files, with the captions that are asked for."""
+    """One image in both of ARO's Karpathy files, with the captions that are asked for."""
 
     def write(*captions):
         Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
