@@ -48,6 +48,7 @@ def run(dataset: RetrievalDataset, model: CachedModel, data: Path, limit: int | 
         rows = _output_rows(captioned, part, rank)
         result.outputs[part] = rows
         result.results |= aggregate(rows)
+        # Ranks are counted from 1 in results, from 0 in `metrics`.
         result.results[f"{part}/median_rank"] = float(np.median(rank) + 1)
         result.results[f"{part}/mean_rank"] = float(np.mean(rank) + 1)
     return result
@@ -84,6 +85,7 @@ def _samples(
 ) -> dict[str, Any]:
     """Take some queries in both directions with their first hits, for the report."""
     text_numbers, image_numbers = evenly_spaced(len(texts), NUM_SAMPLES), evenly_spaced(len(images), NUM_SAMPLES // 2)
+    # All queries of a direction in one product.
     text_queries = []
     for query, nearest in zip(text_numbers, _nearest(texts[text_numbers], images), strict=True):
         hits = [_image_hit(data, captioned, query, hit) for hit in nearest]
@@ -103,6 +105,7 @@ def _nearest(
 
 
 def _image_hit(data: Path, captioned: CaptionedImages, text: int, image: int) -> dict[str, Any]:
+    """Show an image that a caption found, and whether it is the caption's own."""
     is_right = bool(captioned.owner[text] == image)
     return {"image": _display_image(data, captioned.images[image]), "right": is_right}
 
@@ -114,7 +117,10 @@ def _display_image(data: Path, image: Path | ImageRef) -> str:
     return str(image.relative_to(data) if image.is_relative_to(data) else image)
 
 
-def _suite(dataset: RetrievalDataset, measures: str, files: tuple[str, ...], download: str, *sources: str) -> Suite:
+def _retrieval_suite(
+    dataset: RetrievalDataset, measures: str, files: tuple[str, ...], download: str, *sources: str
+) -> Suite:
+    """Declare the suite of a dataset; all measure the same, on different files."""
     return Suite(
         name=dataset.name,
         measures=measures,
@@ -128,7 +134,7 @@ def _suite(dataset: RetrievalDataset, measures: str, files: tuple[str, ...], dow
     )
 
 
-RETRIEVAL = _suite(
+RETRIEVAL = _retrieval_suite(
     USER_DATASET,
     "images find their captions and captions their image, in a dataset of your own",
     (
@@ -137,7 +143,7 @@ RETRIEVAL = _suite(
     ),
     "your own images with captions; written by `cafe scenes write DIR`",
 )
-FLICKR30K = _suite(
+FLICKR30K = _retrieval_suite(
     FLICKR30K_DATASET,
     "zero-shot retrieval on Flickr30K's 1,000 test images, the first 5 captions each",
     (
@@ -149,7 +155,7 @@ FLICKR30K = _suite(
     "arXiv 1412.2306 (split)",
     "arXiv 2503.19900",
 )
-COCO = _suite(
+COCO = _retrieval_suite(
     COCO_DATASET,
     "zero-shot retrieval on the 5,000 test images of Karpathy's COCO split, the first 5 captions each",
     (
@@ -161,7 +167,7 @@ COCO = _suite(
     "arXiv 1412.2306 (split)",
     "arXiv 2503.19900",
 )
-PARAGRAPHS = _suite(
+PARAGRAPHS = _retrieval_suite(
     PARAGRAPHS_DATASET,
     "retrieval with captions of several sentences, which short-text encoders truncate",
     (
