@@ -30,18 +30,18 @@ def by_pattern(*patterns: str) -> Callable[[Path], list[Path]]:
     return find_files
 
 
-def find_one(data: Path, *patterns: str, but: Sequence[str] = ()) -> Path | None:
+def find_one(data: Path, *patterns: str, exclude: Sequence[str] = ()) -> Path | None:
     """Find the one file in a folder that matches any of the patterns; None if there is none.
 
     Args:
         data: the folder.
         patterns: glob patterns.
-        but: names to ignore.
+        exclude: names to ignore.
 
     Raises:
         CafeError: two files match.
     """
-    matches = {path for pattern in patterns for path in data.glob(pattern) if path.name not in but}
+    matches = {path for pattern in patterns for path in data.glob(pattern) if path.name not in exclude}
     if len(matches) > 1:
         names = " and ".join(str(path.relative_to(data)) for path in sorted(matches))
         raise CafeError(f"{names} in {data} measure the same: keep only one of them in the folder.")

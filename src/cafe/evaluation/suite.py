@@ -10,20 +10,6 @@ import numpy as np
 
 from cafe.evaluation.cached_model import CachedModel
 
-# The suites import these from here until they import them from `io`.
-from cafe.evaluation.io import (  # noqa: F401
-    NUM_SAMPLES,
-    Fields,
-    ask_about_images,
-    by_pattern,
-    evenly_spaced,
-    find_image,
-    find_one,
-    json_lines,
-    json_records,
-    parquet_rows,
-)
-
 
 @dataclass
 class EvaluationResult:

@@ -117,7 +117,10 @@ def compare(
 
 def mcnemar(only_first: int, only_second: int) -> float:
     """Compute McNemar's exact p: the two-sided binomial test of the samples that only one checkpoint gets right."""
-    return float(stats.binomtest(only_first, only_first + only_second).pvalue)
+    discordant = only_first + only_second
+    if discordant == 0:  # SciPy tests at least one sample
+        return 1.0
+    return float(stats.binomtest(only_first, discordant).pvalue)
 
 
 def _mcnemar_of_marks(first: SampleTally, second: SampleTally) -> float | None:

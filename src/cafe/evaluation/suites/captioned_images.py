@@ -20,7 +20,7 @@ from jaxtyping import Int
 from cafe.content import ImageRef
 from cafe.data.readers.base import HFDataset, open_rows
 from cafe.errors import CafeError
-from cafe.evaluation.suite import find_image, find_one
+from cafe.evaluation.io import find_image, find_one
 
 CAPTIONS_PER_IMAGE = 5  # the first ones, in the 1K and 5K protocols of Flickr30K and COCO
 IMAGE_COLUMNS = ("image", "filename")
@@ -79,7 +79,7 @@ class RetrievalDataset:
         if pattern.endswith("/"):
             is_saved_dataset = any((data / pattern / name).is_file() for name in SAVED_DATASET_FILES)
             return [data / pattern] if is_saved_dataset else []
-        path = find_one(data, pattern, but=self.exclude)
+        path = find_one(data, pattern, exclude=self.exclude)
         return [path] if path else []
 
     def read(self, data: Path, limit: int | None) -> CaptionedImages:

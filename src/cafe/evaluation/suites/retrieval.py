@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 
 from cafe.content import ImageRef
 from cafe.evaluation.cached_model import CachedModel
+from cafe.evaluation.io import NUM_SAMPLES, evenly_spaced
 from cafe.evaluation.metrics import ranks
-from cafe.evaluation.suite import NUM_SAMPLES, EvaluationResult, Suite, aggregate, evenly_spaced
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.captioned_images import (
     COCO_DATASET,
     FLICKR30K_DATASET,
@@ -114,7 +115,15 @@ def _display_image(data: Path, image: Path | ImageRef) -> str:
     return str(image.relative_to(data) if image.is_relative_to(data) else image)
 
 
-def _suite(dataset: RetrievalDataset, measures: str, files: tuple[str, ...], download: str, *sources: str) -> Suite:
+def _suite(
+    dataset: RetrievalDataset,
+    labels: tuple[str, str],
+    measures: str,
+    files: tuple[str, ...],
+    download: str,
+    *sources: str,
+) -> Suite:
+    headline = (f"{dataset.name}/text_to_image/R@1", f"{dataset.name}/image_to_text/R@1")
     return Suite(
         name=dataset.name,
         measures=measures,
@@ -123,13 +132,15 @@ def _suite(dataset: RetrievalDataset, measures: str, files: tuple[str, ...], dow
         sources=sources,
         find_files=dataset.find,
         run=partial(run, dataset),
-        headline=(f"{dataset.name}/text_to_image/R@1", f"{dataset.name}/image_to_text/R@1"),
+        headline=headline,
         lower_is_better=(f"{dataset.name}/*/median_rank", f"{dataset.name}/*/mean_rank"),
+        labels=dict(zip(headline, labels, strict=True)),
     )
 
 
 RETRIEVAL = _suite(
     USER_DATASET,
+    ("Text finds image, R@1", "Image finds text, R@1"),
     "images find their captions and captions their image, in a dataset of your own",
     (
         "dataset_*.json (Karpathy, its split 'test'), or captions.csv, .jsonl or .parquet (columns image, caption)",
@@ -139,6 +150,7 @@ RETRIEVAL = _suite(
 )
 FLICKR30K = _suite(
     FLICKR30K_DATASET,
+    ("Flickr30K, text finds image, R@1", "Flickr30K, image finds text, R@1"),
     "zero-shot retrieval on Flickr30K's 1,000 test images, the first 5 captions each",
     (
         "[flickr30k/]dataset_flickr30k.json (Karpathy) and its images, in flickr30k-images/ or images/",
@@ -151,6 +163,7 @@ FLICKR30K = _suite(
 )
 COCO = _suite(
     COCO_DATASET,
+    ("COCO, text finds image, R@1", "COCO, image finds text, R@1"),
     "zero-shot retrieval on the 5,000 test images of Karpathy's COCO split, the first 5 captions each",
     (
         "[coco/]dataset_coco.json (Karpathy) and COCO's val2014 images, in val2014/ or images/",
@@ -163,6 +176,7 @@ COCO = _suite(
 )
 PARAGRAPHS = _suite(
     PARAGRAPHS_DATASET,
+    ("Paragraph finds image, R@1", "Image finds paragraph, R@1"),
     "retrieval with captions of several sentences, which short-text encoders truncate",
     (
         "paragraphs*.csv, .jsonl or .parquet (columns image, caption)",

@@ -108,4 +108,5 @@ THRONE = Suite(
     default=False,
     headline=("throne/overall/F1",),
     no_direction=("throne/overall/split",),
+    labels={"throne/overall/F1": "THRONE, F1"},
 )
