@@ -16,7 +16,8 @@ from cafe import Cafe
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import aggregate, json_records
+from cafe.evaluation.io import json_records
+from cafe.evaluation.suite import aggregate
 from cafe.evaluation.suites import aro, sugarcrepe, winoground
 from cafe.evaluation.suites.choices import METHODS, PROMPT, first_is_best, score
 from cafe.images.decoding import decode_image

@@ -19,7 +19,8 @@ import numpy as np
 from cafe.content import ImageRef
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Fields, Suite, aggregate, find_image, json_records
+from cafe.evaluation.io import Fields, find_image, json_records
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.captioned_images import COCO_DATASET, FLICKR30K_DATASET, RetrievalDataset
 from cafe.evaluation.suites.choices import METHODS, NUM_AT_ONCE, judge_choices, score
 from cafe.evaluation.suites.word_order import Tagger, candidates, spacy_tags
@@ -166,4 +167,10 @@ ARO = Suite(
         *("aro/attribution/embedding", "aro/attribution/likelihood"),
     ),
     no_direction=("aro/*/chance", "aro/*/left_out"),
+    labels={
+        "aro/relation/embedding": "ARO relations, by embedding",
+        "aro/relation/likelihood": "ARO relations, by likelihood",
+        "aro/attribution/embedding": "ARO attributes, by embedding",
+        "aro/attribution/likelihood": "ARO attributes, by likelihood",
+    },
 )

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from cafe.content import ImageRef
 from cafe.data.readers.base import HFDataset, open_rows
 from cafe.errors import CafeError
-from cafe.evaluation.suite import find_image, find_one
+from cafe.evaluation.io import find_image, find_one
 
 CAPTIONS_PER_IMAGE = 5  # the first ones, in the 1K and 5K protocols of Flickr30K and COCO
 # A row may have several of these columns; the first with a value counts.
@@ -80,7 +80,7 @@ class RetrievalDataset:
             return sorted(data.glob(pattern))  # a dataset may have several
         if pattern.endswith("/"):
             return [data / pattern] if _is_saved_dataset(data / pattern) else []
-        path = find_one(data, pattern, but=self.exclude)
+        path = find_one(data, pattern, exclude=self.exclude)
         return [path] if path else []
 
     def read(self, data: Path, limit: int | None) -> CaptionedImages:

@@ -4,16 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from cafe.evaluation.cached_model import CachedModel
+from cafe.evaluation.io import NUM_SAMPLES, ask_about_images, by_pattern, json_lines
 from cafe.evaluation.metrics import mentioned_objects
-from cafe.evaluation.suite import (
-    NUM_SAMPLES,
-    EvaluationResult,
-    Suite,
-    aggregate,
-    ask_about_images,
-    by_pattern,
-    json_lines,
-)
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
 MAX_NEW_TOKENS = 96
 FIELDS = {"image": str, "text": str, "answers": list, "objects": list}
@@ -62,4 +55,9 @@ CAPTIONS = Suite(
     run=run,
     headline=("captions/exact", "objects/recall", "objects/hallucinated"),
     lower_is_better=("objects/hallucinated",),
+    labels={
+        "captions/exact": "Captions exactly right",
+        "objects/recall": "Objects mentioned",
+        "objects/hallucinated": "Objects hallucinated",
+    },
 )

@@ -77,4 +77,5 @@ CHAIR = Suite(
     headline=("chair/CHAIR_i",),
     lower_is_better=("chair/CHAIR_i", "chair/CHAIR_s"),
     no_direction=("chair/mentions",),
+    labels={"chair/CHAIR_i": "CHAIR, mentions hallucinated"},
 )

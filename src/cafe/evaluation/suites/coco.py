@@ -17,7 +17,7 @@ from typing import Any
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import find_image, find_one
+from cafe.evaluation.io import find_image, find_one
 
 _TABLES = files("cafe.evaluation.suites")
 _WORDS = json.loads(_TABLES.joinpath("coco_words.json").read_text(encoding="utf-8"))

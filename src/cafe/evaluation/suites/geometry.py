@@ -94,4 +94,6 @@ GEOMETRY = Suite(
     headline=("geometry/modality_gap",),
     lower_is_better=("geometry/*modality_gap", "geometry/*separability", "geometry/*alignment", "geometry/*uniformity"),
     no_direction=("geometry/*hubness_*", "geometry/*matched_similarity"),  # "mismatched_similarity" matches too
+    labels={"geometry/modality_gap": "Modality gap"},
+    in_percent=False,
 )

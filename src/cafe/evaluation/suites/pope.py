@@ -6,7 +6,8 @@ from typing import Any
 
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, ask_about_images, by_pattern, json_lines, mean_of
+from cafe.evaluation.io import ask_about_images, by_pattern, json_lines
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
 
 SPLITS = ("random", "popular", "adversarial")
 MAX_NEW_TOKENS = 8
@@ -106,4 +107,5 @@ POPE = Suite(
     headline=("pope/adversarial/accuracy", "pope/mean/accuracy"),
     lower_is_better=("pope/*/neither",),
     no_direction=("pope/*/yes_ratio",),
+    labels={"pope": "POPE", "pope/adversarial/accuracy": "POPE, adversarial", "pope/mean/accuracy": "POPE, mean"},
 )

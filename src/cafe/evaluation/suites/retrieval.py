@@ -13,8 +13,9 @@ from jaxtyping import Float, Int
 
 from cafe.content import ImageRef
 from cafe.evaluation.cached_model import CachedModel
+from cafe.evaluation.io import NUM_SAMPLES, evenly_spaced
 from cafe.evaluation.metrics import ranks
-from cafe.evaluation.suite import NUM_SAMPLES, EvaluationResult, Suite, aggregate, evenly_spaced
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.captioned_images import (
     COCO_DATASET,
     FLICKR30K_DATASET,
@@ -118,9 +119,24 @@ def _display_image(data: Path, image: Path | ImageRef) -> str:
 
 
 def _retrieval_suite(
-    dataset: RetrievalDataset, measures: str, files: tuple[str, ...], download: str, *sources: str
+    dataset: RetrievalDataset,
+    labels: tuple[str, str],
+    measures: str,
+    files: tuple[str, ...],
+    download: str,
+    *sources: str,
 ) -> Suite:
-    """Declare the suite of a dataset; all measure the same, on different files."""
+    """Declare the suite of a dataset; all measure the same, on different files.
+
+    Args:
+        dataset: names the suite and finds its files.
+        labels: what the report calls its two headline results, texts that find images first.
+        measures: see `Suite`, as the arguments that follow.
+        files: what it expects.
+        download: where to download that.
+        sources: the published protocol.
+    """
+    headline = (f"{dataset.name}/text_to_image/R@1", f"{dataset.name}/image_to_text/R@1")
     return Suite(
         name=dataset.name,
         measures=measures,
@@ -129,13 +145,15 @@ def _retrieval_suite(
         sources=sources,
         find_files=dataset.find,
         run=partial(run, dataset),
-        headline=(f"{dataset.name}/text_to_image/R@1", f"{dataset.name}/image_to_text/R@1"),
+        headline=headline,
         lower_is_better=(f"{dataset.name}/*/median_rank", f"{dataset.name}/*/mean_rank"),
+        labels=dict(zip(headline, labels, strict=True)),
     )
 
 
 RETRIEVAL = _retrieval_suite(
     USER_DATASET,
+    ("Text finds image, R@1", "Image finds text, R@1"),
     "images find their captions and captions their image, in a dataset of your own",
     (
         "dataset_*.json (Karpathy, its split 'test'), or captions.csv, .jsonl or .parquet (columns image, caption)",
@@ -145,6 +163,7 @@ RETRIEVAL = _retrieval_suite(
 )
 FLICKR30K = _retrieval_suite(
     FLICKR30K_DATASET,
+    ("Flickr30K, text finds image, R@1", "Flickr30K, image finds text, R@1"),
     "zero-shot retrieval on Flickr30K's 1,000 test images, the first 5 captions each",
     (
         "[flickr30k/]dataset_flickr30k.json (Karpathy) and its images, in flickr30k-images/ or images/",
@@ -157,6 +176,7 @@ FLICKR30K = _retrieval_suite(
 )
 COCO = _retrieval_suite(
     COCO_DATASET,
+    ("COCO, text finds image, R@1", "COCO, image finds text, R@1"),
     "zero-shot retrieval on the 5,000 test images of Karpathy's COCO split, the first 5 captions each",
     (
         "[coco/]dataset_coco.json (Karpathy) and COCO's val2014 images, in val2014/ or images/",
@@ -169,6 +189,7 @@ COCO = _retrieval_suite(
 )
 PARAGRAPHS = _retrieval_suite(
     PARAGRAPHS_DATASET,
+    ("Paragraph finds image, R@1", "Image finds paragraph, R@1"),
     "retrieval with captions of several sentences, which short-text encoders truncate",
     (
         "paragraphs*.csv, .jsonl or .parquet (columns image, caption)",

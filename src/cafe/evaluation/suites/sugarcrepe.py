@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, find_image, json_records, mean_of
+from cafe.evaluation.io import find_image, json_records
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
 from cafe.evaluation.suites.choices import judge_choices, score
 
 CHANGES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -73,4 +74,8 @@ SUGARCREPE = Suite(
     run=run,
     default=False,
     headline=("sugarcrepe/mean/embedding", "sugarcrepe/mean/likelihood"),
+    labels={
+        "sugarcrepe/mean/embedding": "SugarCrepe, by embedding",
+        "sugarcrepe/mean/likelihood": "SugarCrepe, by likelihood",
+    },
 )

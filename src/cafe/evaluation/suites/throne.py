@@ -110,4 +110,5 @@ THRONE = Suite(
     default=False,
     headline=("throne/overall/F1",),
     no_direction=("throne/overall/split",),
+    labels={"throne/overall/F1": "THRONE, F1"},
 )

@@ -3,15 +3,8 @@
 from pathlib import Path
 
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import (
-    NUM_SAMPLES,
-    EvaluationResult,
-    Suite,
-    aggregate,
-    ask_about_images,
-    by_pattern,
-    json_lines,
-)
+from cafe.evaluation.io import NUM_SAMPLES, ask_about_images, by_pattern, json_lines
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
 MAX_NEW_TOKENS = 16
 FIELDS = {"image": str, "text": str, "answer": str, "category": str}
@@ -47,4 +40,5 @@ VQA = Suite(
     find_files=find,
     run=run,
     headline=("vqa/all",),
+    labels={"vqa": "Questions", "vqa/all": "Questions answered"},
 )

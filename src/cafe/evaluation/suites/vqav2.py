@@ -16,7 +16,8 @@ from typing import Any
 
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, ask_about_images, json_lines
+from cafe.evaluation.io import ask_about_images, json_lines
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
 MAX_NEW_TOKENS = 16
 SHORT_ANSWER_PROMPT = "\nAnswer the question using a single word or phrase."  # as in LLaVA (arXiv 2310.03744)

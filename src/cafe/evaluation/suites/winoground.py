@@ -12,7 +12,8 @@ from numpy import ndarray
 
 from cafe.content import ImageRef
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, find_image, find_one, json_lines, parquet_rows
+from cafe.evaluation.io import find_image, find_one, json_lines, parquet_rows
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.choices import MARGINS, METHODS, Scores, score
 
 FIELDS = {"caption_0": str, "caption_1": str, "image_0": str, "image_1": str}
@@ -106,4 +107,8 @@ WINOGROUND = Suite(
     run=run,
     default=False,
     headline=("winoground/embedding/group", "winoground/likelihood/group"),
+    labels={
+        "winoground/embedding/group": "Winoground, by embedding",
+        "winoground/likelihood/group": "Winoground, by likelihood",
+    },
 )

@@ -114,4 +114,5 @@ MMEB = Suite(
     default=False,
     headline=("mmeb/overall/mean",),
     no_direction=("mmeb/overall/datasets",),
+    labels={"mmeb/overall/mean": "MMEB, mean over datasets"},
 )

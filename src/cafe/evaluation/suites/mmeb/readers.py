@@ -9,7 +9,7 @@ from cafe.content import Content, ImageRef
 from cafe.data.formats.mmeb import MARK
 from cafe.data.image_fields import list_frames, place_images
 from cafe.errors import CafeError
-from cafe.evaluation.suite import evenly_spaced, json_lines, parquet_rows
+from cafe.evaluation.io import evenly_spaced, json_lines, parquet_rows
 from cafe.evaluation.suites.mmeb.datasets import find_in_folders, list_folders, parquet_files
 from cafe.evaluation.suites.mmeb.video import VIDEO_FORMATS, to_records
 
