@@ -1,15 +1,16 @@
-"""The numbers agree with brute force, with scikit-learn and with POPE's own reading of answers."""
+"""The numbers agree with brute force, scikit-learn, SciPy, pytrec_eval and POPE's own reading of answers."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import pytrec_eval
 from hypothesis import given
 from hypothesis import strategies as strings
 from scipy import stats
 from sklearn.linear_model import RidgeClassifier
-from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from sklearn.metrics import accuracy_score, f1_score, ndcg_score, precision_score, recall_score
 from sklearn.neighbors import NearestNeighbors
 
 from cafe.evaluation.metrics import (
@@ -18,6 +19,7 @@ from cafe.evaluation.metrics import (
     hubness,
     mentioned_objects,
     modality_gap,
+    ndcg_at_k,
     rank_of_match,
     ranks,
     separability,
@@ -64,7 +66,7 @@ def test_a_query_without_a_match_finds_nothing():
     assert rank_of_match(np.ones((1, 3)), np.zeros((1, 3), bool)).tolist() == [3]
 
 
-def test_a_collapsed_model_finds_nothing_however_its_products_are_rounded():
+def test_a_collapsed_model_finds_nothing_despite_rounding():
     row = unit_rows(0, 1, 160).astype(np.float32)
     images, texts = np.repeat(row, 1500, axis=0), np.repeat(row, 3001, axis=0)
     assert (ranks(images, texts, np.arange(1500), np.arange(3001) // 2) >= 2999).all()
@@ -72,8 +74,8 @@ def test_a_collapsed_model_finds_nothing_however_its_products_are_rounded():
 
 def test_geometry_agrees_with_loops():
     images, texts = unit_rows(0, 20), unit_rows(1, 20)
-    centre = [sum(rows) / 20 for rows in (images, texts)]
-    assert modality_gap(images, texts) == pytest.approx(np.sqrt(((centre[0] - centre[1]) ** 2).sum()))
+    center = [sum(rows) / 20 for rows in (images, texts)]
+    assert modality_gap(images, texts) == pytest.approx(np.sqrt(((center[0] - center[1]) ** 2).sum()))
     squares = [((a - b) ** 2).sum() for a, b in zip(images, texts, strict=True)]
     assert alignment(images, texts) == pytest.approx(np.mean(squares))
     pairs = [np.exp(-2 * ((images[i] - images[j]) ** 2).sum()) for i in range(20) for j in range(i)]
@@ -86,6 +88,19 @@ def test_uniformity_in_blocks_agrees_with_all_pairs_at_once():
     assert uniformity(rows) == pytest.approx(np.log(np.exp(-2 * squared).mean()))
 
 
+def by_normal_equations(images: np.ndarray, texts: np.ndarray) -> list[bool]:
+    """Which held-out rows ridge regression on the signs of the sides tells right, solved in closed form."""
+    right = []
+    for fold in (0, 1):
+        fitted = np.concatenate([images[fold::2], texts[fold::2]])
+        signs = np.repeat([1.0, -1.0], len(fitted) // 2)
+        centered = fitted - fitted.mean(axis=0)
+        weights = np.linalg.solve(centered.T @ centered + 1e-2 * np.eye(fitted.shape[1]), centered.T @ signs)
+        held_out = np.concatenate([images[1 - fold :: 2], texts[1 - fold :: 2]])
+        right += (((held_out - fitted.mean(axis=0)) @ weights > 0) == (signs > 0)).tolist()
+    return right
+
+
 @pytest.mark.parametrize("apart", [0.0, 0.05, 1.0])
 def test_separability_agrees_with_scikit_learns_ridge(apart):
     images, texts = unit_rows(0, 60) + apart, unit_rows(1, 60)
@@ -96,6 +111,7 @@ def test_separability_agrees_with_scikit_learns_ridge(apart):
         tried = np.concatenate([images[1 - fold :: 2], texts[1 - fold :: 2]])
         right.append(RidgeClassifier(alpha=1e-2).fit(fitted, labels).score(tried, labels))
     assert separability(images, texts) == pytest.approx(100 * np.mean(right))
+    assert separability(images, texts) == pytest.approx(100 * np.mean(by_normal_equations(images, texts)))
     assert separability(images, texts[:41]) > 0  # unequal sides are evened
 
 
@@ -108,10 +124,13 @@ def test_effective_rank_agrees_with_singular_values():
     assert effective_rank(np.ones((9, 4))) == pytest.approx(1, abs=1e-5)
 
 
-def test_hubness_agrees_with_scikit_learns_neighbours_and_scipys_skewness():
+def test_hubness_agrees_with_scikit_learns_neighbors_and_scipys_skewness():
     queries, candidates = unit_rows(0, 1500, 16), unit_rows(1, 300, 16)
     nearest = NearestNeighbors(n_neighbors=10).fit(candidates).kneighbors(queries, return_distance=False)
-    assert hubness(queries, candidates) == pytest.approx(stats.skew(np.bincount(nearest.ravel(), minlength=300)))
+    counts = np.bincount(nearest.ravel(), minlength=300)
+    deviation = counts - counts.mean()
+    assert hubness(queries, candidates) == pytest.approx(stats.skew(counts))
+    assert hubness(queries, candidates) == pytest.approx((deviation**3).mean() / (deviation**2).mean() ** 1.5)
     assert hubness(np.eye(12), np.eye(12), k=1) == 0  # all are found once
 
 
@@ -134,12 +153,39 @@ def test_ranks_in_blocks_agree_with_all_pairs_at_once():
     assert ranks(queries, candidates, groups, others).tolist() == whole.tolist()
 
 
-def test_geometry_at_its_ends():
+def test_geometry_of_equal_opposite_and_collapsed_rows():
     rows = unit_rows(0, 10)
     assert modality_gap(rows, rows) == 0
     assert alignment(rows, -rows) == pytest.approx(4)
     assert uniformity(np.repeat(rows[:1], 5, axis=0)) == pytest.approx(0)
     assert separability(rows[:1], rows) == 50  # nothing to fit
+    assert separability(np.full((4, 2), np.nan), rows[:, :2]) == 50  # nothing to tell apart
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_ndcg_agrees_with_scikit_learn_and_with_pytrec_eval(seed):
+    random = np.random.default_rng(seed)
+    similarity = random.permutation(600).reshape(20, 30) / 100.0  # no ties
+    gains = random.integers(0, 4, (20, 30)) * (random.random((20, 30)) < 0.2)
+    gains[:, 0] += 1
+    judged = {str(q): {str(c): int(gains[q, c]) for c in range(30)} for q in range(20)}
+    ranked = {str(q): {str(c): float(similarity[q, c]) for c in range(30)} for q in range(20)}
+    trec = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.1,5,10"}).evaluate(ranked)
+    for k in (1, 5, 10, 30):
+        found = ndcg_at_k(similarity, gains.astype(float), k)
+        each = [ndcg_score(gains[q : q + 1], similarity[q : q + 1], k=k) for q in range(20)]
+        np.testing.assert_allclose(found, each, atol=1e-12)
+        if k < 30:
+            np.testing.assert_allclose(found, [trec[str(q)][f"ndcg_cut_{k}"] for q in range(20)], atol=1e-12)
+
+
+def test_ndcg_counts_ties_and_missing_scores_against_the_model():
+    gains = np.array([[1.0, 0.0, 0.0]])
+    assert ndcg_at_k(np.zeros((1, 3)), gains, 2) == 0
+    assert ndcg_at_k(np.zeros((1, 3)), gains, 3) == pytest.approx(1 / np.log2(4))
+    assert ndcg_at_k(np.array([[np.nan, 1.0, 0.5]]), gains, 3) == pytest.approx(0.5)
+    assert ndcg_at_k(np.array([[1.0, np.nan, np.nan]]), gains, 2) == 0
+    assert ndcg_at_k(np.ones((1, 3)), np.zeros((1, 3)), 3) == 0
 
 
 def pope_scores(said: list[str], labels: list[bool]) -> dict[str, float]:
@@ -192,7 +238,7 @@ def test_pope_scores_of_a_model_that_always_says_no():
         (". no", True),
     ],
 )
-def test_answers_are_read_as_pope_reads_them(answer, yes):
+def test_answers_are_parsed_as_pope_does(answer, yes):
     assert pope.parse_yes_no(answer) is yes
 
 
@@ -216,7 +262,7 @@ def test_answers_are_read_as_pope_reads_them(answer, yes):
         ("", None),
     ],
 )
-def test_the_strict_reading_takes_yes_and_no_only_where_they_are_said(answer, said):
+def test_strict_parsing_takes_yes_and_no_only_if_explicit(answer, said):
     assert pope.parse_strictly(answer) is said
 
 
@@ -228,7 +274,7 @@ def official(answer: str) -> bool:
 
 
 @given(strings.lists(strings.sampled_from(["No", "no", "not", "NO", "yes", ".", ",", " ", "\n", "a", "know"])))
-def test_the_official_reading_agrees_with_a_second_telling_of_it(pieces):
+def test_the_official_parsing_agrees_with_a_second_implementation(pieces):
     assert pope.parse_yes_no("".join(pieces)) is official("".join(pieces))
 
 

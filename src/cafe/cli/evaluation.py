@@ -145,7 +145,8 @@ def report_command(evaluations: tuple[str, ...], log: Path | None, output: Path)
 
     RUN is a directory that `cafe evaluate` wrote, or NAME=DIRECTORY to choose the name it has on the page.
     """
-    from cafe.evaluation.report.page import ReportRun, write_report
+    from cafe.evaluation.report.page import write_report
+    from cafe.evaluation.report.run import ReportRun
 
     named = [_parse_evaluation(evaluation) for evaluation in evaluations]
     runs = [ReportRun(name, directory, None) for name, directory in named]

@@ -52,7 +52,8 @@ def quickstart_command(directory: Path, recipe: Path) -> None:
     """Train, evaluate and report on generated scenes."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything reads it: all that is needed is in the package
     from cafe.checkpoint import resolve_checkpoint
-    from cafe.evaluation.report.page import ReportRun, write_report
+    from cafe.evaluation.report.page import write_report
+    from cafe.evaluation.report.run import ReportRun
     from cafe.evaluation.runner import measure, training_evaluator
     from cafe.model import Cafe
     from cafe.scenes.write import write_scenes

@@ -1,14 +1,15 @@
-"""Judges: who says from a description's text alone which objects it states.
+"""Judges decide from a description's text alone which objects it states.
 
 | judge | what it is |
 |---|---|
-| `exact` | a class is stated where a word for it stands in the text; one vote; for closed vocabularies |
-| `self` | the evaluated model reads the text and answers each question; a vote a question |
-| a directory or Hub id | a language model does, text-to-text (FLAN-T5 in THRONE) or causal; a vote a question |
+| `exact` | a class is stated if a word for it is in the text; one vote; for closed vocabularies |
+| `self` | the evaluated model reads the text and answers each question; one vote per question |
+| a directory or Hub id | a language model, text-to-text (FLAN-T5 in THRONE) or causal; one vote per question |
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from cafe.checkpoint import fingerprint
 from cafe.content import Content
-from cafe.errors import CafeError
+from cafe.errors import CheckpointError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.suites.coco import Vocabulary
 from cafe.evaluation.suites.pope import parse_strictly
@@ -28,124 +29,142 @@ QUESTIONS = (
     "According to the text, can {} be seen? Answer yes or no.",
     "Answer yes or no. Going by the text alone, does the picture show {}?",
 )
-ASKED = "Text: {text}\n\nRead the text and answer the question.\n\n{question}"
-ANSWER = 8  # tokens of an answer
-READ = 1024  # characters of a description that are shown, as in THRONE's code
+PROMPT = "Text: {text}\n\nRead the text and answer the question.\n\n{question}"
+MAX_NEW_TOKENS = 8
+MAX_CHARACTERS = 1024  # of a description, as in THRONE's code
 PHRASES = {"skis": "a pair of skis", "scissors": "a pair of scissors", "tie": "a necktie"}
 
 
 def require_judges(judges: Sequence[str]) -> None:
-    """Looks whether language models that are to judge are there, before descriptions are made for them.
+    """Check that the language models that are to judge exist, before descriptions are generated for them.
 
     Raises:
-        CafeError: one is not.
+        CheckpointError: a language model does not exist.
     """
     for name in judges:
         if name not in ("exact", "self"):
-            _is_paired(name)
+            _is_encoder_decoder(name)
 
 
-def _is_paired(path: str) -> bool:
-    """Whether a language model has an encoder and a decoder."""
+def _is_encoder_decoder(path: str) -> bool:
+    """Tell whether a language model has an encoder; raises if there is no such model."""
     try:
         return bool(AutoConfig.from_pretrained(path).is_encoder_decoder)
     except (ImportError, OSError, ValueError) as error:
-        raise _none(path, error) from error
+        raise _load_error(path, error) from error
 
 
-def _none(path: str, error: Exception) -> CafeError:
-    return CafeError(f"No judge can be loaded from {path}: {str(error).strip().splitlines()[0]}")
+def _load_error(path: str, error: Exception) -> CheckpointError:
+    """Make the error of a judge that cannot be loaded, with the first line of transformers' own."""
+    return CheckpointError(f"No judge can be loaded from {path}: {str(error).strip().splitlines()[0]}")
 
 
 def votes(model: CachedModel, texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "votes texts classes"]:
-    """What each vote of the subject's judges says of each class; of `exact` alone where it has no judges."""
-    cast = []
+    """Let each of the model's judges vote on each class of each text; `exact` alone if it has no judges."""
+    ballots = []
     for name in model.judges or ("exact",):
         if name == "exact":
-            cast.append(exact(texts, vocabulary)[None])
+            ballots.append(exact(texts, vocabulary)[None])
         else:
             judge = model if name == "self" else model.with_model(LanguageModel.load(name))
-            cast.append(ask(judge, texts, vocabulary.classes))
-    return np.concatenate(cast)
+            ballots.append(ask(judge, texts, vocabulary.classes))
+    return np.concatenate(ballots)
 
 
 def exact(texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "texts classes"]:
-    """The classes that texts name."""
-    found = [set(vocabulary.mentions(text)) for text in texts]
-    return np.array([[name in named for name in vocabulary.classes] for named in found], bool)
+    """Find the classes that texts name."""
+    states = np.zeros((len(texts), len(vocabulary.classes)), bool)
+    for row, text in zip(states, texts, strict=True):
+        mentioned = vocabulary.mentions(text)
+        row[:] = [name in mentioned for name in vocabulary.classes]
+    return states
 
 
 def ask(judge: CachedModel, texts: Sequence[str], classes: Sequence[str]) -> Bool[np.ndarray, "votes texts classes"]:
-    """A judge's answers: yes where the answer begins with it, or says it and not no."""
-    prompts = [
-        Content.of(ASKED.format(text=text[:READ], question=question.format(phrase(name))))
-        for question in QUESTIONS
-        for text in texts
-        for name in classes
-    ]
-    said = [parse_strictly(answer) is True for answer in judge.generate(prompts, ANSWER)]
-    return np.array(said, bool).reshape(len(QUESTIONS), len(texts), len(classes))
+    """Ask a judge every question about every class; yes if the answer begins with it, or has it and not no."""
+    prompts = []
+    for question, text, name in product(QUESTIONS, texts, classes):
+        prompt = PROMPT.format(text=text[:MAX_CHARACTERS], question=question.format(phrase(name)))
+        prompts.append(Content.of(prompt))
+    answers = judge.generate(prompts, MAX_NEW_TOKENS)
+    # An answer that is neither yes nor no states nothing.
+    is_yes = [parse_strictly(answer) is True for answer in answers]
+    return np.array(is_yes, bool).reshape(len(QUESTIONS), len(texts), len(classes))
 
 
 def phrase(name: str) -> str:
-    """A class with its article."""
-    return PHRASES.get(name, f"{'an' if name[0] in 'aeiou' else 'a'} {name}")
+    """Put a class's name after its article."""
+    article = "an" if name[0] in "aeiou" else "a"
+    return PHRASES.get(name, f"{article} {name}")
 
 
 @dataclass
 class LanguageModel:
-    """A language model that answers, as a `CachedModel` wants it."""
+    """A language model that answers, with the methods that a `CachedModel` needs."""
 
     lm: PreTrainedModel
     tokenizer: Any
 
     @classmethod
     def load(cls, path: str) -> "LanguageModel":
-        """A model of a local directory or Hub id; on a GPU where there is one, in bfloat16 there.
+        """Load a model from a local directory or the Hub, in bfloat16 on a GPU if there is one.
 
         Raises:
-            CafeError: there is no language model.
+            CheckpointError: there is no language model.
         """
-        device, paired = torch.device("cuda" if torch.cuda.is_available() else "cpu"), _is_paired(path)
-        auto = AutoModelForSeq2SeqLM if paired else AutoModelForCausalLM
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        encoder_decoder = _is_encoder_decoder(path)
+        auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
+        # A decoder continues the last token, which must not be padding.
+        padding_side = "right" if encoder_decoder else "left"
         try:
-            lm = auto.from_pretrained(path, dtype=torch.float32 if device.type == "cpu" else torch.bfloat16)
-            tokenizer = AutoTokenizer.from_pretrained(path, padding_side="right" if paired else "left")
+            lm = auto.from_pretrained(path, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(path, padding_side=padding_side)
         except (ImportError, OSError, ValueError) as error:
-            raise _none(path, error) from error
+            raise _load_error(path, error) from error
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(lm.to(device).eval(), tokenizer)
 
     def fingerprint(self) -> str:
-        """A digest of what decides the answers."""
+        """Compute a digest of everything that determines the answers."""
         return fingerprint(self.lm, self.tokenizer.get_vocab(), self.tokenizer.chat_template)
 
     @torch.inference_mode()
     def generate_batch(self, prompts: Sequence[Content], max_new_tokens: int = 8, batch_size: int = 64) -> list[str]:
-        """The likeliest answer to each text, in the order given."""
+        """Generate the likeliest answer to each text, in the order given."""
         texts = [self._render(prompt.text) for prompt in prompts]
+        # Texts of similar length go together, longest first.
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
         answers = [""] * len(texts)
-        paired = self.lm.config.is_encoder_decoder
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = self.tokenizer(
-                [texts[index] for index in chosen],
-                padding=True,
-                add_special_tokens=not self.tokenizer.chat_template,  # a template writes them itself
-                return_tensors="pt",
-            )
-            inputs = {name: inputs[name].to(self.lm.device) for name in ("input_ids", "attention_mask")}
-            output = self.lm.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
-            )
-            said = output if paired else output[:, inputs["input_ids"].shape[1] :]
-            for index, answer in zip(chosen, self.tokenizer.batch_decode(said, skip_special_tokens=True), strict=True):
+            batch = self._generate([texts[index] for index in chosen], max_new_tokens)
+            for index, answer in zip(chosen, batch, strict=True):
                 answers[index] = answer.strip()
         return answers
 
+    def _generate(self, texts: list[str], max_new_tokens: int) -> list[str]:
+        """Answer one batch of rendered texts."""
+        encoded = self.tokenizer(
+            texts,
+            padding=True,
+            add_special_tokens=not self.tokenizer.chat_template,  # a template writes them itself
+            return_tensors="pt",
+        )
+        # Some tokenizers also return token types, which `generate` refuses.
+        inputs = {name: encoded[name].to(self.lm.device) for name in ("input_ids", "attention_mask")}
+        output = self.lm.generate(
+            **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=self.tokenizer.pad_token_id
+        )
+        if not self.lm.config.is_encoder_decoder:
+            output = output[:, inputs["input_ids"].shape[1] :]  # a decoder's output begins with the prompt
+        answers: list[str] = self.tokenizer.batch_decode(output, skip_special_tokens=True)
+        return answers
+
     def _render(self, text: str) -> str:
+        """Put a text into the chat template, if the model has one."""
         if not self.tokenizer.chat_template:
             return text
         turns = [{"role": "user", "content": text}]

@@ -1,7 +1,7 @@
-"""Mode switching: how long embedding, generation and both take, at several batch sizes.
+"""Time embedding, generation and both together, at several batch sizes.
 
-From pictures on disk to vectors and text, as a user waits for them: decoding and processing are inside. Both together
-are measured twice, one after the other and in one prefill (`Cafe.describe`).
+The times run from image files to vectors and text, as a user waits for them: decoding and processing are included. Both
+together are measured twice, as two calls and in one prefill (`Cafe.embed_and_generate_batch`).
 """
 
 import time
@@ -24,7 +24,7 @@ MODES = ("embed", "generate", "embed, then generate", "both in one prefill")
 
 @dataclass(frozen=True)
 class Timing:
-    """One row of the table: a mode at a batch size; times in seconds for the whole batch."""
+    """Hold one row of the table: a mode at a batch size; times in seconds for the whole batch."""
 
     mode: str
     batch_size: int
@@ -33,75 +33,93 @@ class Timing:
 
     @property
     def throughput(self) -> float:
-        """Pictures a second, at the median."""
+        """Images per second, at the median."""
         return self.batch_size / self.p50
 
 
 def time_modes(
     model: Any,
-    pictures: Sequence[Path],
+    images: Sequence[Path],
     batch_sizes: Sequence[int] = BATCH_SIZES,
     repeats: int = 20,
     max_new_tokens: int = 32,
     clock: Callable[[], float] = time.perf_counter,
     progress: bool = False,
 ) -> list[Timing]:
-    """Times every mode at every batch size, `repeats` times each, in turn, after one try that does not count.
+    """Time every mode at every batch size `repeats` times, after one untimed warm-up.
 
-    The modes alternate, so that what else the machine does falls on all alike.
+    Args:
+        model: a `Cafe`.
+        images: the files to measure with; used again from the first one where there are too few.
+        batch_sizes: the batch sizes.
+        repeats: number of timings per mode and batch size.
+        max_new_tokens: maximum number of tokens in an answer.
+        clock: returns the time in seconds.
+        progress: show a progress bar.
 
     Raises:
-        CafeError: there are no pictures.
+        CafeError: there are no images.
     """
-    if not pictures:
-        raise CafeError("There are no pictures to measure with.")
+    if not images:
+        raise CafeError("There are no images to measure with.")
     timings = []
     bar = tqdm(total=len(batch_sizes) * (repeats + 1) * len(MODES), desc="modes", unit="run", disable=not progress)
     with bar:
         for size in batch_sizes:
             seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
             for repeat in range(repeats + 1):
-                # Other pictures each time, in a circle where there are too few.
-                chosen = [pictures[(repeat * size + number) % len(pictures)] for number in range(size)]
+                # Each repeat reads other images, so that no cache of files or features makes the later ones faster.
+                batch = [images[(repeat * size + number) % len(images)] for number in range(size)]
+                # The modes alternate, so that other load on the machine affects all of them alike.
                 for mode in MODES:
                     start = clock()
-                    run(model, mode, chosen, max_new_tokens)
+                    run(model, mode, batch, max_new_tokens)
                     seconds[mode].append(clock() - start)
                     bar.update()
-            for mode, times in seconds.items():
-                p50, p95 = np.quantile(times[1:], [0.5, 0.95])
-                timings.append(Timing(mode, size, float(p50), float(p95)))
+            timings += [_summarize(mode, size, times[1:]) for mode, times in seconds.items()]
     return timings
 
 
-def run(model: Any, mode: str, pictures: Sequence[Path], max_new_tokens: int) -> tuple[Any, list[str]]:
-    """One batch in one mode; its vectors and answers, None and empty where the mode gives none."""
-    size = len(pictures)
-    prompts = [Content((ImageRef(picture), PROMPT)) for picture in pictures]
+def _summarize(mode: str, batch_size: int, seconds: Sequence[float]) -> Timing:
+    p50, p95 = np.quantile(seconds, [0.5, 0.95])
+    return Timing(mode, batch_size, float(p50), float(p95))
+
+
+def run(model: Any, mode: str, images: Sequence[Path], max_new_tokens: int) -> tuple[Any, list[str]]:
+    """Run one batch in one mode.
+
+    Returns:
+        the embeddings, None if the mode gives none; and the answers, empty if it gives none.
+    """
+    size = len(images)
     if mode == "both in one prefill":
-        vectors, answers = model.describe(pictures, PROMPT, max_new_tokens, batch_size=size)
+        vectors, answers = model.embed_and_generate_batch(images, PROMPT, max_new_tokens, batch_size=size)
         return vectors, answers
-    vectors = model.embed(pictures, batch_size=size) if mode.startswith("embed") else None
-    said = model.generate_batch(prompts, max_new_tokens, batch_size=size) if "generate" in mode else []
-    return vectors, said
+    vectors, answers = None, []
+    if mode.startswith("embed"):
+        vectors = model.embed(images, batch_size=size)
+    if "generate" in mode:
+        prompts = [Content((ImageRef(image), PROMPT)) for image in images]
+        answers = model.generate_batch(prompts, max_new_tokens, batch_size=size)
+    return vectors, answers
 
 
 def format_timings(timings: Iterable[Timing]) -> str:
-    """A Markdown table, a row a mode and batch size."""
-    lines = ["| mode | batch size | p50, ms | p95, ms | pictures a second |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {t.mode} | {t.batch_size} | {1000 * t.p50:.1f} | {1000 * t.p95:.1f} | {t.throughput:.1f} |" for t in timings
-    ]
+    """Format a Markdown table with a row per mode and batch size."""
+    lines = ["| mode | batch size | p50, ms | p95, ms | images per second |", "|---|---|---|---|---|"]
+    for timing in timings:
+        p50, p95 = 1000 * timing.p50, 1000 * timing.p95
+        lines.append(f"| {timing.mode} | {timing.batch_size} | {p50:.1f} | {p95:.1f} | {timing.throughput:.1f} |")
     return "\n".join(lines)
 
 
-def list_images(folder: Path, most: int = 512) -> list[Path]:
-    """Up to `most` pictures under a folder, in the order of their names.
+def list_images(folder: Path, limit: int = 512) -> list[Path]:
+    """List up to `limit` images in a folder and its subfolders, in the order of their names.
 
     Raises:
         CafeError: there is none.
     """
-    found = sorted(path for path in folder.rglob("*") if is_image_name(path.name))[:most]
-    if not found:
-        raise CafeError(f"There are no pictures under {folder}.")
-    return found
+    images = sorted(path for path in folder.rglob("*") if is_image_name(path.name))[:limit]
+    if not images:
+        raise CafeError(f"There are no images in {folder}.")
+    return images

@@ -1,4 +1,4 @@
-"""Measures a model on a folder of evaluation files: the suites that are asked for, or all whose files are there."""
+"""Run suites on a folder of evaluation files: those that are named, or the default ones whose files exist."""
 
 import difflib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Float32
 
-from cafe.errors import CafeError
+from cafe.errors import RecipeError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.suite import EvaluationResult, Suite
 from cafe.evaluation.suites import SUITES
@@ -33,132 +33,155 @@ def evaluate(
     progress: bool = False,
     judges: Sequence[str] = (),
 ) -> EvaluationResult:
-    """Runs suites on the files in `data`, on the first `limit` records of each.
+    """Run suites on the files in `data`, on the first `limit` records of each.
 
     Args:
         model: a `Cafe`, or anything with its methods.
         data: the folder of evaluation files.
-        limit: records of each suite; all of them unless given.
-        report: takes the lines meant for people.
-        suites: names of suites, or "all"; the usual ones whose files are there unless given.
-        keep: a folder for embeddings and answers as they come, so that an evaluation that was killed goes on.
-        batch_size: contents at once; the model's own choice unless given.
-        together: share the work among the processes of torch.distributed, all of which must call this alike.
-        progress: show rate and time left.
-        judges: who judges free descriptions: "exact", "self", or language models by directory or Hub id.
+        limit: maximum number of records per suite; None for all.
+        report: receives the log lines.
+        suites: names of suites, or "all"; if empty, the default suites whose files exist.
+        keep: a folder that caches embeddings and answers as they are computed, from which an interrupted evaluation
+            resumes.
+        batch_size: number of inputs per forward pass; the model's own choice if None.
+        together: split the work among the processes of torch.distributed, all of which must make the same call.
+        progress: show progress bars.
+        judges: the judges of free descriptions: "exact", "self", or language models by directory or Hub id.
 
     Raises:
-        CafeError: a suite is unknown or lacks its files, there is no evaluation file at all, or a file is not what it
-            should be.
+        CafeError: a suite is unknown or lacks its files, there is no evaluation file at all, or a file is invalid.
     """
-    chosen = select_suites(data, suites)
-    subject = CachedModel(model, keep, batch_size, together, progress, judges)
-    about = {"data": str(data.resolve()), "limit": limit, "fingerprint": subject.fingerprint}
-    done = EvaluationResult(samples={"data": str(data.resolve())}, about=about)
-    for number, suite in enumerate(chosen, 1):
-        if subject.is_main_process:
+    selected = select_suites(data, suites)
+    cached = CachedModel(model, keep, batch_size, together, progress, judges)
+    about = {"data": str(data.resolve()), "limit": limit, "fingerprint": cached.fingerprint}
+    evaluation = EvaluationResult(samples={"data": str(data.resolve())}, about=about)
+    for number, suite in enumerate(selected, 1):
+        if cached.is_main_process:
+            # The first three of its files tell which data is measured; MMEB alone has dozens.
             files = ", ".join(str(path.relative_to(data)) for path in suite.find_files(data)[:3])
-            report(f"[{number}/{len(chosen)}] {suite.name}: {files}")
-        subject.suite = suite.name
-        done.add(suite.run(subject, data, limit))
-    return done
+            report(f"[{number}/{len(selected)}] {suite.name}: {files}")
+        cached.suite = suite.name
+        evaluation.add(suite.run(cached, data, limit))
+    return evaluation
 
 
 def measure(model: Any, data: Path, directory: Path, suites: Sequence[str] = ()) -> dict[str, float]:
-    """Evaluates a model into a directory, with progress, going on from what is kept there; returns the results."""
+    """Evaluate a model into a directory and return the results. An interrupted call resumes from its cache there."""
     evaluation = evaluate(model, data, suites=suites, keep=directory / "kept", progress=True)
     write(evaluation, directory)
     return evaluation.results
 
 
 class NullModel:
-    """A model that says nothing and embeds all alike: what measures it has results of the same names, at no cost."""
+    """Give empty answers and equal embeddings: evaluating it yields the names of all results at no cost."""
 
     def embed(self, contents: Sequence[Any], batch_size: int = 1) -> Float32[np.ndarray, "contents dim"]:
+        """Return the same vector for every content."""
         return np.tile(np.array([1, 0], np.float32), (len(contents), 1))
 
     def generate_batch(self, prompts: Sequence[Any], max_new_tokens: int = 1, batch_size: int = 1) -> list[str]:
+        """Return an empty answer to every prompt."""
         return [""] * len(prompts)
 
     def score_batch(
         self, contents: Sequence[Any], answers: Sequence[Sequence[str]], batch_size: int = 1
     ) -> list[Float[np.ndarray, " answers"]]:
-        return [np.zeros(len(said)) for said in answers]
+        """Return the same score for every answer."""
+        return [np.zeros(len(choices)) for choices in answers]
 
     def with_prompts(self, **changes: Any) -> "NullModel":
+        """Return itself, whose answers do not depend on prompts."""
         return self
 
 
 def training_evaluator(recipe: Recipe) -> Callable[[Any], dict[str, float]] | None:
-    """What measures a model on `evaluation.data` during training, as a recipe says; None where it does not say so.
+    """Make the function that evaluates a model during training, as the recipe says; None if it does not ask for one.
 
     Raises:
-        CafeError: there is no evaluation file, or nothing gives the result that `keep_best` names.
+        RecipeError: there is no evaluation file, or no evaluation gives the result that `metric_for_best_model` names.
     """
-    wanted, best = recipe.evaluation, recipe.metric_for_best_model.removeprefix("-")
-    if not wanted.eval_steps:
+    config, data = recipe.evaluation, Path(recipe.evaluation.data)
+    if not config.eval_steps:
         return None
-    data = Path(wanted.data)
 
-    def measured(model: Any) -> dict[str, float]:
-        return evaluate(model, data, wanted.limit, lambda line: None).results
+    def evaluate_quietly(model: Any) -> dict[str, float]:
+        return evaluate(model, data, config.limit, lambda line: None).results
 
-    if wanted.data:
+    # Both mistakes are found now, not hours later at the first evaluation.
+    if config.data:
         select_suites(data)
-    if best:
-        names = [*(measured(NullModel()) if wanted.data else ()), *(["held_out/lm_loss"] if wanted.sources else ())]
-        nearest = difflib.get_close_matches(best, names, n=1, cutoff=0.0)
-        if best not in names and nearest:
-            raise CafeError(f"There will be no result {best} for keep_best; the nearest is {nearest[0]}.")
-    return measured if wanted.data else None
+    if recipe.metric_for_best_model:
+        names = ["held_out/lm_loss"] if config.sources else []
+        if config.data:
+            names = [*evaluate_quietly(NullModel()), *names]
+        _require_result(recipe.metric_for_best_model.removeprefix("-"), names)
+    return evaluate_quietly if config.data else None
+
+
+def _require_result(wanted: str, names: Sequence[str]) -> None:
+    if not names or wanted in names:
+        return
+    [nearest] = difflib.get_close_matches(wanted, names, n=1, cutoff=0.0)
+    raise RecipeError(f"The evaluation gives no result {wanted} for metric_for_best_model; the nearest is {nearest}.")
 
 
 def select_suites(data: Path, names: Sequence[str] = ()) -> list[Suite]:
-    """The suites of these names; where none is named, the usual ones whose files are in `data`, or whatever is there.
+    """Select suites by name, or all those whose files exist by the name "all".
 
-    "all" names every suite whose files are there.
+    Without names, select the default suites whose files exist; if there are none, the other suites whose files exist.
 
     Raises:
-        CafeError: a suite is unknown or lacks its files, or there is no evaluation file in `data`.
+        RecipeError: a suite is unknown or lacks its files, or there is no evaluation file in `data`.
     """
     if not data.is_dir():
-        raise CafeError(f"The folder of evaluation files {data} does not exist.")
-    known = {suite.name: suite for suite in SUITES}
-    named = [name for name in names if name != "all"]
-    for name in named:
-        if name not in known:
-            raise CafeError(f"There is no suite {name!r}: there are {', '.join(known)}, and all.")
-        if not known[name].find_files(data):
-            expected = "; ".join(known[name].files)
-            raise CafeError(f"The suite {name} lacks its files in {data}: {expected}. From: {known[name].download}.")
+        raise RecipeError(f"The folder of evaluation files {data} does not exist.")
+    named = [_named_suite(name, data) for name in names if name != "all"]
     if named and "all" not in names:
-        return [suite for suite in SUITES if suite.name in named]
-    there = [suite for suite in SUITES if suite.find_files(data)]
-    if not there:
-        raise CafeError(f"There is no evaluation file in {data}: `cafe evaluate --list` says what each suite expects.")
-    return there if names else [suite for suite in there if suite.default] or there
+        return [suite for suite in SUITES if suite in named]
+
+    existing = [suite for suite in SUITES if suite.find_files(data)]
+    if not existing:
+        raise RecipeError(
+            f"There is no evaluation file in {data}; `cafe evaluate --list` shows the files each suite expects."
+        )
+    if names:
+        return existing
+    return [suite for suite in existing if suite.default] or existing
+
+
+def _named_suite(name: str, data: Path) -> Suite:
+    suites = {suite.name: suite for suite in SUITES}
+    if name not in suites:
+        raise RecipeError(f"There is no suite {name!r}; the suites are {', '.join(suites)}, or all.")
+    suite = suites[name]
+    if not suite.find_files(data):
+        expected = "; ".join(suite.files)
+        raise RecipeError(f"The suite {name} lacks its files in {data}: {expected}. Download: {suite.download}.")
+    return suite
 
 
 def describe_suites(data: Path | None = None) -> str:
-    """Every suite: what it measures, the files it expects under the folder, and where they are had."""
+    """Describe every suite: what it measures, the files it expects in the folder, and where to download them."""
     lines = []
     for suite in SUITES:
-        found = "" if data is None else "  [files found]" if suite.find_files(data) else "  [files missing]"
-        named = "" if suite.default else "  [runs when named]"
-        lines += [f"{suite.name}: {suite.measures}{named}{found}", *(f"    {file}" for file in suite.files)]
-        lines += [f"    from: {suite.download}"]
-        lines += [f"    protocol: {', '.join(suite.sources)}"] if suite.sources else []
+        title = f"{suite.name}: {suite.measures}"
+        if not suite.default:
+            title += "  [runs only when named]"
+        if data is not None:
+            title += "  [files found]" if suite.find_files(data) else "  [files missing]"
+        lines += [title, *(f"    {file}" for file in suite.files), f"    from: {suite.download}"]
+        if suite.sources:
+            lines.append(f"    protocol: {', '.join(suite.sources)}")
     return "\n".join(lines)
 
 
 def write(evaluation: EvaluationResult, directory: Path) -> None:
-    """Writes `results.json` and what it rests on: `outputs/PART.jsonl`, samples, embeddings, means, what it is about.
+    """Write `results.json` and what it rests on: `outputs/PART.jsonl`, samples, embeddings, means and `about.json`.
 
-    What another evaluation of the same model, data and limit wrote there stays beside it.
+    Results that an evaluation of the same model, data and limit wrote there before are kept beside the new ones.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    about = directory / "about.json"
-    if evaluation.about.get("fingerprint") and about.is_file() and json.loads(about.read_text()) == evaluation.about:
+    if _continues(evaluation, directory):
         evaluation = _merge_existing(evaluation, directory)
     else:
         shutil.rmtree(directory / "outputs", ignore_errors=True)
@@ -168,27 +191,44 @@ def write(evaluation: EvaluationResult, directory: Path) -> None:
         atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
     for name, value in evaluation.files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(directory / name, json.dumps(value, indent=2) + "\n")
+        _write_json(directory / name, value)
+    # What a later call merges is complete before `about.json` says that it belongs to this evaluation.
     atomic_write_text(directory / "samples.json", json.dumps(evaluation.samples) + "\n")
-    arrays = directory / "embeddings.npz"
-    with staging_path(arrays).open("wb") as out:
-        np.savez_compressed(out, **evaluation.embeddings)  # type: ignore[arg-type]
-    commit(staging_path(arrays), arrays)
-    atomic_write_text(directory / "means.json", json.dumps(evaluation.means, indent=2) + "\n")
-    atomic_write_text(about, json.dumps(evaluation.about, indent=2) + "\n")
-    atomic_write_text(directory / "results.json", json.dumps(evaluation.results, indent=2) + "\n")
+    _write_arrays(directory / "embeddings.npz", evaluation.embeddings)
+    _write_json(directory / "means.json", evaluation.means)
+    _write_json(directory / "about.json", evaluation.about)
+    _write_json(directory / "results.json", evaluation.results)
+
+
+def _continues(evaluation: EvaluationResult, directory: Path) -> bool:
+    """Return whether a directory holds an evaluation of the same model, data and limit."""
+    path = directory / "about.json"
+    if not path.is_file() or not evaluation.about.get("fingerprint"):
+        return False
+    about: dict[str, Any] = json.loads(path.read_text())
+    return about == evaluation.about
+
+
+def _write_json(path: Path, value: Any) -> None:
+    atomic_write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    with staging_path(path).open("wb") as out:
+        np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
+    commit(staging_path(path), path)
 
 
 def _merge_existing(evaluation: EvaluationResult, directory: Path) -> EvaluationResult:
-    """The evaluation with what a directory holds of other suites."""
+    """Add the results of other suites that a directory holds."""
     with np.load(directory / "embeddings.npz") as arrays:
         embeddings = dict(arrays)
     return EvaluationResult(
-        json.loads((directory / "results.json").read_text()) | evaluation.results,
-        evaluation.outputs,
-        json.loads((directory / "samples.json").read_text()) | evaluation.samples,
-        embeddings | evaluation.embeddings,
-        evaluation.about,
-        evaluation.files,
+        results=json.loads((directory / "results.json").read_text()) | evaluation.results,
+        outputs=evaluation.outputs,
+        samples=json.loads((directory / "samples.json").read_text()) | evaluation.samples,
+        embeddings=embeddings | evaluation.embeddings,
+        about=evaluation.about,
+        files=evaluation.files,
         means=json.loads((directory / "means.json").read_text()) | evaluation.means,
     )

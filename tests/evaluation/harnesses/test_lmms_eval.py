@@ -60,13 +60,13 @@ def model(random_base):
     return Cafe.load(random_base)
 
 
-PICTURES = [paint(draw_scene(0, "test", number)) for number in range(2)]
+IMAGES = [paint(draw_scene(0, "test", number)) for number in range(2)]
 
 
 @pytest.fixture
 def wrapped(plugin, model):
     wrapped = plugin.CafeModel(model, batch_size=2)
-    wrapped.task_dict = {"task": {"test": [{"image": picture, "target": "a circle"} for picture in PICTURES]}}
+    wrapped.task_dict = {"task": {"test": [{"image": image, "target": "a circle"} for image in IMAGES]}}
     return wrapped
 
 
@@ -90,7 +90,7 @@ def test_the_entry_point_names_the_class_and_stands_apart_from_it(plugin):
 def test_answers_are_cafes_in_the_order_asked_whatever_the_options(wrapped, model):
     words = ["What is it?", "Look: <image>\nHow many?"]
     requests = [asked(words[0], 0, max_new_tokens=4, until=["\n\n"]), asked(words[1], 1, max_new_tokens=3)]
-    prompts = [Content.of([PICTURES[0], words[0]]), Content.of(["Look: ", PICTURES[1], "How many?"])]
+    prompts = [Content.of([IMAGES[0], words[0]]), Content.of(["Look: ", IMAGES[1], "How many?"])]
     expected = [model.generate_batch([p], max_new_tokens=n)[0] for p, n in zip(prompts, (4, 3), strict=True)]
     assert wrapped.generate_until(requests) == expected
     assert wrapped.generate_until(requests[::-1]) == expected[::-1]
@@ -113,14 +113,14 @@ def test_the_loss_of_a_continuation_is_the_mean_over_its_tokens(wrapped, model):
         Request(("What is it?", target, visuals, 1, "task", "test")),
     ]
     found = wrapped.loglikelihood(requests)
-    for (loss, greedy), picture, text in zip(found, PICTURES, ("a red square", "a circle"), strict=True):
+    for (loss, greedy), image, text in zip(found, IMAGES, ("a red square", "a circle"), strict=True):
         tokens = len(model.chat_processor.tokenizer(text, add_special_tokens=False).input_ids) + 1
-        assert loss == pytest.approx(-model.score([picture, "What is it?"], text) / tokens, abs=1e-4)
-        assert greedy == (model.generate(picture, "What is it?", max_new_tokens=tokens) == text)
+        assert loss == pytest.approx(-model.score([image, "What is it?"], text) / tokens, abs=1e-4)
+        assert greedy == (model.generate(image, "What is it?", max_new_tokens=tokens) == text)
 
 
-def test_pictures_stand_at_their_marks_or_come_first_and_videos_are_refused(plugin):
-    one, two = PICTURES
+def test_images_go_to_their_marks_or_first_and_videos_are_refused(plugin):
+    one, two = IMAGES
     parts = plugin.content("a <image> b <image>", [one, two]).parts
     assert [isinstance(part, str) for part in parts] == [True, False, True, False]
     parts = plugin.content("a <image> b", [one, two]).parts
@@ -130,7 +130,7 @@ def test_pictures_stand_at_their_marks_or_come_first_and_videos_are_refused(plug
         plugin.content("What?", ["video.mp4"])
 
 
-def test_an_answer_ends_before_its_stop_words_but_not_at_a_blank_line(plugin):
+def test_an_answer_ends_before_its_stop_words_not_at_blank_lines(plugin):
     assert plugin.cut("A. because\n\nof it", ["\n\n", "."]) == "A"
     assert plugin.cut("one\n\ntwo", ["\n\n"]) == "one\n\ntwo"
     assert plugin.cut(" one USER: two", "USER:") == "one"
@@ -147,9 +147,9 @@ if INSTALLED:
 
         assert get_model("cafe").__name__ == "CafeModel"
         rows = []
-        for number, picture in enumerate(PICTURES):
-            picture.save(tmp_path / f"{number}.png")
-            answer = model.generate(picture, "What?", max_new_tokens=3)
+        for number, image in enumerate(IMAGES):
+            image.save(tmp_path / f"{number}.png")
+            answer = model.generate(image, "What?", max_new_tokens=3)
             rows.append({"image": str(tmp_path / f"{number}.png"), "answer": [answer, "never said"][number]})
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         tasks = tmp_path / "tasks"

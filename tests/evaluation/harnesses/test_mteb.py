@@ -26,19 +26,19 @@ def encoder(random_base):
 @pytest.fixture(scope="module")
 def pairs(scenes):
     rows = [row for row in json.loads((scenes / "dataset_scenes.json").read_text())["images"] if row["split"] == "test"]
-    pictures = [Image.open(scenes / row["filepath"] / row["filename"]).convert("RGB") for row in rows[:COUNT]]
-    return pictures, [row["sentences"][0]["raw"] for row in rows[:COUNT]]
+    images = [Image.open(scenes / row["filepath"] / row["filename"]).convert("RGB") for row in rows[:COUNT]]
+    return images, [row["sentences"][0]["raw"] for row in rows[:COUNT]]
 
 
 class SceneRetrieval(MockAny2AnyRetrievalT2ITask):
-    """Captions look for their pictures."""
+    """Captions look for their images."""
 
     def load_data(self, num_proc=None, **kwargs) -> None:
-        pictures, captions = self.pairs
+        images, captions = self.pairs
         names = [f"d{number}" for number in range(COUNT)]
         data = RetrievalSplitData(
             queries=Dataset.from_dict({"id": [f"q{number}" for number in range(COUNT)], "text": captions}),
-            corpus=Dataset.from_dict({"id": names, "image": pictures}),
+            corpus=Dataset.from_dict({"id": names, "image": images}),
             relevant_docs={f"q{number}": {name: 1} for number, name in enumerate(names)},
             top_ranked=None,
         )
@@ -55,8 +55,8 @@ def test_mtebs_retrieval_numbers_are_ours(encoder, pairs):
     task = SceneRetrieval()
     task.pairs = pairs
     scores = scores_of(encoder, task)
-    pictures, captions = pairs
-    rank = ranks(encoder.model.embed(captions), encoder.model.embed(pictures), np.arange(COUNT), np.arange(COUNT))
+    images, captions = pairs
+    rank = ranks(encoder.model.embed(captions), encoder.model.embed(images), np.arange(COUNT), np.arange(COUNT))
     for k in (1, 3, 5):
         assert scores[f"recall_at_{k}"] == pytest.approx((rank < k).mean(), abs=1e-5)
     assert scores["mrr_at_10"] == pytest.approx((1 / (rank + 1)).mean(), abs=1e-5)
@@ -69,18 +69,18 @@ def test_a_compositionality_task_runs_and_the_model_is_described(encoder, random
     assert encoder.mteb_model_meta.embed_dim == 160 and encoder.mteb_model_meta.modalities == ["image", "text"]
 
 
-def test_pictures_and_texts_of_a_batch_are_embedded_together(encoder, pairs):
-    pictures, captions = pairs
-    batch = {"text": captions[:3], "image": pictures[:3], "id": ["a", "b", "c"]}
+def test_images_and_texts_of_a_batch_are_embedded_together(encoder, pairs):
+    images, captions = pairs
+    batch = {"text": captions[:3], "image": images[:3], "id": ["a", "b", "c"]}
     found = encoder.encode([batch, batch], task_metadata=None, hf_split="", hf_subset="", batch_size=1)
-    together = [{"image": picture, "text": text} for picture, text in zip(pictures, captions, strict=True)]
+    together = [{"image": image, "text": text} for image, text in zip(images, captions, strict=True)]
     np.testing.assert_allclose(found, np.tile(encoder.model.embed(together[:3]), (2, 1)), atol=1e-5)
 
 
-def test_sounds_are_refused_in_a_sentence():
+def test_audio_is_refused_with_a_clear_message():
     with pytest.raises(CafeError, match="not audio"):
         contents({"audio": [1], "text": ["a"]})
-    with pytest.raises(CafeError, match="texts and pictures"):
+    with pytest.raises(CafeError, match="texts and images"):
         contents({"label": [1]})
 
 

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 
 from cafe.errors import CafeError
-from cafe.evaluation.report.page import ReportRun, write_report
+from cafe.evaluation.report.page import write_report
+from cafe.evaluation.report.run import ReportRun
 from cafe.evaluation.runner import write
 from cafe.evaluation.suite import EvaluationResult
 

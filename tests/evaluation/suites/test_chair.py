@@ -13,7 +13,7 @@ from cafe.evaluation.suites import chair, throne
 
 
 class Says:
-    """Says of each picture what it is given, and remembers what it was asked."""
+    """Says of each image what it is given, and remembers what it was asked."""
 
     def __init__(self, said: dict[str, str]) -> None:
         self.said = said
@@ -53,14 +53,14 @@ def test_every_mention_counts_and_a_description_counts_once(data):
     assert set(model.asked) == {chair.PROMPT}
 
 
-def test_what_peoples_captions_name_is_there_too(data):
+def test_objects_in_peoples_captions_count_as_present(data):
     captions = {"annotations": [{"image_id": 1, "caption": "A man and his puppy."}]}
     (data / "annotations" / "captions_val2014.json").write_text(json.dumps(captions))
     results = chair.run(CachedModel(Says(SAID)), data, None).results
     assert results["chair/CHAIR_i"] == pytest.approx(100 / 6) and results["chair/CHAIR_s"] == pytest.approx(100 / 3)
 
 
-def test_a_model_that_says_nothing_hallucinates_nothing_and_its_recall_shows_it(data):
+def test_an_empty_description_hallucinates_nothing_and_has_recall_0(data):
     results = chair.run(CachedModel(Says(dict.fromkeys(SAID, ""))), data, None).results
     assert results == {"chair/CHAIR_i": 0, "chair/CHAIR_s": 0, "chair/recall": 0, "chair/mentions": 0}
 
@@ -78,7 +78,7 @@ def test_the_counts_over_many_descriptions_agree_with_counting_again():
     assert results["chair/CHAIR_s"] == pytest.approx(100 * liars / 200)
 
 
-def test_a_missing_picture_is_named_and_a_file_of_ones_own_may_say_what_to_ask(data):
+def test_a_missing_image_is_named_and_a_file_may_set_its_prompt(data):
     (data / "val2014" / "c.jpg").unlink()
     with pytest.raises(CafeError, match=r"c\.jpg"):
         chair.run(CachedModel(Says(SAID)), data, None)

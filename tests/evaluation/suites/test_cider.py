@@ -58,7 +58,7 @@ def test_cider_agrees_with_the_formula():
     assert found[1] > found[0] > found[2] == 0
 
 
-def test_the_suite_asks_for_a_caption_of_each_test_picture(tmp_path):
+def test_the_suite_asks_for_a_caption_of_each_test_image(tmp_path):
     (tmp_path / "cider").mkdir()
     (tmp_path / "images").mkdir()
     said = {"a.png": "a red circle", "b.png": "two blue stars"}
@@ -77,7 +77,7 @@ def test_the_suite_asks_for_a_caption_of_each_test_picture(tmp_path):
     assert [row["said"] for row in done.outputs["cider"]] == list(said.values())
 
 
-def test_on_the_scenes_karpathy_file_each_of_a_pictures_captions_is_a_reference(scenes, tmp_path):
+def test_each_caption_of_an_image_in_a_karpathy_file_is_a_reference(scenes, tmp_path):
     (tmp_path / "cider").mkdir()
     shutil.copy(scenes / "dataset_scenes.json", tmp_path / "cider")
     (tmp_path / "images").symlink_to(scenes / "images")
@@ -93,7 +93,7 @@ def test_on_the_scenes_karpathy_file_each_of_a_pictures_captions_is_a_reference(
     assert done.results == {"cider/CIDEr": pytest.approx(expected)} and len(done.outputs["cider"]) == len(said)
 
 
-def test_without_the_package_the_way_to_it_is_said(monkeypatch):
+def test_a_missing_package_names_the_pip_command(monkeypatch):
     monkeypatch.setattr(cider, "find_spec", lambda name: None)
     with pytest.raises(CafeError, match="pip install"):
         cider.cider(["a"], [["a"]])

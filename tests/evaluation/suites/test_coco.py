@@ -13,7 +13,7 @@ CLASSES = [line.split(",")[0].strip() for line in SYNONYMS.strip().splitlines()]
 COCO = vocabulary(CLASSES)
 
 
-def test_there_are_the_80_classes_of_coco_each_known_by_its_name_and_no_word_names_two():
+def test_the_80_coco_classes_are_known_and_no_synonym_names_two():
     assert len(CLASSES) == len(set(CLASSES)) == 80
     assert all(COCO.mentions(f"There is a {name} here.") == [name] for name in CLASSES)
     words = [word.strip() for line in SYNONYMS.strip().splitlines() for word in line.split(",")]
@@ -62,7 +62,7 @@ def chair_words(text: str, synonyms: str) -> list[str]:
     return [name[word] for word in found if word in name]
 
 
-def test_with_a_given_list_of_words_the_mentions_are_those_of_chairs_own_procedure():
+def test_with_custom_synonyms_mentions_are_those_of_chairs_own_procedure():
     synonyms = """person, man, baby, adult, passenger
 chair, seat, stool
 toilet, commode
@@ -92,7 +92,7 @@ def test_a_class_that_no_line_begins_with_is_named_by_its_name():
 @pytest.mark.parametrize(
     ("one", "many"), [("bus", "buses"), ("kitty", "kitties"), ("toy", "toys"), ("teddy bear", "teddy bears")]
 )
-def test_plurals(one, many):
+def test_plurals_follow_the_rules_of_english(one, many):
     assert plural(one) == many
 
 
@@ -113,12 +113,12 @@ def write_instances(path, **changes):
 
 def test_instances_and_captions_are_read_as_coco_writes_them(tmp_path):
     path = write_instances(tmp_path / "annotations" / "instances_val2014.json")
-    pictures = read_instances(path)
-    assert pictures.names == {7: "a.png", 9: "b.png"} and pictures.objects == {7: {"dog"}, 9: {"bottle"}}
+    images = read_instances(path)
+    assert images.names == {7: "a.png", 9: "b.png"} and images.objects == {7: {"dog"}, 9: {"bottle"}}
     captions = path.with_name("captions_val2014.json")
     said = [{"image_id": 7, "caption": "A puppy with a bottle."}, {"image_id": 3, "caption": "A dog."}]
     captions.write_text(json.dumps({"annotations": said}))
-    assert read_captions(captions, pictures) == {7: {"dog", "bottle"}, 9: set()}
+    assert read_captions(captions, images) == {7: {"dog", "bottle"}, 9: set()}
     assert list(read_instances(path, 1).names) == [7]
     path.with_name("synonyms.txt").write_text("dog, hound\nbottle, flask, \n")
     assert read_instances(path).vocabulary.mentions("Hounds, a flask, a puppy") == ["dog", "bottle"]

@@ -1,4 +1,4 @@
-"""MMEB's reading, embedding and scoring: against scikit-learn, pytrec_eval and brute force, and on the scenes."""
+"""MMEB's files as queries, the embedding of each content once, and the results, on small files and on the scenes."""
 
 import json
 import shutil
@@ -8,34 +8,20 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import pytrec_eval
 from PIL import Image
-from sklearn.metrics import ndcg_score
 
 from cafe import Cafe
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.metrics import ndcg_at_k
 from cafe.evaluation.runner import evaluate, write
-from cafe.evaluation.suite import EvaluationResult, mean_of
-from cafe.evaluation.suites.mmeb import (
-    DATASETS,
-    PAGE,
-    PAGE_QUERY,
-    Side,
-    content,
-    datasets,
-    means,
-    read_corpus,
-    read_records,
-    run,
-    score,
-)
+from cafe.evaluation.suites.mmeb import run
+from cafe.evaluation.suites.mmeb.datasets import find_datasets
+from cafe.evaluation.suites.mmeb.readers import PAGE, PAGE_QUERY, Side, read_corpus, read_records, to_content
 
 
 class ByName:
-    """Embeds by what `look` makes of a content's text and its pictures' names; counts what it is given."""
+    """Embeds by what `look` makes of a content's text and its images' names; counts what it is given."""
 
     def __init__(self, look) -> None:
         self.look = look
@@ -79,97 +65,13 @@ def data(tmp_path):
 
 
 def color_rows(wrong: int = 2) -> list[dict]:
-    """A picture looks for its color's name among others'."""
+    """An image looks for its color's name among others'."""
     rows = []
     for color in COLORS:
         names = [color, *(other for other in COLORS if other != color)][: wrong + 1]
         query = {"qry_text": "<|image_1|>\nWhich color?", "qry_img_path": f"{color}.png"}
         rows.append({**query, "tgt_text": names, "tgt_img_path": [""] * len(names)})
     return rows
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_ndcg_agrees_with_scikit_learn_and_with_pytrec_eval(seed):
-    random = np.random.default_rng(seed)
-    similarity = random.permutation(600).reshape(20, 30) / 100.0  # no ties
-    gains = random.integers(0, 4, (20, 30)) * (random.random((20, 30)) < 0.2)
-    gains[:, 0] += 1
-    judged = {str(q): {str(c): int(gains[q, c]) for c in range(30)} for q in range(20)}
-    ranked = {str(q): {str(c): float(similarity[q, c]) for c in range(30)} for q in range(20)}
-    trec = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.1,5,10"}).evaluate(ranked)
-    for k in (1, 5, 10, 30):
-        found = ndcg_at_k(similarity, gains.astype(float), k)
-        each = [ndcg_score(gains[q : q + 1], similarity[q : q + 1], k=k) for q in range(20)]
-        np.testing.assert_allclose(found, each, atol=1e-12)
-        if k < 30:
-            np.testing.assert_allclose(found, [trec[str(q)][f"ndcg_cut_{k}"] for q in range(20)], atol=1e-12)
-
-
-def test_ndcg_counts_ties_and_missing_scores_against_the_model():
-    gains = np.array([[1.0, 0.0, 0.0]])
-    assert ndcg_at_k(np.zeros((1, 3)), gains, 2) == 0
-    assert ndcg_at_k(np.zeros((1, 3)), gains, 3) == pytest.approx(1 / np.log2(4))
-    assert ndcg_at_k(np.array([[np.nan, 1.0, 0.5]]), gains, 3) == pytest.approx(0.5)
-    assert ndcg_at_k(np.array([[1.0, np.nan, np.nan]]), gains, 2) == 0
-    assert ndcg_at_k(np.ones((1, 3)), np.zeros((1, 3)), 3) == 0
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_precision_at_1_agrees_with_looking_at_every_candidate(seed):
-    random = np.random.default_rng(seed)
-    for _ in range(50):
-        similarity = random.integers(0, 4, random.integers(1, 6)).astype(float)
-        right = all(similarity[0] > other for other in similarity[1:])
-        at = score(similarity, {0: 1.0})
-        assert at["hit@1"] == right
-        worse = sum(other >= similarity[0] for other in similarity[1:])
-        assert at["hit@5"] == (worse < 5) and at["hit@10"] == 1
-
-
-def test_a_single_candidate_is_found_but_not_by_a_model_that_gives_nan():
-    assert score(np.array([0.1]), {0: 1.0})["hit@1"] == 1
-    assert score(np.array([np.nan]), {0: 1.0})["ndcg_linear@1"] == 1  # there is nothing to come before it
-    assert score(np.array([np.nan, 0.0]), {0: 1.0})["hit@1"] == 0
-    assert score(np.array([0.5, np.nan]), {0: 1.0})["hit@1"] == 0
-
-
-def test_all_78_datasets_are_known_with_their_groups():
-    counted = {
-        (modality, trained): sum(d.modality == modality and d.trained is trained for d in DATASETS.values())
-        for modality in ("image", "video", "visdoc")
-        for trained in (True, False, None)
-    }
-    assert counted[("image", True)] == 20 and counted[("image", False)] == 16
-    assert counted[("video", None)] == 18 and counted[("visdoc", None)] == 24 and len(DATASETS) == 78
-    tasks = [dataset.task for dataset in DATASETS.values() if dataset.modality == "image"]
-    assert {task: tasks.count(task) for task in tasks} == {
-        "classification": 10,
-        "vqa": 10,
-        "retrieval": 12,
-        "grounding": 4,
-    }
-
-
-def test_means_weigh_each_dataset_alike():
-    results = {"mmeb/SUN397/P@1": 60.0, "mmeb/ObjectNet/P@1": 20.0, "mmeb/MSCOCO/P@1": 10.0, "mmeb/K700/P@1": 50.0}
-    done = EvaluationResult({**results, "mmeb/VisRAG_PlotQA/NDCG@5": 30.0, "mmeb/mine/P@1": 4.0})
-    groups = means(list(done.results))
-    for name, of in groups.items():
-        mean_of(done, name, of)
-    assert {name: done.results[name] for name in groups} == pytest.approx(
-        {
-            "mmeb/classification/P@1": 40,
-            "mmeb/grounding/P@1": 10,
-            "mmeb/image/P@1": 30,
-            "mmeb/IND/P@1": 35,
-            "mmeb/OOD/P@1": 20,
-            "mmeb/video_classification/P@1": 50,
-            "mmeb/video/P@1": 50,
-            "mmeb/visrag/NDCG@5": 30,
-            "mmeb/visdoc/NDCG@5": 30,
-            "mmeb/overall/mean": 29,
-        }
-    )
 
 
 def test_the_first_candidate_is_right_and_equal_contents_are_embedded_once(data):
@@ -179,7 +81,7 @@ def test_the_first_candidate_is_right_and_equal_contents_are_embedded_once(data)
     assert done.results["mmeb/SUN397/P@1"] == done.results["mmeb/IND/P@1"] == 100
     assert done.results["mmeb/overall/datasets"] == 1 and done.means["mmeb/IND/P@1"] == ["mmeb/SUN397/P@1"]
     assert model.modes == ["multimodal"]
-    assert len(model.seen) == 3 + 3  # three pictures, three names, though each row has all names
+    assert len(model.seen) == 3 + 3  # three images, three names, though each row has all names
     assert model.seen[0].parts[1] == "Which color?" and isinstance(model.seen[0].parts[0], ImageRef)
     assert [row["said"] for row in done.outputs["mmeb/SUN397"]] == list(COLORS)
 
@@ -209,10 +111,10 @@ def test_score_files_are_those_of_vlm2vec_and_the_leaderboard(data, tmp_path):
     assert "data_source" in board["metadata"]
 
 
-def test_the_instruction_variant_puts_instructions_before_queries_and_pictures(data):
+def test_the_instruction_variant_puts_instructions_before_queries_and_images(data):
     rows = [
         {
-            "qry_inst": "Find a picture of the color: ",
+            "qry_inst": "Find an image of the color: ",
             "qry_text": "red",
             "qry_img_path": "",
             "tgt_inst": "<|image_1|>\nRepresent it.",
@@ -228,23 +130,23 @@ def test_the_instruction_variant_puts_instructions_before_queries_and_pictures(d
             "tgt_img_path": ["", ""],
         },
     ]
-    questions = read_records(table(data / "mmeb_eval" / "mine.parquet", rows))
-    assert questions[0].query == Side("Find a picture of the color: red")
-    assert questions[0].candidates == [
+    queries = read_records(table(data / "mmeb_eval" / "mine.parquet", rows))
+    assert queries[0].side == Side("Find an image of the color: red")
+    assert queries[0].candidates == [
         Side("<|image_1|>\nRepresent it.", ("red.png",)),
         Side("<|image_1|>\nRepresent it. dark", ("blue.png",)),
     ]
-    assert questions[1].query == Side("<|image_1|>\nName it.", ("red.png",))
-    assert questions[1].candidates == [Side("red"), Side("blue")]
+    assert queries[1].side == Side("<|image_1|>\nName it.", ("red.png",))
+    assert queries[1].candidates == [Side("red"), Side("blue")]
 
 
 def test_a_candidate_that_is_there_twice_counts_once(data):
     row = {"qry_text": "red", "qry_img_path": "", "tgt_text": ["red", "blue", "red"], "tgt_img_path": ["", "", ""]}
-    (question,) = read_records(table(data / "mmeb_eval" / "mine.parquet", [row]))
-    assert question.candidates == [Side("red"), Side("blue")]
+    (query,) = read_records(table(data / "mmeb_eval" / "mine.parquet", [row]))
+    assert query.candidates == [Side("red"), Side("blue")]
 
 
-def test_videos_are_folders_of_frames_evenly_spread_and_some_rank_all_candidates(data):
+def test_videos_are_folders_of_frames_and_some_rank_all_candidates(data):
     for color in COLORS:
         folder = data / "mmeb_eval" / "images" / f"{color}-clip"
         folder.mkdir(parents=True)
@@ -262,22 +164,22 @@ def test_videos_are_folders_of_frames_evenly_spread_and_some_rank_all_candidates
     assert (
         run(CachedModel(ByName(collapsed)), data, None).results["mmeb/MSVD/P@1"] == 0
     )  # of three, though a row has one
-    shown = content(read_records(lines)[0].candidates[0], data, lines)
+    shown = to_content(read_records(lines)[0].candidates[0], data, lines)
     numbers = [int(str(ref)[-8:-4]) for ref in shown.images]
     assert numbers == np.linspace(0, 29, 8, dtype=int).tolist() and shown.text == ""
-    listed = Side("two pictures", ("red.png", "blue.png"))
-    assert [Path(str(ref)).name for ref in content(listed, data, lines).images] == ["red.png", "blue.png"]
+    listed = Side("two images", ("red.png", "blue.png"))
+    assert [Path(str(ref)).name for ref in to_content(listed, data, lines).images] == ["red.png", "blue.png"]
 
 
 def test_frames_are_in_the_order_of_their_numbers_as_in_training(tmp_path):
     (tmp_path / "clip").mkdir()
     for number in (0, 11, 2, 1):
         (tmp_path / "clip" / f"{number}.bmp").touch()
-    shown = content(Side("", ("clip",)), tmp_path, tmp_path / "MSVD.jsonl")
+    shown = to_content(Side("", ("clip",)), tmp_path, tmp_path / "MSVD.jsonl")
     assert [Path(str(ref)).stem for ref in shown.images] == ["0", "1", "2", "11"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CafeError, match="empty holds no images"):
-        content(Side("", ("empty",)), tmp_path, tmp_path / "MSVD.jsonl")
+    with pytest.raises(CafeError, match="empty holds no pictures"):
+        to_content(Side("", ("empty",)), tmp_path, tmp_path / "MSVD.jsonl")
 
 
 def write_corpus(folder: Path, judged: list[dict]) -> None:
@@ -327,9 +229,9 @@ def test_documents_rank_the_whole_corpus_by_graded_relevance(data):
     [
         ({"tgt_text": []}, "0 texts"),
         ({"tgt_text": "red"}, "0 texts"),  # not its letters
-        ({"tgt_img_path": ["", ""]}, "3 texts and 2 pictures"),
+        ({"tgt_img_path": ["", ""]}, "3 texts and 2 images"),
         ({"qry_img_path": "absent.png"}, "absent.png"),
-        ({"qry_text": "<|image_1|><|image_2|>"}, None),  # more marks than pictures: the picture comes first
+        ({"qry_text": "<|image_1|><|image_2|>"}, None),  # more marks than images: the image comes first
     ],
 )
 def test_a_bad_record_is_named(data, change, said):
@@ -342,7 +244,7 @@ def test_a_bad_record_is_named(data, change, said):
     assert path.name in str(error.value)
 
 
-def test_missing_columns_broken_files_and_datasets_that_are_there_twice_are_named(data):
+def test_missing_columns_broken_files_and_duplicate_datasets_are_named(data):
     path = table(data / "mmeb_eval" / "SUN397.parquet", [{"qry_text": "a"}])
     with pytest.raises(CafeError, match="qry_img_path"):
         read_records(path)
@@ -351,7 +253,7 @@ def test_missing_columns_broken_files_and_datasets_that_are_there_twice_are_name
         read_records(path)
     (data / "mmeb_eval" / "SUN397.jsonl").write_text("{}\n")
     with pytest.raises(CafeError, match="measure the same"):
-        datasets(data)
+        find_datasets(data)
 
 
 def test_the_scenes_as_pages_of_documents_and_as_videos_of_a_frame(scenes, random_base, tmp_path):
@@ -386,7 +288,7 @@ def test_the_scenes_as_pages_of_documents_and_as_videos_of_a_frame(scenes, rando
     assert done.results["mmeb/VisRAG_SlideVQA/NDCG@5"] == done.results["mmeb/MSR-VTT/P@1"] == 100
 
 
-def test_the_scenes_are_measured_by_a_real_model_and_by_one_that_knows_the_answers(scenes, random_base, tmp_path):
+def test_mmeb_on_the_scenes_with_a_real_and_a_perfect_model(scenes, random_base, tmp_path):
     folder = tmp_path / "few"
     (folder / "mmeb_eval").mkdir(parents=True)
     (folder / "images").symlink_to(scenes / "images")
@@ -401,8 +303,8 @@ def test_the_scenes_are_measured_by_a_real_model_and_by_one_that_knows_the_answe
     right: dict[tuple, int] = {}
     rows = [row for name in sorted(names) for row in pq.read_table(folder / f"mmeb_eval/{name}.parquet").to_pylist()]
 
-    def key(text: str, picture: str) -> tuple[str, str]:
-        return text.replace("<|image_1|>", "").strip("\n"), Path(picture).name
+    def key(text: str, image: str) -> tuple[str, str]:
+        return text.replace("<|image_1|>", "").strip("\n"), Path(image).name
 
     for row in rows:
         right.setdefault(key(row["tgt_text"][0], row["tgt_img_path"][0]), len(right))

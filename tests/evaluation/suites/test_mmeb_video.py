@@ -9,8 +9,10 @@ from PIL import Image
 from cafe.content import Content
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suites.mmeb import DATASETS, read_records, run
-from cafe.evaluation.suites.mmeb_video import FORMATS, WATCH, WATCH_CLIP
+from cafe.evaluation.suites.mmeb import run
+from cafe.evaluation.suites.mmeb.datasets import DATASETS
+from cafe.evaluation.suites.mmeb.readers import read_records
+from cafe.evaluation.suites.mmeb.video import VIDEO_FORMATS, WATCH, WATCH_CLIP
 
 COLORS = ("red", "green", "blue")
 OPTIONS = [f"{letter}. {color}." for letter, color in zip("ABC", COLORS, strict=True)]
@@ -76,8 +78,8 @@ def found(folder, row):
 def sought(data, color):
     for each in COLORS:
         frames(data, f"video_mret/MomentSeeker/video_frames/films_{each}", each)
-    picture = data / "video-tasks" / "frames" / "video_mret" / "MomentSeeker" / "query_asked.jpg"
-    Image.new("RGB", (8, 8), (0, 255, 0)).save(picture)
+    image = data / "video-tasks" / "frames" / "video_mret" / "MomentSeeker" / "query_asked.jpg"
+    Image.new("RGB", (8, 8), (0, 255, 0)).save(image)
     clips = {each: [{"output_path": f"films/{each}.mp4"}] for each in COLORS}
     shown = {"red": "", "green": "asked.jpg", "blue": "films/blue.mp4"}[color]
     wrong = [clip for each in COLORS if each != color for clip in clips[each]]
@@ -156,69 +158,68 @@ def written(data, name, colors=COLORS):
     return path
 
 
-def test_there_is_a_form_for_each_dataset_of_videos():
-    assert (
-        sorted(FORMATS) == sorted(ROWS) == sorted(name for name, known in DATASETS.items() if known.modality == "video")
-    )
+def test_every_video_dataset_has_a_row_format():
+    names = sorted(name for name, dataset in DATASETS.items() if dataset.modality == "video")
+    assert sorted(VIDEO_FORMATS) == sorted(ROWS) == names
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
 def test_a_hub_datasets_own_columns_are_read(tmp_path, name):
     path = written(tmp_path, name)
-    questions = read_records(path, None, DATASETS[name].whole, name, tmp_path)
-    assert len(questions) == 3
+    queries = read_records(path, video=name, rank_all=DATASETS[name].ranks_all_candidates, data=tmp_path)
+    assert len(queries) == 3
     if name in ASKED:
-        assert questions[0].query.text.endswith(ASKED[name])
+        assert queries[0].side.text.endswith(ASKED[name])
     if name in CANDIDATES:
-        assert [side.text for side in questions[0].candidates] == CANDIDATES[name]
+        assert [side.text for side in queries[0].candidates] == CANDIDATES[name]
     done = run(CachedModel(ByColor()), tmp_path, None)
     if name == "ActivityNetQA":  # ByColor cannot say yes
-        assert [question.candidates[0].text for question in questions] == ["yes", "no", "no"]
+        assert [query.candidates[0].text for query in queries] == ["yes", "no", "no"]
     else:
         assert done.results[f"mmeb/{name}/P@1"] == 100
 
 
-def test_clips_are_told_from_the_video_and_several_may_be_right(tmp_path):
-    (first, *_) = read_records(written(tmp_path, "QVHighlight"), None, False, "QVHighlight", tmp_path)
-    assert first.query.pictures == ("video_mret/QVHighlight/red_0.0_10.0/query",)
-    assert [side.pictures[0].rsplit("/", 1)[1] for side in first.candidates] == ["positive", "negative_0", "negative_1"]
+def test_clips_are_separated_from_the_video_and_several_may_be_right(tmp_path):
+    (first, *_) = read_records(written(tmp_path, "QVHighlight"), video="QVHighlight", data=tmp_path)
+    assert first.side.images == ("video_mret/QVHighlight/red_0.0_10.0/query",)
+    assert [side.images[0].rsplit("/", 1)[1] for side in first.candidates] == ["positive", "negative_0", "negative_1"]
     assert {side.text for side in first.candidates} == {WATCH} and first.gains == {0: 1.0}
     path = written(tmp_path, "MomentSeeker")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows[0]["positive_frames"][1]["output_path"] = "films/blue.mp4"
     path.write_text(json.dumps(rows[0]) + "\n")
-    (first,) = read_records(path, None, False, "MomentSeeker", tmp_path)
+    (first,) = read_records(path, video="MomentSeeker", data=tmp_path)
     assert first.gains == {0: 1.0, 1: 1.0} and {side.text for side in first.candidates} == {WATCH_CLIP}
 
 
-def test_classes_that_no_row_has_are_candidates_where_a_file_names_them(tmp_path):
+def test_classes_in_a_labels_file_are_candidates_too(tmp_path):
     path = written(tmp_path, "HMDB51", ("red", "green"))
-    assert len(read_records(path, None, True, "HMDB51", tmp_path)[0].candidates) == 2
+    assert len(read_records(path, video="HMDB51", rank_all=True, data=tmp_path)[0].candidates) == 2
     (tmp_path / "mmeb_eval" / "HMDB51_labels.txt").write_text("red\n\nblue\ngreen\n")
-    first = read_records(path, None, True, "HMDB51", tmp_path)[0]
+    first = read_records(path, video="HMDB51", rank_all=True, data=tmp_path)[0]
     assert [side.text for side in first.candidates] == ["red", "green", "blue"] and first.gains == {0: 1.0}
 
 
-def test_of_something_something_the_first_thousand_rows_are_taken(tmp_path):
+def test_something_something_uses_the_first_thousand_rows(tmp_path):
     path = written(tmp_path, "SmthSmthV2")
     path.write_text(path.read_text() * 400)
-    assert len(read_records(path, None, False, "SmthSmthV2", tmp_path)) == 1000
+    assert len(read_records(path, video="SmthSmthV2", data=tmp_path)) == 1000
 
 
-def test_records_that_were_brought_into_mmebs_form_are_read_as_before(tmp_path):
+def test_video_records_in_mmeb_eval_format_are_read_too(tmp_path):
     frames(tmp_path, "video_ret/MSVD/red_1", "red")
     row = {"qry_text": "red", "qry_img_path": "", "tgt_text": [""], "tgt_img_path": ["video_ret/MSVD/red_1"]}
     path = tmp_path / "mmeb_eval" / "MSVD.jsonl"
     path.parent.mkdir()
     path.write_text(json.dumps(row) + "\n")
-    assert read_records(path, None, True, "MSVD", tmp_path)[0].query.text == "red"
+    assert read_records(path, video="MSVD", rank_all=True, data=tmp_path)[0].side.text == "red"
 
 
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
-        ("MSVD", {"caption": []}, "Record 0 of .*MSVD.jsonl is no row of MSVD"),
-        ("Video-MME", {"answer": "Z"}, "Record 0 of .*Video-MME.jsonl is no row of Video-MME"),
+        ("MSVD", {"caption": []}, "Record 0 of .*MSVD.jsonl is not a row of MSVD"),
+        ("Video-MME", {"answer": "Z"}, "Record 0 of .*Video-MME.jsonl is not a row of Video-MME"),
         ("QVHighlight", {"video_path": "elsewhere.mp4"}, "elsewhere, which .*QVHighlight.jsonl names, is in none of"),
         ("QVHighlight", {"video_path": "bare.mp4"}, "no folder of the clip that is right"),
         ("K700", {"video_id": "elsewhere"}, "K700/elsewhere, which .*K700.jsonl names, is in none of"),

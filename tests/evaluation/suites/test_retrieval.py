@@ -19,11 +19,11 @@ from cafe.errors import CafeError
 from cafe.evaluation.runner import evaluate, select_suites
 from cafe.images.decoding import decode_image
 
-SHADES = (0, 40, 80, 120, 160, 200, 240)  # of the pictures, each another
+SHADES = (0, 40, 80, 120, 160, 200, 240)  # of the images, each another
 
 
 class Seeing:
-    """Embeds a picture by its shade and a text by the shade it names, with seeded noise that makes mistakes."""
+    """Embeds an image by its shade and a text by the shade it names, with seeded noise that makes mistakes."""
 
     def __init__(self, noise: float) -> None:
         self.noise = noise
@@ -75,7 +75,7 @@ def parquet(folder: Path) -> None:
 
 
 def names_in_parquet(folder: Path) -> None:
-    """As the datasets library writes pictures that it was told to leave where they are."""
+    """As the datasets library writes images that it was told to leave where they are."""
     rows = [{"image": encoded(shade) | {"bytes": None}, "caption": captions_of(shade)} for shade in SHADES]
     pq.write_table(pa.Table.from_pylist(rows), folder / "captions.parquet")
 
@@ -140,7 +140,7 @@ def test_every_kind_of_file_gives_the_same_numbers(data, tmp_path, kind):
     assert measured(data) == expected
 
 
-def test_a_dataset_of_the_hub_that_was_saved_to_disk_gives_the_numbers_of_the_karpathy_file(data):
+def test_a_dataset_saved_to_disk_gives_the_numbers_of_the_karpathy_file(data):
     karpathy(data, "dataset_flickr30k.json")
     expected = measured(data, "flickr30k")
     (data / "dataset_flickr30k.json").unlink()
@@ -151,8 +151,8 @@ def test_a_dataset_of_the_hub_that_was_saved_to_disk_gives_the_numbers_of_the_ka
     assert measured(data, "flickr30k") == expected
 
 
-def test_the_files_of_the_hub_repository_are_read_as_they_lie(data):
-    """A CSV file with lists in JSON and a column of splits, beside a folder of pictures."""
+def test_the_files_of_the_hub_repository_are_read_unchanged(data):
+    """A CSV file with lists in JSON and a column of splits, beside a folder of images."""
     karpathy(data, "dataset_coco.json")
     expected = measured(data, "coco")
     (data / "dataset_coco.json").unlink()
@@ -177,7 +177,7 @@ def test_the_named_protocols_take_the_first_five_captions(data):
 
 
 @pytest.mark.parametrize("kind", KINDS[:-1])  # the last has no names
-def test_limit_takes_the_first_pictures_with_their_captions(data, kind):
+def test_limit_takes_the_first_images_with_their_captions(data, kind):
     kind(data)
     done = evaluate(Seeing(0), data, limit=3, report=lambda line: None, suites=["retrieval"])
     assert [row["image"].rpartition("/")[2] for row in done.outputs["retrieval/image_to_text"]] == [
@@ -186,13 +186,13 @@ def test_limit_takes_the_first_pictures_with_their_captions(data, kind):
     assert len(done.outputs["retrieval/text_to_image"]) == 18
 
 
-def test_pictures_inside_a_file_are_shown_by_small_copies(data):
+def test_images_inside_a_file_are_shown_by_thumbnails(data):
     parquet(data)
     samples = evaluate(Seeing(0), data, report=lambda line: None, suites=["retrieval"]).samples
     assert samples["text_queries"][0]["hits"][0]["image"].startswith("data:image/png;base64,")
 
 
-def test_pictures_may_lie_elsewhere_under_absolute_paths(data, tmp_path_factory):
+def test_images_may_be_elsewhere_under_absolute_paths(data, tmp_path_factory):
     karpathy(data)
     expected = measured(data)
     (data / "dataset_shades.json").unlink()
@@ -213,11 +213,11 @@ def test_paragraphs_of_the_scenes_are_found_by_name(scenes):
         ("image,words\n0.png,zero\n", "lacks the field 'caption' in record 1"),
         ("picture,caption\n0.png,zero\n", "lacks the field 'image' in record 1"),
         ("image,caption\n", "is empty"),
-        ('image,caption\n0.png,"[""zero"", """"]"\n', r"caption of picture 1 of .*captions.csv is no text"),
-        ("image,caption\nabsent.png,zero\n", r"picture absent.png, which .*captions.csv names, is in none of"),
+        ('image,caption\n0.png,"[""zero"", """"]"\n', r"caption of image 1 of .*captions.csv is not text"),
+        ("image,caption\nabsent.png,zero\n", r"image absent.png, which .*captions.csv names, is in none of"),
     ],
 )
-def test_a_wrong_file_is_one_clear_sentence(data, text, message):
+def test_a_wrong_file_raises_one_clear_sentence(data, text, message):
     (data / "captions.csv").write_text(text)
     with pytest.raises(CafeError, match=message):
         measured(data)
@@ -228,16 +228,16 @@ def test_a_wrong_file_is_one_clear_sentence(data, text, message):
     [
         ('{"image": ', "Record 2 of .*captions.jsonl is damaged: .* not valid JSON"),
         ('["0.png", "zero"]', "Record 2 of .*captions.jsonl should be an object"),
-        (json.dumps({"image": "zero " * 99, "caption": "0.png"}), "The picture zero zero .* is in none of"),
+        (json.dumps({"image": "zero " * 99, "caption": "0.png"}), "The image zero zero .* is in none of"),
     ],
 )
-def test_a_wrong_line_is_one_clear_sentence(data, line, message):
+def test_a_wrong_line_raises_one_clear_sentence(data, line, message):
     (data / "captions.jsonl").write_text('{"image": "0.png", "caption": "zero"}\n' + line)
     with pytest.raises(CafeError, match=message):
         measured(data)
 
 
-def test_a_damaged_parquet_file_is_one_clear_sentence(data):
+def test_a_damaged_parquet_file_raises_one_clear_sentence(data):
     (data / "captions.parquet").write_bytes(b"PAR1 no table PAR1")
     with pytest.raises(CafeError, match=r"captions.parquet cannot be read"):
         measured(data)

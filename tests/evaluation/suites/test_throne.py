@@ -34,7 +34,7 @@ def test_only_unanimous_pairs_are_stated_and_only_split_ones_are_left_out():
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_class_wise_and_overall_scores_agree_with_scikit_learn_on_the_pairs_that_count(seed):
+def test_class_and_overall_scores_agree_with_scikit_learn(seed):
     random = np.random.default_rng(seed)
     cast = random.random((2, 30, 5)) < 0.6
     present = random.random((30, 5)) < 0.3
@@ -62,7 +62,7 @@ def test_class_wise_and_overall_scores_agree_with_scikit_learn_on_the_pairs_that
     assert overall["throne/overall/split"] == pytest.approx(100 * split.mean())
 
 
-def test_a_model_that_says_nothing_has_recall_0_and_no_score_is_undefined():
+def test_an_empty_description_has_recall_0_and_no_score_is_undefined():
     nothing, present = np.zeros((2, 3), bool), np.eye(2, 3, dtype=bool)
     assert set(class_scores(nothing, nothing, present).values()) == {0.0}
     assert set(class_scores(nothing, nothing, nothing).values()) == {0.0}
@@ -89,7 +89,7 @@ class Reader:
         return answers
 
 
-def test_a_judge_is_asked_about_each_class_of_each_text_in_every_wording():
+def test_a_judge_is_asked_about_every_class_and_text_in_every_wording():
     judge = Reader()
     cast = ask(CachedModel(judge), ["a dog", "", "an ox and a cat"], CLASSES)
     assert cast.shape == (len(QUESTIONS), 3, 3)
@@ -132,7 +132,7 @@ def language_model(request, tmp_path_factory):
     return path
 
 
-def test_a_language_models_answers_in_a_batch_are_transformers_own_one_by_one(language_model):
+def test_a_judges_batched_answers_are_those_of_transformers_one_by_one(language_model):
     judge = LanguageModel.load(str(language_model))
     texts = ["Text : the dog", "Text", "the cat . the dog . the cat"]
     tokens = AutoTokenizer.from_pretrained(language_model)

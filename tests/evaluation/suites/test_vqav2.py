@@ -48,7 +48,7 @@ def test_one_reference_is_right_or_wrong_and_an_empty_answer_is_wrong():
         ("", ""),
     ],
 )
-def test_answers_are_normalised_as_the_official_evaluation_does(answer, normal):
+def test_answers_are_normalized_as_the_official_evaluation_does(answer, normal):
     assert normalize(answer) == normal
 
 
@@ -72,7 +72,7 @@ def data(tmp_path):
 
 
 @pytest.mark.parametrize("names", [("v2_OpenEnded_val", "v2_val"), ("ok_val", "ok_val")])
-def test_vqas_own_pair_of_files_by_kind_of_answer(data, names):
+def test_vqas_pair_of_files_is_scored_by_answer_type(data, names):
     questions = [
         {"question_id": number, "image_id": 7, "question": f"is it {word}?"}
         for number, word in enumerate(("yes", "five", "blue"))
@@ -132,5 +132,5 @@ def test_json_lines_with_ten_answers(data):
     assert run(CachedModel(Parrot()), data, 1).results == {"vqav2/mine/all": 100}
     for wrong in ([], [2] * 10, [{"text": "red"}]):
         (data / "vqa" / "mine.jsonl").write_text(json.dumps({**row, "answers": wrong}) + "\n")
-        with pytest.raises(CafeError, match="no answers in record 1, or one that is no text"):
+        with pytest.raises(CafeError, match=r"Record 1 of .* has no answers, or one that is not text"):
             read(data / "vqa" / "mine.jsonl")

@@ -16,8 +16,8 @@ from cafe import Cafe
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.suites import aro, word_order
-from cafe.evaluation.suites.choices import WAYS
-from cafe.evaluation.suites.word_order import MODEL, candidates, orders, plain, spacy_tags
+from cafe.evaluation.suites.choices import METHODS
+from cafe.evaluation.suites.word_order import TAGGER_MODEL, candidates, orders, plain, spacy_tags
 from cafe.scenes.world import COLORS, KINDS, SIZES
 
 CAPTION = "A small red circle, left of a large blue star."
@@ -71,7 +71,7 @@ def test_each_of_the_possible_orders_comes_equally_often(order, tags):
     assert len(counts) == 6 and all(abs(count - 1000) < 5 * np.sqrt(6000 * 5 / 36) for count in counts.values())
 
 
-def test_the_caption_comes_first_and_an_order_that_is_the_captions_own_is_no_candidate():
+def test_the_caption_comes_first_and_its_own_order_is_not_a_candidate():
     [caption] = scene_tags([CAPTION])
     for seed in range(50):
         first, *others = candidates(caption, seed)
@@ -111,7 +111,7 @@ class Reads:
 
 @pytest.fixture
 def captioned(tmp_path):
-    """One picture in both of ARO's Karpathy files, with the captions that are asked for."""
+    """One image in both of ARO's Karpathy files, with the captions that are asked for."""
 
     def write(*captions):
         Image.new("RGB", (8, 8)).save(tmp_path / "one.png")
@@ -124,7 +124,7 @@ def captioned(tmp_path):
     return write
 
 
-def test_a_model_that_reads_the_order_is_right_and_a_bag_of_words_never(captioned):
+def test_a_model_that_reads_order_is_right_a_bag_of_words_never(captioned):
     texts = [CAPTION, "a big green ring over a small red heart", "Circle."]
     data = captioned(*texts)
     known = [candidates(words)[0] for words in scene_tags(texts)]
@@ -132,7 +132,7 @@ def test_a_model_that_reads_the_order_is_right_and_a_bag_of_words_never(captione
     for in_order in (True, False):
         done = aro.run(CachedModel(Reads(known, in_order)), data, None, scene_tags)
         for part in ("coco_order", "flickr30k_order"):
-            assert {done.results[f"aro/{part}/{way}"] for way in WAYS} == {100.0 * in_order}
+            assert {done.results[f"aro/{part}/{way}"] for way in METHODS} == {100.0 * in_order}
             lengths = [len(candidates(words)) for words in scene_tags(texts[:2])]
             assert done.results[f"aro/{part}/chance"] == pytest.approx(100 * np.mean([1 / n for n in lengths]))
             assert done.results[f"aro/{part}/left_out"] == 1
@@ -143,18 +143,18 @@ def test_captions_without_another_order_are_all_left_out(captioned):
     assert results == {"aro/coco_order/left_out": 2, "aro/flickr30k_order/left_out": 2}
 
 
-def test_without_the_tagger_one_sentence_says_what_to_install_before_anything_is_scored(captioned, monkeypatch):
+def test_a_missing_tagger_is_reported_before_anything_is_scored(captioned, monkeypatch):
     model = Reads([], True)
-    for missing in ("spacy", MODEL):
+    for missing in ("spacy", TAGGER_MODEL):
         monkeypatch.setattr(word_order, "find_spec", lambda name, missing=missing: name != missing or None)
-        with pytest.raises(CafeError, match=rf"{MODEL}: pip install 'cafe-lvlm\[aro\]'"):
+        with pytest.raises(CafeError, match=rf"{TAGGER_MODEL}: pip install 'cafe-lvlm\[aro\]'"):
             spacy_tags([CAPTION])
     with pytest.raises(CafeError, match="spaCy"):
         aro.run(CachedModel(model), captioned(CAPTION), None)
     assert not model.asked
 
 
-@pytest.mark.skipif(not find_spec("spacy") or not find_spec(MODEL), reason="spaCy or its model is not installed")
+@pytest.mark.skipif(not find_spec("spacy") or not find_spec(TAGGER_MODEL), reason="spaCy or its model is not installed")
 def test_spacy_finds_the_nouns_and_adjectives_of_captions():
     tags = spacy_tags(["A small brown dog chases two white cats.", "People's hats are on the old table"])
     kinds = [{kind: [word for word, tag in one if tag[:2] == kind] for kind in ("NN", "JJ")} for one in tags]
@@ -174,7 +174,7 @@ def test_the_scenes_karpathy_file_with_a_real_model(scenes, random_base, tmp_pat
     said = {plain(re.findall(r"\w+|[^\w\s]", text["raw"])) for row in sentences for text in row["sentences"]}
     for row in rows:
         assert row["captions"][0] in said and len({" ".join(sorted(text.split())) for text in row["captions"]}) == 1
-    for way in WAYS:
+    for way in METHODS:
         right = [row["scores"][way][0] > max(row["scores"][way][1:]) for row in rows]
         assert done.results[f"aro/coco_order/{way}"] == pytest.approx(100 * np.mean(right))
     image, *texts = (model.embed([one])[0] for one in (tmp_path / rows[0]["image"], *rows[0]["captions"]))

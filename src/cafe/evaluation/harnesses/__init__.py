@@ -1,13 +1,13 @@
-"""Plug-ins that let other people's evaluation programs run a checkpoint."""
+"""Plug-ins that let other evaluation programs run a checkpoint."""
 
 from typing import Any
 
 
 def manifest() -> Any:
-    """What the entry point `lmms_eval.models` gives: where `lmms-eval --model cafe` finds its class.
+    """Tell lmms-eval where to find the class of `lmms-eval --model cafe`; the entry point `lmms_eval.models`.
 
-    It stands apart from the plug-in: lmms-eval asks for it while it is itself being imported, which may be by the
-    plug-in, of which then nothing is there yet.
+    It is separate from the plug-in. lmms-eval calls it while it is being imported itself, possibly by the plug-in,
+    whose module is then still empty.
     """
     from lmms_eval.models.registry_v2 import ModelManifest
 

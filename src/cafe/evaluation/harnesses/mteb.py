@@ -23,18 +23,18 @@ from cafe.model import Cafe
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-BATCHES = 4  # gathered before they are embedded, so that contents of like length go together
+NUM_BATCHES = 4  # embedded together, so that contents of similar length share a batch
 
 
 class CafeEncoder(AbsEncoder):
-    """Embeds texts, pictures, and both together, with the instructions that the checkpoint was trained with.
+    """Embed texts, images, and both together, with the instructions that the checkpoint was trained with.
 
     The tasks' own instructions are not used.
 
     Args:
         model_name: a directory, a Hub id, or a loaded `Cafe`.
-        revision: names the result; nothing is fetched by it.
-        device: where the model goes; a GPU where there is one, unless given.
+        revision: a name for the result; it does not choose what is loaded.
+        device: the model's device; by default a GPU if there is one.
     """
 
     def __init__(
@@ -53,45 +53,56 @@ class CafeEncoder(AbsEncoder):
         prompt_type: Any = None,
         **kwargs: Any,
     ) -> Float32[np.ndarray, "inputs dim"]:
-        """The embeddings of the batches of a data loader.
+        """Embed the batches of a data loader.
 
         Raises:
-            CafeError: the batches hold neither texts nor pictures, or sounds or videos.
+            CafeError: the batches hold neither texts nor images, or audio or videos.
         """
         batch_size = kwargs.get("batch_size", 32)
-        waiting: list[Content] = []
-        done = []
-        for batch in inputs:  # some tasks load pictures one at a time: they are gathered here
-            waiting += contents(batch)
-            if len(waiting) >= batch_size * BATCHES:
-                done.append(self.model.embed(waiting, batch_size))
-                waiting = []
-        return np.concatenate([*done, *([self.model.embed(waiting, batch_size)] if waiting else [])])
+        pending: list[Content] = []
+        embedded = []
+        for batch in inputs:
+            pending += contents(batch)
+            # Some tasks load images one at a time, so batches are collected first.
+            if len(pending) >= batch_size * NUM_BATCHES:
+                embedded.append(self.model.embed(pending, batch_size))
+                pending = []
+        if pending:
+            embedded.append(self.model.embed(pending, batch_size))
+        return np.concatenate(embedded)
 
 
 def contents(batch: dict[str, Any]) -> list[Content]:
-    """What a batch holds, a content an item: its picture first, then its text."""
-    other = sorted({"audio", "video"} & set(batch))
+    """Turn a batch into contents, one for each item: its image first, then its text."""
+    unsupported = sorted({"audio", "video"} & set(batch))
+    if unsupported:
+        raise CafeError(f"CAFe embeds texts and images, not {' and '.join(unsupported)}.")
     columns = [batch[name] for name in ("image", "text") if name in batch]
-    if other or not columns:
-        raise CafeError(f"CAFe embeds texts and pictures, not {' and '.join(other) or 'what this task gives'}.")
-    return [Content.of([part for part in parts if part is not None]) for parts in zip(*columns, strict=True)]
+    if not columns:
+        raise CafeError("CAFe embeds texts and images, not what this task gives.")
+    items = []
+    for parts in zip(*columns, strict=True):
+        present = [part for part in parts if part is not None]  # some items of a batch lack their image
+        items.append(Content.of(present))
+    return items
 
 
 def metadata(model: Cafe, revision: str | None = None) -> ModelMeta:
-    """What MTEB writes beside the results."""
+    """Describe the model as MTEB records it beside the results."""
     name = Path(model.lvlm.name_or_path).name or "checkpoint"
-    parameters = sum(parameter.numel() for parameter in model.lvlm.parameters())
+    text_config = model.lvlm.config.get_text_config()
+    parameters = list(model.lvlm.parameters())
+    num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return ModelMeta(
         loader=None,
         name=f"cafe/{name}",
         revision=revision or "local",
         release_date=None,
         languages=None,
-        n_parameters=parameters,
-        memory_usage_mb=sum(p.numel() * p.element_size() for p in model.lvlm.parameters()) / 2**20,
-        max_tokens=getattr(model.lvlm.config.get_text_config(), "max_position_embeddings", None),
-        embed_dim=model.lvlm.config.get_text_config().hidden_size,
+        n_parameters=sum(parameter.numel() for parameter in parameters),
+        memory_usage_mb=num_bytes / 2**20,
+        max_tokens=getattr(text_config, "max_position_embeddings", None),
+        embed_dim=text_config.hidden_size,
         license=None,
         open_weights=True,
         public_training_code=None,

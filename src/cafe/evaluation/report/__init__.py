@@ -1,0 +1,1 @@
+"""Compare evaluations on one HTML page."""

@@ -1,11 +1,10 @@
-"""How sure a result is: bootstrap intervals, and paired tests between two checkpoints. Plain NumPy, seeded.
+"""Compute how certain a result is: bootstrap intervals, and paired tests between two checkpoints. All are seeded.
 
-Everything works on the marks of per-sample outputs (`suite.Evaluation.outputs`): a result is the sum of its numerators
-over the sum of its denominators. Samples of one group (a picture with its captions or questions) are not independent:
-groups are resampled, never single samples.
+Everything starts from the marks of per-sample outputs (`EvaluationResult.outputs`): a result is the sum of its
+numerators over the sum of its denominators. Samples of one group (an image with its captions or questions) are not
+independent, so whole groups are resampled, never single samples.
 """
 
-import math
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,20 +13,24 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy import stats
+
+from cafe.evaluation.suite import read_marks
 
 NUM_RESAMPLES = 2000  # of the bootstrap and of the permutation test
-LEVEL = 0.95
+CONFIDENCE_LEVEL = 0.95
+BATCH_SIZE = 64  # resamples that SciPy draws at once: few enough to stay in the processor's cache
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SampleTally:
-    """One result's marks, summed by group.
+    """Hold one result's marks, summed by group.
 
     Attributes:
-        groups: their names in alphabetical order, so that the same groups are drawn alike wherever they come from.
-        numerators: numerators.
-        denominators: denominators.
-        marks: for each sample's id, its numerator and denominator.
+        groups: the groups' names in alphabetical order, so that equal groups are resampled alike in every result.
+        numerators: the sum of the numerators of each group.
+        denominators: the sum of the denominators of each group.
+        marks: by sample id, its numerator and denominator.
     """
 
     groups: tuple[str, ...]
@@ -38,18 +41,19 @@ class SampleTally:
     @property
     def value(self) -> float:
         """The result, in percent."""
-        return float(_percent(self.numerators.sum(), self.denominators.sum()))
+        return float(_rate(self.numerators, self.denominators))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What separates the second checkpoint from the first in one result.
+    """Hold the difference between two checkpoints in one result.
 
     Attributes:
-        difference: second minus first, in points of percent.
-        low, high: its bootstrap interval.
-        permutation: p of the paired permutation test: how often a difference as large comes of swapping the two
-            checkpoints' outputs by lot, group by group.
+        difference: second minus first, in percentage points.
+        low: the lower end of its bootstrap interval.
+        high: the upper end.
+        permutation: p of the paired permutation test: how often a difference as large arises when the outputs of the
+            two checkpoints are swapped at random, group by group.
         mcnemar: p of McNemar's exact test, for results in which a sample is right or wrong; None for others.
     """
 
@@ -60,130 +64,127 @@ class Comparison:
     mcnemar: float | None
 
 
-def tallies(rows: Iterable[Mapping[str, Any]]) -> dict[str, SampleTally]:
-    """The tally of each result that the rows bear marks for."""
-    summed: dict[str, dict[str, list[float]]] = {}
+def tally_results(rows: Iterable[Mapping[str, Any]]) -> dict[str, SampleTally]:
+    """Tally each result that the rows have marks for."""
+    sums: dict[str, dict[str, list[float]]] = {}
     marks: dict[str, dict[str, tuple[float, float]]] = {}
     for number, row in enumerate(rows):
-        name = str(row.get("id", number))
-        group = str(row.get("group", name))
-        for metric, mark in row["marks"].items():
-            part, whole = mark if isinstance(mark, (list, tuple)) else (mark, 1)
-            total = summed.setdefault(metric, {}).setdefault(group, [0.0, 0.0])
-            total[0] += part
-            total[1] += whole
-            marks.setdefault(metric, {})[name] = (float(part), float(whole))
-    done = {}
-    for metric, groups in summed.items():
-        names = sorted(groups)
-        parts, wholes = np.array([groups[name] for name in names]).T
-        done[metric] = SampleTally(tuple(names), parts, wholes, marks[metric])
-    return done
+        sample = str(row.get("id", number))
+        group = str(row.get("group", sample))
+        for name, numerator, denominator in read_marks(row):
+            total = sums.setdefault(name, {}).setdefault(group, [0.0, 0.0])
+            total[0] += numerator
+            total[1] += denominator
+            marks.setdefault(name, {})[sample] = (float(numerator), float(denominator))
+    results = {}
+    for name, by_group in sums.items():
+        groups = sorted(by_group)
+        numerators, denominators = np.array([by_group[group] for group in groups]).T
+        results[name] = SampleTally(tuple(groups), numerators, denominators, marks[name])
+    return results
 
 
-def interval(result: Sequence[SampleTally], draws: int = NUM_RESAMPLES) -> tuple[float, float]:
-    """The percentile bootstrap interval of a result, in percent (Efron, 1979).
+def bootstrap_interval(parts: Sequence[SampleTally], num_resamples: int = NUM_RESAMPLES) -> tuple[float, float]:
+    """Compute the percentile bootstrap interval of a result, in percent (Efron, 1979).
 
     Args:
-        result: its tally; or several, of which the result is the mean. Parts with the same groups (POPE's splits, which
-            ask about the same pictures) are resampled together, others apart.
-        draws: resamples.
+        parts: the result's tally; or several, of which the result is the mean. Parts with the same groups (POPE's
+            splits, which ask about the same images) are resampled together, others independently.
+        num_resamples: number of bootstrap resamples.
     """
-    drawn = []
-    for tally in result:
-        weights = _resamples(len(tally.groups), draws, _seed(tally))
-        drawn.append(_percent(weights @ tally.numerators, weights @ tally.denominators))
-    return _middle(np.mean(drawn, axis=0))
+    return _percentile_interval(np.mean([_resample(part, num_resamples) for part in parts], axis=0))
 
 
 def compare(
-    first: Sequence[SampleTally], second: Sequence[SampleTally], draws: int = NUM_RESAMPLES
+    first: Sequence[SampleTally], second: Sequence[SampleTally], num_resamples: int = NUM_RESAMPLES
 ) -> Comparison | None:
-    """The second result beside the first, part by part; None if they are not of the same samples."""
-    pairs = list(zip(first, second, strict=False))
-    if len(first) != len(second) or any(
-        a.marks.keys() != b.marks.keys() or set(a.groups) != set(b.groups) for a, b in pairs
-    ):
+    """Compare two checkpoints in one result, given by its parts; None if they are not of the same samples."""
+    if len(first) != len(second):
         return None
-    observed, resampled, swapped = (
-        np.mean(values, axis=0) for values in zip(*(_drawn(*pair, draws) for pair in pairs), strict=True)
-    )
-    low, high = _middle(resampled)
-    extreme = int((np.abs(swapped) >= abs(observed) - 1e-9).sum())
-    exact = _mcnemar(*pairs[0]) if len(pairs) == 1 else None
-    return Comparison(float(observed), low, high, (1 + extreme) / (1 + draws), exact)
-
-
-def _drawn(
-    first: SampleTally, second: SampleTally, draws: int
-) -> tuple[float, Float[np.ndarray, " draws"], Float[np.ndarray, " draws"]]:
-    """The difference of a result's part: as it is, in each resample, and in each draw of swaps."""
-    order = {group: number for number, group in enumerate(second.groups)}
-    aligned = [order[group] for group in first.groups]
-    parts = np.stack([first.numerators, second.numerators[aligned]], axis=1)
-    wholes = np.stack([first.denominators, second.denominators[aligned]], axis=1)
-
-    def differences(parts: np.ndarray, wholes: np.ndarray) -> np.ndarray:
-        rates = _percent(parts, wholes)
-        return rates[..., 1] - rates[..., 0]
-
-    count, seed = len(first.groups), _seed(first)
-    weights, swaps = _resamples(count, draws, seed), _swaps(count, draws, seed)
-    return (
-        float(differences(parts.sum(axis=0), wholes.sum(axis=0))),
-        differences(weights @ parts, weights @ wholes),
-        differences(*(_swapped(side, swaps) for side in (parts, wholes))),
-    )
-
-
-def _seed(tally: SampleTally) -> int:
-    """Of the draws: one for the same groups, another for others."""
-    return zlib.crc32("\n".join(tally.groups).encode())
-
-
-def _swapped(
-    side: Float[np.ndarray, "groups 2"], swaps: Float[np.ndarray, "draws groups"]
-) -> Float[np.ndarray, "draws 2"]:
-    """Both checkpoints' sums, the chosen groups of each draw exchanged."""
-    moved = swaps @ (side[:, 1] - side[:, 0])
-    return side.sum(axis=0) + moved[:, None] * np.array([1, -1])
+    pairs = list(zip(first, second, strict=True))
+    if any(a.groups != b.groups or a.marks.keys() != b.marks.keys() for a, b in pairs):
+        return None
+    difference = float(np.mean([b.value - a.value for a, b in pairs]))
+    # Both sides of a pair have the same groups, so each resample holds the same images on both sides: it is paired.
+    resampled = [_resample(b, num_resamples) - _resample(a, num_resamples) for a, b in pairs]
+    low, high = _percentile_interval(np.mean(resampled, axis=0))
+    swapped = np.mean([_swap(a, b, num_resamples) for a, b in pairs], axis=0)
+    # Equal differences may differ in their last bits. The observed one counts as a permutation too, so p is above 0.
+    extreme = 1 + np.count_nonzero(np.abs(swapped) >= abs(difference) - 1e-9)
+    exact = _mcnemar_of_marks(*pairs[0]) if len(pairs) == 1 else None
+    return Comparison(difference, low, high, float(extreme / (1 + num_resamples)), exact)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
-    """Two-sided exact p that samples which one checkpoint alone gets right are as often the first's as the second's."""
-    discordant, fewer = only_first + only_second, min(only_first, only_second)
-    logs = [
-        math.lgamma(discordant + 1) - math.lgamma(k + 1) - math.lgamma(discordant - k + 1) for k in range(fewer + 1)
-    ]
-    return min(1.0, 2 * math.fsum(math.exp(log - discordant * math.log(2)) for log in logs))
+    """Compute McNemar's exact p: the two-sided binomial test of the samples that only one checkpoint gets right."""
+    discordant = only_first + only_second
+    if discordant == 0:  # SciPy tests at least one sample
+        return 1.0
+    return float(stats.binomtest(only_first, discordant).pvalue)
 
 
-def _mcnemar(first: SampleTally, second: SampleTally) -> float | None:
-    pairs = [(first.marks[name], second.marks[name]) for name in first.marks]
-    if any(whole != 1 or part not in (0, 1) for pair in pairs for part, whole in pair):
-        return None
-    return mcnemar(sum(a > b for (a, _), (b, _) in pairs), sum(b > a for (a, _), (b, _) in pairs))
+def _mcnemar_of_marks(first: SampleTally, second: SampleTally) -> float | None:
+    right = []
+    for tally in (first, second):
+        marks = np.array([tally.marks[sample] for sample in first.marks])
+        if (marks[:, 1] != 1).any() or not np.isin(marks[:, 0], (0, 1)).all():
+            return None
+        right.append(marks[:, 0] == 1)
+    only_first, only_second = right[0] & ~right[1], right[1] & ~right[0]
+    return mcnemar(int(only_first.sum()), int(only_second.sum()))
 
 
-@lru_cache(maxsize=1)  # the results of one part have the same groups
-def _resamples(count: int, draws: int, seed: int) -> Float[np.ndarray, "draws groups"]:
-    """How often each of `count` groups is drawn in each resample."""
-    drawn = np.random.default_rng(seed).integers(count, size=(draws, count)) + count * np.arange(draws)[:, None]
-    return np.bincount(drawn.ravel(), minlength=draws * count).reshape(draws, count).astype(np.float32)
+@lru_cache(maxsize=1024)  # a result's own interval and its comparisons need the same resamples
+def _resample(tally: SampleTally, num_resamples: int) -> Float[np.ndarray, " resamples"]:
+    """Draw bootstrap resamples of a result, in percent; the same groups are drawn for all tallies with equal groups."""
+    if len(tally.groups) == 1:  # which SciPy refuses: all resamples are equal
+        return np.full(num_resamples, tally.value)
+    resamples = stats.bootstrap(
+        (tally.numerators, tally.denominators),
+        _rate,
+        paired=True,
+        vectorized=True,
+        n_resamples=num_resamples,
+        batch=BATCH_SIZE,
+        method="percentile",
+        random_state=np.random.default_rng(_seed(tally)),
+    )
+    distribution: Float[np.ndarray, " resamples"] = resamples.bootstrap_distribution
+    return distribution
 
 
-@lru_cache(maxsize=1)
-def _swaps(count: int, draws: int, seed: int) -> Float[np.ndarray, "draws groups"]:
-    """1 where a draw swaps a group, 0 elsewhere."""
-    return np.random.default_rng(seed).integers(2, size=(draws, count), dtype=np.uint8).astype(np.float32)
+def _swap(first: SampleTally, second: SampleTally, num_resamples: int) -> Float[np.ndarray, " resamples"]:
+    """Draw differences between two checkpoints whose groups are swapped at random.
+
+    `scipy.stats.permutation_test` permutes each group's pair on its own, which takes ten times as long, and lists all
+    swaps where they are few, so that the parts of a mean would have unequal numbers of them.
+    """
+    random = np.random.default_rng(_seed(first))
+    swaps = random.integers(2, size=(num_resamples, len(first.groups)), dtype=np.uint8).astype(float)
+    before, after = (np.stack([tally.numerators, tally.denominators]) for tally in (first, second))
+    # A swapped group takes its sums along: what the first checkpoint gains by it, the second loses.
+    gained = (after - before) @ swaps.T
+    first_rates = _percent(*(before.sum(axis=-1, keepdims=True) + gained))
+    second_rates = _percent(*(after.sum(axis=-1, keepdims=True) - gained))
+    return second_rates - first_rates
 
 
-def _percent(parts: Any, wholes: Any) -> Any:
-    """Numerators over denominators in percent; 0 where nothing counts."""
-    return 100 * np.divide(parts, wholes, out=np.zeros_like(parts, dtype=float), where=np.asarray(wholes) != 0)
+def _seed(tally: SampleTally) -> int:
+    """Return the seed of the draws: equal for equal groups, different for others."""
+    return zlib.crc32("\n".join(tally.groups).encode())
 
 
-def _middle(values: np.ndarray) -> tuple[float, float]:
-    """Where the middle `LEVEL` of the values lie."""
-    low, high = np.quantile(values, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+def _rate(numerators: np.ndarray, denominators: np.ndarray, axis: int = -1) -> Any:
+    """Compute a result from the sums of its groups along an axis, in percent."""
+    return _percent(numerators.sum(axis=axis), denominators.sum(axis=axis))
+
+
+def _percent(numerators: Any, denominators: Any) -> Any:
+    """Divide, in percent; 0 where nothing counts."""
+    zeros = np.zeros_like(numerators, dtype=float)
+    return 100 * np.divide(numerators, denominators, out=zeros, where=np.asarray(denominators) != 0)
+
+
+def _percentile_interval(values: Float[np.ndarray, " resamples"]) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Every suite there is, in the order in which they run."""
+"""The suites, in the order in which they run."""
 
 from cafe.evaluation.suites.aro import ARO
 from cafe.evaluation.suites.captions import CAPTIONS

@@ -1,44 +1,45 @@
 """Captions that are exactly right and the objects they mention, where all right captions and objects are known."""
 
 from pathlib import Path
+from typing import Any
 
 from cafe.evaluation.cached_model import CachedModel
+from cafe.evaluation.io import NUM_SAMPLES, ask_about_images, by_pattern, json_lines
 from cafe.evaluation.metrics import mentioned_objects
-from cafe.evaluation.suite import (
-    NUM_SAMPLES,
-    EvaluationResult,
-    Suite,
-    aggregate,
-    ask_about_images,
-    by_pattern,
-    json_lines,
-)
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
-MAX_NEW_TOKENS = 96  # tokens of a caption
+MAX_NEW_TOKENS = 96
 FIELDS = {"image": str, "text": str, "answers": list, "objects": list}
 
 
 def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
-    """Asks for a description of each picture."""
+    """Ask for a description of each image."""
     (path,) = find(data)
-    every = json_lines(path, FIELDS)
-    rows, vocabulary = every[:limit], {word for row in every for word in row["objects"]}
+    records = json_lines(path, FIELDS)
+    # Of all records: an object that no image within the limit shows can still be hallucinated.
+    vocabulary = {term for record in records for term in record["objects"]}
+    records = records[:limit]
     outputs = []
-    for row, begun in zip(rows, ask_about_images(model, data, path, rows, MAX_NEW_TOKENS), strict=True):
-        mentioned, present = mentioned_objects(begun["said"], vocabulary), set(row["objects"])
-        true = len(mentioned & present)
-        marks = {
-            "captions/exact": int(begun["said"] in row["answers"]),
-            "objects/precision": [true, len(mentioned)],
-            "objects/recall": [true, len(present)],
-            "objects/hallucinated": [len(mentioned) - true, len(mentioned)],
-        }
-        outputs.append({**begun, "mentioned": sorted(mentioned), "objects": sorted(present), "marks": marks})
-    shown = [
+    for record, row in zip(records, ask_about_images(model, data, path, records, MAX_NEW_TOKENS), strict=True):
+        mentioned, present = mentioned_objects(row["said"], vocabulary), set(record["objects"])
+        marks = {"captions/exact": int(row["said"] in record["answers"]), **contributions(mentioned, present)}
+        outputs.append({**row, "mentioned": sorted(mentioned), "objects": sorted(present), "marks": marks})
+    # For the report: the first captions, with whether they are right.
+    samples = [
         {"image": row["image"], "said": row["said"], "right": bool(row["marks"]["captions/exact"])}
         for row in outputs[:NUM_SAMPLES]
     ]
-    return EvaluationResult(aggregate(outputs), {"captions": outputs}, {"captions": shown})
+    return EvaluationResult(aggregate(outputs), {"captions": outputs}, {"captions": samples})
+
+
+def contributions(mentioned: set[str], present: set[str]) -> dict[str, Any]:
+    """Compute what the objects that a caption mentions contribute to each result."""
+    correct = len(mentioned & present)
+    return {
+        "objects/precision": [correct, len(mentioned)],
+        "objects/recall": [correct, len(present)],
+        "objects/hallucinated": [len(mentioned) - correct, len(mentioned)],
+    }
 
 
 find = by_pattern("captions_test.jsonl")
@@ -46,8 +47,17 @@ find = by_pattern("captions_test.jsonl")
 CAPTIONS = Suite(
     name="captions",
     measures="captions that are exactly right, and objects mentioned that are not there",
-    files=("captions_test.jsonl: image, text (what to ask), answers (all that are right), objects (all there are)",),
-    download="written by `cafe scenes write DIR`, or by hand for pictures of which everything is known",
+    files=(
+        "captions_test.jsonl: image, text (the prompt), answers (all right captions), objects (all objects present)",
+    ),
+    download="written by `cafe scenes write DIR`, or by hand for images of which everything is known",
     find_files=find,
     run=run,
+    headline=("captions/exact", "objects/recall", "objects/hallucinated"),
+    lower_is_better=("objects/hallucinated",),
+    labels={
+        "captions/exact": "Captions exactly right",
+        "objects/recall": "Objects mentioned",
+        "objects/hallucinated": "Objects hallucinated",
+    },
 )

@@ -1,16 +1,17 @@
-"""Which of several captions fits a picture, asked both ways that one model can answer.
+"""Which of several captions fits an image, asked in the two ways that one model can answer.
 
-| way | a caption's score |
+| method | a caption's score |
 |---|---|
-| `embedding` | cosine of the picture's embedding and the caption's |
+| `embedding` | cosine of the image's embedding and the caption's |
 | `likelihood` | log-likelihood of the caption as the answer to "Describe the image.", in nats (`Cafe.score`) |
-| `gain` | the same less the caption's log-likelihood without the picture: what seeing adds |
+| `gain` | the same minus the caption's log-likelihood without the image: what seeing adds |
 
 Likelihood alone prefers plausible and short captions, which a model finds without looking (arXiv 2306.01879); `gain`
-takes that away. The right caption has to score higher than every other: ties count against the model.
+corrects for that. The right caption must score higher than every other: ties count against the model.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -19,57 +20,63 @@ from jaxtyping import Float
 from cafe.content import Content
 from cafe.evaluation.cached_model import CachedModel
 
-WAYS = ("embedding", "likelihood", "gain")
+METHODS = ("embedding", "likelihood", "gain")
 PROMPT = "Describe the image."
-# Scores this near are one: equal contents may differ by this in float32.
+# Scores closer than this count as equal: equal contents may differ by this much in float32.
 MARGINS = {"embedding": 1e-6, "likelihood": 1e-4, "gain": 1e-4}
-AT_ONCE = 2048  # pictures whose scores are computed before the next are opened
+NUM_AT_ONCE = 2048  # images whose scores are computed before the next are opened
 
 Scores = dict[str, list[Float[np.ndarray, " captions"]]]
 
 
-def score(model: CachedModel, pictures: Sequence[Any], captions: Sequence[Sequence[str]]) -> Scores:
-    """By way, the scores of each picture's captions.
+def score(model: CachedModel, images: Sequence[Any], captions: Sequence[Sequence[str]]) -> Scores:
+    """Score the captions of each image by every method.
 
     Args:
         model: the model.
-        pictures: whatever `Content.of` takes. The same one may come several times: it is embedded once.
-        captions: some captions of each picture.
+        images: whatever `Content.of` takes. An image that comes several times is embedded once.
+        captions: some captions for each image.
     """
-    seen = list(dict.fromkeys(pictures))
-    said = list(dict.fromkeys(caption for some in captions for caption in some))
-    rows = {picture: row for picture, row in zip(seen, model.embed(seen), strict=True)}
-    columns = {caption: row for caption, row in zip(said, model.embed(said), strict=True)}
-    asked = [Content((*Content.of(picture).parts, PROMPT)) for picture in pictures]
-    likelihood = model.score(asked, captions)
-    blind = model.score([PROMPT] * len(said), [[caption] for caption in said])
-    prior = {caption: alone[0] for caption, alone in zip(said, blind, strict=True)}
-    return {
-        "embedding": [
-            np.stack([columns[caption] for caption in some]) @ rows[picture]
-            for picture, some in zip(pictures, captions, strict=True)
-        ],
-        "likelihood": likelihood,
-        "gain": [
-            seen - np.array([prior[caption] for caption in some])
-            for seen, some in zip(likelihood, captions, strict=True)
-        ],
-    }
+    texts = list(dict.fromkeys(chain.from_iterable(captions)))
+    prompts = [Content((*Content.of(image).parts, PROMPT)) for image in images]
+    embedding = _cosines(model, images, captions, texts)
+    likelihood = model.score(prompts, captions)
+    # What the captions get without the image, each text once.
+    blind = model.score([PROMPT] * len(texts), [[text] for text in texts])
+    prior = {text: scores[0] for text, scores in zip(texts, blind, strict=True)}
+    gain = []
+    for scores, choices in zip(likelihood, captions, strict=True):
+        gain.append(scores - np.array([prior[caption] for caption in choices]))
+    return {"embedding": embedding, "likelihood": likelihood, "gain": gain}
 
 
-def first_is_best(scores: Float[np.ndarray, " captions"], way: str) -> bool:
-    """Whether the first caption scores higher than each of the others."""
-    return bool((scores[0] > scores[1:] + MARGINS[way]).all())
+def _cosines(
+    model: CachedModel, images: Sequence[Any], captions: Sequence[Sequence[str]], texts: list[str]
+) -> list[Float[np.ndarray, " captions"]]:
+    """Compute the cosine of each image with its captions; equal images and texts are embedded once."""
+    unique = list(dict.fromkeys(images))
+    image_rows = dict(zip(unique, model.embed(unique), strict=True))
+    text_rows = dict(zip(texts, model.embed(texts), strict=True))
+    cosines = []
+    for image, choices in zip(images, captions, strict=True):
+        rows = np.stack([text_rows[caption] for caption in choices])
+        cosines.append(rows @ image_rows[image])
+    return cosines
 
 
-def judge_choices(scores: Scores, number: int, name: str) -> dict[str, Any]:
-    """By way, the scores of one picture's captions and the marks whether the first is ahead, for the picture's row.
+def first_is_best(scores: Float[np.ndarray, " captions"], method: str) -> bool:
+    """Tell whether the first caption scores higher than each of the others."""
+    return bool((scores[0] > scores[1:] + MARGINS[method]).all())
+
+
+def judge_choices(scores: Scores, number: int, part: str) -> dict[str, Any]:
+    """Make an image's output row: its captions' scores, and whether the first caption is best by each method.
 
     Args:
-        scores: what `score` gave.
-        number: of the picture.
-        name: the result that it counts for, less the way.
+        scores: what `score` returned.
+        number: of the image.
+        part: the results that the image counts for, without the method.
     """
-    found = {way: scores[way][number] for way in WAYS}
-    marks = {f"{name}/{way}": int(first_is_best(each, way)) for way, each in found.items()}
-    return {"scores": {way: each.tolist() for way, each in found.items()}, "marks": marks}
+    by_method = {method: scores[method][number] for method in METHODS}
+    marks = {f"{part}/{method}": int(first_is_best(values, method)) for method, values in by_method.items()}
+    return {"scores": {method: values.tolist() for method, values in by_method.items()}, "marks": marks}

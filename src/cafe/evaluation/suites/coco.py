@@ -1,192 +1,135 @@
-"""Objects in pictures as COCO's annotations have them, and the words of a text that name objects.
+"""COCO's annotations of objects in images, and the words of a text that name objects.
 
-CHAIR and THRONE judge descriptions by these. The words for COCO's 80 classes are ours: what a class is commonly called,
-in the singular. CHAIR's authors keep a longer list (github.com/LisaAnne/Hallucination, data/synonyms.txt, one class a
-line, its name first); as `annotations/synonyms.txt` it takes the place of ours.
+CHAIR and THRONE judge descriptions by these. `coco_synonyms.txt` has our words for COCO's 80 classes: what a class is
+commonly called, in the singular, one class per line, its name first. CHAIR's authors keep a longer list in the same
+format (github.com/LisaAnne/Hallucination, data/synonyms.txt), which replaces ours as `annotations/synonyms.txt`.
+`coco_words.json` has irregular plurals and the compounds that CHAIR treats specially.
 """
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
-from cafe.evaluation.suite import find_one
+from cafe.evaluation.cached_model import CachedModel
+from cafe.evaluation.io import find_image, find_one
 
-SYNONYMS = """
-person, people, man, woman, boy, girl, child, kid, baby, toddler, adult, teenager, lady, gentleman, guy
-bicycle, bike
-car, sedan, van, minivan, suv, taxi, cab, jeep
-motorcycle, motorbike, moped, scooter
-airplane, plane, aeroplane, aircraft, jet, airliner
-bus, minibus
-train, locomotive
-truck, lorry, pickup, pickup truck, fire truck, firetruck
-boat, ship, sailboat, canoe, kayak, ferry, yacht, rowboat, motorboat
-traffic light, traffic signal, stoplight, stop light
-fire hydrant, hydrant
-stop sign
-parking meter
-bench
-bird, duck, goose, seagull, gull, pigeon, parrot, owl, swan, crow, sparrow, eagle, pelican, flamingo, rooster, hen
-cat, kitten, kitty
-dog, puppy
-horse, pony, foal, mare, stallion
-sheep, lamb, ewe
-cow, cattle, bull, calf, ox
-elephant
-bear
-zebra
-giraffe
-backpack, rucksack, knapsack
-umbrella, parasol
-handbag, purse
-tie, necktie, bow tie
-suitcase, luggage
-frisbee
-skis, ski
-snowboard
-sports ball, ball, soccer ball, football, basketball, baseball, tennis ball, volleyball
-kite
-baseball bat
-baseball glove, mitt
-skateboard
-surfboard
-tennis racket, racket, racquet
-bottle
-wine glass, wineglass
-cup, mug, teacup
-fork
-knife
-spoon
-bowl
-banana
-apple
-sandwich, hamburger, burger, cheeseburger
-orange
-broccoli
-carrot
-hot dog, hotdog
-pizza
-donut, doughnut
-cake, cupcake, cheesecake
-chair, armchair, stool
-couch, sofa, loveseat
-potted plant, houseplant
-bed
-dining table, table
-toilet
-tv, television, monitor
-laptop, laptop computer, notebook computer
-mouse, computer mouse
-remote, remote control
-keyboard
-cell phone, cellphone, mobile phone, smartphone, phone, telephone
-microwave, microwave oven
-oven, stove
-toaster
-sink, washbasin
-refrigerator, fridge
-book
-clock
-vase
-scissors
-teddy bear, teddy, stuffed bear
-hair drier, hair dryer, hairdryer
-toothbrush
-"""
+_TABLES = files("cafe.evaluation.suites")
+_WORDS = json.loads(_TABLES.joinpath("coco_words.json").read_text(encoding="utf-8"))
+SYNONYMS = _TABLES.joinpath("coco_synonyms.txt").read_text(encoding="utf-8")
 
-IRREGULAR = {
-    "man": "men", "woman": "women", "child": "children", "person": "persons", "gentleman": "gentlemen",
-    "goose": "geese", "mouse": "mice", "knife": "knives", "calf": "calves", "ox": "oxen",
-}  # fmt: skip
-# CHAIR's special cases: before these a word for a person names none, and these compounds hold no object, or another.
-AGES = ("baby", "adult")
-ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
-COMPOUNDS = {"home plate": None, "train track": None, "toilet seat": "toilet", "bow tie": "tie"}
-MAX_NEW_TOKENS = 3  # words of a term
+MAX_TERM_WORDS = 3
+# CHAIR's special cases. A compound holds no object, or another one than its words say; and before an animal or a
+# vehicle, "baby", "adult" and "passenger" are not a person.
+COMPOUNDS: dict[str, str | None] = _WORDS["compounds"]
+ANIMALS: list[str] = _WORDS["animals"]
+QUALIFIERS = {
+    **{animal: _WORDS["ages"] for animal in ANIMALS},
+    **{vehicle: ["passenger"] for vehicle in ("jet", "train")},
+}
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Which words name which class.
+    """Know which words name which class.
 
     Attributes:
-        classes: their names.
-        words: from one or more words to the class they name; None for words that only look like an object.
+        classes: the names of the classes.
+        words: maps terms of one or more words to the class they name; None for a term that only looks like an object.
     """
 
     classes: tuple[str, ...]
     words: dict[str, str | None]
 
     def mentions(self, text: str) -> list[str]:
-        """The class of each mention of an object in a text, in order; the longest words that name one are taken."""
+        """List the class of each mention of an object in a text, in order; the longest matching term wins."""
         words = re.findall(r"[a-z0-9]+", text.lower().replace("'s ", " "))
-        found: list[str] = []
-        at = 0
-        while at < len(words):
-            for length in range(min(MAX_NEW_TOKENS, len(words) - at), 0, -1):
-                term = " ".join(words[at : at + length])
-                if term in self.words:
-                    name = self.words[term]
-                    # "The seat of the toilet" is no chair.
-                    if name and not (term in ("seat", "seats") and "toilet" in words):
-                        found.append(name)
-                    break
-            at += length
-        return found
+        classes: list[str] = []
+        position = 0
+        while position < len(words):
+            term = self._longest_term(words[position : position + MAX_TERM_WORDS])
+            name = self.words.get(term)
+            # "The seat of the toilet" is not a chair.
+            is_toilet_seat = term in ("seat", "seats") and "toilet" in words
+            if name and not is_toilet_seat:
+                classes.append(name)
+            position += len(term.split())
+        return classes
+
+    def _longest_term(self, words: list[str]) -> str:
+        """Find the longest known term that these words begin with; the first word if there is none."""
+        for length in range(len(words), 1, -1):
+            term = " ".join(words[:length])
+            if term in self.words:
+                return term
+        return words[0]
 
 
 def vocabulary(classes: Iterable[str], synonyms: str = SYNONYMS) -> Vocabulary:
-    """The words for some classes, in the singular and the plural.
+    """Collect the words for some classes, in the singular and the plural.
 
     Args:
-        classes: names; one that begins no line of the synonyms is named by its name alone.
-        synonyms: lines of words with commas between, of which the first is the class's name.
+        classes: names; a class that begins no line of the synonyms is named by its name alone.
+        synonyms: lines of comma-separated words, of which the first is the class's name.
     """
-    lines = [[word.strip().lower() for word in line.split(",")] for line in synonyms.splitlines() if line.strip()]
-    known = {line[0]: line for line in lines}
+    # 1. Each class's own terms; of two classes with the same term, the later one has it.
     names = tuple(classes)
-    words: dict[str, str | None] = {
-        word: name for name in names for word in known.get(name.lower(), [name.lower()]) if word
-    }
+    synonyms_of = _parse_synonyms(synonyms)
+    words: dict[str, str | None] = {}
+    for name in names:
+        terms = synonyms_of.get(name.lower(), [name.lower()])
+        words.update({term: name for term in terms if term})
+    # 2. Compounds and plurals, which do not replace a term of the list.
     for compound, head in COMPOUNDS.items():
-        words.setdefault(compound, words.get(head or ""))
-    for word in list(words):
-        words.setdefault(plural(word), words[word])
-    for qualifiers, heads in ((AGES, ANIMALS), (("passenger",), ("jet", "train"))):
-        for head in heads:
-            for form in (head, plural(head)):
-                words |= {f"{qualifier} {form}": words.get(form) for qualifier in qualifiers}
+        words.setdefault(compound, words.get(head) if head else None)
+    for term in list(words):
+        words.setdefault(plural(term), words[term])
+    # 3. Last, so that "baby elephant" is the elephant even where a list of words says otherwise.
+    for head, qualifiers in QUALIFIERS.items():
+        for form in (head, plural(head)):
+            words.update({f"{qualifier} {form}": words.get(form) for qualifier in qualifiers})
     return Vocabulary(names, words)
 
 
+def _parse_synonyms(synonyms: str) -> dict[str, list[str]]:
+    """Map the name that begins each line to all words of the line."""
+    synonyms_of = {}
+    for line in synonyms.lower().splitlines():
+        terms = [term.strip() for term in line.split(",")]
+        synonyms_of[terms[0]] = terms
+    return synonyms_of
+
+
 def plural(term: str) -> str:
-    """The regular plural of a term's last word, and that of the irregular ones among COCO's."""
+    """Form the plural of a term's last word, by rule or, for COCO's irregular words, from the table."""
     head, _, word = term.rpartition(" ")
-    if word in IRREGULAR:
-        many = IRREGULAR[word]
+    irregular = _WORDS["irregular_plurals"].get(word)
+    if irregular:
+        form = irregular
     elif re.search(r"(s|x|z|ch|sh)$", word):
-        many = word + "es"
+        form = word + "es"
     elif re.search(r"[^aeiou]y$", word):
-        many = word[:-1] + "ies"
+        form = word[:-1] + "ies"
     else:
-        many = word + "s"
-    return f"{head} {many}".strip()
+        form = word + "s"
+    return f"{head} {form}".strip()
 
 
 @dataclass(frozen=True)
-class ImageRefs:
-    """Pictures of which all objects are known.
+class AnnotatedImages:
+    """Hold images of which all objects are known.
 
     Attributes:
         source: the annotation file.
-        names: of the pictures' files, by id.
-        objects: of each picture, the classes it shows.
+        names: the images' file names, by id.
+        objects: the classes that each image shows, by id.
         vocabulary: all classes, and the words for them.
-        prompt: what the file says to ask for a description; empty where it does not.
+        prompt: the file's own request for a description; empty if it has none.
     """
 
     source: Path
@@ -196,18 +139,19 @@ class ImageRefs:
     prompt: str
 
 
-def find_instances(data: Path, first: str) -> Path | None:
-    """The annotation file of a year, such as "val2014"; or the only one there is."""
-    return find_one(data, f"annotations/instances_{first}.json") or find_one(data, "annotations/instances_*.json")
+def find_instances(data: Path, year: str) -> list[Path]:
+    """Find the annotation file of a year, such as "val2014", or else the only one there is."""
+    path = find_one(data, f"annotations/instances_{year}.json") or find_one(data, "annotations/instances_*.json")
+    return [path] if path else []
 
 
-def read_instances(path: Path, limit: int | None = None) -> ImageRefs:
-    """COCO's `instances_*.json`: the first `limit` pictures and the classes that each shows.
+def read_instances(path: Path, limit: int | None = None) -> AnnotatedImages:
+    """Read COCO's `instances_*.json`: the first `limit` images and the classes that each shows.
 
-    `annotations/synonyms.txt`, where it is there, says which words name which class.
+    `annotations/synonyms.txt`, if it exists, says which words name which class.
 
     Raises:
-        CafeError: the file is not of its format.
+        CafeError: the file does not have COCO's format.
     """
     try:
         parsed: dict[str, Any] = json.loads(path.read_text())
@@ -215,28 +159,57 @@ def read_instances(path: Path, limit: int | None = None) -> ImageRefs:
         names = {row["id"]: row["file_name"] for row in parsed["images"][:limit]}
         objects: dict[int, set[str]] = {number: set() for number in names}
         for row in parsed["annotations"]:
-            if row["image_id"] in objects:
+            if row["image_id"] in objects:  # not beyond the limit
                 objects[row["image_id"]].add(classes[row["category_id"]])
     except (ValueError, KeyError, TypeError) as error:
         raise CafeError(f"The evaluation file {path} is not a COCO instances file: {error!r}.") from None
     if not names or not classes:
-        raise CafeError(f"The evaluation file {path} holds no picture or no category.")
-    file = path.with_name("synonyms.txt")
-    words = vocabulary(classes.values(), file.read_text() if file.is_file() else SYNONYMS)
-    return ImageRefs(path, names, objects, words, (parsed.get("info") or {}).get("prompt", ""))
+        raise CafeError(f"The evaluation file {path} holds no image or no category.")
+    words = vocabulary(classes.values(), _read_synonyms(path.with_name("synonyms.txt")))
+    # "prompt" is not COCO's: a file of your own may say how to ask for a description.
+    info = parsed.get("info") or {}
+    return AnnotatedImages(path, names, objects, words, info.get("prompt", ""))
 
 
-def read_captions(path: Path, pictures: ImageRefs) -> dict[int, set[str]]:
-    """COCO's `captions_*.json`: the classes that the captions of each picture mention.
+def _read_synonyms(path: Path) -> str:
+    """Read a file's own list of words, or take ours."""
+    return path.read_text() if path.is_file() else SYNONYMS
+
+
+def read_captions(path: Path, images: AnnotatedImages) -> dict[int, set[str]]:
+    """Read COCO's `captions_*.json`: the classes that the captions of each image mention.
 
     Raises:
-        CafeError: the file is not of its format.
+        CafeError: the file does not have COCO's format.
     """
-    said: dict[int, set[str]] = {number: set() for number in pictures.names}
+    # People mention objects that have no box; CHAIR counts them as present.
+    mentioned: dict[int, set[str]] = {number: set() for number in images.names}
     try:
         for row in json.loads(path.read_text())["annotations"]:
-            if row["image_id"] in said:
-                said[row["image_id"]].update(pictures.vocabulary.mentions(row["caption"]))
+            if row["image_id"] in mentioned:
+                mentioned[row["image_id"]].update(images.vocabulary.mentions(row["caption"]))
     except (ValueError, KeyError, TypeError) as error:
         raise CafeError(f"The evaluation file {path} is not a COCO captions file: {error!r}.") from None
-    return said
+    return mentioned
+
+
+def describe_images(
+    model: CachedModel, data: Path, images: AnnotatedImages, folder: str, prompt: str, max_new_tokens: int
+) -> Iterator[tuple[int, Path, str]]:
+    """Ask for a description of each image.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        images: the images; their file's own prompt comes before `prompt`.
+        folder: where the images may be, besides the usual places.
+        prompt: the protocol's request for a description.
+        max_new_tokens: the length of a description.
+
+    Returns:
+        the id, the path relative to `data` and the description of each image.
+    """
+    paths = [find_image(name, data, images.source, folder) for name in images.names.values()]
+    request = images.prompt or prompt
+    contents = [Content((ImageRef(data / path), request)) for path in paths]
+    return zip(images.names, paths, model.generate(contents, max_new_tokens), strict=True)

@@ -1,4 +1,4 @@
-"""POPE: yes-or-no questions about objects that are or are not in a picture (arXiv 2305.10355)."""
+"""POPE: yes-or-no questions about objects that are or are not in an image (arXiv 2305.10355)."""
 
 import re
 from pathlib import Path
@@ -6,40 +6,38 @@ from typing import Any
 
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, ask_about_images, by_pattern, json_lines, mean_of
+from cafe.evaluation.io import ask_about_images, by_pattern, json_lines
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
 
 SPLITS = ("random", "popular", "adversarial")
-MAX_NEW_TOKENS = 8  # tokens of an answer
+MAX_NEW_TOKENS = 8
 
 
 def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
-    """Asks the questions of each split that is there. What several splits ask is asked once."""
-    done = EvaluationResult()
+    """Ask the questions of each split that is there. A question that several splits share is asked once."""
+    result = EvaluationResult()
+    # The splits share half of their questions: those about objects that are present.
     splits = {path: read(path)[:limit] for path in find(data)}
-    asked = {(row["image"], row["text"]): row for rows in splits.values() for row in rows}
-    heard = dict(
-        zip(
-            asked,
-            ask_about_images(model, data, next(iter(splits)), list(asked.values()), MAX_NEW_TOKENS, "val2014"),
-            strict=True,
-        )
-    )
-    for path, rows in splits.items():
-        split = path.stem.rsplit("_", 1)[-1]
-        outputs = []
-        for number, row in enumerate(rows):
-            begun, label = heard[row["image"], row["text"]], row["label"]
-            counted = contributions(begun["said"], label == "yes", f"pope/{split}")
-            outputs.append({**begun, "id": row.get("question_id", number), "label": label, "marks": counted})
-        done.outputs[f"pope/{split}"] = outputs
-        done.results |= aggregate(outputs)
+    questions = {(record["image"], record["text"]): record for records in splits.values() for record in records}
+    source = next(iter(splits))
+    answered = ask_about_images(model, data, source, list(questions.values()), MAX_NEW_TOKENS, "val2014")
+    row_of = dict(zip(questions, answered, strict=True))
+    for path, records in splits.items():
+        part = f"pope/{path.stem.rsplit('_', 1)[-1]}"
+        rows = []
+        for number, record in enumerate(records):
+            row, label = row_of[record["image"], record["text"]], record["label"]
+            marks = contributions(row["said"], label == "yes", part)
+            rows.append({**row, "id": record.get("question_id", number), "label": label, "marks": marks})
+        result.outputs[part] = rows
+        result.results |= aggregate(rows)
     for name in ("accuracy", "precision", "recall", "F1", "yes_ratio", "strict_accuracy", "neither"):
-        mean_of(done, f"pope/mean/{name}", [key for key in done.results if key.endswith(f"/{name}")])
-    return done
+        mean_of(result, f"pope/mean/{name}", [key for key in result.results if key.endswith(f"/{name}")])
+    return result
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The questions of a split.
+    """Read the questions of a split.
 
     Raises:
         CafeError: a record lacks a field, or its label is neither yes nor no.
@@ -51,55 +49,63 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def contributions(answer: str, true: bool, part: str) -> dict[str, Any]:
-    """What an answer counts for, read as POPE reads it; beside it, the strict reading's accuracy.
+def contributions(answer: str, is_present: bool, part: str) -> dict[str, Any]:
+    """Compute what an answer contributes to each result, parsed as POPE does, and to the strict accuracy.
 
-    F1 is 2 hits over the "yes" said and the "yes" due, so that it is a share of sums like the others.
+    F1 is written as 2 true positives over the "yes" answered plus the "yes" expected, so that it is a ratio of sums
+    like the others.
     """
-    yes, strict = parse_yes_no(answer), parse_strictly(answer)
-    hit = int(yes and true)
+    says_yes, strict = parse_yes_no(answer), parse_strictly(answer)
+    true_positive = int(says_yes and is_present)
     return {
-        f"{part}/accuracy": int(yes == true),
-        f"{part}/precision": [hit, int(yes)],
-        f"{part}/recall": [hit, int(true)],
-        f"{part}/F1": [2 * hit, int(yes) + int(true)],
-        f"{part}/yes_ratio": int(yes),
-        f"{part}/strict_accuracy": int(strict is not None and strict == true),
+        f"{part}/accuracy": int(says_yes == is_present),
+        f"{part}/precision": [true_positive, int(says_yes)],
+        f"{part}/recall": [true_positive, int(is_present)],
+        f"{part}/F1": [2 * true_positive, int(says_yes) + int(is_present)],
+        f"{part}/yes_ratio": int(says_yes),
+        f"{part}/strict_accuracy": int(strict == is_present),
         f"{part}/neither": int(strict is None),
     }
 
 
 def parse_yes_no(answer: str) -> bool:
-    """POPE's own reading of an answer: "no" if its first sentence holds the word No, not or no, and "yes" otherwise."""
+    """Parse an answer as POPE does: "no" if its first sentence has the word No, not or no, otherwise "yes"."""
+    # Case and spaces matter, as in the official script: "NO" and "No!" count as yes.
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 
 
 def parse_strictly(answer: str) -> bool | None:
-    """Whether an answer says yes (True) or no (False) in so many words; None where it says neither, or both.
+    """Parse an answer that says yes (True) or no (False) explicitly; None if it says neither, or both.
 
-    An answer that begins with either word, in upper or lower case, means it; in any other, exactly one of the two must
-    stand. "There is not" says neither.
+    An answer that begins with either word, in upper or lower case, means it; any other must contain exactly one of
+    the two. "There is not" says neither.
     """
     words = re.findall(r"[^\W\d_]+", answer.lower())
     if words and words[0] in ("yes", "no"):
         return words[0] == "yes"
-    found = {word for word in words if word in ("yes", "no")}
-    return found == {"yes"} if len(found) == 1 else None
+    explicit = {"yes", "no"} & set(words)
+    if len(explicit) != 1:
+        return None
+    return explicit == {"yes"}
 
 
 find = by_pattern(*(f"pope/*_{split}.json" for split in SPLITS))
 
 POPE = Suite(
     name="pope",
-    measures="yes-or-no questions about objects that are or are not in a picture",
+    measures="yes-or-no questions about objects that are or are not in an image",
     files=(
-        *(f"pope/*_{split}.json: the {split} probes, JSON lines" for split in SPLITS),
-        "COCO val2014's pictures, in the folder itself, images/ or val2014/",
+        *(f"pope/*_{split}.json: the {split} questions, JSON lines" for split in SPLITS),
+        "COCO val2014's images, in the folder itself, images/ or val2014/",
     ),
     download="github.com/AoiDragon/POPE (output/coco); cocodataset.org (2014 Val images); "
-    "written small by `cafe scenes write DIR`",
+    "a small version is written by `cafe scenes write DIR`",
     sources=("arXiv 2305.10355",),
     find_files=find,
     run=run,
+    headline=("pope/adversarial/accuracy", "pope/mean/accuracy"),
+    lower_is_better=("pope/*/neither",),
+    no_direction=("pope/*/yes_ratio",),
+    labels={"pope": "POPE", "pope/adversarial/accuracy": "POPE, adversarial", "pope/mean/accuracy": "POPE, mean"},
 )

@@ -1,4 +1,4 @@
-"""SugarCrepe: a picture's caption against one that is changed in a small, plausible way (arXiv 2306.14610).
+"""SugarCrepe: an image's caption against one that is changed in a small, plausible way (arXiv 2306.14610).
 
 Seven files: an attribute or object added; an attribute, object or relation replaced; attributes or objects swapped.
 """
@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, find_image, json_records, mean_of
+from cafe.evaluation.io import find_image, json_records
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
 from cafe.evaluation.suites.choices import judge_choices, score
 
 CHANGES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -16,50 +17,65 @@ FIELDS = {"filename": str, "caption": str, "negative_caption": str}
 
 
 def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
-    """Measures every file that is there, the first `limit` records of each."""
-    done = EvaluationResult()
+    """Measure every file that is there, the first `limit` records of each."""
+    result = EvaluationResult()
     for path in find(data):
-        records = json_records(path, FIELDS)[:limit]
-        at = [find_image(record["filename"], data, path, "val2017") for record in records]
-        captions = [(record["caption"], record["negative_caption"]) for record in records]
-        scores = score(model, [data / picture for picture in at], captions)
-        rows: list[dict[str, Any]] = []
-        for number, (picture, (right, wrong)) in enumerate(zip(at, captions, strict=True)):
-            row = {"id": number, "group": str(picture), "image": str(picture), "caption": right, "negative": wrong}
-            rows.append(row | judge_choices(scores, number, f"sugarcrepe/{path.stem}"))
-        done.outputs[f"sugarcrepe/{path.stem}"] = rows
-        done.results |= aggregate(rows)
-    for name, of in means(list(done.results)).items():
-        mean_of(done, name, of)
-    return done
+        part = f"sugarcrepe/{path.stem}"
+        rows = _judge_records(model, data, path, part, limit)
+        result.outputs[part] = rows
+        result.results |= aggregate(rows)
+    # Only after all files: a mean is over those that are there.
+    for name, averaged in means(list(result.results)).items():
+        mean_of(result, name, averaged)
+    return result
+
+
+def _judge_records(model: CachedModel, data: Path, path: Path, part: str, limit: int | None) -> list[dict[str, Any]]:
+    """Score the two captions of each record of a file."""
+    records = json_records(path, FIELDS)[:limit]
+    images = [find_image(record["filename"], data, path, "val2017") for record in records]
+    captions = [(record["caption"], record["negative_caption"]) for record in records]
+    scores = score(model, [data / image for image in images], captions)
+    rows: list[dict[str, Any]] = []
+    for number, (image, record) in enumerate(zip(images, records, strict=True)):
+        row = {"id": number, "group": str(image), "image": str(image)}
+        row |= {"caption": record["caption"], "negative": record["negative_caption"]}
+        rows.append(row | judge_choices(scores, number, part))
+    return rows
 
 
 def means(results: Sequence[str]) -> dict[str, list[str]]:
-    """Which results each mean is of: the files of each kind of change, and all; each file weighs alike."""
+    """List the results that each mean averages: the files of each kind of change, and all files; each weighs alike."""
     groups: dict[str, list[str]] = {}
     for result in results:
-        _, change, way = result.split("/")
+        _, change, method = result.split("/")
         for group in (change.partition("_")[0], "mean"):
-            groups.setdefault(f"sugarcrepe/{group}/{way}", []).append(result)
+            groups.setdefault(f"sugarcrepe/{group}/{method}", []).append(result)
     return groups
 
 
 def find(data: Path) -> list[Path]:
-    """The files that are there."""
-    return [path for change in CHANGES if (path := data / "sugarcrepe" / f"{change}.json").is_file()]
+    """Find the files that are there."""
+    paths = [data / "sugarcrepe" / f"{change}.json" for change in CHANGES]
+    return [path for path in paths if path.is_file()]
 
 
 SUGARCREPE = Suite(
     name="sugarcrepe",
-    measures="a picture's caption against one with a small change, by embedding and by likelihood",
+    measures="an image's caption against one with a small change, by embedding and by likelihood",
     files=(
         "sugarcrepe/{" + ",".join(CHANGES) + "}.json",
-        "COCO val2017's pictures, in the folder itself, images/ or val2017/",
+        "COCO val2017's images, in the folder itself, images/ or val2017/",
     ),
     download="github.com/RAIVNLab/sugar-crepe (data); cocodataset.org (2017 Val images); "
-    "written small by `cafe scenes write DIR`",
+    "a small version is written by `cafe scenes write DIR`",
     sources=("arXiv 2306.14610",),
     find_files=find,
     run=run,
     default=False,
+    headline=("sugarcrepe/mean/embedding", "sugarcrepe/mean/likelihood"),
+    labels={
+        "sugarcrepe/mean/embedding": "SugarCrepe, by embedding",
+        "sugarcrepe/mean/likelihood": "SugarCrepe, by likelihood",
+    },
 )

@@ -1,146 +1,163 @@
 """VQA's soft accuracy: an answer is as right as people agree with it (arXiv 1505.00468; VQA v2, arXiv 1612.00837).
 
-Each question has answers of ten people. Against nine of them at a time, an answer's accuracy is min(matches / 3, 1);
+Each question has answers by ten people. Against nine of them at a time, an answer's accuracy is min(matches / 3, 1);
 the mean over the ten ways to leave one out is its score: 0, 0.3, 0.6, 0.9 and 1 for none, one, two, three and more.
-Answers are compared after the official normalisation: lower case, no punctuation, no articles, number words as digits,
-apostrophes restored. (The official code leaves answers as they are where all ten people agree; here they are always
-normalised, as EvalAI's evaluation does.)
+Answers are compared after the official normalization: lower case, no punctuation, no articles, number words as digits,
+apostrophes restored; `vqav2_normalization.json` has its words. (The official code leaves answers as they are if all
+ten people agree; here they are always normalized, as in EvalAI's evaluation.)
 """
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, ask_about_images, json_lines
+from cafe.evaluation.io import ask_about_images, json_lines
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
-MAX_NEW_TOKENS = 16  # tokens of an answer
-SHORTLY = "\nAnswer the question using a single word or phrase."  # LLaVA's words (arXiv 2310.03744)
-ENDS = ("_questions.json", "_annotations.json")
+MAX_NEW_TOKENS = 16
+SHORT_ANSWER_PROMPT = "\nAnswer the question using a single word or phrase."  # as in LLaVA (arXiv 2310.03744)
+QUESTIONS_SUFFIX, ANNOTATIONS_SUFFIX = "_questions.json", "_annotations.json"
 
-NUMBERS = {
-    word: str(number)
-    for number, word in enumerate(
-        ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-    )
-} | {"none": "0"}
-ARTICLES = {"a", "an", "the"}
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-APOSTROPHES = """
-ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's i'm i've
-isn't it'd it'll ma'am might've mightn't must've mustn't needn't o'clock oughtn't shan't should've shouldn't
-somebody'll somebody's someone'd someone'll someone's something'd something'll that's there'd there're there's they'd
-they'll they're they've 'twas wasn't we've weren't what'll what're what's what've when's where'd where's where've
-who'd who'll who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
-"""
-CONTRACTIONS = {word.replace("'", ""): word for word in APOSTROPHES.split()}
+_TABLE = json.loads(files("cafe.evaluation.suites").joinpath("vqav2_normalization.json").read_text(encoding="utf-8"))
+NUMBERS: dict[str, str] = _TABLE["numbers"]
+ARTICLES: list[str] = _TABLE["articles"]
+PUNCTUATION: str = _TABLE["punctuation"]
+CONTRACTIONS: dict[str, str] = {word.replace("'", ""): word for word in _TABLE["contractions"]}
 
 
 def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
-    """Asks the first `limit` questions of each file that is there."""
-    done = EvaluationResult()
+    """Ask the first `limit` questions of each file that is there."""
+    result = EvaluationResult()
     for path in find(data):
-        name = path.name.removesuffix(ENDS[0]).removesuffix(".jsonl")
-        records = read(path)[:limit]
-        asked = [{**record, "text": record["text"] + record.get("prompt", SHORTLY)} for record in records]
-        rows = []
-        for record, begun in zip(
-            records, ask_about_images(model, data, path, asked, MAX_NEW_TOKENS, "val2014"), strict=True
-        ):
-            score = accuracy(begun["said"], record["answers"])
-            kinds = ["all", *([record["kind"].replace("/", "_")] if record.get("kind") else [])]
-            marks = {f"vqav2/{name}/{kind}": score for kind in kinds}
-            rows.append({**begun, "asked": record["text"], "answers": record["answers"], "marks": marks})
-        done.outputs[f"vqav2/{name}"] = rows
-        done.results |= aggregate(rows)
-    return done
+        name = path.name.removesuffix(QUESTIONS_SUFFIX).removesuffix(".jsonl")
+        rows = _answer(model, data, path, f"vqav2/{name}", limit)
+        result.outputs[f"vqav2/{name}"] = rows
+        result.results |= aggregate(rows)
+    return result
+
+
+def _answer(model: CachedModel, data: Path, path: Path, part: str, limit: int | None) -> list[dict[str, Any]]:
+    """Ask and score the questions of one file."""
+    records = read(path)[:limit]
+    prompts = [{**record, "text": record["text"] + record.get("prompt", SHORT_ANSWER_PROMPT)} for record in records]
+    answered = ask_about_images(model, data, path, prompts, MAX_NEW_TOKENS, "val2014")
+    rows = []
+    for record, row in zip(records, answered, strict=True):
+        score = accuracy(row["said"], record["answers"])
+        marks = {f"{part}/all": score}
+        if record.get("kind"):
+            marks[f"{part}/{record['kind'].replace('/', '_')}"] = score  # "yes/no" would be two parts of a key
+        rows.append({**row, "asked": record["text"], "answers": record["answers"], "marks": marks})
+    return rows
 
 
 def accuracy(answer: str, answers: Sequence[str]) -> float:
-    """How far people agree with an answer, from 0 to 1."""
-    said = normalize(answer)
-    matches = [normalize(other) == said for other in answers]
+    """Compute how far people agree with an answer, from 0 to 1."""
+    normalized = normalize(answer)
+    matches = [normalize(other) == normalized for other in answers]
     if len(matches) == 1:  # a single reference: right or wrong
         return float(matches[0])
-    return sum(min(1.0, (sum(matches) - match) / 3) for match in matches) / len(matches)
+    # Each person is left out in turn.
+    without_one = [min(1.0, (sum(matches) - match) / 3) for match in matches]
+    return sum(without_one) / len(matches)
 
 
 def normalize(answer: str) -> str:
-    """An answer as the official evaluation compares it."""
+    """Normalize an answer as the official evaluation does before it compares."""
     text = " ".join(answer.split())
-    # A mark beside a space, or in an answer with a comma inside a number, goes; between letters it becomes a space.
-    comma = re.search(r"\d,+\d", text) is not None
+    # A mark next to a space, or in an answer with a comma inside a number, is removed; between letters it becomes a
+    # space.
+    has_number_with_comma = re.search(r"\d,+\d", text) is not None
     cleaned = text
     for mark in PUNCTUATION:
-        beside = f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if beside or comma else " ")
-    cleaned = re.sub(r"\.(?!\d)", "", cleaned)
+        next_to_space = f"{mark} " in text or f" {mark}" in text
+        cleaned = cleaned.replace(mark, "" if next_to_space or has_number_with_comma else " ")
+    cleaned = re.sub(r"\.(?!\d)", "", cleaned)  # a decimal point stays
+    # In the official order: number words, then articles, then contractions.
     words = [NUMBERS.get(word, word) for word in cleaned.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The questions of JSON lines, or of VQA's own pair of files.
+    """Read the questions of JSON lines, or of VQA's own pair of files.
 
     Raises:
-        CafeError: a file is not of its format, or the annotations are not beside the questions.
+        CafeError: a file does not have its format, or the annotations are not beside the questions.
     """
-    if path.suffix == ".jsonl":
-        rows = json_lines(path, {"image": str, "text": str, "answers": list})
-        answers = [[a.get("answer") if isinstance(a, dict) else a for a in row["answers"]] for row in rows]
-        for number, some in enumerate(answers, 1):
-            if not some or not all(isinstance(answer, str) for answer in some):
-                raise CafeError(
-                    f"The evaluation file {path} has no answers in record {number}, or one that is no text."
-                )
-        return [{**row, "answers": some} for row, some in zip(rows, answers, strict=True)]
-    beside = path.with_name(path.name.removesuffix(ENDS[0]) + ENDS[1])
-    if "_OpenEnded_" in path.name:  # VQA v2 names its files in two ways
-        beside = path.with_name(beside.name.replace("_OpenEnded", ""))
+    return _read_json_lines(path) if path.suffix == ".jsonl" else _read_vqa_files(path)
+
+
+def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read records whose answers are texts, or objects with a text as in VQA's annotations."""
+    rows = json_lines(path, {"image": str, "text": str, "answers": list})
+    for number, row in enumerate(rows, 1):
+        row["answers"] = [_answer_text(answer) for answer in row["answers"]]
+        if not row["answers"] or None in row["answers"]:
+            raise CafeError(f"Record {number} of the evaluation file {path} has no answers, or one that is not text.")
+    return rows
+
+
+def _answer_text(answer: Any) -> str | None:
+    """Get the text of an answer; None if it has none."""
+    if isinstance(answer, dict):
+        answer = answer.get("answer")
+    return answer if isinstance(answer, str) else None
+
+
+def _read_vqa_files(path: Path) -> list[dict[str, Any]]:
+    """Read VQA's file of questions and the file of annotations beside it."""
+    annotations = path.with_name(path.name.removesuffix(QUESTIONS_SUFFIX) + ANNOTATIONS_SUFFIX)
+    if "_OpenEnded_" in path.name:  # VQA v2 names its two files differently
+        annotations = path.with_name(annotations.name.replace("_OpenEnded", ""))
     try:
-        asked = json.loads(path.read_text())
-        split = asked.get("data_subtype", "val2014")
-        prompt = (asked.get("info") or {}).get("prompt", SHORTLY)
-        given = {row["question_id"]: row for row in json.loads(beside.read_text())["annotations"]}
-        if not asked["questions"]:
+        parsed = json.loads(path.read_text())
+        by_question = {row["question_id"]: row for row in json.loads(annotations.read_text())["annotations"]}
+        split = parsed.get("data_subtype", "val2014")
+        prompt = (parsed.get("info") or {}).get("prompt", SHORT_ANSWER_PROMPT)
+        if not parsed["questions"]:
             raise CafeError(f"The evaluation file {path} is empty.")
-        return [
-            {
-                "question_id": row["question_id"],
-                "image": f"COCO_{split}_{row['image_id']:012}.jpg",
-                "text": row["question"],
-                "prompt": prompt,
-                "answers": [answer["answer"] for answer in given[row["question_id"]]["answers"]],
-                "kind": given[row["question_id"]].get("answer_type", ""),
-            }
-            for row in asked["questions"]
-        ]
+        return [_to_record(row, by_question[row["question_id"]], split, prompt) for row in parsed["questions"]]
     except FileNotFoundError:
-        raise CafeError(f"The evaluation file {path} has no {beside.name} beside it.") from None
+        raise CafeError(f"The evaluation file {path} has no {annotations.name} beside it.") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CafeError(f"{path} and {beside.name} are not VQA's files: {error!r}.") from None
+        raise CafeError(f"{path} and {annotations.name} are not VQA's files: {error!r}.") from None
+
+
+def _to_record(question: Mapping[str, Any], annotation: Mapping[str, Any], split: str, prompt: str) -> dict[str, Any]:
+    """Join a question and its annotation; the image's name follows from its id and the split."""
+    return {
+        "question_id": question["question_id"],
+        "image": f"COCO_{split}_{question['image_id']:012}.jpg",
+        "text": question["question"],
+        "prompt": prompt,
+        "answers": [answer["answer"] for answer in annotation["answers"]],
+        "kind": annotation.get("answer_type", ""),
+    }
 
 
 def find(data: Path) -> list[Path]:
-    """The files of questions."""
-    return sorted([*data.glob("vqa/*.jsonl"), *data.glob(f"vqa/*{ENDS[0]}")])
+    """Find the files of questions."""
+    return sorted([*data.glob("vqa/*.jsonl"), *data.glob(f"vqa/*{QUESTIONS_SUFFIX}")])
 
 
 VQAV2 = Suite(
     name="vqav2",
     measures="short answers, each as right as ten people agree with it",
     files=(
-        "vqa/*_questions.json and vqa/*_annotations.json: VQA's own, as VQA v2 and OK-VQA have them",
+        "vqa/*_questions.json and vqa/*_annotations.json: VQA's own files, as of VQA v2 and OK-VQA",
         "or vqa/NAME.jsonl: image, text (the question), answers (ten of them)",
-        "the pictures, in the folder itself, images/ or val2014/",
+        "the images, in the folder itself, images/ or val2014/",
     ),
     download="visualqa.org (questions and annotations); okvqa.allenai.org; cocodataset.org (2014 Val images); "
-    "written small by `cafe scenes write DIR`",
+    "a small version is written by `cafe scenes write DIR`",
     sources=("arXiv 1505.00468", "arXiv 1612.00837"),
     find_files=find,
     run=run,
     default=False,
+    headline=("vqav2/*/all",),
 )

@@ -1,7 +1,7 @@
-"""Winoground: two pictures and two captions of the same words in other order (arXiv 2204.03162).
+"""Winoground: two images and two captions of the same words in different order (arXiv 2204.03162).
 
-The text score is the share of examples in which each picture prefers its caption, the image score that in which each
-caption prefers its picture, and the group score that in which both hold. By chance: 25, 25 and 16.7%.
+The text score is the fraction of examples in which each image prefers its caption, the image score that in which each
+caption prefers its image, and the group score that in which both hold. Chance is 25, 25 and 16.7%.
 """
 
 from pathlib import Path
@@ -12,42 +12,53 @@ from numpy import ndarray
 
 from cafe.content import ImageRef
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, find_image, find_one, json_lines, parquet_rows
-from cafe.evaluation.suites.choices import MARGINS, WAYS, score
+from cafe.evaluation.io import find_image, find_one, json_lines, parquet_rows
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
+from cafe.evaluation.suites.choices import MARGINS, METHODS, Scores, score
 
 FIELDS = {"caption_0": str, "caption_1": str, "image_0": str, "image_1": str}
 
 
 def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
-    """Measures the first `limit` examples."""
+    """Measure the first `limit` examples."""
     [path] = find(data)
     records = read(path)[:limit]
-    pictures = [_picture(record[f"image_{side}"], data, path) for record in records for side in (0, 1)]
-    captions = [(record["caption_0"], record["caption_1"]) for record in records for _ in (0, 1)]
-    scores = score(model, pictures, captions)
-    rows: list[dict[str, Any]] = []
-    for number, record in enumerate(records):
-        found = {way: scores[way][2 * number : 2 * number + 2] for way in WAYS}
-        marks = {}
-        for way in WAYS:
-            text, image = right(found[way][0], found[way][1], MARGINS[way])
-            for name, hit in (("text", text), ("image", image), ("group", text and image)):
-                marks[f"winoground/{way}/{name}"] = int(hit)
-        row = {"id": record.get("id", number), "captions": [record["caption_0"], record["caption_1"]]}
-        row["scores"] = {way: [side.tolist() for side in found[way]] for way in WAYS}
-        rows.append({**row, "marks": marks})
+    # Images 2n and 2n + 1 belong to example n; both are scored against both captions.
+    images, captions = [], []
+    for record in records:
+        images += [_image_ref(record[f"image_{side}"], data, path) for side in (0, 1)]
+        captions += [(record["caption_0"], record["caption_1"])] * 2
+    scores = score(model, images, captions)
+    rows = [_judge_example(record, number, scores) for number, record in enumerate(records)]
     return EvaluationResult(aggregate(rows), {"winoground": rows})
 
 
-def right(
+def _judge_example(record: dict[str, Any], number: int, scores: Scores) -> dict[str, Any]:
+    """Make an example's output row."""
+    by_method = {method: scores[method][2 * number : 2 * number + 2] for method in METHODS}
+    # Every method judges the two images (rows) and the two captions (columns) by the same rule.
+    marks = {}
+    for method, (first, second) in by_method.items():
+        text, image = judge(first, second, MARGINS[method])
+        for name, correct in (("text", text), ("image", image), ("group", text and image)):
+            marks[f"winoground/{method}/{name}"] = int(correct)
+    return {
+        "id": record.get("id", number),
+        "captions": [record["caption_0"], record["caption_1"]],
+        "scores": {method: [values.tolist() for values in pair] for method, pair in by_method.items()},
+        "marks": marks,
+    }
+
+
+def judge(
     first: Float[ndarray, " captions"], second: Float[ndarray, " captions"], margin: float = 0.0
 ) -> tuple[bool, bool]:
-    """Whether the pictures find their captions, and the captions their pictures.
+    """Tell whether the images find their captions, and the captions their images.
 
     Args:
-        first: how well captions 0 and 1 fit picture 0.
-        second: how well they fit picture 1.
-        margin: how much higher is higher.
+        first: how well captions 0 and 1 fit image 0.
+        second: how well they fit image 1.
+        margin: scores closer than this count as equal.
     """
     text = first[0] > first[1] + margin and second[1] > second[0] + margin
     image = first[0] > second[0] + margin and second[1] > first[1] + margin
@@ -55,7 +66,7 @@ def right(
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The examples: `examples.jsonl`, or the Hub dataset's parquet.
+    """Read the examples: `examples.jsonl`, or the Hub dataset's parquet.
 
     Raises:
         CafeError: a field is missing.
@@ -65,30 +76,39 @@ def read(path: Path) -> list[dict[str, Any]]:
     return parquet_rows([path], path, FIELDS)
 
 
-def _picture(value: Any, data: Path, source: Path) -> ImageRef:
-    if isinstance(value, dict) and value.get("bytes"):
-        return ImageRef(value["bytes"])
-    name = value["path"] if isinstance(value, dict) else value
-    name = name if Path(name).suffix else f"{name}.png"
+def _image_ref(value: Any, data: Path, source: Path) -> ImageRef:
+    """Take an image as the Hub dataset holds it, or by its name, which may lack the suffix."""
+    if isinstance(value, dict):
+        if value.get("bytes"):
+            return ImageRef(value["bytes"])
+        value = value["path"]
+    name = value
+    if not Path(name).suffix:  # `examples.jsonl` has "ex_0_img_0" for ex_0_img_0.png
+        name = f"{name}.png"
     return ImageRef(data / find_image(name, data, source, "winoground", "winoground/images"))
 
 
 def find(data: Path) -> list[Path]:
-    """The one file of examples."""
+    """Find the file of examples."""
     path = find_one(data, "winoground/*.jsonl", "winoground/*.parquet")
     return [path] if path else []
 
 
 WINOGROUND = Suite(
     name="winoground",
-    measures="two pictures and two captions of the same words, by embedding and by likelihood",
+    measures="two images and two captions of the same words, by embedding and by likelihood",
     files=(
         "winoground/examples.jsonl: caption_0, caption_1, image_0, image_1; or the Hub dataset's parquet file",
-        "the pictures NAME.png, in winoground/images/ or inside the parquet file",
+        "the images NAME.png, in winoground/images/ or inside the parquet file",
     ),
-    download="the Hub dataset facebook/winoground; written small by `cafe scenes write DIR`",
+    download="the Hub dataset facebook/winoground; a small version is written by `cafe scenes write DIR`",
     sources=("arXiv 2204.03162",),
     find_files=find,
     run=run,
     default=False,
+    headline=("winoground/embedding/group", "winoground/likelihood/group"),
+    labels={
+        "winoground/embedding/group": "Winoground, by embedding",
+        "winoground/likelihood/group": "Winoground, by likelihood",
+    },
 )

@@ -1,14 +1,14 @@
-"""A caption's words in other orders, as ARO has them (arXiv 2210.01936).
+"""A caption's words in other orders, as in ARO (arXiv 2210.01936).
 
 | order | what changes places |
 |---|---|
 | `nouns_and_adjectives` | nouns with nouns, adjectives with adjectives |
 | `other_words` | all words but nouns and adjectives |
-| `within_trigrams` | words within each three that follow one another |
-| `trigrams` | these threes, each whole |
+| `within_trigrams` | the words within each three consecutive ones |
+| `trigrams` | these threes, each as a whole |
 
-A caption's orders follow from its words and the seed alone. Chance may leave the words as they were, and a caption may
-be too short for another order: such an order is no candidate.
+A caption's orders depend on its words and the seed alone. A shuffle may leave the words as they were, and a caption may
+be too short for another order: such an order is not a candidate.
 """
 
 import re
@@ -16,68 +16,73 @@ from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from random import Random
 
-from cafe.errors import CafeError
+from cafe.errors import MissingPackageError
 
-MODEL = "en_core_web_sm"
+TAGGER_MODEL = "en_core_web_sm"
 NOUNS, ADJECTIVES = ("NN", "NNS", "NNP", "NNPS"), ("JJ", "JJR", "JJS")  # the Penn Treebank's tags
-MAX_NEW_TOKENS = 30  # words of a candidate
+MAX_WORDS = 30  # of a candidate
 
-Word = tuple[str, str]  # a word or a mark of punctuation, and its tag
+Word = tuple[str, str]  # a word or a punctuation mark, and its tag
 Tagger = Callable[[Sequence[str]], list[list[Word]]]
 
 
 def candidates(tagged: Sequence[Word], seed: int = 0) -> list[str]:
-    """The caption, then its other orders, each once.
+    """List the caption, then its other orders, each once.
 
-    All are joined from the same words: nothing but the order tells the caption apart.
+    All are joined from the same words: only the order distinguishes the caption.
     """
     words = [word for word, _ in tagged]
-    return list(dict.fromkeys(plain(some) for some in (words, *orders(tagged, seed).values())))
+    texts = [plain(order) for order in (words, *orders(tagged, seed).values())]
+    return list(dict.fromkeys(texts))
 
 
 def orders(tagged: Sequence[Word], seed: int = 0) -> dict[str, list[str]]:
-    """The words in each of the four orders, by its name."""
+    """Shuffle the words in each of the four ways, by name."""
     words = [word for word, _ in tagged]
+    # Seeded by the words, so that a caption's orders do not depend on the captions before it.
     rng = Random(f"{seed} {' '.join(words)}")
-    places = range(len(words))
-    nouns = [place for place in places if tagged[place][1] in NOUNS]
-    adjectives = [place for place in places if tagged[place][1] in ADJECTIVES]
-    others = [place for place in places if place not in {*nouns, *adjectives}]
-    threes = [places[start : start + 3] for start in places[::3]]
+    positions = range(len(words))
+    nouns = [position for position in positions if tagged[position][1] in NOUNS]
+    adjectives = [position for position in positions if tagged[position][1] in ADJECTIVES]
+    others = sorted(set(positions) - {*nouns, *adjectives})
+    trigrams = [positions[start : start + 3] for start in positions[::3]]
+    # The generator is shared, so the four are always shuffled in this order.
     return {
-        "nouns_and_adjectives": _mixed(words, [nouns, adjectives], rng),
-        "other_words": _mixed(words, [others], rng),
-        "within_trigrams": _mixed(words, threes, rng),
-        "trigrams": [words[place] for three in rng.sample(threes, len(threes)) for place in three],
+        "nouns_and_adjectives": _shuffle_within(words, [nouns, adjectives], rng),
+        "other_words": _shuffle_within(words, [others], rng),
+        "within_trigrams": _shuffle_within(words, trigrams, rng),
+        "trigrams": [words[position] for trigram in rng.sample(trigrams, len(trigrams)) for position in trigram],
     }
 
 
-def _mixed(words: Sequence[str], groups: Iterable[Sequence[int]], rng: Random) -> list[str]:
-    """The words, those at each group of places among themselves in an order by lot."""
-    mixed = list(words)
+def _shuffle_within(words: Sequence[str], groups: Iterable[Sequence[int]], rng: Random) -> list[str]:
+    """Shuffle the words at each group of positions among themselves."""
+    shuffled = list(words)
     for group in groups:
-        for place, other in zip(group, rng.sample(group, len(group)), strict=True):
-            mixed[place] = words[other]
-    return mixed
+        for position, source in zip(group, rng.sample(group, len(group)), strict=True):
+            shuffled[position] = words[source]
+    return shuffled
 
 
 def plain(words: Iterable[str]) -> str:
-    """The first words as one text in lower case, without the punctuation that ARO's authors leave out."""
-    return " ".join(re.sub(r'[.!"()*#:;~]', " ", " ".join(words).lower()).split()[:MAX_NEW_TOKENS])
+    """Join the first words as one text in lower case, without the punctuation that ARO's authors remove."""
+    text = re.sub(r'[.!"()*#:;~]', " ", " ".join(words).lower())
+    return " ".join(text.split()[:MAX_WORDS])
 
 
 def spacy_tags(texts: Sequence[str]) -> list[list[Word]]:
-    """The words and their tags by spaCy's small English model, the authors' own choice.
+    """Tag the words of texts by spaCy's small English model, as the authors do.
 
     Raises:
-        CafeError: spaCy or the model is not installed.
+        MissingPackageError: spaCy or the model is not installed.
     """
-    if not find_spec("spacy") or not find_spec(MODEL):
-        raise CafeError(
-            f"The order of words needs the package spaCy and its model {MODEL}: pip install 'cafe-lvlm[aro]', then "
-            f"python -m spacy download {MODEL}."
+    # spaCy installs a model as a package.
+    if not all(map(find_spec, ("spacy", TAGGER_MODEL))):
+        raise MissingPackageError(
+            f"The order of words needs the package spaCy and its model {TAGGER_MODEL}: "
+            f"pip install 'cafe-lvlm[aro]', then python -m spacy download {TAGGER_MODEL}."
         )
     import spacy
 
-    tagger = spacy.load(MODEL, exclude=["parser", "ner", "lemmatizer"])
+    tagger = spacy.load(TAGGER_MODEL, exclude=["parser", "ner", "lemmatizer"])
     return [[(word.text, word.tag_) for word in text] for text in tagger.pipe(texts)]

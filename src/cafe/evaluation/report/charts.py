@@ -1,0 +1,219 @@
+"""Draw the report's charts as SVG, in the page's own fonts and text color."""
+
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from sklearn.decomposition import PCA
+
+from cafe.evaluation.report.run import LoadedRun
+
+# The logged quantities that get a chart, in order, with the chart's title.
+CURVES = {
+    "loss": "Loss",
+    "lm_loss": "Language-modeling loss",
+    "contrastive_loss": "Contrastive loss",
+    "accuracy": "Pairs found in the batch",
+    "grad_norm_lm": "Gradient norm, language",
+    "grad_norm_contrastive": "Gradient norm, contrastive",
+    "temperature": "Temperature",
+    "lr": "Learning rate",
+}
+MAX_MAP_POINTS = 300  # of each side
+
+IMAGE_COLOR, TEXT_COLOR, FADED_COLOR = "#2a78d6", "#eb6834", "#8a8f98"
+RUN_COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#8a5cd6", "#d64a8a", "#a88a1c")
+_INK = "#0a0b0c"  # a placeholder that becomes `currentColor` in the page
+
+Draw = Callable[[Axes], None]
+Points = Float[np.ndarray, "points 2"]
+
+
+def run_color(number: int) -> str:
+    """Return the color of a run by its place in the report."""
+    return RUN_COLORS[number % len(RUN_COLORS)]
+
+
+def interval_chart(runs: Sequence[LoadedRun], labels: Mapping[str, str]) -> Markup | None:
+    """Draw results as points with their intervals, a row per result; None if no run has an interval of any.
+
+    Args:
+        runs: the runs.
+        labels: the results to show, in order, with what to call them.
+    """
+    rows = [name for name in labels if any(name in run.intervals for run in runs)]
+    if not rows:
+        return None
+    spacing = 0.6 / len(runs)
+
+    def draw(axes: Axes) -> None:
+        for number, run in enumerate(runs):
+            offset = spacing * (number - (len(runs) - 1) / 2)
+            _draw_intervals(axes, run, rows, offset, run_color(number))
+        axes.set(yticks=range(len(rows)), yticklabels=[labels[name] for name in rows], xlabel="percent")
+        axes.invert_yaxis()
+        axes.set_xlim(-2, 102)
+        axes.grid(axis="x", alpha=0.15, color=_INK)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+
+    height = 0.7 + len(rows) * (0.2 + 0.16 * len(runs))
+    return _render("Headline results with intervals", 9.6, height, draw)
+
+
+def _draw_intervals(axes: Axes, run: LoadedRun, rows: Sequence[str], offset: float, color: str) -> None:
+    present = [row for row, name in enumerate(rows) if name in run.intervals]
+    values = np.array([run.results[rows[row]] for row in present])
+    ends = np.array([run.intervals[rows[row]] for row in present]).reshape(-1, 2)
+    errors = np.abs(ends.T - values)
+    axes.errorbar(values, np.array(present) + offset, xerr=errors, fmt="o", color=color, markersize=4.5, label=run.name)
+
+
+def training_charts(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
+    """Draw a chart per logged quantity, with a line per run that has a log."""
+    logged = [(number, run) for number, run in enumerate(runs) if run.log]
+    present = {key for _, run in logged for row in run.log for key in row}
+
+    def curve(key: str) -> Draw:
+        def draw(axes: Axes) -> None:
+            for number, run in logged:
+                points = [(row["step"], row[key]) for row in run.log if key in row]
+                color = run_color(number) if len(logged) > 1 else IMAGE_COLOR
+                if points:
+                    axes.plot(*zip(*points, strict=True), color=color, label=run.name)
+            axes.set_xlabel("step")
+            axes.grid(axis="y", alpha=0.15, color=_INK)
+            axes.locator_params(nbins=5)
+            if key == "temperature":  # it moves little, far from 0
+                axes.set_ylim(bottom=None)
+            else:
+                axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+            if len(logged) > 1:
+                axes.legend(fontsize=8)
+
+        return draw
+
+    shown = {key: title for key, title in CURVES.items() if key in present}
+    return [{"title": title, "svg": _render(title, 3.4, 2.3, curve(key))} for key, title in shown.items()]
+
+
+def embedding_maps(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
+    """Draw each run's embeddings on their two principal axes, all runs at the same scale, with the centroids joined."""
+    mapped = [run for run in runs if "images" in run.embeddings]
+    if not mapped:
+        return []
+    planes = [_project(run.embeddings["images"], run.embeddings["texts"]) for run in mapped]
+    every = np.concatenate([points for plane in planes for points in plane])
+    width, height = 1.06 * np.abs(every).max(axis=0)
+
+    def scatter(images: Points, texts: Points) -> Draw:
+        def draw(axes: Axes) -> None:
+            _draw_map(axes, images, texts)
+            axes.set(xlim=(-width, width), ylim=(-height, height), aspect="equal", xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set(visible=True, alpha=0.2)
+
+        return draw
+
+    svg_height = min(4.2, 4.2 * height / width + 0.1)
+    charts = []
+    for run, plane in zip(mapped, planes, strict=True):
+        svg = _render(f"Map of {run.name}", 4.2, svg_height, scatter(*plane))
+        charts.append({"title": run.name, "gap": _modality_gap(run), "svg": svg})
+    return charts
+
+
+def _draw_map(axes: Axes, images: Points, texts: Points) -> None:
+    sides = ((images, IMAGE_COLOR, "o"), (texts, TEXT_COLOR, "^"))
+    for points, color, marker in sides:
+        x, y = _subsample(points).T
+        axes.scatter(x, y, s=14, c=color, marker=marker, alpha=0.5, linewidths=0)
+    # The line between the centroids is the modality gap, as far as the plane shows it.
+    centroids = np.stack([images.mean(axis=0), texts.mean(axis=0)])
+    axes.plot(*centroids.T, color=_INK, linewidth=1.4)
+    for (x, y), (_, color, marker) in zip(centroids, sides, strict=True):
+        axes.scatter(x, y, s=90, c=color, marker=marker, edgecolors=_INK, linewidths=1.2, zorder=3)
+
+
+def _project(
+    images: Float[np.ndarray, "images dim"], texts: Float[np.ndarray, "texts dim"]
+) -> tuple[Float[np.ndarray, "images 2"], Float[np.ndarray, "texts 2"]]:
+    """Project both sides on the two principal axes of all rows together."""
+    plane = PCA(2, random_state=0).fit(np.concatenate([images, texts]))
+    return plane.transform(images), plane.transform(texts)
+
+
+def _subsample(points: Points) -> Points:
+    count = min(MAX_MAP_POINTS, len(points))
+    return points[np.unique(np.linspace(0, len(points) - 1, count).astype(int))]
+
+
+def _modality_gap(run: LoadedRun) -> str:
+    """Format the gap of the embeddings on the map, which are those of the first collection that was measured."""
+    for name, value in run.results.items():
+        if name.endswith("/modality_gap"):
+            return f"{value:.3f}"
+    return "–"
+
+
+def similarity_histograms(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
+    """Draw how similar matched and mismatched pairs are, all runs over the same range of cosines."""
+    counted = [(run.name, run.samples["histogram"]) for run in runs if "histogram" in run.samples]
+    edges = [edge for _, counts in counted for edge in _filled_edges(counts)]
+
+    def histogram(counts: dict[str, list[float]]) -> Draw:
+        def draw(axes: Axes) -> None:
+            for side, color in (("mismatched", FADED_COLOR), ("matched", IMAGE_COLOR)):
+                axes.stairs(counts[side], counts["bins"], fill=True, color=color, alpha=0.3)
+                axes.stairs(counts[side], counts["bins"], color=color, linewidth=1.4)
+            axes.set(xlim=(min(edges) - 0.05, max(edges) + 0.05), yticks=[], xlabel="cosine similarity")
+            axes.spines["left"].set_visible(False)
+
+        return draw
+
+    return [
+        {"title": name, "svg": _render(f"Similarities of {name}", 4.6, 2.2, histogram(counts))}
+        for name, counts in counted
+    ]
+
+
+def _filled_edges(counts: dict[str, list[float]]) -> list[float]:
+    """List the edges of the bins in which there is anything."""
+    edges = []
+    for side in ("matched", "mismatched"):
+        for number, value in enumerate(counts[side]):
+            if value > 0:
+                edges += counts["bins"][number : number + 2]
+    return edges
+
+
+def _render(name: str, width: float, height: float, draw: Draw) -> Markup:
+    """Render a chart as SVG; width and height in inches at 72 units each."""
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",  # text stays text, in the page's font
+        "svg.hashsalt": name,  # ids that are the same in every run of the program
+        "text.parse_math": False,  # a run's name may contain $
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.linewidth": 0.6,
+        "lines.linewidth": 1.6,
+        "legend.frameon": False,
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    }
+    with rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True)
+    # The metadata holds the date, and what comes before the tag is not HTML.
+    svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(name)}"', 1))

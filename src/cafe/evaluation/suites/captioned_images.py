@@ -1,0 +1,250 @@
+"""Images with their captions, read from any of the files in which retrieval datasets are published.
+
+| file | what it is |
+|---|---|
+| `dataset_*.json` | Karpathy's split file; its split "test" is read |
+| `*.csv`, `*.jsonl` | an image's name under `image` or `filename`; one caption or a list under `caption` or `raw` |
+| `*.parquet`, the folder of a saved dataset | as on the Hub: columns `image` and `caption` |
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from cafe.content import ImageRef
+from cafe.data.readers.base import open_rows
+from cafe.data.readers.hf_datasets import HFDataset
+from cafe.errors import CafeError
+from cafe.evaluation.io import find_image, find_one
+
+CAPTIONS_PER_IMAGE = 5  # the first ones, in the 1K and 5K protocols of Flickr30K and COCO
+# A row may have several of these columns; the first with a value counts.
+IMAGE_COLUMNS = ("image", "filename")
+CAPTION_COLUMNS = ("caption", "captions", "raw", "text")
+SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")  # one of them is in a folder written by `save_to_disk`
+
+Image = str | dict[str, Any]  # a name, or a mapping of "bytes" and "path"
+
+
+@dataclass(frozen=True)
+class CaptionedImages:
+    """Hold images and their captions.
+
+    Attributes:
+        images: what is embedded: paths, or encoded bytes.
+        names: the images' names, relative to the folder of evaluation files for those inside it.
+        texts: the captions, image by image.
+        owner: for each caption, the number of its image.
+    """
+
+    images: list[Path | ImageRef]
+    names: list[str]
+    texts: list[str]
+    owner: Int[np.ndarray, " texts"]
+
+
+@dataclass(frozen=True)
+class RetrievalDataset:
+    """Say where the captioned images of a suite are, and how many captions are used.
+
+    Attributes:
+        name: the suite's.
+        patterns: of its file; the first that is there is read.
+        exclude: names of files that belong to another suite.
+        captions: how many captions of an image are used, the first ones; all if None.
+        folders: where its images may be, besides the folder of evaluation files, the file's own, and `images`.
+    """
+
+    name: str
+    patterns: tuple[str, ...]
+    exclude: tuple[str, ...] = ()
+    captions: int | None = None
+    folders: tuple[str, ...] = ()
+
+    def find(self, data: Path) -> list[Path]:
+        """Find its file or files, or the folder of a saved dataset."""
+        for pattern in self.patterns:
+            paths = self._match(data, pattern)
+            if paths:
+                return paths
+        return []
+
+    def _match(self, data: Path, pattern: str) -> list[Path]:
+        """Find what matches one pattern; one that ends in a slash names the folder of a saved dataset."""
+        if pattern.endswith(".parquet"):
+            return sorted(data.glob(pattern))  # a dataset may have several
+        if pattern.endswith("/"):
+            return [data / pattern] if _is_saved_dataset(data / pattern) else []
+        path = find_one(data, pattern, exclude=self.exclude)
+        return [path] if path else []
+
+    def read(self, data: Path, limit: int | None) -> CaptionedImages:
+        """Read its first `limit` images with their captions.
+
+        Raises:
+            CafeError: a file does not have its format, or an image is missing.
+        """
+        paths = self.find(data)
+        source = paths[0]  # for errors
+        folders = self._image_folders(data, source)
+        images: list[Path | ImageRef] = []
+        names: list[str] = []
+        texts: list[str] = []
+        owner: list[int] = []
+        for number, (image, captions) in enumerate(_group_by_image(paths, limit)):
+            if not all(map(_is_text, captions)):
+                raise CafeError(f"A caption of image {number + 1} of the evaluation file {source} is not text.")
+            if isinstance(image, str):
+                name = str(find_image(image, data, source, *folders))
+                images.append(data / name)
+            else:  # inside the file; a name is optional there
+                name = image.get("path") or str(number)
+                images.append(ImageRef(image["bytes"]))
+            names.append(name)
+            used = captions[: self.captions]
+            texts += used
+            owner += [number] * len(used)
+        return CaptionedImages(images, names, texts, np.array(owner))
+
+    def _image_folders(self, data: Path, path: Path) -> list[str]:
+        """List the folders that may hold its images: its own, and those beside its file in a subfolder."""
+        if path.parent == data:
+            return list(self.folders)
+        subfolder = path.parent.relative_to(data)
+        return [*self.folders, *(f"{subfolder}/{folder}" for folder in ("", "images", *self.folders))]
+
+
+def _is_text(caption: Any) -> bool:
+    return isinstance(caption, str) and bool(caption.strip())
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    """Tell whether `save_to_disk` of the datasets library wrote a folder."""
+    return any((path / name).is_file() for name in SAVED_DATASET_FILES)
+
+
+def _group_by_image(paths: Sequence[Path], limit: int | None) -> list[tuple[Image, list[str]]]:
+    """List the first `limit` images, each with its captions.
+
+    Rows that name the same image, as in a file with one caption per row, are merged.
+    """
+    # An image without a name is its own key: its number.
+    by_key: dict[str | int, tuple[Image, list[str]]] = {}
+    for number, (image, captions) in enumerate(_read_records(paths)):
+        key = image if isinstance(image, str) else number
+        if key in by_key:
+            by_key[key][1].extend(captions)
+        elif limit is None or len(by_key) < limit:
+            by_key[key] = (image, captions)
+        elif key == number:
+            break  # images without a name cannot come again; a named one may have captions further down
+    return list(by_key.values())
+
+
+def _read_records(paths: Sequence[Path]) -> Iterator[tuple[Image, list[str]]]:
+    """Read the test split of files or of a saved dataset: each row's image and captions."""
+    if paths[0].suffix == ".json":
+        for row in _read_karpathy_test(paths[0]):
+            name = str(Path(row.get("filepath", "")) / row["filename"])
+            yield name, [sentence["raw"] for sentence in row["sentences"]]
+        return
+    for path in paths:
+        number = 0  # stays 0 if there is no row
+        for number, row in enumerate(_read_rows(path), 1):
+            # Some files on the Hub have all splits in one table.
+            if row.get("split", "test") not in ("test", None):
+                continue
+            image = _to_image(_first_field(row, IMAGE_COLUMNS, path, number))
+            yield image, _to_captions(_first_field(row, CAPTION_COLUMNS, path, number))
+        if not number:
+            raise CafeError(f"The evaluation file {path} is empty.")
+
+
+def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of a file, or of the test split of a saved dataset.
+
+    Raises:
+        CafeError: a row cannot be read, or has no named fields.
+    """
+    rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), kept=1)
+    for number in range(sum(rows.chunks)):
+        try:
+            row = rows[number]
+        except CafeError as error:
+            raise CafeError(f"Record {number + 1} of the evaluation file {path} is damaged: {error}") from None
+        if not isinstance(row, dict):
+            raise CafeError(f"Record {number + 1} of the evaluation file {path} should be an object with named fields.")
+        yield row
+
+
+def _first_field(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int) -> Any:
+    """Get the value under the first of these names that a row has."""
+    for name in names:
+        if row.get(name):
+            return row[name]
+    raise CafeError(f"The evaluation file {path} lacks the field {names[0]!r} in record {number}.")
+
+
+def _to_image(value: Any) -> Image:
+    """Take an image by its name, or as bytes, which may come without a name."""
+    if isinstance(value, bytes):
+        return {"bytes": value}
+    if not isinstance(value, dict):
+        return str(value)
+    # The datasets library leaves the bytes out of images that it was told not to embed.
+    return value if value.get("bytes") else str(value.get("path"))
+
+
+def _to_captions(value: Any) -> list[str]:
+    """Take one caption or several; in a CSV file, several are a list in JSON."""
+    if isinstance(value, str) and value.startswith("["):
+        with suppress(json.JSONDecodeError):  # then it is a caption that begins with a bracket
+            value = json.loads(value)
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value]
+
+
+def _read_karpathy_test(path: Path) -> list[dict[str, Any]]:
+    """Read the records of a Karpathy file's split "test", all of which must be complete."""
+    try:
+        rows = [row for row in json.loads(path.read_text())["images"] if row["split"] == "test"]
+        # Also raises for what is not a Karpathy file, before anything is embedded.
+        complete = [row["filename"] and row["sentences"][0]["raw"] for row in rows]
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise CafeError(f"The evaluation file {path} is not a Karpathy file: {error!r}.") from None
+    if not rows or not all(complete):
+        raise CafeError(f"The evaluation file {path} has no complete image in its split 'test'.")
+    return rows
+
+
+USER_DATASET = RetrievalDataset(
+    "retrieval",
+    ("dataset_*.json", "captions.csv", "captions.jsonl", "captions.parquet"),
+    exclude=("dataset_flickr30k.json", "dataset_coco.json"),
+)
+FLICKR30K_DATASET = RetrievalDataset(
+    "flickr30k",
+    (
+        *("dataset_flickr30k.json", "flickr30k/dataset_flickr30k.json"),
+        *("flickr30k/*.csv", "flickr30k/test*.parquet", "flickr30k/data/test*.parquet", "flickr30k/"),
+    ),
+    captions=CAPTIONS_PER_IMAGE,
+    folders=("flickr30k-images", "images_flickr_1k_test"),
+)
+COCO_DATASET = RetrievalDataset(
+    "coco",
+    (
+        *("dataset_coco.json", "coco/dataset_coco.json"),
+        *("coco/*.csv", "coco/test*.parquet", "coco/data/test*.parquet", "coco/"),
+    ),
+    captions=CAPTIONS_PER_IMAGE,
+    folders=("val2014", "images_mscoco_2014_5k_test"),
+)
+PARAGRAPHS_DATASET = RetrievalDataset("paragraphs", ("paragraphs*.csv", "paragraphs*.jsonl", "paragraphs*.parquet"))
