@@ -22,7 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from cafe.data.dataset import NO_LIMIT, Batch, MicroBatch, MicroBatchSize, split_micro_batches
+from cafe.data.batch import NO_LIMIT, Batch, MicroBatch, MicroBatchSize, split_micro_batches
 from cafe.lvlm.forward import infer_packing
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts

@@ -13,9 +13,9 @@ import torch
 from common import Row, make_batch, make_pairs, show, tiny_llava
 from tqdm import tqdm
 
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.packing import PackingConfig
-from cafe.training.micro_batching import MemoryMeter
+from cafe.training.device_memory import MemoryMeter
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
 
@@ -38,7 +38,7 @@ def main() -> None:
         size = MicroBatchSize(tokens=chance.choice([None, 600, 1200]))
         if number % STRETCH == 1:
             meter.reset()
-        step(make_batch(sides, PackingConfig(max_row_tokens=256), size))
+        step.forward_backward(make_batch(sides, PackingConfig(max_row_tokens=256), size))
         optimizer.step()
         optimizer.zero_grad()
         if number % STRETCH == 0:

@@ -14,10 +14,13 @@ from random import Random
 
 from common import Row, clock, show, tiny_cafe
 
-from cafe import content
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, iterate_batches
-from cafe.data.fast_images import with_fast_images
-from cafe.data.records import Source, open_source
+from cafe.data.batch import Batch
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.loader import iterate_batches
+from cafe.data.records import open_source
+from cafe.data.source import Source
+from cafe.images import decoding
+from cafe.lvlm.processing import with_fast_images
 from cafe.scenes.draw import paint
 from cafe.scenes.words import CAPTION_PROMPT, paragraph
 from cafe.scenes.world import draw_scenes
@@ -47,7 +50,7 @@ def compare(width: int, height: int) -> float:
 
     def train(some: Iterable[Batch]) -> None:
         for batch in some:
-            step(batch)
+            step.forward_backward(batch)
             model.lvlm.zero_grad()
 
     with tempfile.TemporaryDirectory() as directory:
@@ -75,7 +78,7 @@ def compare(width: int, height: int) -> float:
 
 def main() -> None:
     """Prints the table."""
-    print(f"JPEG files are decoded by {'simplejpeg' if content.simplejpeg else 'Pillow'}", flush=True)
+    print(f"JPEG files are decoded by {'simplejpeg' if decoding.simplejpeg else 'Pillow'}", flush=True)
     rows = [
         Row(f"13: pairs/s, files of {width} x {height} / memory", compare(width, height), 0.95, 0.99)
         for width, height in SIZES

@@ -21,7 +21,7 @@ import torch
 from common import Row, make_batch, make_pairs, show, tiny_llava
 from published import step_a
 
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.packing import PackingConfig
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
@@ -41,13 +41,13 @@ def measure(published: bool, pairs: int) -> float:
     batch = (
         None if published else make_batch(sides, PackingConfig(max_row_tokens=512), MicroBatchSize(tokens=CHUNK_TOKENS))
     )
-    step(warm)
+    step.forward_backward(warm)
     gc.collect()
     with watched() as taken:
         if batch is None:
             step_a(model, sides)
         else:
-            step(batch)
+            step.forward_backward(batch)
     return taken.bytes
 
 

@@ -7,7 +7,7 @@ import torch
 from common import Row, Sides, flops, make_batch, make_pairs, paired, show, tiny_llava
 from published import step_a, step_b
 
-from cafe.data.dataset import Batch, MicroBatchSize
+from cafe.data.batch import Batch, MicroBatchSize
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.packing import PackingConfig
 from cafe.training.recipe import ObjectiveConfig
@@ -27,7 +27,7 @@ def main() -> None:
     cached = make_batch(sides, packing, MicroBatchSize(tokens=CHUNK_TOKENS))
 
     def ours(batch: Batch) -> None:
-        step(batch)
+        step.forward_backward(batch)
         model.zero_grad()
 
     def a() -> None:
@@ -44,7 +44,7 @@ def main() -> None:
         other = JointStep(model, ObjectiveConfig(), precision, VisionCache(tower, model.config) if frozen else None)
 
         def cached_step() -> None:
-            other(cached)
+            other.forward_backward(cached)
             model.zero_grad()
 
         def autocast_b() -> None:
@@ -55,7 +55,7 @@ def main() -> None:
         tower.requires_grad_(True)
         return ratio
 
-    losses, published = step(whole), step_a(model, sides)
+    losses, published = step.forward_backward(whole), step_a(model, sides)
     torch.testing.assert_close(losses.lm, published[0], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(losses.contrastive, published[1], rtol=1e-3, atol=1e-3)
     model.zero_grad()

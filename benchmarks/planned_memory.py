@@ -22,18 +22,15 @@ from memory import give_back_what_is_freed, watched
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
+from cafe.lvlm.architectures import load_config
 from cafe.packing import PackingConfig
-from cafe.planning.architectures import load_config
-from cafe.planning.plan import (
-    GIB,
-    TypicalSample,
-    estimate_memory,
-    estimate_workload,
-    image_cost_from_config,
-    measure_model,
-)
+from cafe.planning.hardware import GIB
+from cafe.planning.memory import estimate_memory
+from cafe.planning.sizes import measure_model
+from cafe.planning.workload import TypicalSample, estimate_workload, image_cost_from_config
 from cafe.training.optimizer import configure_trainable_parameters, make_optimizer, summarize_trainable
-from cafe.training.recipe import Recipe, read_recipe
+from cafe.training.recipe import Recipe
+from cafe.training.recipe_io import read_recipe
 from cafe.training.step import JointStep
 from cafe.utils.distributed import clip_grad_norm_
 
@@ -86,7 +83,7 @@ def two_steps(recipe: Recipe, data: TypicalSample, pairs: int, device: str) -> d
     optimizer = make_optimizer(step, lvlm.config.model_type, recipe.optimizer)
     for number in range(1, STEPS + 1):
         started = time.perf_counter()
-        losses = step(batch, measure=True)
+        losses = step.forward_backward(batch, log_grad_norms=True)
         clip_grad_norm_(trained, recipe.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()

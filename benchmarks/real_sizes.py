@@ -25,13 +25,17 @@ from planned_memory import make_pairs
 from published import step_a, step_b
 from transformers import AutoModelForImageTextToText, PreTrainedModel
 
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
+from cafe.lvlm.architectures import load_config
 from cafe.lvlm.forward import FLEX_MULTIPLE, UNBOUNDED_ROW
 from cafe.packing import PackingConfig, count_unique_tokens
-from cafe.planning.architectures import load_config
-from cafe.planning.plan import GIB, HARDWARE, MFU, TypicalSample, estimate_flops, estimate_workload, measure_model
+from cafe.planning.flops import estimate_flops
+from cafe.planning.hardware import GIB, HARDWARE, MFU
+from cafe.planning.sizes import measure_model
+from cafe.planning.workload import TypicalSample, estimate_workload
 from cafe.training.compile import compile_layers
-from cafe.training.recipe import Recipe, read_recipe
+from cafe.training.recipe import Recipe
+from cafe.training.recipe_io import read_recipe
 from cafe.training.step import JointStep
 
 Work = Callable[[], None]
@@ -74,9 +78,9 @@ class Case:
         whole, cut = make_batch(sides, rows), make_batch(sides, rows, size)
         return {
             "A": repeated(model, lambda: step_a(model, sides), published=True),
-            "ours, one pass": repeated(model, lambda: step(whole)),
+            "ours, one pass": repeated(model, lambda: step.forward_backward(whole)),
             "B": repeated(model, lambda: step_b(model, sides, self.chunk), published=True),
-            "ours, cached": repeated(model, lambda: step(cut)),
+            "ours, cached": repeated(model, lambda: step.forward_backward(cut)),
         }
 
 
@@ -154,7 +158,7 @@ def use(case: Case, model: PreTrainedModel, many: int, compiled: bool) -> list[R
         if compile_:
             compile_layers(model)
         batch = make_batch(sides, packing)
-        once = repeated(model, lambda batch=batch: step(batch))
+        once = repeated(model, lambda batch=batch: step.forward_backward(batch))
         once()
         seconds = statistics.median(clock(once) for _ in range(5))
         name = f"MFU, {many} pairs in one pass, {attention}{', compiled' * compile_}"

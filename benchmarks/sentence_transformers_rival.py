@@ -23,10 +23,13 @@ from loading import GROUP, PAIRS, write
 from torch import Tensor, nn
 from transformers import AutoProcessor, TrainerCallback
 
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize, iterate_batches
-from cafe.data.fast_images import with_fast_images
-from cafe.data.records import Source, open_source
-from cafe.lvlm.processing import load_processor
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.loader import iterate_batches
+from cafe.data.records import open_source
+from cafe.data.source import Source
+from cafe.lvlm.loading import load_processor
+from cafe.lvlm.processing import with_fast_images
 from cafe.model import Cafe
 from cafe.training.optimizer import make_optimizer
 from cafe.training.recipe import ObjectiveConfig, OptimizerConfig
@@ -69,7 +72,7 @@ class Ours:
 
     def loss(self) -> Tensor:
         """Of the first batch; its gradient is left in the parameters."""
-        return self.step(self.batches[0]).contrastive
+        return self.step.forward_backward(self.batches[0]).contrastive
 
     def seconds(self) -> float:
         """Of some steps."""
@@ -77,7 +80,7 @@ class Ours:
 
         def train(steps: int) -> None:
             for batch in islice(stream, steps):
-                self.step(batch)
+                self.step.forward_backward(batch)
                 nn.utils.clip_grad_norm_(self.step.parameters(), CLIP)
                 self.optimizer.step()
                 self.optimizer.zero_grad()

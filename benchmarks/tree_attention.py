@@ -7,9 +7,9 @@ from functools import partial
 
 from common import CAPTION, Row, make_batch, make_pairs, paired, show, tiny_llava
 
-import cafe.lvlm.forward
+import cafe.attention.tree
 from cafe.attention.blockwise import MIN_BLOCKWISE_TOKENS
-from cafe.data.dataset import Batch
+from cafe.data.batch import Batch
 from cafe.packing import PackingConfig
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
@@ -24,8 +24,8 @@ def main() -> None:
     step = JointStep(model, ObjectiveConfig())
 
     def work(batch: Batch, long: int) -> None:
-        cafe.reading.LONG = long
-        step(batch)
+        cafe.attention.tree.MIN_BLOCKWISE_TOKENS = long
+        step.forward_backward(batch)
         model.zero_grad()
 
     rows = []

@@ -2,15 +2,21 @@
 
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 
-from cafe.data.source import Source
-from cafe.lvlm.processing import ChatProcessor
-from cafe.lvlm.prompts import Prompts
-from cafe.scenes.base import corpus, make_model, make_processor
-from cafe.scenes.write import write_scenes
-from cafe.training.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe
+# Check the annotations of these packages, shapes included, at run time: before the first import of cafe.
+SHAPE_CHECKED = ["cafe.packing", "cafe.losses", "cafe.attention", "cafe.lvlm.forward"]
+INT_IS_FLOAT = "beartype.BeartypeConf(is_pep484_tower=True)"
+jaxtyping.install_import_hook(SHAPE_CHECKED, f"beartype.beartype(conf={INT_IS_FLOAT})")
+
+from cafe.data.source import Source  # noqa: E402
+from cafe.lvlm.processing import ChatProcessor  # noqa: E402
+from cafe.lvlm.prompts import Prompts  # noqa: E402
+from cafe.scenes.base import corpus, make_model, make_processor  # noqa: E402
+from cafe.scenes.write import write_scenes  # noqa: E402
+from cafe.training.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe  # noqa: E402
 
 torch.set_num_threads(1)  # tests run in several processes
 

@@ -1,6 +1,6 @@
-"""Tiny models of many families, with random weights: a function each, in the families' own classes and templates.
+"""Tiny models of many families, with random weights: a function for each, in the family's own classes and templates.
 
-Not every version of transformers has every family right, or without torchvision: then its function raises ImportError.
+Some versions of transformers lack a family, or have it only with torchvision: then its function raises ImportError.
 """
 
 from collections.abc import Callable
@@ -19,7 +19,8 @@ from transformers import (
 
 from cafe.lvlm.families import attention_kwargs
 from cafe.lvlm.forward import infer_packing
-from cafe.lvlm.processing import ChatProcessor, without_video
+from cafe.lvlm.loading import without_video
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import CHATML, Prompts
 from cafe.model import Cafe
 
@@ -56,7 +57,7 @@ LLAVA_TEMPLATE = (
     "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] + ' ' }}{% endfor %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-"""Pictures come first; a space follows the generation prompt; nothing ends the assistant's turn."""
+"""Images come first; a space follows the generation prompt; nothing ends the assistant's turn."""
 
 MISTRAL_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'system' %}"
@@ -379,7 +380,7 @@ def gemma4() -> Cafe:
 
 
 def aya_vision() -> Cafe:
-    """A family outside the table. In the text a picture is another token than in the model's input."""
+    """A family outside the table. In the text an image is another token than in the model's input."""
     tiles = ["TILE_GLOBAL", *(f"TILE_{number}" for number in range(1, 5))]
     marks = ["<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>"]
     processor = hf.AyaVisionProcessor(
@@ -415,7 +416,7 @@ def glm4v() -> Cafe:
 
 
 def ovis2() -> Cafe:
-    """A family outside the table that reads trees. Its pictures hold tokens that are pictures' parts and marks."""
+    """A family outside the table that supports trees. The token run of an image has tokens of its parts and marks."""
     marks = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
     processor = hf.Ovis2Processor(
         hf.Ovis2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4),

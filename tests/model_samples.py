@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from cafe.content import Content, Dialogue, Example, Pair, Turn
-from cafe.data.dataset import encode_example
+from cafe.data.encoding import encode_example
 from cafe.data.source import Source
 from cafe.model import Cafe
 from cafe.packing import Branch
@@ -27,12 +27,12 @@ def make(family: str) -> Cafe:
         pytest.skip(str(error))
 
 
-def picture(seed: int, width: int = 48, height: int = 32) -> Image.Image:
+def noise_image(seed: int, width: int = 48, height: int = 32) -> Image.Image:
     noise = np.random.default_rng(seed).integers(0, 256, (height // 8, width // 8, 3), np.uint8)
     return Image.fromarray(noise).resize((width, height), Image.Resampling.NEAREST)
 
 
-SMALL, WIDE, TALL = picture(1), picture(2, 64, 32), picture(3, 32, 64)
+SMALL, WIDE, TALL = noise_image(1), noise_image(2, 64, 32), noise_image(3, 32, 64)
 CONTENTS = {
     "text": "a red circle left of it",
     "image": [SMALL],
@@ -63,7 +63,7 @@ class Listed:
 
 
 def examples() -> list[Example]:
-    """Of every kind: with hard negatives, without dialogue, without target, with an exchange that goes on."""
+    """Examples of every kind: with hard negatives, without dialogue, without target, with several turns."""
     small, wide, both = Content.of(SMALL), Content.of([WIDE, "the left one"]), Content.of([TALL, " or ", SMALL])
     asked = Content((*small.parts, "What is it?"))
     return [

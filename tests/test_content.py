@@ -1,4 +1,4 @@
-"""Contents from what people have at hand, and images decoded on purpose."""
+"""Content made of common values, and images decoded to RGB."""
 
 import io
 import struct
@@ -8,27 +8,27 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from cafe import content
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
+from cafe.images import decoding
 from cafe.images.decoding import decode_array, decode_image
 
 
-def test_content_takes_text_pictures_and_both():
-    picture = Image.new("RGB", (4, 4))
+def test_content_takes_text_images_and_both():
+    image = Image.new("RGB", (4, 4))
     assert Content.of("words").text == "words"
-    both = Content.of({"image": picture, "text": "what?"})
-    assert both.images[0].source is picture and both.text == "what?"
+    both = Content.of({"image": image, "text": "what?"})
+    assert both.images[0].source is image and both.text == "what?"
     with pytest.raises(CafeError, match="int"):
         Content.of(3)
     with pytest.raises(CafeError, match="txt"):
         Content.of({"txt": "a"})
     with pytest.raises(CafeError, match="text should be a str, not a int"):
-        Content.of({"image": picture, "text": 3})
+        Content.of({"image": image, "text": 3})
 
 
 @pytest.mark.parametrize("key", ["image", "images"])
-def test_pictures_of_a_mapping_may_be_one_or_a_list_and_paths_are_no_texts(key):
+def test_a_mapping_takes_one_image_or_a_list_and_strings_are_paths(key):
     for value, expected in (("a.png", ["a.png"]), (["a.png", "b.png"], ["a.png", "b.png"])):
         content = Content.of({key: value, "text": "words"})
         assert [str(ref) for ref in content.images] == expected and content.text == "words"
@@ -37,16 +37,16 @@ def test_pictures_of_a_mapping_may_be_one_or_a_list_and_paths_are_no_texts(key):
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied_once(kind, orientation):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8))
-    exif = picture.getexif()
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 8, 3), np.uint8))
+    exif = image.getexif()
     exif[0x0112] = orientation
-    ref = encoded(picture, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+    ref = encoded(image, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
     turned, expected = decode_image(ref), ImageOps.exif_transpose(Image.open(io.BytesIO(ref.source)))
     assert np.array_equal(turned, expected) and np.array_equal(ImageOps.exif_transpose(turned), expected)
     assert np.array_equal(decode_image(ImageRef(Image.open(io.BytesIO(ref.source)))), expected)
 
 
-def test_a_picture_is_turned_though_another_exif_tag_is_damaged():
+def test_exif_orientation_is_applied_despite_another_damaged_tag():
     turned = struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0)
     resolution = struct.pack("<HHI", 0x011A, 2, 4) + b"abc\0"  # in words
     exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turned + resolution + bytes(4)
@@ -54,7 +54,7 @@ def test_a_picture_is_turned_though_another_exif_tag_is_damaged():
     assert decode_image(ref).size == (4, 8) and decode_array(ref).shape == (8, 4, 3)
 
 
-def test_transparency_is_laid_over_white_and_16_bits_scale_to_8(tmp_path):
+def test_transparency_becomes_white_and_16_bits_scale_to_8(tmp_path):
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     assert decode_image(ImageRef(tmp_path / "clear.png")).getpixel((0, 0)) == (255, 255, 255)
     Image.fromarray(np.full((2, 2), 65535 // 2, np.uint16)).save(tmp_path / "deep.png")
@@ -73,7 +73,7 @@ def test_a_damaged_image_is_named(tmp_path, data):
         decode_image(ImageRef(tmp_path / "bad.png"))
 
 
-def test_bytes_that_are_no_image_are_told_alike_in_every_run():
+def test_bytes_that_are_no_image_have_the_same_message_in_every_run():
     said = []
     for _ in range(2):
         with pytest.raises(CafeError, match="The image <bytes> cannot be decoded") as raised:
@@ -82,7 +82,7 @@ def test_bytes_that_are_no_image_are_told_alike_in_every_run():
     assert said[0] == said[1] and "0x" not in said[0]
 
 
-def test_a_cut_off_image_and_a_missing_one_are_named(tmp_path):
+def test_a_truncated_image_and_a_missing_one_are_named(tmp_path):
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:500])
     with pytest.raises(CafeError, match=r"cut\.png"):
@@ -91,7 +91,7 @@ def test_a_cut_off_image_and_a_missing_one_are_named(tmp_path):
         decode_image(ImageRef(tmp_path / "none.png"))
 
 
-def test_whatever_a_decoder_raises_names_the_image(monkeypatch, tmp_path):
+def test_any_decoder_error_names_the_image(monkeypatch, tmp_path):
     """AVIF's raises RuntimeError; TypeError, struct.error and others have been seen."""
     Image.new("RGB", (4, 4)).save(tmp_path / "odd.png")
     lazy = Image.open(tmp_path / "odd.png")
@@ -121,24 +121,24 @@ def encoded(image: Image.Image, kind: str, **options) -> ImageRef:
 def decoder(request, monkeypatch):
     """Runs a test with either decoder of plain JPEGs."""
     if request.param == "Pillow":
-        monkeypatch.setattr(content, "simplejpeg", None)
+        monkeypatch.setattr(decoding, "simplejpeg", None)
     else:
         pytest.importorskip("simplejpeg")
     return request.param
 
 
-@pytest.mark.parametrize("enough", [None, 16, 40, 64])  # as it is, and at an eighth, a quarter and a half
+@pytest.mark.parametrize("min_side", [None, 16, 40, 64])  # as it is, and at an eighth, a quarter and a half
 @pytest.mark.parametrize("options", [{"quality": 95, "subsampling": 0}, {"quality": 30}, {"progressive": True}])
-def test_pixels_in_an_array_are_those_of_the_picture(decoder, enough, options):
+def test_decoded_arrays_of_jpegs_equal_decoded_images(decoder, min_side, options):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (160, 240, 3), np.uint8))
     for image in (noise, noise.resize((30, 20)).resize((240, 160))):
         ref = encoded(image, "JPEG", **options)
-        shown = decode_image(ref, enough=enough)
-        assert shown.height == {None: 160, 16: 20, 40: 40, 64: 80}[enough]
-        assert np.array_equal(decode_array(ref, enough=enough), shown)
+        shown = decode_image(ref, min_side=min_side)
+        assert shown.height == {None: 160, 16: 20, 40: 40, 64: 80}[min_side]
+        assert np.array_equal(decode_array(ref, min_side=min_side), shown)
 
 
-def test_so_are_those_of_pictures_that_are_no_plain_jpegs(decoder):
+def test_decoded_arrays_of_other_formats_equal_decoded_images(decoder):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 8, 3), np.uint8))
     turned = noise.getexif()
     turned[0x0112] = 6

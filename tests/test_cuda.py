@@ -14,19 +14,21 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from cafe.data.dataset import NO_LIMIT, Batch, ContrastiveBatchDataset, MicroBatchSize
-from cafe.data.fast_images import with_fast_images
-from cafe.data.records import Source, open_source
+from cafe.data.batch import NO_LIMIT, Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.lvlm.adapters import LoraSettings
+from cafe.lvlm.processing import with_fast_images
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.scenes.draw import paint
 from cafe.scenes.world import draw_scene
 from cafe.training import loop
-from cafe.training.compile import compile_layers
+from cafe.training.compile import allow_repeated_backward, compile_layers
 from cafe.training.fsdp import apply_fsdp
+from cafe.training.gradients import unscale
 from cafe.training.loop import train
-from cafe.training.loss_scale import unscale
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep, Losses
 
@@ -34,7 +36,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is 
 
 PAIRS = 8
 CUT = MicroBatchSize(tokens=700)
-PICTURE = paint(draw_scene(0, "test", 0))
+IMAGE = paint(draw_scene(0, "test", 0))
 
 
 @pytest.fixture(autouse=True)
@@ -42,11 +44,12 @@ def exact() -> Iterator[None]:
     """Products of float32 matrices are of float32, and nothing that was compiled before is used."""
     torch.set_float32_matmul_precision("highest")  # FlexAttention's kernel goes by it too
     torch.compiler.reset()
+    allow_repeated_backward()  # of FlexAttention, for the norm of each loss's gradient
     yield
 
 
 def batches(model: Cafe, scenes: Path, size: MicroBatchSize = NO_LIMIT) -> ContrastiveBatchDataset:
-    """Batches as training makes them, pictures as bytes."""
+    """Batches as training makes them, images as bytes."""
     chat_processor, normalization = with_fast_images(model.chat_processor)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
     packing = replace(model.packing, normalization=normalization)
@@ -57,7 +60,7 @@ def followed(model: Cafe, batch: Batch, precision: str = "fp32", **options) -> t
     """The losses of a step and its gradient."""
     step = JointStep(model.lvlm, ObjectiveConfig(), precision).to(model.lvlm.device)
     step.zero_grad()
-    losses = step(batch, **options)
+    losses = step.forward_backward(batch, **options)
     return losses, gradient(model)
 
 
@@ -80,12 +83,12 @@ def on_cpu(random_base, scenes) -> tuple[Losses, torch.Tensor]:
 @pytest.mark.parametrize("size", [NO_LIMIT, CUT], ids=["one pass", "cached"])
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
-def test_the_gradient_is_the_cpus(random_base, scenes, on_cpu, attention, compiled, size):
+def test_the_gradient_equals_the_cpus(random_base, scenes, on_cpu, attention, compiled, size):
     model = Cafe.load(random_base, dtype=torch.float32, attention=attention)
     if compiled:
         compile_layers(model.lvlm)
     batch = batches(model, scenes, size)[0].pin_memory()
-    losses, grad = followed(model, batch, measure=True)
+    losses, grad = followed(model, batch, log_grad_norms=True)
     assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=1e-4)
     assert losses.contrastive.item() == pytest.approx(on_cpu[0].contrastive.item(), rel=1e-3)
     assert apart(grad, on_cpu[1]) <= 1e-5
@@ -94,11 +97,11 @@ def test_the_gradient_is_the_cpus(random_base, scenes, on_cpu, attention, compil
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("attention", ["sdpa", "flex_attention"])
 @pytest.mark.parametrize(("precision", "close"), [("bf16", 0.1), ("fp16", 0.02)])
-def test_16_bits_are_close(random_base, scenes, on_cpu, precision, close, attention, compiled):
+def test_half_precision_gradients_are_close(random_base, scenes, on_cpu, precision, close, attention, compiled):
     model = Cafe.load(random_base, dtype=torch.float32, attention=attention)
     if compiled:
         compile_layers(model.lvlm)
-    losses, grad = followed(model, batches(model, scenes, CUT)[0], precision, scale=2.0**12)
+    losses, grad = followed(model, batches(model, scenes, CUT)[0], precision, loss_scale=2.0**12)
     assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=close / 10)
     assert losses.contrastive.item() == pytest.approx(on_cpu[0].contrastive.item(), rel=close / 2)
     assert apart(grad / 2.0**12, on_cpu[1]) <= close
@@ -109,10 +112,10 @@ def test_flex_attention_compiles_nothing_once_it_is_warm(random_base, scenes):
     step = JointStep(model.lvlm, ObjectiveConfig(), "bf16").to("cuda")
     data = batches(model, scenes, CUT)
     for number in range(len(data)):
-        step(data[number])
+        step.forward_backward(data[number])
     with torch.compiler.set_stance("fail_on_recompile"):
         for number in range(len(data), 2 * len(data)):  # the next epoch
-            step(data[number])
+            step.forward_backward(data[number])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -122,9 +125,9 @@ def test_a_sharded_step_is_the_whole_one(random_base, scenes, on_cpu, precision,
     try:
         model = Cafe.load(random_base, dtype=torch.float32, device="cpu")
         step = JointStep(model.lvlm, ObjectiveConfig(), precision)
-        apply_fsdp(step.reading, torch.device("cuda"), step.reading.dtype)
+        apply_fsdp(step.packed_forward, torch.device("cuda"), step.packed_forward.dtype)
         step.to("cuda")
-        losses = step(batches(model, scenes, CUT)[0], measure=True, scale=2.0**12)
+        losses = step.forward_backward(batches(model, scenes, CUT)[0], log_grad_norms=True, loss_scale=2.0**12)
         unscale(step.parameters(), 2.0**12)
         grads = [p.grad.full_tensor().flatten().double().cpu() for p in model.lvlm.parameters() if p.grad is not None]
     finally:
@@ -135,7 +138,7 @@ def test_a_sharded_step_is_the_whole_one(random_base, scenes, on_cpu, precision,
     )
 
 
-def test_a_frozen_towers_pictures_are_read_once(random_base, scenes):
+def test_a_frozen_tower_encodes_images_once(random_base, scenes):
     model = Cafe.load(random_base, dtype=torch.float32)
     tower = model.lvlm.model.vision_tower.requires_grad_(False)
     batch = batches(model, scenes, CUT)[0]
@@ -146,28 +149,28 @@ def test_a_frozen_towers_pictures_are_read_once(random_base, scenes):
     step = JointStep(model.lvlm, ObjectiveConfig(), vision=VisionCache(tower, model.lvlm.config)).to("cuda")
     model.lvlm.zero_grad()
     before = len(calls)
-    step(batch)
+    step.forward_backward(batch)
     assert len(calls) - before == len(batch.micro_batches)
     assert apart(gradient(model), plain) <= 1e-5
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float16])
-def test_a_model_is_used_in_16_bits(random_base, dtype):
+def test_a_model_embeds_and_generates_in_half_precision(random_base, dtype):
     gpu, cpu = Cafe.load(random_base, dtype=dtype), Cafe.load(random_base, device="cpu")
     assert gpu.lvlm.dtype == (dtype or torch.bfloat16) and gpu.lvlm.device.type == "cuda"
-    contents = ["a red circle", PICTURE, {"image": PICTURE, "text": "what is it?"}]
+    contents = ["a red circle", IMAGE, {"image": IMAGE, "text": "what is it?"}]
     assert (gpu.embed(contents) * cpu.embed(contents)).sum(1).min() > 0.99
-    vectors, answers = gpu.embed_and_generate_batch([PICTURE, PICTURE], max_new_tokens=4)
+    vectors, answers = gpu.embed_and_generate_batch([IMAGE, IMAGE], max_new_tokens=4)
     assert len(answers) == 2 and answers[0] == answers[1]
-    alone, answer = gpu.embed_and_generate(PICTURE, "What is it?", max_new_tokens=4)
+    alone, answer = gpu.embed_and_generate(IMAGE, "What is it?", max_new_tokens=4)
     assert isinstance(answer, str) and (vectors[0] * alone).sum() > 0.99
-    assert gpu.score([PICTURE, "What is it?"], "a circle") == pytest.approx(
-        cpu.score([PICTURE, "What is it?"], "a circle"), rel=0.05
+    assert gpu.score([IMAGE, "What is it?"], "a circle") == pytest.approx(
+        cpu.score([IMAGE, "What is it?"], "a circle"), rel=0.05
     )
 
 
 @pytest.mark.parametrize(("precision", "attention"), [("bf16", "sdpa"), ("bf16", "flex_attention"), ("fp16", "sdpa")])
-def test_a_run_from_files_in_workers_whose_size_is_found(recipe, precision, attention):
+def test_training_from_files_with_workers_and_automatic_micro_batches(recipe, precision, attention):
     recipe = replace(
         recipe,
         model=replace(recipe.model, precision=precision, attention=attention),
@@ -182,7 +185,7 @@ def test_a_run_from_files_in_workers_whose_size_is_found(recipe, precision, atte
 
 
 @pytest.mark.skipif(not find_spec("bitsandbytes"), reason="bitsandbytes is not installed")
-def test_an_adapter_beside_4_bit_weights_with_paged_8_bit_moments(recipe):
+def test_adapter_trains_beside_4bit_weights_with_paged_8bit_optimizer(recipe):
     recipe = replace(
         recipe,
         model=replace(recipe.model, precision="bf16", frozen_weights="4bit", adapter=LoraSettings(rank=8)),
@@ -195,7 +198,7 @@ def test_an_adapter_beside_4_bit_weights_with_paged_8_bit_moments(recipe):
     assert Cafe.load(checkpoint, four_bit=True).embed(["a"]).shape[0] == 1
 
 
-def test_memory_that_runs_out_halves_the_micro_batch(recipe, capsys):
+def test_oom_halves_the_micro_batch(recipe, capsys):
     """Of 24 pairs in one micro-batch, under a limit that a few of them fit."""
     recipe = replace(recipe, batch_size=24, steps=2)
     torch.cuda.empty_cache()
@@ -218,7 +221,7 @@ def test_memory_that_runs_out_halves_the_micro_batch(recipe, capsys):
         assert json.loads(one)["lm_loss"] == pytest.approx(json.loads(other)["lm_loss"], rel=1e-3)
 
 
-def test_a_run_goes_on_with_the_same_command(recipe, monkeypatch):
+def test_resume_continues_with_the_same_command(recipe, monkeypatch):
     """Broken off at its third step, it ends as a whole run, but for kernels that add in an order of their own."""
     recipe = replace(recipe, save_every=2)
     whole = train(replace(recipe, output=recipe.output + "-whole"))

@@ -22,8 +22,8 @@ from transformers.video_processing_utils import BaseVideoProcessor
 from cafe.cli.main import main
 from cafe.content import Content
 from cafe.export import model_card
-from cafe.images.resizing import use_torch_resize
-from cafe.lvlm.processing import load_processor
+from cafe.images.resizing import with_torch_resize
+from cafe.lvlm.loading import load_processor
 from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
 
@@ -45,14 +45,15 @@ def test_sentence_transformers_gives_our_embeddings_of_text_image_and_both(famil
         monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda path, **options: load_processor(str(path)))
     theirs = SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     np.testing.assert_allclose((theirs.encode(CONTENTS) * expected).sum(1), 1, atol=1e-4)  # with Pillow's resize
-    use_torch_resize(theirs[0].processor.image_processor)
+    processor = theirs[0].processor
+    processor.image_processor = with_torch_resize(processor.image_processor)
     for found in (theirs.encode(CONTENTS), np.stack([theirs.encode(content) for content in CONTENTS])):
         np.testing.assert_allclose((found * expected).sum(1), 1, atol=1e-4)
         np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_a_checkpoint_has_the_settings_for_videos_that_its_familys_processor_declares(family, tmp_path):
+def test_a_checkpoint_has_the_video_settings_that_its_processor_declares(family, tmp_path):
     model = make(family)
     model.save(tmp_path / "made")
     declared = "video_processor" in type(model.chat_processor.processor).__mro__[1].get_attributes()
@@ -69,7 +70,7 @@ def test_a_checkpoint_has_the_settings_for_videos_that_its_familys_processor_dec
 
 
 @pytest.mark.parametrize("family", PREFIX_LMS)
-def test_a_prefix_lms_checkpoint_is_what_transformers_takes_for_one_and_no_more(family, tmp_path):
+def test_a_prefix_lms_checkpoint_loads_in_transformers_and_has_no_template(family, tmp_path):
     model, saved = make(family), tmp_path / "saved"
     model.save(saved)
     assert not {file.name for file in saved.iterdir()} & {"modules.json", "chat_template.jinja"}
@@ -81,7 +82,7 @@ def test_a_prefix_lms_checkpoint_is_what_transformers_takes_for_one_and_no_more(
     assert model.generate(WIDE, "What is it?", max_new_tokens=6) == answer.strip() != ""
 
 
-def test_the_embedding_template_stands_by_itself_and_takes_what_servers_send(tmp_path):
+def test_the_embedding_template_renders_what_servers_send(tmp_path):
     model = make("qwen2_5_vl")
     model.save(tmp_path / "saved")
     template = (tmp_path / "saved" / "embedding_template.jinja").read_text()
@@ -113,6 +114,7 @@ def test_the_model_card_shows_results_data_and_recipe():
     _, about, text = card.split("---\n", 2)
     assert yaml.safe_load(about)["base_model"] == "owner/base-model"
     assert "| retrieval/image_to_text/R@1 | 61.250 |" in text and "- `captions.json`" in text
+    assert "The prompt frame is `closed`." in text
     assert "first 64, 128 dimensions" in text and "Compress this image in one word:" in text
     shown = [yaml.safe_load(block) for block in re.findall("```yaml\n(.*?)\n```", text, re.S)]
     assert shown == [{name: RECORD[name] for name in ("steps", "temperature", "versions")}, RECORD["recipe"]]
@@ -168,7 +170,7 @@ def hub(monkeypatch):
     server.server_close()
 
 
-def test_push_uploads_every_file_and_a_card_with_results_through_the_hubs_own_client(hub, tmp_path, capsys):
+def test_push_uploads_every_file_and_a_model_card_with_results(hub, tmp_path, capsys):
     checkpoint, results = tmp_path / "run" / "checkpoint", tmp_path / "results"
     checkpoint.mkdir(parents=True)
     results.mkdir()
@@ -184,7 +186,7 @@ def test_push_uploads_every_file_and_a_card_with_results_through_the_hubs_own_cl
     assert "| captions/exact | 90.000 |" in hub.files["README.md"].decode()
 
 
-def test_a_hub_out_of_reach_is_one_sentence(tmp_path, monkeypatch, capsys):
+def test_push_to_an_unreachable_hub_is_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("cafe.export.HfApi", partial(HfApi, endpoint="http://127.0.0.1:9", token="hf_test"))
     (tmp_path / "cafe.json").write_text(json.dumps(RECORD))
     assert main(["push", str(tmp_path), "owner/name"]) == 1
@@ -192,7 +194,7 @@ def test_a_hub_out_of_reach_is_one_sentence(tmp_path, monkeypatch, capsys):
     assert "cannot be pushed to owner/name: " in said and said.count("\n") == 1
 
 
-def test_what_cannot_be_pushed_is_one_sentence(hub, tmp_path, capsys):
+def test_push_of_what_is_no_checkpoint_is_reported(hub, tmp_path, capsys):
     (tmp_path / "cafe.json").write_text(json.dumps(RECORD))
     wrong = [
         (["push", str(tmp_path / "no"), "owner/name"], "is no checkpoint of cafe"),

@@ -24,12 +24,12 @@ def model(random_base):
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return paint(draw_scene(0, "test", 0))
 
 
-def test_embeddings_are_float32_unit_vectors_in_the_order_given(model, picture):
-    contents = ["a red circle", picture, {"image": picture, "text": "what is left of it?"}, "a much longer text " * 9]
+def test_embeddings_are_float32_unit_vectors_in_the_order_given(model, image):
+    contents = ["a red circle", image, {"image": image, "text": "what is left of it?"}, "a much longer text " * 9]
     vectors = model.embed(contents, batch_size=2)
     assert vectors.dtype == np.float32 and vectors.shape == (4, 160)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
@@ -37,90 +37,90 @@ def test_embeddings_are_float32_unit_vectors_in_the_order_given(model, picture):
         np.testing.assert_allclose(model.embed([content])[0], vector, atol=1e-5)
 
 
-def test_one_content_is_not_taken_apart(model, picture):
+def test_a_single_content_is_not_iterated_over(model, image):
     """A text would be embedded letter by letter, a mapping by the names of its keys."""
-    for single in ("a red circle", {"image": picture}, picture, Content.of("a")):
+    for single in ("a red circle", {"image": image}, image, Content.of("a")):
         with pytest.raises(CafeError, match="put a single one in a list"):
             model.embed(single)
-    with pytest.raises(CafeError, match="A list of contents is wanted, not a str"):
-        model.describe("picture.png")
+    with pytest.raises(CafeError, match="Expected a list of contents, not a str"):
+        model.embed_and_generate_batch("image.png")
 
 
-def test_a_batch_holds_something(model):
+def test_a_batch_size_below_one_is_refused(model):
     for size in (0, -1):
         for call in (lambda size: model.embed(["a"], size), lambda size: model.score_batch(["a"], [["b"]], size)):
             with pytest.raises(CafeError, match=f"batch_size should be above 0, not {size}"):
                 call(size)
 
 
-def test_a_prefix_of_an_embedding_is_its_first_dimensions_at_unit_length(model, picture):
-    whole = model.embed(["a red circle", picture])[:, :24]
+def test_matryoshka_prefix_has_the_first_dimensions_at_unit_length(model, image):
+    whole = model.embed(["a red circle", image])[:, :24]
     expected = whole / np.linalg.norm(whole, axis=1, keepdims=True)
-    np.testing.assert_allclose(model.embed(["a red circle", picture], dim=24), expected, atol=1e-6)
+    np.testing.assert_allclose(model.embed(["a red circle", image], dim=24), expected, atol=1e-6)
     with pytest.raises(CafeError, match="between 1 and the embedding's 160, not 161"):
         model.embed(["a red circle"], dim=161)
 
 
-def test_the_embedding_is_transformers_own_last_hidden_state(model, picture, random_base):
+def test_the_embedding_is_transformers_own_last_hidden_state(model, image, random_base):
     lvlm = AutoModelForImageTextToText.from_pretrained(random_base).eval()
     messages = [
-        *embedding_messages(Content.of(picture), model.chat_processor.prompts),
+        *embedding_messages(Content.of(image), model.chat_processor.prompts),
         {"role": "assistant", "content": [{"type": "text", "text": ""}]},
     ]
     text = model.chat_processor.processor.apply_chat_template(messages, tokenize=False).rstrip()
-    inputs = model.chat_processor.processor(text=[text], images=[[picture]], return_tensors="pt")
+    inputs = model.chat_processor.processor(text=[text], images=[[image]], return_tensors="pt")
     with torch.inference_mode():
         hidden = lvlm.model(**inputs).last_hidden_state[0, -1]
     expected = hidden / hidden.norm()
-    np.testing.assert_allclose(model.embed([picture])[0], expected.numpy(), atol=1e-5)
+    np.testing.assert_allclose(model.embed([image])[0], expected.numpy(), atol=1e-5)
 
 
-def test_in_float16_a_model_embeds_describes_and_scores_nearly_as_in_float32(model, picture, random_base):
+def test_float16_embeds_generates_and_scores_nearly_as_float32(model, image, random_base):
     half = Cafe.load(random_base, model.chat_processor.prompts, dtype=torch.float16)
-    contents = ["a red circle", picture, {"image": picture, "text": "what is left of it?"}]
+    contents = ["a red circle", image, {"image": image, "text": "what is left of it?"}]
     assert (half.embed(contents) * model.embed(contents)).sum(1).min() > 0.999
-    vectors, answers = half.embed_and_generate_batch([picture, picture], max_new_tokens=4)
-    assert np.isfinite(vectors).all() and answers == [half.generate(picture, "Describe the image.", 4)] * 2
-    assert half.score([picture], "a circle") == pytest.approx(model.score([picture], "a circle"), rel=1e-2)
+    vectors, answers = half.embed_and_generate_batch([image, image], max_new_tokens=4)
+    assert np.isfinite(vectors).all() and answers == [half.generate(image, "Describe the image.", 4)] * 2
+    assert half.score([image], "a circle") == pytest.approx(model.score([image], "a circle"), rel=1e-2)
 
 
-def test_generation_is_transformers_greedy_generation_batched_streamed_and_alone(model, picture):
-    prompt = "What is in the picture?"
-    answer = model.generate(picture, prompt, max_new_tokens=8)
-    assert "".join(model.generate(picture, prompt, max_new_tokens=8, stream=True)).strip() == answer
-    other = Content.of([picture, "Describe the image, at some length, please."])
-    assert model.generate_batch([other, Content.of([picture, prompt])], max_new_tokens=8)[1] == answer
+def test_generation_is_transformers_greedy_generation_batched_streamed_and_alone(model, image):
+    prompt = "What is in the image?"
+    answer = model.generate(image, prompt, max_new_tokens=8)
+    assert "".join(model.generate(image, prompt, max_new_tokens=8, stream=True)).strip() == answer
+    other = Content.of([image, "Describe the image, at some length, please."])
+    assert model.generate_batch([other, Content.of([image, prompt])], max_new_tokens=8)[1] == answer
 
 
-def test_sampling_follows_the_seed(model, picture):
+def test_sampling_follows_the_seed(model, image):
     said = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        said.append(model.generate(picture, "What?", max_new_tokens=16, temperature=5.0))
+        said.append(model.generate(image, "What?", max_new_tokens=16, temperature=5.0))
     assert said[0] == said[1] != said[2]
 
 
-def test_one_prefill_gives_the_same_embedding_and_the_same_answer(model, picture):
+def test_one_prefill_gives_the_same_embedding_and_the_same_answer(model, image):
     prompt = "Describe the image."
-    vector, answer = model.embed_and_generate(picture, prompt, max_new_tokens=8)
-    np.testing.assert_allclose(vector, model.embed([picture])[0], atol=1e-5)
-    assert answer == model.generate(picture, prompt, max_new_tokens=8)
+    vector, answer = model.embed_and_generate(image, prompt, max_new_tokens=8)
+    np.testing.assert_allclose(vector, model.embed([image])[0], atol=1e-5)
+    assert answer == model.generate(image, prompt, max_new_tokens=8)
 
 
-def test_the_score_of_an_answer_is_its_log_likelihood_token_by_token(model, picture):
-    row = model.encode_prompt(Content.of([picture, "What?"]))
+def test_the_score_of_an_answer_is_its_log_likelihood(model, image):
+    row = model.encode_prompt(Content.of([image, "What?"]))
     answer = model.chat_processor.tokenizer("a circle<|im_end|>", add_special_tokens=False)["input_ids"]
     total, ids = 0.0, row.input_ids.tolist()
     for token in answer:
         with torch.inference_mode():
-            logits = model.lvlm(input_ids=torch.tensor([ids]), **row.vision).logits[0, -1]
+            logits = model.lvlm(input_ids=torch.tensor([ids]), **row.image_inputs).logits[0, -1]
         total += logits.log_softmax(-1)[token].item()
         ids.append(token)
-    assert model.score([picture, "What?"], "a circle") == pytest.approx(total, abs=1e-3)
+    assert model.score([image, "What?"], "a circle") == pytest.approx(total, abs=1e-3)
 
 
-def test_scores_of_a_batch_are_those_of_each_answer_alone(model, picture):
-    contents = [[picture, "What?"], "no picture", [picture, "What is left of it, and what is right of it?"]]
+def test_scores_of_a_batch_are_those_of_each_answer_alone(model, image):
+    contents = [[image, "What?"], "no image", [image, "What is left of it, and what is right of it?"]]
     answers = [["a circle", "a circle left of a square", ""], ["yes", "no"], ["nothing"]]
     alone = [[model.score(content, said) for said in each] for content, each in zip(contents, answers, strict=True)]
     for batch_size in (1, 2, 16):
@@ -130,16 +130,16 @@ def test_scores_of_a_batch_are_those_of_each_answer_alone(model, picture):
             np.testing.assert_allclose(found, expected, atol=2e-4)
 
 
-def test_equal_answers_have_exactly_equal_scores(model, picture):
-    [same] = model.score_batch([[picture, "What?"]], [["a circle", "a square", "a circle"]])
+def test_equal_answers_have_exactly_equal_scores(model, image):
+    [same] = model.score_batch([[image, "What?"]], [["a circle", "a square", "a circle"]])
     assert same[0] == same[2] != same[1]
 
 
-def test_a_saved_checkpoint_loads_with_cafe_and_with_plain_transformers(model, picture, tmp_path):
+def test_a_saved_checkpoint_loads_with_cafe_and_with_plain_transformers(model, image, tmp_path):
     model.save(tmp_path / "saved", temperature=0.05)
     again = Cafe.load(tmp_path / "saved")
     assert again.chat_processor.prompts == model.chat_processor.prompts and again.metadata["temperature"] == 0.05
-    np.testing.assert_array_equal(again.embed([picture, "words"]), model.embed([picture, "words"]))
+    np.testing.assert_array_equal(again.embed([image, "words"]), model.embed([image, "words"]))
     plain = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved")
     assert type(plain).__name__ == "LlavaOnevisionForConditionalGeneration"
     model.save(tmp_path / "saved", temperature=0.07)  # over an older one
@@ -147,17 +147,17 @@ def test_a_saved_checkpoint_loads_with_cafe_and_with_plain_transformers(model, p
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
 
 
-def test_saving_takes_the_place_of_nothing_but_a_checkpoint(model, tmp_path):
+def test_save_replaces_nothing_but_a_checkpoint(model, tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(CafeError, match="holds something that is no checkpoint"):
+    with pytest.raises(CafeError, match="holds something that is not a checkpoint"):
         model.save(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_the_prompts_of_a_checkpoint_on_the_hub_are_its_own(model, tmp_path, monkeypatch):
+def test_a_checkpoint_on_the_hub_loads_with_its_own_prompts(model, tmp_path, monkeypatch):
     """As the Hub's client keeps it after a download."""
     home = tmp_path / "models--me--mine"
-    model.with_prompts(mode="multimodal", chat_template="model").save(home / "snapshots" / "abc")
+    model.with_prompts(mode="multimodal", chat_template="family").save(home / "snapshots" / "abc")
     (home / "refs").mkdir()
     (home / "refs" / "main").write_text("abc")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -167,16 +167,16 @@ def test_the_prompts_of_a_checkpoint_on_the_hub_are_its_own(model, tmp_path, mon
         Cafe.load("me/other")
 
 
-def test_other_prompts_leave_the_model_as_it_was():
+def test_with_prompts_leaves_the_model_unchanged():
     model, same = make("llava"), make("llava")
     other = model.with_prompts(chat_template="chatml")
     said, before, apart = (each.encode_prompt(Content.of("hello")).input_ids for each in (model, same, other))
     assert torch.equal(said, before) and not torch.equal(apart, before)
 
 
-def test_few_contents_wait_encoded(model, picture, monkeypatch):
+def test_embed_encodes_a_few_batches_ahead(model, image, monkeypatch):
     events = []
-    encode, forward = Cafe.encode_embedding, cafe.model.read
+    encode, forward = Cafe.encode_embedding, cafe.model.forward_packed
     monkeypatch.setattr(Cafe, "encode_embedding", lambda *given: events.append("encoded") or encode(*given))
     monkeypatch.setattr("cafe.model.forward_packed", lambda *given: events.append("read") or forward(*given))
     contents = ["word " * (number % 7 + 1) for number in range(40)]
@@ -185,21 +185,21 @@ def test_few_contents_wait_encoded(model, picture, monkeypatch):
     np.testing.assert_allclose(vectors, np.concatenate([model.embed([content]) for content in contents]), atol=1e-5)
 
 
-def test_a_stream_that_breaks_ends_and_says_why(model, picture, monkeypatch):
+def test_an_error_while_streaming_is_raised_at_the_end(model, image, monkeypatch):
     def breaks(*args, **options):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(model.lvlm, "generate", breaks)
     with pytest.raises(RuntimeError, match="out of memory"):
-        list(model.generate(picture, "What is it?", stream=True))
+        list(model.generate(image, "What is it?", stream=True))
 
 
-def test_nothing_to_load_is_one_sentence(tmp_path):
+def test_loading_from_an_empty_directory_is_reported(tmp_path):
     with pytest.raises(CafeError, match=str(tmp_path)):
         Cafe.load(tmp_path)
 
 
-def test_prompts_of_another_version_are_one_sentence(model, tmp_path):
+def test_prompts_of_another_version_are_reported(model, tmp_path):
     model.save(tmp_path / "checkpoint")
     file = tmp_path / "checkpoint" / "cafe.json"
     record = json.loads(file.read_text())
@@ -215,7 +215,7 @@ def test_prompts_of_another_version_are_one_sentence(model, tmp_path):
         ("cafe.json", r"The checkpoint's .*cafe\.json is not valid JSON"),
     ],
 )
-def test_a_checkpoint_whose_copy_broke_off_is_one_sentence(file, sentence, model, tmp_path):
+def test_a_truncated_checkpoint_file_is_reported(file, sentence, model, tmp_path):
     model.save(tmp_path / "checkpoint")
     part = tmp_path / "checkpoint" / file
     part.write_bytes(part.read_bytes()[:100])

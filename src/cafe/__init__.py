@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Cafe", "Content", "Recipe", "__version__", "info_nce", "train"]
 
-_HOMES = {
+_MODULES = {
     "Cafe": "cafe.model",
     "Content": "cafe.content",
     "Recipe": "cafe.training.recipe",
@@ -23,7 +23,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    # Loaded on first use, so that `cafe --help` and the small rooms do not wait for transformers.
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
+    # Imported on first use, so that `cafe --help` and the small modules do not wait for transformers.
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'cafe' has no attribute {name!r}")

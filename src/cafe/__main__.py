@@ -1,4 +1,4 @@
-"""`python -m cafe` is the command `cafe`."""
+"""Run the command line as `python -m cafe`, which is what torchrun and accelerate need."""
 
 import sys
 

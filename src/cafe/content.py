@@ -1,26 +1,21 @@
-"""The records everything speaks in: what one side of a pair holds, a dialogue, and an example.
+"""The records that everything takes: what one side of a pair holds, a dialogue, and an example.
 
-Images are references (a path, bytes, or a picture already in memory), decoded when they are needed by `decode_image`.
+Images are references (a path, bytes, or an image already in memory), which `cafe.images.decoding` decodes when needed.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
-from cafe.errors import CafeError
-
-try:
-    import simplejpeg
-except ImportError:
-    simplejpeg = None
+from cafe.errors import RecordError
 
 
 @dataclass(frozen=True, eq=False)
 class ImageRef:
-    """An image not yet decoded: a file's path, encoded bytes, or a Pillow picture. Compared by identity."""
+    """Refer to an image that is not decoded yet: a file's path, encoded bytes, or a Pillow image. Equal by identity."""
 
     source: Path | bytes | Image.Image
 
@@ -33,20 +28,20 @@ Part = str | ImageRef
 
 @dataclass(frozen=True)
 class Content:
-    """Text, images, or both interleaved, in reading order."""
+    """Hold text, images, or both interleaved, in reading order."""
 
     parts: tuple[Part, ...]
 
     @classmethod
     def of(cls, value: Any) -> "Content":
-        """Content from what people have at hand.
+        """Make content of common values.
 
         Args:
-            value: text (`str`), a picture (`PIL.Image`, `bytes`, `Path`), a mapping with "image" (or "images") and
+            value: text (`str`), an image (`PIL.Image`, `bytes`, `Path`), a mapping with "image" (or "images") and
                 "text", or a sequence of these.
 
         Raises:
-            CafeError: the value is none of these.
+            RecordError: the value is none of these.
         """
         return value if isinstance(value, Content) else cls(tuple(_parts(value)))
 
@@ -61,34 +56,56 @@ class Content:
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
-def _parts(value: Any) -> list[Part]:
-    if isinstance(value, str):
-        return [value]
-    if isinstance(value, ImageRef):
-        return [value]
-    if isinstance(value, (Path, bytes, Image.Image)):
-        return [ImageRef(value)]
-    if isinstance(value, dict):
-        unknown = sorted(set(value) - {"image", "images", "text"})
-        if unknown or not value:
-            raise CafeError(
-                f"Content takes the keys image, images and text, not {', '.join(unknown) or 'an empty mapping'}."
+def _parts(value: Any) -> Iterator[Part]:
+    """Yield the parts of a value in reading order.
+
+    Raises:
+        RecordError: the value, or something in it, is no content.
+    """
+    # Text comes before sequences, because a string is one, and so are bytes.
+    match value:
+        case str() | ImageRef():
+            yield value
+        case Path() | bytes() | Image.Image():
+            yield ImageRef(value)
+        case dict():
+            yield from _parts_of_mapping(value)
+        case Sequence():
+            for item in value:
+                yield from _parts(item)
+        case _:
+            raise RecordError(
+                f"Content cannot be made of a {type(value).__name__}: give text, an image, or a mapping of both."
             )
-        parts: list[Part] = []
-        shown, text = value["image"] if "image" in value else value.get("images", []), value.get("text")
-        for picture in shown if isinstance(shown, (list, tuple)) else [shown]:
-            parts += _parts(Path(picture) if isinstance(picture, str) else picture)
-        if text is not None and not isinstance(text, str):
-            raise CafeError(f"Content's text should be a str, not a {type(text).__name__}.")
-        return parts + ([text] if text else [])
-    if isinstance(value, Sequence):
-        return [part for item in value for part in _parts(item)]
-    raise CafeError(f"Content cannot be made of a {type(value).__name__}: give text, a picture, or a mapping of both.")
+
+
+def _parts_of_mapping(value: dict[str, Any]) -> Iterator[Part]:
+    """Yield the parts of a mapping of "image" or "images" and "text": the images come first.
+
+    Raises:
+        RecordError: the mapping has other keys or none, or its text is not a string.
+    """
+    unknown = sorted(set(value) - {"image", "images", "text"})
+    if unknown or not value:
+        names = ", ".join(unknown) or "an empty mapping"
+        raise RecordError(f"Content takes the keys image, images and text, not {names}.")
+    text = value.get("text")
+    if not isinstance(text, str | None):
+        raise RecordError(f"Content's text should be a str, not a {type(text).__name__}.")
+
+    images = value["image"] if "image" in value else value.get("images", [])
+    if not isinstance(images, (list, tuple)):
+        images = [images]
+    for image in images:
+        # A string is a path here, because text has a key of its own.
+        yield from _parts(Path(image) if isinstance(image, str) else image)
+    if text:
+        yield text
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a dialogue."""
+    """Hold one turn of a dialogue."""
 
     role: Literal["user", "assistant"]
     content: Content
@@ -96,17 +113,17 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Turns of user and assistant, in order; the assistant's tokens are supervised."""
+    """Hold turns of user and assistant, in order; the assistant's tokens are supervised."""
 
     turns: tuple[Turn, ...]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two contents that match, and hard negatives that only look like the target.
+    """Hold two contents that match, and hard negatives, which look like the target but do not match the query.
 
-    `negative_scores` says how likely each of these matches after all (0 to 1), which makes it a soft target; empty
-    where none does.
+    `negative_scores` says how likely each negative matches after all (0 to 1), which makes it a soft target; it is
+    empty if none does.
     """
 
     query: Content
@@ -115,17 +132,19 @@ class Pair:
     negative_scores: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        # Whoever reads the record puts its file and number before these messages.
         if self.negative_scores and len(self.negative_scores) != len(self.negatives):
-            raise CafeError(
+            raise RecordError(
                 f"there are {len(self.negatives)} negatives and {len(self.negative_scores)} scores of them."
             )
-        if wrong := [score for score in self.negative_scores if not 0 <= score <= 1]:
-            raise CafeError(f"a negative's score should be between 0 and 1, not {wrong[0]:g}.")
+        for score in self.negative_scores:
+            if not 0 <= score <= 1:
+                raise RecordError(f"a negative's score should be between 0 and 1, not {score:g}.")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One training record: a pair trains contrast, a dialogue trains language, both train both.
+    """Hold one training record: a pair trains retrieval, a dialogue trains language modeling, both train both.
 
     `origin` names the file and record, for messages.
     """

@@ -1,8 +1,8 @@
-"""What a checkpoint holds for others: sentence-transformers' files, a prompt template for servers, a model card.
+"""Write what other software reads in a checkpoint: sentence-transformers' files, a template for servers, a model card.
 
 A server renders a chat by a template and takes the last token's hidden state. So the template written here,
-`embedding_template.jinja`, renders a user's turn as our embedding prompt: it puts the system prompt before it, the
-embedding instruction behind it and the frame around it, and has the result rendered by the template for conversations.
+`embedding_template.jinja`, renders a user's turn as our embedding prompt: it puts the system prompt before the turn,
+the embedding instruction behind it and the frame around it, and renders the result by the template for conversations.
 """
 
 import json
@@ -21,70 +21,59 @@ from transformers.video_processing_utils import BaseVideoProcessor
 
 from cafe.content import Content
 from cafe.errors import CafeError
-from cafe.lvlm.processing import ChatProcessor, ProcessedImages
+from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts, embedding_messages
 
-TEMPLATE = "embedding_template.jinja"
-MODULES = "modules.json"  # by which sentence-transformers knows a checkpoint
-Library = Literal["peft", "sentence-transformers", "transformers"]
+TEMPLATE_FILE = "embedding_template.jinja"
+MODULES_FILE = "modules.json"  # by which sentence-transformers recognizes a checkpoint
 NEWLINE = "\n"
+Library = Literal["peft", "sentence-transformers", "transformers"]
 
 
 def embedding_template(chat_template: str, prompts: Prompts) -> str:
-    """A chat template that renders a user's turn as the prompt whose last token is the readout."""
-    *before, words = embedding_messages(Content.of("a"), prompts)
-    picture = embedding_messages(Content.of(Image.new("RGB", (1, 1))), prompts)[-1]
+    """Write a chat template that renders a user's turn as the prompt whose last token is the readout."""
+    *before, text_turn = embedding_messages(Content.of("a"), prompts)
+    image_turn = embedding_messages(Content.of(Image.new("RGB", (1, 1))), prompts)[-1]
     closed = prompts.assistant_frame == "closed"
     answer = [{"role": "assistant", "content": [{"type": "text", "text": ""}]}] if closed else []
 
     def literal(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
 
+    # What follows the content in our own turns is the instruction; in multimodal mode there is none.
+    instruction = f"{literal(image_turn['content'][1:])} if shown else {literal(text_turn['content'][1:])}"
     return (
         "{%- set user = (messages | selectattr('role', 'equalto', 'user') | list)[-1] -%}"
         "{%- set parts = [{'type': 'text', 'text': user['content']}] if user['content'] is string"
         " else user['content'] | list -%}"
         "{%- set shown = parts | rejectattr('type', 'equalto', 'text') | list -%}"
-        f"{{%- set behind = {literal(picture['content'][1:])} if shown else {literal(words['content'][1:])} -%}}"
+        f"{{%- set behind = {instruction} -%}}"
         f"{{%- set messages = {literal(before)} + [{{'role': 'user', 'content': parts + behind}}]"
         f" + {literal(answer)} -%}}"
         f"{{%- set add_generation_prompt = {'false' if closed else 'true'} -%}}"
-        # Jinja, as transformers sets it, drops a newline behind a block and one at a template's end.
+        # Jinja, as transformers configures it, drops a newline behind a block and one at the end of a template.
         f"{{%- set rendered %}}\n{chat_template.removesuffix(NEWLINE)}{{% endset -%}}"
         f"{{{{- rendered{'.rstrip()' if closed else ''} -}}}}"
     )
 
 
 def write_sentence_transformers(directory: Path, chat_processor: ChatProcessor, width: int) -> None:
-    """Writes what `SentenceTransformer(directory)` reads, for a model whose embeddings are `width` wide.
+    """Write the files that `SentenceTransformer(directory)` reads, for embeddings of `width` dimensions.
 
-    The modules are sentence-transformers' own: the model's last hidden states, that of the last token, unit length.
+    The modules are sentence-transformers' own: the model's last hidden states, the last token's, unit length.
     """
     template = embedding_template(chat_processor.processor.chat_template, chat_processor.prompts)
-    prompt = chat_processor.encode_embedding(
-        embedding_messages(Content.of("a"), chat_processor.prompts), ProcessedImages([], {})
-    )
-    begun = int(prompt.input_ids[0]) == chat_processor.tokenizer.bos_token_id
-    (directory / TEMPLATE).write_text(template, encoding="utf-8")
-    output = {"method": "forward", "method_output_name": "last_hidden_state"}
+    (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     files: dict[str, Any] = {
-        # The names that sentence-transformers had before 6: it still reads them, and servers look for them.
-        MODULES: [
+        # The module names of sentence-transformers before 6: it still reads them, and servers look for them.
+        MODULES_FILE: [
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
             {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
             {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
         ],
         "config_sentence_transformers.json": {"model_type": "SentenceTransformer", "similarity_fn_name": "cosine"},
-        "sentence_bert_config.json": {
-            "transformer_task": "feature-extraction",
-            "modality_config": {"text": output, "image": output, "message": {**output, "format": "structured"}},
-            "module_output_name": "token_embeddings",
-            "processing_kwargs": {
-                "chat_template": {"chat_template": template},
-                # transformers adds none itself where the template begins with the token that begins texts
-                **({} if begun else {"text": {"add_special_tokens": False}}),
-            },
-        },
+        "sentence_bert_config.json": _transformer_settings(template, chat_processor),
         "1_Pooling/config.json": {
             "word_embedding_dimension": width,
             "pooling_mode_cls_token": False,
@@ -94,91 +83,113 @@ def write_sentence_transformers(directory: Path, chat_processor: ChatProcessor, 
             "include_prompt": True,
         },
     }
-    for name, content in files.items():
+    for name, settings in files.items():
         file = directory / name
         file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        file.write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def write_video_processor_config(directory: Path, base: str, family: str) -> None:
-    """Writes a family's settings for videos, which `load_processor` leaves out.
+def _transformer_settings(template: str, chat_processor: ChatProcessor) -> dict[str, Any]:
+    """Return the settings of sentence-transformers' module that runs the model."""
+    output = {"method": "forward", "method_output_name": "last_hidden_state"}
+    processing_kwargs: dict[str, Any] = {"chat_template": {"chat_template": template}}
+    # transformers itself adds no special tokens where the template begins with the one that begins texts.
+    messages = embedding_messages(Content.of("a"), chat_processor.prompts)
+    prompt = chat_processor.encode_embedding(messages, ProcessedImages([], {}))
+    if int(prompt.input_ids[0]) != chat_processor.tokenizer.bos_token_id:
+        processing_kwargs["text"] = {"add_special_tokens": False}
+    return {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"text": output, "image": output, "message": {**output, "format": "structured"}},
+        "module_output_name": "token_embeddings",
+        "processing_kwargs": processing_kwargs,
+    }
 
-    Where torchvision is installed, transformers wants them, whether or not a video is ever shown. They are those of the
-    base, which has them under one of several names; where it has none they are those for pictures, as transformers
-    reads older ones.
+
+def write_video_processor_config(directory: Path, base: str, model_type: str) -> None:
+    """Write a family's video settings, which `load_processor` leaves out.
+
+    With torchvision installed, transformers needs them even if no video is ever processed. They are the base's, which
+    stores them under one of several names; if it has none, they are those for images, which is how transformers reads
+    older checkpoints.
     """
-    written = json.loads((directory / PROCESSOR_NAME).read_text())
-    if family not in VIDEO_PROCESSOR_MAPPING_NAMES or "video_processor" in written:
+    saved = json.loads((directory / PROCESSOR_NAME).read_text())
+    if model_type not in VIDEO_PROCESSOR_MAPPING_NAMES or "video_processor" in saved:
         return
     try:
         settings, _ = BaseVideoProcessor.get_video_processor_dict(base, local_files_only=True)
     except OSError:
-        settings = written["image_processor"]
+        settings = saved["image_processor"]
     (directory / VIDEO_PROCESSOR_NAME).write_text(json.dumps(settings, indent=2) + "\n")
 
 
 def detect_library(checkpoint: Path) -> Library:
-    """The library that a checkpoint is for, by its files."""
+    """Return the library that a checkpoint is for, by its files."""
     if (checkpoint / "adapter_config.json").is_file():
         return "peft"
-    return "sentence-transformers" if (checkpoint / MODULES).is_file() else "transformers"
+    return "sentence-transformers" if (checkpoint / MODULES_FILE).is_file() else "transformers"
 
 
 def model_card(
-    record: dict[str, Any], results: dict[str, float] | None = None, library: Library = "sentence-transformers"
+    metadata: dict[str, Any], results: dict[str, float] | None = None, library: Library = "sentence-transformers"
 ) -> str:
-    """A checkpoint's README.md, filled in from its record.
+    """Fill in a checkpoint's README.md from its metadata.
 
     Args:
-        record: what `cafe.json` holds.
-        results: of an evaluation, as `results.json` holds them; those of the evaluation during training, which the
-            record of a best checkpoint has, unless given.
+        metadata: the content of `cafe.json`.
+        results: of an evaluation, as in `results.json`; by default those of the evaluation during training, which the
+            metadata of a best checkpoint has.
         library: see `detect_library`.
     """
-    recipe: dict[str, Any] = record.get("recipe", {})
+    recipe: dict[str, Any] = metadata.get("recipe", {})
     base = str(recipe.get("model", {}).get("base", "")) or "an unrecorded base model"
-    about: dict[str, Any] = {
-        "library_name": library,
-        "pipeline_tag": "feature-extraction" if library == "sentence-transformers" else "image-text-to-text",
-        "tags": ["cafe", "embeddings", "image-text-to-text"],
-    }
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists():  # a Hub id
-        about["base_model"] = base
-    made = {name: record[name] for name in ("steps", "temperature", "versions") if name in record}
-    plain = json.loads(json.dumps(recipe))  # tuples become lists
+    run = {name: metadata[name] for name in ("steps", "temperature", "versions") if name in metadata}
+    plain_recipe = json.loads(json.dumps(recipe))  # tuples become lists
     environment = Environment(
         undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     return environment.from_string((Path(__file__).parent / "model_card.md.jinja").read_text()).render(
-        about=yaml.safe_dump(about, sort_keys=False),
+        about=yaml.safe_dump(_card_header(base, library), sort_keys=False),
         library=library,
         base=base,
-        prompts=record["prompts"],
-        recipe=plain,
-        results=results or record.get("results"),
-        training=[yaml.safe_dump(part, sort_keys=False) for part in (made, plain) if part],
+        prompts=metadata["prompts"],
+        recipe=plain_recipe,
+        results=results or metadata.get("results"),
+        training=[yaml.safe_dump(part, sort_keys=False) for part in (run, plain_recipe) if part],
     )
 
 
+def _card_header(base: str, library: Library) -> dict[str, Any]:
+    """Return the YAML header by which the Hub sorts a model."""
+    header: dict[str, Any] = {
+        "library_name": library,
+        "pipeline_tag": "feature-extraction" if library == "sentence-transformers" else "image-text-to-text",
+        "tags": ["cafe", "embeddings", "image-text-to-text"],
+    }
+    is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
+    if is_hub_id:
+        header["base_model"] = base
+    return header
+
+
 def push_to_hub(checkpoint: Path, repository: str, card: str, private: bool = True) -> str:
-    """Uploads a checkpoint to the Hugging Face Hub; returns where it then is.
+    """Upload a checkpoint to the Hugging Face Hub and return its address.
 
     Args:
         checkpoint: the directory.
-        repository: "owner/name"; it is made where there is none.
+        repository: "owner/name"; created if it does not exist.
         card: its README.md.
-        private: of a repository that is made.
+        private: whether a created repository is private.
 
     Raises:
         CafeError: the Hub refuses, or cannot be reached.
     """
     api = HfApi()
     try:
-        where = api.create_repo(repository, private=private, exist_ok=True)
+        address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=["README.md"])
         api.upload_file(repo_id=repository, path_or_fileobj=card.encode(), path_in_repo="README.md")
     except (HTTPError, HFValidationError, OSError) as error:
-        raise CafeError(
-            f"{checkpoint} cannot be pushed to {repository}: {str(error).strip().splitlines()[0]}"
-        ) from error
-    return str(where)
+        reason = str(error).strip().splitlines()[0]
+        raise CafeError(f"{checkpoint} cannot be pushed to {repository}: {reason}") from error
+    return str(address)

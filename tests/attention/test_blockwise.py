@@ -7,10 +7,11 @@ from branch_samples import branch, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cafe.lvlm.forward
+import cafe.attention.tree
 from cafe.attention.blockwise import blockwise_mask, tree_to_blocks
+from cafe.attention.masks import tree_mask
 from cafe.attention.sdpa_override import SdpaOverrideMask
-from cafe.attention.tree import attention_mask, tree_mask
+from cafe.attention.tree import attention_mask
 from cafe.lvlm.forward import forward_packed
 from cafe.model import Cafe
 from cafe.packing import PackingConfig, build_layout, pack
@@ -75,7 +76,7 @@ def test_a_model_reads_long_rows_by_blocks_as_it_reads_short_ones(random_base, m
     group = [branch(ids) for ids in said]
     made = {}
     for name, long in (("by blocks", 1), ("dense", 10**6)):
-        monkeypatch.setattr(cafe.reading, "LONG", long)
+        monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", long)
         packed = pack([group], [[branch([*range(10, 40)], spoken=9)]], PackingConfig(max_row_tokens=80))
         text = model.lvlm.config.get_text_config()
         assert isinstance(attention_mask(packed.subtree_end, text), SdpaOverrideMask) == (long == 1)

@@ -1,13 +1,19 @@
-"""The command line: overrides may stand before and behind options, what is unknown is refused, what is read counts."""
+"""The command line: arguments and their ranges, errors and exit status, and the models that commands read with."""
 
+import subprocess
+import sys
 from random import Random
 
+import click
 import pytest
 
-from cafe.cli.main import main, parse
-from cafe.data.dataset import encode_example
+from cafe.cli.evaluation import ablate_command
+from cafe.cli.main import cli, main
+from cafe.data.encoding import encode_example
 from cafe.data.inspection import percentiles
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
+from cafe.errors import CafeError, RunInterrupted
 from cafe.lvlm.adapters import LoraSettings, add_adapter
 from cafe.lvlm.image_size import set_max_image_size
 from cafe.model import Cafe
@@ -16,11 +22,11 @@ from cafe.scenes.base import CROP
 
 @pytest.fixture
 def small(random_base, scenes, tmp_path):
-    """A recipe that reads each picture as one crop."""
+    """A recipe that reads each image as one crop."""
     file = tmp_path / "small.yaml"
     file.write_text(
-        f"output: x\nmodel: {{base: {random_base}, grids: [[1, 1]]}}\nprompts: {{mode: multimodal}}\n"
-        f"data: {{workers: 0, sources: [{{path: {scenes}/llava_train.json}}]}}\n"
+        f"output: x\nmodel: {{base: {random_base}, image_grids: [[1, 1]]}}\nprompts: {{mode: multimodal}}\n"
+        f"data: {{num_workers: 0, sources: [{{path: {scenes}/llava_train.json}}]}}\n"
     )
     return file
 
@@ -28,65 +34,158 @@ def small(random_base, scenes, tmp_path):
 @pytest.mark.parametrize(
     "line",
     [
-        "ablate recipe.yaml a=1 b.c=2 --seeds 5",
-        "ablate recipe.yaml --seeds 5 a=1 b.c=2",
-        "ablate recipe.yaml a=1 --seeds 5 b.c=2",
-        "ablate --seeds 5 recipe.yaml a=1 b.c=2",
+        "recipe.yaml a=1 b.c=2 --seeds 5",
+        "recipe.yaml --seeds 5 a=1 b.c=2",
+        "recipe.yaml a=1 --seeds 5 b.c=2",
+        "--seeds 5 recipe.yaml a=1 b.c=2",
     ],
 )
-def test_overrides_stand_anywhere(line):
-    options = parse(line.split())
-    assert (str(options.recipe), options.overrides, options.seeds) == ("recipe.yaml", ["a=1", "b.c=2"], 5)
+def test_overrides_stand_before_between_and_after_options(line):
+    options = ablate_command.make_context("ablate", line.split()).params
+    assert (str(options["recipe"]), options["overrides"], options["seeds"]) == ("recipe.yaml", ("a=1", "b.c=2"), 5)
 
 
 @pytest.mark.parametrize(
-    ("line", "unknown"),
+    ("line", "sentence"),
     [
-        ("train recipe.yaml --sed=1", "--sed=1"),
-        ("ablate recipe.yaml --seeds 5 more", "more"),
-        ("report runs/a --output x.html --log l.jsonl --colour=red", "--colour=red"),
+        ("train recipe.yaml --sed=1", "No such option '--sed'"),
+        ("ablate recipe.yaml --seeds 5 more", "'more' is not of the form key=value."),
+        ("report runs/a --output x.html --log l.jsonl --colour=red", "No such option '--colour'"),
+        ("evaluate a b", "Got unexpected extra argument (b)"),
+        ("train", "Missing argument 'RECIPE'"),
+        ("mine r.yaml", "Missing option '--output'"),
+        ("trian recipe.yaml", "No such command 'trian'"),
+        ("data chek a.json", "No such command 'chek'"),
     ],
 )
-def test_what_is_unknown_is_refused(line, unknown, capsys):
-    with pytest.raises(SystemExit):
-        parse(line.split())
-    assert f"unrecognized arguments: {unknown}" in capsys.readouterr().err
+def test_unknown_and_missing_arguments_exit_with_status_2(line, sentence, capsys):
+    assert main(line.split()) == 2
+    printed = capsys.readouterr()
+    assert sentence in printed.err and not printed.out
 
 
 @pytest.mark.parametrize(
-    "line",
+    ("line", "option"),
     [
-        "plan recipe.yaml --gpus 0",
-        "evaluate a --limit 0",
-        "ablate r.yaml --seeds -1",
-        "bench-modes a --batch-sizes 1,0",
+        ("plan recipe.yaml --gpus 0", "--gpus"),
+        ("evaluate a --limit 0", "--limit"),
+        ("ablate r.yaml --seeds -1", "--seeds"),
+        ("bench-modes a --data d --batch-sizes 1,0", "--batch-sizes"),
+        ("plan r.yaml --caption -5", "--caption"),
     ],
 )
-def test_a_number_of_things_is_above_0(line, capsys):
-    with pytest.raises(SystemExit):
-        parse(line.split())
-    assert "should be a whole number above 0, not" in capsys.readouterr().err
+def test_a_count_is_a_whole_number_above_0(line, option, capsys):
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert f"Invalid value for '{option}'" in error and "is not in the range x>=1" in error
 
 
 @pytest.mark.parametrize(
-    ("line", "wanted"),
+    ("line", "sentence"),
     [
-        ("plan r.yaml --caption -5", "a whole number above 0, not '-5'"),
-        ("data check r.yaml --sample -1", "a whole number, 0 or more, not '-1'"),
-        ("data check r.yaml --workers x", "a whole number, 0 or more, not 'x'"),
-        ("scenes write d --train -5", "a whole number, 0 or more, not '-5'"),
-        ("mine r.yaml --output d --share 95", "a number from 0 to 1, not '95'"),
+        ("data check r.yaml --sample -1", "'--sample': -1 is not in the range x>=0"),
+        ("data check r.yaml --workers x", "'--workers': 'x' is not a valid integer"),
+        ("data check r.yaml --workers 1.5", "'--workers': '1.5' is not a valid integer"),
+        ("scenes write d --train -5", "'--train': -5 is not in the range x>=0"),
+        ("mine r.yaml --output d --max-positive-ratio 95", "'--max-positive-ratio': 95.0 is not in the range 0<=x<=1"),
     ],
 )
-def test_a_number_is_in_its_range(line, wanted, capsys):
-    with pytest.raises(SystemExit):
-        parse(line.split())
-    assert f"should be {wanted}" in capsys.readouterr().err
+def test_an_option_out_of_range_is_named_with_its_range(line, sentence, capsys):
+    assert main(line.split()) == 2
+    assert f"Invalid value for {sentence}" in capsys.readouterr().err
 
 
-def test_a_picture_has_pixels(capsys):
-    assert main(["plan", "recipe.yaml", "--picture", "0x480"]) == 1
-    assert "--picture should be like 640x480, not '0x480'" in capsys.readouterr().err
+@pytest.mark.parametrize("image", ["0x480", "640", "640x", "-640x480", "ax480"])
+def test_the_plans_image_has_a_width_and_a_height(image, capsys):
+    assert main(["plan", "recipe.yaml", "--image", image]) == 1
+    assert capsys.readouterr().err == f"cafe: --image should be like 640x480, not {image!r}.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "threshold"),
+    [
+        ("", None),
+        ("--judge", 0.5),
+        ("--judge 0.7", 0.7),
+        ("--judge --soft", 0.5),
+        ("--soft", 0.5),
+        ("--judge 0 --soft", 0),
+    ],
+)
+def test_the_judges_probability_may_be_left_out(words, threshold, small, random_base, tmp_path, monkeypatch):
+    configs = []
+    monkeypatch.setattr(
+        "cafe.mining.hard_negatives.mine", lambda model, sources, output, mining, *_: configs.append(mining)
+    )
+    assert main(["mine", str(small), "--output", str(tmp_path / "mined"), *words.split()]) == 0
+    assert configs[0].judge == threshold and configs[0].soft == ("--soft" in words)
+
+
+def test_every_command_and_option_has_a_help_text(capsys):
+    for path, command in iterate_commands(cli):
+        assert command.get_short_help_str(200), path
+        options = [parameter for parameter in command.params if isinstance(parameter, click.Option)]
+        assert all(option.help for option in options), path
+        assert main([*path, "--help"]) == 0
+        assert capsys.readouterr().out.startswith(" ".join(["Usage: cafe", *path]))
+
+
+def iterate_commands(command, path=()):
+    """Yield each command with the words that lead to it."""
+    yield path, command
+    for name, subcommand in getattr(command, "commands", {}).items():
+        yield from iterate_commands(subcommand, (*path, name))
+
+
+def test_the_help_does_not_import_torch():
+    code = (
+        "import sys; from cafe.cli.main import main; main(['--help'])\n"
+        "print({'torch', 'transformers', 'numpy', 'yaml'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "quickstart" in done.stdout and done.stdout.endswith("set()\n")
+
+
+def test_the_package_runs_as_a_module(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "cafe", "merge", "runs/no", "merged"], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (1, "cafe: The run runs/no does not exist.\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (CafeError("A file is wrong."), 1, "A file is wrong."),
+        (RunInterrupted("Saved at step 3.", 15), 143, "Saved at step 3."),
+        (KeyboardInterrupt(), 130, "stopped."),
+        (
+            FileNotFoundError(2, "No such file or directory", "a.json"),
+            1,
+            "a.json cannot be used: No such file or directory.",
+        ),
+    ],
+)
+def test_an_error_is_one_line_and_an_exit_status(error, status, message, monkeypatch, capsys):
+    raise_in_scenes(error, monkeypatch)
+    assert main(["scenes", "write", "d"]) == status
+    assert capsys.readouterr().err == f"cafe: {message}\n"
+
+
+@pytest.mark.parametrize("error", [OSError("no path"), EOFError("cut"), ValueError("ours")], ids=repr)
+def test_an_error_that_is_not_the_users_has_a_traceback(error, monkeypatch):
+    raise_in_scenes(error, monkeypatch)
+    with pytest.raises(type(error)):
+        main(["scenes", "write", "d"])
+
+
+def raise_in_scenes(error, monkeypatch):
+    """Let `cafe scenes write` raise an error."""
+
+    def write_scenes(*arguments):
+        raise error
+
+    monkeypatch.setattr("cafe.scenes.write.write_scenes", write_scenes)
 
 
 def test_the_data_check_counts_the_tokens_that_training_reads(small, random_base, scenes, tmp_path, capsys):
@@ -100,7 +199,7 @@ def test_the_data_check_counts_the_tokens_that_training_reads(small, random_base
     assert f"query, tokens        {percentiles(lengths)}\n" in capsys.readouterr().out
 
 
-def test_the_data_check_reads_by_an_adapters_base_and_names_what_is_none(random_base, scenes, tmp_path, capsys):
+def test_the_data_check_reads_adapters_and_names_a_missing_base(random_base, scenes, tmp_path, capsys):
     model = Cafe.load(random_base)
     add_adapter(model.lvlm, LoraSettings())
     model.save(tmp_path / "run" / "checkpoint")
@@ -110,34 +209,32 @@ def test_the_data_check_reads_by_an_adapters_base_and_names_what_is_none(random_
     capsys.readouterr()
     for base, sentence in (("/no", "directory /no does not exist"), (str(tmp_path), "No processor can be loaded from")):
         assert main([*command, base]) == 1
-        said = capsys.readouterr().err
-        assert sentence in said and said.count("\n") == 1
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "line", ["evaluate runs/foo --data {scenes}", "data check {scenes}/llava_train.json --base runs/foo"]
 )
-def test_a_directory_that_is_missing_is_not_called_a_model_of_the_hub(line, scenes, monkeypatch, capsys):
+def test_a_missing_directory_is_not_taken_for_a_hub_model(line, scenes, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(line.format(scenes=scenes).split()) == 1
-    said = capsys.readouterr().err
-    assert "There is no directory runs/foo, and the Hugging Face Hub gives no" in said and said.count("\n") == 1
+    error = capsys.readouterr().err
+    assert "There is no directory runs/foo, and the Hugging Face Hub has no" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_mining_reads_as_training_does_and_by_a_checkpoint_as_that_was_trained(
-    checkpoint, small, random_base, tmp_path, monkeypatch
-):
-    read = []
-    monkeypatch.setattr("cafe.mining.hard_negatives.mine", lambda model, *rest: read.append(model.chat_processor))
+def test_mining_uses_the_recipes_prompts_or_the_checkpoints_own(checkpoint, small, random_base, tmp_path, monkeypatch):
+    processors = []
+    monkeypatch.setattr("cafe.mining.hard_negatives.mine", lambda model, *rest: processors.append(model.chat_processor))
     command = ["mine", str(small), "--output", str(tmp_path / "mined")]
     assert main([*command, *(["--checkpoint", str(random_base)] if checkpoint else [])]) == 0
-    [chat_processor] = read
+    [chat_processor] = processors
     one_crop = chat_processor.processor.image_processor.image_grid_pinpoints == [[CROP, CROP]]
     assert (chat_processor.prompts.mode == "multimodal", one_crop) == (not checkpoint, not checkpoint)
 
 
-def test_a_reported_directory_may_have_an_equals_sign_in_its_name(tmp_path, monkeypatch):
+def test_report_accepts_directories_with_an_equals_sign(tmp_path, monkeypatch):
     reported = []
     monkeypatch.setattr("cafe.evaluation.report.page.write_report", lambda page, runs: reported.extend(runs))
     for name in ("before", "lr=1"):
@@ -166,15 +263,15 @@ def test_a_reported_directory_may_have_an_equals_sign_in_its_name(tmp_path, monk
         "scenes train-base {file}",
     ],
 )
-def test_a_place_that_cannot_be_written_to_is_named(line, small, random_base, scenes, tmp_path, capsys):
+def test_an_output_that_cannot_be_written_is_named(line, small, random_base, scenes, tmp_path, capsys):
     file = tmp_path / "file"
     file.write_text("kept")
     assert main(line.format(recipe=small, base=random_base, scenes=scenes, file=file).split()) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert said.startswith(f"cafe: {file}") and " cannot be used: " in said
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"cafe: {file}") and " cannot be used: " in error
     assert file.read_text() == "kept"
 
 
-def test_a_run_that_is_not_there_is_named(capsys):
+def test_merge_names_a_missing_run(capsys):
     assert main(["merge", "runs/no", "merged"]) == 1
     assert capsys.readouterr().err == "cafe: The run runs/no does not exist.\n"

@@ -34,7 +34,7 @@ def test_a_file_is_found_though_its_name_looks_like_a_pattern(tmp_path):
     assert expand_pattern(f"{tmp_path}/[v1]/a.json") == [f"{tmp_path}/[v1]/a.json"]
 
 
-def test_a_part_of_a_file_is_read_locally_on_a_store_and_through_a_copy_on_disk(tmp_path, store):
+def test_byte_ranges_are_read_from_disk_store_and_cache(tmp_path, store):
     (tmp_path / "b.txt").write_text("b.txt")
     for name in (str(tmp_path / "b.txt"), f"file://{tmp_path}/b.txt", f"{store}/b.txt", f"simplecache::{store}/b.txt"):
         assert read(name, 1, 4) == b".tx" and read(name) == b"b.txt", name
@@ -52,13 +52,13 @@ def test_a_version_changes_with_the_file(tmp_path):
 
 
 def test_names_inside_folders():
-    assert join("pictures", "a/b.jpg") == "pictures/a/b.jpg" and join("pictures", "/x/b.jpg") == "/x/b.jpg"
-    assert join("s3://bucket/x/", "b.jpg") == "s3://bucket/x/b.jpg" and join("pictures", "s3://b/c") == "s3://b/c"
+    assert join("images", "a/b.jpg") == "images/a/b.jpg" and join("images", "/x/b.jpg") == "/x/b.jpg"
+    assert join("s3://bucket/x/", "b.jpg") == "s3://bucket/x/b.jpg" and join("images", "s3://b/c") == "s3://b/c"
     assert join("s3://bucket/x", "/y/b.jpg") == "/y/b.jpg"
     assert folder_of("s3://bucket/a.json") == "s3://bucket" and folder_of("x/a.json") == "x"
 
 
 @pytest.mark.parametrize("name", ["none.txt", "memory://none/none.txt", "nosuchprotocol://bucket/a"])
-def test_a_file_that_cannot_be_read_is_one_sentence_with_its_name(name):
+def test_a_file_that_cannot_be_read_is_named(name):
     with pytest.raises(CafeError, match=name):
         read(name)

@@ -1,4 +1,4 @@
-"""What a record calls a picture becomes one, and stands where its mark does."""
+"""What a record calls an image becomes one, and stands where its token does."""
 
 import base64
 import io
@@ -21,20 +21,20 @@ def color_of(ref: ImageRef) -> tuple[int, ...]:
     return tuple(np.asarray(decode_image(ref))[0, 0].tolist())
 
 
-def test_every_way_to_give_a_picture_gives_the_same_picture(tmp_path):
+def test_every_way_to_give_an_image_gives_the_same_image(tmp_path):
     data = png("red")
     coded = base64.b64encode(data).decode()
     (tmp_path / "a.png").write_bytes(data)
-    fsspec.filesystem("memory").pipe("/pictures/a.png", data)
+    fsspec.filesystem("memory").pipe("/images/a.png", data)
     source = Source(path=str(tmp_path / "x.json"))
     ways = [
-        "a.png", str(tmp_path / "a.png"), "memory://pictures/a.png", data, coded, f"data:image/png;base64,{coded}",
+        "a.png", str(tmp_path / "a.png"), "memory://images/a.png", data, coded, f"data:image/png;base64,{coded}",
         {"bytes": data, "path": None}, {"bytes": None, "path": "a.png"}, Image.open(io.BytesIO(data)), ["a.png"],
     ]  # fmt: skip
     for way in ways:
         [ref] = image_refs(way, source)
         assert color_of(ref) == (255, 0, 0), way
-    [ref] = image_refs("a.png", Source(path="x.json", images="memory://pictures"))
+    [ref] = image_refs("a.png", Source(path="x.json", images="memory://images"))
     assert color_of(ref) == (255, 0, 0)
     assert [image_refs(nothing, source) for nothing in (None, "", b"", [], {"bytes": None, "path": ""})] == [[]] * 5
 
@@ -45,17 +45,17 @@ def test_base64_is_told_from_a_path_for_every_usual_kind(kind):
     assert isinstance(ref.source, bytes) and decode_image(ref).size == (32, 32)
 
 
-def test_a_folder_is_a_video_whose_frames_are_in_the_order_of_their_numbers(tmp_path):
+def test_a_folder_is_a_video_with_frames_in_numeric_order(tmp_path):
     (tmp_path / "clip").mkdir()
     for number in (10, 9, 2, 1):
         (tmp_path / "clip" / f"frame{number}.png").write_bytes(png("red"))
-    (tmp_path / "clip" / "notes.txt").write_text("no picture")
+    (tmp_path / "clip" / "notes.txt").write_text("no image")
     refs = image_refs("clip", Source(path=str(tmp_path / "x.json")))
     assert [ref.source.stem for ref in refs] == ["frame1", "frame2", "frame9", "frame10"]
     thinned = image_refs("clip", Source(path=str(tmp_path / "x.json"), max_frames=2))
     assert [ref.source.stem for ref in thinned] == ["frame2", "frame10"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CafeError, match="holds no pictures"):
+    with pytest.raises(CafeError, match="holds no images"):
         image_refs("empty", Source(path=str(tmp_path / "x.json")))
 
 
@@ -74,13 +74,13 @@ def test_frames_are_taken_evenly():
 def test_a_video_file_or_a_wrong_kind_is_named():
     with pytest.raises(CafeError, match=r"b\.mp4 is a video"):
         image_refs("b.mp4", Source(path="x.json"))
-    with pytest.raises(CafeError, match="is a int"):
+    with pytest.raises(CafeError, match="not int"):
         image_refs(3, Source(path="x.json"))
     with pytest.raises(CafeError, match="not valid base64"):
         image_refs("data:image/png;base64,&&", Source(path="x.json"))
 
 
-def test_pictures_stand_at_their_marks_and_the_others_first():
+def test_images_stand_at_their_tokens_and_the_others_first():
     one, two = ImageRef(b"1"), ImageRef(b"2")
     assert place_images("from <image> to <image>\n?", [one, two]) == Content(("from ", one, " to ", two, "?"))
     assert place_images("what?", [one, two]) == Content((one, two, "what?"))
@@ -89,11 +89,11 @@ def test_pictures_stand_at_their_marks_and_the_others_first():
         place_images("<image> <image>", [one])
 
 
-def test_a_small_copy_of_a_small_picture_is_exact_and_of_a_large_one_is_reduced():
+def test_thumbnails_are_exact_for_small_images_and_reduced_for_large_ones():
     small, large = noise(0, 64, 48), noise(1, 400, 200)
     kinds, shown = [], []
-    for picture in (small, large):
-        kind, data = thumbnail(picture).split(";base64,")
+    for image in (small, large):
+        kind, data = thumbnail(image).split(";base64,")
         kinds.append(kind)
         shown.append(decode_image(ImageRef(base64.b64decode(data))))
     assert kinds == ["data:image/png", "data:image/jpeg"] and large.size == (400, 200)

@@ -8,22 +8,16 @@ from PIL import Image
 
 from cafe.cli.main import main
 from cafe.content import Content, Example, Pair
-from cafe.data.dataset import encode_example
+from cafe.data.encoding import encode_example
 from cafe.data.inspection import contents, count_duplicates, inspect, percentiles, spans, write_page
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.images.decoding import decode_image
-from cafe.lvlm.processing import ChatProcessor, load_processor
-from cafe.lvlm.prompts import Prompts
-
-
-@pytest.fixture(scope="module")
-def processing(random_base):
-    return ChatProcessor(load_processor(str(random_base)), Prompts())
 
 
 @pytest.fixture
 def messy(scenes, tmp_path):
-    """Six good records, of which one repeats another's pair and one another's picture, and three bad ones."""
+    """Six good records, of which one repeats another's pair and one another's image, and three bad ones."""
     rows = json.loads((scenes / "llava_train.json").read_text())[:7]
     for row in rows:
         row["image"], row["negatives"] = str(scenes / row["image"]), []
@@ -35,23 +29,23 @@ def messy(scenes, tmp_path):
     return Source(path=str(tmp_path / "a.jsonl"))
 
 
-def picture_sizes(source):
+def image_sizes(source):
     examples = [open_source(source).example(index, None) for index in range(6)]
     return [Image.open(example.pair.query.images[0].source).size for example in examples]
 
 
 def test_counts_are_those_of_the_file(messy, chat_processor):
-    [found] = inspect([open_source(messy)], chat_processor)
-    table = dict(found.table())
+    [report] = inspect([open_source(messy)], chat_processor)
+    table = dict(report.table())
     expected = {
-        "records": "9", "read": "9", "bad": "3", "pairs": "6", "dialogues": "6", "hard negatives": "0", "pictures": "6",
-        "pictures seen before": "2", "pairs seen before": "1", "targets seen before": "1",
+        "records": "9", "read": "9", "bad": "3", "pairs": "6", "dialogues": "6", "hard negatives": "0", "images": "6",
+        "images seen before": "2", "pairs seen before": "1", "targets seen before": "1",
     }  # fmt: skip
     assert {name: table[name] for name in expected} == expected
-    assert ["record 6" in found.bad[0], "record 7" in found.bad[1], "record 8" in found.bad[2]] == [True] * 3
+    assert all(f"record {number}" in error for number, error in zip((6, 7, 8), report.errors, strict=True))
     lengths = [len(encode_example(open_source(messy).example(index, None), chat_processor).query) for index in range(6)]
-    assert found.lengths("query") == lengths
-    assert table["width, pixels"] == percentiles([size[0] for size in picture_sizes(messy)])
+    assert report.lengths("query") == lengths
+    assert table["width, pixels"] == percentiles([size[0] for size in image_sizes(messy)])
     assert int(table["supervised tokens"].replace(",", "")) == sum(
         encode_example(open_source(messy).example(index, None), chat_processor).dialogue.loss_mask.sum()
         for index in range(6)
@@ -59,27 +53,27 @@ def test_counts_are_those_of_the_file(messy, chat_processor):
 
 
 def test_a_sample_is_as_large_as_asked(messy, chat_processor):
-    [found] = inspect([open_source(messy)], chat_processor, sample=4, examples=2)
-    assert len(found.looks) == 4 and found.records == 9 and len(found.examples) == 2
+    [report] = inspect([open_source(messy)], chat_processor, sample=4, examples=2)
+    assert len(report.stats) == 4 and report.num_records == 9 and len(report.examples) == 2
 
 
-def test_every_token_is_shown_once_and_marked_by_what_it_is_for(scenes, chat_processor):
+def test_every_token_is_shown_once_and_marked_by_its_kind(scenes, chat_processor):
     example = open_source(Source(path=str(scenes / "llava_train.json"))).example(0, None)
     branches = encode_example(example, chat_processor)
     images = [ref.source for ref in contents(example)["dialogue"].images]
     assert len(images) == 1
-    runs = chat_processor.pictures([decode_image(ref) for ref in example.pair.query.images]).runs
-    shown = [(runs[0], "PICTURE")]
+    runs = chat_processor.process_images([decode_image(ref) for ref in example.pair.query.images]).token_runs
+    shown = [(runs[0], "IMAGE")]
     dialogue = spans(branches.dialogue, shown, chat_processor, embedded=False)
     assert sum(span.tokens for span in dialogue) == len(branches.dialogue)
     said = "".join(span.text for span in dialogue if span.kind == "supervised")
     wanted = branches.dialogue.input_ids[branches.dialogue.loss_mask]
     assert said == chat_processor.tokenizer.decode(wanted) and said.startswith(example.pair.target.text)
-    [picture] = [span for span in dialogue if span.kind == "picture"]
-    assert picture.text == "PICTURE" and picture.tokens == int(branches.dialogue.image_mask.sum())
+    [image] = [span for span in dialogue if span.kind == "image"]
+    assert image.text == "IMAGE" and image.tokens == int(branches.dialogue.image_mask.sum())
     query = spans(branches.query, shown, chat_processor, embedded=True)
     assert [span.kind for span in query].count("readout") == 1 and query[-1].kind == "readout"
-    words = "".join(span.text for span in query if span.kind != "picture")
+    words = "".join(span.text for span in query if span.kind != "image")
     assert "Compress this image in one word:" in words
 
 
@@ -91,7 +85,7 @@ def test_characters_of_several_tokens_stay_whole(chat_processor):
     assert "日本 é" in shown
 
 
-def test_the_page_holds_everything_and_needs_nothing(messy, chat_processor, tmp_path):
+def test_the_page_is_complete_and_self_contained(messy, chat_processor, tmp_path):
     write_page(tmp_path / "page.html", inspect([open_source(messy)], chat_processor, examples=6), chat_processor)
     html = (tmp_path / "page.html").read_text()
     assert not re.search(r"<script|https?://|<link", html)
@@ -127,5 +121,5 @@ def test_the_command_prints_writes_and_fails_on_too_many_bad_records(messy, rand
     assert "give --base" in capsys.readouterr().err
 
 
-def test_spreads_and_repeats():
-    assert percentiles(range(101)) == "0 · 50 · 95 · 100" and count_duplicates(iter([b"1", b"2", b"1", b"1"])) == 2
+def test_percentiles_and_duplicates():
+    assert percentiles(range(101)) == "0 · 50 · 95 · 100" and count_duplicates([b"1", b"2", b"1", b"1"]) == 2

@@ -21,7 +21,7 @@ def order(sizes, batch, mixture=None, weights=None, seed=0, windows=None):
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(5, 40), min_size=1, max_size=4), st.integers(1, 5), st.integers(0, 99))
-def test_in_proportion_to_size_no_record_comes_twice_and_less_than_a_batch_is_left_out(sizes, batch, seed):
+def test_proportional_order_has_no_duplicates_and_drops_less_than_a_batch(sizes, batch, seed):
     drawn = order(sizes, batch, seed=seed)
     assert len(drawn) == sum(sizes) // batch * batch == len(set(drawn))
     count = Counter(source for source, _ in drawn)
@@ -62,7 +62,7 @@ def test_a_batch_is_of_one_source_or_of_sub_batches_of_one(sub_batch):
     assert all(abs(count[source] - size / 217 * len(runs)) < 1 for source, size in enumerate((60, 120, 37)))
 
 
-def test_the_order_is_the_seeds():
+def test_the_order_depends_on_the_seed_alone():
     assert order([30, 50], 8, seed=1) == order([30, 50], 8, seed=1) != order([30, 50], 8, seed=2)
 
 
@@ -74,13 +74,13 @@ def test_chunks_of_a_window_are_mixed_and_read_together():
     assert sorted(windowed_shuffle([10] * 12, 100, Random(0))) == list(range(120))
 
 
-def test_whole_numbers_add_up():
+def test_largest_remainder_adds_up():
     assert largest_remainder([0.5, 0.25, 0.25], 10) == [5, 3, 2] and largest_remainder([1.0], 7) == [7]
     parts = [0.1, 0.2, 0.3, 0.4]
     assert largest_remainder(parts, 1000) == [100, 200, 300, 400]
 
 
-def test_what_cannot_be_mixed_is_one_sentence():
+def test_a_mixture_that_cannot_be_made_is_an_error():
     with pytest.raises(CafeError, match="sub_batch is 5, which does not divide the contrastive batch of 12"):
         order([60], 12, Mixture(sub_batch=5))
     for mixture, weights in ((Mixture(temperature=0), None), (None, [0.0]), (None, [-1.0])):

@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from samples import png
 
-from cafe.data.records import Columns, Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Columns, Source
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image
 
@@ -35,7 +36,7 @@ def test_a_llava_record_pairs_its_image_with_the_first_answer(tmp_path, name):
     assert example.pair.target.text == "a cat" and example.pair.negatives[0].text == "a dog"
     assert [turn.content.text for turn in example.dialogue.turns] == ["Describe.", "a cat", "Color?", "black"]
     assert example.dialogue.turns[0].content.images == example.pair.query.images
-    assert "record 0 (id 7)" in example.source
+    assert "record 0 (id 7)" in example.origin
 
 
 def test_a_source_that_is_not_contrasted_gives_dialogues_alone(tmp_path):
@@ -50,18 +51,18 @@ def test_a_source_that_is_not_contrasted_gives_dialogues_alone(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["*/x.json", "{a,b}/x.json"])
-def test_pictures_lie_beside_their_own_file_of_a_pattern(tmp_path, pattern):
+def test_image_paths_are_relative_to_each_file_of_a_pattern(tmp_path, pattern):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         write(tmp_path / name / "x.json", [{"image": "p.png", "conversations": turns("<image>", name)}])
     records = open_source(Source(path=f"{tmp_path}/{pattern}"))
     pairs = [records.example(index, Random(0)).pair for index in (0, 1)]
     assert [pair.query.images[0].source for pair in pairs] == [tmp_path / pair.target.text / "p.png" for pair in pairs]
-    elsewhere = open_source(Source(path=f"{tmp_path}/{pattern}", images="/pictures")).example(1, Random(0))
-    assert str(elsewhere.pair.query.images[0]) == "/pictures/p.png"
+    elsewhere = open_source(Source(path=f"{tmp_path}/{pattern}", images="/images")).example(1, Random(0))
+    assert str(elsewhere.pair.query.images[0]) == "/images/p.png"
 
 
-def test_in_a_csv_file_lists_are_json_and_a_text_is_one_negative(tmp_path):
+def test_csv_cells_hold_lists_as_json_or_one_negative(tmp_path):
     said = turns("<image>What is it?", "A cat.")
     with (tmp_path / "a.csv").open("w", newline="") as file:
         rows = csv.writer(file)
@@ -108,15 +109,15 @@ def test_a_bad_record_is_named_with_its_reason(tmp_path, row, reason):
     assert "bad.json, record 0" in str(error.value)
 
 
-def test_a_karpathy_image_takes_one_of_its_captions_by_lot(tmp_path):
+def test_a_karpathy_image_takes_a_random_caption(tmp_path):
     image = {"filename": "a.jpg", "filepath": "val", "sentences": [{"raw": "one"}, {"raw": "two"}]}
     path = tmp_path / "dataset.json"
     path.write_text(json.dumps({"images": [image | {"split": split} for split in ("train", "restval", "test")]}))
-    records = open_source(Source(path=str(path), images="/pictures", format="karpathy"))
+    records = open_source(Source(path=str(path), images="/images", format="karpathy"))
     assert len(records) == 2
     said = {records.example(0, Random(seed)).pair.target.text for seed in range(20)}
     assert said == {"one", "two"}
-    assert str(records.example(0, Random(0)).pair.query.images[0]) == "/pictures/val/a.jpg"
+    assert str(records.example(0, Random(0)).pair.query.images[0]) == "/images/val/a.jpg"
 
 
 def test_no_image_of_another_split_is_trained_on_in_json_lines_either(tmp_path):
@@ -164,7 +165,7 @@ def test_shards_are_one_source_whose_records_are_named_by_shard(tmp_path):
     assert examples[0].dialogue.turns[0].content.images == examples[0].pair.query.images
 
 
-def test_a_corrupt_shard_counts_as_so_many_bad_records_as_the_others_have(tmp_path, caplog):
+def test_a_corrupt_shard_counts_as_bad_records_by_the_others_mean(tmp_path, caplog):
     for number, colors in enumerate((["red", "green"], ["red", "green", "blue", "black"])):
         tar_of(tmp_path / f"{number}.tar", colors)
     (tmp_path / "2.tar").write_bytes(b"nonsense" * 200)
@@ -179,7 +180,7 @@ def test_a_corrupt_shard_counts_as_so_many_bad_records_as_the_others_have(tmp_pa
         open_source(Source(path=str(tmp_path / "*.tar"), format="pairs"))
 
 
-def test_conversations_in_parquet_with_their_pictures_inside_are_llavas_too(tmp_path):
+def test_parquet_holds_conversations_with_encoded_images(tmp_path):
     rows = [
         {"id": "7", "image": {"bytes": png("red"), "path": "a.png"}, "conversations": turns("<image>\nWhat?", "red")},
         {"id": "8", "image": None, "conversations": turns("Hello", "Hi")},
@@ -202,7 +203,7 @@ def test_a_dataset_is_a_source_by_the_names_of_its_columns(tmp_path):
     assert decode_image(records.example(0, Random(0)).pair.query.images[0]).getpixel((0, 0)) == (255, 0, 0)
 
 
-def test_annotations_and_pictures_may_lie_on_an_object_store():
+def test_annotations_and_images_may_be_on_an_object_store():
     fs = fsspec.filesystem("memory")
     fs.pipe("/data/a.jsonl", json.dumps({"image": "p/a.png", "conversations": turns("Hi", "red")}).encode())
     fs.pipe("/data/p/a.png", png("red"))

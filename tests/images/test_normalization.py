@@ -1,4 +1,4 @@
-"""Pictures as bytes: every family's values come back, and what is not made of bytes stays as it is."""
+"""Images as bytes: every family's values are reproduced, and what is not made of bytes stays as it is."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from cafe.training.build import build_dataset
 
 HALF = Normalization(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 OTHER = Normalization(1 / 255, (0.48, 0.46, 0.41), (0.27, 0.26, 0.28))
-NOT_BYTES = {"gemma4"}  # its processor has the colours last, and no mean
+NOT_BYTES = {"gemma4"}  # its processor has the colors last, and no mean
 
 
 def make(family: str) -> tuple[Cafe, Normalization]:
@@ -32,29 +32,29 @@ def make(family: str) -> tuple[Cafe, Normalization]:
 
 @pytest.mark.parametrize("normalization", [HALF, OTHER])
 @pytest.mark.parametrize("shape", [(2, 3, 4, 5), (1, 2, 3, 4, 5), (7, 3 * 8)])
-def test_values_are_those_of_the_formula_and_bytes_come_back(normalization, shape):
+def test_normalized_values_follow_the_formula_and_quantize_to_the_same_bytes(normalization, shape):
     raw = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     color = (np.arange(24) // 8 if len(shape) == 2 else np.arange(3)[:, None, None]).astype(int)
     mean, std = np.array(normalization.mean)[color], np.array(normalization.std)[color]
     expected = (raw.numpy().astype(float) / 255 - mean) / std
-    values = normalization.to_values(raw)
+    values = normalization.normalize(raw)
     assert np.abs(values.numpy() - expected).max() < 1e-6
-    assert torch.equal(normalization.to_bytes(values), raw)
+    assert torch.equal(normalization.quantize_exact(values), raw)
 
 
 @pytest.mark.parametrize(
     "values",
     [torch.full((1, 3, 2, 2), 0.001), torch.full((1, 3, 2, 2), 1.5), torch.zeros(1, 2, 2, 4), torch.zeros(2, 5)],
-    ids=["between bytes", "beyond bytes", "no colours", "no colours in patches"],
+    ids=["between bytes", "beyond bytes", "no colors", "no colors in patches"],
 )
-def test_what_is_not_made_of_bytes_is_told(values):
+def test_values_not_made_of_bytes_are_not_quantized(values):
     assert HALF.quantize_exact(values) is None
-    picture = {"pixel_values": HALF.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))}
-    given = [picture, {"pixel_values": values}]
+    image = {"pixel_values": HALF.normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8))}
+    given = [image, {"pixel_values": values}]
     assert pack_uint8(given, HALF) == (given, None)
 
 
-def test_bytes_beside_values_that_no_byte_becomes_are_made_values():
+def test_bytes_beside_values_of_no_bytes_become_values():
     raw = torch.randint(0, 256, (1, 3, 2, 2), dtype=torch.uint8)
     odd = {"pixel_values": torch.full((1, 3, 2, 2), 0.001)}
     made, pixels = pack_uint8([{"pixel_values": raw}, odd], HALF)
@@ -63,7 +63,7 @@ def test_bytes_beside_values_that_no_byte_becomes_are_made_values():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_familys_pictures_come_back_joined_as_they_were(family):
+def test_a_familys_images_sent_as_bytes_have_the_same_values(family):
     model, normalization = make(family)
     parts = [
         model.chat_processor.process_images([noise(n, *size)]).inputs for n, size in enumerate([(48, 32), (90, 31)])
@@ -76,7 +76,7 @@ def test_a_familys_pictures_come_back_joined_as_they_were(family):
         assert torch.allclose(pixels.normalize(sent["pixel_values"]), joined["pixel_values"], rtol=0, atol=1e-6)
 
 
-def test_a_pack_of_bytes_is_read_as_one_of_values(random_base):
+def test_a_batch_of_bytes_has_the_hidden_states_of_one_of_values(random_base):
     model = Cafe.load(random_base)
     branches = [[model.encode_embedding(Content.of([noise(n, 64, 64), "what?"]))] for n in range(3)]
     branches.append([model.encode_embedding(Content.of("a red circle"))])
@@ -87,6 +87,6 @@ def test_a_pack_of_bytes_is_read_as_one_of_values(random_base):
         assert torch.allclose(forward_packed(model.lvlm, sent)[0], forward_packed(model.lvlm, kept)[0], atol=1e-5)
 
 
-def test_a_run_sends_bytes(recipe):
+def test_training_batches_send_images_as_bytes(recipe):
     batch = build_dataset(recipe, Cafe.load(recipe.model.base), 0, 1)[0]
     assert {part.joint.inputs["pixel_values"].dtype for part in batch.micro_batches} == {torch.uint8}

@@ -1,4 +1,4 @@
-"""The losses against their formulas in NumPy, float64, and gradients against finite differences."""
+"""The contrastive loss against its formula in NumPy (float64), and its gradients against finite differences."""
 
 import numpy as np
 import pytest
@@ -6,20 +6,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from cafe.losses import in_batch_accuracy, info_nce, linear_cross_entropy, matryoshka
+from cafe.losses import ContrastiveConfig, in_batch_accuracy, info_nce
+
+
+def normalize(rows):
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def numpy_info_nce(q, t, temperature, negatives=None, ids=None, symmetric=True, hardness=0.0, margin=None, fixed=None):
-    """The formula, row by row; weights and who is a negative are taken at `fixed` and do not move with q and t."""
-    unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
-    held_q, held_t = map(unit, fixed or (q, t))
-    q, t = unit(q), unit(t)
-    hard = unit(negatives) if negatives is not None else np.empty((0, q.shape[1]))
+    """Compute the formula row by row. Weights and masks are taken at `fixed` and do not move with q and t."""
+    held_q, held_t = map(normalize, fixed or (q, t))
+    q, t = normalize(q), normalize(t)
+    hard = normalize(negatives) if negatives is not None else np.empty((0, q.shape[1]))
     n = len(q)
     ids = np.arange(n) if ids is None else ids
 
     def term(cosine, held, match):
-        """What one negative adds to the denominator, given its cosine and that of the match, both held."""
+        """What one negative adds to the denominator, given its cosine and that of the match, both held constant."""
         if margin is not None and held > match + margin:
             return 0.0
         return np.exp(cosine / temperature) * np.exp(hardness * held)
@@ -37,25 +40,31 @@ def numpy_info_nce(q, t, temperature, negatives=None, ids=None, symmetric=True, 
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-def test_negatives_that_match_in_part_are_soft_targets(symmetric):
+def test_hard_negatives_that_may_match_are_soft_labels(symmetric):
     rng = np.random.default_rng(0)
     q, t, hard = rng.normal(size=(4, 5)), rng.normal(size=(4, 5)), rng.normal(size=(5, 5))
-    owners, scores = np.array([0, 0, 2, 3, 3]), np.array([0.5, 0.0, 1.0, 0.2, 0.8])
+    owner, match_prob = np.array([0, 0, 2, 3, 3]), np.array([0.5, 0.0, 1.0, 0.2, 0.8])
 
     def formula(a=q, b=t, c=hard, at=0.07):
-        unit = lambda rows: rows / np.linalg.norm(rows, axis=1, keepdims=True)  # noqa: E731
-        logits = unit(a) @ np.concatenate([unit(b), unit(c)]).T / at
-        wanted = np.concatenate([np.eye(4), scores * (owners == np.arange(4)[:, None])], axis=1)
-        wanted /= wanted.sum(1, keepdims=True)
-        chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
-        forward = -(wanted * chances).sum(1).mean()
+        logits = normalize(a) @ np.concatenate([normalize(b), normalize(c)]).T / at
+        labels = np.concatenate([np.eye(4), match_prob * (owner == np.arange(4)[:, None])], axis=1)
+        labels /= labels.sum(1, keepdims=True)
+        log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+        forward = -(labels * log_probs).sum(1).mean()
         columns = logits[:, :4] - np.log(np.exp(logits[:, :4]).sum(0))
         return (forward - np.diag(columns).mean()) / 2 if symmetric else forward
 
     rows = [torch.tensor(each, requires_grad=True) for each in (q, t, hard)]
     temperature = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
-    more = {"owners": torch.tensor(owners), "scores": torch.tensor(scores), "symmetric": symmetric}
-    loss = info_nce(rows[0], rows[1], temperature, rows[2], **more, tile=18)
+    loss = info_nce(
+        *rows[:2],
+        temperature,
+        rows[2],
+        negative_owner=torch.tensor(owner),
+        negative_match_prob=torch.tensor(match_prob),
+        config=ContrastiveConfig(symmetric=symmetric),
+        chunk_numel=18,
+    )
     loss.backward()
     assert loss.item() == pytest.approx(formula(), abs=1e-9)
     for name, tensor in zip("abc", rows, strict=True):
@@ -66,7 +75,7 @@ def test_negatives_that_match_in_part_are_soft_targets(symmetric):
 
 
 def numpy_gradient(formula, rows):
-    """By finite differences."""
+    """Compute the gradient by central finite differences."""
     numeric = np.zeros_like(rows)
     for index in np.ndindex(rows.shape):
         shift = np.zeros_like(rows)
@@ -84,18 +93,17 @@ def test_info_nce_and_its_gradient_match_the_formula(negatives, duplicated, symm
     q, t = rng.normal(size=(2, 6, 5))
     hard = rng.normal(size=(negatives, 5)) if negatives else None
     ids = np.array([0, 1, 0, 2, 3, 1]) if duplicated else None
-    more = {"symmetric": symmetric, "hardness": hardness, "margin": margin}
+    config = ContrastiveConfig(symmetric=symmetric, hardness_weight=hardness, false_negative_margin=margin)
     temperature = torch.tensor(0.07, dtype=torch.float64, requires_grad=True)
     torch_q, torch_t = torch.tensor(q, requires_grad=True), torch.tensor(t, requires_grad=True)
     torch_hard = None if hard is None else torch.tensor(hard, requires_grad=True)
-    loss = info_nce(
-        torch_q, torch_t, temperature, torch_hard, None if ids is None else torch.tensor(ids), tile=18, **more
-    )
+    target_ids = None if ids is None else torch.tensor(ids)
+    loss = info_nce(torch_q, torch_t, temperature, torch_hard, target_ids=target_ids, config=config, chunk_numel=18)
     loss.backward()
 
     def formula(a=q, b=t, c=hard, at=0.07):
-        # What is held is the queries' and targets' own; the hard negatives' shift is too small to change a mask.
-        return numpy_info_nce(a, b, at, c, ids, fixed=(q, t), **more)
+        # Weights and masks of queries and targets are held; a hard negative moves too little to change a mask.
+        return numpy_info_nce(a, b, at, c, ids, symmetric, hardness, margin, fixed=(q, t))
 
     assert loss.item() == pytest.approx(formula(), abs=1e-9)
     np.testing.assert_allclose(torch_q.grad.numpy(), numpy_gradient(lambda rows: formula(a=rows), q), atol=1e-6)
@@ -108,60 +116,76 @@ def test_info_nce_and_its_gradient_match_the_formula(negatives, duplicated, symm
         )
 
 
-def test_a_hard_negative_equal_to_a_target_is_no_negative_of_its_query():
+def test_a_hard_negative_that_duplicates_a_target_is_masked_for_its_query():
     rng = np.random.default_rng(0)
     q, t, hard = (torch.tensor(rng.normal(size=(rows, 5))) for rows in (3, 3, 2))
-    hard[0] = t[1]  # found for another pair
+    hard[0] = t[1]  # mined for another pair
     ids = torch.tensor([7, 8, 9, 8, 5])
-    loss = info_nce(q, t, 0.07, hard, target_ids=ids, symmetric=False)
+    loss = info_nce(q, t, 0.07, hard, target_ids=ids, config=ContrastiveConfig(symmetric=False))
     unit = [torch.nn.functional.normalize(rows, dim=1) for rows in (q, t, hard)]
     logits = unit[0] @ torch.cat(unit[1:]).T / 0.07
     logits[1, 3] = -torch.inf
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.arange(3)).item(), rel=1e-9)
 
 
-def test_a_margin_leaves_out_what_resembles_the_match_too_much_and_nothing_else():
+def test_false_negative_margin_masks_only_negatives_above_it():
     rng = np.random.default_rng(0)
     q, t = rng.normal(size=(2, 6, 5))
-    value = lambda margin: info_nce(torch.tensor(q), torch.tensor(t), 0.07, margin=margin).item()  # noqa: E731
+
+    def value(margin):
+        config = ContrastiveConfig(false_negative_margin=margin)
+        return info_nce(torch.tensor(q), torch.tensor(t), 0.07, config=config).item()
+
     assert value(2.0) == value(None)  # no cosine is more than 2 above another
     assert value(0.0) < value(0.5) < value(None)
-    assert value(-2.0) == pytest.approx(0.0, abs=1e-12)  # nothing is left but the matches
+    assert value(-2.0) == pytest.approx(0.0, abs=1e-12)  # only the matches are left
 
 
-def test_a_matryoshka_loss_is_the_weighted_mean_over_prefixes():
+def test_matryoshka_is_the_weighted_mean_over_leading_dimensions():
     rng = np.random.default_rng(0)
     q, t, hard = rng.normal(size=(6, 8)), rng.normal(size=(6, 8)), rng.normal(size=(3, 8))
     torch_q = torch.tensor(q, requires_grad=True)
-    loss = matryoshka({2: 0.5, 4: 2.0}, torch_q, torch.tensor(t), 0.07, torch.tensor(hard), symmetric=False)
+    config = ContrastiveConfig(symmetric=False, dim_weights={2: 0.5, 4: 2.0})
+    loss = info_nce(torch_q, torch.tensor(t), 0.07, torch.tensor(hard), config=config)
     loss.backward()
 
     def formula(rows):
-        parts = {2: 0.5, 4: 2.0, 8: 1.0}
-        each = [w * numpy_info_nce(rows[:, :d], t[:, :d], 0.07, hard[:, :d], symmetric=False) for d, w in parts.items()]
-        return sum(each) / sum(parts.values())
+        weights = {2: 0.5, 4: 2.0, 8: 1.0}
+        losses = [
+            weight * numpy_info_nce(rows[:, :dim], t[:, :dim], 0.07, hard[:, :dim], symmetric=False)
+            for dim, weight in weights.items()
+        ]
+        return sum(losses) / sum(weights.values())
 
     assert loss.item() == pytest.approx(formula(q), abs=1e-9)
     np.testing.assert_allclose(torch_q.grad.numpy(), numpy_gradient(formula, q), atol=1e-6)
     plain = info_nce(torch_q, torch.tensor(t), 0.07, torch.tensor(hard))
-    assert matryoshka({}, torch_q, torch.tensor(t), 0.07, torch.tensor(hard)).item() == plain.item()
+    assert plain.item() == pytest.approx(numpy_info_nce(q, t, 0.07, hard), abs=1e-9)  # the default has no more dims
 
 
-def test_the_memory_of_info_nce_grows_with_the_pairs_and_not_with_their_square():
+def test_duplicate_ids_are_ignored_unless_duplicates_are_masked():
+    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    ids = torch.tensor([0, 0, 1, 1])
+    config = ContrastiveConfig(mask_duplicates=False)
+    loss = info_nce(rows, rows.flip(0), target_ids=ids, config=config)
+    assert loss.item() == info_nce(rows, rows.flip(0)).item() != info_nce(rows, rows.flip(0), target_ids=ids).item()
+
+
+def test_info_nce_memory_is_linear_in_the_number_of_pairs():
     class Largest(TorchDispatchMode):
         size = 0
 
-        def __torch_dispatch__(self, function, types, arguments=(), named=None):
-            made = function(*arguments, **(named or {}))
-            self.size = max(
-                [self.size, *(leaf.numel() for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor))]
-            )
-            return made
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            self.size = max([self.size, *(tensor.numel() for tensor in tensors)])
+            return result
 
+    config = ContrastiveConfig(hardness_weight=2.0, false_negative_margin=0.1)
     for pairs in (256, 1024):
         rows = [torch.randn(pairs, 4, requires_grad=True) for _ in range(2)]
         with Largest() as largest:
-            info_nce(*rows, 0.07, hardness=2.0, margin=0.1, tile=2048).backward()
+            info_nce(*rows, 0.07, config=config, chunk_numel=2048).backward()
         assert largest.size <= max(2048, 4 * pairs)
 
 
@@ -170,43 +194,20 @@ def test_info_nce_of_bfloat16_rows_is_computed_in_float32():
     assert info_nce(rows, rows).dtype == torch.float32
 
 
-def test_the_gradients_of_info_nce_are_right_whatever_the_tile():
+def test_info_nce_gradients_are_right_for_any_chunk_size():
     torch.manual_seed(0)
     rows = [torch.randn(count, 4, dtype=torch.float64, requires_grad=True) for count in (7, 7, 3)]
     temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     ids = torch.tensor([0, 1, 0, 2, 3, 1, 4])
-    for tile in (1, 25, 10**6):
-        loss = lambda q, t, n, at, tile=tile: info_nce(q, t, at, n, ids, tile=tile)  # noqa: E731
-        assert torch.autograd.gradcheck(loss, (*rows[:2], rows[2], temperature))
+    for chunk_numel in (1, 25, 10**6):
+
+        def loss(q, t, n, at, chunk_numel=chunk_numel):
+            return info_nce(q, t, at, n, target_ids=ids, chunk_numel=chunk_numel)
+
+        assert torch.autograd.gradcheck(loss, (*rows, temperature))
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("tile", [1, 25, 10**6])
-def test_next_token_loss_is_cross_entropy_of_the_heads_logits(tile, softcap):
-    rng = np.random.default_rng(1)
-    hidden, weight, bias = rng.normal(size=(9, 4)), rng.normal(size=(11, 4)), rng.normal(size=11)
-    labels = rng.integers(0, 11, size=9)
-    logits = hidden @ weight.T + bias
-    logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
-    expected = sum(np.log(np.exp(row).sum()) - row[label] for row, label in zip(logits, labels, strict=True))
-    parts = [torch.tensor(part, requires_grad=True) for part in (hidden, weight, bias)]
-    loss = lambda h, w, b: linear_cross_entropy(h, torch.tensor(labels), w, b, softcap, tile)  # noqa: E731
-    assert loss(*parts).item() == pytest.approx(expected, abs=1e-9)
-    assert torch.autograd.gradcheck(loss, parts)
-
-
-def test_a_share_of_next_token_loss_may_be_larger_than_float16_holds():
-    torch.manual_seed(0)
-    hidden, weight, labels = torch.randn(12, 8), 1e-3 * torch.randn(20, 8), torch.randint(20, (12,))
-    grads = []
-    for dtype in (torch.float32, torch.float16):
-        rows = hidden.to(dtype).detach().requires_grad_()
-        (2.0**20 * linear_cross_entropy(rows, labels, weight)).backward()
-        grads.append(rows.grad.float())
-    assert (grads[1] - grads[0]).norm() < 2e-3 * grads[0].norm()
-
-
-def test_retrieval_accuracy_counts_rows_nearest_to_their_own_match():
+def test_in_batch_accuracy_counts_rows_nearest_to_their_own_match():
     rows = torch.eye(4)
     assert in_batch_accuracy(rows, rows).item() == 1.0
     assert in_batch_accuracy(rows, rows[[1, 0, 2, 3]]).item() == 0.5

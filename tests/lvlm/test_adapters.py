@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from cafe.cli.main import main
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.errors import CafeError
 from cafe.lvlm.adapters import LoraSettings, add_adapter, find_target_modules, has_adapter
 from cafe.lvlm.families import model_part
@@ -54,7 +55,7 @@ def adapted(family: str, **options) -> Cafe:
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)
-def test_an_adapter_is_felt_wherever_the_weights_it_stands_beside_are(family):
+def test_every_adapted_layer_gets_a_gradient(family):
     model = adapted(family)
     named = dict(model.lvlm.double().named_parameters())
     trained = {name for name, parameter in named.items() if parameter.requires_grad}
@@ -72,7 +73,7 @@ def test_an_adapter_is_felt_wherever_the_weights_it_stands_beside_are(family):
 
 
 @pytest.mark.parametrize(("family", "dora"), [(family, False) for family in families.FAMILIES] + DORA)
-def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family, dora):
+def test_losses_and_gradients_are_the_plain_ones_in_any_micro_batches(family, dora):
     model = adapted(family, dora=dora)
     model.lvlm.double()
     objective = ObjectiveConfig(lm_weight=0.7, contrastive_weight=1.3, temperature=0.1)
@@ -86,14 +87,14 @@ def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family
             [Listed(examples())], model.chat_processor, 4, seed=0, packing=model.packing, micro_batch_size=size
         )[0]
         assert (len(batch.micro_batches) > 1) == (size.tokens is not None)
-        losses = JointStep(model.lvlm, objective).double()(batch)
+        losses = JointStep(model.lvlm, objective).double().forward_backward(batch)
         assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-5)
         assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
         assert (gradient(model) - expected).norm() <= 1e-5 * expected.norm()
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen3_vl"])
-def test_with_dropout_the_gradient_cache_gives_the_gradient_of_one_graph_that_drew_the_same(family):
+def test_gradient_cache_with_dropout_has_the_gradient_of_one_graph(family):
     model = adapted(family, dropout=0.3)
     model.lvlm.double().train()
     objective = ObjectiveConfig(temperature=0.1)
@@ -103,26 +104,28 @@ def test_with_dropout_the_gradient_cache_gives_the_gradient_of_one_graph_that_dr
     )[0]
     step = JointStep(model.lvlm, objective).double()
     torch.manual_seed(7)
-    reads = [step.reading(micro_batch.joint) for micro_batch in reversed(batch.micro_batches)][::-1]  # first one last
+    reads = [step.packed_forward(micro_batch.joint) for micro_batch in reversed(batch.micro_batches)][
+        ::-1
+    ]  # first one last
     assert len(reads) > 1
     vectors = torch.cat([embedded for embedded, _ in reads])
     slots = torch.cat([micro_batch.embedding_slots for micro_batch in batch.micro_batches])
-    contrastive, _ = step.contrast(
+    contrastive, _ = step.contrastive_loss(
         torch.empty_like(vectors).index_copy(0, slots, vectors), batch, torch.tensor(0.1), False
     )
     (contrastive + torch.stack([said for _, said in reads]).sum() / batch.num_supervised).backward()
     expected = gradient(model)
     model.lvlm.zero_grad()
     torch.manual_seed(7)
-    assert step(batch).contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
+    assert step.forward_backward(batch).contrastive.item() == pytest.approx(contrastive.item(), rel=1e-6)
     assert (gradient(model) - expected).norm() <= 1e-6 * expected.norm()
     model.lvlm.zero_grad()
-    step(batch)  # draws anew
+    step.forward_backward(batch)  # draws anew
     assert (gradient(model) - expected).norm() > 1e-2 * expected.norm()
 
 
 @pytest.mark.parametrize(("family", "dora"), CASES)
-def test_an_adapter_is_saved_by_itself_loaded_with_its_base_and_merged_into_the_same_model(family, dora, tmp_path):
+def test_a_saved_adapter_loads_with_its_base_and_merges_into_the_same_model(family, dora, tmp_path):
     make(family).save(tmp_path / "base")
     model = Cafe.load(tmp_path / "base")
     contents = list(CONTENTS.values())
@@ -151,7 +154,7 @@ def test_an_adapter_is_saved_by_itself_loaded_with_its_base_and_merged_into_the_
     np.testing.assert_allclose(merged.embed(contents), expected, atol=1e-4)
 
 
-def test_an_adapter_whose_copy_broke_off_is_one_sentence(random_base, tmp_path):
+def test_a_truncated_adapter_file_is_reported(random_base, tmp_path):
     model = Cafe.load(random_base)
     add_adapter(model.lvlm, LoraSettings())
     model.save(tmp_path)
@@ -168,7 +171,7 @@ def recipe(recipe: Recipe) -> Recipe:
     return replace(recipe, model=replace(recipe.model, adapter=adapter), optimizer=optimizer, max_steps=3)
 
 
-def test_a_run_trains_the_adapter_alone_and_says_how_much(recipe, tmp_path):
+def test_training_an_adapter_changes_no_other_weights_and_reports_its_size(recipe, tmp_path):
     said = []
     checkpoint = train(recipe, report=said.append)
     assert "Training vision tower 0." in said[0]
@@ -181,23 +184,23 @@ def test_a_run_trains_the_adapter_alone_and_says_how_much(recipe, tmp_path):
         if "lora_" not in name:
             assert torch.equal(parameter, base[name.replace(".base_layer", "")])
     assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
-    picture = Image.new("RGB", (64, 64), "red")
-    np.testing.assert_allclose(Cafe.load(tmp_path / "merged").embed([picture]), model.embed([picture]), atol=1e-5)
+    image = Image.new("RGB", (64, 64), "red")
+    np.testing.assert_allclose(Cafe.load(tmp_path / "merged").embed([image]), model.embed([image]), atol=1e-5)
 
 
-def test_limits_on_pictures_hold_with_an_adapter_and_merged(recipe, tmp_path, capsys):
-    limited = replace(recipe, model=replace(recipe.model, grids=((1, 1),)), steps=1)
+def test_image_grids_hold_with_an_adapter_and_merged(recipe, tmp_path, capsys):
+    limited = replace(recipe, model=replace(recipe.model, image_grids=((1, 1),)), max_steps=1)
     checkpoint = train(limited, report=lambda line: None)
     assert main(["merge", str(checkpoint), str(tmp_path / "merged")]) == 0
-    picture = Image.new("RGB", (64, 64), "red")
-    found = [Cafe.load(path).embed([picture]) for path in (checkpoint, tmp_path / "merged")]
+    image = Image.new("RGB", (64, 64), "red")
+    found = [Cafe.load(path).embed([image]) for path in (checkpoint, tmp_path / "merged")]
     np.testing.assert_allclose(found[0], found[1], atol=1e-5)
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert config["image_grid_pinpoints"] == [[32, 32]]
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "keep.txt").touch()
     for output, sentence in (
-        (tmp_path / "home", "no checkpoint of cafe"),
+        (tmp_path / "home", "not a checkpoint of cafe"),
         (checkpoint, "take the place of the adapter"),
     ):
         assert main(["merge", str(checkpoint), str(output)]) == 1
@@ -220,18 +223,16 @@ def even_base(random_base, tmp_path_factory):
 @pytest.mark.parametrize(
     ("precision", "weights"), [("bf16", "bf16"), ("bf16", "4bit"), ("fp16", "fp16"), ("fp16", "4bit")]
 )
-def test_frozen_weights_may_be_held_in_fewer_bits_and_the_adapter_stays_in_float32(
-    recipe, even_base, precision, weights
-):
-    half = replace(recipe.model, base=str(even_base), precision=precision, frozen_weights=weights)
-    checkpoint = train(replace(recipe, model=half, steps=1, batch_size=2), report=lambda line: None)
+def test_adapter_stays_float32_beside_frozen_weights_of_fewer_bits(recipe, even_base, precision, weights):
+    half = replace(recipe.model, base=str(even_base), precision=precision, frozen_weights_dtype=weights)
+    checkpoint = train(replace(recipe, model=half, max_steps=1, batch_size=2), report=lambda line: None)
     weights_of = load_file(checkpoint / "adapter_model.safetensors")
     assert weights_of and all(tensor.dtype == torch.float32 for tensor in weights_of.values())
     vectors = Cafe.load(checkpoint, four_bit=weights == "4bit").embed(["a red circle"])
     assert np.linalg.norm(vectors) == pytest.approx(1, abs=1e-5)
 
 
-def test_a_four_bit_language_model_is_a_quarter_as_large_and_the_rest_is_as_it_was(random_base):
+def test_4bit_weights_are_the_language_models_layers_alone(random_base):
     lvlm = Cafe.load(random_base, four_bit=True, dtype=torch.bfloat16).lvlm
     kinds = {name: parameter.dtype for name, parameter in lvlm.named_parameters()}
     assert {model_part(name, "llava_onevision") for name, kind in kinds.items() if kind == torch.uint8} == {
@@ -251,7 +252,7 @@ def test_a_four_bit_language_model_is_a_quarter_as_large_and_the_rest_is_as_it_w
         ({"language_model": None}, "names no layer"),
     ],
 )
-def test_a_layer_that_is_not_there_is_one_sentence(random_base, change, sentence):
+def test_an_unknown_adapter_layer_is_reported(random_base, change, sentence):
     with pytest.raises(CafeError, match=sentence):
         find_target_modules(Cafe.load(random_base).lvlm, LoraSettings(**change))
 
@@ -259,20 +260,20 @@ def test_a_layer_that_is_not_there_is_one_sentence(random_base, change, sentence
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
-        ({"frozen_weights": "bf16"}, "goes with model.precision: bf16"),
-        ({"frozen_weights": "bf16", "precision": "fp16"}, "bf16 goes with model.precision: bf16"),
-        ({"frozen_weights": "4bit"}, "goes with model.precision: bf16 or fp16"),
-        ({"frozen_weights": "bf16", "precision": "bf16", "shard": True}, "goes without model.shard"),
-        ({"frozen_weights": "4bit", "precision": "bf16"}, "4bit needs model.adapter"),
-        ({"adapter": LoraSettings(), "frozen": ("projector",)}, "freezes every part itself"),
+        ({"frozen_weights_dtype": "bf16"}, "goes with model.precision: bf16"),
+        ({"frozen_weights_dtype": "bf16", "precision": "fp16"}, "bf16 goes with model.precision: bf16"),
+        ({"frozen_weights_dtype": "4bit"}, "goes with model.precision: bf16 or fp16"),
+        ({"frozen_weights_dtype": "bf16", "precision": "bf16", "shard": True}, "goes without model.shard"),
+        ({"frozen_weights_dtype": "4bit", "precision": "bf16"}, "4bit needs model.adapter"),
+        ({"adapter": LoraSettings(), "freeze": ("projector",)}, "freezes every part itself"),
     ],
 )
-def test_what_does_not_go_together_is_one_sentence(fields, sentence):
+def test_conflicting_adapter_settings_are_reported(fields, sentence):
     with pytest.raises(CafeError, match=sentence):
         ModelConfig(base="scenes", **fields)
 
 
-def test_a_package_that_is_not_there_is_named(random_base, tmp_path, monkeypatch, capsys):
+def test_a_missing_package_is_named(random_base, tmp_path, monkeypatch, capsys):
     model = Cafe.load(random_base)
     add_adapter(model.lvlm, LoraSettings(rank=2))
     with pytest.raises(CafeError, match="has an adapter already"):
@@ -280,7 +281,7 @@ def test_a_package_that_is_not_there_is_named(random_base, tmp_path, monkeypatch
     model.save(tmp_path / "adapter")
     model = Cafe.load(random_base)
     monkeypatch.setattr("cafe.lvlm.adapters.find_spec", lambda name: None)
-    monkeypatch.setattr("cafe.lvlm.families.find_spec", lambda name: None)
+    monkeypatch.setattr("cafe.lvlm.quantization.find_spec", lambda name: None)
     for act in (lambda: add_adapter(model.lvlm, LoraSettings()), lambda: Cafe.load(tmp_path / "adapter")):
         with pytest.raises(CafeError, match="needs the package peft"):
             act()

@@ -13,13 +13,14 @@ from transformers import ProcessorMixin
 
 from cafe.attention.tree import attention_mask
 from cafe.content import Content, Example, Pair
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize, encode_example
-from cafe.data.fast_images import with_fast_images
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.encoding import encode_example
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image
 from cafe.lvlm.families import FAMILIES, find_vision_tower, model_part, supports_prefix_sharing
 from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing
-from cafe.lvlm.processing import ChatProcessor
+from cafe.lvlm.processing import ChatProcessor, with_fast_images
 from cafe.lvlm.prompts import Message, Prompts, dialogue_messages, embedding_messages
 from cafe.model import Cafe
 from cafe.packing import build_layout, pack
@@ -63,7 +64,7 @@ def own_prefix_and_suffix(
     prompt, *answers = [words for words, message in zip(said, messages, strict=True) if message["role"] != "system"]
     suffix = "".join(words + ("\n" if index % 2 else "<eos>") for index, words in enumerate(answers))
     given = {"suffix": [suffix.removesuffix("<eos>")]} if answers else {}
-    shown = images or [SMALL]  # it insists on a picture
+    shown = images or [SMALL]  # it insists on an image
     inputs = dict(processor(text=["<image>" * len(shown) + prompt], images=[shown], return_tensors="pt", **given))
     if not images:
         del inputs["pixel_values"]
@@ -86,7 +87,7 @@ def plain_hidden(model: Cafe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @every_family
 @pytest.mark.parametrize("kind", CONTENTS)
-def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
+def test_every_packed_hidden_state_is_the_plain_one(family, kind, caplog):
     model = make(family)
     assert model.packing.share_prefixes == (family not in READ_ONE_BY_ONE)
     warned = [record for record in caplog.records if record.name == "cafe.lvlm.forward"]
@@ -119,7 +120,7 @@ def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
 
 
 @every_family
-def test_a_trial_finds_by_itself_which_families_share(family, monkeypatch):
+def test_supports_tree_attention_finds_which_families_share_prefixes(family, monkeypatch):
     model = make(family)
     monkeypatch.setattr(
         "cafe.lvlm.forward.supports_prefix_sharing", lambda lvlm: None
@@ -128,12 +129,12 @@ def test_a_trial_finds_by_itself_which_families_share(family, monkeypatch):
 
 
 @every_family
-def test_a_dialogue_has_the_templates_tokens_and_its_prompts_are_those_in_use(family):
+def test_a_dialogue_has_the_chat_templates_tokens_and_the_prompts_in_use(family):
     model = make(family)
     chat_processor = model.chat_processor
     dialogue = chat(Content.of([SMALL, "What is it?"]), "a circle", "What color?", "red")
-    messages, pictures = dialogue_messages(dialogue, chat_processor.prompts), chat_processor.process_images([SMALL])
-    branch = chat_processor.encode_dialogue(messages, pictures)
+    messages, images = dialogue_messages(dialogue, chat_processor.prompts), chat_processor.process_images([SMALL])
+    branch = chat_processor.encode_dialogue(messages, images)
     own = own_inputs(model, messages, Content.of(SMALL))["input_ids"][0]
     # Two templates cannot say it all: LLaVA's ends no turn, and Qwen 3.5's hides past thoughts.
     found, expected = (
@@ -142,13 +143,13 @@ def test_a_dialogue_has_the_templates_tokens_and_its_prompts_are_those_in_use(fa
     assert found == expected
     said = chat_processor.tokenizer.decode(branch.input_ids[branch.loss_mask], skip_special_tokens=True)
     assert re.sub("</think>|<turn.>|<end_of_turn>|\\s", "", said) == "acirclered"
-    prompt = chat_processor.encode_prompt(messages[:2], pictures).input_ids
+    prompt = chat_processor.encode_prompt(messages[:2], images).input_ids
     assert torch.equal(branch.input_ids[: len(prompt)], prompt)
     assert not branch.loss_mask[: len(prompt)].any() and branch.loss_mask[len(prompt)]
 
 
 @every_family
-def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family):
+def test_losses_and_gradients_are_the_plain_ones_in_any_micro_batches(family):
     model = make(family)
     model.lvlm.double()
     objective = ObjectiveConfig(lm_weight=0.7, contrastive_weight=1.3, temperature=0.1)
@@ -162,7 +163,7 @@ def test_losses_and_gradients_are_the_plain_ones_however_the_batch_is_cut(family
             [Listed(examples())], model.chat_processor, 4, seed=0, packing=model.packing, micro_batch_size=size
         )[0]
         assert not batch.bad_records and (len(batch.micro_batches) > 1) == (size.tokens is not None)
-        losses = JointStep(model.lvlm, objective).double()(batch)
+        losses = JointStep(model.lvlm, objective).double().forward_backward(batch)
         assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-5)
         assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-5)
         assert (gradient(model) - expected).norm() <= 1e-5 * expected.norm()
@@ -192,13 +193,13 @@ def test_embeddings_and_answers_are_the_plain_ones(family):
     looks = []
     with find_vision_tower(model.lvlm).register_forward_hook(lambda *_: looks.append(1)):
         vectors, answers = model.embed_and_generate_batch([TALL, WIDE], prompt, max_new_tokens=6)
-    assert len(looks) == 1 + (family in PREFIX_LMS)  # at all pictures, once, or with each prompt
+    assert len(looks) == 1 + (family in PREFIX_LMS)  # at all images, once, or with each prompt
     np.testing.assert_allclose(vectors, model.embed([TALL, WIDE]), atol=1e-5)
-    assert answers == [model.generate(picture, prompt, max_new_tokens=6) for picture in (TALL, WIDE)]
+    assert answers == [model.generate(image, prompt, max_new_tokens=6) for image in (TALL, WIDE)]
 
 
 @every_family
-def test_answers_scored_in_one_pass_have_the_likelihood_of_transformers_own_logits(family):
+def test_scores_of_answers_are_the_likelihood_of_transformers_own_logits(family):
     model = make(family)
     asked = [Content.of([WIDE, "What is it?"]), Content.of("a question"), Content.of([SMALL, TALL, "Which one?"])]
     said = [["a red circle", "two", "a red circle and more"], ["yes", "no"], ["the first"]]
@@ -206,7 +207,7 @@ def test_answers_scored_in_one_pass_have_the_likelihood_of_transformers_own_logi
     for content, answers, found in zip(asked, said, scores, strict=True):
         for answer, score in zip(answers, found, strict=True):
             row = model.encode_dialogue(chat(content, answer))
-            inputs = model._inputs([row])
+            inputs = model.chat_processor.collate([row])
             with torch.inference_mode():
                 logits = model.lvlm(**inputs).logits[0, :-1].double().log_softmax(-1)
             wanted = row.loss_mask[1:].nonzero()[:, 0]
@@ -245,7 +246,7 @@ def test_a_sliding_window_or_another_attention_keeps_branches_apart():
 
 @pytest.mark.parametrize("family", PREFIX_LMS)
 @pytest.mark.parametrize("training", [True, False])
-def test_a_prefix_lms_answers_have_the_loss_that_transformers_takes_of_its_processors_suffix(family, training):
+def test_a_prefix_lms_answers_have_transformers_own_loss(family, training):
     model = make(family)
     model.lvlm.train(training)
     for content, answer in (([WIDE, "What is it?"], "a red circle"), ([SMALL, TALL, "Which one?"], "the first")):
@@ -261,26 +262,26 @@ def test_a_prefix_lms_answers_have_the_loss_that_transformers_takes_of_its_proce
             torch.testing.assert_close(loss, model.lvlm(**own).loss, atol=1e-5, rtol=1e-5)
 
 
-def test_an_attention_without_masks_would_read_a_prefix_lms_prompts_otherwise_and_is_refused():
+def test_a_prefix_lm_refuses_an_attention_without_masks():
     model = make("paligemma")
     model.lvlm.config.get_text_config()._attn_implementation = "flash_attention_2"
     with pytest.raises(CafeError, match="reads prompts both ways, and flash_attention_2 takes no mask"):
         infer_packing(model.lvlm, model.chat_processor)
 
 
-def test_a_template_that_shows_no_picture_is_refused():
+def test_a_chat_template_without_images_is_refused():
     processor = families.llava().chat_processor.processor
     for template in (None, "{% for message in messages %}{{ message['content'][0]['text'] }}{% endfor %}"):
         processor.chat_template = template
-        with pytest.raises(CafeError, match="LlavaProcessor has no chat template that shows pictures"):
+        with pytest.raises(CafeError, match="LlavaProcessor has no chat template that shows images"):
             ChatProcessor(processor, Prompts())
     ChatProcessor(processor, Prompts(chat_template="chatml"))
 
 
 @pytest.mark.parametrize("size", [(1, 300), (300, 1)])
-def test_a_picture_that_a_family_refuses_is_a_bad_record(size):
+def test_an_image_that_a_family_refuses_is_a_bad_record(size):
     chat_processor = make("qwen2_vl").chat_processor
     example = Example(Pair(Content.of(Image.new("RGB", size)), Content.of("a line")), None, "record 3")
     for way in (chat_processor, with_fast_images(chat_processor)[0]):
-        with pytest.raises(CafeError, match=f"record 3: The .* takes no picture of {size[0]} x {size[1]} pixels"):
+        with pytest.raises(CafeError, match=f"record 3: The .* cannot read an image of {size[0]} x {size[1]} pixels"):
             encode_example(example, way)

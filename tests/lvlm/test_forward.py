@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cafe.attention.tree import attention_mask, tree_mask
+from cafe.attention.masks import tree_mask
+from cafe.attention.tree import attention_mask
 from cafe.content import Content
 from cafe.lvlm.forward import forward_packed
 from cafe.model import Cafe

@@ -1,4 +1,4 @@
-"""A frozen tower reads each crop once a step, or never again with a directory, and nothing else changes."""
+"""A frozen tower encodes each crop once per step, or once ever with a directory, and nothing else changes."""
 
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
@@ -14,8 +14,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, PixtralVisionConfig, PixtralVisionModel
 
 from cafe.content import Content
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatchSize
-from cafe.data.records import Source, open_source
+from cafe.data.batch import Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.lvlm.families import find_vision_tower
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.prompts import Prompts
@@ -27,7 +29,7 @@ from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
 
 PAIRS = 6
-CROPS = 5  # of a picture: a thumbnail and four
+CROPS = 5  # of an image: a thumbnail and four
 
 
 @pytest.fixture
@@ -62,12 +64,12 @@ class Counted:
 
 def follow(model: Cafe, batch: Batch, vision: VisionCache | None) -> tuple[float, Tensor]:
     model.lvlm.zero_grad()
-    losses = JointStep(model.lvlm, ObjectiveConfig(), vision=vision)(batch)
+    losses = JointStep(model.lvlm, ObjectiveConfig(), vision=vision).forward_backward(batch)
     grads = [p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None]
     return losses.lm.item() + losses.contrastive.item(), torch.cat(grads)
 
 
-def test_a_picture_is_encoded_twice_trained_once_frozen_and_never_from_disk(model, batch, tmp_path):
+def test_the_tower_encodes_an_image_twice_trained_once_frozen_never_cached(model, batch, tmp_path):
     """Twice but for those of one micro-batch, whose graph is kept."""
     tower = find_vision_tower(model.lvlm)
     counted = Counted(tower)
@@ -83,7 +85,7 @@ def test_a_picture_is_encoded_twice_trained_once_frozen_and_never_from_disk(mode
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "glm4v", "gemma4"])
-def test_pictures_of_their_own_sizes_are_read_once_too(family, tmp_path):
+def test_images_of_their_own_sizes_are_encoded_once_too(family, tmp_path):
     model = make(family)
     freeze(model.lvlm, ["vision_tower", "projector"])
     size = MicroBatchSize(tokens=400)
@@ -105,7 +107,7 @@ def test_pictures_of_their_own_sizes_are_read_once_too(family, tmp_path):
         assert (same - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-def test_pictures_of_the_same_patches_in_another_grid_are_others():
+def test_images_of_the_same_patches_in_another_grid_hash_differently():
     patches, other = torch.randn(12, 6), torch.randn(4, 6)
     grids = torch.tensor([[1, 3, 4], [1, 2, 2]])
     keys = hash_patched_images(torch.cat([patches, other]), grids)
@@ -114,12 +116,12 @@ def test_pictures_of_the_same_patches_in_another_grid_are_others():
 
 
 @pytest.mark.parametrize("told", [True, False])
-def test_a_tower_that_lays_pictures_end_to_end_reads_each_once(told, tmp_path):
+def test_a_packed_tower_encodes_each_image_once(told, tmp_path):
     size = {"image_size": 32, "patch_size": 8, "hidden_size": WIDTH, "intermediate_size": 64, "num_hidden_layers": 1}
     config = LlavaConfig(vision_config=PixtralVisionConfig(num_attention_heads=2, **size), vision_feature_layer=-1)
     tower, crops = PixtralVisionModel(config.vision_config).eval(), torch.rand(3, 3, 32, 32)
     sizes = torch.tensor([[32, 32], [16, 32], [32, 16]])
-    crops[2, :, :, :16] = crops[1, :, :16].reshape(3, 32, 16)  # the same numbers in another shape: another picture
+    crops[2, :, :, :16] = crops[1, :, :16].reshape(3, 32, 16)  # the same numbers in another shape: another image
     counted = Counted(tower)
 
     def read_some(*which: int) -> Tensor:
@@ -137,7 +139,7 @@ def test_a_tower_that_lays_pictures_end_to_end_reads_each_once(told, tmp_path):
             assert counted.crops == times * len(crops)
 
 
-def test_other_weights_do_not_find_the_old_features(model, batch, tmp_path):
+def test_vision_cache_of_other_weights_is_not_used(model, batch, tmp_path):
     tower = find_vision_tower(model.lvlm)
     follow(model, batch, VisionCache(tower, model.lvlm.config, tmp_path))
     with torch.no_grad():
@@ -147,8 +149,8 @@ def test_other_weights_do_not_find_the_old_features(model, batch, tmp_path):
     assert counted.crops == PAIRS * CROPS
 
 
-def test_processes_may_fill_a_directory_at_once(model, tmp_path, monkeypatch):
-    """Each writes the same picture before either gives it its name."""
+def test_processes_can_fill_a_vision_cache_directory_at_once(model, tmp_path, monkeypatch):
+    """Each writes the same image before either renames its file."""
     save, both = torch.save, Barrier(2, timeout=60)
     monkeypatch.setattr(torch, "save", lambda made, file: (save(made, file), both.wait()))
     crops = torch.randn(1, 3, 32, 32)
@@ -176,7 +178,7 @@ def test_processes_may_fill_a_directory_at_once(model, tmp_path, monkeypatch):
         ("paligemma", None),
     ],
 )
-def test_of_what_a_tower_returns_only_what_the_model_reads_is_kept(family, layers, every, tmp_path):
+def test_vision_cache_keeps_only_the_outputs_that_the_model_reads(family, layers, every, tmp_path):
     model = FAMILIES[family]()
     tower = find_vision_tower(model.lvlm)
     count = len(layers) if isinstance(layers, list) else 1
@@ -201,7 +203,7 @@ def test_of_what_a_tower_returns_only_what_the_model_reads_is_kept(family, layer
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "gemma3"])
-def test_a_step_of_one_micro_batch_holds_nothing_beside_what_the_tower_made(family):
+def test_vision_cache_of_one_micro_batch_holds_views_of_the_output(family):
     model = FAMILIES[family]()
     tower = find_vision_tower(model.lvlm)
     crops = torch.randn(3, 3, 32, 32)
@@ -216,7 +218,7 @@ def test_a_step_of_one_micro_batch_holds_nothing_beside_what_the_tower_made(fami
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fingerprint_is_a_crops_own_whatever_stands_beside_it(dtype):
+def test_the_hash_of_a_crop_does_not_depend_on_its_neighbors(dtype):
     crops = torch.randn(5, 3, 8, 8).to(dtype)
     keys = hash_rows(crops)
     assert len(set(keys.tolist())) == 5

@@ -24,37 +24,39 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from cafe.cli.main import main, parser
+from cafe.cli.main import main
+from cafe.cli.training import plan_command
 from cafe.content import Content, Dialogue, Turn
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatch, MicroBatchSize
-from cafe.data.records import Source, open_source
+from cafe.data.batch import Batch, MicroBatch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.errors import CafeError
+from cafe.lvlm.architectures import KNOWN_CONFIGS, load_config, meta_model
 from cafe.lvlm.families import find_vision_tower
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.image_size import set_max_image_size
-from cafe.lvlm.processing import without_video
+from cafe.lvlm.loading import without_video
 from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.packing import PackedBatch, PackingConfig, count_unique_tokens, pack
-from cafe.planning.architectures import KNOWN_CONFIGS, load_config, meta_model
-from cafe.planning.plan import (
-    HARDWARE,
+from cafe.planning.flops import estimate_flops
+from cafe.planning.hardware import HARDWARE
+from cafe.planning.memory import estimate_memory, optimizer_state_bytes
+from cafe.planning.plan import plan
+from cafe.planning.sizes import TransformerShape, measure_model
+from cafe.planning.workload import (
     StepWorkload,
-    TransformerShape,
     TypicalSample,
-    estimate_flops,
-    estimate_memory,
+    estimate_workload,
     image_cost_from_config,
     image_cost_from_processor,
-    measure_model,
-    optimizer_state_bytes,
-    plan,
 )
-from cafe.planning.plan import estimate_workload as planned
 from cafe.training.build import build_dataset
 from cafe.training.optimizer import enable_gradient_checkpointing, freeze, make_optimizer
-from cafe.training.recipe import ObjectiveConfig, OptimizerConfig, read_recipe
+from cafe.training.recipe import ObjectiveConfig, OptimizerConfig
+from cafe.training.recipe_io import read_recipe
 from cafe.training.step import JointStep
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -74,11 +76,11 @@ STATED = {
 
 
 @pytest.mark.parametrize("base", KNOWN_CONFIGS)
-def test_the_sizes_of_a_hub_base_make_the_parameters_that_the_hub_states(base):
+def test_published_sizes_give_the_parameters_the_hub_states(base):
     assert measure_model(meta_model(load_config(base))).parameters / 1e9 == pytest.approx(STATED[base], abs=0.007)
 
 
-def load_of(batch: Batch, patch: int) -> StepWorkload:
+def workload_of(batch: Batch, patch: int) -> StepWorkload:
     """What a batch's packs hold."""
     packs = [micro_batch.joint for micro_batch in batch.micro_batches]
     twice = batch.micro_batches[1:] or batch.micro_batches
@@ -109,7 +111,7 @@ def load_of(batch: Batch, patch: int) -> StepWorkload:
 @pytest.mark.parametrize("frozen", [(), ("vision_tower",), ("vision_tower", "language_model")], ids=str)
 @pytest.mark.parametrize("tokens", [None, 700])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, tokens, checkpointed):
+def test_flops_of_a_step_match_torchs_count(random_base, scenes, frozen, tokens, checkpointed):
     model = Cafe.load(random_base, Prompts(), torch.float32)
     freeze(model.lvlm, frozen)
     if checkpointed:
@@ -125,10 +127,10 @@ def test_the_flops_of_a_step_are_torchs_count(random_base, scenes, frozen, token
     )[0]
     vision = VisionCache(find_vision_tower(model.lvlm), model.lvlm.config) if frozen else None
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        JointStep(model.lvlm.train(), ObjectiveConfig(), vision=vision)(batch)
+        JointStep(model.lvlm.train(), ObjectiveConfig(), vision=vision).forward_backward(batch)
     expected = sum(
         estimate_flops(
-            measure_model(model.lvlm), load_of(batch, model.lvlm.config.vision_config.patch_size), checkpointed
+            measure_model(model.lvlm), workload_of(batch, model.lvlm.config.vision_config.patch_size), checkpointed
         ).values()
     )
     assert expected == pytest.approx(counter.get_total_flops(), rel=0.06)
@@ -153,7 +155,7 @@ def kept(module: nn.Module, half: torch.dtype | None, **inputs: Tensor) -> int:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("half", [None, torch.bfloat16, torch.float16])
-def test_what_a_layer_keeps_is_what_autograd_keeps(half, attention):
+def test_saved_activations_of_a_layer_match_autograd(half, attention):
     width, inner, heads, tokens = 128, 512, 4, 100
 
     def language(layers: int) -> int:
@@ -178,7 +180,9 @@ def test_what_a_layer_keeps_is_what_autograd_keeps(half, attention):
             layers=1, width=width, heads=width, queries=heads, intermediate_size=inner, gated=gated
         )
         scored = tokens if attention == "eager" else 0
-        assert stack.kept(bool(half), scored) + beside == pytest.approx((count(2) - count(1)) / tokens, rel=0.03)
+        assert stack.saved_activation_bytes(bool(half), scored) + beside == pytest.approx(
+            (count(2) - count(1)) / tokens, rel=0.03
+        )
 
 
 LIMITS = {"max_pixels": 500_000}, {"grids": ((1, 1),)}, {"max_pixels": 500_000, "grids": ((1, 1), (1, 3), (2, 2))}
@@ -186,7 +190,7 @@ LIMITS = {"max_pixels": 500_000}, {"grids": ((1, 1),)}, {"max_pixels": 500_000, 
 
 @pytest.mark.parametrize("limits", [{}, *LIMITS], ids=str)
 @pytest.mark.parametrize("size", [(640, 480), (480, 640), (300, 200), (1000, 300), (2000, 1500)], ids=str)
-def test_a_picture_takes_the_tokens_that_the_familys_processor_gives_it(size, limits):
+def test_image_cost_from_config_matches_the_familys_processor(size, limits):
     image, data = Image.new("RGB", size), TypicalSample(width=size[0], height=size[1])
     lvlm = meta_model(load_config("llava-hf/llava-onevision-qwen2-0.5b-si-hf"))
     processor = without_video(hf.LlavaOnevisionProcessor)(
@@ -212,13 +216,13 @@ def test_a_picture_takes_the_tokens_that_the_familys_processor_gives_it(size, li
         assert (found.patches, found.tokens) == (grid.prod(), grid.prod() // 4)
 
 
-def test_a_run_is_planned_with_the_recipes_limits():
+def test_plan_applies_the_recipes_image_limits():
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.image_grids=[[1,1]]"])
-    assert plan(recipe).load.crops == 2 * recipe.batch_size  # the picture and its thumbnail
+    assert plan(recipe).load.crops == 2 * recipe.batch_size  # the image and its thumbnail
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_plan_of_any_family_knows_its_pictures_and_its_flops(family):
+def test_plan_knows_image_cost_and_flops_of_every_family(family):
     try:
         model = FAMILIES[family]()
     except ImportError as error:
@@ -236,10 +240,10 @@ def test_the_plan_of_any_family_knows_its_pictures_and_its_flops(family):
     none = torch.empty(0, dtype=torch.long)
     batch = Batch([micro_batch], torch.arange(2), none, none.float(), none, len(packed.labels), [], [""] * 2)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-        JointStep(model.lvlm.train(), ObjectiveConfig())(batch)
+        JointStep(model.lvlm.train(), ObjectiveConfig()).forward_backward(batch)
     rows, columns = packed.inputs["input_ids"].shape
     load = StepWorkload(
-        crops=4 * seen.crops,  # here each branch shows pictures of its own
+        crops=4 * seen.crops,  # here each branch shows images of its own
         patches=seen.patches,
         rows=rows,
         columns=columns,
@@ -252,27 +256,27 @@ def test_the_plan_of_any_family_knows_its_pictures_and_its_flops(family):
     )
 
 
-def test_what_has_no_plain_sizes_is_refused_in_a_sentence():
+def test_experts_and_unusual_towers_are_rejected():
     lvlm = meta_model(load_config("Qwen/Qwen3-VL-2B-Instruct"))
     lvlm.config.text_config.num_experts = 128
-    with pytest.raises(CafeError, match="This qwen3_vl model is a mixture of experts"):
+    with pytest.raises(CafeError, match="cannot estimate mixture-of-experts models such as this qwen3_vl model"):
         measure_model(lvlm)
     lvlm.config.text_config.num_experts = None
     lvlm.config.vision_config = hf.TimmWrapperConfig()
-    with pytest.raises(CafeError, match="The vision tower of a qwen3_vl model is of a kind"):
+    with pytest.raises(CafeError, match="cannot estimate this qwen3_vl model: its vision tower"):
         measure_model(lvlm)
 
 
-def test_a_directory_is_planned_by_its_own_processor(tmp_path, capsys):
+def test_plan_of_a_directory_uses_its_own_processor(tmp_path, capsys):
     FAMILIES["smolvlm"]().save(tmp_path)
     recipe = ["plan", str(RECIPES / "cafe-0.5b.yaml"), f"model.base={tmp_path}"]
-    assert main([*recipe, "--picture", "64x64"]) == 0 and "5 crops of 16 patches" in capsys.readouterr().out
+    assert main([*recipe, "--image", "64x64"]) == 0 and "5 crops of 16 patches" in capsys.readouterr().out
     assert main([*recipe, "model.max_image_pixels=1024"]) == 0 and "1 crops of 16 patches" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("share", [False, True])
 @pytest.mark.parametrize("tokens", [None, 400])
-def test_the_rows_are_those_of_training(random_base, scenes, recipe, share, tokens):
+def test_planned_rows_match_those_of_training(random_base, scenes, recipe, share, tokens):
     """Of pairs whose captions are equally long, as the plan takes them to be."""
     recipe = replace(
         recipe,
@@ -292,7 +296,7 @@ def test_the_rows_are_those_of_training(random_base, scenes, recipe, share, toke
     data = TypicalSample(
         width=64, height=64, prompt=prompt, prompt_overhead_tokens=words, caption=len(target) - prompt - words
     )
-    found = planned(replace(recipe, batch_size=len(examples)), model.lvlm, data, 1)
+    found = estimate_workload(replace(recipe, batch_size=len(examples)), model.lvlm, data, 1)
     assert found.micro_batches == len(rows)
     assert found.columns == pytest.approx(max(columns for _, columns in rows), rel=0.06)
     assert found.tokens == pytest.approx(sum(map(math.prod, rows)), rel=0.06)
@@ -326,7 +330,7 @@ class Live(TorchDispatchMode):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 @pytest.mark.parametrize("tokens", [None, 700])
-def test_the_peak_of_a_step_is_what_its_tensors_take(random_base, scenes, checkpointed, tokens):
+def test_peak_memory_of_a_step_matches_its_live_tensors(random_base, scenes, checkpointed, tokens):
     model = Cafe.load(random_base, Prompts(), torch.float32)
     if checkpointed:
         enable_gradient_checkpointing(model.lvlm)
@@ -339,17 +343,17 @@ def test_the_peak_of_a_step_is_what_its_tensors_take(random_base, scenes, checkp
     optimizer = torch.optim.AdamW(step.lvlm.parameters())
     with Live() as live:
         for _ in range(2):
-            step(batch, measure=True)
+            step.forward_backward(batch, log_grad_norms=True)
             optimizer.step()
             optimizer.zero_grad()
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.precision=fp32"])
     recipe = replace(recipe, model=replace(recipe.model, gradient_checkpointing=checkpointed))
-    load = replace(load_of(batch, model.lvlm.config.vision_config.patch_size), vectors=24)
+    load = replace(workload_of(batch, model.lvlm.config.vision_config.patch_size), vectors=24)
     memory = estimate_memory(measure_model(model.lvlm), load, recipe)
     assert sum(memory.values()) - memory["weights"] == pytest.approx(live.peak, rel=0.15)
 
 
-def test_what_a_frozen_tower_made_is_counted(random_base, scenes):
+def test_vision_cache_memory_matches_its_live_tensors(random_base, scenes):
     model = Cafe.load(random_base, Prompts(), torch.float32)
     freeze(model.lvlm, ("vision_tower",))
     source = open_source(Source(path=str(scenes / "llava_train.json")))
@@ -360,18 +364,18 @@ def test_what_a_frozen_tower_made_is_counted(random_base, scenes):
     for vision in (None, VisionCache(tower, model.lvlm.config)):
         step = JointStep(model.lvlm.train(), ObjectiveConfig(), vision=vision)
         with Live() as live:
-            step(batch)
+            step.forward_backward(batch)
         model.lvlm.zero_grad()
         peaks.append(live.peak)
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["model.precision=fp32"])
-    load = load_of(batch, model.lvlm.config.vision_config.patch_size)
+    load = workload_of(batch, model.lvlm.config.vision_config.patch_size)
     assert estimate_memory(measure_model(model.lvlm), load, recipe)["vision cache"] == pytest.approx(
         peaks[1] - peaks[0], rel=0.15
     )
 
 
 @pytest.mark.parametrize("family", ["llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_what_a_frozen_tower_leaves_of_a_patch_is_what_the_cache_keeps(family):
+def test_cached_features_per_patch_match_the_vision_cache(family):
     model = FAMILIES[family]()
     freeze(model.lvlm, ("vision_tower", "projector"))
     sizes, tower = measure_model(model.lvlm), find_vision_tower(model.lvlm)
@@ -387,7 +391,7 @@ def test_what_a_frozen_tower_leaves_of_a_patch_is_what_the_cache_keeps(family):
 
 @pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
 @pytest.mark.parametrize("name", NAMES)
-def test_an_optimizers_state_is_what_it_holds(random_base, name):
+def test_optimizer_state_bytes_match_the_optimizer(random_base, name):
     lvlm = Cafe.load(random_base, Prompts(), torch.float32).lvlm
     optimizer = make_optimizer(lvlm, "llava_onevision", OptimizerConfig(name=name))
     for parameter in lvlm.parameters():
@@ -400,7 +404,7 @@ def test_an_optimizers_state_is_what_it_holds(random_base, name):
     )  # bytes a weight
 
 
-def test_float16_takes_what_bfloat16_takes():
+def test_float16_costs_the_same_as_bfloat16():
     one, other = (
         plan(read_recipe(RECIPES / "mmeb-lora.yaml", [f"model.precision={half}", f"model.frozen_weights_dtype={half}"]))
         for half in ("bf16", "fp16")
@@ -408,7 +412,7 @@ def test_float16_takes_what_bfloat16_takes():
     assert one.memory == other.memory and one.flops == other.flops
 
 
-def test_the_plan_knows_what_an_attention_shares_and_keeps():
+def test_plan_depends_on_the_attention_implementation():
     recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["batch_size=16", "model.gradient_checkpointing=false"])
     sdpa, eager, flash, flex = (
         plan(replace(recipe, model=replace(recipe.model, attention=name)))
@@ -419,7 +423,7 @@ def test_the_plan_knows_what_an_attention_shares_and_keeps():
     assert flex.memory["activations"] < sdpa.memory["activations"] < eager.memory["activations"]
 
 
-def test_more_gpus_share_a_sharded_models_weights_gradients_and_optimizer_state():
+def test_fsdp_divides_weights_gradients_and_optimizer_state():
     recipe = read_recipe(RECIPES / "cafe-7b.yaml")
     one, eight = plan(recipe, 1).memory, plan(recipe, 8).memory
     for name in ("weights", "optimizer state"):
@@ -431,22 +435,23 @@ EXPECTED = re.compile(r"#   `cafe (plan .+)`: ([\d.,]+) GiB per GPU, ([\d.,]+) h
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
-def test_a_recipes_stated_memory_and_time_are_what_the_plan_says(path):
+def test_recipes_state_the_memory_and_hours_of_their_plan(path):
     stated = [EXPECTED.fullmatch(line) for line in path.read_text().splitlines()]
     found = [match for match in stated if match]
     assert found or read_recipe(path).model.base not in KNOWN_CONFIGS, (
         "say what `cafe plan` says in a comment, as the others do"
     )
     for match in found:
-        options = parser().parse_args(shlex.split(match[1]))
-        width, height = map(int, options.picture.split("x"))
-        data = TypicalSample(width=width, height=height, caption=options.caption)
-        costs = plan(read_recipe(RECIPES.parent / options.recipe, options.overrides), options.gpus, data, options.pairs)
+        options = plan_command.make_context("plan", shlex.split(match[1])[1:]).params
+        width, height = map(int, options["image"].split("x"))
+        data = TypicalSample(width=width, height=height, caption=options["caption"])
+        recipe = read_recipe(RECIPES.parent / options["recipe"], options["overrides"])
+        costs = plan(recipe, options["gpus"], data, options["pairs"])
         [hardware] = [hardware for hardware in HARDWARE if hardware.name == match[4]]
         assert f"{costs.peak / 2**30:,.1f}" == match[2] and f"{costs.hours(hardware):,.1f}" == match[3]
 
 
-def test_the_command_prints_the_plan_and_names_a_base_that_it_does_not_know(tmp_path, capsys):
+def test_plan_command_prints_and_names_an_unknown_base(tmp_path, capsys):
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), "--gpus", "8"]) == 0
     said = capsys.readouterr().out
     assert "893.7M" in said and "16 pairs on 8 GPUs" in said and "RTX 3090" in said

@@ -1,4 +1,4 @@
-"""The lessons of the base model, its training from one seed, and what the shipped one can and cannot do."""
+"""The base model: its lessons, its training from one seed, and what the shipped one can and cannot do."""
 
 from random import Random
 
@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from cafe.content import Content
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_processor
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
 from cafe.scenes import BASE
@@ -30,26 +31,26 @@ def lessons() -> Lessons:
     return Lessons(ChatProcessor(load_processor(str(BASE)), Prompts()), seed=0, steps=10, batch=6)
 
 
-def test_lessons_follow_the_seed_and_come_in_their_order(lessons):
+def test_lessons_are_reproducible_and_in_order(lessons):
     again = Lessons(lessons.chat_processor, seed=0, steps=10, batch=6)
     assert [set(lessons[step]) for step in (0, 1, 2, 9)] == [{"by place"}] * 2 + [{"caption", "questions"}] * 2
     for step in (0, 4):
         for kind, pack in lessons[step].items():
             assert all(torch.equal(tensor, again[step][kind].inputs[key]) for key, tensor in pack.inputs.items())
     shown = [pack.inputs["pixel_values"] for step in range(10) for pack in lessons[step].values()]
-    pictures = torch.cat(shown).flatten(1)
-    assert len(pictures) == 60 == len(pictures.unique(dim=0))
+    images = torch.cat(shown).flatten(1)
+    assert len(images) == 60 == len(images.unique(dim=0))
 
 
-def test_a_picture_read_with_others_is_as_read_alone(lessons):
-    painted = [paint(draw_scene(0, "train", index)) for index in range(4)]
-    for together, picture in zip(lessons._read(painted), painted, strict=True):
-        alone = lessons.chat_processor.pictures([picture])
-        assert together.runs == alone.runs
-        assert all(torch.equal(together.vision[key], value) for key, value in alone.vision.items())
+def test_images_processed_together_are_as_processed_alone(lessons):
+    images = [paint(draw_scene(0, "train", index)) for index in range(4)]
+    for together, image in zip(lessons._process_images(images), images, strict=True):
+        alone = lessons.chat_processor.process_images([image])
+        assert together.token_runs == alone.token_runs
+        assert all(torch.equal(together.inputs[key], value) for key, value in alone.inputs.items())
 
 
-def test_scenes_in_one_color_are_training_scenes_whose_things_have_a_name_each():
+def test_scenes_in_one_color_are_training_scenes_with_unambiguous_names():
     changed = 0
     for scene in (draw_scene(0, "train", index, 4) for index in range(200)):
         alike = in_one_color(scene)
@@ -59,7 +60,7 @@ def test_scenes_in_one_color_are_training_scenes_whose_things_have_a_name_each()
     assert changed > 50
 
 
-def test_training_repeats_itself_and_ships_a_checkpoint(tmp_path):
+def test_training_the_base_is_reproducible_and_writes_a_checkpoint(tmp_path):
     for directory in ("one", "two"):
         train_base(tmp_path / directory, steps=2, batch=4, workers=0, report=lambda line: None)
     one, two = (load_file(tmp_path / directory / "model.safetensors") for directory in ("one", "two"))
@@ -72,13 +73,13 @@ def test_the_shipped_base_is_small(shipped):
     assert sum(file.stat().st_size for file in BASE.iterdir()) <= 6_000_000
 
 
-def test_the_shipped_base_talks_and_retrieves_nothing(shipped):
-    pictures = [paint(scene) for scene in TEST]
-    said = shipped.generate_batch([Content.of([picture, CAPTION_PROMPT]) for picture in pictures])
-    assert np.mean([text in captions(scene.things) for text, scene in zip(said, TEST, strict=True)]) >= 0.85
-    asked = [(p, q) for p, scene in zip(pictures, TEST, strict=True) for q in questions(scene, Random(scene.name))]
-    answers = shipped.generate_batch([Content.of([picture, question.text]) for picture, question in asked])
+def test_the_shipped_base_generates_well_and_retrieves_nothing(shipped):
+    images = [paint(scene) for scene in TEST]
+    texts = shipped.generate_batch([Content.of([image, CAPTION_PROMPT]) for image in images])
+    assert np.mean([text in captions(scene.things) for text, scene in zip(texts, TEST, strict=True)]) >= 0.85
+    asked = [(i, q) for i, scene in zip(images, TEST, strict=True) for q in questions(scene, Random(scene.name))]
+    answers = shipped.generate_batch([Content.of([image, question.text]) for image, question in asked])
     assert np.mean([answer == q.answer for answer, (_, q) in zip(answers, asked, strict=True)]) >= 0.9
     words = shipped.embed([captions(scene.things)[0] for scene in TEST])
-    found = (shipped.embed(pictures) @ words.T).argmax(1)
-    assert np.mean(found == np.arange(len(TEST))) <= 0.1
+    nearest = (shipped.embed(images) @ words.T).argmax(1)
+    assert np.mean(nearest == np.arange(len(TEST))) <= 0.1

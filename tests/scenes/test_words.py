@@ -1,4 +1,4 @@
-"""Everything said about a scene is true: captions read back word by word, and answers found again by brute force."""
+"""Every text about a scene is true: captions are parsed word by word, and answers found again by brute force."""
 
 import re
 from random import Random
@@ -31,7 +31,7 @@ SIDES = {  # of the first thing seen from the second, each standing at (row, col
 
 
 def read(text: str) -> list[Thing]:
-    """The things a caption tells of, in its order; fails where any word is left over."""
+    """Parse the things in a caption, in its order; fails where any word is left over."""
     assert text.endswith(".")
     phrases = re.split(", | and ", text.removeprefix("there is ").removesuffix("."))
     matches = [next(filter(None, (re.fullmatch(form, phrase) for form in PHRASES)), None) for phrase in phrases]
@@ -40,7 +40,7 @@ def read(text: str) -> list[Thing]:
 
 
 def cell(thing: Thing) -> tuple[int, int]:
-    """Row and column of a thing."""
+    """Return the row and column of a thing."""
     vertical, horizontal = thing.place.split()
     return ["top", "bottom"].index(vertical), ["left", "right"].index(horizontal)
 
@@ -51,7 +51,7 @@ def only(values: list[str]) -> str:
 
 
 def solve(things: tuple[Thing, ...], question: str) -> str:
-    """The answer to a question, by trying every thing; fails where several answers are right."""
+    """Answer a question by trying every thing; fails where several answers are right."""
     names = {f"{thing.color} {thing.kind}": thing for thing in things}
     if match := re.fullmatch(r"Is there (an?) (.+?)( in the image)?\?", question):
         assert match[1] == ("an" if match[2].split()[0] in ("orange", "eight") else "a")
@@ -74,15 +74,15 @@ def solve(things: tuple[Thing, ...], question: str) -> str:
     return only([name for name, thing in names.items() if SIDES[match[1]](cell(thing), seen_from)])
 
 
-def test_every_caption_tells_exactly_the_things() -> None:
+def test_every_caption_names_exactly_the_things() -> None:
     for scene in SCENES:
-        said = captions(scene.things)
-        assert len(set(said)) == len(said)
-        for text in said:
+        texts = captions(scene.things)
+        assert len(set(texts)) == len(texts)
+        for text in texts:
             assert len(read(text)) == len(scene.things) and set(read(text)) == set(scene.things), text
 
 
-def test_a_caption_by_lot_is_one_of_the_captions() -> None:
+def test_a_random_caption_is_one_of_the_captions() -> None:
     for scene in SCENES:
         assert caption(scene.things, Random(scene.name)) in captions(scene.things)
 
@@ -97,9 +97,9 @@ def check_sentence(scene: Scene, sentence: str) -> None:
     else:
         match = re.fullmatch(rf"(?:At the {PLACE} there is|In the (?P<where>.+) stands) {FULL}", sentence)
         assert match, sentence
-        told = match.groupdict()
-        where = told.pop("where")
-        assert Thing(**{**told, "place": where or told["place"]}) in scene.things
+        named = match.groupdict()
+        where = named.pop("where")
+        assert Thing(**{**named, "place": where or named["place"]}) in scene.things
 
 
 def test_every_sentence_of_a_paragraph_is_true() -> None:
@@ -125,7 +125,7 @@ def test_questions_keep_the_order_of_kinds_and_cover_all() -> None:
 
 
 @pytest.mark.parametrize("ending", ["?", " in the image?"])
-def test_both_forms_of_presence_are_asked_with_both_answers_equally_often(ending: str) -> None:
+def test_both_presence_questions_have_both_answers_equally_often(ending: str) -> None:
     answers = []
     for scene in SCENES:
         asked = questions(scene, Random(scene.name))[0]
@@ -143,15 +143,15 @@ def test_hard_negatives_are_false_and_change_what_their_name_says() -> None:
         for change, things in negatives.items():
             assert set(things) != set(scene.things), change
             assert len({thing.place for thing in things}) == len(scene.things)
-            told = [change_of(a, b) for a, b in zip(scene.things, things, strict=True) if a != b]
+            changed = [change_of(a, b) for a, b in zip(scene.things, things, strict=True) if a != b]
             fields = {"replace_obj": ["kind"], "replace_att": ["color", "size"]}
             fields |= {"swap_obj": ["place"], "swap_att": ["color"]}
-            assert len(told) == (1 if change.startswith("replace") else 2)
-            assert all(field in fields[change] for field in told)
+            assert len(changed) == (1 if change.startswith("replace") else 2)
+            assert all(field in fields[change] for field in changed)
 
 
 def change_of(before: Thing, after: Thing) -> str:
-    """The one field in which two things differ."""
+    """Return the one field in which two things differ."""
     return only([field for field in vars(before) if getattr(before, field) != getattr(after, field)])
 
 

@@ -1,4 +1,4 @@
-"""The promises that keep the test split of the small world honest, and pictures that show what the scene says."""
+"""The promises that keep the test split of the small world honest, and images that show what the scene contains."""
 
 from colorsys import rgb_to_hsv
 
@@ -63,17 +63,17 @@ def test_the_same_number_gives_the_same_scene_and_pixels() -> None:
     assert paint(again).tobytes() == paint(again).tobytes()
 
 
-def test_the_picture_shows_each_color_in_its_place_and_nothing_elsewhere() -> None:
+def test_the_image_shows_each_color_in_its_place_and_nothing_elsewhere() -> None:
     for scene in TEST:
-        picture = paint(scene)
-        assert (picture.mode, picture.size) == ("RGB", (SIDE, SIDE))
+        image = paint(scene)
+        assert (image.mode, image.size) == ("RGB", (SIDE, SIDE))
         shown = {thing.place: thing.color for thing in scene.things}
-        assert {place: color_at(picture, place) for place in PLACES} == dict.fromkeys(PLACES) | shown, scene.name
+        assert {place: color_at(image, place) for place in PLACES} == dict.fromkeys(PLACES) | shown, scene.name
 
 
-def color_at(picture: Image.Image, place: str) -> str | None:
+def color_at(image: Image.Image, place: str) -> str | None:
     """The color whose hue the most colorful pixel of a quarter is nearest to; None where the quarter is gray."""
-    pixels = np.asarray(crop_place(picture, place)).reshape(-1, 3).astype(float)
+    pixels = np.asarray(crop_place(image, place)).reshape(-1, 3).astype(float)
     strongest = pixels[np.ptp(pixels, axis=1).argmax()]
     if np.ptp(strongest) < 60:  # of 255; the background's tint stays under 30
         return None
@@ -81,9 +81,9 @@ def color_at(picture: Image.Image, place: str) -> str | None:
     return min(COLORS, key=lambda color: abs((rgb_to_hsv(*np.array(COLORS[color]) / 255)[0] - hue + 0.5) % 1 - 0.5))
 
 
-def pixels_near(picture: Image.Image, place: str, color: str) -> int:
+def pixels_near(image: Image.Image, place: str, color: str) -> int:
     """How many pixels of a quarter have nearly a color (within 12 of 255 in each channel)."""
-    pixels = np.asarray(crop_place(picture, place)).astype(int)
+    pixels = np.asarray(crop_place(image, place)).astype(int)
     return int((abs(pixels - COLORS[color]).max(axis=-1) <= 12).sum())
 
 

@@ -1,4 +1,4 @@
-"""The files of the small world have the fields of the public formats, agree with the pictures, and repeat exactly."""
+"""The files of the small world have the public formats' fields, agree with the images, and are reproducible."""
 
 import hashlib
 import json
@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from test_words import solve
 
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.scenes.words import CAPTION_PROMPT, PARAGRAPH_PROMPT, QUESTION_KINDS, captions, relation_between
 from cafe.scenes.world import KINDS, Scene, draw_scenes
 from cafe.scenes.write import write_scenes
@@ -63,10 +64,10 @@ def test_another_seed_writes_another_world(world: Path, tmp_path: Path) -> None:
     assert not set(digest(world).values()) & set(digest(written(tmp_path, seed=1)).values())
 
 
-def test_pictures(world: Path) -> None:
+def test_images(world: Path) -> None:
     assert {str(path.relative_to(world)) for path in world.glob("images/t*/*.png")} == set(SCENES)
-    with Image.open(world / TEST_IMAGES[0]) as picture:
-        assert (picture.format, picture.mode, picture.size) == ("PNG", "RGB", (64, 64))
+    with Image.open(world / TEST_IMAGES[0]) as image:
+        assert (image.format, image.mode, image.size) == ("PNG", "RGB", (64, 64))
 
 
 def test_llava(world: Path) -> None:
@@ -74,12 +75,12 @@ def test_llava(world: Path) -> None:
     assert len(rows) == TRAIN
     for index, row in enumerate(rows):
         assert set(row) == {"id", "image", "conversations", "negatives"}
-        scene, said = SCENES[row["image"]], row["conversations"]
+        scene, turns = SCENES[row["image"]], row["conversations"]
         assert row["id"] == scene.name and scene.split == "train"
-        assert [turn["from"] for turn in said] == ["human", "gpt"]
+        assert [turn["from"] for turn in turns] == ["human", "gpt"]
         long = index % 10 == 9
-        assert said[0]["value"] == "<image>\n" + (PARAGRAPH_PROMPT if long else CAPTION_PROMPT)
-        assert said[1]["value"].startswith("The picture shows") if long else true_of(scene, said[1]["value"])
+        assert turns[0]["value"] == "<image>\n" + (PARAGRAPH_PROMPT if long else CAPTION_PROMPT)
+        assert turns[1]["value"].startswith("The picture shows") if long else true_of(scene, turns[1]["value"])
         assert row["negatives"] and not any(true_of(scene, text) for text in row["negatives"])
 
 
@@ -87,13 +88,13 @@ def test_questions_to_train_on(world: Path) -> None:
     rows = json.loads((world / "vqa_train.json").read_text())
     assert len(rows) == TRAIN
     for row in rows:
-        said = [turn["value"] for turn in row["conversations"]]
+        texts = [turn["value"] for turn in row["conversations"]]
         assert SCENES[row["image"]].split == "train"
         assert [turn["from"] for turn in row["conversations"]] == ["human", "gpt"] * 3
-        assert said[0].startswith("<image>\n") and not any("<image>" in text for text in said[1:])
-        assert len(set(said[::2])) == 3
-        for asked, answered in zip(said[::2], said[1::2], strict=True):
-            assert solve(SCENES[row["image"]].things, asked.removeprefix("<image>\n")) == answered
+        assert texts[0].startswith("<image>\n") and not any("<image>" in text for text in texts[1:])
+        assert len(set(texts[::2])) == 3
+        for question, answer in zip(texts[::2], texts[1::2], strict=True):
+            assert solve(SCENES[row["image"]].things, question.removeprefix("<image>\n")) == answer
 
 
 def test_karpathy(world: Path) -> None:
@@ -120,7 +121,7 @@ def test_karpathy(world: Path) -> None:
         (Source(path="dataset_scenes.json", format="karpathy", split="test"), TEST),
     ],
 )
-def test_the_readers_read_it_like_anyones_files(world: Path, source: Source, count: int) -> None:
+def test_the_files_are_read_like_any_others(world: Path, source: Source, count: int) -> None:
     records = open_source(Source(path=str(world / source.path), format=source.format, split=source.split))
     examples = [records.example(index, Random(index)) for index in range(len(records))]
     assert len(examples) == count
@@ -158,7 +159,7 @@ def test_vqa(world: Path) -> None:
 
 
 def pope(world: Path, kind: str) -> list[tuple[str, str, str]]:
-    """(image, asked kind, label) of each line."""
+    """Return the (image, kind in question, label) of each line."""
     asked = []
     for row in lines(world / "pope" / f"scenes_pope_{kind}.json"):
         assert set(row) == {"question_id", "image", "text", "label"}
@@ -241,9 +242,9 @@ def test_winoground(world: Path) -> None:
         assert set(row) == {"id", "caption_0", "caption_1", "image_0", "image_1"}
         first, second = row["caption_0"], row["caption_1"]
         assert first != second and Counter(re.findall(r"\w+", first)) == Counter(re.findall(r"\w+", second))
-        pictures = [(world / "winoground" / "images" / f"{row[f'image_{side}']}.png").read_bytes() for side in (0, 1)]
-        (scene,) = (s for path, s in SCENES.items() if (world / path).read_bytes() == pictures[0])
-        assert true_of(scene, first) and not true_of(scene, second) and pictures[0] != pictures[1]
+        images = [(world / "winoground" / "images" / f"{row[f'image_{side}']}.png").read_bytes() for side in (0, 1)]
+        (scene,) = (s for path, s in SCENES.items() if (world / path).read_bytes() == images[0])
+        assert true_of(scene, first) and not true_of(scene, second) and images[0] != images[1]
 
 
 def test_vqa_v2(world: Path) -> None:
@@ -258,8 +259,8 @@ def test_vqa_v2(world: Path) -> None:
         answers = {answer["answer"] for answer in annotation["answers"]}
         scene = SCENES[TEST_IMAGES[question["image_id"]]]
         assert answers == {solve(scene.things, question["question"])}
-        with Image.open(world / "val2014" / f"COCO_val2014_{question['image_id']:012}.jpg") as picture:
-            assert (picture.format, picture.size) == ("JPEG", (64, 64))
+        with Image.open(world / "val2014" / f"COCO_val2014_{question['image_id']:012}.jpg") as image:
+            assert (image.format, image.size) == ("JPEG", (64, 64))
 
 
 def table(world: Path, split: str, task: str) -> list[dict[str, Any]]:
@@ -292,13 +293,13 @@ def test_mmeb_eval(world: Path, task: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["mmeb_train", "mmeb_eval"])
-def test_mmeb_retrieval_has_one_right_picture(world: Path, split: str) -> None:
+def test_mmeb_retrieval_has_one_right_image(world: Path, split: str) -> None:
     for row in table(world, split, "retrieval"):
-        said = row["qry" if split == "mmeb_train" else "qry_text"].removeprefix(
+        text = row["qry" if split == "mmeb_train" else "qry_text"].removeprefix(
             "Find an image that matches the caption: "
         )
         right, *wrong = [row["pos_image_path"], row["neg_image_path"]] if split == "mmeb_train" else row["tgt_img_path"]
-        assert true_of(SCENES[right], said) and not any(true_of(SCENES[path], said) for path in wrong)
+        assert true_of(SCENES[right], text) and not any(true_of(SCENES[path], text) for path in wrong)
 
 
 def test_mmeb_grounding_crops_the_named_quarter(world: Path) -> None:
@@ -306,11 +307,11 @@ def test_mmeb_grounding_crops_the_named_quarter(world: Path) -> None:
         named = row["qry_text"].rsplit(": ", 1)[1]
         (thing,) = [t for t in SCENES[row["qry_img_path"]].things if f"{t.color} {t.kind}" == named]
         left, top = 32 * ("right" in thing.place), 32 * ("bottom" in thing.place)
-        with Image.open(world / row["qry_img_path"]) as picture, Image.open(world / row["tgt_img_path"][0]) as crop:
-            assert crop.tobytes() == picture.crop((left, top, left + 32, top + 32)).tobytes()
+        with Image.open(world / row["qry_img_path"]) as image, Image.open(world / row["tgt_img_path"][0]) as crop:
+            assert crop.tobytes() == image.crop((left, top, left + 32, top + 32)).tobytes()
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_a_world_of_very_few_pictures_can_be_written(tmp_path: Path, count: int) -> None:
+def test_a_world_of_very_few_images_can_be_written(tmp_path: Path, count: int) -> None:
     write_scenes(tmp_path, 0, count, count, report=lambda line: None)
     assert len(list(tmp_path.glob("images/t*/*.png"))) == 2 * count

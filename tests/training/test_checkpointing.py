@@ -1,4 +1,4 @@
-"""Real processes are killed at random instants, during saves too; the same command ends with the same weights."""
+"""Resume: real processes are killed at random instants, during saves too, and still end with the same weights."""
 
 import json
 import multiprocessing
@@ -18,7 +18,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from cafe.data.records import Source
+from cafe.data.source import Source
 from cafe.errors import CafeError, RunInterrupted
 from cafe.lvlm.adapters import LoraSettings
 from cafe.training import checkpointing
@@ -73,14 +73,14 @@ def fresh_accelerator() -> None:
 
 
 def quietly(recipe: Recipe, largest_file: int = -1) -> None:
-    """What the command does, in a process of its own."""
+    """Do what the command does, in a process of its own."""
     torch.set_num_threads(1)
     if largest_file >= 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     try:
         train(recipe, report=lambda line: None)
     except CafeError as error:
-        Path(recipe.output, "said").write_text(str(error)[:largest_file])
+        Path(recipe.output, "error").write_text(str(error)[:largest_file])
         os._exit(1)
     except RunInterrupted as stopped:
         os._exit(128 + stopped.signal)
@@ -93,7 +93,7 @@ def start(recipe: Recipe, largest_file: int = -1) -> BaseProcess:
 
 
 def when(happens: Callable[[], bool], process: BaseProcess, number: int) -> int | None:
-    """Sends a signal as soon as something happens; returns how the process ended."""
+    """Send a signal as soon as something happens; return how the process ended."""
     while process.is_alive() and not happens():
         time.sleep(0.0005)
     if process.pid and process.is_alive():
@@ -108,17 +108,17 @@ def log_of(output: Path) -> list[dict[str, object]]:
 
 
 def assert_same(output: Path, unbroken: Path) -> None:
-    one, other = (load_file(place / "checkpoint" / "model.safetensors") for place in (output, unbroken))
+    one, other = (load_file(run / "checkpoint" / "model.safetensors") for run in (output, unbroken))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert log_of(output) == log_of(unbroken)
     for name in ("temperature", "steps"):
-        records = [json.loads((place / "checkpoint" / "cafe.json").read_text()) for place in (output, unbroken)]
+        records = [json.loads((run / "checkpoint" / "cafe.json").read_text()) for run in (output, unbroken)]
         assert records[0][name] == records[1][name]
-    quarantines = [(place / "quarantine.jsonl").read_text() for place in (output, unbroken)]
+    quarantines = [(run / "quarantine.jsonl").read_text() for run in (output, unbroken)]
     assert quarantines[0] == quarantines[1] and quarantines[0]
 
 
-def test_a_run_killed_at_any_instant_ends_with_the_same_weights_log_and_quarantine(recipe, unbroken, tmp_path):
+def test_resume_after_kill_ends_with_the_same_weights_log_and_quarantine(recipe, unbroken, tmp_path):
     broken = replace(recipe, output=str(tmp_path / "run"))
     output, chance = Path(broken.output), random.Random(time.time_ns())
 
@@ -151,8 +151,8 @@ def test_a_run_killed_at_any_instant_ends_with_the_same_weights_log_and_quaranti
     assert_same(output, unbroken)
 
 
-def test_a_signal_to_stop_saves_and_the_same_command_goes_on(recipe, unbroken, tmp_path):
-    stopped = replace(recipe, output=str(tmp_path / "run"), save_every=0)
+def test_stop_signal_saves_and_the_same_command_resumes(recipe, unbroken, tmp_path):
+    stopped = replace(recipe, output=str(tmp_path / "run"), save_steps=0)
     log = tmp_path / "run" / "log.jsonl"
     for number, step in ((signal.SIGTERM, 2), (signal.SIGINT, 4)):
         ended = when(
@@ -174,9 +174,9 @@ def test_a_signal_to_stop_saves_and_the_same_command_goes_on(recipe, unbroken, t
     ],
     ids=["muon", "8-bit", "adapter", "fp16"],
 )
-def test_whatever_is_trained_and_whatever_trains_it_is_gone_on_with(recipe, tmp_path, changes):
+def test_resume_restores_every_optimizer_adapter_and_precision(recipe, tmp_path, changes):
     parts = {part: replace(getattr(recipe, part), **change) for part, change in changes.items()}
-    changed = replace(recipe, **parts, steps=4)
+    changed = replace(recipe, **parts, max_steps=4)
     whole, broken = (replace(changed, output=str(tmp_path / name)) for name in ("whole", "broken"))
     state = tmp_path / "broken" / "state" / "step-000002"
     assert when(state.is_dir, start(broken), signal.SIGKILL) == -signal.SIGKILL
@@ -189,7 +189,7 @@ def test_whatever_is_trained_and_whatever_trains_it_is_gone_on_with(recipe, tmp_
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "broken")
 
 
-def test_a_damaged_state_is_named_and_the_one_before_it_is_used(recipe, unbroken, tmp_path):
+def test_resume_skips_a_damaged_state_and_names_it(recipe, unbroken, tmp_path):
     broken = replace(recipe, output=str(tmp_path / "run"))
     state = tmp_path / "run" / "state"
     when(lambda: (state / "step-000004").is_dir(), start(broken), signal.SIGKILL)
@@ -198,48 +198,48 @@ def test_a_damaged_state_is_named_and_the_one_before_it_is_used(recipe, unbroken
     damaged = bytearray(weights.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     weights.write_bytes(damaged)
-    said: list[str] = []
-    train(broken, report=said.append)
-    assert any("step-000004 is damaged" in line and weights.name in line for line in said)
-    assert "Going on after step 2." in said
+    lines: list[str] = []
+    train(broken, report=lines.append)
+    assert any("damaged checkpoint" in line and "step-000004 (" in line and weights.name in line for line in lines)
+    assert "Resuming from step 2." in lines
     assert_same(tmp_path / "run", unbroken)
 
 
-def test_a_full_disk_is_one_sentence_and_leaves_the_state_before(recipe, unbroken, tmp_path):
+def test_full_disk_is_reported_and_leaves_the_previous_state(recipe, unbroken, tmp_path):
     broken = replace(recipe, output=str(tmp_path / "run"))
     when(lambda: (tmp_path / "run" / "state" / "step-000002").is_dir(), start(broken), signal.SIGKILL)
     process = start(broken, largest_file=1_000_000)  # bytes, less than the weights take
     process.join()
     assert process.exitcode == 1
-    said = (tmp_path / "run" / "said").read_text()
-    assert "could not be saved" in said and "File too large" in said and "\n" not in said
+    error = (tmp_path / "run" / "error").read_text()
+    assert "could not be saved" in error and "File too large" in error and "\n" not in error
     assert [path.name for path in sorted((tmp_path / "run" / "state").iterdir())] == ["step-000002"]
     start(broken).join()
     assert_same(tmp_path / "run", unbroken)
 
 
-def test_a_finished_run_is_left_and_another_recipe_is_refused_in_its_place(recipe, unbroken):
+def test_finished_run_is_left_and_another_recipe_is_rejected(recipe, unbroken):
     before = (unbroken / "checkpoint" / "model.safetensors").stat().st_mtime_ns
-    said: list[str] = []
-    assert train(replace(recipe, log_every=7), report=said.append) == unbroken / "checkpoint"
-    assert len(said) == 1 and "nothing is left to do" in said[0]
+    lines: list[str] = []
+    assert train(replace(recipe, logging_steps=7), report=lines.append) == unbroken / "checkpoint"
+    assert len(lines) == 1 and "is already complete for this recipe; nothing to do." in lines[0]
     assert (unbroken / "checkpoint" / "model.safetensors").stat().st_mtime_ns == before
     assert not (unbroken / "state").exists()
-    with pytest.raises(CafeError, match=r"optimizer.learning_rate was 0.001 and is 0.1.*give another output, or"):
+    with pytest.raises(CafeError, match=r"optimizer.learning_rate was 0.001 and is 0.1.*set another output, or"):
         train(replace(recipe, optimizer=OptimizerConfig(learning_rate=0.1)))
 
 
-def test_the_last_states_are_kept_and_no_more(recipe, tmp_path):
+def test_save_total_limit_keeps_the_last_states(recipe, tmp_path):
     module = torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(module.parameters())
     for step in range(1, 5):
-        checkpointing.save(tmp_path, module, optimizer, checkpointing.TrainerState(step=step), keep=2)
+        checkpointing.save(tmp_path, module, optimizer, checkpointing.TrainerState(step=step), save_total_limit=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-000003", "step-000004"]
 
 
 @pytest.mark.parametrize("trained", [False, True])
-def test_weights_and_optimizer_come_back_as_they_were(tmp_path, trained):
-    """Also before the first step, and where a weight never had a gradient: then there is no state, and none comes."""
+def test_saved_weights_and_optimizer_state_are_restored_exactly(tmp_path, trained):
+    """Also before the first step, and for a weight that never had a gradient: it has no state, and gets none."""
 
     def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 3))
@@ -254,11 +254,11 @@ def test_weights_and_optimizer_come_back_as_they_were(tmp_path, trained):
     module, optimizer = make()
     if trained:
         step(module, optimizer)
-    checkpointing.save(tmp_path, module, optimizer, checkpointing.TrainerState(step=1), keep=1)
+    checkpointing.save(tmp_path, module, optimizer, checkpointing.TrainerState(step=1), save_total_limit=1)
     again, other = make()
     again[2].weight.data.copy_(module[2].weight)  # frozen: the base model's
-    position = checkpointing.load(tmp_path, again, other, print)
-    assert position is not None and position.step == 1
+    state = checkpointing.load(tmp_path, again, other, print)
+    assert state is not None and state.step == 1
     for one, two in ((module, optimizer), (again, other)):
         torch.manual_seed(0)
         step(one, two)

@@ -1,4 +1,4 @@
-"""Compiled layers give the gradient of uncompiled ones, under the gradient cache and with dropout; once is enough."""
+"""Compiled layers give the gradient of uncompiled ones, with the gradient cache and dropout, and compile once."""
 
 from functools import partial
 
@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import cafe.lvlm.forward
-from cafe.data.dataset import ContrastiveBatchDataset, MicroBatchSize
-from cafe.data.records import Source, open_source
+import cafe.attention.tree
+from cafe.data.batch import MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.model import Cafe
 from cafe.training.compile import compile_layers
 from cafe.training.recipe import ObjectiveConfig
@@ -25,26 +27,26 @@ def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes):
     )
     step = JointStep(model.lvlm.train(), ObjectiveConfig())
 
-    def follow(number):
+    def run_step(number):
         torch.manual_seed(number)
         model.lvlm.zero_grad()
-        losses = step(batches[number], measure=number == 1)
+        losses = step.forward_backward(batches[number], log_grad_norms=number == 1)
         gradient = torch.cat([p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None])
         return losses.lm.item(), losses.contrastive.item(), gradient
 
     assert len(batches[0].micro_batches) > 1
-    expected = [follow(number) for number in range(2)]
+    expected = [run_step(number) for number in range(2)]
     compile_layers(model.lvlm)
     compiled = ["forward" in vars(layer) for layer in model.lvlm.model.language_model.layers]
     assert all(compiled[:-1]) and not compiled[-1]
     for number, (lm, contrastive, gradient) in enumerate(expected):
-        found = follow(number)
-        assert found[:2] == pytest.approx((lm, contrastive), rel=1e-5)
-        assert (found[2] - gradient).norm() <= 1e-5 * gradient.norm()
+        result = run_step(number)
+        assert result[:2] == pytest.approx((lm, contrastive), rel=1e-5)
+        assert (result[2] - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-def test_rows_that_are_read_by_blocks_are_compiled_once(random_base, scenes, monkeypatch):
-    monkeypatch.setattr(cafe.reading, "LONG", 1)
+def test_blockwise_rows_are_compiled_once(random_base, scenes, monkeypatch):
+    monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", 1)
     eager = partial(torch.compile, backend="eager")  # traces alike, and makes no kernels
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic, options: eager(forward, dynamic=dynamic))
     torch.compiler.reset()
@@ -54,7 +56,7 @@ def test_rows_that_are_read_by_blocks_are_compiled_once(random_base, scenes, mon
     step = JointStep(model.lvlm.train(), ObjectiveConfig())
     compile_layers(model.lvlm)
     graphs = []
-    for number in range(4):  # the third is read by more paths, or fewer, than any before
-        step(batches[number])
+    for number in range(4):  # the third has another number of paths than any before
+        step.forward_backward(batches[number])
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[-1] > 0

@@ -1,4 +1,4 @@
-"""Steps through DeepSpeed, in two real processes, are those of the optimizer by itself, and each holds half of it."""
+"""DeepSpeed in two real processes takes the optimizer's own steps, and each process holds half of its state."""
 
 import multiprocessing
 from pathlib import Path
@@ -24,7 +24,7 @@ def weights() -> tuple[list[nn.Parameter], torch.optim.Optimizer]:
 
 
 def process(rank: int, meeting: str, file: Path) -> None:
-    """Takes the steps, and leaves out what is not finite as the loop does."""
+    """Take the steps, and skip those that are not finite as the loop does."""
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
     trained, optimizer = weights()
     zero = DeepSpeedZero(trained, optimizer, CLIP)
@@ -41,7 +41,7 @@ def process(rank: int, meeting: str, file: Path) -> None:
     torch.save(([weight.detach().clone() for weight in trained], torch.stack(norms), held), file)
 
 
-def test_steps_are_the_optimizers_own_and_one_left_out_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_deepspeed_steps_are_the_optimizers_own_and_skipped_ones_leave_nothing(tmp_path, monkeypatch):
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     for name, value in {"LOCAL_RANK": "0", "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)

@@ -1,4 +1,4 @@
-"""The loop on real scenes and a tiny random model: it learns, logs, repeats itself, and stops on mistakes."""
+"""The training loop on real scenes and a tiny random model: it learns, logs, is reproducible, and rejects mistakes."""
 
 import json
 from dataclasses import replace
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.cli.main import main
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.lvlm.prompts import Prompts
@@ -32,7 +32,7 @@ def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "model.safetensors")
 
 
-def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(recipe, tmp_path):
+def test_train_lowers_the_loss_logs_it_and_is_reproducible(recipe, tmp_path):
     first = train(recipe, report=lambda line: None)
     log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
     assert [record["step"] for record in log] == [1, 2, 3, 4]
@@ -45,14 +45,14 @@ def test_a_run_lowers_the_loss_logs_its_parts_and_repeats_itself_bit_for_bit(rec
     assert Cafe.load(first).metadata["recipe"]["batch_size"] == 8
 
 
-def test_a_run_tells_nothing_of_what_its_base_was_measured_at(recipe, random_base, tmp_path):
+def test_results_of_the_base_model_are_not_inherited(recipe, random_base, tmp_path):
     Cafe.load(random_base).save(tmp_path / "base", results={"vqa/all": 50.0})
-    further = replace(recipe, steps=1, model=replace(recipe.model, base=str(tmp_path / "base")))
+    further = replace(recipe, max_steps=1, model=replace(recipe.model, base=str(tmp_path / "base")))
     assert "results" not in Cafe.load(train(further, report=lambda line: None)).metadata
 
 
-def test_a_log_of_every_0_steps_tells_of_the_first_and_the_last(recipe, tmp_path):
-    train(replace(recipe, steps=3, log_every=0), report=lambda line: None)
+def test_logging_steps_0_logs_the_first_and_last_step(recipe, tmp_path):
+    train(replace(recipe, max_steps=3, logging_steps=0), report=lambda line: None)
     log = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 3]
 
@@ -69,30 +69,30 @@ def test_each_part_has_its_own_learning_rate(recipe, random_base):
     assert {rate_of[id(p)] for p in inner.language_model.parameters()} == {1e-3}
 
 
-def test_a_learned_temperature_moves(recipe):
+def test_learned_temperature_moves(recipe):
     checkpoint = train(replace(recipe, objective=ObjectiveConfig(learn_temperature=True)), report=lambda line: None)
     assert Cafe.load(checkpoint).metadata["temperature"] != pytest.approx(0.05, abs=1e-6)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_16_bits_checkpointing_micro_batches_and_accumulation_run_and_the_middle_two_warn_together(recipe, precision):
+def test_gradient_checkpointing_with_micro_batches_runs_and_warns(recipe, precision):
     half = replace(
         recipe,
         model=replace(recipe.model, precision=precision, gradient_checkpointing=True),
-        optimizer=replace(recipe.optimizer, accumulate=2),
+        optimizer=replace(recipe.optimizer, gradient_accumulation_steps=2),
         micro_batch=MicroBatchSize(tokens=400),
-        steps=2,
+        max_steps=2,
     )
-    said: list[str] = []
-    assert (train(half, report=said.append) / "cafe.json").is_file()
-    assert [line.split()[0] for line in said] == ["Training", "Warning:", "The"]
-    assert "model.gradient_checkpointing and micro_batch" in said[1]
+    lines: list[str] = []
+    assert (train(half, report=lines.append) / "cafe.json").is_file()
+    assert [line.split()[0] for line in lines] == ["Training", "Warning:", "The"]
+    assert "model.gradient_checkpointing and micro_batch" in lines[1]
     whole = replace(half, output=half.output + "-whole", micro_batch=MicroBatchSize())
-    train(whole, report=said.append)
-    assert [line.split()[0] for line in said[3:]] == ["Training", "The"]
+    train(whole, report=lines.append)
+    assert [line.split()[0] for line in lines[3:]] == ["Training", "The"]
 
 
-def test_the_schedule_warms_up_and_falls_to_zero():
+def test_schedule_warms_up_and_falls_to_zero():
     factor = cosine_schedule_with_warmup(100, 0.1)
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0
     assert factor(55) == pytest.approx(0.5) and factor(100) == 0.0
@@ -104,17 +104,17 @@ def test_missing_files_are_named_before_a_model_is_loaded(recipe, tmp_path):
         train(replace(recipe, model=model, data=DataConfig(sources=(Source(path="no.json"),))))
 
 
-def test_an_attention_that_cannot_be_trained_here_is_refused(recipe):
+def test_flex_attention_on_a_cpu_is_rejected(recipe):
     with pytest.raises(CafeError, match="flex_attention has no backward pass on a CPU"):
         train(replace(recipe, model=replace(recipe.model, attention="flex_attention")))
 
 
-def test_evaluation_data_wants_something_that_measures(recipe, scenes):
+def test_evaluation_data_without_an_evaluator_is_rejected(recipe, scenes):
     with pytest.raises(CafeError, match=r"nothing measures evaluation\.data"):
         train(replace(recipe, evaluation=EvaluationConfig(data=str(scenes), eval_steps=1)))
 
 
-def test_a_base_is_a_run_a_directory_or_an_id(random_base, tmp_path, monkeypatch):
+def test_base_is_a_run_a_directory_or_a_hub_id(random_base, tmp_path, monkeypatch):
     (tmp_path / "run" / "checkpoint").mkdir(parents=True)
     assert resolve_checkpoint(str(tmp_path / "run")) == str(tmp_path / "run" / "checkpoint")
     assert (resolve_checkpoint(str(random_base)), resolve_checkpoint("owner/name")) == (str(random_base), "owner/name")
@@ -125,7 +125,7 @@ def test_a_base_is_a_run_a_directory_or_an_id(random_base, tmp_path, monkeypatch
             resolve_checkpoint(missing)
 
 
-def test_a_mistake_on_the_command_line_is_one_sentence(tmp_path, capsys):
+def test_command_line_mistake_is_one_line_on_stderr(tmp_path, capsys):
     assert main(["train", str(tmp_path / "no.yaml")]) == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and "no.yaml does not exist" in said
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "no.yaml does not exist" in error

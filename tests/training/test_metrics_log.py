@@ -1,4 +1,4 @@
-"""The log: lines after the last saved step are dropped, and trackers get what the file gets."""
+"""The metrics log: lines after the last saved step are dropped on resume, and trackers get what the file gets."""
 
 import json
 import math
@@ -22,7 +22,7 @@ def lines(directory):
     return [json.loads(line) for line in (directory / "log.jsonl").read_text().splitlines()]
 
 
-def test_a_log_goes_on_after_the_saved_step_without_a_line_twice_or_a_broken_one(tmp_path):
+def test_resume_drops_later_and_broken_log_lines(tmp_path):
     log = MetricsLogger(tmp_path, Accelerator(cpu=True), "run")
     for step in (1, 2, 3, 4):
         log.write(step, {"loss": float(step)})
@@ -37,7 +37,7 @@ def test_a_log_goes_on_after_the_saved_step_without_a_line_twice_or_a_broken_one
     assert lines(tmp_path)[-1]["seconds"] >= lines(tmp_path)[1]["seconds"]
 
 
-def test_tensorboard_shows_the_numbers_and_the_samples_and_forgets_what_was_not_saved(tmp_path):
+def test_tensorboard_gets_numbers_and_samples_and_purges_unsaved_steps(tmp_path):
     def accelerator() -> Accelerator:
         return Accelerator(cpu=True, log_with=require_trackers(["tensorboard"]), project_dir=tmp_path / "trackers")
 
@@ -52,12 +52,12 @@ def test_tensorboard_shows_the_numbers_and_the_samples_and_forgets_what_was_not_
     assert any(tag.startswith("samples") for tag in board.Tags()["tensors"])
 
 
-def test_a_tracker_that_is_not_installed_is_named():
+def test_missing_tracker_is_named():
     with pytest.raises(CafeError, match="tracker nowhere_installed is not installed"):
         require_trackers(["nowhere_installed"])
 
 
-def test_a_folder_of_its_name_is_no_tracker(tmp_path, monkeypatch):
+def test_folder_with_a_trackers_name_is_no_tracker(tmp_path, monkeypatch):
     (tmp_path / "nowhere_installed").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(CafeError, match="tracker nowhere_installed is not installed"):

@@ -8,7 +8,7 @@ from cafe.training.muon import Muon, hidden_weight_names, newton_schulz
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 24), (2, 24, 8)])
-def test_singular_values_come_near_one_and_singular_vectors_stay(shape):
+def test_newton_schulz_brings_singular_values_near_one_and_keeps_singular_vectors(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     made = newton_schulz(matrices)
     left, _, right = torch.linalg.svd(matrices, full_matrices=False)
@@ -18,7 +18,7 @@ def test_singular_values_come_near_one_and_singular_vectors_stay(shape):
     torch.testing.assert_close(values, torch.diag_embed(diagonal), atol=1e-4, rtol=0)
 
 
-def test_the_steps_are_those_of_pytorch():
+def test_muon_steps_are_those_of_pytorch():
     torch.manual_seed(0)
     start = [torch.randn(16, 32), torch.randn(32, 16), torch.randn(16, 32)]
     ours, theirs = ([torch.nn.Parameter(matrix.clone()) for matrix in start] for _ in range(2))
@@ -40,7 +40,7 @@ def test_the_steps_are_those_of_pytorch():
     assert torch.equal(*biases)
 
 
-def test_what_it_knows_is_saved_and_loaded_again():
+def test_muon_state_dict_is_loaded_again():
     matrix = torch.nn.Parameter(torch.randn(4, 8))
     groups = [{"params": [matrix], "orthogonal": True}]
     first = Muon(groups, lr=0.01)
@@ -51,7 +51,7 @@ def test_what_it_knows_is_saved_and_loaded_again():
     assert torch.equal(second.state[matrix]["momentum"], first.state[matrix]["momentum"])
 
 
-def test_inner_matrices_are_those_of_linear_layers_but_the_head(random_base):
+def test_hidden_weights_are_those_of_linear_layers_but_the_head(random_base):
     lvlm = Cafe.load(random_base).lvlm
     inner = hidden_weight_names(lvlm)
     for name, parameter in lvlm.named_parameters():

@@ -1,4 +1,4 @@
-"""A step that is not finite is left out, counted and logged; its record is named, and too many stop the run."""
+"""A step that is not finite is skipped, counted and logged; its record is named, and too many stop the run."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,8 @@ from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import open_source
 from cafe.errors import CafeError
 from cafe.lvlm.forward import forward_packed
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_processor
+from cafe.lvlm.processing import ChatProcessor
 from cafe.packing import PackedBatch
 from cafe.training.loop import train
 from cafe.training.recipe import OptimizerConfig, Recipe
@@ -31,7 +32,7 @@ def recipe(recipe: Recipe) -> Recipe:
 
 
 def poison(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Makes the model say what is not a number wherever it reads the answer of one record; returns its name."""
+    """Make the model's hidden states NaN wherever it sees the answer of one record; return the record's name."""
     (source,) = recipe.data.sources
     records = json.loads(Path(source.path).read_text())
     chat_processor = ChatProcessor(load_processor(recipe.model.base), recipe.prompts)
@@ -41,15 +42,15 @@ def poison(recipe: Recipe, step: int, monkeypatch: pytest.MonkeyPatch) -> str:
     answer = records[record]["conversations"][1]["value"].split()
 
     def broken(lvlm: PreTrainedModel, pack: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        readouts, predictors = forward_packed(lvlm, pack)
-        said = tokenizer.decode(pack.labels, skip_special_tokens=True)
-        return readouts, predictors * (torch.nan if "".join(answer) in "".join(said.split()) else 1.0)
+        embeddings, hidden = forward_packed(lvlm, pack)
+        text = tokenizer.decode(pack.labels, skip_special_tokens=True)
+        return embeddings, hidden * (torch.nan if "".join(answer) in "".join(text.split()) else 1.0)
 
     monkeypatch.setattr("cafe.training.step.forward_packed", broken)
     return f"record {record} "
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_its_record_named(recipe, monkeypatch):
+def test_nonfinite_step_is_skipped_and_its_record_named(recipe, monkeypatch):
     name = poison(recipe, 2, monkeypatch)
     checkpoint = train(recipe, report=lambda line: None)
     log = [json.loads(line) for line in (checkpoint.parent / "log.jsonl").read_text().splitlines()]
@@ -60,7 +61,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_its_record_named(recipe, monk
     assert all(weight.isfinite().all() for weight in load_file(checkpoint / "model.safetensors").values())
 
 
-def test_too_many_of_them_stop_the_run_in_one_sentence(recipe, monkeypatch):
+def test_too_many_nonfinite_steps_stop_the_run(recipe, monkeypatch):
     name = poison(recipe, 2, monkeypatch)
-    with pytest.raises(CafeError, match=rf"not finite in 1 steps, the last of them step 2 on .*{name}"):
-        train(replace(recipe, max_skipped=1), report=lambda line: None)
+    with pytest.raises(CafeError, match=rf"not finite in 1 steps, most recently in step 2 on .*{name}"):
+        train(replace(recipe, max_nonfinite_steps=1), report=lambda line: None)

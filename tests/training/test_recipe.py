@@ -1,8 +1,8 @@
-"""Recipes: every shipped one builds; a mistake is one sentence that names the key and the nearest right one."""
+"""Recipes: every shipped one builds, and an error names the key that is wrong with its nearest or its new name."""
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
@@ -16,11 +16,15 @@ from transformers import (
 )
 
 from cafe.checkpoint import resolve_checkpoint
-from cafe.errors import CafeError
+from cafe.data.batch import MicroBatchSize
+from cafe.data.source import Source
+from cafe.errors import RecipeError
 from cafe.lvlm.adapters import LoraSettings
-from cafe.planning.architectures import load_config, meta_model
+from cafe.lvlm.architectures import load_config, meta_model
+from cafe.lvlm.prompts import Prompts
 from cafe.training.optimizer import configure_trainable_parameters, summarize_trainable
-from cafe.training.recipe import read_recipe
+from cafe.training.recipe import DataConfig, EvaluationConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, Recipe
+from cafe.training.recipe_io import OLD_NAMES, read_recipe, read_source
 from cafe.training.run_directory import as_json
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -102,14 +106,14 @@ def adapter_size(adapter: LoraSettings, config: PreTrainedConfig) -> int:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_builds_and_reports_what_it_would_train(path):
+def test_every_recipe_builds_and_summarizes_what_it_trains(path):
     recipe = read_recipe(path)
     assert recipe.data.sources
     if recipe.model.adapter:
         model = meta_model(load_config(recipe.model.base))
         configure_trainable_parameters(model, recipe.model)
-        found = re.search(r"language model ([0-9.]+)M", summarize_trainable(model))
-        assert float(found[1]) == pytest.approx(adapter_size(recipe.model.adapter, model.config) / 1e6, abs=0.01)
+        trained = re.search(r"language model ([0-9.]+)M", summarize_trainable(model))
+        assert float(trained[1]) == pytest.approx(adapter_size(recipe.model.adapter, model.config) / 1e6, abs=0.01)
         return
     if recipe.model.base not in HUB:
         model = LlavaOnevisionForConditionalGeneration.from_pretrained(resolve_checkpoint(recipe.model.base))
@@ -118,11 +122,9 @@ def test_every_recipe_builds_and_reports_what_it_would_train(path):
         return
     geometry = HUB[recipe.model.base]
     counts = parameters(geometry)
-    said = summarize_trainable(hub_model(geometry))
-    found = {
-        part: float(count) for part, count in re.findall(r"([a-z ]+[a-z]) ([0-9.]+)M", said.removeprefix("Training "))
-    }
-    assert {part.strip(): count for part, count in found.items()} == {
+    summary = summarize_trainable(hub_model(geometry)).removeprefix("Training ")
+    stated = {part: float(count) for part, count in re.findall(r"([a-z ]+[a-z]) ([0-9.]+)M", summary)}
+    assert {part.strip(): count for part, count in stated.items()} == {
         part: pytest.approx(count / 1e6, abs=0.01) for part, count in counts.items()
     }
     assert sum(counts.values()) / 1e9 == pytest.approx(geometry.total, abs=0.05)
@@ -175,42 +177,136 @@ def test_overrides_reach_into_the_tree():
         ("evaluation.limit=0", "evaluation.limit should be above 0"),
         ("micro_batch.tokens=0", "micro_batch.tokens should be above 0"),
         ("batch_size=0", "batch_size should be above 0, not 0"),
-        ("logging_steps=-1", "log_every should be 0 or more"),
+        ("logging_steps=-1", "logging_steps should be 0 or more"),
         ("seed=4294967296", "seed should be below 4,294,967,296"),
         ("optimizer.warmup_ratio=100", "optimizer.warmup_ratio should be between 0 and 1, not 100"),
         ("optimizer.beta1=1", "optimizer.beta1 should be 0 or more and below 1, not 1"),
         ("data.max_bad_fraction=5", "data.max_bad_fraction should be between 0 and 1, not 5"),
-        ("data.sources=[{path: a.json, window: 0}]", r"data.sources\[0\].window should be above 0, not 0"),
-        ("evaluation.sources=[{path: a.json, frames: 0}]", r"evaluation.sources\[0\].frames should be above 0"),
+        (
+            "data.sources=[{path: a.json, shuffle_window: 0}]",
+            r"data.sources\[0\].shuffle_window should be above 0, not 0",
+        ),
+        ("evaluation.sources=[{path: a.json, max_frames: 0}]", r"evaluation.sources\[0\].max_frames should be above 0"),
         ("model.adapter.rank=0", "model.adapter.rank should be above 0, not 0"),
         ("model.adapter.dropout=2", "model.adapter.dropout should be 0 or more and below 1, not 2"),
-        ("objective={matryoshka: [64], matryoshka_weights: [-1]}", "objective.matryoshka_weights should be 0 or more"),
+        (
+            "objective={matryoshka_dims: [64], matryoshka_weights: [-1]}",
+            "objective.matryoshka_weights should be 0 or more",
+        ),
     ],
 )
-def test_a_mistake_is_one_sentence(override, sentence):
-    with pytest.raises(CafeError, match=sentence):
+def test_an_error_names_the_key_and_what_it_should_be(override, sentence):
+    with pytest.raises(RecipeError, match=sentence):
         read_recipe(SCENES, [override])
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_what_a_checkpoint_records_of_a_recipe_is_a_recipe(path, tmp_path):
+def test_the_recipe_in_a_checkpoint_can_be_read_again(path, tmp_path):
     recipe, file = read_recipe(path), tmp_path / "recorded.yaml"
     file.write_text(json.dumps(as_json(recipe)))
     assert read_recipe(file) == recipe
 
 
-def test_an_empty_list_takes_back_what_a_recipe_says():
+def test_an_override_with_an_empty_list_clears_the_recipes_list():
     recipe = read_recipe(SCENES, ["model.freeze=[vision_tower]", "model.freeze=[]", "trackers=[]"])
     assert recipe.model.freeze == () and recipe.trackers == ()
 
 
 def test_a_missing_recipe_is_named(tmp_path):
-    with pytest.raises(CafeError, match="does not exist"):
+    with pytest.raises(RecipeError, match="does not exist"):
         read_recipe(tmp_path / "no.yaml")
 
 
-def test_a_recipe_that_is_no_utf_8_text_is_named(tmp_path):
+def test_a_recipe_that_is_not_utf_8_text_is_named(tmp_path):
     file = tmp_path / "latin.yaml"
     file.write_bytes("output: café".encode("latin-1"))
-    with pytest.raises(CafeError, match=r"The recipe .*latin.yaml is not UTF-8 text"):
+    with pytest.raises(RecipeError, match=r"The recipe .*latin.yaml is not UTF-8 text"):
         read_recipe(file)
+
+
+SECTIONS = {  # where a recipe has each class, and YAML with a key of it
+    Recipe: ("", "{key}=1"),
+    ModelConfig: ("model.", "model.{key}=1"),
+    DataConfig: ("data.", "data.{key}=1"),
+    Source: ("data.sources[0].", "data.sources=[{{path: a.json, {key}: 1}}]"),
+    Prompts: ("prompts.", "prompts.{key}=1"),
+    ObjectiveConfig: ("objective.", "objective.{key}=1"),
+    OptimizerConfig: ("optimizer.", "optimizer.{key}=1"),
+    EvaluationConfig: ("evaluation.", "evaluation.{key}=1"),
+}
+RENAMED = [(cls, old, new) for cls, names in OLD_NAMES.items() for old, new in names.items()]
+
+
+@pytest.mark.parametrize(("cls", "old", "new"), RENAMED, ids=lambda value: getattr(value, "__name__", value))
+def test_an_old_name_is_answered_with_the_new_one(cls, old, new):
+    section, override = SECTIONS[cls]
+    names = {field.name for field in fields(cls)}
+    assert new in names and old not in names
+    with pytest.raises(RecipeError) as error:
+        read_recipe(SCENES, [override.format(key=old)])
+    assert str(error.value) == f"{SCENES}: {section}{old} is now called {section}{new}."
+
+
+def test_a_source_on_the_command_line_is_checked_as_in_a_recipe():
+    assert read_source("a.json", ["format=pairs", "max_frames=4"]) == Source(
+        path="a.json", format="pairs", max_frames=4
+    )
+    for override, sentence in (
+        ("frames=4", "The command line: frames is now called max_frames."),
+        ("max_frames=0", "max_frames should be above 0, not 0."),
+        ("formt=pairs", "The command line: the key formt is unknown; the nearest is format."),
+    ):
+        with pytest.raises(RecipeError) as error:
+            read_source("a.json", [override])
+        assert str(error.value) == sentence
+
+
+SOURCE = Source(path="a.json")
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: OptimizerConfig(max_grad_norm=-1), "optimizer.max_grad_norm should be above 0, not -1."),
+        (lambda: ModelConfig(base="a", max_length=0), "model.max_length should be above 0, not 0."),
+        (
+            lambda: ModelConfig(base="a", adapter=LoraSettings(dropout=1)),
+            "model.adapter.dropout should be 0 or more and below 1, not 1.",
+        ),
+        (
+            lambda: DataConfig(sources=(SOURCE, replace(SOURCE, shuffle_window=0))),
+            "data.sources[1].shuffle_window should be above 0, not 0.",
+        ),
+        (
+            lambda: ObjectiveConfig(matryoshka_dims=(8, 16), matryoshka_weights=(1, -2)),
+            "objective.matryoshka_weights should be 0 or more, not -2.",
+        ),
+        (
+            lambda: EvaluationConfig(sources=(replace(SOURCE, max_frames=-1),)),
+            "evaluation.sources[0].max_frames should be above 0, not -1.",
+        ),
+        (
+            lambda: Recipe(
+                output="a",
+                model=ModelConfig(base="a"),
+                data=DataConfig(sources=(SOURCE,)),
+                micro_batch=MicroBatchSize(crops=0),
+            ),
+            "micro_batch.crops should be above 0, not 0.",
+        ),
+    ],
+)
+def test_a_config_made_in_python_is_checked_against_its_ranges(make, sentence):
+    with pytest.raises(RecipeError) as error:
+        make()
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize(
+    "cls",
+    [Recipe, ModelConfig, DataConfig, ObjectiveConfig, OptimizerConfig, EvaluationConfig],
+    ids=lambda c: c.__name__,
+)
+def test_every_field_of_the_recipe_is_documented_in_order(cls):
+    documented = re.findall(r"^        (\w+): ", cls.__doc__.partition("Attributes:\n")[2], re.M)
+    assert documented == [field.name for field in fields(cls)]

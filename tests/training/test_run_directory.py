@@ -1,4 +1,4 @@
-"""Whose run an output directory holds."""
+"""The run directory: which recipe and process it belongs to, and whether the run is finished."""
 
 import json
 import multiprocessing
@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cafe.data.records import Source
+from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.training.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe
 from cafe.training.run_directory import claim_run_directory, is_finished
@@ -18,40 +18,40 @@ def recipe(tmp_path):
     return Recipe(output=str(tmp_path / "run"), model=ModelConfig(base="base"), data=DataConfig(sources=sources))
 
 
-def test_a_run_keeps_its_name_and_refuses_another_recipe(recipe, tmp_path):
+def test_run_directory_keeps_its_name_and_rejects_another_recipe(recipe, tmp_path):
     claim_run_directory(recipe)
     other = replace(recipe, optimizer=OptimizerConfig(learning_rate=0.5))
     assert claim_run_directory(other)  # nothing was saved yet: there is nothing to lose
     (tmp_path / "run" / "state").mkdir()
     name = claim_run_directory(other)
-    workers = replace(other.data, workers=7)
+    workers = replace(other.data, num_workers=7)
     assert (
         claim_run_directory(other)
-        == claim_run_directory(replace(other, save_every=3, log_every=1, data=workers))
+        == claim_run_directory(replace(other, save_steps=3, logging_steps=1, data=workers))
         == name
     )
-    with pytest.raises(CafeError, match=r"another recipe \(optimizer.learning_rate was 0.5 and is 1e-05\): give"):
+    with pytest.raises(CafeError, match=r"another recipe \(optimizer.learning_rate was 0.5 and is 1e-05\): set"):
         claim_run_directory(recipe)
     fewer = replace(other, data=replace(other.data, sources=other.data.sources[:1]))
     with pytest.raises(CafeError, match=r"data.sources was \[.*and is \["):
         claim_run_directory(fewer)
 
 
-def test_one_process_at_a_time_trains_into_a_directory(recipe, tmp_path):
+def test_run_directory_is_locked_by_one_process(recipe, tmp_path):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         name = pool.apply(claim_run_directory, (recipe,))
-        with pytest.raises(CafeError, match=rf"^Process \d+ trains into {tmp_path / 'run'}: wait until it ends"):
+        with pytest.raises(CafeError, match=rf"^Process \d+ is training into {tmp_path / 'run'}: wait until it ends"):
             claim_run_directory(recipe)
         assert pool.apply(claim_run_directory, (recipe,)) != name  # the same process may again
     assert claim_run_directory(recipe)
 
 
-def test_a_run_is_finished_once_its_checkpoint_is_of_the_same_recipe(recipe, tmp_path):
+def test_run_is_finished_once_its_checkpoint_has_the_same_recipe(recipe, tmp_path):
     assert not is_finished(recipe)
     checkpoint = tmp_path / "run" / "checkpoint"
     checkpoint.mkdir(parents=True)
     claim_run_directory(recipe)
     written = json.loads((tmp_path / "run" / "run.json").read_text())["recipe"]
     (checkpoint / "cafe.json").write_text(json.dumps({"recipe": written}))
-    assert is_finished(recipe) and is_finished(replace(recipe, save_every=1))
+    assert is_finished(recipe) and is_finished(replace(recipe, save_steps=1))
     assert not is_finished(replace(recipe, seed=1))

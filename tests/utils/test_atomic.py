@@ -1,9 +1,9 @@
-"""What is written aside appears whole under its name, over whatever had the name before."""
+"""Write-then-rename: what is committed appears as a whole under its name, over whatever was there before."""
 
 from cafe.utils.atomic import atomic_write_text, commit, staging_path
 
 
-def test_a_directory_takes_the_place_of_another_whole(tmp_path):
+def test_commit_replaces_a_directory_as_a_whole(tmp_path):
     path = tmp_path / "checkpoint"
     (path / "gone").mkdir(parents=True)
     (path / "weights").write_text("old")
@@ -16,7 +16,7 @@ def test_a_directory_takes_the_place_of_another_whole(tmp_path):
     assert (path / "weights").read_text() == "new"
 
 
-def test_a_file_is_replaced_and_nothing_is_left_beside_it(tmp_path):
+def test_atomic_write_replaces_a_file_and_leaves_nothing_behind(tmp_path):
     atomic_write_text(tmp_path / "results.json", "one")
     atomic_write_text(tmp_path / "results.json", "two")
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("results.json", "two")]

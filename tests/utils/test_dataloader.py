@@ -1,4 +1,4 @@
-"""Data is made ahead by forks, also where Python would start its processes anew."""
+"""Loader workers are forked, also where Python would start processes in another way."""
 
 import multiprocessing
 from collections.abc import Iterator
@@ -7,8 +7,11 @@ import pytest
 from torch.utils.data import Dataset
 
 from cafe.data.inspection import inspect
-from cafe.data.records import Source, open_source
-from cafe.mining.hard_negatives import Examples, MiningConfig, embed_pairs, filter_by_judge
+from cafe.data.records import open_source
+from cafe.data.source import Source
+from cafe.mining.config import MiningConfig
+from cafe.mining.embed import Examples, embed_pairs
+from cafe.mining.judge import filter_by_judge
 from cafe.model import Cafe
 from cafe.scenes.base import train_base
 from cafe.utils.dataloader import make_loader
@@ -16,7 +19,7 @@ from cafe.utils.dataloader import make_loader
 
 @pytest.fixture(autouse=True)
 def forkserver() -> Iterator[None]:
-    """Python 3.14's way on Linux."""
+    """Set Python 3.14's default on Linux."""
     before = multiprocessing.get_start_method()
     multiprocessing.set_start_method("forkserver", force=True)
     yield
@@ -24,19 +27,19 @@ def forkserver() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_items_come_in_the_order_of_their_places_from_what_cannot_be_pickled(workers):
+def test_loader_keeps_the_order_of_a_dataset_that_cannot_be_pickled(workers):
     class Squares(Dataset[int]):
-        def __getitem__(self, place: int) -> int:
-            return place**2
+        def __getitem__(self, index: int) -> int:
+            return index**2
 
     assert list(make_loader(Squares(), [3, 1, 2], workers)) == [9, 1, 4]
 
 
-def test_checking_mining_and_the_base_model_have_workers(random_base, scenes, tmp_path):
+def test_inspection_mining_and_base_model_load_with_workers(random_base, scenes, tmp_path):
     model = Cafe.load(random_base)
     records = open_source(Source(path=str(scenes / "llava_train.json")))
-    [found] = inspect([records], model.chat_processor, sample=2, workers=1)
-    assert len(found.looks) == 2
+    [report] = inspect([records], model.chat_processor, sample=2, workers=1)
+    assert len(report.stats) == 2
     examples, mining = Examples([records], 0), MiningConfig(workers=1)
     embedded = embed_pairs(model, examples, [(0, 0), (0, 1)], mining)
     assert list(map(len, filter_by_judge(model, examples, embedded, [[1], [0]], mining, threshold=1.1))) == [1, 1]

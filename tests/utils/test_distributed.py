@@ -1,4 +1,4 @@
-"""Real processes (gloo, on the CPU) take the same steps as one with the same global batches, sharded or not.
+"""Real processes (gloo, on the CPU) take the same steps as one process with the same global batches, sharded or not.
 
 Those under DeepSpeed run where it is installed.
 """
@@ -20,14 +20,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import cafe.losses
+import cafe.losses.contrastive
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.model import Cafe
 from cafe.training.loop import train
-from cafe.training.recipe import read_recipe
-from cafe.training.validation import BATCH
+from cafe.training.recipe_io import read_recipe
+from cafe.training.validation import BATCH_SIZE
 
 STEPS, GLOBAL_BATCH = 2, 8
 OVERFLOW = ("objective.lm_weight=100", "objective.contrastive_weight=100")  # of float16, under the scale at first
@@ -35,30 +36,30 @@ ZERO = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
 
 
 def under_zero(*values: object, stage: str) -> object:
-    """A test's values, and the launcher that asks for DeepSpeed."""
+    """Add the launcher that asks for DeepSpeed to a test's values."""
     installed = pytest.mark.skipif(not find_spec("deepspeed"), reason="DeepSpeed is not installed: see pyproject.toml")
     return pytest.param(*values, ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}, marks=installed)
 
 
-def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
-    """One process of a run."""
+def rank(recipe: Path, overrides: list[str], environment: dict[str, str], error_file: Path) -> None:
+    """Run one process of a run."""
     os.environ.update(environment)
     torch.set_num_threads(1)
     try:
-        with said.with_suffix(".report").open("w") as report:
+        with error_file.with_suffix(".report").open("w") as report:
             train(
                 read_recipe(recipe, overrides),
                 lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())},
                 report=lambda line: print(line, file=report),
             )
     except BaseException:
-        said.write_text(traceback.format_exc())
+        error_file.write_text(traceback.format_exc())
         raise
 
 
-def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
-    """The same; the second process runs out of memory once, when it makes similarities for the so manieth time."""
-    make, turns = cafe.objectives._tiles, count(1)
+def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, str], error_file: Path) -> None:
+    """Run one process; the second runs out of memory once, when it computes similarities for the `SHORT_AT`-th time."""
+    make, turns = cafe.losses.contrastive._iter_logits, count(1)
 
     def runs_out(*args: Any, **options: Any) -> Iterator[Any]:
         if next(turns) == int(environment["SHORT_AT"]):
@@ -66,12 +67,12 @@ def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, s
         return make(*args, **options)
 
     if environment["RANK"] == "1":
-        cafe.objectives._tiles = runs_out
-    rank(recipe, overrides, environment, said)
+        cafe.losses.contrastive._iter_logits = runs_out
+    rank(recipe, overrides, environment, error_file)
 
 
-def with_other_weights(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
-    """The same; the second process finds another number in the base model's files."""
+def with_other_weights(recipe: Path, overrides: list[str], environment: dict[str, str], error_file: Path) -> None:
+    """Run one process; the second finds another number in the base model's files."""
     load = Cafe.load
 
     def changed(*args: Any, **options: Any) -> Cafe:
@@ -82,7 +83,7 @@ def with_other_weights(recipe: Path, overrides: list[str], environment: dict[str
 
     if environment["RANK"] == "1":
         Cafe.load = changed
-    rank(recipe, overrides, environment, said)
+    rank(recipe, overrides, environment, error_file)
 
 
 def run(
@@ -94,7 +95,7 @@ def run(
     each: Callable[..., None] = rank,
     **environment: str,
 ) -> str:
-    """Trains in `world` processes, with their common batches of the same size; returns what the first to fail said.
+    """Train in `world` processes, with the same global batch size; return the error of the first to fail.
 
     All are killed as soon as there is something at `killed_at`. `each` is what a process does.
     """
@@ -109,9 +110,9 @@ def run(
     for number in range(world):
         place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
         there = {**(place | meeting if world > 1 else {}), **environment}
-        said = output.with_name(f"{output.name}-{number}.txt")
-        said.unlink(missing_ok=True)
-        processes.append((server.Process(target=each, args=(recipe, own, there, said)), said))
+        error_file = output.with_name(f"{output.name}-{number}.txt")
+        error_file.unlink(missing_ok=True)
+        processes.append((server.Process(target=each, args=(recipe, own, there, error_file)), error_file))
         processes[-1][0].start()
     for process, _ in processes:
         while process.is_alive():
@@ -119,12 +120,12 @@ def run(
             failed = any(other.exitcode for other, _ in processes)  # the others would wait for it for ever
             if failed or (killed_at and killed_at.exists()):
                 process.kill()
-    return "".join(said.read_text() for _, said in processes if said.exists())
+    return "".join(error_file.read_text() for _, error_file in processes if error_file.exists())
 
 
 @pytest.fixture(scope="module")
 def recipe(random_base, scenes, tmp_path_factory):
-    """Two steps on sixteen records: in two processes the first has no picture at first, and the second none at last.
+    """Two steps on sixteen records: of two processes the first has no image at first, and the second none at last.
 
     One record is bad and one has no negatives, so that the processes hold unequal numbers of both.
     """
@@ -139,7 +140,7 @@ def recipe(random_base, scenes, tmp_path_factory):
     for record in records:
         record["negative_scores"] = [0.1 * (number % 4) for number, _ in enumerate(record["negatives"])]
     for place in (*order[:4], *order[12:14]):
-        say_alone(records[place])
+        drop_image(records[place])
     records[order[5]]["image"] = "missing.png"
     records[order[6]] |= {"negatives": [], "negative_scores": []}
     data.write_text(json.dumps(records))
@@ -148,12 +149,13 @@ def recipe(random_base, scenes, tmp_path_factory):
     file.write_text(f"""
 output: nowhere
 model: {{base: {random_base}}}
-data: {{workers: 0, sources: [{{path: {data}, images: {scenes}}}]}}
-optimizer: {{learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warm_up: 0.0, clip: 0.5}}
-objective: {{learn_temperature: true, hardness: 1.0, margin: 0.3, matryoshka: [32]}}
-evaluation: {{every: 1, data: {scenes}}}
-steps: {STEPS}
-log_every: 1
+data: {{num_workers: 0, sources: [{{path: {data}, images: {scenes}}}]}}
+optimizer:
+  {{learning_rate: 1.0e-2, vision_tower_learning_rate: 1.0e-2, epsilon: 1.0e-2, warmup_ratio: 0.0, max_grad_norm: 0.5}}
+objective: {{learn_temperature: true, hardness_weight: 1.0, false_negative_margin: 0.3, matryoshka_dims: [32]}}
+evaluation: {{eval_steps: 1, data: {scenes}}}
+max_steps: {STEPS}
+logging_steps: 1
 """)
     return file
 
@@ -161,7 +163,7 @@ log_every: 1
 def changed(
     scenes: Path, random_base: Path, data: Path, which: slice, change: Callable[[dict[str, Any]], object]
 ) -> str:
-    """A source, as an override wants it, in which some records, by their turn in a run, are others."""
+    """Write a source in which some records, by their turn in a run, are changed; return the override that names it."""
     records = json.loads((scenes / "llava_train.json").read_text())[: STEPS * GLOBAL_BATCH]
     data.write_text(json.dumps(records))
     chat_processor = Cafe.load(random_base).chat_processor
@@ -175,27 +177,27 @@ def changed(
     return f"[{{path: {data}, images: {scenes}}}]"
 
 
-def lose_picture(record: dict[str, Any]) -> None:
-    """Makes it a bad one."""
+def lose_image(record: dict[str, Any]) -> None:
+    """Make it a bad record."""
     record["image"] = "missing.png"
 
 
-def say_alone(record: dict[str, Any]) -> None:
-    """Leaves of it what is said."""
+def drop_image(record: dict[str, Any]) -> None:
+    """Leave only its text."""
     record.pop("image")
     for turn in record["conversations"]:
         turn["value"] = turn["value"].replace("<image>", "").strip()
 
 
 def results(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    """The weights and the log."""
+    """Read the weights and the log."""
     log = [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
     return load_file(output / "checkpoint" / "model.safetensors"), log
 
 
 @pytest.fixture(scope="module")
 def alone(recipe, tmp_path_factory):
-    """What one process makes of the recipe with some overrides; each is trained once."""
+    """Train the recipe with some overrides in one process, each once."""
 
     @cache
     def of(*overrides: str) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -237,7 +239,7 @@ def alone(recipe, tmp_path_factory):
     ids=str,
 )
 def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp_path, world, overrides, launcher):
-    mine = [override for override in overrides if re.search("frozen|accumulate|precision|weight", override)]
+    mine = [override for override in overrides if re.search("freeze|accumulation|precision|weight", override)]
     one, its_log = alone(*mine, *(["batch_size=4"] if "batch_size=2" in overrides else []))
     assert not run(recipe, tmp_path / "run", world, *overrides, **launcher)
     several, log = results(tmp_path / "run")
@@ -256,8 +258,8 @@ def test_several_processes_take_the_steps_of_one(alone, recipe, random_base, tmp
     assert moved.norm() > 0 and apart.norm() <= close * moved.norm()
 
 
-def test_what_no_process_used_in_a_step_stays_where_it_is(alone, recipe, random_base, scenes, tmp_path):
-    texts = changed(scenes, random_base, tmp_path / "data.json", slice(GLOBAL_BATCH, None), say_alone)
+def test_parameters_unused_in_every_process_do_not_move(alone, recipe, random_base, scenes, tmp_path):
+    texts = changed(scenes, random_base, tmp_path / "data.json", slice(GLOBAL_BATCH, None), drop_image)
     source = f"data.sources={texts}", "optimizer.weight_decay=0.5"  # of the second step, in AdamW beside its momentum
     one, _ = alone(*source)
     assert not run(recipe, tmp_path / "run", 2, *source)
@@ -267,10 +269,10 @@ def test_what_no_process_used_in_a_step_stays_where_it_is(alone, recipe, random_
 
 
 @pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
-def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_base, scenes, tmp_path, overrides):
+def test_process_with_only_bad_records_keeps_up(alone, recipe, random_base, scenes, tmp_path, overrides):
     few, half = (
-        changed(scenes, random_base, tmp_path / f"{count}.json", slice(count), lose_picture)
-        for count in (GLOBAL_BATCH // 2, BATCH)
+        changed(scenes, random_base, tmp_path / f"{count}.json", slice(count), lose_image)
+        for count in (GLOBAL_BATCH // 2, BATCH_SIZE)
     )
     bad = f"data.sources={few}", f"evaluation.sources={half}", "evaluation.num_samples=0"
     one, its_log = alone(*bad)
@@ -285,10 +287,10 @@ def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_ba
 
 
 @pytest.mark.parametrize("turn", ["1", "5"], ids=["loss", "gradient"])
-def test_a_process_that_is_short_of_memory_over_the_contrast_waits_for_no_other(alone, recipe, tmp_path, turn):
+def test_oom_in_the_contrastive_loss_reaches_all_processes(alone, recipe, tmp_path, turn):
     one, its_log = alone()
     assert not run(recipe, tmp_path / "run", 2, each=short_of_memory, SHORT_AT=turn)
-    assert "Memory ran out at step 1: again" in (tmp_path / "run-0.report").read_text()
+    assert "Step 1: out of memory; retrying" in (tmp_path / "run-0.report").read_text()
     several, log = results(tmp_path / "run")
     for name in one:
         torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
@@ -297,12 +299,12 @@ def test_a_process_that_is_short_of_memory_over_the_contrast_waits_for_no_other(
 
 
 @pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
-def test_processes_that_loaded_different_weights_say_so(recipe, tmp_path, overrides):
-    said = run(recipe, tmp_path / "run", 2, *overrides, each=with_other_weights)
-    assert "CafeError: The processes loaded different weights, " in said and "embed_tokens.weight first" in said
+def test_different_base_weights_between_processes_are_rejected(recipe, tmp_path, overrides):
+    error = run(recipe, tmp_path / "run", 2, *overrides, each=with_other_weights)
+    assert "CheckpointError: The processes loaded different weights, " in error and "embed_tokens.weight first" in error
 
 
-def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, recipe, random_base, tmp_path):
+def test_published_scaling_is_the_loss_weight_over_the_world_size(alone, recipe, random_base, tmp_path):
     fixed = "objective.learn_temperature=false"
     one, _ = alone(fixed, "objective.contrastive_weight=0.5")
     assert not run(recipe, tmp_path / "run", 2, fixed, "objective.gradient_scaling=published")
@@ -325,7 +327,7 @@ def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, r
     ],
     ids=str,
 )
-def test_several_processes_killed_go_on_with_the_same_command(recipe, tmp_path, overrides, launcher):
+def test_resume_after_kill_with_several_processes(recipe, tmp_path, overrides, launcher):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     run(recipe, broken, 2, "save_steps=1", *overrides, killed_at=broken / "state" / "step-000001", **launcher)
     assert not (broken / "checkpoint").exists()
@@ -338,28 +340,31 @@ def test_several_processes_killed_go_on_with_the_same_command(recipe, tmp_path, 
 
 
 def untimed(line: str) -> dict[str, float]:
-    """A record of the log without its seconds."""
+    """Read a record of the log without its seconds."""
     return {name: value for name, value in json.loads(line).items() if name != "seconds"}
 
 
 @pytest.mark.parametrize(
     ("launcher", "sentence"),
     [
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which wants one loss and one backward pass a step"),
-        (ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "ZeRO of stage 3: stages 1 and 2 are supported"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM, which needs one loss and one backward pass per step"),
+        (
+            ZERO | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"},
+            "ZeRO of stage 3: stages 1 and 2 without offloading are supported",
+        ),
         (ZERO | {"ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE": "cpu"}, "ZeRO of stage 2, offloaded: stages 1 and 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "version 1, which is not supported"),
     ],
     ids=str,
 )
-def test_a_launcher_that_would_be_wrong_is_refused(recipe, tmp_path, monkeypatch, launcher, sentence):
+def test_unsupported_launchers_are_rejected(recipe, tmp_path, monkeypatch, launcher, sentence):
     for name, value in launcher.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(CafeError, match=sentence):
         train(read_recipe(recipe, [f"output={tmp_path / 'run'}"]))
 
 
-def test_a_batch_that_the_data_cannot_fill_in_every_process_is_one_sentence(random_base, scenes):
+def test_data_smaller_than_one_global_batch_is_rejected(random_base, scenes):
     source, chat_processor = (
         open_source(Source(path=str(scenes / "llava_train.json"))),
         Cafe.load(random_base).chat_processor,

@@ -1,11 +1,11 @@
-"""Attention over long rows of trees on a CPU: of those tokens alone that see each other, not over all that is masked.
+"""Blockwise attention over long rows of trees on a CPU: only what is not masked is computed.
 
-Dense, a row of trees computes every token with every other and throws most of it away. But the mask of a tree is made
-of few blocks. A path, tokens that follow each other in the row and in the tree, is causal within itself, and the kernel
-skips half of that. What else a token sees is the beginnings of paths that its own branches off from; all that branches
-off there sees the same, and nothing is hidden. So each block is a call of PyTorch's kernel, on views. Where a token is
-in several, they are joined as FlashAttention joins its own, by the logarithms of their sums (Dao et al., arXiv
-2205.14135). On a GPU FlexAttention does this.
+Under a dense mask, every token of a row is computed with every other, and most of it is masked. But the mask of a tree
+consists of few blocks. A chain, tokens that follow each other both in the row and in the tree, is causal within itself,
+and the kernel skips half of that. All else a token attends to is the beginnings of chains from which its own chain
+branches off, and all tokens that branch off at the same place attend to the same beginning, unmasked. So each block is
+one call of PyTorch's kernel on views. Where a token is in several blocks, their results are merged as FlashAttention
+merges its own, by their logsumexp (Dao et al., arXiv 2205.14135). On a GPU, FlexAttention does this.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,20 +21,20 @@ from torch import Tensor
 from cafe.attention.masks import tree_mask
 from cafe.attention.sdpa_override import SdpaOverrideMask
 
-MIN_BLOCKWISE_TOKENS = 768  # columns from which on the calls save more than they cost: `benchmarks/tree_attention.py`
+MIN_BLOCKWISE_TOKENS = 768  # row length from which the calls save more than they cost: `benchmarks/tree_attention.py`
 
-_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 @dataclass(frozen=True)
 class Block:
-    """Tokens of a row that see others of it: a path itself, causally, or the beginning of a path all that branches off.
+    """Hold one unmasked block of a row: a chain with itself, causally, or what branches off with a chain's beginning.
 
     Attributes:
-        row: which.
-        queries: the columns of those that see.
-        keys: the columns of those that are seen; the same for a path.
+        row: the row.
+        queries: the columns of the tokens that attend.
+        keys: the columns of the tokens that they attend to; the same for a chain.
     """
 
     row: int
@@ -43,71 +43,82 @@ class Block:
 
     @property
     def causal(self) -> bool:
-        """Whether it is a path."""
+        """Whether the block is a chain with itself."""
         return self.queries == self.keys
 
     def query_view(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads queries *dim"]:
-        """A view of the states of those that see."""
+        """Return a view of the states of the queries."""
         return states[self.row : self.row + 1, :, self.queries]
 
     def key_view(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads keys *dim"]:
-        """A view of the states of those that are seen."""
+        """Return a view of the states of the keys."""
         return states[self.row : self.row + 1, :, self.keys]
 
 
-def tree_to_blocks(end: Int64[Tensor, "rows columns"]) -> list[Block]:
-    """The blocks of some rows: those of a row's paths come before others.
+def tree_to_blocks(subtree_end: Int64[Tensor, "rows columns"]) -> list[Block]:
+    """Split the mask of trees into blocks; in each row, the chains come before the other blocks.
 
-    Tokens that see themselves alone, as padding does, are left out.
+    Tokens that attend to themselves alone, as padding does, are in no block.
     """
     blocks: list[Block] = []
-    for row, ends in enumerate(end.tolist()):
-        paths = list(_chains(ends))
-        blocks += [Block(row, path, path) for path in paths]
-        for path in paths:
-            blocks += [Block(row, queries, keys) for queries, keys in _branches(ends, path)]
+    for row, ends in enumerate(subtree_end.tolist()):
+        chains = list(_chains(ends))
+        blocks += [Block(row, chain, chain) for chain in chains]
+        for chain in chains:
+            blocks += [Block(row, queries, keys) for queries, keys in _branches(ends, chain)]
     return blocks
 
 
 def _chains(ends: Sequence[int]) -> Iterator[slice]:
-    """A token begins a path where the token before it is not its parent."""
+    """Iterate over the chains of a row, without single tokens that attend to themselves alone."""
+    # A token begins a chain where it is not below the token before it.
     starts = [0, *(column for column in range(1, len(ends)) if ends[column - 1] <= column)]
-    last = 0  # of what has been seen to branch off
+    furthest_end = 0  # of the chains so far: tokens before it are below one of them
     for start, stop in zip(starts, [*starts[1:], len(ends)], strict=True):
-        if stop > start + 1 or last > start:
+        if stop > start + 1 or furthest_end > start:
             yield slice(start, stop)
-        last = max(last, ends[start])
+        furthest_end = max(furthest_end, ends[start])
 
 
-def _branches(ends: Sequence[int], path: slice) -> Iterator[tuple[slice, slice]]:
-    """What lies behind a path and sees its first tokens: farther behind, fewer of them."""
-    behind = path.stop
-    for column in reversed(range(path.start, path.stop)):
-        if ends[column] > behind:
-            yield slice(behind, ends[column]), slice(path.start, column + 1)
-            behind = ends[column]
+def _branches(ends: Sequence[int], chain: slice) -> Iterator[tuple[slice, slice]]:
+    """Iterate over what branches off a chain: the columns of its tokens, and the chain's beginning they attend to."""
+    # From the last token of the chain back: each token whose subtree ends later adds the tokens in between.
+    stop = chain.stop
+    for column in reversed(range(chain.start, chain.stop)):
+        if ends[column] > stop:
+            yield slice(stop, ends[column]), slice(chain.start, column + 1)
+            stop = ends[column]
 
 
-def blockwise_mask(end: Int64[Tensor, "rows columns"]) -> SdpaOverrideMask:
-    """`tree_mask` of rows on a CPU, of which PyTorch's attention takes the blocks."""
-    return SdpaOverrideMask.wrap(tree_mask(end), partial(_attend, tree_to_blocks(end)))
+def blockwise_mask(subtree_end: Int64[Tensor, "rows columns"]) -> SdpaOverrideMask:
+    """Make `tree_mask` of rows on a CPU, under which SDPA computes the unmasked blocks only."""
+    return SdpaOverrideMask.wrap(tree_mask(subtree_end), partial(_blockwise_sdpa, tree_to_blocks(subtree_end)))
 
 
-@torch.compiler.disable  # within compiled layers: else they are compiled anew for other blocks
-def _attend(
+@torch.compiler.disable  # in compiled layers, which would otherwise be compiled again for every list of blocks
+def _blockwise_sdpa(
     blocks: Sequence[Block], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any
 ) -> Tensor:
+    # `scaled_dot_product_attention` is cast by autocast; what replaces it has to do the same.
     if torch.is_autocast_enabled("cpu"):
-        half = torch.get_autocast_dtype("cpu")
-        query, key, value = (each.to(half) for each in (query, key, value))
-    apart = any(each.stride(-1) != 1 for each in (query, key, value))  # which the kernel would read as if it were 1
-    if apart or not query.shape == key.shape == value.shape or options.get("dropout_p"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if not _takes_blocks(query, key, value) or options.get("dropout_p"):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
-    made: Tensor = _BlockwiseAttention.apply(query, key, value, blocks, options.get("scale"))
-    return made
+    output: Tensor = _BlockwiseAttention.apply(query, key, value, blocks, options.get("scale"))
+    return output
+
+
+def _takes_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel can be called on views of these states."""
+    if not query.shape == key.shape == value.shape:
+        return False
+    return query.stride(-1) == key.stride(-1) == value.stride(-1) == 1  # the kernel does not look at this stride
 
 
 class _BlockwiseAttention(torch.autograd.Function):
+    """Attention as the sum over blocks, each computed by PyTorch's kernel."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -117,35 +128,54 @@ class _BlockwiseAttention(torch.autograd.Function):
         blocks: Sequence[Block],
         scale: float | None,
     ) -> Float[Tensor, "rows heads columns dim"]:
-        exact = torch.promote_types(query.dtype, torch.float32)  # blocks are joined in it
-        out = value.to(exact, copy=True)  # what sees itself alone is its own value
-        sums = out.new_zeros(out.shape[:3])  # their logarithms
+        """Compute the output of each block and merge them."""
+        merge_dtype = torch.promote_types(query.dtype, torch.float32)
+        output = value.to(merge_dtype, copy=True)  # a token that attends to itself alone gives its own value
+        logsumexp = output.new_zeros(output.shape[:3])
         for block in blocks:
             states = block.query_view(query), block.key_view(key), block.key_view(value)
-            made, added = _attention(*states, 0.0, block.causal, scale=scale)
-            so_far, total = block.query_view(out), block.query_view(sums)
-            if block.causal:
-                so_far.copy_(made)
-                total.copy_(added)
-            else:
-                joined = torch.logaddexp(total, added)
-                so_far.mul_((total - joined).exp_()[..., None]).addcmul_(made, (added - joined).exp_()[..., None])
-                total.copy_(joined)
-        out = out.to(query.dtype)
-        ctx.save_for_backward(query, key, value, out, sums)
+            block_output, block_logsumexp = _flash_attention(*states, 0.0, block.causal, scale=scale)
+            output_view, logsumexp_view = block.query_view(output), block.query_view(logsumexp)
+            if block.causal:  # the first block of its queries
+                output_view.copy_(block_output)
+                logsumexp_view.copy_(block_logsumexp)
+                continue
+            # Each output is a mean under its own softmax: weigh it by its share of the common denominator.
+            total = torch.logaddexp(logsumexp_view, block_logsumexp)
+            old_weight = (logsumexp_view - total).exp_()[..., None]
+            block_weight = (block_logsumexp - total).exp_()[..., None]
+            output_view.mul_(old_weight).addcmul_(block_output, block_weight)
+            logsumexp_view.copy_(total)
+        output = output.to(query.dtype)
+        ctx.save_for_backward(query, key, value, output, logsumexp)
         ctx.blocks, ctx.scale = blocks, scale
-        return out
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, sums = ctx.saved_tensors
-        exact, [grad] = sums.dtype, grads
-        of_query, of_key = torch.zeros_like(query, dtype=exact), torch.zeros_like(key, dtype=exact)
-        of_value = grad.to(exact, copy=True)
+        """Sum the gradients of the blocks."""
+        query, key, value, output, logsumexp = ctx.saved_tensors
+        [grad_output] = grads
+        grad_query = torch.zeros_like(query, dtype=logsumexp.dtype)
+        grad_key = torch.zeros_like(key, dtype=logsumexp.dtype)
+        grad_value = grad_output.to(logsumexp.dtype, copy=True)  # of a token that attends to itself alone
         for block in ctx.blocks:
-            states = block.seeing(grad), block.seeing(query), block.seen(key), block.seen(value), block.seeing(out)
-            made = _attention_backward(*states, block.seeing(sums), 0.0, block.causal, scale=ctx.scale)
-            parts = block.seeing(of_query), block.seen(of_key), block.seen(of_value)
-            for part, own in zip(parts, made, strict=True):
-                part.copy_(own) if block.causal else part.add_(own)
-        return of_query.to(query.dtype), of_key.to(key.dtype), of_value.to(value.dtype), None, None
+            # With the merged output and logsumexp, the kernel gives the block's part of the whole gradient.
+            block_grads = _flash_attention_backward(
+                block.query_view(grad_output),
+                block.query_view(query),
+                block.key_view(key),
+                block.key_view(value),
+                block.query_view(output),
+                block.query_view(logsumexp),
+                0.0,
+                block.causal,
+                scale=ctx.scale,
+            )
+            views = block.query_view(grad_query), block.key_view(grad_key), block.key_view(grad_value)
+            for view, block_grad in zip(views, block_grads, strict=True):
+                if block.causal:
+                    view.copy_(block_grad)
+                else:
+                    view.add_(block_grad)
+        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None

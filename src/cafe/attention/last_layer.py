@@ -1,7 +1,7 @@
-"""The last layer's work, done only where its output is read.
+"""The trimmed last layer: it computes only what is read.
 
-Of the last hidden states a step reads those of the readouts and those before supervised tokens. So in the last layer
-only these tokens ask others in attention, under a mask of ours, and only these go through the feed-forward part.
+Of the last hidden states, a step reads those of the readouts and those that predict supervised tokens. So the last
+layer computes attention queries and the MLP for these tokens alone. Its keys and values are those of all tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from cafe.attention.sdpa_override import SdpaOverrideMask
 
-# What a layer of a known kind is made of; one with other parts may mix tokens in them.
+# The parts of a layer of a known kind. A layer with other parts may mix tokens in them.
 SUPPORTED_CHILDREN = {
     "self_attn",
     "mlp",
@@ -32,25 +32,26 @@ SUPPORTED_CHILDREN = {
 
 
 @contextmanager
-def restrict_last_layer(lvlm: PreTrainedModel, *places: Int64[Tensor, "tokens 2"]) -> Iterator[None]:
-    """Within it, the last hidden states of all tokens but those at the (row, column) of `places` mean nothing.
+def restrict_last_layer(lvlm: PreTrainedModel, *read_index: Int64[Tensor, "_tokens 2"]) -> Iterator[None]:
+    """Make the last hidden states meaningless for all tokens but those at the (row, column) of `read_index`.
 
-    Where layers are made again for the backward pass, or are of another kind, all tokens are computed.
+    Where the last layer is recomputed in the backward pass, or is of an unknown kind, it computes all tokens.
     """
+    modules = tokenwise_modules(lvlm)
+    if not modules:
+        yield
+        return
+
     handles = []
-    at = torch.cat(places).unique(dim=0)  # each once, in order: its gradient must not be counted twice
-    parts = tokenwise_modules(lvlm)
-    for part in parts:
-        compute = TokenwiseHooks(at)
-        handles += [
-            part.register_forward_pre_hook(_this_thread_only(compute.gather)),
-            part.register_forward_hook(_this_thread_only(compute.scatter)),
-        ]
-    if parts:
-        attention = lvlm.get_decoder().layers[-1].self_attn
-        handles.append(
-            attention.register_forward_pre_hook(_this_thread_only(QuerySubset(at).pre_hook), with_kwargs=True)
-        )
+    coords = torch.cat(read_index).unique(dim=0)  # each token once: its gradient must not be counted twice
+    # Attention computes its queries for these tokens only; the modules behind it run on these tokens only.
+    attention = lvlm.get_decoder().layers[-1].self_attn
+    pre_hook = _this_thread_only(QuerySubset(coords).pre_hook)
+    handles.append(attention.register_forward_pre_hook(pre_hook, with_kwargs=True))
+    for module in modules:
+        hooks = TokenwiseHooks(coords)
+        handles.append(module.register_forward_pre_hook(_this_thread_only(hooks.gather)))
+        handles.append(module.register_forward_hook(_this_thread_only(hooks.scatter)))
     try:
         yield
     finally:
@@ -59,62 +60,75 @@ def restrict_last_layer(lvlm: PreTrainedModel, *places: Int64[Tensor, "tokens 2"
 
 
 def _this_thread_only(hook: Callable[..., Any]) -> Callable[..., Any]:
-    """A hook in this thread alone: another may read with the same model meanwhile, as where an answer is streamed."""
+    """Limit a hook to this thread: another may use the same model meanwhile, as when an answer is streamed."""
     thread = get_ident()
     return lambda *args: hook(*args) if get_ident() == thread else None
 
 
 def tokenwise_modules(lvlm: PreTrainedModel) -> list[nn.Module]:
-    """The parts of the last layer that work behind attention on one token at a time; none if it is made again."""
+    """List the modules of the last layer that follow attention and work on one token at a time.
+
+    The list is empty where the layer is of an unknown kind or is recomputed in the backward pass, when the hooks of the
+    forward pass are gone.
+    """
     layer = getattr(lvlm.get_decoder(), "layers", [None])[-1]
-    if layer is None or not {name for name, _ in layer.named_children()} <= SUPPORTED_CHILDREN:
+    if layer is None:
         return []
-    if layer.training and getattr(layer, "gradient_checkpointing", False):
+    children = {name for name, _ in layer.named_children()}
+    is_recomputed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if is_recomputed or not children <= SUPPORTED_CHILDREN:
         return []
-    parts = [part for name, part in layer.self_attn.named_children() if name == "o_proj"]
-    alone = len(signature(layer.mlp.forward).parameters) == 1  # experts may want to be told the kind of each token
-    return [*parts, layer.mlp] if alone else parts
+    modules = [module for name, module in layer.self_attn.named_children() if name == "o_proj"]
+    # The experts of some families take further inputs with one entry per token, such as its modality.
+    if len(signature(layer.mlp.forward).parameters) == 1:
+        modules.append(layer.mlp)
+    return modules
 
 
 class TokenwiseHooks:
-    """Hooks that let a module see some tokens alone, and put what it makes of them in their places."""
+    """Hooks with which a module computes some tokens only."""
 
     def __init__(self, coords: Int64[Tensor, "tokens 2"]) -> None:
         self.coords = coords
         self.shape = torch.Size()
 
     def gather(self, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-        """Before the module."""
+        """Pass only these tokens to the module, as one row."""
         [hidden] = args
         self.shape = hidden.shape
         self.coords = self.coords.to(hidden.device, non_blocking=True)
         return (hidden[self.coords[:, 0], self.coords[:, 1]][None],)
 
-    def scatter(self, module: nn.Module, args: Any, made: Any) -> Any:
-        """Behind it; zeros elsewhere. What experts return beside, as their router's scores, is left as it is."""
-        if isinstance(made, tuple):
-            return (self.scatter(module, args, made[0]), *made[1:])
-        every = made.new_zeros(*self.shape[:2], made.shape[-1])
-        every[self.coords[:, 0], self.coords[:, 1]] = made[0]
-        return every
+    def scatter(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Put the module's output back where the tokens were, with zeros elsewhere.
+
+        Experts also return their router's scores, which are left as they are.
+        """
+        if isinstance(output, tuple):
+            return (self.scatter(module, args, output[0]), *output[1:])
+        full = output.new_zeros(*self.shape[:2], output.shape[-1])
+        full[self.coords[:, 0], self.coords[:, 1]] = output[0]
+        return full
 
 
 class QuerySubset:
-    """The tokens that ask in attention: of each row those at its places, filled up to as many as any row has."""
+    """The tokens for which attention computes queries, as a grid: one row per row of the batch, padded on the right."""
 
-    def __init__(self, places: Int64[Tensor, "tokens 2"]) -> None:
-        self.rows, self.columns = places.unbind(1)
+    def __init__(self, coords: Int64[Tensor, "tokens 2"]) -> None:
+        self.rows, self.columns = coords.unbind(1)
         counts = self.rows.bincount()
-        self.slots = torch.arange(len(places)) - (counts.cumsum(0) - counts)[self.rows]
-        self.grid = torch.zeros(len(counts), int(counts.max()) if len(places) else 0, dtype=torch.long)
+        # `coords` are sorted: within its row, a token's slot is its index minus that of the row's first token.
+        first = counts.cumsum(0) - counts
+        self.slots = torch.arange(len(coords)) - first[self.rows]
+        self.grid = torch.zeros(len(counts), int(counts.max()) if len(coords) else 0, dtype=torch.long)
         self.grid[self.rows, self.slots] = self.columns
 
     def pre_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Before the attention module: gives it a mask that lets these tokens alone ask."""
+        """Give the attention module a mask under which it computes these queries only, where that saves enough."""
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.ndim != 4 or len(mask) != len(self.grid):
             return args, kwargs
-        if 2 * self.grid.shape[1] > mask.shape[2]:  # not much less than all
+        if 2 * self.grid.shape[1] > mask.shape[2]:
             return args, kwargs
         return args, {**kwargs, "attention_mask": SdpaOverrideMask.wrap(mask, self.sdpa)}
 
@@ -126,14 +140,17 @@ class QuerySubset:
         attn_mask: Float[Tensor, "rows mask_heads columns columns"] | Bool[Tensor, "rows mask_heads columns columns"],
         **options: Any,
     ) -> Float[Tensor, "rows heads columns dim"]:
-        """PyTorch's attention for these tokens; zeros for the others."""
+        """Compute `scaled_dot_product_attention` for these queries; the output of others is zero."""
         grid, rows, slots, columns = (
             each.to(query.device, non_blocking=True) for each in (self.grid, self.rows, self.slots, self.columns)
         )
-        at = grid[:, None, :, None]
-        asking = query.gather(2, at.expand(-1, query.shape[1], -1, query.shape[3]))
-        seen = attn_mask.gather(2, at.expand(-1, attn_mask.shape[1], -1, attn_mask.shape[3]))
-        made = F.scaled_dot_product_attention(asking, key, value, attn_mask=seen, **options).transpose(1, 2)
-        every = made.new_zeros(len(query), query.shape[2], *made.shape[2:])
-        every[rows, columns] = made[rows, slots]
-        return every.transpose(1, 2)
+        # Padding of the grid repeats column 0; its output is computed and dropped.
+        index = grid[:, None, :, None]
+        subset_query = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
+        subset_mask = attn_mask.gather(2, index.expand(-1, attn_mask.shape[1], -1, attn_mask.shape[3]))
+        output = F.scaled_dot_product_attention(subset_query, key, value, attn_mask=subset_mask, **options)
+
+        output = output.transpose(1, 2)  # rows, slots, heads, dim: tokens can be indexed
+        full = output.new_zeros(len(query), query.shape[2], *output.shape[2:])
+        full[rows, columns] = output[rows, slots]
+        return full.transpose(1, 2)

@@ -1,47 +1,61 @@
-"""The masks under which tokens of a packed row see their own ancestors only."""
+"""The masks under which tokens of a packed row attend to their own ancestors only."""
 
 import torch
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-FLEX_BLOCK_SIZE = 128  # tokens a side of FlexAttention's blocks
+FLEX_BLOCK_SIZE = 128  # the side of FlexAttention's blocks, in tokens
 
 
-def tree_mask(end: Int64[Tensor, "rows columns"]) -> Bool[Tensor, "rows 1 columns columns"]:
-    """Who sees whom, densely: True where the second-last dimension's token may look at the last one's."""
-    at = torch.arange(end.shape[1], device=end.device)
-    return ((at[None, :] <= at[:, None]) & (at[:, None] < end[:, None, :]))[:, None]
+def tree_mask(subtree_end: Int64[Tensor, "rows columns"]) -> Bool[Tensor, "rows 1 columns columns"]:
+    """Make the dense mask: True where the query (second-last dimension) attends to the key (last dimension)."""
+    column = torch.arange(subtree_end.shape[1], device=subtree_end.device)
+    is_causal = column[None, :] <= column[:, None]
+    is_below = column[:, None] < subtree_end[:, None, :]
+    return (is_causal & is_below)[:, None]
 
 
-def flex_tree_mask(end: Int64[Tensor, "rows columns"]) -> BlockMask:
-    """The same for FlexAttention, which skips the blocks of 128 x 128 tokens that hold nothing to see.
+def flex_tree_mask(subtree_end: Int64[Tensor, "rows columns"]) -> BlockMask:
+    """Make the same mask for FlexAttention, which skips the blocks of 128 x 128 tokens that are masked throughout.
 
-    What a block holds follows from the smallest and largest `end` among its keys: no mask of all tokens is made.
+    The smallest and largest `subtree_end` among the keys of a block determine what it holds, so the dense mask, which
+    grows with the square of the row, is never made.
     """
 
-    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < end[row, key])
+    def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < subtree_end[row, key])
 
-    def sees_alone(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (key <= query) & (query < end[0, key])
+    def attends_in_only_row(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (query < subtree_end[0, key])
 
-    rows, columns = end.shape
-    blocks = torch.nn.functional.pad(end, (0, -columns % FLEX_BLOCK_SIZE)).unflatten(1, (-1, FLEX_BLOCK_SIZE))
-    least, most = (found[:, None, None, :] for found in blocks.aminmax(dim=2))
-    at = torch.arange(blocks.shape[1], device=end.device)
-    first = FLEX_BLOCK_SIZE * at[:, None]  # query of each block
-    some = (at <= at[:, None]) & (first < most)
-    full = (at < at[:, None]) & (first + FLEX_BLOCK_SIZE <= least)
+    rows, columns = subtree_end.shape
+    padded = torch.nn.functional.pad(subtree_end, (0, -columns % FLEX_BLOCK_SIZE))
+    min_end, max_end = padded.unflatten(1, (-1, FLEX_BLOCK_SIZE)).aminmax(dim=2)
+    min_end, max_end = min_end[:, None, None, :], max_end[:, None, None, :]
+
+    # Dimensions: rows, heads, blocks of queries, blocks of keys. A block has something to attend to if its first query
+    # is below some key. It is full if it lies before the diagonal and its last query is below every key.
+    key_block = torch.arange(max_end.shape[-1], device=subtree_end.device)
+    query_block = key_block[:, None]
+    first_query = FLEX_BLOCK_SIZE * query_block
+    is_used = (key_block <= query_block) & (first_query < max_end)
+    is_full = (key_block < query_block) & (first_query + FLEX_BLOCK_SIZE <= min_end)
     return BlockMask.from_kv_blocks(
-        *_kv_block_indices(some & ~full),
-        *_kv_block_indices(full),
+        *_kv_block_indices(is_used & ~is_full),
+        *_kv_block_indices(is_full),
         BLOCK_SIZE=FLEX_BLOCK_SIZE,
-        mask_mod=sees_alone if rows == 1 else sees,
+        mask_mod=attends_in_only_row if rows == 1 else attends,
         seq_lengths=(columns, columns),
     )
 
 
-def _kv_block_indices(blocks: Bool[Tensor, "rows 1 queries keys"]) -> tuple[Tensor, Tensor]:
-    """For each block of queries, how many blocks of keys are meant, and all blocks' numbers, these first."""
-    return blocks.sum(-1, dtype=torch.int32), blocks.int().argsort(dim=-1, descending=True, stable=True).int()
+def _kv_block_indices(
+    blocks: Bool[Tensor, "rows 1 queries keys"],
+) -> tuple[Int32[Tensor, "rows 1 queries"], Int32[Tensor, "rows 1 queries keys"]]:
+    """Return, for each block of queries, the number of selected blocks of keys, and all their indices, selected first.
+
+    The sort is stable, so the selected blocks keep their order.
+    """
+    counts = blocks.sum(-1, dtype=torch.int32)
+    return counts, blocks.int().argsort(dim=-1, descending=True, stable=True).int()

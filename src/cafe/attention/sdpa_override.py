@@ -1,4 +1,4 @@
-"""A mask under which PyTorch's attention goes a way of its own."""
+"""A mask under which `scaled_dot_product_attention` is computed by a function of ours."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,16 +9,20 @@ from torch import Tensor
 
 
 class SdpaOverrideMask(Tensor):
-    """A mask that holds what is called in place of `scaled_dot_product_attention`. To all else it is that mask."""
+    """An attention mask that carries its own implementation of `scaled_dot_product_attention`.
+
+    A model passes the mask on from layer to layer without looking at it, so the override reaches attention without a
+    change to the model. For every other operation this is a plain mask, and results are plain tensors.
+    """
 
     sdpa: Callable[..., Tensor]
 
     @classmethod
-    def wrap(cls, mask: Tensor, attend: Callable[..., Tensor]) -> "SdpaOverrideMask":
-        """A mask with its own way of attention, which takes the same arguments."""
-        own: SdpaOverrideMask = mask.as_subclass(cls)
-        own.sdpa = attend
-        return own
+    def wrap(cls, mask: Tensor, sdpa: Callable[..., Tensor]) -> "SdpaOverrideMask":
+        """Attach an implementation, which takes the arguments of `scaled_dot_product_attention`, to a mask."""
+        wrapped: SdpaOverrideMask = mask.as_subclass(cls)
+        wrapped.sdpa = sdpa
+        return wrapped
 
     @classmethod
     def __torch_function__(
@@ -26,7 +30,7 @@ class SdpaOverrideMask(Tensor):
     ) -> Any:
         kwargs = kwargs or {}
         mask = kwargs.get("attn_mask")
-        if func is F.scaled_dot_product_attention and isinstance(mask, SdpaOverrideMask) and hasattr(mask, "attend"):
-            func = mask.attend  # a part of the mask has none
+        if func is F.scaled_dot_product_attention and isinstance(mask, SdpaOverrideMask):
+            func = getattr(mask, "sdpa", func)  # only what `wrap` returned has one
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)

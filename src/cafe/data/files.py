@@ -1,8 +1,8 @@
-"""Bytes from a local path or an object store: one name, one way, through fsspec.
+"""Read bytes from a local path or an object store through fsspec.
 
-A name is a path or a URL (`s3://`, `gs://`, `hf://`, `memory://`, ... whichever fsspec's packages are installed; also
+A name is a path or a URL (`s3://`, `gs://`, `hf://`, `memory://`, or whatever else fsspec's packages provide; also
 chained, as in `simplecache::s3://`, which keeps a copy on disk). File systems are looked up at every use and never
-held: a worker process must not use the connections of the one that started it.
+held, because a worker process must not use its parent's connections.
 """
 
 import re
@@ -17,59 +17,73 @@ from cafe.errors import CafeError
 
 
 def is_url(name: str) -> bool:
-    """Whether a name is a URL and no local path."""
+    """Return whether a name is a URL, not a local path."""
     return "://" in name
 
 
 def join(folder: str, name: str) -> str:
-    """A name inside a folder; an absolute path or a URL stays what it is."""
+    """Join a folder and a name; an absolute path or a URL stays as it is."""
     if is_url(name) or Path(name).is_absolute():
         return name
     return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
 
 
 def folder_of(name: str) -> str:
-    """The folder that a file is in."""
+    """Return the folder that a file is in."""
     return name.rpartition("/")[0] if is_url(name) else str(Path(name).parent)
 
 
 def expand_pattern(pattern: str) -> list[str]:
-    """The files of a pattern in the order of their names: `*`, `?` and `[...]` are looked up, `{000..012}` counts and
-    `{a,b}` lists. A name without any of these is returned as it is, whether or not there is such a file; so is a local
-    file's that has `[...]` in it.
+    """List the files that a pattern names, in order.
+
+    `*`, `?` and `[...]` match existing files; `{000..012}` counts and `{a,b}` enumerates. A name without these is
+    returned unchanged, whether or not there is such a file, and so is an existing local file with `[...]` in its name.
 
     Raises:
         CafeError: nothing matches.
     """
-    found: list[str] = []
-    for name in _braces(pattern):
-        if not re.search(r"[*?\[]", name) or (not is_url(name) and Path(name).is_file()):
-            found.append(name)
-            continue
-        chain, colons, last = name.rpartition("::")
-        with file_errors(name):
-            fs, path = fsspec.url_to_fs(last)
-            matches = sorted(str(match) for match in fs.glob(path))
-        found += [chain + colons + (fs.unstrip_protocol(match) if is_url(last) else match) for match in matches]
-    if not found:
+    names: list[str] = []
+    for name in _expand_braces(pattern):
+        # A bracket may be part of a name: [v1]/train.json.
+        is_plain = not re.search(r"[*?\[]", name)
+        is_local_file = not is_url(name) and Path(name).is_file()
+        if is_plain or is_local_file:
+            names.append(name)
+        else:
+            names += _glob(name)
+    if not names:
         raise CafeError(f"No data file matches {pattern}.")
-    return found
+    return names
 
 
-def _braces(pattern: str) -> list[str]:
-    pieces = []
+def _glob(name: str) -> list[str]:
+    # Of chained URLs only the last one is looked into: simplecache::s3://bucket/*.tar.
+    chain, colons, last = name.rpartition("::")
+    with file_errors(name):
+        fs, path = fsspec.url_to_fs(last)
+        matches = sorted(str(match) for match in fs.glob(path))
+    if is_url(last):
+        matches = [fs.unstrip_protocol(match) for match in matches]
+    return [chain + colons + match for match in matches]
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    choices = []
     for piece in re.split(r"(\{[^{}]*\})", pattern):
         counted = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
         if counted:
             first, last = counted.groups()
-            pieces.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
+            # As many digits as the first number has: {000..012}.
+            choices.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
+        elif piece.startswith("{"):
+            choices.append(piece[1:-1].split(","))
         else:
-            pieces.append(piece[1:-1].split(",") if piece.startswith("{") else [piece])
-    return ["".join(chosen) for chosen in product(*pieces)]
+            choices.append([piece])
+    return ["".join(chosen) for chosen in product(*choices)]
 
 
 def read(name: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """A file's bytes, or those from `start` to `stop` alone.
+    """Read a file's bytes, or only those from `start` to `stop`.
 
     Raises:
         CafeError: it is missing or cannot be read.
@@ -81,22 +95,22 @@ def read(name: str, start: int | None = None, stop: int | None = None) -> bytes:
 
 
 def file_version(name: str) -> str:
-    """A text that changes when the file does.
+    """Return a text that changes when the file does.
 
     Raises:
         CafeError: it is missing or cannot be read.
     """
     with file_errors(name):
         fs, path = fsspec.url_to_fs(name)
-        return f"{name} {fs.ukey(path)}"
+        return f"{name} {fs.ukey(path)}"  # of size and time of change, or the store's etag
 
 
 @contextmanager
 def file_errors(name: str) -> Iterator[None]:
-    """Within it, whatever goes wrong with a file is one sentence that names it."""
+    """Turn whatever goes wrong with a file into an error that names it."""
     try:
         yield
     except FileNotFoundError:
         raise CafeError(f"The data file {name} does not exist.") from None
-    except (OSError, ValueError, ImportError) as error:  # ValueError: no such protocol; ImportError: its package
+    except (OSError, ValueError, ImportError) as error:  # ValueError: unknown protocol; ImportError: its package
         raise CafeError(f"The data file {name} cannot be read: {error}.") from None

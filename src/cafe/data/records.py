@@ -1,8 +1,8 @@
-"""Sources opened: files of records that become Examples one at a time, when asked.
+"""Open sources: files of records that become Examples one at a time, on demand.
 
-A file's kind (JSON, JSON lines, CSV, parquet, tar, a dataset) says how its rows are read, the source's format says what
-a row means; any format may lie in any kind of file. Only an index is read here; pictures stay references. A record that
-cannot become an Example raises `CafeError` with the file and the record named.
+A file's kind (JSON, JSON lines, CSV, parquet, tar, a dataset) determines how its rows are read; the source's format
+determines what a row means. Any format may be stored in any kind of file. Only an index is read here, and images stay
+references. A record that cannot become an Example raises `RecordError`, which names the file and the record.
 """
 
 import logging
@@ -19,13 +19,14 @@ from tqdm import tqdm
 
 from cafe.content import Dialogue, Example, Pair
 from cafe.data.files import expand_pattern, folder_of, is_url
-from cafe.data.formats.karpathy import karpathy, split_of
+from cafe.data.formats.karpathy import karpathy, select_split
 from cafe.data.formats.llava import llava
 from cafe.data.formats.mmeb import mmeb
 from cafe.data.formats.pairs import pairs
-from cafe.data.readers.base import HFDataset, InMemoryRows, Rows, UnreadableFile, load_json, open_rows
+from cafe.data.readers.base import InMemoryRows, Rows, UnreadableFile, load_json, open_rows
+from cafe.data.readers.hf_datasets import HFDataset
 from cafe.data.source import Columns, Format, Source
-from cafe.errors import CafeError
+from cafe.errors import CafeError, RecipeError, RecordError
 
 __all__ = ["Columns", "OpenedSource", "Source", "open_source"]
 
@@ -33,106 +34,131 @@ logger = logging.getLogger(__name__)
 
 RecordParser = Callable[[Any, Source, Random], tuple[Pair | None, Dialogue | None]]
 FORMATS: dict[Format, RecordParser] = {"llava": llava, "karpathy": karpathy, "mmeb": mmeb, "pairs": pairs}
+MIN_FILES_FOR_PROGRESS_BAR = 8
 
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """An opened source: how many records there are, and how to make an Example of one.
-
-    `example(index, rng)` uses the random numbers for choices, such as which of five captions to take.
-    """
+    """A source whose files are open: it knows how many records there are, and makes an Example of any of them."""
 
     source: Source
     files: Sequence[Rows]
 
     @cached_property
     def ends(self) -> list[int]:
-        """For each file, the number of records up to its end."""
+        """Return for each file the number of records up to its end."""
         return list(accumulate(sum(file.chunks) for file in self.files))
 
     @cached_property
     def sources(self) -> list[Source]:
-        """For each file the source, with the folder that image paths are relative to: by default the file's own."""
-        own = (folder_of(file.name) for file in self.files)
-        return [self.source if self.source.images else replace(self.source, images=folder) for folder in own]
+        """Return for each file the source with the folder of its images, by default the file's own."""
+        if self.source.images:
+            return [self.source] * len(self.files)
+        # A pattern may match files in several folders, each with its images beside it.
+        return [replace(self.source, images=folder_of(file.name)) for file in self.files]
 
     @cached_property
     def chunks(self) -> list[int]:
-        """The lengths of runs of records that are read best together."""
+        """Return the lengths of runs of records that are best read together."""
         return [length for file in self.files for length in file.chunks]
 
     def __len__(self) -> int:
         return self.ends[-1]
 
     def example(self, index: int, rng: Random) -> Example:
-        """Record number `index` as an Example.
+        """Read a record and make an Example of it.
+
+        Args:
+            index: the record's number in the source.
+            rng: for choices within the record, such as which of five captions to take.
 
         Raises:
-            CafeError: the record is bad.
+            RecordError: the record is bad.
         """
-        number = bisect_right(self.ends, index)
-        file = self.files[number]
-        within = index - (self.ends[number - 1] if number else 0)
-        name = f"{file.name}, record {within}"
+        # Which file the record is in, and which of its rows.
+        file_number = bisect_right(self.ends, index)
+        file = self.files[file_number]
+        row_number = index - (self.ends[file_number - 1] if file_number else 0)
+        origin = f"{file.name}, record {row_number}"
         try:
-            row = file[within]
-            if isinstance(row, dict):
-                name += next((f" (id {row[key]})" for key in ("id", "__key__") if key in row), "")
-            pair, dialogue = FORMATS[self.source.format](row, self.sources[number], rng)
+            row = file[row_number]
+            origin += _id_suffix(row)
+            pair, dialogue = FORMATS[self.source.format](row, self.sources[file_number], rng)
             if not self.source.use_pairs:
                 pair = None
                 if dialogue is None:
-                    raise CafeError("there is no dialogue, and the source's pairs are not taken (contrast: false).")
+                    raise RecordError("there is no dialogue, and the source's pairs are not used (use_pairs: false).")
         except CafeError as error:
-            raise CafeError(f"{name}: {error}") from None
+            # Also where the row's file or its image on an object store cannot be read: other records may be fine.
+            raise RecordError(f"{origin}: {error}") from None
+        # The parsers take for granted that fields are there and of the right type, which keeps them short.
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise CafeError(f"{name}: a field is missing or of the wrong kind ({error}).") from None
-        return Example(pair, dialogue, name)
+            raise RecordError(f"{origin}: a field is missing or of the wrong kind ({error}).") from None
+        return Example(pair, dialogue, origin)
+
+
+def _id_suffix(row: Any) -> str:
+    if isinstance(row, dict):
+        for key in ("id", "__key__"):
+            if key in row:
+                return f" (id {row[key]})"
+    return ""
 
 
 def open_source(source: Source) -> OpenedSource:
-    """Finds a source's files and what is in them.
+    """Find a source's files and index them.
 
-    One file of several that cannot be read is warned of, and its rows, as many as the others have on average, count as
-    bad: so that a run with too many such files stops.
+    If one file of several cannot be read, a warning is logged and its rows, as many as the others have on average,
+    count as bad records, so that a run with too many such files stops.
 
     Raises:
-        CafeError: no file can be read, or a file is not of the format.
+        CafeError: no file can be read, or a file does not have the source's format.
     """
     if not source.path:
-        raise CafeError("A source's path is empty.")
-    if source.path.startswith("dataset:") or (not is_url(source.path) and Path(source.path).is_dir()):
-        return _counted(OpenedSource(source, [HFDataset(source.path, source.split, source.subset)]))
+        raise RecipeError("A source's path is empty.")
+    opened = OpenedSource(source, _open_files(source))
+    if not len(opened):
+        raise CafeError(f"The data file {source.path} holds no records.")
+    return opened
+
+
+def _open_files(source: Source) -> list[Rows]:
+    is_folder = not is_url(source.path) and Path(source.path).is_dir()
+    if is_folder or source.path.startswith("dataset:"):
+        return [HFDataset(source.path, source.split, source.subset)]
     names = expand_pattern(source.path)
+    # The usual form of these files is one object, whose images of other splits are dropped here, not counted as bad.
     if source.format == "karpathy" and source.path.endswith(".json"):
-        return _counted(OpenedSource(source, [_karpathy(name, source.split) for name in names]))
-    read: dict[str, Rows] = {}
-    lost: dict[str, str] = {}
-    for name in tqdm(names, desc=f"index {source.path}", unit="file", disable=len(names) < 8, leave=False):
+        return [_open_karpathy(name, source.split) for name in names]
+    if len(names) == 1:
+        return [open_rows(names[0], source.shuffle_window)]
+    return _open_several(names, source)
+
+
+def _open_several(names: list[str], source: Source) -> list[Rows]:
+    files: dict[str, Rows] = {}
+    errors: dict[str, str] = {}
+    quiet = len(names) < MIN_FILES_FOR_PROGRESS_BAR
+    for name in tqdm(names, desc=f"index {source.path}", unit="file", disable=quiet, leave=False):
         try:
-            read[name] = open_rows(name, source.shuffle_window)
+            files[name] = open_rows(name, source.shuffle_window)
         except CafeError as error:
-            if len(names) == 1:
-                raise
-            lost[name] = str(error)
+            errors[name] = str(error)
             logger.warning("%s Its records count as bad.", error)
-    if not read:
-        raise CafeError(f"None of the {len(names)} files of {source.path} can be read. The last: {lost[names[-1]]}")
-    mean = max(1, round(sum(sum(file.chunks) for file in read.values()) / len(read)))
-    return _counted(
-        OpenedSource(source, [read[name] if name in read else UnreadableFile(name, lost[name], mean) for name in names])
-    )
+    if not files:
+        raise CafeError(f"None of the {len(names)} files of {source.path} can be read. The last: {errors[names[-1]]}")
+
+    # A file that cannot be read counts as bad records, in its place, so that the order of the others stays.
+    num_rows = [sum(file.chunks) for file in files.values()]
+    mean = max(1, round(sum(num_rows) / len(num_rows)))
+    for name, reason in errors.items():
+        files[name] = UnreadableFile(name, reason, mean)
+    return [files[name] for name in names]
 
 
-def _counted(records: OpenedSource) -> OpenedSource:
-    if not len(records):
-        raise CafeError(f"The data file {records.source.path} holds no records.")
-    return records
-
-
-def _karpathy(name: str, split: str) -> Rows:
+def _open_karpathy(name: str, split: str) -> Rows:
     data = load_json(name)
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list) or not all(isinstance(row, dict) for row in images):
         raise CafeError(f'The data file {name} has no list "images" of records, as a Karpathy split file has.')
-    return InMemoryRows(name, split_of(images, split))
+    return InMemoryRows(name, select_split(images, split))

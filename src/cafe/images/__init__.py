@@ -1,0 +1,1 @@
+"""Images as pixels: decoded, resized, normalized. Nothing here knows a model."""

@@ -12,7 +12,7 @@ from PIL.ExifTags import Base
 from PIL.Image import Transpose
 
 from cafe.content import ImageRef
-from cafe.errors import CafeError
+from cafe.errors import CafeError, RecordError
 
 try:
     import simplejpeg
@@ -20,7 +20,8 @@ except ImportError:
     simplejpeg = None
 
 MAX_IMAGE_PIXELS = 178_956_970  # Pillow's own limit against decompression bombs, in pixels
-_EXIF_TRANSPOSES = {  # what makes a picture upright, by its EXIF orientation
+_UPRIGHT = 1
+_EXIF_TRANSPOSES = {  # what turns an image upright, by its EXIF orientation
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
     4: Transpose.FLIP_TOP_BOTTOM,
@@ -31,88 +32,105 @@ _EXIF_TRANSPOSES = {  # what makes a picture upright, by its EXIF orientation
 }
 
 
-def decode_image(ref: ImageRef, max_pixels: int = MAX_IMAGE_PIXELS, enough: int | None = None) -> Image.Image:
-    """Decodes an image completely, upright (EXIF orientation applied) and in RGB.
+def decode_image(ref: ImageRef, max_pixels: int = MAX_IMAGE_PIXELS, min_side: int | None = None) -> Image.Image:
+    """Decode an image completely, upright (EXIF orientation applied) and in RGB.
 
-    Transparent pixels are laid over white; 16-bit pictures are scaled to 8 bits; palettes and CMYK are converted.
+    Transparent pixels are composited over white; 16-bit images are scaled to 8 bits; palettes and CMYK are converted.
 
     Args:
-        ref: where it is.
-        max_pixels: more are refused before they are decoded.
-        enough: a JPEG is decoded at a half, a quarter or an eighth of its size, which is faster, where this divides
-            both sides (so that the shape stays exact) and leaves them so many pixels or more. None decodes all.
+        ref: the image.
+        max_pixels: larger images are refused before they are decoded.
+        min_side: decode a JPEG at a half, a quarter or an eighth of its size, which is faster, where that divides both
+            sides (so that the shape stays exact) and leaves them at least this many pixels. None decodes at full size.
 
     Raises:
-        CafeError: the file is missing, is no image, is damaged, or has more than `max_pixels` pixels.
+        RecordError: the file is missing, is no image, is damaged, or has more than `max_pixels` pixels.
     """
     if isinstance(ref.source, Image.Image):
         with image_errors(ref):
             return _to_rgb(_apply_exif_orientation(ref.source))
-    with _open_encoded(ref.source, max_pixels, enough) as image:
+    with _open_encoded(ref.source, max_pixels, min_side) as image:
         return _to_rgb(_apply_exif_orientation(image))
 
 
 def decode_array(
-    ref: ImageRef, max_pixels: int = MAX_IMAGE_PIXELS, enough: int | None = None
+    ref: ImageRef, max_pixels: int = MAX_IMAGE_PIXELS, min_side: int | None = None
 ) -> UInt8[np.ndarray, "height width 3"]:
-    """What `decode_image` decodes, in an array. A plain JPEG comes there by half the work where simplejpeg is installed.
+    """Decode an image as `decode_image` does, into an array; plain JPEGs by simplejpeg, which does half the work.
 
-    Pillow's decoder and simplejpeg's are the same, libjpeg-turbo, and so are the values.
+    Pillow and simplejpeg both decode by libjpeg-turbo, so the values are the same.
     """
     if simplejpeg and not isinstance(ref.source, Image.Image):
-        with _open_encoded(ref.source, max_pixels, enough) as image:
-            if image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(Base.Orientation, 1) == 1:
+        with _open_encoded(ref.source, max_pixels, min_side) as image:
+            if _is_plain_jpeg(image):
                 data = ref.source if isinstance(ref.source, bytes) else ref.source.read_bytes()
-                with suppress(ValueError):  # it is damaged, and Pillow says how
+                with suppress(ValueError):  # a damaged file, for which Pillow's message below is better
                     return simplejpeg.decode_jpeg(data, min_height=image.height, min_width=image.width)
-    return np.array(decode_image(ref, max_pixels, enough))  # a copy, which may be written to
+    return np.array(decode_image(ref, max_pixels, min_side))  # a copy, because Pillow's own memory is read-only
+
+
+def _is_plain_jpeg(image: Image.Image) -> bool:
+    if image.format != "JPEG" or image.mode != "RGB":
+        return False
+    return image.getexif().get(Base.Orientation, _UPRIGHT) == _UPRIGHT
 
 
 @contextmanager
-def _open_encoded(source: Path | bytes, max_pixels: int, enough: int | None) -> Iterator[Image.Image]:
-    """An encoded image before it is decoded, set to be decoded at the size that `decode_image` tells of."""
-    ref = ImageRef(source)  # for messages
+def _open_encoded(source: Path | bytes, max_pixels: int, min_side: int | None) -> Iterator[Image.Image]:
+    """Open an encoded image that is not decoded yet, set to be decoded at a reduced size if `min_side` allows it."""
+    ref = ImageRef(source)  # names the image in messages
     with image_errors(ref), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         if image.width * image.height > max_pixels:
-            raise CafeError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
-        for part in (8, 4, 2):
-            whole = not image.width % part and not image.height % part
-            if enough and whole and min(image.size) >= part * enough:
-                image.draft(None, (image.width // part, image.height // part))
-                break
+            raise RecordError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
+        if min_side:
+            _reduce_jpeg(image, min_side)
         yield image
+
+
+def _reduce_jpeg(image: Image.Image, min_side: int) -> None:
+    """Have a JPEG decoded at the smallest size that keeps its shape and at least `min_side` pixels a side."""
+    # libjpeg decodes at these fractions from fewer coefficients. Other formats ignore `draft`.
+    for factor in (8, 4, 2):
+        divides = image.width % factor == image.height % factor == 0
+        if divides and min(image.size) >= factor * min_side:
+            image.draft(None, (image.width // factor, image.height // factor))
+            return
 
 
 @contextmanager
 def image_errors(ref: ImageRef) -> Iterator[None]:
-    """Within it, whatever is wrong with an image is one sentence that names it."""
+    """Turn whatever is wrong with an image into an error that names it."""
     try:
         yield
     except (CafeError, MemoryError):
         raise
     except FileNotFoundError:
-        raise CafeError(f"The image {ref} does not exist.") from None
-    except UnidentifiedImageError:  # which names bytes by their place in memory, another in each run
-        raise CafeError(f"The image {ref} cannot be decoded: it is of no kind that Pillow knows.") from None
-    except Exception as error:  # each of Pillow's decoders has its own kinds: RuntimeError (AVIF), struct.error (EXIF)
-        raise CafeError(f"The image {ref} cannot be decoded: {error}.") from error
+        raise RecordError(f"The image {ref} does not exist.") from None
+    except UnidentifiedImageError:  # its message names bytes by their address, which differs between runs
+        raise RecordError(f"The image {ref} cannot be decoded: Pillow does not know its format.") from None
+    except Exception as error:  # Pillow's decoders raise RuntimeError (AVIF), struct.error (EXIF) and others
+        raise RecordError(f"The image {ref} cannot be decoded: {error}.") from error
 
 
 def _apply_exif_orientation(image: Image.Image) -> Image.Image:
-    # Not by Pillow's `exif_transpose`, which writes all other EXIF tags anew and fails where one is damaged.
-    image.load()  # first: a TIFF is turned by that
-    turn = _EXIF_TRANSPOSES.get(image.getexif().get(Base.Orientation, 1))
-    if turn is None:
+    # Pillow's `exif_transpose` rewrites all other EXIF tags, and fails where one of them is damaged.
+    image.load()  # comes first, because loading a TIFF turns it upright
+    transpose = _EXIF_TRANSPOSES.get(image.getexif().get(Base.Orientation, _UPRIGHT))
+    if transpose is None:
         return image
-    upright = image.transpose(turn)
-    upright.info = {key: value for key, value in image.info.items() if key == "transparency"}  # or it is turned again
+    upright = image.transpose(transpose)
+    # Without the EXIF data, so that nobody turns it again.
+    upright.info = {key: value for key, value in image.info.items() if key == "transparency"}
     return upright
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # "I;16B" too, big-endian, of which Pillow takes no point but by way of "I"
+    # 16 bits to 8: Pillow would clip them. Big-endian "I;16B" takes no `point` unless converted to "I" first.
+    if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
+    # Alpha, whether a channel or a palette's transparent color: Pillow would drop it and show what lies below.
     if "A" in image.getbands() or "transparency" in image.info:
         layer = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
+        white = Image.new("RGBA", layer.size, "white")
+        image = Image.alpha_composite(white, layer)
     return image if image.mode == "RGB" else image.convert("RGB")

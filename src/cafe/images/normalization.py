@@ -1,7 +1,7 @@
-"""Pictures as bytes on their way from a loader's worker to the device, which makes the model's values of them there.
+"""Send images as bytes from a loader worker to the device, and compute the model's pixel values there.
 
-A processor's values are float32: four bytes for each byte of a picture. Whatever family made them, they go as bytes
-only where every single value comes back.
+Normalized values are float32, four bytes for each byte of an image. Whichever family made them, they are sent as bytes
+only where every single value can be reproduced.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,12 @@ import torch
 from jaxtyping import Float32, UInt8
 from torch import Tensor
 
-TOLERANCE = 1e-5  # of a value: a few roundings of float32
+TOLERANCE = 1e-5  # absolute, between pixel values: a few roundings of float32
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """What an image processor makes of a byte: (byte * factor - mean) / std, the last two by colour."""
+    """Describe what an image processor makes of a byte: (byte * factor - mean) / std, the last two for each color."""
 
     factor: float
     mean: tuple[float, ...]
@@ -25,79 +25,122 @@ class Normalization:
 
     @classmethod
     def from_processor(cls, image_processor: Any) -> "Normalization | None":
-        """An image processor's; None where it has another way."""
+        """Read the normalization of an image processor; None if it has another form."""
         factor = getattr(image_processor, "rescale_factor", None)
-        mean, std = (tuple(getattr(image_processor, name, None) or ()) for name in ("image_mean", "image_std"))
-        return cls(factor, mean, std) if factor and len(mean) == len(std) == 3 else None
+        mean = getattr(image_processor, "image_mean", None)
+        std = getattr(image_processor, "image_std", None)
+        # Some processors do not normalize, and others have one mean for all colors.
+        if not factor or not mean or not std:
+            return None
+        if len(mean) != 3 or len(std) != 3:
+            return None
+        return cls(factor, tuple(mean), tuple(std))
 
     def quantize_exact(self, values: Float32[Tensor, "..."] | UInt8[Tensor, "..."]) -> UInt8[Tensor, "..."] | None:
-        """The bytes that values were made of, or that they are already; None if they were not."""
+        """Return the bytes that values were made of; None if they were made of none.
+
+        Args:
+            values: pixel values; bytes are returned unchanged.
+        """
         if values.dtype == torch.uint8:
             return values
-        if not values.is_floating_point() or not values.numel() or not _by_color(values):
+        if not values.is_floating_point() or not values.numel():
             return None
-        mean, std = self._of(values)
+        if not _has_colors(values):
+            return None
+        # Solve (byte * factor - mean) / std = value for the byte, round it, and see if it gives the value back.
+        mean, std = self._broadcast(values)
         raw = torch.addcmul(mean / self.factor, values, std / self.factor).round_().clamp_(0, 255).to(torch.uint8)
         return raw if self.reproduces(values, raw) else None
 
     def reproduces(self, values: Float32[Tensor, "..."], raw: Tensor) -> bool:
-        """Whether some bytes become just these values."""
-        if raw.dtype != torch.uint8 or raw.shape != values.shape or not _by_color(raw):
+        """Tell whether bytes normalize to these values.
+
+        Args:
+            values: pixel values.
+            raw: what may be their bytes: of another dtype or shape, or without colors, they are not.
+        """
+        if raw.dtype != torch.uint8 or raw.shape != values.shape:
+            return False
+        if not _has_colors(raw):
             return False
         return bool(self.normalize(raw).sub_(values).abs_().max() <= TOLERANCE)
 
     def normalize(self, raw: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
-        """The model's values."""
-        mean, std = self._of(raw)
+        """Compute the pixel values of bytes."""
+        mean, std = self._broadcast(raw)
         return raw.float().mul_(self.factor).sub_(mean).div_(std)
 
-    def _of(self, pixels: Tensor) -> list[Tensor]:
-        """Mean and standard deviation in the shape in which they go along with pictures, or with rows of patches."""
-        repeat, shape = (pixels.shape[1] // 3, (-1,)) if pixels.dim() == 2 else (1, (3, 1, 1))
-        return [
-            torch.tensor(each, device=pixels.device).repeat_interleave(repeat).view(shape)
-            for each in (self.mean, self.std)
-        ]
+    def _broadcast(self, pixels: Tensor) -> list[Tensor]:
+        """Return mean and standard deviation in a shape that broadcasts with images, or with rows of patches."""
+        repeat, shape = 1, [3, 1, 1]
+        # A row of a patch holds all values of one color, then those of the next.
+        if pixels.dim() == 2:
+            repeat, shape = pixels.shape[1] // 3, [-1]
+        mean = torch.tensor(self.mean, device=pixels.device)
+        std = torch.tensor(self.std, device=pixels.device)
+        return [mean.repeat_interleave(repeat).view(shape), std.repeat_interleave(repeat).view(shape)]
 
 
 @dataclass(frozen=True)
 class PackedPixels:
-    """How the bytes of a pack become values: the normalization, and the shapes of the parts that were joined.
+    """Hold what turns the bytes of a batch into pixel values: the normalization, and the shapes of the joined parts.
 
-    Parts smaller than the largest are filled up, and the model expects 0 there, which is the value of no byte.
+    Parts smaller than the largest are padded. The model expects 0 there, which is the value of no byte.
     """
 
     normalization: Normalization
     shapes: tuple[torch.Size, ...]
 
     def normalize(self, raw: UInt8[Tensor, "first ..."]) -> Float32[Tensor, "first ..."]:
-        """The model's values of all parts."""
+        """Compute the pixel values of all parts."""
         values = self.normalization.normalize(raw)
-        for part, shape in zip(values.split([shape[0] for shape in self.shapes]), self.shapes, strict=True):
+        parts = values.split([shape[0] for shape in self.shapes])
+        # Write zeros beyond a part's own size, one dimension after the other.
+        for part, shape in zip(parts, self.shapes, strict=True):
             for dim, size in enumerate(shape):
                 part.narrow(dim, size, part.shape[dim] - size).zero_()
         return values
 
 
 def pack_uint8(
-    pictures: Sequence[dict[str, Tensor]], normalization: Normalization
+    images: Sequence[dict[str, Tensor]], normalization: Normalization
 ) -> tuple[list[dict[str, Tensor]], PackedPixels | None]:
-    """The vision tensors with `pixel_values` as bytes, and how to come back; as values where one is not of bytes."""
-    found = [normalization.quantize_exact(vision["pixel_values"]) for vision in pictures if "pixel_values" in vision]
-    raw = [each for each in found if each is not None]
-    if not raw or len(raw) < len(pictures):
-        return [_with_values(vision, normalization) for vision in pictures], None
-    shapes = tuple(each.shape for each in raw)
-    return [{**vision, "pixel_values": each} for vision, each in zip(pictures, raw, strict=True)], PackedPixels(
-        normalization, shapes
-    )
+    """Return image inputs with `pixel_values` as bytes, and what decodes them.
+
+    If some values cannot be made of bytes, all stay values, or become values, and there is nothing to decode.
+
+    Args:
+        images: the image inputs of some contents; `pixel_values` are values, or already bytes.
+        normalization: what the image processor makes of a byte.
+    """
+    packed: list[dict[str, Tensor]] = []
+    for inputs in images:
+        values = inputs.get("pixel_values")
+        raw = None if values is None else normalization.quantize_exact(values)
+        if raw is None:
+            break
+        packed.append({**inputs, "pixel_values": raw})
+    # One tensor holds the pixels of all contents, so they are bytes together or not at all.
+    if not packed or len(packed) < len(images):
+        return [_with_values(inputs, normalization) for inputs in images], None
+    shapes = tuple(inputs["pixel_values"].shape for inputs in packed)
+    return packed, PackedPixels(normalization, shapes)
 
 
-def _with_values(vision: dict[str, Tensor], normalization: Normalization) -> dict[str, Tensor]:
-    if "pixel_values" not in vision or vision["pixel_values"].dtype != torch.uint8:
-        return vision
-    return {**vision, "pixel_values": normalization.normalize(vision["pixel_values"])}
+def _with_values(inputs: dict[str, Tensor], normalization: Normalization) -> dict[str, Tensor]:
+    pixels = inputs.get("pixel_values")
+    if pixels is None or pixels.dtype != torch.uint8:
+        return inputs
+    return {**inputs, "pixel_values": normalization.normalize(pixels)}
 
 
-def _by_color(values: Tensor) -> bool:
-    return values.shape[-3] == 3 if values.dim() > 2 else values.dim() == 2 and values.shape[1] % 3 == 0
+def _has_colors(values: Tensor) -> bool:
+    """Tell whether the colors stand where `_broadcast` expects them.
+
+    Images have them in the third dimension from the end. A row of a patch has the values of three colors of the same
+    number.
+    """
+    if values.dim() > 2:
+        return values.shape[-3] == 3
+    return values.dim() == 2 and values.shape[1] % 3 == 0

@@ -1,6 +1,6 @@
-"""Pillow's image processors with PyTorch's resize in them: the one that torchvision's take, several times faster.
+"""PyTorch's resize for transformers' Pillow image processors: the one torchvision uses, several times faster.
 
-Its values are Pillow's but for one level of 255 here and there.
+Its values equal Pillow's except for an occasional difference of one level in 255.
 """
 
 from typing import Any
@@ -18,29 +18,34 @@ MODES = {Resampling.BILINEAR: "bilinear", Resampling.BICUBIC: "bicubic"}
 
 
 def resize(image: UInt8[np.ndarray, "colors height width"], height: int, width: int, mode: str) -> NDArray[Any]:
-    """A picture in another size, as Pillow's `resize` with the filter that `mode` names."""
+    """Resize an image as Pillow's `resize` does with the filter that `mode` names."""
     if image.shape[1:] == (height, width):
         return image
-    # As one picture with its colours last in memory, for which there is a kernel in integers.
-    one = torch.from_numpy(image)[None].contiguous(memory_format=torch.channels_last)
-    resized: NDArray[Any] = F.interpolate(one, size=(height, width), mode=mode, antialias=True)[0].numpy()
+    # PyTorch has an integer kernel for images whose colors are last in memory.
+    batch = torch.from_numpy(image)[None].contiguous(memory_format=torch.channels_last)
+    resized: NDArray[Any] = F.interpolate(batch, size=(height, width), mode=mode, antialias=True)[0].numpy()
     return resized
 
 
-class _Resizing(PilBackend):
-    """Stands between a family's image processor and what it inherits its resize from."""
+class _TorchResize(PilBackend):
+    """Override the resize that a family's image processor inherits from `PilBackend`."""
 
     def resize(self, image: NDArray[Any], size: SizeDict, resample: Any = None, **kwargs: Any) -> NDArray[Any]:
+        # Other filters, other dtypes, and sizes that depend on the image are left to Pillow.
         mode = MODES.get(resample)
-        if mode and size.height and size.width and not size.shortest_edge and image.dtype == np.uint8:
+        exact_size = size.height and size.width and not size.shortest_edge
+        if mode and exact_size and image.dtype == np.uint8:
             return resize(image, size.height, size.width, mode)
         resized: NDArray[Any] = super().resize(image=image, size=size, resample=resample, **kwargs)
         return resized
 
 
-def use_torch_resize(image_processor: Any) -> None:
-    """Gives an image processor of Pillow's that resize; others stay as they are."""
+def with_torch_resize(image_processor: Any) -> Any:
+    """Return an image processor with the same settings that resizes by PyTorch; unchanged if it is not Pillow's."""
     family = type(image_processor)
-    if issubclass(family, PilBackend) and not issubclass(family, _Resizing):
-        # Under the same name, so that it saves the same files.
-        image_processor.__class__ = type(family.__name__, (family, _Resizing), {"__module__": family.__module__})
+    if not issubclass(family, PilBackend) or issubclass(family, _TorchResize):
+        return image_processor
+    # The new class comes last among the bases, so that a family's own `resize` still comes first, and has the same
+    # name, so that the processor saves the same files.
+    torch_family: Any = type(family.__name__, (family, _TorchResize), {"__module__": family.__module__})
+    return torch_family.from_dict(image_processor.to_dict())

@@ -1,9 +1,10 @@
-"""The losses, as pure tensor functions: no model, no file, no rank.
+"""The contrastive loss: symmetric InfoNCE and its options.
 
-All of them compute in float32 (or float64 where the input is) whatever the model ran in.
+Everything is computed in float32, or in float64 where the input is, whatever precision the model ran in.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,165 +15,225 @@ from torch import Tensor
 CHUNK_NUMEL = 2 * 2**20  # similarities computed at once: 8 MiB in float32
 
 
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """Options of the contrastive loss.
+
+    To add an option, add a field here, use it below, and give `ObjectiveConfig` in the recipe a field of the same name.
+
+    Attributes:
+        symmetric: also contrast targets with queries, and average the two directions.
+        hardness_weight: multiply the term of each negative by exp(hardness_weight * cosine), held constant in the
+            gradient, so that a negative counts more the more it resembles the match (LLaVE, arXiv 2503.04812). 0 gives
+            all negatives the same weight.
+        false_negative_margin: leave out negatives whose cosine exceeds that of the match by more than this, as they are
+            probably unlabeled matches (GISTEmbed, arXiv 2402.16829, here with the model as its own guide). None keeps
+            all negatives.
+        dim_weights: for each number of leading dimensions, the weight of the loss on these dimensions alone
+            (Matryoshka, Kusupati et al., arXiv 2205.13147). The whole embedding has weight 1.
+        mask_duplicates: do not count targets with equal ids as negatives of each other's queries.
+    """
+
+    symmetric: bool = True
+    hardness_weight: float = 0.0
+    false_negative_margin: float | None = None
+    dim_weights: Mapping[int, float] = field(default_factory=dict)
+    mask_duplicates: bool = True
+
+
+DEFAULT_CONFIG = ContrastiveConfig()
+
+
 def info_nce(
     queries: Float[Tensor, "pairs dim"],
     targets: Float[Tensor, "pairs dim"],
-    temperature: float | Tensor = 0.05,
+    temperature: float | Float[Tensor, ""] = 0.05,
     negatives: Float[Tensor, "negatives dim"] | None = None,
+    *,
     target_ids: Int64[Tensor, " targets"] | None = None,
-    owners: Int64[Tensor, " negatives"] | None = None,
-    scores: Float[Tensor, " negatives"] | None = None,
-    symmetric: bool = True,
-    hardness: float = 0.0,
-    margin: float | None = None,
-    tile: int = CHUNK_NUMEL,
+    negative_owner: Int64[Tensor, " negatives"] | None = None,
+    negative_match_prob: Float[Tensor, " negatives"] | None = None,
+    config: ContrastiveConfig = DEFAULT_CONFIG,
+    chunk_numel: int = CHUNK_NUMEL,
 ) -> Float[Tensor, ""]:
-    """Symmetric InfoNCE with in-batch negatives (CAFe, arXiv 2503.19900; van den Oord et al., arXiv 1807.03748).
+    """Compute InfoNCE with in-batch and hard negatives (CAFe, arXiv 2503.19900; van den Oord et al., arXiv 1807.03748).
 
-    Rows need not be normalised. Row i of `queries` matches row i of `targets`; every other pair's target and every
-    hard negative is a negative of every query, and every other pair's query is a negative of every target.
+    Row i of `queries` matches row i of `targets`. The targets of all other pairs and all hard negatives are negatives
+    of every query; the queries of all other pairs are negatives of every target.
 
-    The similarity matrix is never held: it is made in tiles, once for the loss and once more for its gradient, so that
-    memory grows with the number of pairs and not with its square.
+    The similarity matrix is never held in memory: it is computed in chunks, once for the loss and once more for its
+    gradient, so memory grows with the number of pairs and not with its square.
 
     Args:
-        queries: one embedding a pair.
-        targets: its match.
+        queries: one embedding per pair; need not be normalized.
+        targets: the matches of the queries.
         temperature: divides the cosine; 0.05 as published.
-        negatives: hard negatives, for the query-to-target direction.
-        target_ids: of the targets, and of the hard negatives behind them if wanted; equal numbers mark equal contents,
-            of which a query's own target makes none a negative.
-        owners, scores: the query that each hard negative was found for, and how likely it matches that after all: its
-            weight as a target beside the match's weight of 1. So a query's targets are a distribution, and the loss the
-            cross-entropy with it (soft matching scores, as in UniME-V2, arXiv 2510.13515). None for 0 each.
-        symmetric: also contrast targets with queries, and average the two directions.
-        hardness: each negative's term is multiplied by exp(hardness * cosine), held constant in the gradient: the more
-            a negative resembles the match, the more it counts (LLaVE, arXiv 2503.04812). 0 for equal weights.
-        margin: what is more similar than the match by more than this cosine is taken for a match that nobody marked,
-            and is no negative (as in GISTEmbed, arXiv 2402.16829, here with the model as its own guide). None for none.
-        tile: entries of the similarity matrix computed at once, or as many as the targets have where that is less.
+        negatives: hard negatives, used in the query-to-target direction.
+        target_ids: ids of the targets, optionally followed by those of the hard negatives. Equal ids mean equal
+            content, which is not a negative of its own query.
+        negative_owner: the query that each hard negative was mined for.
+        negative_match_prob: the probability that a hard negative matches its query after all. It is the weight of the
+            negative among the query's targets, where the match has weight 1; the loss is the cross-entropy with this
+            distribution (soft matching scores, as in UniME-V2, arXiv 2510.13515). None stands for 0 everywhere.
+        config: the options of the loss.
+        chunk_numel: entries of the similarity matrix computed at once; fewer where the targets have fewer entries.
 
     Returns:
-        The mean loss in nats.
+        The mean loss in nats, or the weighted mean of several where `config.dim_weights` is set.
     """
-    queries, targets = _normalize(queries), _normalize(targets)
-    if negatives is not None and len(negatives):
-        targets = torch.cat([targets, _normalize(negatives)])
-    scale = queries.new_ones(()) / temperature
-    loss: Tensor = _InfoNCE.apply(queries, targets, scale, target_ids, symmetric, hardness, margin, tile)
-    if owners is None or scores is None:
-        return loss
-    # Of the cross-entropy, the matches alone are in the loss so far: what the other targets' shares change in it.
-    found, matches = targets[len(queries) :], targets[owners]
-    shares = scores.to(loss) / (1 + scale.new_zeros(len(queries)).index_add(0, owners, scores.to(loss)))[owners]
-    change = shares @ ((matches - found) * queries[owners]).sum(1) * scale / len(queries)
-    return loss + change / (2 if symmetric else 1)
-
-
-def matryoshka(
-    prefixes: Mapping[int, float],
-    queries: Float[Tensor, "pairs dim"],
-    targets: Float[Tensor, "pairs dim"],
-    temperature: float | Tensor,
-    negatives: Float[Tensor, "negatives dim"],
-    **options: Any,
-) -> Float[Tensor, ""]:
-    """The weighted mean of InfoNCE over prefixes of the embedding (Kusupati et al., arXiv 2205.13147).
-
-    Args:
-        prefixes: the weight of each number of first dimensions; the whole embedding has weight 1.
-        queries, targets, temperature, negatives, options: as `info_nce` takes them.
-    """
-    weights = {**prefixes, queries.shape[1]: 1.0}
-    losses = [
-        weight * info_nce(queries[:, :dim], targets[:, :dim], temperature, negatives[:, :dim], **options)
-        for dim, weight in weights.items()
-    ]
+    if negatives is None:
+        negatives = targets[:0]
+    if not config.mask_duplicates:
+        target_ids = None
+    weights = {**config.dim_weights, queries.shape[1]: 1.0}
+    losses = []
+    for dim, weight in weights.items():
+        loss = _single_info_nce(
+            _normalize(queries[:, :dim]),
+            _normalize(targets[:, :dim]),
+            _normalize(negatives[:, :dim]),
+            temperature,
+            target_ids,
+            negative_owner,
+            negative_match_prob,
+            config,
+            chunk_numel,
+        )
+        losses.append(weight * loss)
     return torch.stack(losses).sum() / sum(weights.values())
 
 
+def _single_info_nce(
+    queries: Float[Tensor, "pairs dim"],
+    targets: Float[Tensor, "pairs dim"],
+    negatives: Float[Tensor, "negatives dim"],
+    temperature: float | Float[Tensor, ""],
+    target_ids: Int64[Tensor, " targets"] | None,
+    negative_owner: Int64[Tensor, " negatives"] | None,
+    negative_match_prob: Float[Tensor, " negatives"] | None,
+    config: ContrastiveConfig,
+    chunk_numel: int,
+) -> Float[Tensor, ""]:
+    """Compute InfoNCE of unit rows over all their dimensions."""
+    if len(negatives):
+        targets = torch.cat([targets, negatives])
+    scale = queries.new_ones(()) / temperature
+    loss: Tensor = _InfoNCE.apply(queries, targets, scale, target_ids, config, chunk_numel)
+    if negative_owner is None or negative_match_prob is None:
+        return loss
+
+    # So far each query's target distribution is its match alone. Moving probability from the match to a negative
+    # changes the cross-entropy by that probability times the difference of their logits.
+    match_probs = negative_match_prob.to(loss)
+    total_weight = 1 + scale.new_zeros(len(queries)).index_add(0, negative_owner, match_probs)
+    soft_labels = match_probs / total_weight[negative_owner]
+    negatives, positives = targets[len(queries) :], targets[negative_owner]
+    cosine_gap = ((positives - negatives) * queries[negative_owner]).sum(1)
+    change = soft_labels @ cosine_gap * scale / len(queries)
+    directions = 2 if config.symmetric else 1
+    return loss + change / directions
+
+
 class _InfoNCE(torch.autograd.Function):
-    """InfoNCE on unit rows: the targets of all pairs, then the hard negatives."""
+    """InfoNCE of unit rows. The targets are those of all pairs, followed by the hard negatives."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        queries: Tensor,
-        targets: Tensor,
-        scale: Tensor,
-        ids: Tensor | None,
-        symmetric: bool,
-        hardness: float,
-        margin: float | None,
-        tile: int,
-    ) -> Tensor:
+        queries: Float[Tensor, "pairs dim"],
+        targets: Float[Tensor, "targets dim"],
+        scale: Float[Tensor, ""],
+        target_ids: Int64[Tensor, " ids"] | None,
+        config: ContrastiveConfig,
+        chunk_numel: int,
+    ) -> Float[Tensor, ""]:
         pairs = len(queries)
-        positives, by_row = queries.new_empty(pairs), queries.new_empty(pairs)
-        by_column = queries.new_full((pairs,), float("-inf"))
-        for rows, logits, columns in _iter_logits(queries, targets, scale, ids, hardness, margin, tile):
-            positives[rows] = logits.diagonal(rows.start)
-            by_row[rows] = logits.logsumexp(1)
-            if symmetric:
-                torch.logaddexp(by_column, columns.logsumexp(0), out=by_column)
-        ctx.save_for_backward(queries, targets, scale, ids, by_row, by_column)
-        ctx.options = symmetric, hardness, margin, tile
-        loss = (by_row - positives).mean()
-        return (loss + (by_column - positives).mean()) / 2 if symmetric else loss
+        positive_logits, row_logsumexp = queries.new_empty(pairs), queries.new_empty(pairs)
+        column_logsumexp = queries.new_full((pairs,), float("-inf"))
+        for rows, logits, column_logits in _iter_logits(queries, targets, scale, target_ids, config, chunk_numel):
+            positive_logits[rows] = logits.diagonal(rows.start)
+            # A chunk holds whole rows, so the denominator of a query is complete; that of a target is accumulated.
+            row_logsumexp[rows] = logits.logsumexp(1)
+            if config.symmetric:
+                torch.logaddexp(column_logsumexp, column_logits.logsumexp(0), out=column_logsumexp)
+
+        # The backward pass computes the logits again from these; it needs the denominators only.
+        ctx.save_for_backward(queries, targets, scale, target_ids, row_logsumexp, column_logsumexp)
+        ctx.config, ctx.chunk_numel = config, chunk_numel
+        loss = (row_logsumexp - positive_logits).mean()
+        if not config.symmetric:
+            return loss
+        return (loss + (column_logsumexp - positive_logits).mean()) / 2
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        queries, targets, scale, ids, by_row, by_column = ctx.saved_tensors
-        symmetric, hardness, margin, tile = ctx.options
-        pairs, directions = len(queries), 2 if symmetric else 1
+        queries, targets, scale, target_ids, row_logsumexp, column_logsumexp = ctx.saved_tensors
+        pairs = len(queries)
+        directions = 2 if ctx.config.symmetric else 1
         grad_queries, grad_targets = torch.empty_like(queries), torch.zeros_like(targets)
         grad_scale = torch.zeros_like(scale)
-        for rows, logits, columns in _iter_logits(queries, targets, scale, ids, hardness, margin, tile):
-            back = (columns - by_column).exp_() if symmetric else 0.0
-            share = logits.sub_(by_row[rows, None]).exp_()
-            share[:, :pairs] += back
-            share.diagonal(rows.start).sub_(directions)
-            share *= grads[0] / (directions * pairs)
-            grad_queries[rows] = (share @ targets).mul_(scale)
-            grad_targets.addmm_(share.T, queries[rows])
-        if ctx.needs_input_grad[2]:  # a logit is cosine * scale, so the sum of share * cosine is this
+        chunks = _iter_logits(queries, targets, scale, target_ids, ctx.config, ctx.chunk_numel)
+        for rows, logits, column_logits in chunks:
+            # The gradient of a logsumexp is a softmax; that of the loss subtracts 1 at the match, once per direction.
+            # `column_logits` may be a view of `logits`: it is read before these are overwritten.
+            column_probs = (column_logits - column_logsumexp).exp_() if ctx.config.symmetric else 0.0
+            probs = logits.sub_(row_logsumexp[rows, None]).exp_()
+            probs[:, :pairs] += column_probs
+            probs.diagonal(rows.start).sub_(directions)
+            probs *= grads[0] / (directions * pairs)
+            grad_queries[rows] = (probs @ targets).mul_(scale)
+            grad_targets.addmm_(probs.T, queries[rows])
+        if ctx.needs_input_grad[2]:
+            # A logit is cosine * scale, so the gradient of the scale is the sum of probs * cosine.
             grad_scale = (grad_queries * queries).sum() / scale
-        return grad_queries, grad_targets.mul_(scale), grad_scale, None, None, None, None, None
+        return grad_queries, grad_targets.mul_(scale), grad_scale, None, None, None
 
 
 def _iter_logits(
-    queries: Tensor,
-    targets: Tensor,
-    scale: Tensor,
-    ids: Tensor | None = None,
-    hardness: float = 0.0,
-    margin: float | None = None,
-    tile: int = CHUNK_NUMEL,
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The logits of queries over all targets, and over the pairs' own for the other direction, some rows at a time.
+    queries: Float[Tensor, "pairs dim"],
+    targets: Float[Tensor, "targets dim"],
+    scale: Float[Tensor, ""],
+    target_ids: Int64[Tensor, " ids"] | None = None,
+    config: ContrastiveConfig = DEFAULT_CONFIG,
+    chunk_numel: int = CHUNK_NUMEL,
+) -> Iterator[tuple[slice, Float[Tensor, "rows targets"], Float[Tensor, "rows pairs"]]]:
+    """Iterate over chunks of rows of the similarity matrix.
 
-    They are of the same numbers, but a margin is from each direction's own match. What is no negative is -inf.
+    Yields:
+        The rows of the chunk, the logits of their queries over all targets, and the same logits over the targets of the
+        pairs as the target-to-query direction sees them: there a false-negative margin counts from the target's own
+        match. Whatever is not a negative is -inf.
     """
     pairs = len(queries)
-    step = max(1, min(tile // len(targets), targets.shape[1]))  # rows: a tile holds no more numbers than the targets
-    sharp = scale + hardness
-    bounds = None if margin is None else ((queries * targets[:pairs]).sum(1) + margin) * sharp
+    # A chunk need not be larger than the targets, which are in memory anyway.
+    step = max(1, min(chunk_numel // len(targets), targets.shape[1]))
+    # Multiplying a negative's term by exp(hardness_weight * cosine) is the same as a larger scale of its logit.
+    negative_scale = scale + config.hardness_weight
+    bounds = None
+    if config.false_negative_margin is not None:
+        bounds = ((queries * targets[:pairs]).sum(1) + config.false_negative_margin) * negative_scale
     for start in range(0, pairs, step):
         rows = slice(start, min(start + step, pairs))
-        logits = (queries[rows] * sharp) @ targets.T
-        matches = logits.diagonal(start) * (scale / sharp)
-        if ids is not None:
-            same = ids[rows, None] == ids[None, :]
-            logits[:, : len(ids)].masked_fill_(same, float("-inf"))
-        columns = logits[:, :pairs]
+        logits = (queries[rows] * negative_scale) @ targets.T
+        positive_logits = logits.diagonal(start) * (scale / negative_scale)
+
+        # Duplicates of the match. This also masks the match itself, which is put back below.
+        if target_ids is not None:
+            same = target_ids[rows, None] == target_ids[None, :]
+            logits[:, : len(target_ids)].masked_fill_(same, float("-inf"))
+
+        # Unlabeled matches. Each direction has its own bound: only here do the two need separate memory.
+        column_logits = logits[:, :pairs]
         if bounds is not None:
-            columns = columns.masked_fill(columns > bounds, float("-inf"))
+            column_logits = column_logits.masked_fill(column_logits > bounds, float("-inf"))
             logits.masked_fill_(logits > bounds[rows, None], float("-inf"))
-        for each in (logits, columns):
-            each.diagonal(start).copy_(matches)
-        yield rows, logits, columns
+
+        for each in (logits, column_logits):
+            each.diagonal(start).copy_(positive_logits)
+        yield rows, logits, column_logits
 
 
-def _normalize(rows: Tensor) -> Tensor:
+def _normalize(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
     return F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1)
 
 
@@ -180,13 +241,17 @@ def in_batch_accuracy(
     queries: Float[Tensor, "pairs dim"],
     targets: Float[Tensor, "pairs dim"],
     target_ids: Int64[Tensor, " pairs"] | None = None,
-    tile: int = CHUNK_NUMEL,
+    chunk_numel: int = CHUNK_NUMEL,
 ) -> Float[Tensor, ""]:
-    """Share of pairs, both directions averaged, that are nearest to their own match within the batch (0 to 1)."""
+    """Compute the fraction of pairs whose match is the nearest in the batch, averaged over both directions (0 to 1).
+
+    Targets with equal `target_ids` do not compete with each other.
+    """
     queries, targets = _normalize(queries), _normalize(targets)
-    pairs = torch.arange(len(queries), device=queries.device)
-    right = queries.new_zeros(())
-    for rows, columns in ((queries, targets), (targets, queries)):
-        for found, logits, _ in _iter_logits(rows, columns, rows.new_ones(()), target_ids, tile=tile):
-            right += (logits.argmax(1) == pairs[found]).sum()
-    return right / (2 * len(queries))
+    matches = torch.arange(len(queries), device=queries.device)
+    correct = queries.new_zeros(())
+    for anchors, candidates in ((queries, targets), (targets, queries)):
+        unit_scale = anchors.new_ones(())
+        for rows, logits, _ in _iter_logits(anchors, candidates, unit_scale, target_ids, chunk_numel=chunk_numel):
+            correct += (logits.argmax(1) == matches[rows]).sum()
+    return correct / (2 * len(queries))

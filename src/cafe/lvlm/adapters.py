@@ -1,46 +1,48 @@
-"""Adapters through PEFT: small matrices trained beside frozen weights (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353).
+"""Adapters by PEFT: small matrices trained beside frozen weights (LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353).
 
-A model with an adapter stays the Hugging Face class that it was, with PEFT's layers in the place of those adapted, so
-that what reads a model need not know. Adapters are loaded by PEFT's functions and not by transformers' own
-`from_pretrained`, which drops what DoRA adds to LoRA (transformers 5.23).
+A model with an adapter keeps its Hugging Face class, with PEFT's layers in place of those adapted, so that nothing else
+needs to know. Adapters are loaded by PEFT's functions and not by transformers' `from_pretrained`, which drops what DoRA
+adds to LoRA (transformers 5.23).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
-from cafe.errors import CafeError, load_error
+from cafe.errors import CheckpointError, MissingPackageError, RecipeError, load_error
 from cafe.lvlm.families import PartName, model_part
+from cafe.utils.ranges import Above, HalfOpen
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-NAME = "default"  # PEFT's, of a model's only adapter
-PREFIX = "base_model.model."  # what PEFT puts before the names in a file
+ADAPTER_NAME = "default"  # PEFT's name for a model's only adapter
+SAVED_PREFIX = "base_model.model."  # PEFT's prefix of the names in a file
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraSettings:
-    """LoRA: the weight W of an adapted layer becomes W + alpha / rank * B A, of which B and A are trained.
+    """Configure LoRA: the weight W of an adapted layer becomes W + alpha / rank * B A, of which B and A are trained.
 
     Attributes:
         rank: rows of A and columns of B.
-        alpha: weighs the update.
-        dropout: of what goes into A in training (0 to 1).
-        dora: train the length of each of W's rows apart from its direction.
-        language_model, projector, vision_tower: names of this part's linear layers to adapt, as in
-            [q_proj, v_proj], or [all]; null leaves the part as it is.
+        alpha: scale of the update.
+        dropout: dropout on the input of A in training (0 to 1).
+        dora: train the norm of each row of W apart from its direction.
+        language_model, projector, vision_tower: names of the part's linear layers to adapt, as in [q_proj, v_proj], or
+            [all]; null leaves the part unchanged.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
-    dropout: float = 0.0
+    rank: Annotated[int, Above(0)] = 16
+    alpha: Annotated[float, Above(0)] = 32.0
+    dropout: Annotated[float, HalfOpen(0, 1)] = 0.0
     dora: bool = False
     language_model: tuple[str, ...] | None = ("all",)
     projector: tuple[str, ...] | None = None
@@ -48,18 +50,19 @@ class LoraSettings:
 
 
 def add_adapter(lvlm: PreTrainedModel, adapter: LoraSettings) -> None:
-    """Freezes a model and puts an adapter into it that changes nothing yet.
+    """Freeze a model and add an adapter that changes nothing yet.
 
-    The adapter is trained in float32 whatever the model's weights are held in.
+    The adapter is trained in float32, whatever the dtype of the model's weights.
 
     Raises:
-        CafeError: PEFT is not installed, the model has an adapter, or no layer bears a name given.
+        MissingPackageError: PEFT is not installed.
+        RecipeError: the model has an adapter already, or no layer has a given name.
     """
     _require_peft()
-    from peft import LoraConfig
+    from peft import LoraConfig  # here, because PEFT is optional and slow to import
 
     if has_adapter(lvlm):
-        raise CafeError(f"{lvlm.name_or_path} has an adapter already: `cafe merge` makes a plain checkpoint of both.")
+        raise RecipeError(f"{lvlm.name_or_path} has an adapter already: `cafe merge` makes a plain checkpoint of both.")
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
@@ -68,53 +71,80 @@ def add_adapter(lvlm: PreTrainedModel, adapter: LoraSettings) -> None:
         target_modules=find_target_modules(lvlm, adapter),
     )
     _inject(lvlm, config)
+    # The adapter is saved elsewhere, where a relative path would mean another directory.
     base = Path(lvlm.name_or_path)
     config.base_model_name_or_path = str(base.resolve() if base.is_dir() else base)
 
 
 def find_target_modules(lvlm: PreTrainedModel, adapter: LoraSettings) -> list[str]:
-    """The linear layers that an adapter is for, by name.
+    """Find the linear layers that an adapter is for, by name.
 
     Raises:
-        CafeError: a part has no layer of a name given.
+        RecipeError: a part has no layer of a given name.
     """
+    # In this order, which is that of the saved configuration.
     wanted: dict[PartName, tuple[str, ...] | None] = {
         "language_model": adapter.language_model,
         "projector": adapter.projector,
         "vision_tower": adapter.vision_tower,
     }
-    modules = dict(lvlm.named_modules())
-    own = {part: [] for part in wanted}  # type: dict[PartName, list[str]]
-    for name, module in modules.items():
-        # The head and what attention of PyTorch's own kind holds are read without a call that an adapter could join.
-        held = isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention)
-        if isinstance(module, nn.Linear) and module is not lvlm.get_output_embeddings() and not held:
-            own[model_part(f"{name}.", lvlm.config.model_type)].append(name)
-    found: list[str] = []
+    layers = _linear_layers(lvlm)
+    targets: list[str] = []
     for part, names in wanted.items():
-        layers = {name: name.rpartition(".")[2] for name in own[part]}
-        for name in names or ():
-            if name != "all" and name not in layers.values():
-                there = ", ".join(sorted(set(layers.values()))) or "none"
-                raise CafeError(f"model.adapter.{part}: no linear layer is called {name!r}; there are {there}.")
-        if names and not layers:
-            raise CafeError(f"model.adapter.{part}: a {lvlm.config.model_type} model has no linear layer there.")
-        found += [layer for layer, name in layers.items() if names and ("all" in names or name in names)]
-    if not found:
-        raise CafeError("model.adapter names no layer of any part.")
-    return found
+        if names:
+            _check_layer_names(part, names, layers[part], lvlm.config.model_type)
+            targets += [layer for layer in layers[part] if "all" in names or _last_name(layer) in names]
+    if not targets:
+        raise RecipeError("model.adapter names no layer of any part.")
+    return targets
+
+
+def _linear_layers(lvlm: PreTrainedModel) -> dict[PartName, list[str]]:
+    """Return the names of the linear layers of each part that can be adapted."""
+    modules = dict(lvlm.named_modules())
+    head = lvlm.get_output_embeddings()
+    layers: dict[PartName, list[str]] = {part: [] for part in get_args(PartName)}
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        # PyTorch's own attention reads the weights of its layers without calling them, so an adapter would be skipped;
+        # the losses read those of the head in the same way.
+        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+            continue
+        layers[model_part(f"{name}.", lvlm.config.model_type)].append(name)
+    return layers
+
+
+def _check_layer_names(part: PartName, names: Sequence[str], layers: Sequence[str], model_type: str) -> None:
+    """Refuse names that no linear layer of the part has, and parts without any.
+
+    Raises:
+        RecipeError: there is one.
+    """
+    known = {_last_name(layer) for layer in layers}
+    for name in names:
+        if name == "all" or name in known:
+            continue
+        listed = ", ".join(sorted(known)) or "none"
+        raise RecipeError(f"model.adapter.{part}: no linear layer is called {name!r}; there are {listed}.")
+    if not layers:
+        raise RecipeError(f"model.adapter.{part}: a {model_type} model has no linear layer there.")
+
+
+def _last_name(layer: str) -> str:
+    return layer.rpartition(".")[2]
 
 
 def has_adapter(lvlm: PreTrainedModel) -> bool:
-    """Whether a model has one."""
+    """Tell whether a model has an adapter."""
     return bool(getattr(lvlm, "_hf_peft_config_loaded", False))
 
 
 def read_adapter_config(path: str | Path) -> "PeftConfig | None":
-    """The configuration of the adapter in a directory or under a Hub id; None where something else is there.
+    """Read the configuration of the adapter in a directory or under a Hub id; None if there is something else.
 
     Raises:
-        CafeError: there is one and PEFT is not installed.
+        MissingPackageError: there is an adapter and PEFT is not installed.
     """
     if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
         return None
@@ -127,38 +157,40 @@ def read_adapter_config(path: str | Path) -> "PeftConfig | None":
 
 
 def load_adapter(lvlm: PreTrainedModel, path: str | Path, config: "PeftConfig") -> None:
-    """Puts a saved adapter into its base model.
+    """Add a saved adapter to its base model.
 
     Raises:
-        CafeError: its weights are missing, damaged or not for this model.
+        CheckpointError: its weights are missing, damaged or for another model.
     """
     from peft import set_peft_model_state_dict
     from peft.utils import load_peft_weights
 
-    base = config.base_model_name_or_path
+    base = config.base_model_name_or_path  # transformers overwrites it
     _inject(lvlm, config)
     config.base_model_name_or_path = base
     try:
         weights: dict[str, Any] = load_peft_weights(str(path), device=str(lvlm.device))
     except (OSError, ValueError, SafetensorError) as error:
         raise load_error("adapter", path, error) from error
-    named = {name.removeprefix(PREFIX): tensor for name, tensor in weights.items()}
-    result = set_peft_model_state_dict(lvlm, named, NAME)
+    unprefixed = {name.removeprefix(SAVED_PREFIX): tensor for name, tensor in weights.items()}
+    result = set_peft_model_state_dict(lvlm, unprefixed, ADAPTER_NAME)
+    # The base's own weights count as missing too: a file holds the adapter's alone.
     missing = [name for name in result.missing_keys if "lora_" in name]
     if missing or result.unexpected_keys:
-        wrong = (missing or result.unexpected_keys)[0]
-        raise CafeError(f"The adapter {path} does not fit {lvlm.name_or_path}: {wrong}.")
+        name = (missing or result.unexpected_keys)[0]
+        raise CheckpointError(f"The adapter {path} does not fit {lvlm.name_or_path}: {name}.")
     lvlm.requires_grad_(False)
 
 
 def merge(lvlm: PreTrainedModel) -> None:
-    """Adds the adapter to the weights, in place, and takes it out."""
+    """Add the adapter to the weights, in place, and remove it."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in list(lvlm.named_modules()):
         if isinstance(module, BaseTunerLayer):
             module.merge()
             lvlm.set_submodule(name, module.get_base_layer())
+    # What transformers keeps of an adapter beside its layers.
     del lvlm.peft_config
     lvlm._hf_peft_config_loaded = False
 
@@ -166,10 +198,11 @@ def merge(lvlm: PreTrainedModel) -> None:
 def _inject(lvlm: PreTrainedModel, config: "PeftConfig") -> None:
     from peft.functional import cast_adapter_dtype
 
-    lvlm.add_adapter(config, NAME)
-    cast_adapter_dtype(lvlm, NAME, autocast_adapter_dtype=True)
+    lvlm.add_adapter(config, ADAPTER_NAME)
+    # Small updates would be lost in 16 bits.
+    cast_adapter_dtype(lvlm, ADAPTER_NAME, autocast_adapter_dtype=True)
 
 
 def _require_peft() -> None:
     if not find_spec("peft"):
-        raise CafeError("An adapter needs the package peft: pip install 'cafe-lvlm[peft]'.")
+        raise MissingPackageError("An adapter needs the package peft: pip install 'cafe-lvlm[peft]'.")

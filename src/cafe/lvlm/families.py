@@ -1,107 +1,189 @@
-"""What differs between LVLM families, in one table: the names of their parts, and whether their branches may share."""
+"""The one table of LVLM families: all that is known of a family stands in its entry.
 
-from dataclasses import dataclass
-from importlib.util import find_spec
+Adding a family means one entry in `FAMILIES` and one tiny model in `tests/families.py`. A family outside the table
+works as well: its parts are found by the usual names, and the rest is detected or tried when the model is loaded.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from cafe.errors import CafeError
 from cafe.packing import Branch, PositionIdsFn, default_position_ids
 
 PartName = Literal["vision_tower", "projector", "language_model"]
+ImageSizing = Literal["fixed", "image_grids", "area", "longest_edge", "max_patches", "soft_tokens"]
+FeatureSource = Literal["hidden_states", "hidden_states_or_output"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
-    """A row of the table.
+    """Describe a family of LVLMs.
 
     Attributes:
-        vision_tower, projector: pieces of parameter names; what matches neither is the language model.
-        supports_tree_mask: whether branches may share a prefix under a tree mask; None where only a trial tells.
+        vision_tower, projector: fragments of parameter names; a name that matches neither is the language model's.
+        supports_tree_mask: whether branches can share a prefix under a tree mask; None if that has to be tried.
+        image_sizing: what limits the size of an image, see `cafe.lvlm.image_size`; None to detect it from the image
+            processor.
+        image_area: smallest and largest area of an image, in pixels, of the published image processor; None where an
+            area is no limit. `cafe plan` uses it for models that are not on disk.
+        feature_source: where the projector takes the tower's features from. "hidden_states" are the layers that
+            `config.vision_feature_layer` names; with "hidden_states_or_output", layer -1 stands for the output behind
+            the final norm instead. None if unknown.
+        prefix_lm_template: the chat template of a prefix-LM, whose processor has none; empty for other families.
     """
 
     vision_tower: tuple[str, ...]
     projector: tuple[str, ...]
     supports_tree_mask: bool | None = None
+    image_sizing: ImageSizing | None = None
+    image_area: tuple[int, int] | None = None
+    feature_source: FeatureSource | None = None
+    prefix_lm_template: str = ""
 
 
-_LLAVA = Family(("vision_tower.",), ("multi_modal_projector.", "image_newline"), supports_tree_mask=True)
-_QWEN = Family(("visual.",), ("visual.merger.", "visual.deepstack_merger_list."), supports_tree_mask=True)
-_IDEFICS = Family(("vision_model.",), ("connector.",), supports_tree_mask=True)
-_GEMMA = Family(  # image tokens see each other both ways, PaliGemma's all of the prompt
-    ("vision_tower.",), ("multi_modal_projector.", "embed_vision."), supports_tree_mask=False
+# A prefix-LM attends to its whole prompt in both directions, image tokens included, and to an answer causally. The
+# template renders what the processor makes of a prompt and its `suffix`: the images of a turn before its text, wherever
+# they stood, and no system prompt. Everything after the first answer is read as part of an answer.
+_PALIGEMMA_TEMPLATE = (
+    "{% for message in messages if message['role'] != 'system' %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}{{ '<image>' }}{% endfor %}"
+    "{{ bos_token if loop.first else '' }}"
+    "{% for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}"
+    "{{ eos_token if message['role'] == 'assistant' else '\\n' }}{% endfor %}"
 )
 
-FAMILIES = {
+_LLAVA = Family(
+    vision_tower=("vision_tower.",),
+    projector=("multi_modal_projector.", "image_newline"),
+    supports_tree_mask=True,
+    image_sizing="fixed",
+    feature_source="hidden_states",
+)
+_QWEN = Family(
+    vision_tower=("visual.",),
+    projector=("visual.merger.", "visual.deepstack_merger_list."),
+    supports_tree_mask=True,
+    image_sizing="area",
+    image_area=(56 * 56, 12_845_056),
+)
+_IDEFICS = Family(
+    vision_tower=("vision_model.",),
+    projector=("connector.",),
+    supports_tree_mask=True,
+    image_sizing="longest_edge",
+)
+# Image tokens see each other in both directions, and PaliGemma's see the whole prompt: no tree mask says that.
+_GEMMA = Family(
+    vision_tower=("vision_tower.",),
+    projector=("multi_modal_projector.", "embed_vision."),
+    supports_tree_mask=False,
+    image_sizing="fixed",
+)
+
+FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
-    "llava_next": _LLAVA,
-    "llava_onevision": _LLAVA,
+    "llava_next": replace(_LLAVA, image_sizing="image_grids"),
+    "llava_onevision": replace(_LLAVA, image_sizing="image_grids"),
     "qwen2_vl": _QWEN,
     "qwen2_5_vl": _QWEN,
-    "qwen3_vl": _QWEN,
+    "qwen3_vl": replace(_QWEN, image_area=(2**16, 2**24)),
     "idefics3": _IDEFICS,
     "smolvlm": _IDEFICS,
-    "internvl": _LLAVA,
+    "internvl": replace(_LLAVA, image_sizing="max_patches", feature_source="hidden_states_or_output"),
     "gemma3": _GEMMA,
-    "gemma4": _GEMMA,
-    "paligemma": _GEMMA,
+    "gemma4": replace(_GEMMA, image_sizing="soft_tokens"),
+    "paligemma": replace(_GEMMA, prefix_lm_template=_PALIGEMMA_TEMPLATE),
 }
-
-MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")  # attention implementations; FlashAttention takes none
 
 _UNKNOWN = Family(
     vision_tower=("vision_tower.", "vision_model.", "visual."),
     projector=("projector.", "connector.", "merger.", "image_newline"),
 )
 
+# By the tower's own model type: these read images of different sizes laid end to end in one row of patches.
+PACKED_TOWERS = ("pixtral",)
+# Attention implementations that take a mask; FlashAttention takes none.
+MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
+
+
+def family_of(model_type: str) -> Family:
+    """Look up a family by the model type of its configuration."""
+    return FAMILIES.get(model_type, _UNKNOWN)
+
+
+def family_of_processor(processor: ProcessorMixin) -> Family:
+    """Look up a family by its processor, whose class transformers maps to model types."""
+    # By the class's name: without its video processor, a processor is of another class with the same name.
+    name = type(processor).__name__
+    for model_type, family in FAMILIES.items():
+        if PROCESSOR_MAPPING_NAMES.get(model_type) == name:
+            return family
+    return _UNKNOWN
+
 
 def model_part(parameter: str, model_type: str) -> PartName:
-    """The part that a parameter belongs to, by its name and the family's."""
-    family = FAMILIES.get(model_type, _UNKNOWN)
-    if any(piece in parameter for piece in family.projector):
+    """Return the part of the model that a parameter belongs to.
+
+    Args:
+        parameter: its name; of a module, the name with a dot behind it.
+        model_type: of the model's configuration.
+    """
+    family = family_of(model_type)
+    # The projector comes first: in some families it is a module of the tower.
+    if any(fragment in parameter for fragment in family.projector):
         return "projector"
-    return "vision_tower" if any(piece in parameter for piece in family.vision_tower) else "language_model"
+    if any(fragment in parameter for fragment in family.vision_tower):
+        return "vision_tower"
+    return "language_model"
 
 
 def find_vision_tower(lvlm: PreTrainedModel) -> nn.Module | None:
-    """A model's vision tower, found by its family's name for it."""
-    pieces = FAMILIES.get(lvlm.config.model_type, _UNKNOWN).vision_tower
-    found = (module for name, module in lvlm.named_modules() if f"{name}.".endswith(pieces))
-    return next(found, None)
+    """Find a model's vision tower by its family's name for it; None if it has none of that name."""
+    # Modules come from the outside in, so the first match is the whole tower.
+    names = family_of(lvlm.config.model_type).vision_tower
+    for name, module in lvlm.named_modules():
+        if f"{name}.".endswith(names):
+            return module
+    return None
 
 
-def quantization_kwargs(path: str, device: torch.device, dtype: torch.dtype | str) -> dict[str, Any]:
-    """What `from_pretrained` takes to hold the language model's matrices in 4 bits (NF4, QLoRA, arXiv 2305.14314).
+def contains_projector(tower: nn.Module) -> bool:
+    """Tell whether a vision tower holds the projector, which then reads the last hidden state within it."""
+    return hasattr(tower, "merger")
 
-    The vision tower, the projector and the head stay as they are. What is computed with them is in `dtype` if that is
-    float16, else in bfloat16.
 
-    Raises:
-        CafeError: bitsandbytes is not installed.
+def packed_patch_size(tower: nn.Module) -> int | None:
+    """Return the patch size of a tower that lays images end to end in one row; None for other towers."""
+    config: Any = getattr(tower, "config", None)
+    packed = getattr(config, "model_type", "") in PACKED_TOWERS
+    return config.patch_size if packed else None
+
+
+def feature_layers(config: PreTrainedConfig) -> list[int] | None:
+    """Return which of the tower's hidden states a model reads; an empty list if it reads the output alone.
+
+    None for families of which this is not known.
     """
-    if not find_spec("bitsandbytes"):
-        raise CafeError("4-bit weights need the package bitsandbytes: pip install 'cafe-lvlm[4bit]'.")
-    family = FAMILIES.get(AutoConfig.from_pretrained(path).model_type, _UNKNOWN)
-    kept = [*family.vision_tower, *family.projector, "lm_head"]
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype if dtype == torch.float16 else torch.bfloat16,
-        llm_int8_skip_modules=[f".*{piece.rstrip('.')}" for piece in kept],
-    )
-    return {"quantization_config": config, "device_map": {"": device}}
+    source = family_of(config.model_type).feature_source
+    if source is None:
+        return None
+    # The configuration names one layer or several, counted from the end if negative.
+    layers = config.vision_feature_layer
+    if source == "hidden_states_or_output" and layers == -1:
+        return []
+    return [layers] if isinstance(layers, int) else list(layers)
 
 
 def attention_kwargs(config: PreTrainedConfig, attention: str) -> str | dict[str, str]:
-    """What `from_pretrained` takes to read with an attention implementation.
+    """Return `from_pretrained`'s `attn_implementation` for an attention implementation.
 
-    FlexAttention, compiled for each shape, is the language model's alone: it is for trees, and pictures come in numbers
-    of their own. SDPA cannot cap scores, as Gemma 2 and so PaliGemma 2 do: such a language model takes eager for it.
+    FlexAttention is used in the language model alone: it computes trees there, and it is compiled for each shape, of
+    which the images would bring many. SDPA cannot cap attention scores, as Gemma 2 does and so PaliGemma 2: such a
+    language model takes eager attention instead.
     """
     if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
         return {"text_config": "eager"}
@@ -109,25 +191,44 @@ def attention_kwargs(config: PreTrainedConfig, attention: str) -> str | dict[str
 
 
 def supports_prefix_sharing(lvlm: PreTrainedModel) -> bool | None:
-    """Whether a model's branches may share a prefix, as far as its configuration tells; None if a trial must."""
+    """Tell from the configuration whether branches can share a prefix; None if that has to be tried."""
     text = lvlm.config.get_text_config()
     if text._attn_implementation not in MASKED_ATTENTION:
         return False
-    layers = getattr(text, "layer_types", None)
-    if set(layers) != {"full_attention"} if layers else getattr(text, "sliding_window", None):
-        return False  # a sliding window, linear attention or a convolution sees neighbours in the row, not ancestors
-    return FAMILIES.get(lvlm.config.model_type, _UNKNOWN).supports_tree_mask
+    # Sliding windows, linear attention and convolutions see a token's neighbors in the row, not its ancestors.
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types:
+        only_full_attention = set(layer_types) == {"full_attention"}
+    else:
+        only_full_attention = not getattr(text, "sliding_window", None)
+    if not only_full_attention:
+        return False
+    return family_of(lvlm.config.model_type).supports_tree_mask
+
+
+def uses_mrope(lvlm: PreTrainedModel) -> bool:
+    """Tell whether a model's position ids have several axes (M-RoPE), which it computes from the image grids itself."""
+    return hasattr(lvlm.base_model, "get_rope_index")
 
 
 def position_ids_fn(lvlm: PreTrainedModel) -> PositionIdsFn:
-    """The position ids of a branch, by the model's own function where its family has several axes (M-RoPE)."""
-    if not hasattr(lvlm.base_model, "get_rope_index"):
+    """Return the function that numbers the tokens of a branch: the model's own under M-RoPE."""
+    if not uses_mrope(lvlm):
         return default_position_ids
 
-    def positions(branch: Branch) -> Int64[Tensor, "3 tokens"]:
+    def mrope_position_ids(branch: Branch) -> Int64[Tensor, "3 tokens"]:
+        # The model takes a batch, here of one row, and returns (axes, rows, tokens) with the rows' offsets.
         grids = {name: grid for name, grid in branch.image_inputs.items() if name.endswith("_grid_thw")}
-        types = branch.image_mask.long()[None].int()
-        found: Tensor = lvlm.base_model.get_rope_index(branch.input_ids[None], mm_token_type_ids=types, **grids)[0]
-        return found[:, 0]
+        token_types = branch.image_mask.long()[None].int()
+        position_ids: Tensor = lvlm.base_model.get_rope_index(
+            branch.input_ids[None], mm_token_type_ids=token_types, **grids
+        )[0]
+        return position_ids[:, 0]
 
-    return positions
+    return mrope_position_ids
+
+
+def logit_softcap(lvlm: PreTrainedModel) -> float | None:
+    """Return the bound that some language models (Gemma 2) put on their logits: softcap * tanh(logits / softcap)."""
+    softcap: float | None = getattr(lvlm.config.get_text_config(), "final_logit_softcapping", None)
+    return softcap

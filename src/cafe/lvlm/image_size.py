@@ -1,19 +1,21 @@
-"""How large pictures may be for a model: set in its own image processor, so that it is saved with it.
+"""Limit the size of the images a model reads, in its own image processor, so that the limit is saved with the model.
 
-Families say it in their own ways: a list of grids of crops (LLaVA-NeXT, LLaVA-OneVision), an area (Qwen), a longest
-edge in whole crops (Idefics, SmolVLM), a number of crops (InternVL, Aya, Ovis) or of tokens (Gemma 4). A family that
-reads every picture at one size has nothing to limit.
+Each way of limiting it is a strategy, which the family's entry in `cafe.lvlm.families` names: a list of grids of crops
+("image_grids": LLaVA-NeXT, LLaVA-OneVision), an area ("area": Qwen), a longest edge in whole crops ("longest_edge":
+Idefics, SmolVLM), a number of crops ("max_patches": InternVL, Aya, Ovis) or of tokens ("soft_tokens": Gemma 4). A
+"fixed" size cannot be limited.
 """
 
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from cafe.errors import CafeError
+from cafe.errors import RecipeError
+from cafe.lvlm.families import ImageSizing, family_of
 
-SOFT_TOKENS = (70, 140, 280, 560, 1120)  # what Gemma 4 can make of a picture
+SOFT_TOKENS = (70, 140, 280, 560, 1120)  # the numbers of tokens that Gemma 4 can make of an image
 
 
 def set_max_image_size(
@@ -22,73 +24,151 @@ def set_max_image_size(
     max_pixels: int | None = None,
     grids: Sequence[Sequence[int]] = (),
 ) -> None:
-    """Limits the pictures that a model reads.
+    """Limit the size of the images that a model reads.
 
     Args:
-        lvlm: the model, whose configuration must agree with the processor.
-        processor: of the model; what it does with pictures from here on is changed.
-        max_pixels: the largest area of a picture as the model reads it, in pixels; larger ones are shrunk to it. The
+        lvlm: the model, whose configuration is kept in agreement with the processor.
+        processor: the model's processor, whose image processor is changed.
+        max_pixels: largest area of an image as the model reads it, in pixels; larger images are shrunk to it. The
             thumbnail that some families add to the crops is not counted.
-        grids: the (rows, columns) of crops that a picture may be cut into.
+        grids: the (rows, columns) of crops that an image may be cut into.
 
     Raises:
-        CafeError: the model cannot read pictures that small, or in grids.
+        RecipeError: the model cannot read images that small, or does not cut images into grids.
     """
-    images = processor.image_processor
-    size = dict(images.size or {})
-    crop = (size.get("height") or size.get("shortest_edge") or 0, size.get("width") or size.get("shortest_edge") or 0)
-    anyres = getattr(images, "image_grid_pinpoints", None)
-    if grids:
-        if not anyres:
-            raise CafeError(
-                f"A {lvlm.config.model_type} model does not cut pictures into grids: set model.max_image_pixels."
-            )
-        if any(len(grid) != 2 or min(grid) < 1 for grid in grids):
-            raise CafeError(
-                f"model.image_grids holds pairs of rows and columns, as [[1, 1], [2, 2]], not {list(grids)}."
-            )
-        anyres = [[rows * crop[0], columns * crop[1]] for rows, columns in grids]
-    if max_pixels and anyres:
-        least = min(map(math.prod, anyres))
-        anyres = [point for point in anyres if math.prod(point) <= max_pixels]
-        _refuse(not anyres, lvlm, max_pixels, least)
-    if anyres:
-        images.image_grid_pinpoints = lvlm.config.image_grid_pinpoints = anyres
-    elif max_pixels and hasattr(images, "merge_size"):
-        _refuse(max_pixels < size["shortest_edge"], lvlm, max_pixels, size["shortest_edge"])
-        _set_size(images, longest_edge=min(max_pixels, size["longest_edge"]))
-        if getattr(images, "max_pixels", None):
-            images.max_pixels = images.size["longest_edge"]
-    elif max_pixels and hasattr(images, "max_soft_tokens"):
-        token = (images.patch_size * images.pooling_kernel_size) ** 2
-        fitting = [tokens for tokens in SOFT_TOKENS if tokens * token <= max_pixels]
-        _refuse(not fitting, lvlm, max_pixels, SOFT_TOKENS[0] * token)
-        images.max_soft_tokens = min(fitting[-1], images.max_soft_tokens)
-    elif max_pixels and hasattr(images, "max_image_size"):
-        edge = dict(images.max_image_size)["longest_edge"]
-        _refuse(max_pixels < edge**2, lvlm, max_pixels, edge**2)
-        _set_size(images, longest_edge=min(math.isqrt(max_pixels) // edge * edge, size["longest_edge"]))
+    config, images = lvlm.config, processor.image_processor
+    sizing = family_of(config.model_type).image_sizing or detect_image_sizing(images)
+    if grids and sizing != "image_grids":
+        raise RecipeError(
+            f"A {config.model_type} model does not cut images into grids: set model.max_image_pixels instead."
+        )
+    if sizing == "image_grids":
+        _limit_image_grids(config, images, max_pixels, grids)
     elif max_pixels:
-        _refuse(max_pixels < math.prod(crop), lvlm, max_pixels, math.prod(crop))
-        if hasattr(images, "max_patches"):
-            images.max_patches = min(max_pixels // math.prod(crop), images.max_patches)
-            images.min_patches = min(images.min_patches, images.max_patches)
+        _limit_pixels(sizing, config, images, max_pixels)
+
+
+def detect_image_sizing(image_processor: Any) -> ImageSizing:
+    """Find what limits the size of an image for a family that the table does not have.
+
+    Each way has settings of its own in the image processor; those of several crops are looked for before those of one.
+    """
+    if getattr(image_processor, "image_grid_pinpoints", None):
+        return "image_grids"
+    if hasattr(image_processor, "merge_size"):
+        return "area"
+    if hasattr(image_processor, "max_soft_tokens"):
+        return "soft_tokens"
+    if hasattr(image_processor, "max_image_size"):
+        return "longest_edge"
+    return "max_patches" if hasattr(image_processor, "max_patches") else "fixed"
 
 
 def sync_image_grids(lvlm: PreTrainedModel, processor: ProcessorMixin) -> None:
-    """Tells a model the grids that its processor cuts pictures into: an adapter brings its processor, not its model."""
+    """Copy the processor's grids into the model's configuration: an adapter brings a processor, but no model."""
     grids = getattr(getattr(processor, "image_processor", None), "image_grid_pinpoints", None)
     if grids and hasattr(lvlm.config, "image_grid_pinpoints"):
         lvlm.config.image_grid_pinpoints = grids
 
 
-def _set_size(images: Any, **sizes: int) -> None:
-    images.size = type(images.size)(**{**dict(images.size), **sizes})
+def _limit_image_grids(
+    config: PreTrainedConfig, images: Any, max_pixels: int | None, grids: Sequence[Sequence[int]]
+) -> None:
+    """Keep the grids that are wanted and small enough; transformers writes a grid as its (height, width) in pixels."""
+    pinpoints = images.image_grid_pinpoints
+    if grids:
+        _check_grids(grids)
+        height, width = _crop_size(images)
+        pinpoints = [[rows * height, columns * width] for rows, columns in grids]
+    if max_pixels:
+        smallest = min(map(math.prod, pinpoints))
+        _check_limit(config, max_pixels, smallest)
+        pinpoints = [pinpoint for pinpoint in pinpoints if math.prod(pinpoint) <= max_pixels]
+    # The model cuts off padding by the grids in its configuration, so it must have the same ones.
+    images.image_grid_pinpoints = config.image_grid_pinpoints = pinpoints
 
 
-def _refuse(small: bool, lvlm: PreTrainedModel, max_pixels: int, least: int) -> None:
-    if small:
-        raise CafeError(
-            f"model.max_image_pixels is {max_pixels:,}, and this {lvlm.config.model_type} model reads no picture at less "
-            f"than {least:,} pixels."
+def _check_grids(grids: Sequence[Sequence[int]]) -> None:
+    for grid in grids:
+        if len(grid) != 2 or min(grid) < 1:
+            raise RecipeError(
+                f"model.image_grids holds pairs of rows and columns, as [[1, 1], [2, 2]], not {list(grids)}."
+            )
+
+
+def _limit_pixels(sizing: ImageSizing, config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+    """Limit the area of an image by the setting of its image processor."""
+    match sizing:
+        case "area":
+            _limit_area(config, images, max_pixels)
+        case "soft_tokens":
+            _limit_soft_tokens(config, images, max_pixels)
+        case "longest_edge":
+            _limit_longest_edge(config, images, max_pixels)
+        case "max_patches":
+            _limit_patches(config, images, max_pixels)
+        case _:
+            _check_limit(config, max_pixels, math.prod(_crop_size(images)))
+
+
+def _limit_area(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+    """Limit the area of an image, which is resized to fit.
+
+    Despite their names, `shortest_edge` and `longest_edge` are areas here, of the smallest and the largest image.
+    """
+    size = dict(images.size)
+    _check_limit(config, max_pixels, size["shortest_edge"])
+    _set_longest_edge(images, min(max_pixels, size["longest_edge"]))
+    # Older processors keep the same area twice.
+    if getattr(images, "max_pixels", None):
+        images.max_pixels = images.size["longest_edge"]
+
+
+def _limit_soft_tokens(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+    """Limit the number of tokens of an image, each of which stands for the same number of pixels."""
+    pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
+    _check_limit(config, max_pixels, SOFT_TOKENS[0] * pixels_per_token)
+    fitting = [tokens for tokens in SOFT_TOKENS if tokens * pixels_per_token <= max_pixels]
+    images.max_soft_tokens = min(fitting[-1], images.max_soft_tokens)
+
+
+def _limit_longest_edge(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+    """Limit the longest edge of an image to a whole number of crops, whose side is called `max_image_size`."""
+    crop = dict(images.max_image_size)["longest_edge"]
+    _check_limit(config, max_pixels, crop**2)
+    longest_edge = math.isqrt(max_pixels) // crop * crop
+    _set_longest_edge(images, min(longest_edge, dict(images.size)["longest_edge"]))
+
+
+def _limit_patches(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+    """Limit the number of crops of an image, which these processors call patches."""
+    pixels_per_crop = math.prod(_crop_size(images))
+    _check_limit(config, max_pixels, pixels_per_crop)
+    images.max_patches = min(max_pixels // pixels_per_crop, images.max_patches)
+    images.min_patches = min(images.min_patches, images.max_patches)
+
+
+def _crop_size(images: Any) -> tuple[int, int]:
+    """Return the height and width of a crop, or of the whole image where there are no crops."""
+    # A size is written as (height, width), or as the one side of a square.
+    size = dict(images.size or {})
+    side = size.get("shortest_edge") or 0
+    return size.get("height") or side, size.get("width") or side
+
+
+def _set_longest_edge(images: Any, longest_edge: int) -> None:
+    # `size` is a `SizeDict` or, before an image processor reads it, a plain dictionary.
+    images.size = type(images.size)(**{**dict(images.size), "longest_edge": longest_edge})
+
+
+def _check_limit(config: PreTrainedConfig, max_pixels: int, smallest: int) -> None:
+    """Refuse a limit below the smallest image.
+
+    Raises:
+        RecipeError: it is.
+    """
+    if max_pixels < smallest:
+        raise RecipeError(
+            f"model.max_image_pixels is {max_pixels:,}, but this {config.model_type} model reads no image at less than "
+            f"{smallest:,} pixels."
         )

@@ -1,12 +1,12 @@
-"""A frozen vision tower reads each crop once a step; once for ever where a directory keeps what it made of it.
+"""Run a frozen vision tower on each crop once per step, or once ever if its features are kept in a directory.
 
-A crop is known by a hash of its pixels as the tower gets them, so preprocessing is part of the key; so are the tower's
-weights, in a directory. `parse_tower_inputs` tells how a tower is given pictures and lays out what it makes of them; a tower of a
-kind that it does not know reads as ever.
+A crop is identified by a hash of its pixels as the tower is given them, so preprocessing is part of the key; in a
+directory, so are the tower's weights. `parse_tower_inputs` knows how towers are given images and lay out their output;
+a tower of another kind is called as usual.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -21,18 +21,19 @@ from torch.utils._pytree import tree_map, tree_map_only
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
-PACKED_TOWERS = ("pixtral",)  # towers that lay what they make of all pictures in one row
+from cafe.lvlm.families import contains_projector, feature_layers, packed_patch_size
+from cafe.utils.hashing import update_with_tensors
 
 
 @dataclass(frozen=True)
 class TowerInputs:
-    """The crops, or whole pictures, that a tower is given.
+    """Describe the crops, or whole images, that a tower is given.
 
     Attributes:
-        hashes: a hash of each.
-        input_rows: of the pixels, that each has.
-        output_rows: of what the tower makes of all: as large as these numbers beside each other.
-        dim: along which it lays that out.
+        hashes: a hash of each crop.
+        input_rows: rows of the pixel tensor that each crop has.
+        output_rows: rows of the tower's output that each crop has, or that number divided by some factor for all.
+        dim: the dimension along which the tower's output is laid out.
     """
 
     hashes: list[int]
@@ -41,48 +42,63 @@ class TowerInputs:
     dim: int = 0
 
 
-def parse_tower_inputs(pixels: Tensor, named: Mapping[str, Any], patch: int | None) -> TowerInputs | None:
-    """What a tower is given, from its arguments; None where that is not known.
+def parse_tower_inputs(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: int | None) -> TowerInputs | None:
+    """Find the crops in the arguments of a tower; None if their form is unknown.
 
     Args:
-        pixels: crops as (crops, channels, height, width), each read by itself; or patches of all pictures, whose grids
-            are told (Qwen's towers); or of each picture, filled up, with their positions (Gemma 4's).
-        named: the other arguments.
-        patch: pixels a side of a patch, for a tower that reads parts of crops and lays them end to end (Pixtral's).
+        pixels: crops as (crops, channels, height, width), each encoded on its own; or the patches of all images, with
+            `grid_thw` (Qwen); or the padded patches of each image, with their positions (Gemma 4).
+        kwargs: the tower's other arguments.
+        patch_size: for a tower that crops images to their size and lays their patches end to end (Pixtral); else None.
     """
-    if "grid_thw" in named:
-        sizes = named["grid_thw"].prod(1).tolist()
-        return TowerInputs(hash_patched_images(pixels, named["grid_thw"]).tolist(), sizes, sizes)
-    each = [1] * len(pixels)
-    if "pixel_position_ids" in named:
-        at = named["pixel_position_ids"]
-        keys = hash_rows(torch.stack([hash_rows(pixels), hash_rows(at)], dim=1))
-        return TowerInputs(keys.tolist(), each, (at >= 0).all(dim=2).sum(1).tolist())
+    # Qwen: the patches of all images are rows, and each image has its grid of them.
+    if "grid_thw" in kwargs:
+        num_patches = kwargs["grid_thw"].prod(1).tolist()
+        return TowerInputs(hash_patched_images(pixels, kwargs["grid_thw"]).tolist(), num_patches, num_patches)
+    one_each = [1] * len(pixels)
+    # Gemma 4: an image is a row of patches, padded; the positions of the padding are negative.
+    if "pixel_position_ids" in kwargs:
+        positions = kwargs["pixel_position_ids"]
+        hashes = hash_rows(torch.stack([hash_rows(pixels), hash_rows(positions)], dim=1))
+        num_patches = (positions >= 0).all(dim=2).sum(1).tolist()
+        return TowerInputs(hashes.tolist(), one_each, num_patches)
+    # All others: crops of one size.
     if pixels.ndim != 4:
         return None
-    if patch is None:
-        return TowerInputs(hash_rows(pixels).tolist(), each, each)
-    sizes = named["image_sizes"].tolist() if "image_sizes" in named else [list(pixels.shape[2:])] * len(pixels)
-    parts = [crop[None, :, :height, :width] for crop, (height, width) in zip(pixels, sizes, strict=True)]
-    numbers = [[*size, int(hash_rows(part))] for size, part in zip(sizes, parts, strict=True)]
-    keys = hash_rows(torch.tensor(numbers, device=pixels.device))
-    return TowerInputs(keys.tolist(), each, [(height // patch) * (width // patch) for height, width in sizes], dim=1)
+    if patch_size is None:
+        return TowerInputs(hash_rows(pixels).tolist(), one_each, one_each)
+    return _parse_packed_images(pixels, kwargs, patch_size)
+
+
+def _parse_packed_images(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: int) -> TowerInputs:
+    """Find the images in the arguments of a tower that cuts off their padding."""
+    sizes = [list(pixels.shape[2:])] * len(pixels)
+    if "image_sizes" in kwargs:
+        sizes = kwargs["image_sizes"].tolist()
+    numbers: list[list[int]] = []
+    num_patches: list[int] = []
+    for image, (height, width) in zip(pixels, sizes, strict=True):
+        # The same numbers in another shape are another image, so the size is part of the hash.
+        numbers.append([height, width, int(hash_rows(image[None, :, :height, :width]))])
+        num_patches.append((height // patch_size) * (width // patch_size))
+    hashes = hash_rows(torch.tensor(numbers, device=pixels.device))
+    return TowerInputs(hashes.tolist(), [1] * len(pixels), num_patches, dim=1)
 
 
 class VisionCache:
-    """What a frozen tower made of each crop.
+    """Keep what a frozen vision tower made of each crop.
 
     Args:
         tower: the tower.
-        config: of its model, which says what is read of the tower's output.
-        directory: where to keep it for later steps and runs; None for one step only.
+        config: the model's configuration, which says what the model reads of the tower's output.
+        directory: where features are kept for later steps and runs; None keeps them for one step.
     """
 
     def __init__(self, tower: nn.Module, config: PreTrainedConfig, directory: Path | None = None) -> None:
         self.tower = tower
         self.layers = feature_layers(config)
-        own: Any = getattr(tower, "config", None)
-        self.patch: int | None = own.patch_size if getattr(own, "model_type", "") in PACKED_TOWERS else None
+        self.patch_size = packed_patch_size(tower)
+        # Other weights, or other layers read, are other features.
         self.directory = None
         if directory:
             self.directory = directory / "_".join([weights_digest(tower), *map(str, self.layers or [])])
@@ -90,106 +106,140 @@ class VisionCache:
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
-        """Within it, the tower reads no crop twice."""
-        read = self.tower.forward
-        self.tower.forward = lambda *args, **named: self._forward(read, args, named)
+        """Have the tower encode no crop twice while the context is entered.
+
+        The tower's `forward` is replaced meanwhile, for all threads: a step enters this where nothing else runs the
+        model, and leaves it as it was.
+        """
+        forward = self.tower.forward
+        self.tower.forward = lambda *args, **kwargs: self._cached_forward(forward, args, kwargs)
         try:
             yield
         finally:
-            self.tower.forward = read
+            self.tower.forward = forward
             self.cached.clear()
 
     @torch.no_grad()
-    def _forward(self, read: Callable[..., Any], args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        """What the tower makes of its arguments, of which it is given the crops that it has not read yet."""
-        pixels: Tensor = named["pixel_values"] if "pixel_values" in named else args[0]
-        crops = parse_tower_inputs(pixels, named, self.patch)
+    def _cached_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the tower's output, running it on the crops alone that are not cached."""
+        pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
+        crops = parse_tower_inputs(pixels, kwargs, self.patch_size)
         if crops is None:
-            return read(*args, **named)
-        keys = crops.hashes
-        unread = {
-            key: place
-            for place, key in enumerate(keys)
-            if key not in self.cached and not self._load(key, pixels.device)
-        }
-        if unread:
+            return forward(*args, **kwargs)
+        missing = self._find_missing(crops.hashes, pixels.device)
+        if missing:
+            all_missing = len(missing) == len(crops.hashes)
+            if not all_missing:
+                args, kwargs = _select_crops(crops, list(missing.values()), len(pixels), args, kwargs)
+            output = forward(*args, **kwargs)
+            self._drop_unread_outputs(output)
+            self._store(output, crops, missing)
+            if all_missing:
+                return output  # the cache holds views of it, so a step of one micro-batch keeps nothing twice
+        return _concatenate([self.cached[key] for key in crops.hashes], crops.dim)
 
-            def choose(value: Any) -> Any:
-                """Of what there is for each row of pixels, or each crop, that of the unread crops."""
-                if not isinstance(value, Tensor) or len(value) not in (len(pixels), len(keys)):
-                    return value
-                parts = value.split(crops.input_rows if len(value) == len(pixels) else 1)
-                return torch.cat([parts[place] for place in unread.values()])
+    def _find_missing(self, hashes: Sequence[int], device: torch.device) -> dict[int, int]:
+        """Return the hash of each crop that has to be encoded, with the index of its last occurrence."""
+        missing: dict[int, int] = {}
+        for index, key in enumerate(hashes):
+            if key not in self.cached and not self._load(key, device):
+                missing[key] = index
+        return missing
 
-            if len(unread) < len(keys):
-                args, named = tuple(map(choose, args)), {name: choose(value) for name, value in named.items()}
-            made = read(*args, **named)
-            self._drop_unread_outputs(made)
-            stops = list(accumulate(crops.output_rows[place] for place in unread.values()))
-            for key, start, stop in zip(unread, [0, *stops], stops, strict=False):
-                self.cached[key] = _part(made, start, stop, stops[-1], crops.dim)
-                self._save(key)
-            if len(unread) == len(keys):
-                return made  # what is kept are views of it: a step of one micro-batch holds nothing twice
-        again = [self.cached[key] for key in keys]
-        return tree_map(lambda *leaves: None if leaves[0] is None else torch.cat(leaves, crops.dim), *again)
+    def _store(self, output: Any, crops: TowerInputs, missing: Mapping[int, int]) -> None:
+        """Cache the part of the output that belongs to each encoded crop."""
+        # The tower was given the missing crops alone, in the order of `missing`.
+        stops = list(accumulate(crops.output_rows[index] for index in missing.values()))
+        for key, start, stop in zip(missing, [0, *stops], stops, strict=False):
+            self.cached[key] = _slice_output(output, start, stop, stops[-1], crops.dim)
+            self._save(key)
 
-    def _drop_unread_outputs(self, made: ModelOutput) -> None:
-        """Drops what the model does not read; older versions of transformers return the hidden states of all layers."""
-        if hasattr(self.tower, "merger"):  # the projector is in it
-            made["last_hidden_state"] = None
-        if self.layers is None or not made.get("hidden_states"):
+    def _drop_unread_outputs(self, output: ModelOutput) -> None:
+        """Drop what the model does not read: older versions of transformers return the hidden states of all layers."""
+        if contains_projector(self.tower):
+            output["last_hidden_state"] = None
+        if self.layers is None or not output.get("hidden_states"):
             return
-        states = made["hidden_states"]
-        chosen = {range(len(states))[layer] for layer in self.layers}
-        made["hidden_states"] = tuple(each if index in chosen else None for index, each in enumerate(states))
-        if chosen:
-            made["last_hidden_state"] = None
+        states = output["hidden_states"]
+        kept: list[Tensor | None] = [None] * len(states)
+        for layer in self.layers:
+            kept[layer] = states[layer]  # negative layers count from the end in both
+        output["hidden_states"] = tuple(kept)
+        # A model that reads hidden states does not read the output behind the final norm.
+        if self.layers:
+            output["last_hidden_state"] = None
 
     def _load(self, key: int, device: torch.device) -> bool:
         file = self._file(key)
-        if file and file.is_file():
-            self.cached[key] = torch.load(file, map_location=device, weights_only=False)
-            return True
-        return False
+        if file is None or not file.is_file():
+            return False
+        self.cached[key] = torch.load(file, map_location=device, weights_only=False)
+        return True
 
     def _save(self, key: int) -> None:
         file = self._file(key)
-        if file:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{uuid4().hex}.partial")  # another process may write the same
-            torch.save(tree_map_only(Tensor, Tensor.clone, self.cached[key]), partial)
-            partial.replace(file)
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # Another process may be writing the same crop. Views are cloned, or their whole storage would be saved.
+        partial = file.with_suffix(f".{uuid4().hex}.partial")
+        torch.save(tree_map_only(Tensor, Tensor.clone, self.cached[key]), partial)
+        partial.replace(file)
 
     def _file(self, key: int) -> Path | None:
         return self.directory / f"{key % 2**64:016x}.pt" if self.directory else None
 
 
-def feature_layers(config: PreTrainedConfig) -> list[int] | None:
-    """The hidden states of its tower that a model reads: none, if it reads the last one behind the final norm.
+def _select_crops(
+    crops: TowerInputs, chosen: Sequence[int], num_rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Select some crops from a tower's arguments.
 
-    None for families of which it is not known.
+    Args:
+        crops: the crops that the arguments hold.
+        chosen: the indices of those to keep.
+        num_rows: rows of pixels. A tensor of this length has an entry per row, as the pixels themselves, and one as
+            long as there are crops has an entry per crop, as their grids; other arguments are kept as they are.
+        args, kwargs: the arguments.
     """
-    if config.model_type not in ("llava", "llava_next", "llava_onevision", "internvl"):
-        return None
-    layers = config.vision_feature_layer
-    if config.model_type == "internvl" and layers == -1:
-        return []
-    return [layers] if isinstance(layers, int) else list(layers)
+
+    def select(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if len(value) == num_rows:
+            parts = value.split(crops.input_rows)
+        elif len(value) == len(crops.hashes):
+            parts = value.split(1)
+        else:
+            return value
+        return torch.cat([parts[index] for index in chosen])
+
+    return tuple(map(select, args)), {name: select(value) for name, value in kwargs.items()}
 
 
-def _part(made: Any, start: int, stop: int, total: int, dim: int) -> Any:
-    """What the tower made of some of the crops that it read, which it may have merged as much everywhere."""
+def _slice_output(output: Any, start: int, stop: int, total: int, dim: int) -> Any:
+    """Slice the output by rows of `total`, of which each tensor may have merged the same number into one."""
 
     def cut(leaf: Tensor) -> Tensor:
-        first, last = (place * leaf.shape[dim] // total for place in (start, stop))
+        first, last = (row * leaf.shape[dim] // total for row in (start, stop))
         return leaf.narrow(dim, first, last - first)
 
-    return tree_map_only(Tensor, cut, made)
+    return tree_map_only(Tensor, cut, output)
+
+
+def _concatenate(outputs: Sequence[Any], dim: int) -> Any:
+    """Concatenate the outputs of several crops, tensor by tensor."""
+
+    def concatenate(*leaves: Any) -> Tensor | None:
+        # What one output dropped, all dropped.
+        return None if leaves[0] is None else torch.cat(leaves, dim)
+
+    return tree_map(concatenate, *outputs)
 
 
 def hash_rows(crops: Float[Tensor, " crops *shape"]) -> Int64[Tensor, " crops"]:
-    """A hash of each crop's bits: a sum of products with fixed random numbers, exact in whatever order it is taken."""
+    """Hash the bits of each crop: a sum of products with fixed random numbers, exact in any order of summation."""
+    # Integers wrap around on overflow, so a sum is the same in any order and on any device.
     bits = crops.flatten(1).contiguous().view(torch.int16)
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(crops.device)
@@ -197,18 +247,16 @@ def hash_rows(crops: Float[Tensor, " crops *shape"]) -> Int64[Tensor, " crops"]:
 
 
 def hash_patched_images(
-    patches: Float[Tensor, "patches dim"], grids: Int64[Tensor, "pictures 3"]
-) -> Int64[Tensor, " pictures"]:
-    """The same of pictures whose patches are laid end to end: a picture is its patches and its grid."""
-    of_patches = hash_rows(patches).split(grids.prod(1).tolist())
-    each = [torch.cat([grid, own])[None] for grid, own in zip(grids, of_patches, strict=True)]
-    return torch.cat([hash_rows(numbers) for numbers in each])
+    patches: Float[Tensor, "patches dim"], grids: Int64[Tensor, "images 3"]
+) -> Int64[Tensor, " images"]:
+    """Hash images whose patches are laid end to end, by their patches and their grid."""
+    patch_hashes = hash_rows(patches).split(grids.prod(1).tolist())
+    hashes = [torch.cat([grid, own])[None] for grid, own in zip(grids, patch_hashes, strict=True)]
+    return torch.cat([hash_rows(numbers) for numbers in hashes])
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A name for a module's weights."""
+    """Return a name for a module's weights."""
     digest = hashlib.blake2b(digest_size=12)
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    update_with_tensors(digest, sorted(module.state_dict().items()))
     return digest.hexdigest()

@@ -1,15 +1,21 @@
-"""Prefix trees in rows: what branches share is laid out, and computed, once.
+"""Prefix sharing: lay branches out in rows so that tokens they have in common are computed once.
 
-Branches that begin with the same tokens (system prompt, image) form a tree. A row holds trees in depth-first order:
-a prefix once, then what follows it on each branch. Then one number a token says everything about attention: `end`, one
-past the last token below it in its tree. Token i sees token j exactly if j <= i < end[j], that is, if j is i's ancestor
-or i itself; a token's position is the number of its ancestors.
+Branches that begin with the same tokens (system prompt, image) form a tree. A row holds trees in depth-first order: a
+prefix once, followed by the continuation of each branch. Then one number per token determines the whole attention mask:
+`subtree_end`, one past the last token below it in its tree. Token i attends to token j exactly if
+j <= i < subtree_end[j], that is, if j is an ancestor of i or i itself. The position id of a token is the number of its
+ancestors.
 
-             shared prefix      | query's own | dialogue's own          | another tree
+             shared prefix      | query only    | dialogue only           | another tree
     tokens   <system> <image>     Compress …    Describe … A red circle.  <system> A red …
     position 0 1 2 3 4            5 6           5 6 7 8 9                 0 1 2
 
-Pure tensors: no model, no file.
+Pure tensors: nothing here knows a model or a file.
+
+    branch  one token sequence, and how its tokens are numbered
+    tree    which prefixes branches have in common
+    rows    trees into rows of bounded length
+    pack    the model inputs of a micro-batch, and where its losses read
 """
 
 from cafe.packing.branch import (

@@ -13,14 +13,14 @@ TokenTypeFn = Callable[["Branch"], Int64[Tensor, " tokens"]]
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """One token sequence the model must read, and the pictures it shows.
+    """Hold one token sequence and the images in it.
 
     Attributes:
         input_ids: the tokens, image tokens included.
-        loss_mask: which tokens the language loss is taken on.
-        image_mask: which tokens stand for pictures.
-        image_inputs: the image processor's tensors by name; empty without images. Branches that show the same pictures
-            share the same mapping: pictures are compared by identity.
+        loss_mask: which tokens the language-modeling loss is computed on.
+        image_mask: which tokens are image tokens.
+        image_inputs: the tensors of the image processor by name; empty without images. Branches with the same images
+            hold the same mapping object: images are compared by identity.
     """
 
     input_ids: Int64[Tensor, " tokens"]
@@ -32,20 +32,20 @@ class Branch:
         return len(self.input_ids)
 
     def truncate(self, length: int) -> "Branch":
-        """The first tokens; all pictures must be among them."""
+        """Keep the first `length` tokens, which must include all image tokens."""
         return Branch(self.input_ids[:length], self.loss_mask[:length], self.image_mask[:length], self.image_inputs)
 
 
 def default_position_ids(branch: Branch) -> Int64[Tensor, "1 tokens"]:
-    """Position ids of a plain family: 0, 1, 2, ..."""
+    """Number the tokens 0, 1, 2, ..., as most families do."""
     return torch.arange(len(branch))[None]
 
 
 def image_token_type_ids(branch: Branch) -> Int64[Tensor, " tokens"]:
-    """1 where a token is replaced by a picture's features, 0 elsewhere."""
+    """Return 1 for image tokens, 0 elsewhere."""
     return branch.image_mask.long()
 
 
 def prefix_lm_token_type_ids(branch: Branch) -> Int64[Tensor, " tokens"]:
-    """0 in the prompt, which prefix-LMs read both ways, 1 from the first supervised token on."""
+    """Return 0 in the prompt, to which prefix-LMs attend bidirectionally, and 1 from the first supervised token on."""
     return (branch.loss_mask.cumsum(0) > 0).long()

@@ -1,4 +1,4 @@
-"""Lay out the branches of some examples as the model's inputs."""
+"""Packs: the branches of some examples as the inputs of one forward pass, and where its losses read."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,21 +10,21 @@ from torch import Tensor
 
 from cafe.images.normalization import PackedPixels, pack_uint8
 from cafe.packing.branch import Branch
-from cafe.packing.rows import DEFAULT_PACKING, PackingConfig, build_layout
+from cafe.packing.rows import DEFAULT_PACKING, Layout, PackingConfig, build_layout
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """What goes through the model at once.
+    """Hold what goes through the model in one forward pass.
 
     Attributes:
-        inputs: the model's inputs by name, without the attention mask of trees, which is made from `subtree_end`.
-        subtree_end: see `Layout`; None where branches do not share.
-        embedding_index: the (row, column) of the last token of each embedded branch, in their order.
-        logits_index: the (row, column) of the tokens before each supervised token.
+        inputs: the model's inputs by name, except the attention mask of trees, which is computed from `subtree_end`.
+        subtree_end: see `Layout`; None where branches do not share prefixes.
+        embedding_index: the (row, column) of each readout, in the order of the embedding branches.
+        logits_index: the (row, column) of the token before each supervised token.
         labels: the supervised tokens.
-        num_tokens: the tokens that are not padding.
-        pixel_decoder: what makes values of `pixel_values`, where these are bytes.
+        num_tokens: the number of tokens without padding.
+        pixel_decoder: converts `pixel_values` from bytes to the model's values; None where they are not bytes.
     """
 
     inputs: dict[str, Tensor]
@@ -36,7 +36,7 @@ class PackedBatch:
     pixel_decoder: PackedPixels | None = None
 
     def pin_memory(self) -> "PackedBatch":
-        """The same in memory that a GPU copies from while it computes."""
+        """Copy all tensors to pinned memory, from which they are moved to a GPU asynchronously."""
         return replace(
             self,
             inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
@@ -48,82 +48,106 @@ class PackedBatch:
 
 
 def pack(
-    embedded: Sequence[Sequence[Branch]], spoken: Sequence[Sequence[Branch]], packing: PackingConfig = DEFAULT_PACKING
+    embedding_branches: Sequence[Sequence[Branch]],
+    lm_branches: Sequence[Sequence[Branch]],
+    packing: PackingConfig = DEFAULT_PACKING,
 ) -> PackedBatch:
-    """Lays out the branches of some examples for the model.
+    """Pack the branches of some examples for one forward pass.
 
     Args:
-        embedded: for each example the branches whose last token is a readout.
-        spoken: for each example the branches whose supervised tokens are to be predicted.
-        packing: how.
+        embedding_branches: for each example, the branches whose last token is a readout.
+        lm_branches: for each example, the branches whose supervised tokens are predicted.
+        packing: how to pack.
     """
-    groups = [[*first, *second] for first, second in zip(embedded, spoken, strict=True)]
-    layout = build_layout(groups, packing)
+    groups = [[*first, *second] for first, second in zip(embedding_branches, lm_branches, strict=True)]
     branches = [branch for group in groups for branch in group]
-    wants = [index < len(first) for first, group in zip(embedded, groups, strict=True) for index in range(len(group))]
-    readouts, predictors, labels = [], [], []
-    for branch, place, embeds in zip(branches, layout.coords, wants, strict=True):
-        if embeds:
-            readouts.append(place[-1])
-        else:
-            said = branch.loss_mask.nonzero()[:, 0]
-            said = said[said > 0]
-            predictors.append(place[said - 1])
-            labels.append(branch.input_ids[said])
-    pictures, pixels = [branches[first].image_inputs for first in layout.image_order], None
-    if packing.normalization:
-        pictures, pixels = pack_uint8(pictures, packing.normalization)
-    inputs = {"input_ids": layout.input_ids, **collate_vision(pictures)}
-    if packing.share_prefixes:
-        inputs["position_ids"] = layout.position_ids[0] if len(layout.position_ids) == 1 else layout.position_ids
-    else:
-        inputs["attention_mask"] = layout.valid.long()
-        for name, types in packing.token_type_fns.items():
-            inputs[name] = torch.zeros_like(layout.input_ids)
-            for branch, place in zip(branches, layout.coords, strict=True):
-                inputs[name][place[:, 0], place[:, 1]] = types(branch)
-    nowhere = torch.empty(0, 2, dtype=torch.long)
+    layout = build_layout(groups, packing)
+    embedding_index, logits_index, labels = _index_tensors(embedding_branches, lm_branches, layout)
+    inputs, pixel_decoder = _model_inputs(branches, layout, packing)
     return PackedBatch(
-        inputs,
-        layout.subtree_end if packing.share_prefixes else None,
-        torch.stack(readouts) if readouts else nowhere,
-        torch.cat([nowhere, *predictors]),
-        torch.cat([nowhere[:, 0], *labels]),
-        int(layout.valid.sum()),
-        pixels,
+        inputs=inputs,
+        subtree_end=layout.subtree_end if packing.share_prefixes else None,
+        embedding_index=embedding_index,
+        logits_index=logits_index,
+        labels=labels,
+        num_tokens=int(layout.valid.sum()),
+        pixel_decoder=pixel_decoder,
     )
 
 
+def _index_tensors(
+    embedding_branches: Sequence[Sequence[Branch]], lm_branches: Sequence[Sequence[Branch]], layout: Layout
+) -> tuple[Int64[Tensor, "readouts 2"], Int64[Tensor, "supervised 2"], Int64[Tensor, " supervised"]]:
+    """Return where the readouts are, where the logits of the supervised tokens are, and these tokens."""
+    no_coords = torch.empty(0, 2, dtype=torch.long)
+    readouts: list[Tensor] = []
+    predictors, labels = [no_coords], [no_coords[:, 0]]
+    coords = iter(layout.coords)  # in the order of `pack`: for each example, embedding branches first
+    for embedded, supervised in zip(embedding_branches, lm_branches, strict=True):
+        for _ in embedded:
+            readouts.append(next(coords)[-1])
+        for branch in supervised:
+            # The logits of a token are at the one before it; nothing predicts the first token of a sequence.
+            columns = branch.loss_mask.nonzero()[:, 0]
+            columns = columns[columns > 0]
+            predictors.append(next(coords)[columns - 1])
+            labels.append(branch.input_ids[columns])
+    embedding_index = torch.stack(readouts) if readouts else no_coords
+    return embedding_index, torch.cat(predictors), torch.cat(labels)
+
+
+def _model_inputs(
+    branches: Sequence[Branch], layout: Layout, packing: PackingConfig
+) -> tuple[dict[str, Tensor], PackedPixels | None]:
+    """Return the model's inputs by name, and what decodes the pixels where they are bytes."""
+    # Models put image features where the image tokens are, in row-major order: images must follow it.
+    images, pixel_decoder = [branches[first].image_inputs for first in layout.image_order], None
+    if packing.normalization:
+        images, pixel_decoder = pack_uint8(images, packing.normalization)
+    inputs = {"input_ids": layout.input_ids, **collate_vision(images)}
+
+    if packing.share_prefixes:
+        one_axis = len(layout.position_ids) == 1
+        inputs["position_ids"] = layout.position_ids[0] if one_axis else layout.position_ids
+        return inputs, pixel_decoder
+
+    # One branch per row is ordinary padded input, from which the model makes its own mask and position ids.
+    inputs["attention_mask"] = layout.valid.long()
+    for name, token_type_fn in packing.token_type_fns.items():
+        token_types = torch.zeros_like(layout.input_ids)
+        for branch, coord in zip(branches, layout.coords, strict=True):
+            token_types[coord[:, 0], coord[:, 1]] = token_type_fn(branch)
+        inputs[name] = token_types
+    return inputs, pixel_decoder
+
+
 def count_crops(branches: Sequence[Branch]) -> int:
-    """The pictures, or parts of pictures, that the vision tower reads for some branches."""
-    visions = {
-        id(branch.image_inputs): branch.image_inputs for branch in branches if "pixel_values" in branch.image_inputs
-    }
-    return sum(_num_crops(vision) for vision in visions.values())
+    """Count the images, or crops of images, that the vision tower processes for some branches."""
+    distinct: dict[int, Mapping[str, Tensor]] = {}
+    for branch in branches:
+        if "pixel_values" in branch.image_inputs:
+            distinct[id(branch.image_inputs)] = branch.image_inputs
+    return sum(map(_num_crops, distinct.values()))
 
 
-def _num_crops(vision: Mapping[str, Tensor]) -> int:
-    rows = vision.get("image_grid_thw", vision["pixel_values"])  # patches of several pictures are joined, grids are not
+def _num_crops(image_inputs: Mapping[str, Tensor]) -> int:
+    # Where the patches of all images are joined in one dimension, the grids still have one row per image.
+    rows = image_inputs.get("image_grid_thw", image_inputs["pixel_values"])
     return math.prod(rows.shape[:-3]) if rows.ndim > 3 else len(rows)
 
 
-def collate_vision(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Joins the vision tensors of several sequences along their first dimension, padding the others with zeros."""
-    names = {name for part in parts for name in part}
-    return {name: _cat_padded([part[name] for part in parts if name in part]) for name in sorted(names)}
+def collate_vision(image_inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Concatenate the image tensors of several sequences, padding all dimensions but the first with zeros."""
+    names = {name for inputs in image_inputs for name in inputs}
+    return {name: _cat_padded([inputs[name] for inputs in image_inputs if name in inputs]) for name in sorted(names)}
 
 
 def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
     shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    padded = [
-        torch.nn.functional.pad(
-            tensor,
-            [
-                amount
-                for size, full in zip(tensor.shape[:0:-1], shape[::-1], strict=True)
-                for amount in (0, full - size)
-            ],
-        )
-        for tensor in tensors
-    ]
+    padded = []
+    for tensor in tensors:
+        amounts: list[int] = []
+        for size, full in zip(reversed(tensor.shape[1:]), reversed(shape), strict=True):  # `pad` begins at the last
+            amounts += (0, full - size)
+        padded.append(torch.nn.functional.pad(tensor, amounts))
     return torch.cat(padded)

@@ -1,4 +1,4 @@
-"""How the trees of branches are laid out in rows."""
+"""Layout: the trees of branches placed in rows of bounded length."""
 
 import heapq
 import math
@@ -17,48 +17,50 @@ from cafe.images.normalization import Normalization
 from cafe.packing.branch import Branch, PositionIdsFn, TokenTypeFn, default_position_ids
 from cafe.packing.tree import (
     SharingKeys,
-    _common_prefix_length,
-    _iter_tree,
-    _num_tokens,
-    _sharing_keys,
-    _split_subtrees,
+    common_prefix_length,
+    compute_sharing_keys,
+    iter_tree,
+    split_subtrees,
+    tree_size,
 )
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of some branches lie in rows.
+    """Hold where the tokens of some branches lie in rows.
 
     Attributes:
-        input_ids: filled up with `pad` behind each row's last token.
+        input_ids: the tokens; each row is padded on the right with `pad_token_id`.
         position_ids: one axis, or three for M-RoPE.
-        subtree_end: of each token, the column one past the last token below it; padding sees itself alone.
-        valid: which places hold a token.
+        subtree_end: for each token, the column one past the last token below it; padding attends to itself alone.
+        valid: False for padding.
         coords: for each branch, the (row, column) of each of its tokens.
-        image_order: for each set of pictures, in the order of their tokens, the first branch that shows it.
+        image_order: for each distinct set of images, in the order of their tokens, the first branch that holds it.
     """
 
     input_ids: Int64[Tensor, "rows columns"]
     position_ids: Int64[Tensor, "axes rows columns"]
     subtree_end: Int64[Tensor, "rows columns"]
     valid: Bool[Tensor, "rows columns"]
-    coords: list[Int64[Tensor, "tokens 2"]]
+    coords: list[Int64[Tensor, "_tokens 2"]]
     image_order: list[int]
 
 
 @dataclass(frozen=True)
 class PackingConfig:
-    """How branches become packs.
+    """Configure how branches are packed.
 
     Attributes:
-        share_prefixes: lay branches out as trees; without it every branch is a row by itself, padded on the right, and the
-            model makes its own mask and position ids.
-        max_row_tokens: the most tokens in a row of trees.
-        pad_to_multiple_of: rows are filled up to a multiple of this many tokens, so that their shapes are few.
-        pad_token_id: the token that fills up rows.
-        position_ids_fn: the position ids of a branch that is alone in its row.
-        token_type_fns: inputs that mark tokens, by name, for models that want one where branches do not share.
-        normalization: pack pictures as bytes, of which this makes the model's values; as they are without it.
+        share_prefixes: lay branches out as trees. Without it every branch is a row of its own, padded on the right, and
+            the model makes its own mask and position ids.
+        max_row_tokens: the maximum number of tokens in a row of trees.
+        pad_to_multiple_of: pad rows to a multiple of this many tokens, so that there are few different shapes.
+        pad_token_id: the padding token.
+        position_ids_fn: computes the position ids of a branch that is alone in its row.
+        token_type_fns: for models that take inputs which mark tokens, functions that compute them by input name; used
+            where branches do not share prefixes.
+        normalization: pack images as bytes, from which this computes the model's pixel values; None packs them as they
+            are.
     """
 
     share_prefixes: bool = True
@@ -74,128 +76,169 @@ DEFAULT_PACKING = PackingConfig()
 
 
 def build_layout(groups: Sequence[Sequence[Branch]], packing: PackingConfig) -> Layout:
-    """Lays branches out in rows of at most `packing.columns` tokens.
+    """Lay branches out in rows of at most `packing.max_row_tokens` tokens.
 
-    Groups (the branches of one example) are cut into trees that share more than what all branches share, and the trees
-    are spread over rows. Rows are longer than `columns` only where a tree is.
+    Groups (the branches of one example) are split into trees that share more than all branches do, and the trees are
+    distributed over rows. A row is longer than the maximum only where a single tree is.
 
     Args:
-        groups: branches; `Layout.places` has them in this order, group after group.
-        packing: how.
+        groups: the branches; `Layout.coords` lists them in this order, group after group.
+        packing: how to pack.
     """
     branches = [branch for group in groups for branch in group]
     if packing.share_prefixes:
-        keys = _sharing_keys(branches)
-        root = _common_prefix_length(keys) if len(branches) > 1 else 0
-        trees = _split_subtrees([len(group) for group in groups], keys, root)
-        rows = [
-            _row(members, keys)
-            for members in _bin_pack(trees, [_num_tokens(tree, keys) for tree in trees], root, packing.max_row_tokens)
-        ]
+        rows = _tree_rows(branches, [len(group) for group in groups], packing.max_row_tokens)
     else:
-        rows = [_Row.alone(number, len(branch)) for number, branch in enumerate(branches)]
+        rows = _single_branch_rows(branches)
 
-    places: list[Tensor] = [torch.empty(0, 2, dtype=torch.long)] * len(branches)
+    # Where each branch's tokens are.
+    coords: list[Tensor] = [torch.empty(0, 2, dtype=torch.long)] * len(branches)
     for number, row in enumerate(rows):
-        for member, taken in row.columns.items():
-            places[member] = torch.stack([torch.full((len(taken),), number), torch.from_numpy(taken)], dim=1)
+        for member, columns in row.columns.items():
+            coords[member] = torch.stack([torch.full((len(columns),), number), torch.from_numpy(columns)], dim=1)
+
+    # Pad rows to the same length. Padding attends to itself alone: a token that attends to nothing would give NaN.
     ends = [torch.from_numpy(row.subtree_end) for row in rows]
-    end = pad_sequence(ends, batch_first=True, padding_value=-1)
-    end = torch.nn.functional.pad(end, (0, -end.shape[1] % packing.pad_to_multiple_of), value=-1)
-    filled = end >= 0
-    end = torch.where(filled, end, torch.arange(1, end.shape[1] + 1))
-    input_ids = torch.full_like(end, packing.pad_token_id)
-    positions = packing.position_ids_fn if packing.share_prefixes else default_position_ids
-    position_ids = torch.zeros(len(positions(branches[0])), *end.shape, dtype=torch.long)
-    for branch, place in zip(branches, places, strict=True):
-        input_ids[place[:, 0], place[:, 1]] = branch.input_ids
-        position_ids[:, place[:, 0], place[:, 1]] = positions(branch)
-    return Layout(input_ids, position_ids, end, filled, places, _image_order(branches, places))
+    subtree_end = pad_sequence(ends, batch_first=True, padding_value=-1)
+    missing = -subtree_end.shape[1] % packing.pad_to_multiple_of
+    subtree_end = torch.nn.functional.pad(subtree_end, (0, missing), value=-1)
+    valid = subtree_end >= 0
+    subtree_end = torch.where(valid, subtree_end, torch.arange(1, subtree_end.shape[1] + 1))
+
+    # Write tokens and positions branch by branch. Branches that share a token write the same values.
+    position_ids_fn = packing.position_ids_fn if packing.share_prefixes else default_position_ids
+    input_ids = torch.full_like(subtree_end, packing.pad_token_id)
+    position_ids = torch.zeros(len(position_ids_fn(branches[0])), *subtree_end.shape, dtype=torch.long)
+    for branch, coord in zip(branches, coords, strict=True):
+        input_ids[coord[:, 0], coord[:, 1]] = branch.input_ids
+        position_ids[:, coord[:, 0], coord[:, 1]] = position_ids_fn(branch)
+    return Layout(input_ids, position_ids, subtree_end, valid, coords, _image_order(branches, coords))
 
 
 @dataclass(frozen=True)
 class _Row:
-    """One row: `subtree_end` of each token, and the columns of each member branch's tokens."""
+    """Hold the `subtree_end` of each token of a row, and the columns of each branch's tokens."""
 
     subtree_end: SharingKeys
     columns: dict[int, SharingKeys]
 
-    @classmethod
-    def alone(cls, member: int, length: int) -> "_Row":
-        return cls(np.full(length, length), {member: np.arange(length)})
 
-
-_Filled = list[tuple[int, list[int]]]  # of each row, its tokens and its trees
-
-
-def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, columns: int) -> list[list[int]]:
-    """Trees to rows of at most `columns` tokens: filled best-fit, or evenly where that makes less work.
-
-    Where the largest tree is longer than that, rows may be an eighth longer than it, for small trees beside large ones.
-    What fits in one row goes there. The root is there once a row. The work of a token is that of the layers' matrices,
-    as of attention over three times the columns, and attention over its row: many rows leave more padding, long ones
-    take more attention.
-    """
-    largest = max(sizes)
-    columns = columns if largest <= columns else largest + largest // 8
-    own = [size - root for size in sizes]
-    least = max(1, math.ceil(sum(own) / max(1, columns - root)))
-
-    def work(count: int, longest: int) -> float:
-        return count * longest * (3 * columns + longest) if longest <= columns else math.inf
-
-    def work_of(rows: _Filled) -> float:
-        return work(len(rows), max(tokens for tokens, _ in rows))
-
-    found = _best_fit(own, root, columns)
-    for count in range(least, 2 * least + 1) if least > 1 else ():
-        shortest = max(largest, root + math.ceil(sum(own) / count))  # that the longest of so many rows can be
-        if work(count, shortest) < work_of(found):
-            found = min(found, _balance_rows(own, root, count), key=work_of)
-    return [[branch for tree in row for branch in trees[tree]] for _, row in found]
-
-
-def _best_fit(own: Sequence[int], root: int, columns: int) -> _Filled:
-    """Trees to rows of at most so many columns, the largest first, each to the fullest row that has room for it."""
-    rows: _Filled = []  # the emptiest first
-    for tree in _largest_first(own):
-        roomy = bisect_right(rows, columns - own[tree], key=itemgetter(0))
-        tokens, row = rows.pop(roomy - 1) if roomy else (root, [])
-        insort(rows, (tokens + own[tree], [*row, tree]))
+def _single_branch_rows(branches: Sequence[Branch]) -> list[_Row]:
+    """Give every branch a row of its own."""
+    rows = []
+    for number, branch in enumerate(branches):
+        length = len(branch)
+        rows.append(_Row(np.full(length, length), {number: np.arange(length)}))
     return rows
 
 
-def _balance_rows(own: Sequence[int], root: int, count: int) -> _Filled:
-    """Trees over so many rows, the largest first, each to the emptiest row."""
-    rows: _Filled = [(root, []) for _ in range(count)]
-    for tree in _largest_first(own):
-        tokens, row = rows[0]
-        heapq.heapreplace(rows, (tokens + own[tree], [*row, tree]))
-    return [each for each in rows if each[1]]
+def _tree_rows(branches: Sequence[Branch], group_sizes: Sequence[int], max_tokens: int) -> list[_Row]:
+    """Distribute the trees that branches form over rows."""
+    keys = compute_sharing_keys(branches)
+    # What all branches share, usually the system prompt, is in every row once: it does not make trees of examples one.
+    root = common_prefix_length(keys) if len(keys) > 1 else 0
+    trees = split_subtrees(group_sizes, keys, root)
+    sizes = [tree_size(tree, keys) for tree in trees]
+    return [_build_row(members, keys) for members in _bin_pack(trees, sizes, root, max_tokens)]
 
 
-def _largest_first(own: Sequence[int]) -> list[int]:
-    return sorted(range(len(own)), key=lambda tree: -own[tree])
-
-
-def _row(members: Sequence[int], keys: Sequence[SharingKeys]) -> _Row:
-    """The trees of some branches in one row. Branches that share no first token stand side by side."""
+def _build_row(members: Sequence[int], keys: Sequence[SharingKeys]) -> _Row:
+    """Write the trees of some branches into one row; branches without a common first token stand side by side."""
     columns: dict[int, SharingKeys] = {member: np.empty(len(keys[member]), np.int64) for member in members}
     ends: list[SharingKeys] = []
-    at = 0
-    for start, stop, sharing, size in _iter_tree(members, keys):
-        for member in sharing:
-            columns[member][start:stop] = np.arange(at, at + stop - start)
-        ends.append(np.full(stop - start, at + size))
-        at += stop - start
+    column = 0
+    for node in iter_tree(members, keys):
+        for member in node.members:
+            columns[member][node.start : node.stop] = np.arange(column, column + node.length)
+        # Depth first, all that is below a node follows it directly: the subtrees of its tokens end at the same column.
+        ends.append(np.full(node.length, column + node.size))
+        column += node.length
     return _Row(np.concatenate(ends), columns)
 
 
-def _image_order(branches: Sequence[Branch], places: Sequence[Tensor]) -> list[int]:
-    """The first branch to show each laid-out set of pictures, in the order of the sets' first tokens."""
-    found: dict[tuple[int, int], int] = {}
-    for number, (branch, place) in enumerate(zip(branches, places, strict=True)):
+_Bins = list[tuple[int, list[int]]]  # for each row, its number of tokens and its trees
+
+
+def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, max_tokens: int) -> list[list[int]]:
+    """Distribute trees over rows of at most `max_tokens`: best fit, or evenly where that is less work.
+
+    Args:
+        trees: the branches of each tree.
+        sizes: the tokens of each tree, root included.
+        root: the tokens that all trees share; each row holds them once.
+        max_tokens: the maximum number of tokens in a row.
+
+    Returns:
+        The branches of each row.
+    """
+    # A tree that exceeds the maximum sets it: rows may be an eighth longer, for small trees beside the large one.
+    largest = max(sizes)
+    if largest > max_tokens:
+        max_tokens = largest + largest // 8
+    own_sizes = [size - root for size in sizes]
+    total = sum(own_sizes)
+    min_rows = max(1, math.ceil(total / max(1, max_tokens - root)))
+
+    best = _best_fit(own_sizes, root, max_tokens)
+    best_work = _work(len(best), _longest(best), max_tokens)
+    # Best fit leaves a short last row, padded to the longest. Rows of equal length may be less work: try each number of
+    # rows whose lower bound is below the best so far. Whatever fits in one row stays there.
+    if min_rows > 1:
+        for num_rows in range(min_rows, 2 * min_rows + 1):
+            longest_at_least = max(largest, root + math.ceil(total / num_rows))
+            if _work(num_rows, longest_at_least, max_tokens) >= best_work:
+                continue
+            bins = _balance_rows(own_sizes, root, num_rows)
+            work = _work(len(bins), _longest(bins), max_tokens)
+            if work < best_work:
+                best, best_work = bins, work
+    return [[branch for tree in row for branch in trees[tree]] for _, row in best]
+
+
+def _work(num_rows: int, longest: int, max_tokens: int) -> float:
+    """Estimate the work of rows: for each token, the layers' matrices and attention over its row.
+
+    The matrices are taken as attention over three times the maximum row (see `infer_packing`). So many rows are costly
+    by their padding, and long rows by their attention.
+    """
+    if longest > max_tokens:
+        return math.inf
+    return num_rows * longest * (3 * max_tokens + longest)
+
+
+def _longest(bins: _Bins) -> int:
+    return max(tokens for tokens, _ in bins)
+
+
+def _best_fit(sizes: Sequence[int], root: int, max_tokens: int) -> _Bins:
+    """Distribute trees over rows, the largest first, each to the fullest row that has room for it."""
+    bins: _Bins = []  # sorted, the emptiest first
+    for tree in _largest_first(sizes):
+        num_roomy = bisect_right(bins, max_tokens - sizes[tree], key=itemgetter(0))
+        tokens, row = bins.pop(num_roomy - 1) if num_roomy else (root, [])
+        insort(bins, (tokens + sizes[tree], [*row, tree]))
+    return bins
+
+
+def _balance_rows(sizes: Sequence[int], root: int, num_rows: int) -> _Bins:
+    """Distribute trees over a number of rows, the largest first, each to the emptiest row."""
+    bins: _Bins = [(root, []) for _ in range(num_rows)]  # a heap, the emptiest first
+    for tree in _largest_first(sizes):
+        tokens, row = bins[0]
+        heapq.heapreplace(bins, (tokens + sizes[tree], [*row, tree]))
+    return [(tokens, row) for tokens, row in bins if row]
+
+
+def _largest_first(sizes: Sequence[int]) -> list[int]:
+    return sorted(range(len(sizes)), key=lambda tree: -sizes[tree])
+
+
+def _image_order(branches: Sequence[Branch], coords: Sequence[Tensor]) -> list[int]:
+    """List the first branch to hold each set of images, in the order of the sets' first tokens."""
+    first_holders: dict[tuple[int, int], int] = {}
+    for number, (branch, coord) in enumerate(zip(branches, coords, strict=True)):
         if branch.image_mask.any():
-            row, column = place[branch.image_mask][0].tolist()
-            found.setdefault((row, column), number)
-    return [found[place] for place in sorted(found)]
+            # Branches that share images share the coordinates of their tokens.
+            row, column = coord[branch.image_mask][0].tolist()
+            first_holders.setdefault((row, column), number)
+    return [first_holders[first_token] for first_token in sorted(first_holders)]

@@ -1,7 +1,11 @@
-"""The prefix trees that branches form: what they have in common, and where they part."""
+"""The prefix trees of branches: what they have in common, and where they diverge.
+
+Branches are compared by sharing keys: integers that are equal exactly where tokens may be computed once for both.
+"""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,72 +14,98 @@ from cafe.packing.branch import Branch
 
 SharingKeys = NDArray[np.int64]
 
+NO_TOKEN = -(2**62)  # stands for the next key of a branch that ends; no token or image has this key
 
-def _sharing_keys(branches: Sequence[Branch]) -> list[SharingKeys]:
-    """Each branch as numbers that are equal exactly where its tokens can be shared.
 
-    Pictures that were processed together are shared all or none: the key of their tokens stands for the whole set and
-    for the words between them.
+class Node(NamedTuple):
+    """Hold one node of a tree: the tokens from `start` to `stop` that all its members share.
+
+    Attributes:
+        start: the depth of the node's first token.
+        stop: the depth one past its last token.
+        members: the branches that pass through the node.
+        size: the tokens of the node and of all nodes below it.
     """
-    known: dict[tuple[int, bytes], int] = {}
+
+    start: int
+    stop: int
+    members: list[int]
+    size: int
+
+    @property
+    def length(self) -> int:
+        """The tokens of the node itself."""
+        return self.stop - self.start
+
+
+def compute_sharing_keys(branches: Sequence[Branch]) -> list[SharingKeys]:
+    """Compute the sharing keys of each branch.
+
+    The images of a branch are processed together, so they are shared together or not at all: the key of an image token
+    stands for all images of the branch and for the text up to the last of them.
+    """
+    image_keys: dict[tuple[int, bytes], int] = {}
     keys = []
     for branch in branches:
         ids = branch.input_ids.numpy().copy()
         if branch.image_mask.any():
-            shown = branch.image_mask.numpy()
-            number = known.setdefault(
-                (id(branch.image_inputs), ids[: np.flatnonzero(shown)[-1] + 1].tobytes()), len(known)
-            )
-            ids[shown] = -1 - number
+            mask = branch.image_mask.numpy()
+            stop = np.flatnonzero(mask)[-1] + 1
+            number = image_keys.setdefault((id(branch.image_inputs), ids[:stop].tobytes()), len(image_keys))
+            ids[mask] = -1 - number  # below 0: never equal to a token id
         keys.append(ids)
     return keys
 
 
-def _common_prefix_length(keys: Sequence[SharingKeys], start: int = 0) -> int:
-    """How many first numbers all have in common; the first `start` are known to be."""
+def common_prefix_length(keys: Sequence[SharingKeys], start: int = 0) -> int:
+    """Count the leading keys that all have in common; the first `start` are known to be equal."""
     first, length = keys[0], min(map(len, keys))
     for other in keys[1:]:
-        parted = np.flatnonzero(first[start:length] != other[start:length])
-        length = start + int(parted[0]) if len(parted) else length
+        different = np.flatnonzero(first[start:length] != other[start:length])
+        if len(different):
+            length = start + int(different[0])
     return length
 
 
-def _iter_tree(
-    members: Sequence[int], keys: Sequence[SharingKeys], start: int = 0
-) -> Iterator[tuple[int, int, list[int], int]]:
-    """The tree of some branches, depth first: (start, stop, members, size) of each node.
-
-    A node is the stretch of tokens from `start` to `stop` that its members share; `size` counts the tokens of the node
-    and all below it.
-    """
-    stop = _common_prefix_length([keys[member] for member in members], start)
-    beyond = sorted((member for member in members if len(keys[member]) > stop), key=lambda member: keys[member][stop])
-    below = [
-        node
-        for _, part in groupby(beyond, lambda member: keys[member][stop])
-        for node in _iter_tree(list(part), keys, stop)
-    ]
-    yield start, stop, list(members), stop - start + sum(node[1] - node[0] for node in below)
+def iter_tree(members: Sequence[int], keys: Sequence[SharingKeys], start: int = 0) -> Iterator[Node]:
+    """Iterate over the nodes of the tree that some branches form, depth first."""
+    stop = common_prefix_length([keys[member] for member in members], start)
+    # Branches that continue below this node, grouped by their next key: one child for each.
+    next_key = {member: keys[member][stop] for member in members if len(keys[member]) > stop}
+    longer = sorted(next_key, key=next_key.__getitem__)
+    below: list[Node] = []
+    for _, child_members in groupby(longer, next_key.__getitem__):
+        below += iter_tree(list(child_members), keys, stop)
+    size = stop - start + sum(node.length for node in below)
+    yield Node(start, stop, list(members), size)
     yield from below
 
 
+def tree_size(members: Sequence[int], keys: Sequence[SharingKeys]) -> int:
+    """Count the tokens of the tree that some branches form."""
+    return next(iter_tree(members, keys)).size
+
+
 def count_unique_tokens(branches: Sequence[Branch]) -> int:
-    """The tokens of some branches with what they share counted once."""
-    return _num_tokens(range(len(branches)), _sharing_keys(branches))
+    """Count the tokens of some branches, shared ones once."""
+    return tree_size(range(len(branches)), compute_sharing_keys(branches))
 
 
-def _num_tokens(members: Sequence[int], keys: Sequence[SharingKeys]) -> int:
-    return next(_iter_tree(members, keys))[3]
+def split_subtrees(group_sizes: Sequence[int], keys: Sequence[SharingKeys], root: int) -> list[list[int]]:
+    """Split the branches of each group by the key that follows the root, which all branches share.
 
-
-def _split_subtrees(sizes: Sequence[int], keys: Sequence[SharingKeys], root: int) -> list[list[int]]:
-    """The branches of each group by the token that follows the root."""
+    Args:
+        group_sizes: the number of branches in each group; groups follow each other in `keys`.
+        keys: the sharing keys of all branches.
+        root: the number of tokens that all branches share.
+    """
     trees: list[list[int]] = []
     start = 0
-    for size in sizes:
-        by_next: dict[int, list[int]] = {}
+    for size in group_sizes:
+        by_next_key: dict[int, list[int]] = {}
         for member in range(start, start + size):
-            by_next.setdefault(int(keys[member][root]) if len(keys[member]) > root else -(2**62), []).append(member)
-        trees += by_next.values()
+            next_key = int(keys[member][root]) if len(keys[member]) > root else NO_TOKEN
+            by_next_key.setdefault(next_key, []).append(member)
+        trees += by_next_key.values()
         start += size
     return trees

@@ -1,4 +1,4 @@
-"""The small world: generated pictures with exact words, written in public formats, and the tiny model taught on it."""
+"""The small world: generated images with exact descriptions in public formats, and the tiny model trained on them."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
-"""The tiny base model: at most 3M parameters in the real LLaVA-OneVision classes, taught to speak about scenes.
+"""The tiny base model: at most 3M parameters in the real LLaVA-OneVision classes, trained on scenes.
 
-It is trained from scratch with the language loss alone, so that like any LVLM it captions and answers but its last
-hidden state retrieves nothing. `python -m cafe scenes train-base` makes it again from one seed.
+It is trained from scratch with the language-modeling loss alone, so that like any LVLM it captions and answers, but its
+last hidden state retrieves nothing. `cafe scenes train-base` reproduces it from one seed.
 """
 
 import json
@@ -33,7 +33,9 @@ from transformers.models.llava_onevision.image_processing_pil_llava_onevision im
 from cafe.content import Content, Dialogue, Turn
 from cafe.losses import linear_cross_entropy
 from cafe.lvlm.forward import forward_packed
-from cafe.lvlm.processing import ChatProcessor, ProcessedImages, without_video
+from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.loading import without_video
+from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import CHATML, Prompts, dialogue_messages
 from cafe.packing import PackedBatch, PackingConfig, pack
 from cafe.scenes.draw import SIDE, paint
@@ -52,18 +54,18 @@ from cafe.training.muon import Muon, hidden_weight_names
 from cafe.utils.dataloader import make_loader
 
 VOCABULARY = 640
-CROP = SIDE // 2  # pixels; a picture is read as a thumbnail and four crops, as anyres has it: each place is a crop
+CROP = SIDE // 2  # pixels; an image is encoded as a thumbnail and four crops, as in anyres: each place is a crop
 PATCH = 16  # pixels
 WIDTH = 160
-COLUMNS = 256  # tokens in a row: room for two scenes with all that is asked about them
-ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.015, 0.17  # of the steps: the easy lessons come first
-DESCRIBED = 0.46  # of the scenes; the others are asked about, which takes longer to learn
-PARAGRAPHS = 0.1  # of the descriptions
+COLUMNS = 256  # tokens in a row: room for two scenes with their dialogues
+ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.015, 0.17  # fraction of the steps: the easy lessons come first
+DESCRIBED = 0.46  # fraction of the scenes; the others get questions, which take longer to learn
+PARAGRAPHS = 0.1  # fraction of the descriptions
 HARD = ("presence", "color", "place")  # the kinds of question that are learned last
 
 
 def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
-    """A LLaVA-OneVision processor whose byte-level BPE tokenizer is trained on the texts."""
+    """Make a LLaVA-OneVision processor whose byte-level BPE tokenizer is trained on the texts."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -100,7 +102,7 @@ def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
 
 
 def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForConditionalGeneration:
-    """The untrained model."""
+    """Make the untrained model."""
     tokenizer = processor.tokenizer
     vision = SiglipVisionConfig(
         image_size=CROP,
@@ -120,7 +122,7 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
         num_key_value_heads=2,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
-        initializer_range=WIDTH**-0.5,  # the usual 0.02 is for wide models: here attention would start out blind
+        initializer_range=WIDTH**-0.5,  # the usual 0.02 is for wide models: here attention would start out uniform
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -136,43 +138,44 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
         tie_word_embeddings=True,
     )
     model = LlavaOnevisionForConditionalGeneration(config)
+    # Each layer starts as the identity.
     for path, parameter in model.named_parameters():
         if path.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
-            nn.init.zeros_(parameter)  # each layer begins by passing on what it is given
+            nn.init.zeros_(parameter)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
 
 
-def lessons(scene: Scene, picture: Image.Image, kind: str, rng: Random) -> list[Dialogue]:
-    """Dialogues about a scene: a caption (by place, or of any form, or a paragraph), or up to eight questions.
+def lessons(scene: Scene, image: Image.Image, kind: str, rng: Random) -> list[Dialogue]:
+    """Make dialogues about a scene: a caption (by place, or of any form, or a paragraph), or up to eight questions.
 
-    Each is a dialogue of its own, so that no answer can be copied from what was said before.
+    Each is a dialogue of its own, so that no answer can be copied from an earlier turn.
     """
     if kind == "by place":
-        spoken = [(CAPTION_PROMPT, caption_by_place(in_reading_order(scene.things)))]
+        exchanges = [(CAPTION_PROMPT, caption_by_place(in_reading_order(scene.things)))]
     elif kind == "caption" and rng.random() < PARAGRAPHS:
-        spoken = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
+        exchanges = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
     elif kind == "caption":
-        spoken = [(CAPTION_PROMPT, caption(scene.things, rng))]
+        exchanges = [(CAPTION_PROMPT, caption(scene.things, rng))]
     else:
-        # To find the one thing that is named takes longest to learn: what asks for it is asked twice.
+        # Finding the one thing that is named takes longest to learn, so such questions are asked twice.
         first, second = questions(scene, rng), questions(scene, rng)
         hard = [question for question in (*first, *second) if question.kind in HARD]
         easy = [question for question in first if question.kind not in HARD]
         chosen = dict.fromkeys([*hard, *rng.sample(easy, 2)])
-        spoken = [(question.text, question.answer) for question in chosen]
+        exchanges = [(question.text, question.answer) for question in chosen]
     return [
-        Dialogue((Turn("user", Content.of({"image": picture, "text": asked})), Turn("assistant", Content.of(answered))))
-        for asked, answered in spoken
+        Dialogue((Turn("user", Content.of({"image": image, "text": prompt})), Turn("assistant", Content.of(answer))))
+        for prompt, answer in exchanges
     ]
 
 
 def in_one_color(scene: Scene) -> Scene:
-    """The scene with its first two things in one color; as it is, where that would be no training scene.
+    """Give the first two things of a scene the same color, unless the result would not be a training scene.
 
-    Few scenes have that. Without more of them a color is enough to find most things that are asked for, and the model
-    never learns to look at their kind as well.
+    Few scenes have two things in one color. Without more of them, the color is enough to find most things that
+    questions are about, and the model never learns to use their kind as well.
     """
     if len(scene.things) < 2:
         return scene
@@ -184,7 +187,7 @@ def in_one_color(scene: Scene) -> Scene:
 
 
 def corpus(seed: int, count: int) -> Iterator[str]:
-    """Texts to train the tokenizer on."""
+    """Yield texts to train the tokenizer on."""
     for index in range(count):
         scene = draw_scene(seed, "train", index)
         rng = Random(f"corpus {scene.name}")
@@ -198,12 +201,12 @@ def corpus(seed: int, count: int) -> Iterator[str]:
 
 
 class Lessons(Dataset[dict[str, PackedBatch]]):
-    """What each step reads, by kind of lesson, no scene twice; the same for the same seed, whoever makes it.
+    """Make the packed batches of each step, by kind of lesson, from one seed; no scene occurs twice.
 
-    Each picture is there once, with all that is said about it behind it. The first lessons are captions that name each
-    place before what stands there: what to look at is told, only how to look is to be learned. After a few with one
-    thing, their pictures are full, since each thing is one more to learn from. Then some scenes are described and the
-    others are asked about.
+    Each image occurs once, followed by all dialogues about it. The first lessons are captions that name each place
+    before the thing that is there: the model is told where to look, and has to learn only to see. After a few with one
+    thing, their scenes have four, since each thing is one more to learn from. Then some scenes are described and the
+    others get questions.
     """
 
     def __init__(self, chat_processor: ChatProcessor, seed: int, steps: int, batch: int) -> None:
@@ -222,29 +225,28 @@ class Lessons(Dataset[dict[str, PackedBatch]]):
             "questions": self._pack(scenes[described:], "questions"),
         }
 
-    def _pack(self, indices: range, kind: str, least: int = 1, most: int = 4) -> PackedBatch:
-        scenes = [draw_scene(self.seed, "train", index, most, least) for index in indices]
+    def _pack(self, indices: range, kind: str, min_things: int = 1, max_things: int = 4) -> PackedBatch:
+        scenes = [draw_scene(self.seed, "train", index, max_things, min_things) for index in indices]
         if kind == "questions":
             scenes = [in_one_color(scene) for scene in scenes]
-        painted = [paint(scene) for scene in scenes]
-        rows = [
-            [
-                self.chat_processor.encode_dialogue(dialogue_messages(dialogue, self.chat_processor.prompts), pictures)
-                for dialogue in lessons(scene, picture, kind, Random(f"lesson {scene.name}"))
-            ]
-            for scene, picture, pictures in zip(scenes, painted, self._read(painted), strict=True)
-        ]
+        images = [paint(scene) for scene in scenes]
+        rows = []
+        for scene, image, processed in zip(scenes, images, self._process_images(images), strict=True):
+            dialogues = lessons(scene, image, kind, Random(f"lesson {scene.name}"))
+            messages = [dialogue_messages(dialogue, self.chat_processor.prompts) for dialogue in dialogues]
+            rows.append([self.chat_processor.encode_dialogue(each, processed) for each in messages])
         return pack([[]] * len(rows), rows, self.packing)
 
-    def _read(self, painted: list[Image.Image]) -> list[ProcessedImages]:
-        """Each picture by itself, in one call: all have one size and so the same tokens."""
-        runs = self.chat_processor.process_images(painted[:1]).token_runs
-        tensors = self.chat_processor.processor.image_processor(painted, return_tensors="pt")
-        return [ProcessedImages(runs, {name: t[i : i + 1] for name, t in tensors.items()}) for i in range(len(painted))]
+    def _process_images(self, images: list[Image.Image]) -> list[ProcessedImages]:
+        """Process images as if one at a time, in one call: all have the same size and therefore the same tokens."""
+        token_runs = self.chat_processor.process_images(images[:1]).token_runs
+        tensors = self.chat_processor.processor.image_processor(images, return_tensors="pt")
+        inputs = [{name: batch[i : i + 1] for name, batch in tensors.items()} for i in range(len(images))]
+        return [ProcessedImages(token_runs, each) for each in inputs]
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> Muon:
-    """Muon for the matrices inside the layers, AdamW for the rest."""
+    """Make the optimizer: Muon for the matrices inside the layers, AdamW for the rest."""
     inner = hidden_weight_names(model)
     matrices = [p for path, p in model.named_parameters() if path in inner]
     others = [p for path, p in model.named_parameters() if path not in inner]
@@ -256,7 +258,7 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> Muon:
 
 
 def _schedule(steps: int) -> Callable[[int], float]:
-    """A short rise, then a half cosine down to a fiftieth."""
+    """Return the factor of the learning rate at each step: a short warm-up, then half a cosine down to a fiftieth."""
     return lambda step: min((step + 1) / 50, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1, step / steps))))
 
 
@@ -269,8 +271,8 @@ def train_base(
     workers: int = 1,
     report: Callable[[str], None] = print,
 ) -> None:
-    """Trains the base model and writes it as a Hugging Face checkpoint in half precision."""
-    directory.mkdir(parents=True, exist_ok=True)  # before the work, for which there may be no place
+    """Train the base model and write it as a Hugging Face checkpoint in half precision."""
+    directory.mkdir(parents=True, exist_ok=True)  # fails before the training if it cannot be made
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     processor = make_processor(corpus(seed, 3000))
@@ -288,6 +290,7 @@ def train_base(
     for step in progress:
         packs = next(stream)
         model.zero_grad()
+        # Each kind of lesson has its own pass and the same weight in the step's loss.
         for kind, lesson in packs.items():
             _, hidden = forward_packed(model, lesson)
             loss = linear_cross_entropy(hidden, lesson.labels.to(device), model.lm_head.weight) / len(lesson.labels)

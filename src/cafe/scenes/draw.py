@@ -1,7 +1,7 @@
-"""Paints a scene: 64 x 64 pixels, drawn shapes and real scanned digits, slightly jittered, on varying backgrounds.
+"""Paint a scene: 64 x 64 pixels, drawn shapes and real scanned digits, slightly jittered, on varying backgrounds.
 
 The digits are the 1,797 scans of the UCI "optical recognition of handwritten digits" set that ships inside
-scikit-learn. Scans whose index leaves remainder 0 by 4 are used in test pictures only.
+scikit-learn. Scans whose index is a multiple of 4 are used in test images only.
 """
 
 import math
@@ -23,7 +23,7 @@ _SIZE_PIXELS = {"small": (20.0, 22.0), "large": (28.0, 30.0)}
 
 @cache
 def digit_scans(digit: int, split: Split) -> list[np.ndarray]:
-    """The 8 x 8 scans (float, 0 to 1) of a digit that a split may use."""
+    """Return the 8 x 8 scans (float, 0 to 1) of a digit that a split may use."""
     data = load_digits()
     return [
         data.images[index] / 16.0
@@ -33,6 +33,7 @@ def digit_scans(digit: int, split: Split) -> list[np.ndarray]:
 
 
 def _background(scene: Scene, rng: Random) -> Image.Image:
+    """Paint the texture and tone of a scene, with a slight tint and noise."""
     noise = np.random.default_rng(rng.getrandbits(32))
     level = _TONE_LEVELS[scene.tone] + rng.uniform(-10, 10)
     tint = np.array([rng.uniform(-8, 8) for _ in range(3)])
@@ -48,14 +49,14 @@ def _background(scene: Scene, rng: Random) -> Image.Image:
 
 
 def _polygon(kind: str) -> list[tuple[float, float]]:
-    """The outline of a polygonal shape inside the square from -1 to 1."""
+    """Return the outline of a polygonal shape inside the square from -1 to 1."""
     if kind == "square":
         return [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)]
     if kind == "triangle":
         return [(0, -0.95), (0.95, 0.8), (-0.95, 0.8)]
     if kind == "diamond":
         return [(0, -1), (0.7, 0), (0, 1), (-0.7, 0)]
-    if kind == "star":
+    if kind == "star":  # its ten corners, far from the center and near it in turn
         return [
             (radius * math.sin(turn * math.pi / 5), -radius * math.cos(turn * math.pi / 5))
             for turn, radius in enumerate([1.0, 0.42] * 5)
@@ -76,7 +77,7 @@ def _polygon(kind: str) -> list[tuple[float, float]]:
             (-b, -a),
             (-a, -a),
         ]
-    if kind == "heart":
+    if kind == "heart":  # the usual parametric curve
         turns = [step * 2 * math.pi / 48 for step in range(48)]
         return [
             (
@@ -89,37 +90,39 @@ def _polygon(kind: str) -> list[tuple[float, float]]:
 
 
 def _stencil(thing: Thing, split: Split, pixels: float, rng: Random) -> Image.Image:
-    """A thing's coverage (mode L, 0 to 255), as wide and high as it will stand in the picture."""
+    """Draw the coverage (mode L, 0 to 255) of a thing, at the size it has in the image."""
     side = max(1, round(pixels))
     if thing.kind in DIGITS:
         scan = rng.choice(digit_scans(DIGITS.index(thing.kind), split))
         return Image.fromarray((scan * 255).astype(np.uint8), "L").resize((side, side), Image.Resampling.BICUBIC)
+    # Pillow draws hard edges: draw large and average.
     big = side * _SUPERSAMPLE
-    image = Image.new("L", (big, big), 0)
-    pen = ImageDraw.Draw(image)
+    stencil = Image.new("L", (big, big), 0)
+    pen = ImageDraw.Draw(stencil)
     if thing.kind in ("circle", "ring"):
         pen.ellipse((0, 0, big - 1, big - 1), fill=255)
         if thing.kind == "ring":
             pen.ellipse((big * 0.24, big * 0.24, big * 0.76, big * 0.76), fill=0)
     else:
         pen.polygon([((x + 1) * big / 2, (y + 1) * big / 2) for x, y in _polygon(thing.kind)], fill=255)
-    return image.resize((side, side), Image.Resampling.BOX)
+    return stencil.resize((side, side), Image.Resampling.BOX)
 
 
 def paint(scene: Scene) -> Image.Image:
-    """The scene's picture, RGB, 64 x 64. The same scene always gives the same pixels."""
+    """Paint the image of a scene, RGB, 64 x 64. The same scene always gives the same pixels."""
     rng = Random(f"paint {scene.name}")
-    picture = _background(scene, rng)
+    image = _background(scene, rng)
     for thing in scene.things:
         stencil = _stencil(thing, scene.split, rng.uniform(*_SIZE_PIXELS[thing.size]), rng)
         row, column = divmod(PLACES.index(thing.place), 2)
+        # Centered in its quarter, but for a jitter of up to 2 pixels.
         slack = (_CELL - stencil.width) / 2
         left, top = (round(cell * _CELL + slack + rng.uniform(-1, 1) * min(slack, 2)) for cell in (column, row))
-        picture.paste(COLORS[thing.color], (left, top), stencil)
-    return picture
+        image.paste(COLORS[thing.color], (left, top), stencil)
+    return image
 
 
-def crop_place(picture: Image.Image, place: str) -> Image.Image:
-    """The quarter of a picture that a place names."""
+def crop_place(image: Image.Image, place: str) -> Image.Image:
+    """Crop the quarter of an image that a place names."""
     row, column = divmod(PLACES.index(place), 2)
-    return picture.crop((column * _CELL, row * _CELL, (column + 1) * _CELL, (row + 1) * _CELL))
+    return image.crop((column * _CELL, row * _CELL, (column + 1) * _CELL, (row + 1) * _CELL))

@@ -1,10 +1,10 @@
-"""The small world: what a scene can hold, and how scenes are drawn by lot.
+"""The small world: what a scene can contain, and how scenes are drawn at random.
 
-A scene is one to four things, each in its own quarter of the picture. A thing is a drawn shape or a handwritten digit,
-with a color and a size. Scenes are pure data: `draw.py` paints them and `words.py` speaks about them.
+A scene is one to four things, each in its own quarter of the image. A thing is a drawn shape or a handwritten digit,
+with a color and a size. Scenes are pure data: `draw.py` paints them and `words.py` describes them.
 
 Two promises keep the test split honest. Every combination of (kind, color) pairs belongs to one split only, decided by
-a hash, so no training picture shows the objects of a test picture together; and the scans of digits are divided
+a hash, so no training image shows the objects of a test image together; and the scans of digits are divided
 between the splits by their index (see `draw.py`).
 """
 
@@ -32,7 +32,7 @@ PLACES = ("top left", "top right", "bottom left", "bottom right")
 TEXTURES = ("plain", "striped", "checkered")
 TONES = ("dark", "gray", "light")
 
-# Some kinds are common and some rare, and digits keep company with digits: without that, POPE's popular and
+# Some kinds are common and some rare, and digits tend to occur with digits: without that, POPE's popular and
 # adversarial probes would not differ from its random ones. There are more digits than shapes, so each is rarer.
 _KIND_WEIGHTS = {kind: (0.6 if kind in DIGITS else 1.0) * (1.0 + (rank % 6) * 0.35) for rank, kind in enumerate(KINDS)}
 _SAME_GROUP = 0.7
@@ -41,7 +41,7 @@ _TEST_SHARE = 8  # one combination in this many belongs to the test split
 
 @dataclass(frozen=True)
 class Thing:
-    """One object: what it is, its color and size, and the quarter of the picture it stands in."""
+    """Describe one object: what it is, its color and size, and the quarter of the image it is in."""
 
     kind: str
     color: str
@@ -51,7 +51,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture's content. `name` also seeds everything random about how the picture is painted."""
+    """Describe the content of one image. `name` also seeds everything random about how the image is painted."""
 
     name: str
     split: Split
@@ -61,13 +61,14 @@ class Scene:
 
 
 def split_of(things: tuple[Thing, ...]) -> Split:
-    """The only split in which this combination of (kind, color) pairs may appear."""
+    """Return the only split in which this combination of (kind, color) pairs may appear."""
     combination = " ".join(sorted(f"{thing.color}-{thing.kind}" for thing in things))
     digest = hashlib.sha256(combination.encode()).digest()
     return "test" if digest[0] % _TEST_SHARE == 0 else "train"
 
 
 def _draw_kinds(rng: Random, count: int) -> list[str]:
+    """Draw the kinds of a scene's things: the first from all, the others mostly from its group."""
     kinds = [rng.choices(KINDS, [_KIND_WEIGHTS[kind] for kind in KINDS])[0]]
     while len(kinds) < count:
         group = DIGITS if (kinds[0] in DIGITS) == (rng.random() < _SAME_GROUP) else SHAPES
@@ -76,9 +77,10 @@ def _draw_kinds(rng: Random, count: int) -> list[str]:
 
 
 def draw_scene(seed: int, split: Split, index: int, max_things: int = 3, min_things: int = 1) -> Scene:
-    """The scene number `index` of a split: the same arguments always give the same scene."""
+    """Draw scene number `index` of a split: the same arguments always give the same scene."""
     name = f"{split}-{seed}-{index:06d}"
     rng = Random(name)
+    # Draw until a scene belongs to the split.
     while True:
         count = rng.choices(range(min_things, max_things + 1), [1, 2, 2, 2][min_things - 1 : max_things])[0]
         places = rng.sample(PLACES, count)
@@ -92,7 +94,7 @@ def draw_scene(seed: int, split: Split, index: int, max_things: int = 3, min_thi
 
 
 def draw_scenes(seed: int, split: Split, count: int, max_things: int = 3, distinct: bool = False) -> list[Scene]:
-    """`count` scenes of a split; with `distinct`, no two hold the same things in the same places."""
+    """Draw `count` scenes of a split; with `distinct`, no two have the same things in the same places."""
     scenes: list[Scene] = []
     seen: set[frozenset[Thing]] = set()
     index = 0

@@ -1,42 +1,31 @@
-"""What a recipe says of data and step, made."""
+"""The data and the joint step of a run, built from its recipe."""
 
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import AutoConfig
-
-from cafe.data.dataset import NO_LIMIT, ContrastiveBatchDataset, MicroBatch, MicroBatchSize
-from cafe.data.fast_images import with_fast_images
+from cafe.data.batch import NO_LIMIT, MicroBatch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import OpenedSource, open_source
-from cafe.errors import load_error
-from cafe.lvlm.adapters import read_adapter_config
 from cafe.lvlm.families import find_vision_tower
-from cafe.lvlm.image_size import set_max_image_size
-from cafe.lvlm.processing import ChatProcessor, load_processor
+from cafe.lvlm.loading import load_chat_processor
+from cafe.lvlm.processing import ChatProcessor, with_fast_images
 from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
-from cafe.planning.architectures import meta_model
+from cafe.training.compile import allow_repeated_backward
 from cafe.training.optimizer import configure_trainable_parameters
 from cafe.training.recipe import ModelConfig, Recipe
 from cafe.training.step import JointStep
 
 
-def build_chat_processor(base: str, prompts: Prompts, recipe: ModelConfig) -> ChatProcessor:
-    """What a base model, or an adapter's, reads texts and pictures by, as the recipe limits it; without the weights.
+def build_chat_processor(base: str, prompts: Prompts, config: ModelConfig) -> ChatProcessor:
+    """Load the processor of a base model, or of an adapter's, with the recipe's image limits; without the weights.
 
     Raises:
-        CafeError: nothing of the sort can be loaded from there, or the limits are not for it.
+        CafeError: none can be loaded from there, or the limits are not for it.
     """
-    try:
-        adapter = read_adapter_config(base)
-        config = AutoConfig.from_pretrained((adapter and adapter.base_model_name_or_path) or base)
-        processor = load_processor(base, config.model_type)
-    except (ImportError, OSError, ValueError) as error:
-        raise load_error("processor", base, error) from error
-    set_max_image_size(meta_model(config), processor, recipe.max_image_pixels, recipe.image_grids)
-    return ChatProcessor(processor, prompts)
+    return load_chat_processor(base, prompts, config.max_image_pixels, config.image_grids)
 
 
 def build_dataset(
@@ -47,12 +36,20 @@ def build_dataset(
     sharded: bool = False,
     sources: Sequence[OpenedSource] | None = None,
 ) -> ContrastiveBatchDataset:
-    """The contrastive batches of a run, this process's part of each, in an order fixed by the seed.
+    """Build the contrastive batches of a run, this process's part of each, in an order fixed by the seed.
 
-    The recipe's sources are opened here unless they were before.
+    The recipe's sources are opened here unless they are given.
     """
     objective = recipe.objective
     chat_processor, normalization = with_fast_images(model.chat_processor)
+    packing = replace(
+        model.packing,
+        share_prefixes=model.packing.share_prefixes and recipe.model.share_prefixes,
+        max_row_tokens=recipe.model.max_row_tokens or model.packing.max_row_tokens,
+        normalization=normalization,
+    )
+    # A size that is measured is found later, and `BatchFeed` applies it.
+    micro_batch_size = recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else NO_LIMIT
     return ContrastiveBatchDataset(
         sources or [open_source(source) for source in recipe.data.sources],
         chat_processor,
@@ -62,27 +59,29 @@ def build_dataset(
         contrast=objective.contrastive_weight > 0,
         language=objective.lm_weight > 0,
         hard_negatives=objective.hard_negatives,
-        packing=replace(
-            model.packing,
-            share_prefixes=model.packing.share_prefixes and recipe.model.share_prefixes,
-            max_row_tokens=recipe.model.max_row_tokens or model.packing.max_row_tokens,
-            normalization=normalization,
-        ),
-        micro_batch_size=recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else NO_LIMIT,
+        packing=packing,
+        micro_batch_size=micro_batch_size,
         rank=rank,
         world_size=world,
         mixture=recipe.data.mixture,
-        blanks=sharded,
+        add_blank_images=sharded,
     )
 
 
-def build_step(recipe: Recipe, model: Cafe, blank: MicroBatch | None = None) -> JointStep:
-    """The joint step over a model, with what is not trained frozen."""
+def build_step(recipe: Recipe, model: Cafe, blank_micro_batch: MicroBatch | None = None) -> JointStep:
+    """Build the joint step over a model, with what the recipe does not train frozen."""
     configure_trainable_parameters(model.lvlm, recipe.model)
+    if recipe.model.attention == "flex_attention":
+        allow_repeated_backward()
+    vision = _vision_cache(recipe.model, model)
+    return JointStep(model.lvlm.train(), recipe.objective, recipe.model.precision, vision, blank_micro_batch)
+
+
+def _vision_cache(config: ModelConfig, model: Cafe) -> VisionCache | None:
+    """Make a cache of the vision tower's outputs if the tower is frozen."""
     tower = find_vision_tower(model.lvlm)
-    vision = None
-    if tower is not None and not any(parameter.requires_grad for parameter in tower.parameters()):
-        kept = recipe.model.vision_cache
-        directory = Path(kept) / recipe.model.precision if kept else None  # what it makes is of that precision
-        vision = VisionCache(tower, model.lvlm.config, directory)
-    return JointStep(model.lvlm.train(), recipe.objective, recipe.model.precision, vision, blank)
+    if tower is None or any(parameter.requires_grad for parameter in tower.parameters()):
+        return None
+    # Outputs depend on the precision: each has a directory of its own.
+    directory = Path(config.vision_cache) / config.precision if config.vision_cache else None
+    return VisionCache(tower, model.lvlm.config, directory)

@@ -1,11 +1,11 @@
-"""Where a run stands, on disk: complete or absent, and checked when it is read.
+"""The saved state of a run: complete or absent, and checked when it is loaded.
 
-    runs/x/state/step-000200/   .metadata, __0_0.distcp   trained weights and optimizer state, each process its part
-                                process-0.pt              what is each process's own: its Position
+    runs/x/state/step-000200/   .metadata, __0_0.distcp   trained weights and optimizer state, each process's part
+                                process-0.pt              what is each process's own: its TrainerState
                                 manifest.json             the step, the processes, and a hash of every file
 
-The files are written to a directory aside, which is renamed once they are all on the disk. A directory without its
-manifest, or with a file whose hash is not the manifest's, is damaged: it is named, and the one before it is used.
+The files are written to a staging directory, which is renamed once they are all on disk. A directory without its
+manifest, or with a file whose hash is not the manifest's, is damaged: it is reported, and the previous one is used.
 """
 
 import errno
@@ -25,29 +25,29 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from cafe.data.dataset import MicroBatchSize
-from cafe.errors import CafeError
+from cafe.data.batch import MicroBatchSize
+from cafe.errors import CafeError, CheckpointError
 from cafe.training.loss_scale import LossScale
 from cafe.utils.atomic import commit
 from cafe.utils.distributed import all_gather_object, rank, run_on_main_and_broadcast, world_size
 
 MANIFEST = "manifest.json"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
 
 @dataclass
 class TrainerState:
-    """How far a process has come, beside weights and optimizer state.
+    """How far a process has come, besides weights and optimizer state.
 
     Attributes:
-        step: the last step taken; the data's position and the schedule follow from it.
-        num_nonfinite: steps left out because their loss or gradient was not finite.
-        num_bad_records, num_records: of this process's records, see `Quarantine`.
-        micro_batch_size: of micro-batches, where it was found by measurement; the recipe's holds as well.
+        step: the last step taken; the position in the data and the schedule follow from it.
+        num_nonfinite: steps skipped because their loss or gradient was not finite.
+        num_bad_records, num_records: of this process, see `Quarantine`.
+        micro_batch_size: the measured size of micro-batches, if any; the recipe's holds too.
         best_metric: the best result of an evaluation so far.
-        loss_scale: of the next step's loss.
-        rng_state: the state of every random number generator.
+        loss_scale: of the next step.
+        rng_state: of every random number generator.
     """
 
     step: int = 0
@@ -61,139 +61,187 @@ class TrainerState:
 
 
 def save(
-    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, position: TrainerState, keep: int
+    directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState, save_total_limit: int
 ) -> None:
-    """Writes the state of a run into `directory`, and removes all but the last `keep` that are there.
+    """Save the state of a run in `directory`, and remove all but the last `save_total_limit` there.
 
     Raises:
-        CafeError: it cannot be written; what was there before is left as it is.
+        CheckpointError: it cannot be written; what was saved before is left as it is.
     """
     partial = directory / ".partial"
-
-    def begin() -> None:
+    reason = _save_in_stages(partial, directory, module, optimizer, state, save_total_limit)
+    if not reason:
+        return
+    if rank() == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+    raise CheckpointError(
+        f"Step {state.step} could not be saved in {directory} ({reason}). What was saved before is still there: free "
+        "some space and run the same command to resume from it."
+    )
 
-    def write() -> dict[str, str]:
-        with suppress_warnings():
-            dcp.save(_tensors(module, optimizer), checkpoint_id=partial, no_dist=world_size() == 1)
-        torch.save(asdict(position), partial / f"process-{rank()}.pt")
-        return {file.name: _digest(file) for file in partial.iterdir() if _writer_rank(file.name) == rank()}
+
+def _save_in_stages(
+    partial: Path,
+    directory: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainerState,
+    save_total_limit: int,
+) -> str:
+    """Save by way of a staging directory; return what went wrong, or nothing.
+
+    Every stage ends alike in all processes, so that none waits for one that failed.
+    """
+    _, reason = run_on_main_and_broadcast(lambda: _capture_error(lambda: _make_empty(partial)))
+    if reason:
+        return reason
+    written = all_gather_object(_capture_error(lambda: _write_own_files(partial, module, optimizer, state)))
+    for _, reason in written:
+        if reason:
+            return reason
+    digests = {name: digest for own, _ in written for name, digest in (own or {}).items()}
 
     def finish() -> None:
-        files = {name: digest for own, _ in written for name, digest in (own or {}).items()}
-        manifest = {"step": position.step, "processes": world_size(), "files": files}
+        manifest = {"step": state.step, "processes": world_size(), "files": digests}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
-        commit(partial, directory / f"step-{position.step:06d}")
-        for old in _saved(directory)[max(keep, 1) :]:
-            (old / MANIFEST).unlink(missing_ok=True)  # from here on it is no checkpoint
-            shutil.rmtree(old)
+        commit(partial, directory / f"step-{state.step:06d}")
+        _remove_old(directory, save_total_limit)
 
-    # Each stage ends for all processes alike: none is left waiting for one that failed.
-    failed = run_on_main_and_broadcast(lambda: _capture_error(begin))[1]
-    if not failed:
-        written = all_gather_object(_capture_error(write))
-        failed = next(filter(None, (reason for _, reason in written)), "")
-    if not failed:
-        failed = run_on_main_and_broadcast(lambda: _capture_error(finish))[1]
-    if failed:
-        if rank() == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CafeError(
-            f"Step {position.step} could not be saved in {directory} ({failed}); what was saved before is still there: "
-            "make room, and the same command goes on from it."
-        )
+    _, reason = run_on_main_and_broadcast(lambda: _capture_error(finish))
+    return reason
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def _write_own_files(
+    partial: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: TrainerState
+) -> dict[str, str]:
+    """Write this process's files and return their hashes by name."""
+    with suppress_warnings():
+        dcp.save(_state_tensors(module, optimizer), checkpoint_id=partial, no_dist=world_size() == 1)
+    torch.save(asdict(state), partial / f"process-{rank()}.pt")
+    return {file.name: _digest(file) for file in partial.iterdir() if _writer_rank(file.name) == rank()}
+
+
+def _remove_old(directory: Path, save_total_limit: int) -> None:
+    for old in _saved_states(directory)[max(save_total_limit, 1) :]:
+        (old / MANIFEST).unlink(missing_ok=True)  # from here on it is damaged, should removing it be interrupted
+        shutil.rmtree(old)
 
 
 def load(
     directory: Path, module: nn.Module, optimizer: torch.optim.Optimizer, report: Callable[[str], None]
 ) -> TrainerState | None:
-    """Puts the newest complete state in `directory` into module and optimizer; None if there is none.
+    """Load the newest complete state in `directory` into module and optimizer; return None if there is none.
 
     Raises:
-        CafeError: it was saved by another number of processes, or of another model.
+        CheckpointError: it was saved by another number of processes, or with another model.
     """
-    found = run_on_main_and_broadcast(lambda: _newest(directory, report))
-    if found is None:
+    saved = run_on_main_and_broadcast(lambda: _newest_complete(directory, report))
+    if saved is None:
         return None
-    processes = json.loads((found / MANIFEST).read_text())["processes"]
+    # Each process has its own part of the data, and of the optimizer state under DeepSpeed.
+    processes = json.loads((saved / MANIFEST).read_text())["processes"]
     if processes != world_size():
-        raise CafeError(
-            f"{found} was saved by {processes} processes, which read the data in another order than {world_size()} would: "
-            f"start {processes}, or give another output."
+        raise CheckpointError(
+            f"{saved} was saved by {processes} processes, which see the data in another order than {world_size()} "
+            f"would: start {processes} processes, or set another output."
         )
     try:
         with suppress_warnings():
-            _read(found, module, optimizer)
+            _load_tensors(saved, module, optimizer)
     except (CheckpointException, KeyError):
-        raise CafeError(
-            f"{found} holds other weights than this run trains, as after a change of the base model, of the launcher "
-            "(DeepSpeed or not) or of this package: give another output, or remove that directory to start anew."
+        raise CheckpointError(
+            f"{saved} holds other weights than this run trains, as after a change of the base model, of the launcher "
+            "(DeepSpeed or not) or of this package: set another output, or remove that directory to start over."
         ) from None
-    own = torch.load(found / f"process-{rank()}.pt")
+    # Plain values and tensors alone, so `weights_only`, the default, can load it.
+    own = torch.load(saved / f"process-{rank()}.pt")
     size = own["micro_batch_size"] and MicroBatchSize(**own["micro_batch_size"])
-    scale = LossScale(**own["loss_scale"])
-    return TrainerState(**{**own, "micro_batch_size": size, "loss_scale": scale})
+    loss_scale = LossScale(**own["loss_scale"])
+    return TrainerState(**{**own, "micro_batch_size": size, "loss_scale": loss_scale})
 
 
-def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What training changes, by name. A weight that is frozen comes from the base model again."""
-    kept = module.state_dict().keys()
-    buffers = {name: buffer for name, buffer in module.named_buffers() if name in kept}
+# Why not `get_state_dict` and `set_state_dict` of `torch.distributed.checkpoint.state_dict`, with
+# `ignore_frozen_params=True`? Tried with PyTorch 2.13: they take an optimizer step with zero gradients to make the
+# state of every parameter, so one that no gradient has reached resumes with a step too many (or, if it was saved
+# without state, not at all: "Missing optimizer state"); a strict load misses the frozen weights that were left out;
+# and under DeepSpeed the optimizer holds flat partitions, which have no name in the module (KeyError).
+def _state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return what training changes, by name. Frozen weights are the base model's and are not saved."""
+    # Buffers of a forward pass that are not persistent come back by themselves.
+    persistent = module.state_dict().keys()
+    buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
     weights = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-    known, stepped = set(weights.values()), [weight for group in optimizer.param_groups for weight in group["params"]]
-    weights |= {f"{_part(rank())}{at}": weight for at, weight in enumerate(stepped) if weight not in known}
+    # DeepSpeed's optimizer steps flat partitions in the place of the module's parameters.
+    known = set(weights.values())
+    stepped = [weight for group in optimizer.param_groups for weight in group["params"]]
+    weights |= {f"{_part(rank())}{index}": weight for index, weight in enumerate(stepped) if weight not in known}
     state = {name: optimizer.state[weight] for name, weight in weights.items() if weight in optimizer.state}
     return {"weights": {**buffers, **weights}, "optimizer": state}
 
 
 def _part(process: int) -> str:
-    """How the name begins of what only one process's optimizer holds, see `Zero`."""
+    """Return the prefix of names of what only one process's optimizer holds, see `DeepSpeedZero`."""
     return f"part-{process}-"
 
 
-def _read(found: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    weights = _tensors(module, optimizer)["weights"]
-    wanted: dict[str, Any] = {f"weights.{name}": weight for name, weight in weights.items()}
-    # An optimizer makes its state at its first step: here, what the files hold of it, as large as it was.
-    entries: dict[str, tuple[str, str]] = {}
-    others = tuple(_part(process) for process in range(world_size()) if process != rank())
-    for key, saved in dcp.FileSystemReader(found).read_metadata().state_dict_metadata.items():
-        part, _, rest = key.partition(".")
-        if part == "optimizer" and not rest.startswith(others):
-            name, _, entry = rest.rpartition(".")
-            entries[key] = (name, entry)
-            if not isinstance(saved, TensorStorageMetadata):
-                wanted[key] = None
-            elif saved.size and saved.size == weights[name].shape:
-                wanted[key] = torch.empty_like(weights[name], dtype=saved.properties.dtype, requires_grad=False)
-            else:
-                wanted[key] = torch.empty(saved.size, dtype=saved.properties.dtype)
-    dcp.load(wanted, checkpoint_id=found, no_dist=world_size() == 1)
+def _load_tensors(saved: Path, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Load weights in place, and the optimizer state that was saved."""
+    weights = _state_tensors(module, optimizer)["weights"]
+    tensors: dict[str, Any] = {f"weights.{name}": weight for name, weight in weights.items()}
+    # An optimizer makes its state at its first step, so there is none to load into: make what the files hold.
+    entries = _saved_optimizer_entries(saved, weights)
+    tensors |= {f"optimizer.{name}.{entry}": empty for (name, entry), empty in entries.items()}
+    dcp.load(tensors, checkpoint_id=saved, no_dist=world_size() == 1)
+
+    # `Optimizer.load_state_dict` wants the state by each weight's number in the groups.
     state: dict[Tensor, dict[str, Any]] = {}
-    for key, (name, entry) in entries.items():
-        state.setdefault(weights[name], {})[entry] = wanted[key]
+    for name, entry in entries:
+        state.setdefault(weights[name], {})[entry] = tensors[f"optimizer.{name}.{entry}"]
     order = [weight for group in optimizer.param_groups for weight in group["params"]]
-    groups = optimizer.state_dict()["param_groups"]
     numbered = {number: state[weight] for number, weight in enumerate(order) if weight in state}
-    optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+    optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def _saved(directory: Path) -> list[Path]:
+def _saved_optimizer_entries(saved: Path, weights: dict[str, Tensor]) -> dict[tuple[str, str], Tensor | None]:
+    """Return empty tensors for the optimizer state that was saved, by weight and entry; None for what is no tensor."""
+    entries: dict[tuple[str, str], Tensor | None] = {}
+    others = tuple(_part(process) for process in range(world_size()) if process != rank())
+    for key, metadata in dcp.FileSystemReader(saved).read_metadata().state_dict_metadata.items():
+        kind, _, rest = key.partition(".")
+        if kind != "optimizer" or rest.startswith(others):
+            continue
+        name, _, entry = rest.rpartition(".")
+        if not isinstance(metadata, TensorStorageMetadata):
+            entries[name, entry] = None
+        elif metadata.size and metadata.size == weights[name].shape:
+            # Sharded and placed as the weight is.
+            entries[name, entry] = torch.empty_like(weights[name], dtype=metadata.properties.dtype, requires_grad=False)
+        else:
+            entries[name, entry] = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+    return entries
+
+
+def _saved_states(directory: Path) -> list[Path]:
+    """Return the saved states in a directory, newest first."""
     return sorted(directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
-def _newest(directory: Path, report: Callable[[str], None]) -> Path | None:
-    for saved in _saved(directory):
-        wrong = find_damage(saved)
-        if wrong is None:
+def _newest_complete(directory: Path, report: Callable[[str], None]) -> Path | None:
+    for saved in _saved_states(directory):
+        damage = find_damage(saved)
+        if damage is None:
             return saved
-        report(f"{saved} is damaged ({wrong}) and is not used: the run goes on from before it.")
+        report(f"Skipping damaged checkpoint {saved} ({damage}); resuming from the previous one.")
     return None
 
 
 def find_damage(saved: Path) -> str | None:
-    """What is wrong with a saved state; None if it is as it was written."""
+    """Return what is wrong with a saved state, or None if it is as it was written."""
     try:
         files = json.loads((saved / MANIFEST).read_text())["files"]
     except (OSError, ValueError, KeyError):
@@ -206,50 +254,57 @@ def find_damage(saved: Path) -> str | None:
     return None
 
 
-def _digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "blake2b").hexdigest()
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _writer_rank(name: str) -> int:
-    """The process that wrote a file: `__3_0.distcp` and `process-3.pt` are the fourth's."""
+    """Return the rank that wrote a file: `__3_0.distcp` and `process-3.pt` are rank 3's, `.metadata` rank 0's."""
     digits = name.replace("process-", "__").removeprefix("__").partition("_")[0].partition(".")[0]
     return int(digits) if digits.isdigit() else 0
 
 
-def _capture_error(work: Callable[[], T]) -> tuple[T | None, str]:
-    """What some writing returns, and what was wrong: the system's own words, which a writer's error may hide."""
+def _capture_error(write: Callable[[], T]) -> tuple[T | None, str]:
+    """Return what a function that writes returns, and what went wrong in it, if anything."""
     try:
-        return work(), ""
-    except (Exception, CheckpointException) as failure:  # whatever a full disk makes of each writer
+        return write(), ""
+    # Each writer makes another error of a full disk; the system's own words are in the one that began it.
+    except (Exception, CheckpointException) as failure:
         error: BaseException = failure
         if isinstance(failure, CheckpointException):
             error = next(iter(failure.failures.values()))[0]
         while error.__cause__ or error.__context__:
             error = error.__cause__ or error.__context__ or error
-        return None, (getattr(error, "strerror", None) or str(error) or type(error).__name__).strip().splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return None, reason.strip().splitlines()[0]
 
 
 @contextmanager
 def disk_full_errors(output: Path) -> Iterator[None]:
-    """Makes one sentence of an error that a full disk raises anywhere, and removes what was half written."""
+    """Turn the error that a full disk raises anywhere into a `CafeError`, and remove what was half written."""
     try:
         yield
     except Exception as error:
-        full = isinstance(error, OSError) and error.errno in FULL
-        if not full and not any(f"os error {number}" in str(error) for number in FULL):
+        if not _is_disk_full(error):
             raise
         for partial in output.glob(".*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         raise CafeError(
-            f"{output} cannot be written to ({error}): make room, and the same command goes on from the last saved "
-            "state."
+            f"{output} cannot be written to ({error}): free some space and run the same command to resume from the "
+            "last saved state."
         ) from None
+
+
+def _is_disk_full(error: Exception) -> bool:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        return True
+    return any(f"os error {number}" in str(error) for number in DISK_FULL)  # as safetensors words it, in Rust
 
 
 @contextmanager
 def suppress_warnings() -> Iterator[None]:
-    """Without torch's warning that a run of one process is not distributed."""
+    """Suppress PyTorch's warning that a run of one process is not distributed."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,21 +1,37 @@
-"""`torch.compile` for training: each layer by itself, since those of a stack are alike and share what is compiled."""
+"""`torch.compile` for training: each layer by itself, since the layers of a stack share what is compiled for one."""
 
 import torch
+import torch._functorch.config
 from transformers import PreTrainedModel
 
 from cafe.attention.last_layer import tokenwise_modules
 from cafe.training.fsdp import iter_layers
 
 
-def compile_layers(lvlm: PreTrainedModel) -> None:
-    """Compiles a model's layers in place; they read as before, and faster once each kind was read at a few lengths.
+def allow_repeated_backward() -> None:
+    """Let code that is compiled from now on run backward more than once.
 
-    The language model's last layer stays as it is where it computes other tokens from step to step
-    (`cafe.last_layer`). Dropout draws the numbers that it draws uncompiled, so that the gradient cache can replay it.
+    Steps that log gradient norms backpropagate each loss through the same graph (`retain_graph`, see
+    `PerLossGradients`). By default PyTorch lets compiled backward passes overwrite saved activations ("donated
+    buffers") and then refuses. This is a global setting of PyTorch, so it is made where models are prepared for
+    training: here for compiled layers, in `build_step` for FlexAttention, which transformers compiles.
     """
-    of_any_length = None if lvlm.config.get_text_config()._attn_implementation == "flex_attention" else True
+    torch._functorch.config.donated_buffer = False
+
+
+def compile_layers(lvlm: PreTrainedModel) -> None:
+    """Compile a model's layers in place.
+
+    The results stay the same; steps become faster once each kind of layer has run at a few lengths. The language
+    model's last layer stays uncompiled where it computes other tokens from step to step (`cafe.attention.last_layer`).
+    """
+    allow_repeated_backward()
+    # FlexAttention is compiled per shape: rows have few lengths. Otherwise one graph serves all lengths.
+    dynamic = None if lvlm.config.get_text_config()._attn_implementation == "flex_attention" else True
     changing = set(tokenwise_modules(lvlm))
     for layer in iter_layers(lvlm):
-        if changing.isdisjoint(layer.modules()):
-            # Not `layer.compile`, which takes in the hooks of checkpointing and sharding.
-            layer.forward = torch.compile(layer.forward, dynamic=of_any_length, options={"fallback_random": True})
+        if not changing.isdisjoint(layer.modules()):
+            continue
+        # `layer.compile` would also take in the hooks of gradient checkpointing and sharding. With `fallback_random`,
+        # dropout draws the numbers that it draws uncompiled, so that the gradient cache can replay them.
+        layer.forward = torch.compile(layer.forward, dynamic=dynamic, options={"fallback_random": True})

@@ -1,8 +1,8 @@
-"""A model spread over processes: FSDP2 keeps a part of every weight, gradient and optimizer state in each of them.
+"""A model sharded over processes: with FSDP2 each keeps a part of every weight, gradient and optimizer state.
 
-A layer's weights are whole only while it reads, and gradients are summed as they are made. Every process must then read
-the same layers in the same order, whatever is in its data; `Batches(blanks=True)` and
-`JointStep(blank=...)` see to it.
+A layer's weights are whole only while it runs, and gradients are summed in the backward pass. Every process must
+therefore run the same layers in the same order, whatever its data: `ContrastiveBatchDataset(blanks=True)` and
+`JointStep(blank_micro_batch=...)` see to that.
 """
 
 import os
@@ -17,60 +17,63 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cafe.errors import CafeError
+from cafe.errors import RecipeError
 from cafe.utils.distributed import world_size
 
 
-def uses_fsdp(asked: bool) -> bool:
-    """Whether a run of several processes is to be sharded: its recipe asks for it, or `accelerate launch` does.
+def uses_fsdp(shard: bool) -> bool:
+    """Return whether to shard a run of several processes: the recipe's `shard` or `accelerate launch` asks for it.
 
     Raises:
-        CafeError: the launcher is set to an engine that would be wrong here.
+        RecipeError: the launcher is set to an engine that would give wrong results here.
     """
     if env_flag("ACCELERATE_USE_MEGATRON_LM"):
-        raise CafeError(
-            "accelerate is set to Megatron-LM, which wants one loss and one backward pass a step where the gradient "
-            "cache makes several: set it to FSDP of version 2 or to DeepSpeed."
+        raise RecipeError(
+            "accelerate is set to Megatron-LM, which needs one loss and one backward pass per step, where the gradient "
+            "cache makes several: use FSDP version 2 or DeepSpeed."
         )
-    told = env_flag("ACCELERATE_USE_FSDP")
-    if told and os.environ.get("FSDP_VERSION") != "2":
-        raise CafeError("accelerate is set to FSDP of version 1, which is not supported: set fsdp_version to 2.")
-    return told or asked
+    launcher_asks = env_flag("ACCELERATE_USE_FSDP")
+    if launcher_asks and os.environ.get("FSDP_VERSION") != "2":
+        raise RecipeError("accelerate is set to FSDP version 1, which is not supported: set fsdp_version to 2.")
+    return launcher_asks or shard
 
 
 def env_flag(name: str) -> bool:
-    """Whether an environment variable says yes."""
+    """Return whether an environment variable is set to a true value."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes")
 
 
 def apply_fsdp(
-    reading: nn.Module, device: torch.device, half: torch.dtype | None = None, whole: nn.Module | None = None
+    module: nn.Module, device: torch.device, dtype: torch.dtype | None = None, whole: nn.Module | None = None
 ) -> None:
-    """Spreads a module's parameters over all processes, layer by layer, and moves them to the device.
+    """Shard a module's parameters over all processes, layer by layer, and move them to the device.
 
     Args:
-        reading: what holds the model; its parameters are whole within its `forward` and nowhere else.
+        module: holds the model; its parameters are whole within its `forward` and nowhere else.
         device: of this process.
-        half: gather layers in bfloat16 or float16, which is half the traffic; gradients are summed in float32 all the
-            same. Not on a CPU, whose layer norm takes no such weights beside float32 inputs.
-        whole: a part that stays whole in each process, because it is not read equally often: a cached vision tower.
+        dtype: gather layers in bfloat16 or float16, which halves the traffic; gradients are summed in float32
+            regardless. Ignored on a CPU, whose layer norm takes no such weights with float32 inputs.
+        whole: a part that stays whole in each process, because it runs less often than others: a cached vision tower.
     """
-    kept = set(whole.to(device).parameters()) if whole else set()
+    ignored = set(whole.to(device).parameters()) if whole else set()
     mesh = init_device_mesh(device.type, (world_size(),))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    less = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for layer in list(iter_layers(reading)):
-        if kept.isdisjoint(layer.parameters()):
-            fully_shard(layer, mesh=mesh, mp_policy=less if half and device.type != "cpu" else exact)
-    fully_shard(reading, mesh=mesh, mp_policy=exact, ignored_params=kept)
-    for module in reading.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)  # the sum, not the mean
-            module.set_force_sum_reduction_for_comms(True)
+    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layer_policy = mixed if dtype and device.type != "cpu" else exact
+    for layer in list(iter_layers(module)):
+        if ignored.isdisjoint(layer.parameters()):
+            fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
+    # What no layer holds (embeddings, norms, the head) is gathered for the whole forward.
+    fully_shard(module, mesh=mesh, mp_policy=exact, ignored_params=ignored)
+    # Losses are scaled so that the sum of the processes' gradients is the gradient, not their mean.
+    for submodule in module.modules():
+        if isinstance(submodule, FSDPModule):
+            submodule.set_gradient_divide_factor(1.0)
+            submodule.set_force_sum_reduction_for_comms(True)
 
 
 def iter_layers(module: nn.Module) -> Iterator[nn.Module]:
-    """The layers of each stack in a module: the items of its outermost lists."""
+    """Iterate over the layers of each stack in a module: the items of its outermost lists."""
     for child in module.children():
         if isinstance(child, nn.ModuleList):
             yield from child
@@ -79,28 +82,30 @@ def iter_layers(module: nn.Module) -> Iterator[nn.Module]:
 
 
 @contextmanager
-def unsharded(reading: nn.Module) -> Iterator[None]:
-    """Within it, the model of a sharded module can be used by itself, by all processes alike."""
-    if isinstance(reading, FSDPModule):
-        reading.unshard()
+def unsharded(module: nn.Module) -> Iterator[None]:
+    """Gather the outermost weights of a sharded module within the context, which all processes must enter."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
     try:
         yield
     finally:
-        if isinstance(reading, FSDPModule):
-            reading.reshard()
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def full_state_dict(lvlm: PreTrainedModel) -> dict[str, Tensor] | None:
-    """A sharded model's weights in the main process's memory, nothing in others'; None for a model that is whole.
+    """Gather a sharded model's weights in the main process's memory; return None for a model that is not sharded.
 
-    All processes must call it.
+    All processes must call it; the tensors of the others are empty.
     """
     tensors = lvlm.state_dict(keep_vars=True)
     if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
         return None
-    done: dict[int, Tensor] = {}  # tied weights are one tensor under two names, and stay so
+    gathered: dict[int, Tensor] = {}  # by id: tied weights are one tensor with two names, and stay so
     for tensor in tensors.values():
-        if id(tensor) not in done:
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            done[id(tensor)] = full.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)
-    return {name: done[id(tensor)] for name, tensor in tensors.items()}
+        if id(tensor) in gathered:
+            continue
+        # All processes take part in gathering, one tensor at a time, and only the main one keeps it.
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        gathered[id(tensor)] = full.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)
+    return {name: gathered[id(tensor)] for name, tensor in tensors.items()}

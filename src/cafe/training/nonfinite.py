@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not finite is left out, and its records are named."""
+"""Steps whose loss or gradient is not finite: they are skipped, and the records responsible are named."""
 
 from collections.abc import Iterable
 
@@ -6,64 +6,68 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cafe.data.dataset import Batch, ContrastiveBatchDataset, MicroBatchSize
+from cafe.data.batch import Batch, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.errors import CafeError
 from cafe.training.checkpointing import TrainerState
 from cafe.training.fsdp import unsharded
 from cafe.training.metrics_log import MetricsLogger
+from cafe.training.micro_batching import BatchFeed
 from cafe.training.step import JointStep
 from cafe.utils.distributed import all_gather_object
 
-ONE_EXAMPLE = MicroBatchSize(tokens=1)  # one example a micro-batch
+ONE_EXAMPLE = MicroBatchSize(tokens=1)  # an example that is too large makes a micro-batch by itself
 
 
 def skip_nonfinite_step(
-    at: TrainerState,
-    joint: JointStep,
-    batches: ContrastiveBatchDataset,
-    accumulate: int,
-    largest: int,
-    log: MetricsLogger | None,
+    state: TrainerState, joint: JointStep, feed: BatchFeed, max_nonfinite_steps: int, log: MetricsLogger | None
 ) -> None:
-    """Counts and logs a step that is left out.
+    """Count and log the step that was just skipped.
 
     Raises:
-        CafeError: it is number `largest` of them.
+        CafeError: it is number `max_nonfinite_steps` of them.
     """
-    at.num_nonfinite += 1
-    records = find_nonfinite_records(joint, batches, range((at.step - 1) * accumulate, at.step * accumulate))
+    state.num_nonfinite += 1
+    numbers = range((state.step - 1) * feed.accumulate, state.step * feed.accumulate)
+    records = find_nonfinite_records(joint, feed.batches, numbers)
     if log:
-        log.write(at.step, {"skipped": at.num_nonfinite, "records": records})
-    if at.num_nonfinite >= largest:
+        log.write(state.step, {"skipped": state.num_nonfinite, "records": records})
+    if state.num_nonfinite >= max_nonfinite_steps:
         others = f" and {len(records) - 3} others" if len(records) > 3 else ""
         raise CafeError(
-            f"The loss or its gradient was not finite in {at.num_nonfinite} steps, the last of them step {at.step} on "
-            f"{', '.join(records[:3])}{others}; log.jsonl names the records of each."
+            f"The loss or its gradient was not finite in {state.num_nonfinite} steps, most recently in step "
+            f"{state.step} on {', '.join(records[:3])}{others}; log.jsonl names the records of each step."
         )
 
 
 @torch.no_grad()
-def find_nonfinite_records(joint: JointStep, batches: ContrastiveBatchDataset, numbers: Iterable[int]) -> list[str]:
-    """The records, of all processes, from which the model makes something that is not finite.
+def find_nonfinite_records(joint: JointStep, dataset: ContrastiveBatchDataset, numbers: Iterable[int]) -> list[str]:
+    """Name the records, of all processes, whose embeddings or loss are not finite.
 
-    Where it makes nothing of the sort from any of them alone, all of them: then it came of the gradient.
+    If each of them alone is finite, the gradient was not: then all records are named.
     """
-    found: list[str] = []
-    seen: list[str] = []
+    # One example per forward pass tells which of them it is.
+    nonfinite: list[str] = []
+    names: list[str] = []
     for number in numbers:
-        batch = batches.with_micro_batch_size(ONE_EXAMPLE)[number]
-        for name, (vectors, said) in zip(batch.record_names, forward_micro_batches(joint, batch), strict=True):
-            if not (vectors.isfinite().all() and said.isfinite()):
-                found.append(name)
-        seen += batch.record_names
-    everywhere = [name for names in all_gather_object(found) for name in names]
-    return everywhere or [name for names in all_gather_object(seen) for name in names]
+        batch = dataset.with_micro_batch_size(ONE_EXAMPLE)[number]
+        outputs = forward_micro_batches(joint, batch)
+        for name, (embeddings, lm_loss_sum) in zip(batch.record_names, outputs, strict=True):
+            if not (embeddings.isfinite().all() and lm_loss_sum.isfinite()):
+                nonfinite.append(name)
+        names += batch.record_names
+    # Every process needs the answer: it decides whether to blame all records.
+    everywhere = [name for part in all_gather_object(nonfinite) for name in part]
+    return everywhere or [name for part in all_gather_object(names) for name in part]
 
 
 def forward_micro_batches(
     joint: JointStep, batch: Batch
 ) -> list[tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]]:
-    """The embeddings and the summed language loss of each micro-batch. All processes must call it."""
-    with unsharded(joint.packed_forward):  # without a backward pass, nothing else spreads the outermost weights again
-        made = [joint.read(micro_batch.joint) for micro_batch in joint.as_many_as_any(batch.micro_batches)]
-    return made[: len(batch.micro_batches)]
+    """Return each micro-batch's embeddings and summed language modeling loss. All processes must call it."""
+    # FSDP reshards the outermost weights after a backward pass, of which there is none here.
+    with unsharded(joint.packed_forward):
+        outputs = [
+            joint.packed_forward(micro_batch.joint) for micro_batch in joint.pad_micro_batches(batch.micro_batches)
+        ]
+    return outputs[: len(batch.micro_batches)]

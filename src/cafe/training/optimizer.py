@@ -1,128 +1,159 @@
-"""The optimizer, with a learning rate for each part of the model, and its schedule."""
+"""What is trained, the optimizer with a learning rate per part of the model, and its schedule."""
 
 import math
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
-from typing import get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from cafe.errors import CafeError
+from cafe.errors import MissingPackageError, RecipeError
 from cafe.lvlm.adapters import add_adapter
 from cafe.lvlm.families import PartName, model_part
 from cafe.training.muon import Muon, hidden_weight_names
-from cafe.training.recipe import AUTOCAST_DTYPES, ModelConfig, OptimizerConfig
+from cafe.training.precision import AUTOCAST_DTYPES
+from cafe.training.recipe import ModelConfig, OptimizerConfig
 
 
-def configure_trainable_parameters(lvlm: PreTrainedModel, recipe: ModelConfig) -> None:
-    """Leaves untrained what the recipe does not train, and holds it in the precision that the recipe names.
+def configure_trainable_parameters(lvlm: PreTrainedModel, config: ModelConfig) -> None:
+    """Freeze what the recipe does not train, add its adapter, and cast what is frozen to the dtype that it names.
 
-    Layers are made again for the backward pass where it says so.
+    Gradient checkpointing is enabled too, if the recipe says so.
     """
-    if recipe.gradient_checkpointing:
+    if config.gradient_checkpointing:
         enable_gradient_checkpointing(lvlm)
-    if recipe.adapter:
-        add_adapter(lvlm, recipe.adapter)
+    if config.adapter:
+        add_adapter(lvlm, config.adapter)
     else:
-        freeze(lvlm, recipe.freeze)
-    if recipe.frozen_weights_dtype in AUTOCAST_DTYPES:
+        freeze(lvlm, config.freeze)
+    if config.frozen_weights_dtype in AUTOCAST_DTYPES:
         for parameter in lvlm.parameters():
             if not parameter.requires_grad:
-                parameter.data = parameter.data.to(AUTOCAST_DTYPES[recipe.frozen_weights_dtype])
+                parameter.data = parameter.data.to(AUTOCAST_DTYPES[config.frozen_weights_dtype])
 
 
 def enable_gradient_checkpointing(lvlm: PreTrainedModel) -> None:
-    """Makes layers keep no activations, but make them again for the backward pass.
+    """Make layers recompute their activations in the backward pass instead of keeping them.
 
     Raises:
-        CafeError: the model cannot.
+        RecipeError: the model does not support it.
     """
     if not lvlm.supports_gradient_checkpointing:
-        raise CafeError(f"model.gradient_checkpointing: a {lvlm.config.model_type} model cannot do it.")
+        raise RecipeError(f"model.gradient_checkpointing: a {lvlm.config.model_type} model does not support it.")
     older = lvlm.gradient_checkpointing_enable  # the only name in transformers 5.10, and deprecated in 5.23
     getattr(lvlm, "activation_checkpointing_enable", older)()
 
 
 def freeze(lvlm: PreTrainedModel, parts: Sequence[PartName]) -> None:
-    """Leaves some parts of a model untrained."""
+    """Exclude some parts of a model from training."""
     for name, parameter in lvlm.named_parameters():
         parameter.requires_grad_(model_part(name, lvlm.config.model_type) not in parts)
 
 
-def make_optimizer(step: nn.Module, family: str, recipe: OptimizerConfig) -> torch.optim.Optimizer:
-    """The recipe's optimizer over a module's trainable parameters, by the part of the family they belong to.
+class _GroupKey(NamedTuple):
+    """What parameters of one optimizer group have in common."""
 
-    Vectors and scalars are not decayed.
+    learning_rate: float
+    weight_decay: float
+    orthogonal: bool
+    sharded: bool  # sharded parameters cannot be stepped together with whole ones
+
+
+def make_optimizer(step: nn.Module, family: str, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make the recipe's optimizer over a module's trainable parameters, grouped by part of the family.
 
     Raises:
-        CafeError: it needs a package that is not installed.
+        RecipeError: it does not support sharded parameters.
+        MissingPackageError: it needs a package that is not installed.
     """
-    own = {
-        "vision_tower": recipe.vision_tower_learning_rate,
-        "projector": recipe.projector_learning_rate,
-        "language_model": recipe.learning_rate,
-    }
-    rates = {part: recipe.learning_rate if rate is None else rate for part, rate in own.items()}
-    inner = hidden_weight_names(step) if recipe.name == "muon" else set()
-    groups: dict[tuple[float, float, bool, bool], list[nn.Parameter]] = {}
-    for name, parameter in step.named_parameters():
-        if parameter.requires_grad:
-            rate = rates[model_part(name, family)]
-            decay = recipe.weight_decay if parameter.ndim > 1 else 0.0
-            sharded = isinstance(parameter, DTensor)  # sharded and whole ones cannot step together
-            groups.setdefault((rate, decay, name in inner, sharded), []).append(parameter)
+    groups = _parameter_groups(step, family, config)
+    if config.name != "adamw" and any(key.sharded for key in groups):
+        raise RecipeError(f"optimizer.name: {config.name} does not support model.shard; adamw does.")
     parameters = [
-        {"params": group, "lr": rate, "weight_decay": decay, "orthogonal": matrices}
-        for (rate, decay, matrices, _), group in groups.items()
+        {"params": group, "lr": key.learning_rate, "weight_decay": key.weight_decay, "orthogonal": key.orthogonal}
+        for key, group in groups.items()
     ]
-    betas = recipe.beta1, recipe.beta2
-    if recipe.name != "adamw" and any(sharded for *_, sharded in groups):
-        raise CafeError(f"optimizer.name: {recipe.name} does not go with model.shard; adamw does.")
-    if recipe.name == "adamw":
-        return torch.optim.AdamW(parameters, betas=betas, eps=recipe.epsilon, fused=True)
-    if recipe.name == "muon":
-        return Muon(parameters, betas=betas, eps=recipe.epsilon)
-    if recipe.name == "adafactor":  # with the learning rate that it is given, not one of its own making
-        from transformers import Adafactor  # brings peft along, which takes seconds
+    betas = config.beta1, config.beta2
+    # Learning rates and weight decay are the groups' own.
+    match config.name:
+        case "adamw":
+            return torch.optim.AdamW(parameters, betas=betas, eps=config.epsilon, fused=True)
+        case "muon":
+            return Muon(parameters, betas=betas, eps=config.epsilon)
+        case "adafactor":
+            from transformers import Adafactor  # imports peft, which takes seconds
 
-        return Adafactor(parameters, recipe.learning_rate, scale_parameter=False, relative_step=False)
+            # With the learning rate that it is given, instead of one that it makes itself.
+            return Adafactor(parameters, config.learning_rate, scale_parameter=False, relative_step=False)
+        case _:
+            return _bitsandbytes_optimizer(parameters, config)
+
+
+def _parameter_groups(step: nn.Module, family: str, config: OptimizerConfig) -> dict[_GroupKey, list[nn.Parameter]]:
+    """Group the trainable parameters by what the optimizer does with them."""
+    part_rates = {
+        "vision_tower": config.vision_tower_learning_rate,
+        "projector": config.projector_learning_rate,
+        "language_model": config.learning_rate,
+    }
+    orthogonal = hidden_weight_names(step) if config.name == "muon" else set()
+    groups: dict[_GroupKey, list[nn.Parameter]] = {}
+    for name, parameter in step.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        rate = part_rates[model_part(name, family)]
+        key = _GroupKey(
+            learning_rate=config.learning_rate if rate is None else rate,
+            weight_decay=config.weight_decay if parameter.ndim > 1 else 0.0,  # not for vectors and scalars
+            orthogonal=name in orthogonal,
+            sharded=isinstance(parameter, DTensor),
+        )
+        groups.setdefault(key, []).append(parameter)
+    return groups
+
+
+def _bitsandbytes_optimizer(parameters: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
     if not find_spec("bitsandbytes"):
-        raise CafeError(f"optimizer.name: {recipe.name} needs the package bitsandbytes: pip install 'cafe-lvlm[4bit]'.")
+        raise MissingPackageError(
+            f"optimizer.name: {config.name} needs the package bitsandbytes: pip install 'cafe-lvlm[4bit]'."
+        )
     from bitsandbytes import optim
 
-    kinds = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
-    made: torch.optim.Optimizer = kinds[recipe.name](parameters, betas=betas, eps=recipe.epsilon)
-    return made
+    classes = {"adamw_8bit": optim.AdamW8bit, "paged_adamw": optim.PagedAdamW, "paged_adamw_8bit": optim.PagedAdamW8bit}
+    optimizer: torch.optim.Optimizer = classes[config.name](
+        parameters, betas=(config.beta1, config.beta2), eps=config.epsilon
+    )
+    return optimizer
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Sets each group's learning rate to so much of its own; returns the highest."""
+    """Set each group's learning rate to `factor` times its initial one; return the highest."""
     for group in optimizer.param_groups:
         group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
     return max(group["lr"] for group in optimizer.param_groups)
 
 
-def cosine_schedule_with_warmup(steps: int, warm_up: float) -> Callable[[int], float]:
-    """The learning rate's factor at each step: a straight rise over the warm-up, then a half cosine to zero."""
-    rise = max(1, round(steps * warm_up))
+def cosine_schedule_with_warmup(num_steps: int, warmup_ratio: float) -> Callable[[int], float]:
+    """Return the learning rate's factor by step: a linear rise over the warmup, then half a cosine down to zero."""
+    num_warmup_steps = max(1, round(num_steps * warmup_ratio))
 
     def factor(step: int) -> float:
-        if step < rise:
-            return (step + 1) / rise
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise))))
+        if step < num_warmup_steps:
+            return (step + 1) / num_warmup_steps
+        progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor
 
 
 def summarize_trainable(lvlm: PreTrainedModel) -> str:
-    """One line on what is trained: parameters by part, in millions."""
+    """Return one line on what is trained: parameters by part, in millions."""
     counts = dict.fromkeys(get_args(PartName), 0)
     for name, parameter in lvlm.named_parameters():
         if parameter.requires_grad:
-            part = model_part(name, lvlm.config.model_type)
-            counts[part] += parameter.numel()
+            counts[model_part(name, lvlm.config.model_type)] += parameter.numel()
     trained = [f"{part.replace('_', ' ')} {count / 1e6:.2f}M" for part, count in counts.items() if count]
     return "Training " + ", ".join(trained)

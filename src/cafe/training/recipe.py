@@ -1,87 +1,59 @@
-"""The recipe: one YAML file that is one run, as one tree of frozen dataclasses.
+"""The schema of a recipe, the YAML file that describes one run: a tree of frozen dataclasses.
 
-Every field has a type and most have a default; `read_recipe` checks the whole tree at once and names what is wrong in
-one sentence, with the nearest right key.
+Each field declares its type, its default and the range of its values, and `Attributes` documents it; the reference
+page of recipes is generated from these. `recipe_io.py` reads recipes from files.
 """
 
-import difflib
-import types
-from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from dataclasses import asdict, dataclass, field, fields
+from typing import Annotated, Any, Literal, get_args
 
-import torch
-import yaml
-
-from cafe.data.dataset import MicroBatchSize
+from cafe.data.batch import MicroBatchSize
 from cafe.data.mixture import Mixture
-from cafe.data.records import Source
-from cafe.errors import CafeError
+from cafe.data.source import Source
+from cafe.errors import RecipeError
+from cafe.losses import ContrastiveConfig
 from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.families import PartName
 from cafe.lvlm.prompts import Prompts
+from cafe.training.precision import AUTOCAST_DTYPES as AUTOCAST_DTYPES
+from cafe.utils.ranges import Above, AtLeast, Below, Between, HalfOpen, check_ranges
 
-AUTOCAST_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # the precisions of 16 bits
-
-
-def _check(
-    numbers: Any,
-    where: str,
-    *,
-    above_0: Sequence[str] = (),
-    from_0: Sequence[str] = (),
-    up_to_1: Sequence[str] = (),
-    below_1: Sequence[str] = (),
-) -> None:
-    """Refuses numbers that are out of their range, which begins at 0; null is in every one."""
-    for names, wanted, fits in (
-        (above_0, "above 0", lambda value: value > 0),
-        (from_0, "0 or more", lambda value: value >= 0),
-        (up_to_1, "between 0 and 1", lambda value: 0 <= value <= 1),
-        (below_1, "0 or more and below 1", lambda value: 0 <= value < 1),
-    ):
-        for name in names:
-            value = getattr(numbers, name)
-            if value is not None and not fits(value):
-                raise CafeError(f"{where}{name} should be {wanted}, not {value}.")
-
-
-def _check_sources(sources: Sequence[Source], where: str) -> None:
-    for index, source in enumerate(sources):
-        _check(source, f"{where}[{index}].", above_0=("max_frames", "shuffle_window"))
+# What `model.precision` may be where frozen weights are not held in float32.
+PRECISIONS_BY_FROZEN_DTYPE = {"bf16": ("bf16",), "fp16": ("fp16",), "4bit": ("bf16", "fp16")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """What is trained.
+    """Choose the base model, and how its weights are held, computed with and trained.
 
     Attributes:
-        base: a local directory, a Hub id, or "scenes" for the tiny base model that ships with the package.
-        precision: "fp32", or "bf16" or "fp16" for bfloat16's or float16's arithmetic over float32 weights. float16 has
-            more digits and less range, and scales the loss for that; it is for GPUs without bfloat16.
-        frozen_weights_dtype: the precision in which weights that are not trained are held; "4bit" is for the language
-            model's alone and wants bitsandbytes.
-        attention: the attention implementation by transformers' name.
-        max_length: the longest sequence.
-        gradient_checkpointing: compute activations again in the backward pass, to save memory where even those of a
-            small micro-batch are too many: of one pair in a model of 7 billion, for example.
-        compile: compile the layers (torch.compile): the first steps take minutes, the others less than before.
-        shard: spread weights, gradients and optimizer state over the processes (FSDP2); without it each has them all.
-        freeze: parts that are not trained.
-        adapter: train LoRA or DoRA matrices in place of the weights themselves.
-        vision_cache: a directory that keeps what a frozen vision tower makes of each picture; empty for none.
-        share_prefixes: read what branches have in common once, where the family can.
-        max_row_tokens: the most tokens in a row of trees; null for twice as many as the model is wide.
-        max_image_pixels: the largest area at which a picture is read, in pixels; null for the model's own.
-        image_grids: the (rows, columns) of crops that a picture may be cut into, in families that do so (anyres).
+        base: The base model: a local directory, a Hub id, or "scenes" for the tiny model that ships with the package.
+        precision: "fp32", or mixed precision over float32 weights: "bf16", or "fp16" with loss scaling, for GPUs
+            without bfloat16.
+        frozen_weights_dtype: The precision in which frozen weights are held. "4bit" quantizes the language model alone
+            and needs bitsandbytes.
+        attention: The attention implementation, by its name in transformers.
+        max_length: The maximum number of tokens in a sequence.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory where the activations of
+            even a small micro-batch do not fit.
+        compile: Compile the layers with torch.compile: the first steps take minutes, later ones are faster.
+        shard: Shard weights, gradients and optimizer state over the processes (FSDP2) instead of replicating them.
+        freeze: The parts of the model that are not trained.
+        adapter: Train LoRA or DoRA matrices instead of the weights; null trains the weights.
+        vision_cache: A directory that caches the outputs of a frozen vision tower for each image; empty for none.
+        share_prefixes: Compute common prefixes of an example's branches once, in families that support it.
+        max_row_tokens: The maximum number of tokens in a row of packed branches; null for twice the model's hidden
+            size.
+        max_image_pixels: The maximum area of an image in pixels, above which it is resized; null for the model's own.
+        image_grids: The (rows, columns) grids of crops into which an image may be cut, in families that do so
+            (anyres); empty for the model's own.
     """
 
     base: str
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     frozen_weights_dtype: Literal["fp32", "bf16", "fp16", "4bit"] = "fp32"
     attention: str = "sdpa"
-    max_length: int = 32768
+    max_length: Annotated[int, Above(0)] = 32768
     gradient_checkpointing: bool = False
     compile: bool = False
     shard: bool = False
@@ -89,97 +61,111 @@ class ModelConfig:
     adapter: LoraSettings | None = None
     vision_cache: str = ""
     share_prefixes: bool = True
-    max_row_tokens: int | None = None
-    max_image_pixels: int | None = None
+    max_row_tokens: Annotated[int | None, Above(0)] = None
+    max_image_pixels: Annotated[int | None, Above(0)] = None
     image_grids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
-        _check(self, "model.", above_0=("max_length", "max_row_tokens", "max_image_pixels"))
-        if self.adapter:
-            _check(self.adapter, "model.adapter.", above_0=("rank", "alpha"), below_1=("dropout",))
-        wanted = {"bf16": ("bf16",), "fp16": ("fp16",), "4bit": ("bf16", "fp16")}.get(self.frozen_weights_dtype)
-        if wanted and self.precision not in wanted:
-            raise CafeError(
-                f"model.frozen_weights_dtype: {self.frozen_weights_dtype} goes with model.precision: {' or '.join(wanted)}."
+        check_ranges(self, "model")
+        self._check_frozen_weights_dtype()
+        self._check_trainable_parts()
+
+    def _check_frozen_weights_dtype(self) -> None:
+        """Check that the dtype of frozen weights goes with the settings that depend on it."""
+        dtype = self.frozen_weights_dtype
+        if dtype == "fp32":
+            return
+        precisions = PRECISIONS_BY_FROZEN_DTYPE[dtype]
+        if self.precision not in precisions:
+            raise RecipeError(
+                f"model.frozen_weights_dtype: {dtype} goes with model.precision: {' or '.join(precisions)}."
             )
-        if self.frozen_weights_dtype == "4bit" and not (self.adapter or "language_model" in self.freeze):
-            raise CafeError("model.frozen_weights_dtype: 4bit needs model.adapter, or language_model in model.freeze.")
-        if self.frozen_weights_dtype != "fp32" and self.shard:
-            raise CafeError(
+        if dtype == "4bit" and not (self.adapter or "language_model" in self.freeze):
+            raise RecipeError(
+                "model.frozen_weights_dtype: 4bit needs model.adapter, or language_model in model.freeze."
+            )
+        if self.shard:
+            raise RecipeError(
                 "model.frozen_weights_dtype goes without model.shard, which wants a layer's weights of one precision."
             )
+
+    def _check_trainable_parts(self) -> None:
+        """Check that something is left to train, and that only one setting says what."""
         if self.adapter and self.freeze:
-            raise CafeError("model.freeze goes without model.adapter, which freezes every part itself.")
+            raise RecipeError("model.freeze goes without model.adapter, which freezes every part itself.")
         if set(self.freeze) == set(get_args(PartName)):
-            raise CafeError("model.freeze names every part of the model: nothing is left to train.")
+            raise RecipeError("model.freeze names every part of the model: nothing is left to train.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """What it is trained on.
+    """Choose the training data.
 
     Attributes:
-        sources: files of records with their folders of pictures.
-        mixture: how several sources make one stream.
-        num_workers: processes that decode and tokenize.
-        max_bad_fraction: the share of bad records (0 to 1) above which the run stops.
+        sources: The data files, with their image folders and formats.
+        mixture: How the sources are mixed.
+        num_workers: The number of data-loader processes, which decode images and tokenize; 0 loads in the training
+            process.
+        max_bad_fraction: The fraction of bad records (0 to 1) above which the run stops.
     """
 
     sources: tuple[Source, ...]
     mixture: Mixture = field(default_factory=Mixture)
-    num_workers: int = 1
-    max_bad_fraction: float = 0.01
+    num_workers: Annotated[int, AtLeast(0)] = 1
+    max_bad_fraction: Annotated[float, Between(0, 1)] = 0.01
 
     def __post_init__(self) -> None:
-        _check(self, "data.", from_0=("num_workers",), up_to_1=("max_bad_fraction",))
+        check_ranges(self, "data")
         if not self.sources:
-            raise CafeError("data.sources is empty: there is nothing to train on.")
-        _check_sources(self.sources, "data.sources")
+            raise RecipeError("data.sources is empty: there is nothing to train on.")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """loss = lm_weight * L_lm + contrastive_weight * L_con.
+    """Weigh and shape the two losses: loss = lm_weight * L_lm + contrastive_weight * L_con.
 
     Attributes:
-        temperature: of the contrastive loss; the starting value if learned.
-        learn_temperature: train it, as CLIP does.
-        symmetric: contrast targets with queries too; MMEB training (VLM2Vec) does not, and takes temperature 0.02.
-        hardness_weight: counts a negative more the more it resembles the match; see `info_nce`. 0 for equal weights.
-        false_negative_margin: a negative more similar than the match by more than this cosine is left out; null for none.
-        matryoshka_dims: numbers of first dimensions that are contrasted by themselves, beside the whole embedding.
-        matryoshka_weights: of these in the mean loss, in which the whole embedding weighs 1; null for 1 each.
-        hard_negatives: use the records' hard negatives.
-        mask_duplicates: pairs with the same target are not each other's negatives.
-        gradient_scaling: "published" scales the contrastive gradient by one over the number of processes, as the published code
-            does; for comparison.
+        lm_weight: The weight of the language-modeling loss; 0 trains the contrastive loss alone.
+        contrastive_weight: The weight of the contrastive loss; 0 trains the language-modeling loss alone.
+        temperature: The temperature of the contrastive loss, or its initial value if it is learned.
+        learn_temperature: Train the temperature, as CLIP does.
+        symmetric: Contrast targets with queries as well as queries with targets. MMEB training (VLM2Vec) does not, and
+            uses a temperature of 0.02.
+        hardness_weight: How much more a negative counts the more similar it is to the query; 0 for equal weights. See
+            `info_nce`.
+        false_negative_margin: Ignore negatives whose cosine similarity exceeds the match's by more than this; null
+            ignores none.
+        matryoshka_dims: Numbers of leading dimensions that are also contrasted by themselves (Matryoshka
+            representation learning); null for the whole embedding alone.
+        matryoshka_weights: The weights of `matryoshka_dims` in the mean loss, where the whole embedding has weight 1;
+            null for 1 each.
+        hard_negatives: Use the records' hard negatives.
+        mask_duplicates: Do not contrast pairs that have the same target with each other.
+        gradient_scaling: "exact", or "published" to divide the contrastive gradient by the number of processes as the
+            published code does, for comparison.
     """
 
-    lm_weight: float = 1.0
-    contrastive_weight: float = 1.0
-    temperature: float = 0.05
+    lm_weight: Annotated[float, AtLeast(0)] = 1.0
+    contrastive_weight: Annotated[float, AtLeast(0)] = 1.0
+    temperature: Annotated[float, Above(0)] = 0.05
     learn_temperature: bool = False
     symmetric: bool = True
-    hardness_weight: float = 0.0
+    hardness_weight: Annotated[float, AtLeast(0)] = 0.0
     false_negative_margin: float | None = None
     matryoshka_dims: tuple[int, ...] | None = None
-    matryoshka_weights: tuple[float, ...] | None = None
+    matryoshka_weights: Annotated[tuple[float, ...] | None, AtLeast(0)] = None
     hard_negatives: bool = True
     mask_duplicates: bool = True
     gradient_scaling: Literal["exact", "published"] = "exact"
 
     def __post_init__(self) -> None:
-        _check(
-            self, "objective.", above_0=("temperature",), from_0=("lm_weight", "contrastive_weight", "hardness_weight")
-        )
+        check_ranges(self, "objective")
         if not (self.lm_weight or self.contrastive_weight):
-            raise CafeError("objective.lm_weight and objective.contrastive_weight are both 0: nothing is learned.")
+            raise RecipeError("objective.lm_weight and objective.contrastive_weight are both 0: nothing is learned.")
         if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims or ()):
-            raise CafeError(
+            raise RecipeError(
                 "objective.matryoshka_weights should have one weight for each of objective.matryoshka_dims."
             )
-        if (least := min(self.matryoshka_weights or [0])) < 0:
-            raise CafeError(f"objective.matryoshka_weights should be 0 or more, not {least}.")
 
     @property
     def dim_weights(self) -> dict[int, float]:
@@ -187,82 +173,103 @@ class ObjectiveConfig:
         dims = self.matryoshka_dims or ()
         return dict(zip(dims, self.matryoshka_weights or [1.0] * len(dims), strict=True))
 
+    @property
+    def contrastive(self) -> ContrastiveConfig:
+        """The options of the contrastive loss: the fields and properties of the same names."""
+        options = {option.name: getattr(self, option.name) for option in fields(ContrastiveConfig)}
+        return ContrastiveConfig(**options)
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer and its schedule: warm-up, then a cosine to zero.
+    """Choose the optimizer and its schedule: linear warm-up, then cosine decay to zero.
 
     Attributes:
-        name: "adafactor" keeps one number a row and a column in place of AdamW's two a weight, and leaves `beta1`,
-            `beta2` and `epsilon` aside; "muon" makes the steps of the matrices inside the layers orthogonal, AdamW the
-            others; "..._8bit" keeps AdamW's numbers in 8 bits; "paged_..." moves them to the computer's memory where
-            the GPU's is short. These last want bitsandbytes.
-        learning_rate: of the language model and whatever has none of its own.
-        vision_tower_learning_rate, projector_learning_rate: of these parts; null takes `learning_rate`.
-        warmup_ratio: share of the steps (0 to 1).
-        max_grad_norm: the largest gradient norm.
-        gradient_accumulation_steps: contrastive batches whose gradients are averaged before each step.
+        name: "adamw", "adafactor", "muon", "adamw_8bit", "paged_adamw" or "paged_adamw_8bit". Adafactor stores one
+            number per row and column instead of AdamW's two per weight, and ignores `beta1`, `beta2` and `epsilon`.
+            Muon orthogonalizes the updates of the matrices inside the layers and uses AdamW for the rest. "8bit"
+            stores AdamW's state in 8 bits, "paged" moves it to CPU memory when GPU memory is short; both need
+            bitsandbytes.
+        learning_rate: The peak learning rate, of all parts that have none of their own.
+        vision_tower_learning_rate: The peak learning rate of the vision tower; null for `learning_rate`.
+        projector_learning_rate: The peak learning rate of the projector; null for `learning_rate`.
+        weight_decay: The decoupled weight decay.
+        beta1: The decay rate of AdamW's first moment.
+        beta2: The decay rate of AdamW's second moment.
+        epsilon: The term that is added to AdamW's denominator for numerical stability.
+        warmup_ratio: The fraction of all steps (0 to 1) spent on warm-up.
+        max_grad_norm: The maximum gradient norm, to which larger gradients are clipped.
+        gradient_accumulation_steps: The number of contrastive batches whose gradients are averaged for each optimizer
+            step.
     """
 
     name: Literal["adamw", "adafactor", "muon", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
-    learning_rate: float = 1e-5
-    vision_tower_learning_rate: float | None = 2e-6
-    projector_learning_rate: float | None = None
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    warmup_ratio: float = 0.03
-    max_grad_norm: float = 1.0
-    gradient_accumulation_steps: int = 1
+    learning_rate: Annotated[float, AtLeast(0)] = 1e-5
+    vision_tower_learning_rate: Annotated[float | None, AtLeast(0)] = 2e-6
+    projector_learning_rate: Annotated[float | None, AtLeast(0)] = None
+    weight_decay: Annotated[float, AtLeast(0)] = 0.0
+    beta1: Annotated[float, HalfOpen(0, 1)] = 0.9
+    beta2: Annotated[float, HalfOpen(0, 1)] = 0.999
+    epsilon: Annotated[float, Above(0)] = 1e-8
+    warmup_ratio: Annotated[float, Between(0, 1)] = 0.03
+    max_grad_norm: Annotated[float, Above(0)] = 1.0
+    gradient_accumulation_steps: Annotated[int, Above(0)] = 1
 
     def __post_init__(self) -> None:
-        rates = ("learning_rate", "vision_tower_learning_rate", "projector_learning_rate", "weight_decay")
-        _check(self, "optimizer.", above_0=("epsilon", "max_grad_norm", "gradient_accumulation_steps"), from_0=rates)
-        _check(self, "optimizer.", up_to_1=("warmup_ratio",), below_1=("beta1", "beta2"))
+        check_ranges(self, "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """Evaluation during training.
+    """Choose what is evaluated during training, and when.
 
     Attributes:
-        data: a folder of evaluation files, as `cafe evaluate` takes; empty for none.
-        sources: held-out records, in the formats of the training data, for the language loss and samples.
-        eval_steps: steps between evaluations; 0 for none.
-        limit: records a suite, and records of `sources`; null for all.
-        num_samples: the held-out dialogues whose first question the model answers in the log.
+        data: A folder of evaluation files, as `cafe evaluate` takes; empty for none.
+        sources: Held-out records in the training data's formats, for the validation loss and samples of answers.
+        eval_steps: The number of steps between evaluations; 0 for no evaluation.
+        limit: The maximum number of records per suite, and of records from `sources`; null for all.
+        num_samples: The number of held-out dialogues whose first question the model answers in the log.
     """
 
     data: str = ""
     sources: tuple[Source, ...] = ()
-    eval_steps: int = 0
-    limit: int | None = None
-    num_samples: int = 4
+    eval_steps: Annotated[int, AtLeast(0)] = 0
+    limit: Annotated[int | None, Above(0)] = None
+    num_samples: Annotated[int, AtLeast(0)] = 4
 
     def __post_init__(self) -> None:
-        _check(self, "evaluation.", above_0=("limit",), from_0=("eval_steps", "num_samples"))
-        _check_sources(self.sources, "evaluation.sources")
+        check_ranges(self, "evaluation")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One run.
+    """Describe one run.
 
     Attributes:
-        output: where the checkpoint and the logs go.
-        batch_size: pairs of a contrastive batch in each process.
-        micro_batch: how much of it goes through the model at once; the gradient cache makes up for the cut. "auto"
-            measures at the start what fits.
-        memory_limit_gib: what a process may take in all under "auto", in GiB; null for what is free when it starts.
-        num_train_epochs: passes over the data, unless `max_steps` says when to stop.
-        logging_steps: steps between lines of the log; with 0 it tells of the first and the last alone.
-        save_steps: steps between saved states of the run, from which it goes on when it breaks off; 0 for none.
-        save_total_limit: how many of them are kept.
-        metric_for_best_model: the result of the evaluation during training by which the best checkpoint is kept, such as
-            "retrieval/text_to_image/R@1"; with a minus sign before it, the lowest is the best. Empty for none.
-        max_nonfinite_steps: steps whose loss or gradient is not finite are left out; after so many the run stops.
-        trackers: where the log goes beside `log.jsonl`; null for nowhere.
+        output: The directory of the run, for its checkpoints and logs.
+        model: The base model, and how it is trained.
+        data: The training data.
+        prompts: How content is turned into prompts.
+        objective: The losses and their weights.
+        optimizer: The optimizer and its schedule.
+        evaluation: Evaluation during training.
+        batch_size: The number of pairs per process in a contrastive batch.
+        micro_batch: How much goes through the model at once; the gradient cache makes the result independent of it.
+            "auto" measures at the start what fits into memory.
+        memory_limit_gib: The maximum memory per process for `micro_batch: auto`, in GiB; null for what is free when
+            the run starts.
+        num_train_epochs: The number of passes over the data, unless `max_steps` is given.
+        max_steps: The number of optimizer steps; null for `num_train_epochs` passes.
+        seed: The random seed.
+        logging_steps: The number of steps between log lines; 0 logs the first and the last step alone.
+        save_steps: The number of steps between saved training states, from which an interrupted run resumes; 0 saves
+            none.
+        save_total_limit: The number of training states that are kept.
+        metric_for_best_model: The evaluation result that selects the best checkpoint, such as
+            "retrieval/text_to_image/R@1"; a minus sign in front means that lower is better. Empty keeps no best
+            checkpoint.
+        max_nonfinite_steps: Steps with a non-finite loss or gradient are skipped; after this many the run stops.
+        trackers: Where metrics go in addition to `log.jsonl`: "tensorboard", "wandb" or "trackio"; null for none.
     """
 
     output: str
@@ -272,128 +279,23 @@ class Recipe:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    batch_size: int = 32
+    batch_size: Annotated[int, Above(0)] = 32
     micro_batch: MicroBatchSize | Literal["auto"] = field(default_factory=MicroBatchSize)
-    memory_limit_gib: float | None = None
-    num_train_epochs: int = 1
-    max_steps: int | None = None
-    seed: int = 0
-    logging_steps: int = 10
-    save_steps: int = 500
-    save_total_limit: int = 2
+    memory_limit_gib: Annotated[float | None, Above(0)] = None
+    num_train_epochs: Annotated[int, Above(0)] = 1
+    max_steps: Annotated[int | None, Above(0)] = None
+    seed: Annotated[int, AtLeast(0), Below(2**32)] = 0  # NumPy takes no larger seed
+    logging_steps: Annotated[int, AtLeast(0)] = 10
+    save_steps: Annotated[int, AtLeast(0)] = 500
+    save_total_limit: Annotated[int, Above(0)] = 2
     metric_for_best_model: str = ""
-    max_nonfinite_steps: int = 10
+    max_nonfinite_steps: Annotated[int, AtLeast(0)] = 10
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = ("tensorboard",)
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            "",
-            above_0=("batch_size", "memory_limit_gib", "num_train_epochs", "max_steps", "save_total_limit"),
-            from_0=("seed", "logging_steps", "save_steps", "max_nonfinite_steps"),
-        )
-        if self.seed >= 2**32:  # NumPy's takes no larger one
-            raise CafeError(f"seed should be below {2**32:,}, not {self.seed}.")
-        if self.micro_batch != "auto":
-            _check(self.micro_batch, "micro_batch.", above_0=("tokens", "crops"))
-
-
-def read_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Reads a recipe and applies overrides of the form `key=value`, e.g. `optimizer.learning_rate=1e-4`.
-
-    Raises:
-        CafeError: the file is missing or not YAML; a key is unknown or missing; a value has the wrong type.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CafeError(f"The recipe {path} does not exist.")
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise CafeError(f"The recipe {path} is not UTF-8 text: {error}.") from None
-    except yaml.YAMLError as error:
-        raise CafeError(f"The recipe {path} is not valid YAML: {str(error).splitlines()[0]}.") from None
-    if not isinstance(tree, dict):
-        raise CafeError(f"The recipe {path} is not a mapping of keys to values.")
-    for override in overrides or []:
-        _override(tree, override)
-    return _build(Recipe, tree, "", str(path))
-
-
-def read_source(path: str, overrides: list[str] | None = None) -> Source:
-    """A source from the command line: its path, and fields of the form `key=value`, e.g. `format=mmeb`.
-
-    Raises:
-        CafeError: a key is unknown or a value has the wrong type.
-    """
-    tree: dict[str, Any] = {"path": path}
-    for override in overrides or []:
-        _override(tree, override)
-    source: Source = _build(Source, tree, "", "The command line")
-    _check(source, "", above_0=("max_frames", "shuffle_window"))
-    return source
+        check_ranges(self)
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain values, as a checkpoint records it."""
+    """Return the recipe as plain values, as a checkpoint records it."""
     return asdict(recipe)
-
-
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise CafeError(f"The override {override!r} is not of the form key=value.")
-    *parents, last = key.split(".")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-        if not isinstance(tree, dict):
-            raise CafeError(f"The override {override!r} goes into {parent}, which is a value and holds no keys.")
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise CafeError(f"The override {override!r} is not valid YAML: {str(error).splitlines()[0]}.") from None
-
-
-def _build(cls: type, tree: Any, where: str, file: str) -> Any:
-    """A dataclass from a mapping."""
-    if not isinstance(tree, dict):
-        raise CafeError(f"{file}: {where.rstrip('.')} should be a mapping, not {tree!r}.")
-    hints = get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)
-            raise CafeError(f"{file}: the key {where}{key} is unknown; the nearest is {where}{near[0]}.")
-    for entry in fields(cls):
-        if entry.default is MISSING and entry.default_factory is MISSING and entry.name not in tree:
-            raise CafeError(f"{file}: the key {where}{entry.name} is missing.")
-    return cls(**{key: _convert(hints[key], value, where + key, file) for key, value in tree.items()})
-
-
-def _convert(kind: Any, value: Any, where: str, file: str) -> Any:
-    """A value as the type that its field wants."""
-    if is_dataclass(kind):
-        return _build(kind, value, where + ".", file)  # type: ignore[arg-type]
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin is tuple:
-        if not isinstance(value, list):
-            raise CafeError(f"{file}: {where} should be a list, not {value!r}.")
-        return tuple(_convert(arguments[0], item, f"{where}[{index}]", file) for index, item in enumerate(value))
-    if origin in (Union, types.UnionType):
-        if any(get_origin(other) is Literal and value in get_args(other) for other in arguments if value is not None):
-            return value
-        return None if value is None and type(None) in arguments else _convert(arguments[0], value, where, file)
-    if origin is Literal:
-        if value not in arguments:
-            raise CafeError(f"{file}: {where} should be one of {', '.join(map(str, arguments))}, not {value!r}.")
-        return value
-    if kind is float and isinstance(value, str):  # YAML reads 1e-5, without a point, as text
-        try:
-            return float(value)
-        except ValueError:
-            pass
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-        raise CafeError(f"{file}: {where} should be {names[kind]}, not {value!r}.")
-    return value

@@ -1,4 +1,4 @@
-"""The directory of a run: which run it holds, and whether that is done."""
+"""The directory of a run: which recipe it belongs to, and whether the run is finished."""
 
 import fcntl
 import json
@@ -8,13 +8,13 @@ from typing import Any
 from uuid import uuid4
 
 from cafe.checkpoint import ensure_overwritable, read_metadata
-from cafe.errors import CafeError
+from cafe.errors import CafeError, RecipeError
 from cafe.training.recipe import Recipe, recipe_dict
 from cafe.utils.atomic import atomic_write_text
 
 RUN, LOCK = "run.json", "run.lock"
 STATE, CHECKPOINT, BEST = "state", "checkpoint", "best"
-# What may change between a run and its continuation: it changes no step, or by rounding alone.
+# What may differ when a run is resumed: it changes no step, or only by rounding.
 RESUMABLE_FIELDS = (
     "output",
     "save_steps",
@@ -32,7 +32,7 @@ RESUMABLE_FIELDS = (
 
 
 def claim_run_directory(recipe: Recipe) -> str:
-    """Makes the output directory this recipe's and, until it ends, this process's; returns the name of the run in it.
+    """Make the output directory this recipe's and, until it ends, this process's; return the name of the run in it.
 
     Raises:
         CafeError: it holds the run of another recipe or something else, or another process trains into it.
@@ -41,52 +41,60 @@ def claim_run_directory(recipe: Recipe) -> str:
     ensure_overwritable(output / CHECKPOINT)
     output.mkdir(parents=True, exist_ok=True)
     _lock(output)
-    file = output / RUN
-    mine = as_json(recipe)
+    file = output / RUN  # it says which recipe the directory's state and checkpoint are of
+    plain = as_json(recipe)
     name = f"{output.resolve().name}-{uuid4().hex[:8]}"
+    # Where nothing was saved yet there is nothing to lose: another recipe may take the directory over.
     if file.is_file() and any((output / part).exists() for part in (STATE, CHECKPOINT)):
         run = json.loads(file.read_text())
-        if changed := diff_recipes(run["recipe"], mine):
-            raise CafeError(
-                f"{output} holds a run of another recipe ({'; '.join(changed[:3])}): give another output, "
-                "or remove that directory to start anew."
+        if changed := diff_recipes(run["recipe"], plain):
+            raise RecipeError(
+                f"{output} holds a run of another recipe ({'; '.join(changed[:3])}): set another output, "
+                "or remove that directory to start over."
             )
         name = run["name"]
-    atomic_write_text(file, json.dumps({"name": name, "recipe": mine}, indent=2) + "\n")
+    atomic_write_text(file, json.dumps({"name": name, "recipe": plain}, indent=2) + "\n")
     return name
 
 
 def _lock(output: Path) -> None:
-    # A POSIX lock: it goes with the process however that ends, and loader workers, which may outlive it, have no part.
-    opened = os.open(output / LOCK, os.O_RDWR | os.O_CREAT)
+    """Lock the directory until this process ends.
+
+    It is a POSIX lock, which ends with the process however that ends and is not inherited by loader workers, which may
+    outlive it.
+    """
+    handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT)
     try:
-        fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        other = os.read(opened, 20).decode()
-        raise CafeError(f"Process {other} trains into {output}: wait until it ends, or give another output.") from None
+        other = os.read(handle, 20).decode()
+        raise CafeError(
+            f"Process {other} is training into {output}: wait until it ends, or set another output."
+        ) from None
     except OSError:
         return  # a file system without locks
-    os.truncate(opened, 0)
-    os.write(opened, str(os.getpid()).encode())
+    os.truncate(handle, 0)
+    os.write(handle, str(os.getpid()).encode())
 
 
 def is_finished(recipe: Recipe) -> bool:
-    """Whether the output directory holds the checkpoint that the recipe ends with."""
-    record = read_metadata(Path(recipe.output) / CHECKPOINT)
-    return "recipe" in record and not diff_recipes(record["recipe"], as_json(recipe))
+    """Return whether the output directory holds the recipe's final checkpoint."""
+    metadata = read_metadata(Path(recipe.output) / CHECKPOINT)
+    return "recipe" in metadata and not diff_recipes(metadata["recipe"], as_json(recipe))
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as a file gives it back: lists for tuples."""
+    """Return the recipe as a JSON file holds it, with lists for tuples."""
     return json.loads(json.dumps(recipe_dict(recipe)))
 
 
 def diff_recipes(old: Any, new: Any, where: str = "") -> list[str]:
-    """What would change the result, as "field was this and is that"."""
+    """List what differs and would change the result, as "field was this and is that"."""
     if where in RESUMABLE_FIELDS:
         return []
-    if isinstance(old, dict) and isinstance(new, dict):
-        names = [*new, *(name for name in old if name not in new)]
-        below = ((old.get(name), new.get(name), f"{where}.{name}".lstrip(".")) for name in names)
-        return [line for before, now, name in below for line in diff_recipes(before, now, name)]
-    return [] if old == new else [f"{where} was {old!r} and is {new!r}"]
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return [] if old == new else [f"{where} was {old!r} and is {new!r}"]
+    differences = []
+    for name in [*new, *(name for name in old if name not in new)]:
+        differences += diff_recipes(old.get(name), new.get(name), f"{where}.{name}".lstrip("."))
+    return differences

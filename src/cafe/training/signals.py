@@ -1,4 +1,4 @@
-"""A run that is asked to stop (SIGTERM from a scheduler, ^C from a person) ends its step and saves first."""
+"""Signals that ask a run to stop (SIGTERM from a scheduler, Ctrl+C): it finishes its step and saves first."""
 
 import signal
 import threading
@@ -10,26 +10,27 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopSignal:
-    """Whether this process was asked to stop: `signal` is the number of the signal, or 0."""
+    """Handles signals by noting them: `signal` is the number of the last one, or 0."""
 
     signal = 0
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        """Takes a signal. A second one of the same kind ends the process at once."""
+        """Note a signal. A second one of the same kind ends the process at once."""
         self.signal = number
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @contextmanager
 def catch_stop_signals() -> Iterator[StopSignal]:
-    """Within it, signals to stop are noted instead of followed. Only a process's main thread can take them."""
+    """Note signals to stop within the context, instead of ending the process."""
     stop = StopSignal()
+    # Python lets the main thread alone set handlers.
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    previous = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield stop
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,57 +1,63 @@
 """The joint step, read top to bottom as the method (CAFe, arXiv 2503.19900).
 
-Each step embeds the queries and targets of one contrastive batch, reads its dialogues, and follows the gradient of
+Each step embeds the queries and targets of one contrastive batch, runs its dialogues through the language head, and
+backpropagates
 
     loss = lm_weight * L_lm + contrastive_weight * L_con.
 
-A batch too large to go through the model at once is cut into micro-batches, and the contrastive gradient takes the way
-of a cache (GradCache, arXiv 2101.06983): embed all without gradient, take the gradient of each embedding, then read the
-micro-batches once more and carry it on; but for one, whose graph fits in memory meanwhile and is kept. The result does
-not depend on the cut.
+A batch that is too large for one pass is cut into micro-batches. The contrastive gradient then goes through a cache
+(GradCache, arXiv 2101.06983), in three phases, each a method of `JointStep`:
+
+1. embed without gradient: all micro-batches, except that the first keeps its graph, which fits in memory meanwhile;
+2. contrast over all processes, and take the gradient with respect to each embedding;
+3. backward through the micro-batches: run each once more and backpropagate its embeddings' gradients and the language
+   modeling loss together.
+
+The result does not depend on how the batch was cut.
 """
 
 import math
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
-import torch._functorch.config
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from cafe.data.dataset import Batch, MicroBatch
-from cafe.errors import CafeError
-from cafe.losses import in_batch_accuracy, linear_cross_entropy, matryoshka
+from cafe.data.batch import Batch, MicroBatch
+from cafe.errors import RecipeError
+from cafe.losses import in_batch_accuracy, info_nce, linear_cross_entropy
+from cafe.lvlm.families import logit_softcap
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.packing import PackedBatch
-from cafe.training.recipe import AUTOCAST_DTYPES, ObjectiveConfig
+from cafe.training.gradients import PerLossGradients
+from cafe.training.precision import AUTOCAST_DTYPES
+from cafe.training.recipe import ObjectiveConfig
 from cafe.utils.distributed import (
     all_gather_rows,
     all_reduce_max,
     all_reduce_sum_,
     exclusive_prefix_sum,
-    global_grad_norm,
     raise_oom_on_all_ranks,
     world_size,
 )
 from cafe.utils.rng import get_device_rng_state, replay_rng
 
 MIN_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature
-DROPOUT_ATTRIBUTES = (
-    "p",
-    "attention_dropout",
-    "dropout",
-)  # what layers of dropout, language models and vision towers call it
+# What dropout layers, language models and vision towers call their dropout rate.
+DROPOUT_ATTRIBUTES = ("p", "attention_dropout", "dropout")
 
 
 @dataclass
 class Losses:
-    """Both losses of a batch over all processes, and what the log tells of them.
+    """Both losses of a batch over all processes.
 
-    `metrics` holds the accuracy of retrieval within the batch and the norm of each loss's own gradient.
+    Attributes:
+        lm, contrastive: the losses.
+        temperature: of the contrastive loss.
+        metrics: the accuracy of retrieval within the batch and the norm of each loss's own gradient, if asked for.
     """
 
     lm: Float[Tensor, ""]
@@ -60,13 +66,41 @@ class Losses:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@dataclass
+class CachedEmbeddings:
+    """What phase 1 leaves for the others.
+
+    Attributes:
+        embeddings: of the whole batch, leaves of the contrastive loss's graph.
+        slots: for each micro-batch, where its embeddings are among them.
+        outputs: of the micro-batches whose graph was kept, by index.
+        rng_states: of the generators before each micro-batch, by index; empty where phase 1 did not run them all.
+    """
+
+    embeddings: Float[Tensor, "readouts dim"]
+    slots: list[Int64[Tensor, " readouts"]]
+    outputs: dict[int, tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]]
+    rng_states: dict[int, tuple[Tensor, Tensor | None]]
+
+
+@dataclass
+class Contrast:
+    """What phase 2 makes of the embeddings: the loss over all processes, and the gradient of this process's own."""
+
+    loss: Float[Tensor, ""]
+    accuracy: Float[Tensor, ""]
+    temperature: Float[Tensor, ""]
+    embedding_grads: Float[Tensor, "readouts dim"]
+
+
 class PackedForward(nn.Module):
-    """One pass of the model: all that touches its weights, so that sharded ones are whole within it alone.
+    """Runs the model once. It is all that touches the weights, so sharded weights are whole within its forward alone.
 
     Args:
         lvlm: the model.
-        dtype: bfloat16 or float16 to read in it; the losses are taken in float32 all the same.
-        language: whether the language loss is trained on; else it has no gradient, which a head would fill with zeros.
+        dtype: bfloat16 or float16 to compute in; the losses are computed in float32 regardless.
+        language: whether the language modeling loss is trained. Otherwise it is computed without gradient: the head
+            would get zeros for one.
     """
 
     def __init__(self, lvlm: PreTrainedModel, dtype: torch.dtype | None = None, language: bool = True) -> None:
@@ -75,30 +109,34 @@ class PackedForward(nn.Module):
         self.dtype, self.language = dtype, language
 
     def forward(self, pack: PackedBatch) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
-        """The embeddings, not yet normalised, and the language loss summed over tokens."""
+        """Return the embeddings, not yet normalized, and the language modeling loss summed over tokens."""
         with self.autocast():
-            embedded, exclusive_prefix_sum = forward_packed(self.lvlm, pack)
-            embedded = embedded if embedded.dtype == torch.float64 else embedded.float()
+            embeddings, hidden = forward_packed(self.lvlm, pack)
+            embeddings = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+            # The loss computes the logits itself, chunk by chunk, instead of the model as a whole.
             head = self.lvlm.get_output_embeddings()
-            softcap = getattr(self.lvlm.config.get_text_config(), "final_logit_softcapping", None)
-            labels = pack.labels.to(exclusive_prefix_sum.device, non_blocking=True)
+            softcap = logit_softcap(self.lvlm)
+            labels = pack.labels.to(hidden.device, non_blocking=True)
             with torch.set_grad_enabled(self.language and torch.is_grad_enabled()):
-                return embedded, linear_cross_entropy(exclusive_prefix_sum, labels, head.weight, head.bias, softcap)
+                return embeddings, linear_cross_entropy(hidden, labels, head.weight, head.bias, softcap)
 
     def autocast(self) -> AbstractContextManager[None]:
-        """Within it, the model computes in `dtype`."""
+        """Compute in `dtype` within the context."""
         return torch.autocast(self.lvlm.device.type, self.dtype, enabled=self.dtype is not None)
 
 
 class JointStep(nn.Module):
-    """A contrastive batch in, both losses out, their gradient left in the parameters.
+    """Computes both losses of a contrastive batch and their gradient.
+
+    It is a module for the sake of its parameters and their names. It has no forward: `forward_backward` runs the model
+    and leaves the gradient in the parameters.
 
     Args:
         lvlm: the model.
-        objective: the weights and the temperature.
-        precision: of the model's arithmetic, as a recipe names it; "fp32" for that of its weights.
-        vision: what a frozen vision tower made of pictures before.
-        blank: a micro-batch of nothing, where the model is sharded over processes: each must then read as many as any.
+        objective: the weights of the losses, and the temperature.
+        precision: "fp32", "bf16" or "fp16" to compute in, as a recipe names it; "fp32" takes the weights' own dtype.
+        vision: keeps the outputs of a frozen vision tower.
+        blank_micro_batch: an empty micro-batch, where the model is sharded: every process must run as many as any.
     """
 
     def __init__(
@@ -107,23 +145,23 @@ class JointStep(nn.Module):
         objective: ObjectiveConfig,
         precision: str = "fp32",
         vision: VisionCache | None = None,
-        blank: MicroBatch | None = None,
+        blank_micro_batch: MicroBatch | None = None,
     ) -> None:
         super().__init__()
-        torch._functorch.config.donated_buffer = False  # of compiled parts: each loss may follow the same graph
         self.width = lvlm.config.get_text_config().hidden_size
         if wrong := [dim for dim in objective.dim_weights if not 0 < dim < self.width]:
-            raise CafeError(
+            raise RecipeError(
                 f"objective.matryoshka_dims: {wrong[0]} is not a prefix of an embedding of {self.width} dimensions."
             )
         self.packed_forward = PackedForward(lvlm, AUTOCAST_DTYPES.get(precision), language=objective.lm_weight > 0)
         self.objective = objective
-        self.vision, self.blank = vision, blank
+        self.vision, self.blank_micro_batch = vision, blank_micro_batch
         self.log_temperature = nn.Parameter(
             torch.tensor([math.log(objective.temperature)], dtype=self.dtype),
             requires_grad=objective.learn_temperature,
         )
-        if objective.learn_temperature:  # every process has its whole gradient, and gradients are summed
+        if objective.learn_temperature:
+            # Gradients are summed over processes, and each process has the temperature's whole one.
             self.log_temperature.register_hook(lambda grad: grad / world_size())
 
     @property
@@ -131,183 +169,179 @@ class JointStep(nn.Module):
         """The model."""
         return self.packed_forward.lvlm
 
-    def forward(self, batch: Batch, share: float = 1.0, measure: bool = False, scale: float = 1.0) -> Losses:
-        """Adds the batch's gradient to the parameters'; to be summed over processes.
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of embeddings."""
+        return torch.float64 if self.lvlm.dtype == torch.float64 else torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the step."""
+        return self.log_temperature.device
+
+    def forward_backward(
+        self, batch: Batch, grad_weight: float = 1.0, log_grad_norms: bool = False, loss_scale: float = 1.0
+    ) -> Losses:
+        """Add the batch's gradient, still to be summed over processes, to the parameters' and return its losses.
 
         Args:
             batch: this process's part of the contrastive batch.
-            share: factor on the gradient, to average over several batches.
-            measure: fill in `Losses.measured`.
-            scale: another factor on the gradient, which the caller divides out of it again; see `LossScale`.
+            grad_weight: multiplies the gradient, to average over several batches.
+            log_grad_norms: fill in `Losses.metrics`.
+            loss_scale: also multiplies the gradient; the caller divides it out again, see `LossScale`.
         """
-        with self.vision.enabled() if self.vision else nullcontext():
-            return self._follow(batch, share, measure, scale)
-
-    def _follow(self, batch: Batch, share: float, measure: bool, scale: float) -> Losses:
-        objective, device = self.objective, self.log_temperature.device
-        trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]  # now, while in shards
+        # FSDP puts whole parameters in the place of sharded ones at the first forward: list them before.
+        trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]
         micro_batches = self.pad_micro_batches(batch.micro_batches)
-        # What is read twice is read in the same rows where dropout is to draw the same.
-        whole = len(micro_batches) > 1 and self.lvlm.training and has_dropout(self.lvlm)
+        factor = loss_scale * grad_weight
+        # Within the cache a frozen vision tower runs once per image, though phases 1 and 3 both need its output.
+        with self.vision.enabled() if self.vision else nullcontext():
+            cached = self.embed_without_grad(batch, micro_batches)
+            contrast = self.contrast(cached.embeddings, batch, factor, log_grad_norms)
+            loss_names = ("contrastive", "lm") if self.packed_forward.language else ("contrastive",)
+            gradients = PerLossGradients(trained, loss_names, separate=log_grad_norms)
+            lm = self.backward_micro_batches(batch, micro_batches, cached, contrast.embedding_grads, gradients, factor)
+            norms = {f"grad_norm_{name}": norm / loss_scale for name, norm in gradients.merge().items()}
+        metrics = {"accuracy": contrast.accuracy.item(), **norms} if log_grad_norms else {}
+        return Losses(all_reduce_sum_(lm), contrast.loss.detach(), contrast.temperature.detach(), metrics)
 
-        # 1. Embed all queries, targets and hard negatives. The first micro-batch, often the only one, comes last and is
-        # read for both losses at once: it keeps its graph, and needs no other forward. Where no process has anything to
-        # embed, as when language alone is trained, the others wait for their turn.
-        vectors = torch.zeros(
-            2 * len(batch.target_ids) + len(batch.negative_owner), self.width, device=device, dtype=self.dtype
-        )
+    def embed_without_grad(self, batch: Batch, micro_batches: list[MicroBatch]) -> CachedEmbeddings:
+        """Phase 1: embed all queries, targets and hard negatives."""
+        device = self.device
+        num_embeddings = 2 * len(batch.target_ids) + len(batch.negative_owner)
+        embeddings = torch.zeros(num_embeddings, self.width, device=device, dtype=self.dtype)
         slots = [micro_batch.embedding_slots.to(device, non_blocking=True) for micro_batch in micro_batches]
-        embeds = all_reduce_max(len(vectors), device) > 0
-        drawn = {}
-        with self.oom_guard(device):
-            for number, micro_batch in reversed(list(enumerate(micro_batches if embeds else micro_batches[:1]))):
-                drawn[number] = get_device_rng_state(device)
-                with torch.set_grad_enabled(number == 0):
-                    reading = self.read(micro_batch.joint if whole or number == 0 else micro_batch.embedding_only)
-                vectors[slots[number]] = reading[0].detach()
-        vectors.requires_grad_()
+        # Dropout draws the same numbers in both passes only if both have the same rows.
+        same_rows_twice = len(micro_batches) > 1 and self.lvlm.training and has_dropout(self.lvlm)
+        # Where no process has anything to embed, as when language alone is trained, phase 3 runs the others.
+        any_embeddings = all_reduce_max(num_embeddings, device) > 0
+        to_embed = micro_batches if any_embeddings else micro_batches[:1]
 
-        # 2. Contrast them over all processes, and take the gradient of each.
+        # The first micro-batch, often the only one, comes last and with its dialogues: its graph serves phase 3 too.
+        kept_outputs, rng_states = {}, {}
+        with self.oom_guard():
+            for index, micro_batch in reversed(list(enumerate(to_embed))):
+                rng_states[index] = get_device_rng_state(device)
+                is_first = index == 0
+                pack = micro_batch.joint if is_first or same_rows_twice else micro_batch.embedding_only
+                with torch.set_grad_enabled(is_first):
+                    outputs = self.packed_forward(pack)
+                embeddings[slots[index]] = outputs[0].detach()
+                if is_first:
+                    kept_outputs[index] = outputs
+        return CachedEmbeddings(embeddings.requires_grad_(), slots, kept_outputs, rng_states if any_embeddings else {})
+
+    def contrast(
+        self, embeddings: Float[Tensor, "readouts dim"], batch: Batch, factor: float, log_accuracy: bool
+    ) -> Contrast:
+        """Phase 2: contrast the embeddings of all processes, and take the gradient of this process's own."""
+        objective = self.objective
         if objective.learn_temperature:
-            with torch.no_grad():  # not in the graph: what is below the bound could never rise again
+            # The bound is set on the parameter: a clamp in the graph would keep it from ever rising again.
+            with torch.no_grad():
                 self.log_temperature.clamp_(min=math.log(MIN_TEMPERATURE))
         temperature = self.log_temperature[0].exp()
-        contrastive, accuracy = self.contrastive_loss(vectors, batch, temperature, measure)
-        if contrastive.requires_grad:
-            with self.oom_guard(device):
-                (scale * share * objective.contrastive_weight * contrastive).backward()
-        pull = torch.zeros_like(vectors) if vectors.grad is None else vectors.grad
+        loss, accuracy = self.contrastive_loss(embeddings, batch, temperature, log_accuracy)
+        if loss.requires_grad:
+            with self.oom_guard():
+                (factor * objective.contrastive_weight * loss).backward()
+        embedding_grads = torch.zeros_like(embeddings) if embeddings.grad is None else embeddings.grad
         if objective.gradient_scaling == "published":
-            pull = pull / world_size()
-
-        # 3. Carry it on into the model, together with the gradient of the language loss.
-        tokens = all_reduce_sum_(torch.tensor(batch.num_supervised, device=device)).clamp(min=1)
-        gradients = PerLossGradients(
-            trained, ("contrastive", "lm") if self.packed_forward.language else ("contrastive",), measure
-        )
-        lm = vectors.new_zeros(())
-        with self.oom_guard(device):
-            for number, micro_batch in enumerate(micro_batches):
-                if number > 0:
-                    with replay_rng(drawn[number], device) if embeds else nullcontext():
-                        reading = self.read(micro_batch.joint)
-                embedded, said = reading
-                lm += said.detach() / tokens
-                gradients.backward(
-                    contrastive=(embedded * pull[slots[number]]).sum(),
-                    lm=scale * share * objective.lm_weight * said / tokens,
-                )
-                del reading, embedded, said  # before the next is read
-        norms = {f"grad_norm_{name}": norm / scale for name, norm in gradients.merge().items()}
-
-        measured = {"accuracy": accuracy.item(), **norms} if measure else {}
-        return Losses(all_reduce_sum_(lm), contrastive.detach(), temperature.detach(), measured)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of embeddings."""
-        return torch.float64 if self.lvlm.dtype == torch.float64 else torch.float32
-
-    def read(self, pack: PackedBatch) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
-        """See `PackedForward`."""
-        embedded, said = self.packed_forward(pack)
-        return embedded, said
-
-    def pad_micro_batches(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
-        """These and, where the model is sharded, blank ones: every process follows every other's forwards."""
-        if not self.blank:
-            return micro_batches
-        missing = all_reduce_max(len(micro_batches), self.log_temperature.device) - len(micro_batches)
-        return micro_batches + [self.blank] * missing
-
-    def oom_guard(self, device: torch.device) -> AbstractContextManager[None]:
-        """For work in which processes do not wait for each other, as those do that share a model."""
-        return nullcontext() if self.blank else raise_oom_on_all_ranks(device)
+            # The published code takes the mean over processes of what each has for its own rows, not the sum.
+            embedding_grads = embedding_grads / world_size()
+        return Contrast(loss, accuracy, temperature, embedding_grads)
 
     def contrastive_loss(
-        self, vectors: Float[Tensor, "readouts dim"], batch: Batch, temperature: Float[Tensor, ""], measure: bool
+        self,
+        embeddings: Float[Tensor, "readouts dim"],
+        batch: Batch,
+        temperature: Float[Tensor, ""],
+        log_accuracy: bool,
     ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-        """The contrastive loss of all processes' pairs, and the accuracy of retrieval among them; 0 unless measured."""
+        """Return the contrastive loss of all processes' pairs, and their in-batch accuracy or 0."""
         pairs = len(batch.target_ids)
-        queries, targets, negatives = vectors.split([pairs, pairs, len(batch.negative_owner)])
-        target_ids, owners, scores, negative_ids = (
-            each.to(vectors.device, non_blocking=True)
+        queries, targets, negatives = embeddings.split([pairs, pairs, len(batch.negative_owner)])
+        target_ids, negative_owner, match_prob, negative_ids = (
+            each.to(embeddings.device, non_blocking=True)
             for each in (batch.target_ids, batch.negative_owner, batch.negative_match_prob, batch.negative_ids)
         )
-        owners = owners + exclusive_prefix_sum(pairs, vectors.device)
+        # Owners are counted within the process: shift them to where its pairs are among all.
+        negative_owner = negative_owner + exclusive_prefix_sum(pairs, embeddings.device)
         queries, targets, target_ids = all_gather_rows(queries, targets, target_ids)
-        negatives, owners, scores, negative_ids = all_gather_rows(negatives, owners, scores, negative_ids)
-        ids = torch.cat([target_ids, negative_ids]) if self.objective.mask_duplicates else None
+        negatives, negative_owner, match_prob, negative_ids = all_gather_rows(
+            negatives, negative_owner, match_prob, negative_ids
+        )
         if not len(queries):
-            return vectors.new_zeros(()), vectors.new_zeros(())
-        objective = self.objective
-        with self.oom_guard(vectors.device):
-            loss = matryoshka(
-                objective.dim_weights,
+            return embeddings.new_zeros(()), embeddings.new_zeros(())
+        config = self.objective.contrastive
+        with self.oom_guard():
+            loss = info_nce(
                 queries,
                 targets,
                 temperature,
                 negatives,
-                owners=owners,
-                scores=scores,
-                target_ids=ids,
-                symmetric=objective.symmetric,
-                hardness=objective.hardness_weight,
-                margin=objective.false_negative_margin,
+                target_ids=torch.cat([target_ids, negative_ids]),
+                negative_owner=negative_owner,
+                negative_match_prob=match_prob,
+                config=config,
             )
-            own = None if ids is None else ids[: len(queries)]
-            accuracy = in_batch_accuracy(queries.detach(), targets.detach(), own) if measure else vectors.new_zeros(())
-        return loss, accuracy
+            if not log_accuracy:
+                return loss, embeddings.new_zeros(())
+            own = target_ids if config.mask_duplicates else None
+            return loss, in_batch_accuracy(queries.detach(), targets.detach(), own)
 
+    def backward_micro_batches(
+        self,
+        batch: Batch,
+        micro_batches: list[MicroBatch],
+        cached: CachedEmbeddings,
+        embedding_grads: Float[Tensor, "readouts dim"],
+        gradients: PerLossGradients,
+        factor: float,
+    ) -> Float[Tensor, ""]:
+        """Phase 3: backpropagate both losses through each micro-batch; return this process's part of the LM loss."""
+        # The mean over all supervised tokens, of all micro-batches and processes, is not a mean of means.
+        num_supervised = all_reduce_sum_(torch.tensor(batch.num_supervised, device=self.device)).clamp(min=1)
+        lm = cached.embeddings.new_zeros(())
+        with self.oom_guard():
+            for index, micro_batch in enumerate(micro_batches):
+                outputs = cached.outputs.pop(index, None) or self.forward_again(
+                    micro_batch, cached.rng_states.get(index)
+                )
+                embeddings, lm_loss_sum = outputs
+                lm += lm_loss_sum.detach() / num_supervised
+                # This sum's gradient with respect to the embeddings is `embedding_grads`.
+                gradients.backward(
+                    contrastive=(embeddings * embedding_grads[cached.slots[index]]).sum(),
+                    lm=factor * self.objective.lm_weight * lm_loss_sum / num_supervised,
+                )
+                del outputs, embeddings, lm_loss_sum  # frees the graph before the next one is built
+        return lm
 
-class PerLossGradients:
-    """Collects the gradients of some losses in the parameters; keeps them apart where their norms are wanted.
+    def forward_again(
+        self, micro_batch: MicroBatch, rng_state: tuple[Tensor, Tensor | None] | None
+    ) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
+        """Run a micro-batch with the random numbers of phase 1; with new ones if it was not run there."""
+        with replay_rng(rng_state, self.device) if rng_state else nullcontext():
+            outputs: tuple[Tensor, Tensor] = self.packed_forward(micro_batch.joint)
+        return outputs
 
-    Args:
-        parameters: that are trained.
-        losses: their names, in every process the same: each may have a gradient in some micro-batches or in none.
-        separate: keep them apart.
-    """
+    def pad_micro_batches(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Append blank micro-batches where the model is sharded, so that every process runs as many forwards."""
+        if not self.blank_micro_batch:
+            return micro_batches
+        missing = all_reduce_max(len(micro_batches), self.device) - len(micro_batches)
+        return micro_batches + [self.blank_micro_batch] * missing
 
-    def __init__(self, parameters: list[nn.Parameter], losses: Sequence[str], separate: bool) -> None:
-        self.parameters, self.separate = parameters, separate
-        self.by_loss: dict[str, list[Tensor | None]] = {name: [None] * len(parameters) for name in losses}
-        self.before = self._swap([None] * len(parameters)) if separate else []
+    def oom_guard(self) -> AbstractContextManager[None]:
+        """Return a context in which running out of memory is raised in all processes.
 
-    def backward(self, **losses: Float[Tensor, ""]) -> None:
-        """Takes the gradients of some losses of the same graph, and lets the graph go."""
-        losses = {name: loss for name, loss in losses.items() if loss.requires_grad}
-        if not self.separate:
-            if losses:  # a text has none where the projector alone is trained
-                torch.stack(list(losses.values())).sum().backward()
-            return
-        for left, (name, loss) in enumerate(losses.items(), start=1):
-            self._swap(self.by_loss[name])
-            loss.backward(retain_graph=left < len(losses))
-            self.by_loss[name] = self._swap([None] * len(self.parameters))
-
-    def merge(self) -> dict[str, float]:
-        """Adds what was kept apart to the parameters' gradients; returns the norm of each."""
-        if not self.separate:
-            return {}
-        norms = {}
-        self._swap(self.before)
-        for name, sums in self.by_loss.items():
-            norms[name] = global_grad_norm(self.parameters, sums).item()
-            for parameter, grad in zip(self.parameters, sums, strict=True):
-                if grad is not None:
-                    parameter.grad = grad if parameter.grad is None else parameter.grad.add_(grad)
-        return norms
-
-    def _swap(self, grads: list[Tensor | None]) -> list[Tensor | None]:
-        """Puts other gradients into the parameters; returns those that were there."""
-        there = [parameter.grad for parameter in self.parameters]
-        for parameter, grad in zip(self.parameters, grads, strict=True):
-            parameter.grad = grad
-        return there
+        Processes that share a model cannot use it: they wait for each other within the work.
+        """
+        return nullcontext() if self.blank_micro_batch else raise_oom_on_all_ranks(self.device)
 
 
 def has_dropout(model: nn.Module) -> bool:
-    """Whether a forward pass in training draws random numbers."""
+    """Return whether a forward pass in training mode draws random numbers."""
     rates = (getattr(module, name, 0.0) for module in model.modules() for name in DROPOUT_ATTRIBUTES)
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)  # a module by such a name has its own
+    return any(isinstance(rate, float) and rate > 0 for rate in rates)  # a submodule named so has its own rate

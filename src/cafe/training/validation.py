@@ -1,4 +1,4 @@
-"""Evaluation during training: what it measures is logged, and the best checkpoint by one of its results is kept."""
+"""Evaluation during training: results are logged, and the best checkpoint by one of them is kept."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -10,8 +10,10 @@ from random import Random
 import torch
 
 from cafe.content import Example
-from cafe.data.dataset import NO_LIMIT, PROPORTIONAL, ContrastiveBatchDataset
-from cafe.errors import CafeError
+from cafe.data.batch import NO_LIMIT
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.mixture import PROPORTIONAL
+from cafe.errors import RecipeError, RecordError
 from cafe.model import Cafe
 from cafe.training.build import build_dataset
 from cafe.training.checkpointing import TrainerState
@@ -24,22 +26,22 @@ from cafe.training.step import JointStep
 from cafe.utils.distributed import all_reduce_sum_, run_on_main_and_broadcast, world_size
 from cafe.utils.rng import get_rng_state, set_rng_state
 
-BATCH = 8  # held-out dialogues read at once
+BATCH_SIZE = 8  # held-out dialogues per forward pass
 
 
 class Validator:
-    """What a recipe wants to be measured during training.
+    """Evaluates the model during training as the recipe says.
 
-    Every process measures, the same with the same result: a sharded model needs them all, and none waits for another.
+    Every process evaluates everything, with the same results: a sharded model needs them all, and none waits.
 
     Args:
-        recipe: says what and when.
+        recipe: says what is evaluated and when.
         model, joint: what is trained.
         evaluate: measures the model on `recipe.evaluation.data`; None where there is none.
         rank: of this process.
 
     Raises:
-        CafeError: the recipe wants a measurement and does not say of what, or the best checkpoint and no measurement.
+        RecipeError: the recipe asks for an evaluation but not of what, or for the best checkpoint without one.
     """
 
     def __init__(
@@ -50,112 +52,131 @@ class Validator:
         evaluate: Callable[[Cafe], dict[str, float]] | None,
         rank: int,
     ) -> None:
-        wanted = recipe.evaluation
-        self.recipe, self.model, self.joint = recipe, model, joint
-        self.evaluate = evaluate
-        if wanted.eval_steps and not (self.evaluate or wanted.sources):
-            raise CafeError(
-                "evaluation.eval_steps is set, and neither evaluation.data nor evaluation.sources says of what."
+        config = recipe.evaluation
+        if config.eval_steps and not (evaluate or config.sources):
+            raise RecipeError("evaluation.eval_steps is set, but neither evaluation.data nor evaluation.sources is.")
+        if recipe.metric_for_best_model and not config.eval_steps:
+            raise RecipeError(
+                "metric_for_best_model names a result of the evaluation during training: set evaluation.eval_steps too."
             )
-        if recipe.metric_for_best_model and not wanted.eval_steps:
-            raise CafeError(
-                "keep_best goes by a result of the evaluation during training: set evaluation.eval_steps too."
-            )
-        self.held_out = (
-            validation_batches(recipe, model, rank, bool(joint.blank)) if wanted.eval_steps and wanted.sources else None
-        )
+        self.recipe, self.model, self.joint, self.evaluate = recipe, model, joint, evaluate
+        self.dataset: ContrastiveBatchDataset | None = None
+        if config.eval_steps and config.sources:
+            self.dataset = validation_dataset(recipe, model, rank, sharded=bool(joint.blank_micro_batch))
 
     def should_run(self, step: int) -> bool:
-        """Whether it is time."""
-        return bool(self.recipe.evaluation.eval_steps) and step % self.recipe.evaluation.eval_steps == 0
+        """Return whether to evaluate after a step."""
+        interval = self.recipe.evaluation.eval_steps
+        return interval > 0 and step % interval == 0
 
-    @torch.compiler.set_stance("force_eager")  # what is compiled is for training's lengths
-    def __call__(self, at: TrainerState, log: MetricsLogger | None) -> None:
-        """Measures, logs what comes out, and keeps the checkpoint if it is the best so far. Training goes on unchanged.
+    @torch.compiler.set_stance("force_eager")  # evaluation has other lengths than those compiled for
+    def __call__(self, state: TrainerState, log: MetricsLogger | None) -> None:
+        """Evaluate, log the results, and save the checkpoint if it is the best so far. Training is not affected.
 
         Raises:
-            CafeError: there is no result of the name that `keep_best` gives.
+            RecipeError: there is no result by the name of `metric_for_best_model`.
         """
-        state = get_rng_state()
+        # Training must not notice: the mode and the generators are restored below.
+        rng_state = get_rng_state()
         model = replace(self.model, lvlm=self.model.lvlm.eval())
-        samples = {}
-        reading = self.joint.packed_forward
-        with unsharded(reading), reading.arithmetic():
-            results = dict(self.evaluate(model)) if self.evaluate else {}
-            if self.held_out:
-                samples["samples"] = generate_samples(model, self.held_out, self.recipe.evaluation.num_samples)
-        if self.held_out:
-            results["held_out/lm_loss"] = validation_loss(self.joint, self.held_out, self.recipe)
+        results, samples = self.measure(model)
         if log:
-            log.write(at.step, {**results, **samples})
-        name = self.recipe.metric_for_best_model
-        if name and run_on_main_and_broadcast(lambda: is_better(results, name, at.best_metric)):
-            at.best_metric = run_on_main_and_broadcast(lambda: results[name.removeprefix("-")])
-            weights = full_state_dict(model.lvlm)
-            if log:
-                made = {"recipe": recipe_dict(self.recipe), "steps": at.step, "results": results}
-                model.save(Path(self.recipe.output) / BEST, weights, **made)
+            log.write(state.step, {**results, **samples})
+        self.save_if_best(model, results, state, log)
         self.model.lvlm.train()
-        set_rng_state(state)
+        set_rng_state(rng_state)
+
+    def measure(self, model: Cafe) -> tuple[dict[str, float], dict[str, list[dict[str, str]]]]:
+        """Return the results of the evaluation, and sample answers to held-out dialogues."""
+        results: dict[str, float] = {}
+        samples = {}
+        packed_forward = self.joint.packed_forward
+        # Both use the model itself, outside of the module whose forward gathers the weights and casts.
+        with unsharded(packed_forward), packed_forward.autocast():
+            if self.evaluate:
+                results |= self.evaluate(model)
+            if self.dataset:
+                samples["samples"] = generate_samples(model, self.dataset, self.recipe.evaluation.num_samples)
+        if self.dataset:
+            results["held_out/lm_loss"] = validation_loss(self.joint, self.dataset, self.recipe)
+        return results, samples
+
+    def save_if_best(
+        self, model: Cafe, results: dict[str, float], state: TrainerState, log: MetricsLogger | None
+    ) -> None:
+        """Save the checkpoint if its result by `metric_for_best_model` is the best so far."""
+        name = self.recipe.metric_for_best_model
+        # The main process decides: rounding may differ between processes.
+        if not name or not run_on_main_and_broadcast(lambda: is_better(results, name, state.best_metric)):
+            return
+        state.best_metric = run_on_main_and_broadcast(lambda: results[name.removeprefix("-")])
+        weights = full_state_dict(model.lvlm)
+        if log:
+            metadata = {"recipe": recipe_dict(self.recipe), "steps": state.step, "results": results}
+            model.save(Path(self.recipe.output) / BEST, weights, **metadata)
 
 
-def validation_batches(recipe: Recipe, model: Cafe, rank: int, sharded: bool = False) -> ContrastiveBatchDataset:
-    """The dialogues of `recipe.evaluation.sources`."""
+def validation_dataset(recipe: Recipe, model: Cafe, rank: int, sharded: bool = False) -> ContrastiveBatchDataset:
+    """Open the dialogues of `recipe.evaluation.sources`."""
+    # The loss of dialogues alone, in batches that always go through the model at once.
     language = replace(recipe.objective, contrastive_weight=0.0, lm_weight=1.0)
     data = replace(recipe.data, sources=recipe.evaluation.sources, mixture=PROPORTIONAL)
-    held_out = replace(recipe, data=data, objective=language, batch_size=BATCH, micro_batch=NO_LIMIT)
+    held_out = replace(recipe, data=data, objective=language, batch_size=BATCH_SIZE, micro_batch=NO_LIMIT)
     return build_dataset(held_out, model, rank, world_size(), sharded)
 
 
 @torch.no_grad()
-def validation_loss(joint: JointStep, batches: ContrastiveBatchDataset, recipe: Recipe) -> float:
-    """The mean language loss over the supervised tokens of held-out dialogues."""
-    device = joint.log_temperature.device
-    limit = recipe.evaluation.limit
-    count = min(len(batches), -(-limit // (BATCH * world_size()))) if limit else len(batches)
-    total, tokens = torch.zeros((), device=device), torch.zeros((), device=device)
-    for number in range(count):
-        batch = batches[number]
-        total += sum(said for _, said in forward_micro_batches(joint, batch))
+def validation_loss(joint: JointStep, dataset: ContrastiveBatchDataset, recipe: Recipe) -> float:
+    """Return the mean language modeling loss over the supervised tokens of held-out dialogues, of all processes."""
+    limit, num_batches = recipe.evaluation.limit, len(dataset)
+    if limit:
+        num_batches = min(num_batches, math.ceil(limit / (BATCH_SIZE * world_size())))
+    # Summed over tokens first: a mean of the batches' means would weigh short answers more.
+    total, tokens = torch.zeros((), device=joint.device), torch.zeros((), device=joint.device)
+    for number in range(num_batches):
+        batch = dataset[number]
+        total += sum(lm_loss_sum for _, lm_loss_sum in forward_micro_batches(joint, batch))
         tokens += batch.num_supervised
     return (all_reduce_sum_(total) / all_reduce_sum_(tokens).clamp(min=1)).item()
 
 
-def generate_samples(model: Cafe, batches: ContrastiveBatchDataset, count: int) -> list[dict[str, str]]:
-    """What the model answers to the first turn of some held-out dialogues, beside what it should."""
-    examples = list(islice(_dialogues(model, batches), count))
+def generate_samples(model: Cafe, dataset: ContrastiveBatchDataset, count: int) -> list[dict[str, str]]:
+    """Generate the model's answers to the first turn of `count` held-out dialogues, beside the right ones."""
+    examples = list(islice(_readable_dialogues(model, dataset), count))
     turns = [example.dialogue.turns for example in examples if example.dialogue]
-    said = model.generate_batch([asked.content for asked, *_ in turns]) if turns else []
+    answers = model.generate_batch([question.content for question, *_ in turns]) if turns else []
     return [
-        {"record": example.origin, "asked": asked.content.text, "said": answer, "answer": right.content.text}
-        for example, (asked, right, *_), answer in zip(examples, turns, said, strict=True)
+        {"record": example.origin, "asked": question.content.text, "said": answer, "answer": right.content.text}
+        for example, (question, right, *_), answer in zip(examples, turns, answers, strict=True)
     ]
 
 
-def _dialogues(model: Cafe, batches: ContrastiveBatchDataset) -> Iterator[Example]:
-    """Those whose first turn can be read: a bad record is left out, as it is of the loss."""
-    order = batches.order(0)
-    for which, index in zip(order.sources, order.records, strict=True):
+def _readable_dialogues(model: Cafe, dataset: ContrastiveBatchDataset) -> Iterator[Example]:
+    """Iterate over the dialogues whose first turn can be encoded; the loss skips bad records too."""
+    order = dataset.order(0)
+    for source, index in zip(order.sources, order.records, strict=True):
         try:
-            example = batches.sources[int(which)].example(int(index), Random(f"sample {which} {index}"))
+            example = dataset.sources[int(source)].example(int(index), Random(f"sample {source} {index}"))
             if not example.dialogue or len(example.dialogue.turns) < 2:
                 continue
             model.encode_prompt(example.dialogue.turns[0].content)
-        except CafeError:
+        except RecordError:
             continue
         yield example
 
 
 def is_better(results: dict[str, float], name: str, best: float | None) -> bool:
-    """Whether a result is better than the best so far: higher, or lower where its name has a minus sign before it.
+    """Return whether a result is higher than the best so far, or lower if its name has a minus sign before it.
 
-    What is not finite is never better, and never the best.
+    A result that is not finite is never better, and any finite one is better than it.
     """
     metric = name.removeprefix("-")
     if metric not in results:
         known = ", ".join(sorted(results))
-        raise CafeError(f"The evaluation has no result {metric} for keep_best to go by; it has {known}.")
-    found = results[metric]
+        raise RecipeError(f"The evaluation has no result {metric} for metric_for_best_model; it has {known}.")
+    value = results[metric]
+    if not math.isfinite(value):
+        return False
     if best is None or not math.isfinite(best):
-        return math.isfinite(found)
-    return math.isfinite(found) and (found < best if name.startswith("-") else found > best)
+        return True
+    return value < best if name.startswith("-") else value > best

@@ -1,4 +1,4 @@
-"""Files and directories that are there complete or not at all, wherever writing them breaks off."""
+"""Write-then-rename: files and directories that are complete or absent, wherever writing them is interrupted."""
 
 import os
 import shutil
@@ -6,15 +6,16 @@ from pathlib import Path
 
 
 def staging_path(path: Path) -> Path:
-    """Where to write what will be placed at `path`."""
+    """Return where to write what `commit` will move to `path`."""
     return path.with_name(f".{path.name}.partial")
 
 
 def commit(partial: Path, path: Path) -> None:
-    """Gives a file or a directory that is written its name, once it is on the disk; what had the name is gone then."""
+    """Sync a written file or directory to disk and move it to `path`, in place of what is there."""
     for written in [*partial.rglob("*"), partial]:
         _sync(written)
-    if path.is_dir():  # a directory cannot be renamed over another
+    if path.is_dir():
+        # A directory cannot be renamed over another: move the old one out of the way first.
         old = path.with_name(f".{path.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
@@ -22,16 +23,17 @@ def commit(partial: Path, path: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
     else:
         os.replace(partial, path)
-    _sync(path.parent)
+    _sync(path.parent)  # the rename itself
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Writes a file whole."""
+    """Write a text file that is complete or absent."""
     staging_path(path).write_text(text)
     commit(staging_path(path), path)
 
 
 def _sync(path: Path) -> None:
+    """Flush a file or directory to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Worker processes that make data ahead of its use."""
+"""Loading data ahead of its use, in worker processes."""
 
 from collections.abc import Iterable
 from typing import Any, TypeVar
@@ -8,12 +8,22 @@ from torch.utils.data import DataLoader, Dataset
 Item = TypeVar("Item")
 
 
-def make_loader(data: Dataset[Item], places: Iterable[Any], workers: int, **options: Any) -> DataLoader[Item]:
-    """What a data set holds at some places, in their order, made ahead by `workers` processes.
+def make_loader(dataset: Dataset[Item], indices: Iterable[Any], num_workers: int, **options: Any) -> DataLoader[Item]:
+    """Load items of a dataset by index, in order, ahead of their use.
 
-    They are forks, whatever Python's default is: some processors' classes cannot be pickled, as other ways need.
+    Args:
+        dataset: the items.
+        indices: which to load.
+        num_workers: worker processes; 0 loads in this process.
+        options: passed to `DataLoader`.
     """
-    context = "fork" if workers else None
+    # Workers are forked, whatever Python's default is: other ways pickle the dataset, and some processors cannot be.
+    context = "fork" if num_workers else None
     return DataLoader(
-        data, batch_size=None, sampler=places, num_workers=workers, multiprocessing_context=context, **options
+        dataset,
+        batch_size=None,
+        sampler=indices,
+        num_workers=num_workers,
+        multiprocessing_context=context,
+        **options,
     )

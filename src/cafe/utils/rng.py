@@ -1,4 +1,4 @@
-"""The states of the random number generators that training draws from."""
+"""Save, restore and replay the states of the random number generators that training draws from."""
 
 import random
 from collections.abc import Iterator
@@ -11,19 +11,19 @@ from torch import Tensor
 
 
 def get_rng_state() -> dict[str, Any]:
-    """The state of every random number generator: Python's, NumPy's, PyTorch's on the CPU and on the GPU."""
-    numpy: Any = np.random.get_state()
-    name, keys, *rest = numpy
+    """Return the state of every random number generator: Python's, NumPy's, and PyTorch's on the CPU and the GPU."""
+    numpy_state: Any = np.random.get_state()
+    name, keys, *rest = numpy_state
     return {
         "python": random.getstate(),
-        "numpy": (name, keys.tolist(), *rest),
+        "numpy": (name, keys.tolist(), *rest),  # plain numbers, which a checkpoint holds without pickle
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Puts every generator back into a state."""
+    """Set every generator to the state that `get_rng_state` returned."""
     name, keys, *rest = state["numpy"]
     random.setstate(state["python"])
     np.random.set_state((name, np.array(keys, np.uint32), *rest))
@@ -33,15 +33,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def get_device_rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """What the random numbers drawn next depend on."""
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    """Return PyTorch's generator state on the CPU and, if `device` is a GPU, on it: what a forward pass draws from."""
+    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), cuda_state
 
 
 @contextmanager
 def replay_rng(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
-    """Draws the numbers that were drawn after a state, and leaves the generators as they are."""
+    """Draw the random numbers that were drawn after `state`, and restore the generators afterwards."""
+    cpu_state, cuda_state = state
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.set_rng_state(state[0])
-        if state[1] is not None:
-            torch.cuda.set_rng_state(state[1], device)
+        torch.set_rng_state(cpu_state)
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state, device)
         yield

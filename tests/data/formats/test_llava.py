@@ -29,7 +29,7 @@ def test_turns_of_chat_templates_read_like_llavas():
 
 
 @pytest.mark.parametrize(("value", "expected"), [("<video>\nWhat?", "What?"), ("What?", "What?")])
-def test_a_video_is_its_frames_in_the_place_of_its_mark(tmp_path, value, expected):
+def test_a_video_is_its_frames_in_place_of_its_mark(tmp_path, value, expected):
     (tmp_path / "clip").mkdir()
     for number in range(3):
         (tmp_path / "clip" / f"{number}.png").write_bytes(png("red"))

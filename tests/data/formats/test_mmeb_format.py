@@ -6,7 +6,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from cafe.data.formats.mmeb import mmeb
-from cafe.data.records import Source, open_source
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.errors import CafeError
 
 ROW = {"qry": "<|image_1|>\nWhat is it?", "qry_image_path": "a.jpg", "pos_text": "a cat", "pos_image_path": ""}
@@ -28,20 +29,20 @@ def test_rows_of_a_parquet_file_become_pairs_with_their_hard_negatives(scenes):
             assert len(pair.negatives) == bool(row["neg_text"] or row["neg_image_path"])
 
 
-def test_the_image_stands_where_its_mark_does():
+def test_the_image_stands_where_its_token_does():
     pair, dialogue = mmeb(ROW | {"qry": "Left of <|image_1|> is"}, Source(path="x"), Random(0))
     assert [type(part).__name__ for part in pair.query.parts] == ["str", "ImageRef", "str"]
     assert pair.negatives == () and dialogue is None
 
 
-def test_a_mark_without_a_picture_stands_for_nothing():
-    # As WebQA's queries of MMEB-train have it, and a negative that is such a mark alone is none.
+def test_an_image_token_without_an_image_is_removed():
+    # As in WebQA's queries of MMEB-train; a negative of such a token alone is none.
     row = ROW | {"qry": "<|image_1|>\nFind a picture: who?\n", "qry_image_path": "", "neg_text": "<|image_1|>\n"}
     pair, _ = mmeb(row, Source(path="x"), Random(0))
     assert pair.query.parts == ("Find a picture: who?",) and pair.negatives == ()
 
 
-def test_with_a_question_the_answer_is_also_said():
+def test_with_an_answer_prompt_the_target_is_also_the_answer():
     _, dialogue = mmeb(ROW, Source(path="x", answer_prompt=""), Random(0))
     assert [turn.content.text for turn in dialogue.turns] == ["What is it?", "a cat"]
     assert mmeb(ROW | {"pos_image_path": "b.jpg"}, Source(path="x", answer_prompt=""), Random(0))[1] is None
@@ -50,6 +51,6 @@ def test_with_a_question_the_answer_is_also_said():
 @pytest.mark.parametrize(
     ("change", "side"), [({"pos_text": " "}, "target"), ({"qry": "", "qry_image_path": None}, "query")]
 )
-def test_a_row_with_an_empty_side_is_left_out_by_name(change, side):
+def test_a_row_with_an_empty_side_is_named(change, side):
     with pytest.raises(CafeError, match=f"the {side} is empty"):
         mmeb(ROW | change, Source(path="x"), Random(0))

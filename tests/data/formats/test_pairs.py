@@ -17,7 +17,7 @@ def read(row, **source):
     return pairs(row, Source(path="x.jsonl", format="pairs", **source), Random(0))
 
 
-def test_both_sides_and_the_negatives_may_hold_text_and_pictures():
+def test_both_sides_and_negatives_may_hold_text_and_images():
     row = {
         "query": "left of <image>?", "query_image": b"1", "positive": "a cat", "positive_image": [b"2", b"3"],
         "negatives": ["a dog", {"text": "a hen", "image": b"4"}],
@@ -37,7 +37,7 @@ def test_other_names_are_mapped_and_a_wrong_one_is_named():
         read({"image": b"1", "caption": "a cat"}, columns=columns)
 
 
-def test_of_several_positives_one_is_taken_by_lot():
+def test_of_several_positives_one_is_chosen_at_random():
     rows = [pairs({"query": "q", "positive": ["a", "b"]}, Source(path="x"), Random(seed)) for seed in range(20)]
     assert {pair.target.text for pair, _ in rows} == {"a", "b"}
 
@@ -49,10 +49,10 @@ def test_a_csv_cell_holds_one_negative_or_a_list_as_json(negatives, expected):
     assert texts(read({"query": "q", "positive": "p", "negatives": negatives})[0].negatives) == expected
 
 
-def test_pictures_of_negatives_stand_beside_their_texts():
+def test_images_of_negatives_stand_beside_their_texts():
     pair, _ = read({"query": "q", "positive": "p", "negative_images": [b"1", b"2"]})
     assert [negative.images[0].source for negative in pair.negatives] == [b"1", b"2"]
-    with pytest.raises(CafeError, match="1 negatives and 2 pictures"):
+    with pytest.raises(CafeError, match="1 negatives and 2 images"):
         read({"query": "q", "positive": "p", "negatives": ["n"], "negative_images": [b"1", b"2"]})
 
 
@@ -66,15 +66,15 @@ def test_scores_of_negatives_stay_beside_them():
         read(row | {"negative_scores": [0.2, 1.5, 0]})
 
 
-def test_with_a_request_the_positive_is_also_said():
-    _, dialogue = read({"query_image": b"1", "positive": "a cat"}, ask="Describe the image.")
+def test_with_an_answer_prompt_the_positive_is_also_the_answer():
+    _, dialogue = read({"query_image": b"1", "positive": "a cat"}, answer_prompt="Describe the image.")
     assert texts(turn.content for turn in dialogue.turns) == ["Describe the image.", "a cat"]
     assert dialogue.turns[0].content.images[0].source == b"1"
 
 
 @pytest.mark.parametrize("row", [{"question": "q", "positive": "p"}, {"query": "q", "text": "p"}, {"a.png": "b.png"}])
 def test_a_side_without_a_column_is_named_with_the_columns_there_are(row):
-    """As of a CSV file without a header, whose first row is taken for one."""
+    """Such as a CSV file without a header, whose first row is taken for one."""
     with pytest.raises(CafeError, match=rf"no column '(query|positive)' or '\1_image'; there are {', '.join(row)}\."):
         read(row)
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 from cafe.errors import CafeError
 from cafe.evaluation.report.page import ReportRun, write_report
-from cafe.evaluation.runner import EvaluationResult, write
+from cafe.evaluation.runner import write
+from cafe.evaluation.suite import EvaluationResult
 from cafe.evaluation.suites import VQA
 
 

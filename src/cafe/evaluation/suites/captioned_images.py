@@ -18,7 +18,8 @@ import numpy as np
 from jaxtyping import Int
 
 from cafe.content import ImageRef
-from cafe.data.readers.base import HFDataset, open_rows
+from cafe.data.readers.base import open_rows
+from cafe.data.readers.hf_datasets import HFDataset
 from cafe.errors import CafeError
 from cafe.evaluation.io import find_image, find_one
 
@@ -152,7 +153,7 @@ def _read_records(paths: Sequence[Path]) -> Iterator[tuple[Image, list[str]]]:
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
-    rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), kept=1)
+    rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), max_cached=1)
     for number in range(sum(rows.chunks)):
         try:
             row = rows[number]

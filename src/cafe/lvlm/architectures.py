@@ -1,6 +1,7 @@
-"""The published sizes of the Hub bases that recipes name, so that `cafe plan` needs no download.
+"""Models without weights: the published sizes of the Hub models that recipes name, and models on the meta device.
 
-From each repository's `config.json`; a test holds their parameters to the numbers that the Hub states.
+The sizes are those of each repository's `config.json`, so that `cafe plan` downloads nothing. A test compares their
+parameters with the numbers that the Hub states.
 """
 
 from pathlib import Path
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
-from cafe.errors import CafeError
+from cafe.errors import CheckpointError
 
 
 def _onevision(
     width: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
 ) -> dict[str, Any]:
-    """LLaVA-OneVision: a SigLIP so400m tower of 384 pixels in patches of 14, and a Qwen2."""
+    """Return the sizes of LLaVA-OneVision: a SigLIP so400m tower of 384 pixels in patches of 14, and a Qwen2."""
     return {
         "model_type": "llava_onevision",
         "vision_config": {
@@ -95,29 +96,52 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+# Where the configurations of language models keep their number of experts, and those of vision towers their sizes.
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts")
+_TOWER_FIELDS = (
+    ("embed_dim", "hidden_size"),
+    ("depth", "num_hidden_layers"),
+    ("num_heads", "num_attention_heads"),
+    ("intermediate_size", "mlp_ratio"),
+    ("patch_size",),
+)
+
+
 def load_config(base: str) -> PreTrainedConfig:
-    """A base model's configuration: of a known Hub base from the table, of a directory from its files.
+    """Load a base model's configuration: of a known Hub model from the table, of a directory from its files.
 
     Raises:
-        CafeError: it is neither.
+        CheckpointError: it is neither.
     """
     if base in KNOWN_CONFIGS:
-        sizes = dict(KNOWN_CONFIGS[base])
-        return AutoConfig.for_model(sizes.pop("model_type"), **sizes)
+        fields = dict(KNOWN_CONFIGS[base])
+        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+    # Nothing is downloaded: a Hub model outside the table is not known, even where it could be fetched.
     try:
         return AutoConfig.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError):
         if Path(base).is_dir():
-            raise CafeError(
-                f"The sizes of {base} are not known: it has no config.json that transformers reads; of an adapter, "
+            raise CheckpointError(
+                f"The sizes of {base} are not known: it has no config.json that transformers reads; for an adapter, "
                 "plan with its base."
             ) from None
-        raise CafeError(
+        raise CheckpointError(
             f"The sizes of {base} are not known: give a local directory, or one of {', '.join(KNOWN_CONFIGS)}."
         ) from None
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model without its weights: names, shapes and nothing in them."""
+    """Build a model without weights: its parameters have names and shapes, on the meta device."""
+    # The constructor allocates its parameters on the default device.
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config)
+
+
+def is_mixture_of_experts(text_config: PreTrainedConfig) -> bool:
+    """Tell whether a language model has experts, of which each token passes a few."""
+    return any(getattr(text_config, field, None) for field in _EXPERT_FIELDS)
+
+
+def has_known_tower_sizes(vision_config: Any) -> bool:
+    """Tell whether a vision tower's configuration has all the usual sizes; timm's towers have none."""
+    return all(any(hasattr(vision_config, name) for name in names) for names in _TOWER_FIELDS)

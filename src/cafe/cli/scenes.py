@@ -1,0 +1,81 @@
+"""The commands scenes write, scenes train-base and quickstart: the small synthetic world and the first run on it."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from cafe.cli.options import NON_NEGATIVE, PATH
+
+if TYPE_CHECKING:
+    from cafe.training.recipe import Recipe
+
+
+@click.group("scenes")
+def scenes_group() -> None:
+    """Make the synthetic dataset and its base model."""
+
+
+@scenes_group.command("write")
+@click.argument("directory", type=PATH)
+@click.option("--train", type=NON_NEGATIVE, default=8000, help="Number of training images.")
+@click.option("--test", type=NON_NEGATIVE, default=500, help="Number of test images.")
+@click.option("--seed", type=int, default=0, help="Random seed.")
+def write_command(directory: Path, train: int, test: int, seed: int) -> None:
+    """Generate images with annotations in public formats.
+
+    DIRECTORY is where they are written.
+    """
+    from cafe.scenes.write import write_scenes
+
+    write_scenes(directory, seed, train, test)
+
+
+@scenes_group.command("train-base")
+@click.argument("directory", type=PATH)
+@click.option("--seed", type=int, default=0, help="Random seed.")
+def train_base_command(directory: Path, seed: int) -> None:
+    """Train the tiny base model from scratch.
+
+    DIRECTORY is where the checkpoint is written.
+    """
+    from cafe.scenes.base import train_base
+
+    train_base(directory, seed)
+
+
+@click.command("quickstart")
+@click.option("--directory", type=PATH, default=Path("runs/quickstart"), help="Directory for data, run and results.")
+@click.option("--recipe", type=PATH, default=Path("recipes/scenes.yaml"), help="Recipe of the run.")
+def quickstart_command(directory: Path, recipe: Path) -> None:
+    """Train, evaluate and report on generated scenes."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything reads it: all that is needed is in the package
+    from cafe.checkpoint import resolve_checkpoint
+    from cafe.evaluation.report.page import ReportRun, write_report
+    from cafe.evaluation.runner import measure, training_evaluator
+    from cafe.model import Cafe
+    from cafe.scenes.write import write_scenes
+    from cafe.training.loop import train
+
+    # The base is measured first, so that the report compares with it. What exists already is not made again.
+    data, before, after = directory / "scenes", directory / "before", directory / "after"
+    run = _quickstart_recipe(recipe, directory, data)
+    if not (data / "llava_train.json").is_file():
+        write_scenes(data)
+    measure(Cafe.load(resolve_checkpoint(run.model.base)), data, before)
+    measure(Cafe.load(train(run, training_evaluator(run))), data, after)
+    runs = [ReportRun("base", before, None), ReportRun("joint", after, directory / "run" / "log.jsonl")]
+    write_report(directory / "report.html", runs)
+    print(f"Open {directory / 'report.html'}")
+
+
+def _quickstart_recipe(path: Path, directory: Path, data: Path) -> "Recipe":
+    """Read a recipe, with its output and its data placed in the quickstart's directories."""
+    from dataclasses import replace
+
+    from cafe.training.recipe_io import read_recipe
+
+    recipe = read_recipe(path, [f"output={directory / 'run'}", f"evaluation.data={data}"])
+    sources = tuple(replace(source, path=str(data / Path(source.path).name)) for source in recipe.data.sources)
+    return replace(recipe, data=replace(recipe.data, sources=sources))

@@ -1,0 +1,115 @@
+"""Encode examples: decode their images, render their prompts, and tokenize these into branches."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from cafe.content import Content, Dialogue, Example, ImageRef
+from cafe.errors import RecordError
+from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.processing import ChatProcessor
+from cafe.lvlm.prompts import dialogue_messages, embedding_messages
+from cafe.packing import Branch
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """Hold the token sequences of one example.
+
+    Attributes:
+        query, target: the pair's branches; None without a pair.
+        negatives: the branches of its hard negatives.
+        negative_match_prob: for each hard negative, the probability that it matches the query after all.
+        target_id, negative_ids: hashes of these contents, to find duplicates by.
+        dialogue: the branch that the language loss is taken on; None without a dialogue.
+        origin: the file and record.
+    """
+
+    query: Branch | None
+    target: Branch | None
+    negatives: list[Branch]
+    negative_match_prob: Sequence[float]
+    target_id: int
+    negative_ids: list[int]
+    dialogue: Branch | None
+    origin: str = ""
+
+    @property
+    def embedding_branches(self) -> list[Branch]:
+        """Return the branches that are embedded: query, target and hard negatives."""
+        if self.query is None or self.target is None:
+            return []
+        return [self.query, self.target, *self.negatives]
+
+    @property
+    def lm_branches(self) -> list[Branch]:
+        """Return the branches that the language loss is taken on: the dialogue, if any."""
+        return [] if self.dialogue is None else [self.dialogue]
+
+    @property
+    def all(self) -> list[Branch]:
+        """Return all branches."""
+        return [*self.embedding_branches, *self.lm_branches]
+
+
+def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: int | None = None) -> EncodedExample:
+    """Encode an example. Each image is decoded and processed once for all branches that show it.
+
+    Raises:
+        RecordError: an image is missing or damaged, or the tokens do not fit into `max_tokens`; names the record.
+    """
+    try:
+        return _encode(example, chat_processor, max_tokens)
+    except RecordError as error:
+        raise RecordError(f"{example.origin}: {error}") from None
+
+
+def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> EncodedExample:
+    processed: dict[tuple[int, ...], ProcessedImages] = {}
+
+    def load_images(refs: Sequence[ImageRef]) -> ProcessedImages:
+        # By identity: branches that show the same images must hold the same tensors, or nothing is shared.
+        key = tuple(map(id, refs))
+        if key not in processed:
+            processed[key] = chat_processor.load_images(refs)
+        return processed[key]
+
+    def encode_content(content: Content) -> Branch:
+        messages = embedding_messages(content, chat_processor.prompts)
+        return chat_processor.encode_embedding(messages, load_images(content.images), max_tokens)
+
+    def encode_dialogue(dialogue: Dialogue) -> Branch:
+        refs = [ref for turn in dialogue.turns for ref in turn.content.images]
+        messages = dialogue_messages(dialogue, chat_processor.prompts)
+        return chat_processor.encode_dialogue(messages, load_images(refs), max_tokens)
+
+    encoded = EncodedExample(None, None, [], [], 0, [], None, example.origin)
+    if pair := example.pair:
+        encoded = replace(
+            encoded,
+            query=encode_content(pair.query),
+            target=encode_content(pair.target),
+            negatives=list(map(encode_content, pair.negatives)),
+            negative_match_prob=pair.negative_scores or [0.0] * len(pair.negatives),
+            target_id=content_hash(pair.target),
+            negative_ids=list(map(content_hash, pair.negatives)),
+        )
+    if example.dialogue:
+        encoded = replace(encoded, dialogue=encode_dialogue(example.dialogue))
+    return encoded
+
+
+def content_hash(content: Content) -> int:
+    """Hash a content to a number that is the same in every process; equal contents have equal numbers."""
+    digest = hashlib.blake2b(digest_size=7)  # 56 bits, so that it fits into a signed 64-bit tensor
+    for part in content.parts:
+        digest.update(str(part).encode() + b"\0")
+        source = part.source if isinstance(part, ImageRef) else None
+        # A path is in its name already; images in memory are told apart by what they hold.
+        if isinstance(source, bytes):
+            digest.update(source)
+        elif isinstance(source, Image.Image):
+            digest.update(f"{source.size}".encode() + source.tobytes())
+    return int.from_bytes(digest.digest())

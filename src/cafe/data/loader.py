@@ -1,0 +1,78 @@
+"""Load batches ahead in worker processes, and restart the workers if one dies."""
+
+import re
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+import torch
+
+from cafe.data.batch import Batch
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.errors import CafeError
+from cafe.utils.dataloader import make_loader
+
+MIN_BATCHES_BETWEEN_CRASHES = 10  # more than the workers are ahead of the run
+
+
+def iterate_batches(
+    dataset: ContrastiveBatchDataset,
+    start: int,
+    stop: int,
+    num_workers: int,
+    report: Callable[[str], None] = print,
+) -> Iterator[Batch]:
+    """Yield batches number `start` to `stop`, made ahead by worker processes. Workers that die are restarted.
+
+    Raises:
+        CafeError: they died again soon after.
+    """
+    number, last_crash = start, -MIN_BATCHES_BETWEEN_CRASHES
+    while number < stop:
+        stream = _start_workers(dataset, range(number, stop), num_workers)
+        try:
+            for batch in stream:
+                yield batch
+                number += 1
+        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
+            if not _is_worker_crash(error):
+                raise
+            if number - last_crash < MIN_BATCHES_BETWEEN_CRASHES:
+                raise CafeError(
+                    f"Data-loader workers died twice near batch {number}, often for lack of memory: "
+                    "reduce data.num_workers or the size of images."
+                ) from None
+            last_crash = number
+            report(f"A data-loader worker died near batch {number}; restarting workers from there.")
+
+
+def _start_workers(dataset: ContrastiveBatchDataset, numbers: range, num_workers: int) -> Iterator[Batch]:
+    handler = signal.getsignal(signal.SIGCHLD)
+    stream = iter(
+        make_loader(
+            dataset,
+            numbers,
+            num_workers,
+            pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_reset_signal_handlers,
+            generator=torch.Generator(),  # otherwise the loader would draw from the run's own random numbers
+        )
+    )
+    # PyTorch's handler raises wherever the main thread is when a worker dies: in the middle of a step.
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, handler)
+    return stream
+
+
+def _is_worker_crash(error: Exception) -> bool:
+    """Return whether a loader's error means that a worker died, also while its last tensors were fetched."""
+    if isinstance(error, RuntimeError):
+        return bool(re.search("DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)))
+    # An error that a worker raised itself is sent with this text in it.
+    return "in DataLoader worker" not in str(error)
+
+
+def _reset_signal_handlers(worker: int) -> None:
+    """Leave Ctrl-C, which reaches the whole process group, to the run, which ends its workers by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,40 @@
+"""Datasets of the Hugging Face `datasets` library, an optional dependency."""
+
+from pathlib import Path
+from typing import Any
+
+from cafe.errors import CafeError, MissingPackageError
+
+
+class HFDataset:
+    """Read a dataset of the Hugging Face `datasets` library. Images are not decoded.
+
+    A folder that `save_to_disk` wrote is opened as it is; another folder, or the name after `dataset:`, goes to
+    `load_dataset`, which reads folders of images (imagefolder), parquet, CSV and the Hub.
+    """
+
+    def __init__(self, name: str, split: str, subset: str) -> None:
+        self.name = name
+        dataset = _load(name, subset)
+        if isinstance(dataset, dict):  # a DatasetDict is one
+            if split not in dataset:
+                raise CafeError(f"{name} has no split {split!r}; there are {', '.join(dataset)}.")
+            dataset = dataset[split]
+        self.table = dataset.with_format("arrow")  # as it is stored: images stay encoded
+        self.chunks = [len(dataset)]
+
+    def __getitem__(self, index: int) -> Any:
+        return self.table[index].to_pylist()[0]
+
+
+def _load(name: str, subset: str) -> Any:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingPackageError(f"{name} needs the datasets library: pip install 'cafe-lvlm[datasets]'.") from None
+    path = name.removeprefix("dataset:")
+    is_saved = any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        return datasets.load_from_disk(path) if is_saved else datasets.load_dataset(path, subset or None)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise CafeError(f"{name} cannot be read as a dataset: {error}") from None

@@ -1,0 +1,48 @@
+"""JSON lines: an index of where each line begins and ends."""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+
+from cafe.data.files import file_errors, is_url, read
+from cafe.errors import RecordError
+
+
+class JsonLines:
+    """Read JSON lines by an index of byte ranges; a file from an object store is kept in memory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        # Without a local file, each line would be a request of its own.
+        self.content = read(name) if is_url(name) else None
+        lines = _local_lines(name) if self.content is None else self.content.splitlines(keepends=True)
+        with file_errors(name):
+            ranges = list(_byte_ranges(lines))
+        # An array: a list of pairs would take several times the memory, in each worker again.
+        self.ranges = np.array(ranges, np.int64).reshape(-1, 2)
+        self.chunks = [len(ranges)]
+
+    def __getitem__(self, index: int) -> Any:
+        start, stop = self.ranges[index].tolist()
+        line = read(self.name, start, stop) if self.content is None else self.content[start:stop]
+        try:
+            return json.loads(line)
+        except ValueError as error:
+            raise RecordError(f"the line is not valid JSON: {error}.") from None
+
+
+def _byte_ranges(lines: Iterable[bytes]) -> Iterator[tuple[int, int]]:
+    """Yield where each line begins and ends, without empty ones."""
+    start = 0
+    for line in lines:
+        stop = start + len(line)
+        if line.strip():
+            yield start, stop
+        start = stop
+
+
+def _local_lines(name: str) -> Iterator[bytes]:
+    with open(name, "rb") as file:
+        yield from file

@@ -1,0 +1,134 @@
+"""Load models and processors by transformers, and ours around them.
+
+A processor that declares a video processor is loaded without it: transformers cannot construct that without
+torchvision, and with torchvision it expects video settings that a checkpoint may not have. The files that are saved are
+the family's standard ones all the same.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+
+from cafe.errors import CheckpointError, load_error
+from cafe.lvlm.adapters import load_adapter, read_adapter_config
+from cafe.lvlm.architectures import meta_model
+from cafe.lvlm.families import attention_kwargs
+from cafe.lvlm.image_size import set_max_image_size, sync_image_grids
+from cafe.lvlm.processing import ChatProcessor
+from cafe.lvlm.prompts import Prompts
+from cafe.lvlm.quantization import quantization_kwargs
+
+
+class _VideoDropped(ProcessorMixin):
+    """Take the place of the base class that a processor class without video calls."""
+
+    def __init__(self, *args: Any, video_processor: None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+
+
+def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
+    """Return a processor class without its video processor, under the same name, so that it saves the same files."""
+
+    class WithoutVideo(processor_class, _VideoDropped):
+        apply_chat_template = ProcessorMixin.apply_chat_template  # SmolVLM's own needs its video processor
+
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return [name for name in processor_class.get_attributes() if "video" not in name]
+
+        @classmethod
+        def from_args_and_dict(cls, args: list[Any], *rest: Any, **kwargs: Any) -> ProcessorMixin:
+            # Some classes insist on all their arguments, in order: the video processor becomes None.
+            loaded = dict(zip(cls.get_attributes(), args, strict=True))
+            all_args = [loaded.get(name) for name in processor_class.get_attributes()]
+            return super().from_args_and_dict(all_args, *rest, **kwargs)
+
+    WithoutVideo.__name__ = processor_class.__name__
+    return WithoutVideo
+
+
+def load_processor(path: str, model_type: str = "") -> ProcessorMixin:
+    """Load the processor of a local directory or Hub id.
+
+    Args:
+        path: the directory or Hub id.
+        model_type: the model's type, where no model is saved beside the processor.
+
+    Raises:
+        CheckpointError: the model's family has no processor.
+    """
+    model_type = model_type or AutoConfig.from_pretrained(path).model_type
+    if model_type not in PROCESSOR_MAPPING_NAMES:
+        raise CheckpointError(
+            f"{path} is a {model_type} model, for which transformers has no processor of images and text."
+        )
+    return without_video(processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type])).from_pretrained(path)
+
+
+def load_chat_processor(
+    base: str, prompts: Prompts, max_pixels: int | None = None, grids: Sequence[Sequence[int]] = ()
+) -> ChatProcessor:
+    """Load the processor of a base model or adapter, without the weights, and limit the size of its images.
+
+    Raises:
+        CheckpointError: no processor can be loaded from there.
+        RecipeError: the limits do not fit the model, see `set_max_image_size`.
+    """
+    # An adapter has a processor of its own, but its base's configuration.
+    try:
+        adapter = read_adapter_config(base)
+        config = AutoConfig.from_pretrained((adapter and adapter.base_model_name_or_path) or base)
+        processor = load_processor(base, config.model_type)
+    except (ImportError, OSError, ValueError) as error:
+        raise load_error("processor", base, error) from error
+    set_max_image_size(meta_model(config), processor, max_pixels, grids)
+    return ChatProcessor(processor, prompts)
+
+
+def load_lvlm(
+    path: str | Path,
+    prompts: Prompts,
+    dtype: torch.dtype | str,
+    device: torch.device,
+    attention: str = "sdpa",
+    four_bit: bool = False,
+) -> tuple[PreTrainedModel, ChatProcessor]:
+    """Load a model for inference, with its adapter if there is one, and its processor.
+
+    Args:
+        path: a local directory or a Hub id, of a model or of an adapter, which is loaded together with its base.
+        prompts: how content becomes a prompt.
+        dtype: of the weights; "auto" for that of the files.
+        device: where the model goes.
+        attention: the attention implementation, by transformers' name; see `attention_kwargs`.
+        four_bit: hold the language model's matrices in 4 bits.
+
+    Raises:
+        CheckpointError: nothing can be loaded from there.
+        MissingPackageError: a package that it needs is not installed.
+    """
+    base = str(path)
+    try:
+        adapter = read_adapter_config(path)
+        base = str((adapter and adapter.base_model_name_or_path) or path)
+        quantization = quantization_kwargs(base, device, dtype) if four_bit else {}
+        implementation = attention_kwargs(AutoConfig.from_pretrained(base), attention)
+        lvlm = AutoModelForImageTextToText.from_pretrained(
+            base, dtype=dtype, attn_implementation=implementation, **quantization
+        )
+        processor = load_processor(str(path), lvlm.config.model_type)
+    except (ImportError, OSError, ValueError, SafetensorError) as error:  # ImportError: a processor needs a package
+        raise load_error("vision-language model", base, error) from error
+    # The processor may be an adapter's, trained with other grids than its base has.
+    chat_processor = ChatProcessor(processor, prompts)
+    sync_image_grids(lvlm, processor)
+    if not four_bit:  # bitsandbytes has put the weights on the device itself
+        lvlm = lvlm.to(device)
+    if adapter:
+        load_adapter(lvlm, path, adapter)
+    return lvlm.eval(), chat_processor

@@ -1,0 +1,171 @@
+"""What one step of one GPU reads, worked out from a recipe and a few words about the data."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from cafe.checkpoint import resolve_checkpoint
+from cafe.data.batch import NO_LIMIT, MicroBatchSize, blank_branch
+from cafe.lvlm.architectures import KNOWN_CONFIGS
+from cafe.lvlm.families import supports_prefix_sharing
+from cafe.lvlm.image_cost import ImageCost, published_image_cost
+from cafe.lvlm.processing import ChatProcessor
+from cafe.packing import Branch, PackingConfig, build_layout, count_crops, count_unique_tokens
+from cafe.training.build import build_chat_processor
+from cafe.training.recipe import Recipe
+
+# Token ids of the imagined data: equal where those of real data are, so that branches share what real ones share.
+PROMPT, EMBEDDING_INSTRUCTION, QUESTION, FIRST_CAPTION = 0, 1, 2, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class TypicalSample:
+    """Describe a typical pair: one image with its caption, and a dialogue that describes it.
+
+    Attributes:
+        width, height: pixels of the image.
+        caption: tokens of the caption, which is also the answer.
+        prompt: tokens of the system prompt.
+        prompt_overhead_tokens: tokens of an instruction or question with the template around it.
+    """
+
+    width: int = 640
+    height: int = 480
+    caption: int = 200
+    prompt: int = 14
+    prompt_overhead_tokens: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWorkload:
+    """Describe what goes through the model in one step of one process.
+
+    Attributes:
+        crops, patches: crops that the tower reads, and patches of each.
+        rows, columns: of tokens in the language model, padding included.
+        labels: supervised tokens.
+        read: tokens whose last hidden state is read: those before the labels, and the readouts.
+        embedded, embedded_crops: the share of the rows, and of the crops, that is embedded: the gradient cache reads
+            it once more, before the rest.
+        vectors: embeddings, over all processes.
+        micro_batches: how many the step is cut into.
+        largest: the largest one's share of the step.
+    """
+
+    crops: float
+    patches: int
+    rows: float
+    columns: int
+    labels: float
+    read: float
+    embedded: float = 1.0
+    embedded_crops: float = 1.0
+    vectors: int = 0
+    micro_batches: int = 1
+    largest: float = 1.0
+
+    @property
+    def tokens(self) -> float:
+        """Count the tokens of the language model's rows, padding included."""
+        return self.rows * self.columns
+
+
+def image_cost_from_config(
+    lvlm: PreTrainedModel, data: TypicalSample, max_pixels: int | None = None, grids: Sequence[Sequence[int]] = ()
+) -> ImageCost:
+    """Compute the cost of an image for a known Hub base, whose processor need not be on this machine.
+
+    Raises:
+        CafeError: the limits do not fit the model; see `set_max_image_size`.
+    """
+    return published_image_cost(lvlm, data.width, data.height, max_pixels, grids)
+
+
+def image_cost_from_processor(chat_processor: ChatProcessor, lvlm: PreTrainedModel, data: TypicalSample) -> ImageCost:
+    """Compute the cost of an image by processing a blank one of its size with the model's own processor."""
+    branch = blank_branch(chat_processor, data.width, data.height)
+    pixels, tokens = branch.image_inputs["pixel_values"], int(branch.image_mask.sum())
+    if "image_grid_thw" in branch.image_inputs:  # patches of images of any size, laid end to end
+        return ImageCost(crops=1, patches=len(pixels), tokens=tokens)
+    patches = pixels.shape[-2]  # crops that come as rows of patches
+    if pixels.ndim > 3:
+        patch = lvlm.config.vision_config.patch_size
+        height, width = (patch, patch) if isinstance(patch, int) else patch
+        patches = pixels.shape[-2] // height * (pixels.shape[-1] // width)
+    return ImageCost(crops=count_crops([branch]), patches=patches, tokens=tokens)
+
+
+def typical_branches(
+    data: TypicalSample, image: ImageCost, contrast: bool, language: bool, number: int = 0
+) -> list[Branch]:
+    """Build the branches of pair number `number`: query and target if it is contrasted, dialogue if it is learned."""
+    prompt, overhead = [PROMPT] * data.prompt, data.prompt_overhead_tokens
+    image_tokens, caption = [-1 - number] * image.tokens, [FIRST_CAPTION + number] * data.caption
+    branches = []
+    if contrast:
+        instruction = [EMBEDDING_INSTRUCTION] * overhead
+        branches += [prompt + image_tokens + instruction, prompt + caption + instruction]
+    if language:
+        branches.append(prompt + image_tokens + [QUESTION] * overhead + caption)
+    no_mask = torch.zeros(0, dtype=torch.bool)
+    return [Branch(torch.tensor(tokens), no_mask, no_mask) for tokens in branches]
+
+
+def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample, gpus: int) -> StepWorkload:
+    """Estimate what one step of one GPU reads.
+
+    Args:
+        recipe: the run.
+        lvlm: its base model, which may be on the meta device.
+        data: a typical pair.
+        gpus: the number of GPUs, each one process.
+    """
+    image = _image_cost(recipe, lvlm, data)
+    pairs = recipe.batch_size
+    contrast, language = recipe.objective.contrastive_weight > 0, recipe.objective.lm_weight > 0
+    shares = recipe.model.share_prefixes and supports_prefix_sharing(lvlm) is not False
+    image_reads = 1 if shares else contrast + language
+    pair = typical_branches(data, image, contrast, language)
+    together = _pairs_per_micro_batch(recipe, pair, image)
+
+    # Pack the pairs of one micro-batch as training would; `infer_packing` has the same default for the length of rows.
+    max_row_tokens = recipe.model.max_row_tokens or 2 * lvlm.config.get_text_config().hidden_size
+    groups = [typical_branches(data, image, contrast, language, number) for number in range(together)]
+    layout = build_layout(groups, PackingConfig(share_prefixes=shares, max_row_tokens=max_row_tokens))
+    rows, columns = layout.subtree_end.shape
+
+    embedded = pair[: 2 * contrast]
+    return StepWorkload(
+        crops=pairs * image_reads * image.crops,
+        patches=image.patches,
+        rows=rows * pairs / together,
+        columns=columns,
+        labels=pairs * data.caption * language,
+        read=pairs * (data.caption * language + 2 * contrast),
+        embedded=count_unique_tokens(embedded) / count_unique_tokens(pair) if shares else len(embedded) / len(pair),
+        embedded_crops=contrast / image_reads,
+        vectors=2 * pairs * gpus * contrast,
+        micro_batches=math.ceil(pairs / together),
+        largest=together / pairs,
+    )
+
+
+def _image_cost(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample) -> ImageCost:
+    if recipe.model.base in KNOWN_CONFIGS:
+        return image_cost_from_config(lvlm, data, recipe.model.max_image_pixels, recipe.model.image_grids)
+    base = resolve_checkpoint(recipe.model.base)
+    return image_cost_from_processor(build_chat_processor(base, recipe.prompts, recipe.model), lvlm, data)
+
+
+def _pairs_per_micro_batch(recipe: Recipe, pair: list[Branch], image: ImageCost) -> int:
+    """Count the pairs that go through the model at once; what "auto" will find is not known before it is measured."""
+    size = recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else NO_LIMIT
+    pairs = recipe.batch_size
+    if size.tokens:
+        pairs = min(pairs, max(1, size.tokens // count_unique_tokens(pair)))
+    if size.crops:
+        pairs = min(pairs, max(1, size.crops // image.crops))
+    return pairs

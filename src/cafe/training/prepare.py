@@ -1,0 +1,253 @@
+"""Everything a run needs before its first step, made from the recipe in a fixed order."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import nn
+
+from cafe.checkpoint import resolve_checkpoint
+from cafe.data.batch import NO_LIMIT, MicroBatchSize
+from cafe.data.dataset import ContrastiveBatchDataset
+from cafe.data.quarantine import Quarantine
+from cafe.data.records import open_source
+from cafe.errors import CheckpointError, RecipeError
+from cafe.lvlm.image_size import set_max_image_size
+from cafe.model import Cafe
+from cafe.training import checkpointing
+from cafe.training.build import build_dataset, build_step
+from cafe.training.checkpointing import TrainerState
+from cafe.training.compile import compile_layers
+from cafe.training.deepspeed import DeepSpeedZero, uses_deepspeed
+from cafe.training.fsdp import apply_fsdp, uses_fsdp
+from cafe.training.loss_scale import FLOAT16, LossScale
+from cafe.training.metrics_log import MetricsLogger, require_trackers
+from cafe.training.micro_batching import BatchFeed, find_micro_batch_size
+from cafe.training.optimizer import cosine_schedule_with_warmup, make_optimizer, summarize_trainable
+from cafe.training.precision import loading_dtype
+from cafe.training.recipe import Recipe
+from cafe.training.run_directory import STATE, claim_run_directory
+from cafe.training.step import JointStep
+from cafe.training.validation import Validator
+from cafe.utils.distributed import make_accelerator, mismatched_tensors, run_on_main_and_broadcast
+from cafe.utils.rng import get_rng_state, set_rng_state
+
+Evaluate = Callable[[Cafe], dict[str, float]]
+Report = Callable[[str], None]
+
+
+@dataclass
+class Run:
+    """A run in one process.
+
+    Attributes:
+        recipe: what to do.
+        output: the run's directory.
+        accelerator: the processes.
+        report: called with lines for people; does nothing but in the main process.
+        model: the model with its processor and prompts.
+        joint: the joint step over the model.
+        trained: the trained parameters, in shards where the model is sharded.
+        optimizer: over them.
+        zero: DeepSpeed's engine, in the place of gradient reduction and `optimizer.step`; None without it.
+        schedule: the learning rate's factor by step, from 0.
+        num_steps: the last step's number.
+        feed: the batches, a step's at a time.
+        quarantine: counts bad records.
+        state: how far the run has come.
+        log: the metrics log; None but in the main process.
+        validator: evaluates the model during training.
+    """
+
+    recipe: Recipe
+    output: Path
+    accelerator: Accelerator
+    report: Report
+    model: Cafe
+    joint: JointStep
+    trained: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    zero: DeepSpeedZero | None
+    schedule: Callable[[int], float]
+    num_steps: int
+    feed: BatchFeed
+    quarantine: Quarantine
+    state: TrainerState
+    log: MetricsLogger | None
+    validator: Validator
+
+    @property
+    def device(self) -> torch.device:
+        """The device of this process."""
+        return self.joint.device
+
+
+def prepare_run(recipe: Recipe, evaluate: Evaluate | None, report: Report) -> Run:
+    """Prepare a run from its recipe, at its start or where it was last saved.
+
+    Raises:
+        CafeError: the recipe, the data or the base model cannot be used; the output holds another run.
+    """
+    set_seed(recipe.seed)
+    output, config = Path(recipe.output), recipe.optimizer
+
+    # What is wrong with the recipe or the launcher is found before anything is loaded.
+    asks_for_shards, asks_for_zero = uses_fsdp(recipe.model.shard), uses_deepspeed(recipe)
+    _check_evaluation(recipe, evaluate)
+    accelerator = make_accelerator(log_with=require_trackers(recipe.trackers or ()), project_dir=output / "trackers")
+    _check_attention(recipe, accelerator.device)
+    several, is_main = accelerator.num_processes > 1, accelerator.is_main_process
+    report = report if is_main else _ignore
+    name = run_on_main_and_broadcast(lambda: claim_run_directory(recipe))
+
+    # The batches, in an order fixed by the seed; the step over the model; its optimizer.
+    model, dataset, joint, summary = _load(recipe, accelerator, sharded=asks_for_shards and several)
+    trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
+    optimizer = make_optimizer(joint, model.lvlm.config.model_type, config)
+    zero = DeepSpeedZero(trained, optimizer, config.max_grad_norm) if asks_for_zero and several else None
+    num_steps = _count_steps(recipe, dataset)
+    schedule = cosine_schedule_with_warmup(num_steps, config.warmup_ratio)
+    report(f"{summary}; {num_steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
+
+    # Where the run was last saved, and what depends on that.
+    state = _restore_state(recipe, joint, optimizer, report)
+    if recipe.micro_batch == "auto" and not state.micro_batch_size:
+        state.micro_batch_size = _measure_micro_batch_size(recipe, joint, dataset, report)
+    feed = _make_feed(recipe, dataset, state, num_steps, report)
+    quarantine = _open_quarantine(recipe, state, accelerator.process_index)
+    log = MetricsLogger(output, accelerator, name, state.step) if is_main else None
+    validator = Validator(recipe, model, joint, evaluate, accelerator.process_index)
+    set_rng_state(state.rng_state)  # last, since some of the above draws random numbers
+    return Run(
+        recipe=recipe,
+        output=output,
+        accelerator=accelerator,
+        report=report,
+        model=model,
+        joint=joint,
+        trained=trained,
+        optimizer=optimizer,
+        zero=zero,
+        schedule=schedule,
+        num_steps=num_steps,
+        feed=feed,
+        quarantine=quarantine,
+        state=state,
+        log=log,
+        validator=validator,
+    )
+
+
+def _ignore(line: str) -> None:
+    """Report nothing: the main process does."""
+
+
+def _check_evaluation(recipe: Recipe, evaluate: Evaluate | None) -> None:
+    wants_evaluation = recipe.evaluation.eval_steps and recipe.evaluation.data
+    if wants_evaluation and not evaluate:
+        raise RecipeError(
+            "evaluation.eval_steps is set, but nothing measures evaluation.data: pass `train` a function that does, "
+            "such as cafe.evaluation.runner.training_evaluator(recipe) makes."
+        )
+
+
+def _check_attention(recipe: Recipe, device: torch.device) -> None:
+    if recipe.model.attention == "flex_attention" and device.type == "cpu":
+        raise RecipeError("model.attention: flex_attention has no backward pass on a CPU; use sdpa.")
+
+
+def _load(
+    recipe: Recipe, accelerator: Accelerator, sharded: bool
+) -> tuple[Cafe, ContrastiveBatchDataset, JointStep, str]:
+    """Load the model and open the data; return them, the joint step on its device, and one line on what is trained."""
+    config, rank = recipe.model, accelerator.process_index
+    # The sources first: their files may be missing, and the model takes long.
+    sources = [open_source(source) for source in recipe.data.sources]
+    # A sharded model goes to the GPU shard by shard: as a whole it may not fit there.
+    device = torch.device("cpu") if sharded else accelerator.device
+    model = Cafe.load(
+        resolve_checkpoint(config.base),
+        recipe.prompts,
+        loading_dtype(config),
+        device,
+        config.attention,
+        config.frozen_weights_dtype == "4bit",
+    )
+    model.metadata.clear()  # it describes the base model, which training changes
+    set_max_image_size(model.lvlm, model.chat_processor.processor, config.max_image_pixels, config.image_grids)
+    dataset = build_dataset(recipe, model, rank, accelerator.num_processes, sharded, sources)
+    joint = build_step(recipe, model, dataset.blank_micro_batch())
+    _check_same_weights(joint, recipe, accelerator.device)
+    summary = summarize_trainable(model.lvlm)  # while the weights are whole
+    _move_to_device(joint, recipe, accelerator.device, sharded)
+    return model, dataset, joint, summary
+
+
+def _check_same_weights(joint: JointStep, recipe: Recipe, device: torch.device) -> None:
+    """Make sure that all processes loaded the same weights: the gradients of different models would be summed."""
+    if mismatched := mismatched_tensors(joint.state_dict(), device):
+        base = resolve_checkpoint(recipe.model.base)
+        raise CheckpointError(
+            f"The processes loaded different weights, {mismatched[0]} first: is {base} the same for all of them?"
+        )
+
+
+def _move_to_device(joint: JointStep, recipe: Recipe, device: torch.device, sharded: bool) -> None:
+    """Move the step to the device, in shards if asked, and compile the layers if the recipe says so."""
+    if sharded:
+        whole = joint.vision.tower if joint.vision else None
+        apply_fsdp(joint.packed_forward, device, joint.packed_forward.dtype, whole=whole)
+    joint.to(device)
+    if recipe.model.compile:
+        compile_layers(joint.lvlm)
+
+
+def _count_steps(recipe: Recipe, dataset: ContrastiveBatchDataset) -> int:
+    if recipe.max_steps:
+        return recipe.max_steps
+    # At least one: the data may be smaller than what a step accumulates.
+    num_batches = recipe.num_train_epochs * len(dataset)
+    return max(1, num_batches // recipe.optimizer.gradient_accumulation_steps)
+
+
+def _restore_state(recipe: Recipe, joint: JointStep, optimizer: torch.optim.Optimizer, report: Report) -> TrainerState:
+    """Load the last saved state into the step and the optimizer, or return that of a run at its start."""
+    state = checkpointing.load(Path(recipe.output) / STATE, joint, optimizer, report)
+    if state is None:
+        loss_scale = FLOAT16 if recipe.model.precision == "fp16" else LossScale()
+        return TrainerState(loss_scale=loss_scale, rng_state=get_rng_state())
+    if state.step:
+        report(f"Resuming from step {state.step}.")
+    return state
+
+
+def _measure_micro_batch_size(
+    recipe: Recipe, joint: JointStep, dataset: ContrastiveBatchDataset, report: Report
+) -> MicroBatchSize:
+    size = find_micro_batch_size(joint, dataset, recipe.memory_limit_gib)
+    report(f"Micro-batches of {size.tokens or 'all'} tokens and {size.crops or 'all'} crops fit.")
+    return size
+
+
+def _make_feed(
+    recipe: Recipe, dataset: ContrastiveBatchDataset, state: TrainerState, num_steps: int, report: Report
+) -> BatchFeed:
+    """Start loading batches after the last step taken."""
+    accumulate, num_workers = recipe.optimizer.gradient_accumulation_steps, recipe.data.num_workers
+    feed = BatchFeed(dataset, state.micro_batch_size, state.step, num_steps, accumulate, num_workers, report)
+    if recipe.model.gradient_checkpointing and feed.batches.micro_batch_size != NO_LIMIT:
+        report(
+            "Warning: model.gradient_checkpointing and micro_batch both save memory at the cost of another forward "
+            "pass; use both only if a single pair does not fit without gradient checkpointing."
+        )
+    return feed
+
+
+def _open_quarantine(recipe: Recipe, state: TrainerState, rank: int) -> Quarantine:
+    """Open the file of this process's bad records."""
+    suffix = f"-{rank}" if rank else ""  # each process has its own records, and its own file
+    path = Path(recipe.output) / f"quarantine{suffix}.jsonl"
+    return Quarantine(path, recipe.data.max_bad_fraction, state.num_bad_records, state.num_records)
