@@ -1,1 +1,1 @@
-"""A package, as two rooms have a test file of the same name."""
+"""A package, because two folders have a test file of the same name."""

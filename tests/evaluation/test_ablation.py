@@ -1,4 +1,4 @@
-"""The ablation: every arm trains from the same base, is measured, and is not trained twice."""
+"""Test the ablation: every arm trains from the same base, is measured, and is not trained twice."""
 
 import json
 import re
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
-from cafe.errors import CafeError
-from cafe.evaluation.ablation import ablate
+from cafe.errors import RecipeError
+from cafe.evaluation.ablation import ablate, format_table
+from cafe.evaluation.suites import VQA
 from cafe.training.recipe import EvaluationConfig, Recipe
 
 
@@ -55,14 +56,26 @@ def test_every_arm_is_trained_and_measured_once(recipe, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in written} == written
 
 
-def test_arms_are_measured_during_training_where_the_recipe_says_so(recipe, tmp_path):
-    examined = replace(recipe.evaluation, every=1, limit=2)
-    ablate(replace(recipe, evaluation=examined, keep_best="vqa/all"), seeds=1, suites=["vqa"])
+def test_arms_are_evaluated_during_training_if_the_recipe_says_so(recipe, tmp_path):
+    evaluation = replace(recipe.evaluation, eval_steps=1, limit=2)
+    ablate(replace(recipe, evaluation=evaluation, metric_for_best_model="vqa/all"), seeds=1, suites=["vqa"])
     assert {path.parent.name for path in (tmp_path / "ablation").glob("*/best")} == {
         "contrastive-0", "language-0", "joint-0"
     }  # fmt: skip
 
 
-def test_without_evaluation_data_there_is_nothing_to_compare(recipe):
-    with pytest.raises(CafeError, match=r"needs evaluation\.data"):
+def test_ablation_without_evaluation_data_is_refused(recipe):
+    with pytest.raises(RecipeError, match=r"needs evaluation\.data"):
         ablate(replace(recipe, evaluation=EvaluationConfig()), seeds=1)
+
+
+def test_the_table_has_the_headline_results_that_suites_declare():
+    measured = {
+        "base": [{"vqa/color": 1.0, "mine/score": 2.0, "vqa/all": 3.0}],
+        "joint": [{"vqa/all": 4.0}, {"vqa/all": 6.0}],
+    }
+    mine = replace(VQA, name="mine", headline=("mine/*",))
+    assert format_table(measured, [VQA, mine]).splitlines()[2:] == [
+        "| vqa/all | 3.00 | 5.00 ± 1.41 |",
+        "| mine/score | 2.00 | - |",
+    ]

@@ -1,4 +1,4 @@
-"""A killed evaluation goes on and ends with the same numbers; several processes give what one gives."""
+"""Test that a killed evaluation resumes with the same numbers, and that several processes give the same as one."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def start(arguments: list[str], **environment: str) -> subprocess.Popen[bytes]:
 
 
 def written(output: Path) -> dict[str, str]:
-    """What an evaluation wrote, by file."""
+    """Read what an evaluation wrote, by file."""
     files = [output / "results.json", output / "samples.json", *sorted((output / "outputs").glob("*.jsonl"))]
     assert len(files) > 3
     return {file.name: file.read_text() for file in files}
@@ -48,7 +48,7 @@ def written(output: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def alone(random_base, scenes, tmp_path_factory):
-    """An evaluation that was never killed, of one process, without anything kept before."""
+    """Evaluate in one process that is never killed, with an empty cache."""
     output = tmp_path_factory.mktemp("alone")
     model = Cafe.load(random_base)
     done = evaluate(model, scenes, LIMIT, lambda line: None, suites=SUITES, keep=output / "kept", batch_size=BATCH)
@@ -56,7 +56,7 @@ def alone(random_base, scenes, tmp_path_factory):
     return written(output)
 
 
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(alone, random_base, scenes, tmp_path):
+def test_a_killed_evaluation_resumes_and_ends_with_the_same_files(alone, random_base, scenes, tmp_path):
     process = start(command(random_base, scenes, tmp_path))
     deadline = time.monotonic() + 1800
     while len(list((tmp_path / "kept").glob("*.npy"))) < 3 and process.poll() is None and time.monotonic() < deadline:
@@ -72,11 +72,11 @@ def test_a_killed_evaluation_goes_on_and_ends_with_the_same_files(alone, random_
     write(done, tmp_path)
     assert written(tmp_path) == alone
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
-    assert model.embedded < 3 * LIMIT  # pictures and two captions each: some were kept
+    assert model.embedded < 3 * LIMIT  # images and two captions each: some were cached
 
 
 @pytest.mark.parametrize("launched", [{"ACCELERATE_USE_CPU": "true"}, {}], ids=["accelerate launch", "torchrun"])
-def test_two_processes_give_what_one_gives(launched, alone, random_base, scenes, tmp_path):
+def test_two_processes_write_the_same_files_as_one(launched, alone, random_base, scenes, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -88,11 +88,11 @@ def test_two_processes_give_what_one_gives(launched, alone, random_base, scenes,
     said = [process.communicate(timeout=1800)[0].decode() for process in ranks]
     assert all(process.returncode == 0 for process in ranks), said
     assert written(tmp_path) == alone
-    assert "retrieval/image_to_text/R@1" in said[0] and "R@1" not in said[1]  # one of them speaks
+    assert "retrieval/image_to_text/R@1" in said[0] and "R@1" not in said[1]  # only the main process prints
 
 
 class Counting:
-    """A model that counts what it is given."""
+    """Count what a model is given."""
 
     def __init__(self, model: Any, fingerprint: str = "") -> None:
         self.model, self.name = model, fingerprint
@@ -111,7 +111,7 @@ class Counting:
 
 
 class Words:
-    """Embeds a text by its length and answers with it."""
+    """Embed a text by its length and answer with it."""
 
     def embed(self, contents, **options):
         return np.float32([[len(content), 1] for content in contents])
@@ -120,7 +120,7 @@ class Words:
         return [prompt.text[:max_new_tokens] for prompt in prompts]
 
 
-def test_what_is_kept_is_given_again_without_the_model(tmp_path):
+def test_cached_outputs_are_returned_without_the_model(tmp_path):
     first, second = Counting(Words(), "same"), Counting(Words(), "same")
     texts, prompts = ["a", "bb", "ccc"], [Content.of("ask")]
     for model in (first, second):
@@ -131,7 +131,7 @@ def test_what_is_kept_is_given_again_without_the_model(tmp_path):
     assert (second.embedded, second.answered) == (0, 0)
 
 
-def test_other_weights_prompts_lengths_and_limits_are_computed_anew(tmp_path):
+def test_other_weights_prompts_and_lengths_miss_the_cache(tmp_path):
     CachedModel(Counting(Words(), "one"), tmp_path).generate([Content.of("ask"), Content.of("more")], 2)
     other = Counting(Words(), "two")
     assert CachedModel(other, tmp_path).generate([Content.of("ask"), Content.of("more")], 2) == ["as", "mo"]
@@ -142,15 +142,15 @@ def test_other_weights_prompts_lengths_and_limits_are_computed_anew(tmp_path):
     assert (other.answered, same.answered) == (2, 5)
 
 
-def test_a_picture_that_changed_is_looked_at_again(tmp_path):
+def test_an_image_that_changed_misses_the_cache(tmp_path):
     class Bytes:
         def embed(self, contents, **options):
             return np.float32([[len(content.read_bytes())] for content in contents])
 
-    picture = tmp_path / "a.png"
+    image = tmp_path / "a.png"
     for text in ("one", "longer"):
-        picture.write_text(text)
-        assert CachedModel(Counting(Bytes(), "same"), tmp_path / "kept").embed([picture]).tolist() == [[len(text)]]
+        image.write_text(text)
+        assert CachedModel(Counting(Bytes(), "same"), tmp_path / "kept").embed([image]).tolist() == [[len(text)]]
 
 
 def test_the_fingerprint_follows_weights_and_prompts(random_base):
@@ -165,7 +165,7 @@ def test_the_fingerprint_follows_weights_and_prompts(random_base):
     assert model.fingerprint() != before
 
 
-def test_nothing_half_written_is_left(tmp_path):
+def test_the_cache_holds_no_partial_files(tmp_path):
     CachedModel(Counting(Words(), "same"), tmp_path).embed(["a"])
     assert [path.suffix for path in tmp_path.iterdir()] == [".npy"]
     CachedModel(Counting(Words(), "same"), tmp_path).generate([Content.of("ask")], 4)

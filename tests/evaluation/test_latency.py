@@ -1,4 +1,4 @@
-"""The table of modes says what a clock said, and the modes do what they say."""
+"""Test that the table of modes holds the times of the clock, and that the modes do what their names say."""
 
 import statistics
 from itertools import count
@@ -13,7 +13,7 @@ from cafe.evaluation.latency import MODES, format_timings, list_images, run, tim
 
 
 class Watched:
-    """A model whose every call takes a time that a test can know."""
+    """Take a known time for every call."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -27,14 +27,14 @@ class Watched:
         self.seen.append((mode, size))
         self.now += seconds + 0.001 * next(self.calls)
 
-    def embed(self, pictures, batch_size):
-        self._take("embed", len(pictures), 1.0)
+    def embed(self, images, batch_size):
+        self._take("embed", len(images), 1.0)
 
     def generate_batch(self, prompts, max_new_tokens, batch_size):
         self._take("generate", len(prompts), 2.0)
 
-    def describe(self, pictures, prompt, max_new_tokens, batch_size):
-        self._take("describe", len(pictures), 2.5)
+    def embed_and_generate_batch(self, images, prompt, max_new_tokens, batch_size):
+        self._take("embed and generate", len(images), 2.5)
         return None, []
 
 
@@ -51,7 +51,7 @@ def test_median_and_tail_are_those_of_the_clock():
     assert timings[4].throughput == pytest.approx(4 / timings[4].p50)
 
 
-def test_the_table_has_a_row_a_mode_and_batch_size():
+def test_the_table_has_a_row_per_mode_and_batch_size():
     model = Watched()
     lines = format_timings(time_modes(model, [Path("a")], (1, 2), repeats=1, clock=model.clock)).splitlines()
     assert len(lines) == 2 + 2 * len(MODES)
@@ -60,19 +60,19 @@ def test_the_table_has_a_row_a_mode_and_batch_size():
 
 def test_one_prefill_gives_the_vectors_and_answers_of_both_modes(random_base, scenes):
     model = Cafe.load(random_base)
-    pictures = list_images(scenes / "images" / "test", 3)
-    vectors, answers = run(model, "both in one prefill", pictures, 4)
-    apart, said = run(model, "embed, then generate", pictures, 4)
-    assert answers == said and np.allclose(vectors, apart, atol=1e-4)
-    assert run(model, "embed", pictures, 4)[1] == [] and run(model, "generate", pictures, 4)[0] is None
+    images = list_images(scenes / "images" / "test", 3)
+    vectors, answers = run(model, "both in one prefill", images, 4)
+    separate, separate_answers = run(model, "embed, then generate", images, 4)
+    assert answers == separate_answers and np.allclose(vectors, separate, atol=1e-4)
+    assert run(model, "embed", images, 4)[1] == [] and run(model, "generate", images, 4)[0] is None
 
 
-def test_pictures_of_every_kind_that_is_read_are_found(tmp_path):
+def test_images_in_every_supported_format_are_listed(tmp_path):
     for name in ("a.bmp", "b.GIF", "c.png", "d.txt", "e.tiff"):
         (tmp_path / name).touch()
-    assert [picture.name for picture in list_images(tmp_path)] == ["a.bmp", "b.GIF", "c.png", "e.tiff"]
+    assert [image.name for image in list_images(tmp_path)] == ["a.bmp", "b.GIF", "c.png", "e.tiff"]
 
 
-def test_a_folder_without_pictures_is_one_sentence(tmp_path):
-    with pytest.raises(CafeError, match="no pictures under"):
+def test_a_folder_without_images_is_refused(tmp_path):
+    with pytest.raises(CafeError, match="no images in"):
         list_images(tmp_path)

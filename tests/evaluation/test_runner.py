@@ -1,4 +1,4 @@
-"""Evaluation of a model that sees everything, one that sees nothing, and a real one, on scenes and on tiny files."""
+"""Test evaluation with a perfect model, a collapsed one and a real one, on scenes and on tiny files."""
 
 import json
 import re
@@ -25,7 +25,7 @@ COLORS = ("red", "green", "blue", "yellow")
 
 
 class ColorModel:
-    """Knows each picture by its file's name; perfect unless `wrong`."""
+    """Know each image by its file's name; perfect unless `wrong`."""
 
     def __init__(self, wrong: bool = False) -> None:
         self.wrong = wrong
@@ -161,7 +161,7 @@ def test_limit_takes_the_first_records_of_each_suite(data):
     assert evaluation.embeddings["images"].shape == (2, 4)
 
 
-def test_an_object_is_hallucinated_though_no_picture_within_the_limit_shows_it(data):
+def test_an_object_is_hallucinated_though_no_image_within_the_limit_shows_it(data):
     class Blue(ColorModel):
         def answer(self, prompt: Content) -> str:
             return "a red thing and a blue one"
@@ -197,13 +197,13 @@ def test_an_object_is_hallucinated_though_no_picture_within_the_limit_shows_it(d
         ),
     ],
 )
-def test_a_broken_file_is_one_clear_sentence(data, file, text, message):
+def test_a_broken_file_is_reported_in_one_sentence(data, file, text, message):
     (data / file).write_text(text, encoding="latin-1")  # of which most is no UTF-8
     with pytest.raises(CafeError, match=message):
         evaluate(ColorModel(), data, report=silent)
 
 
-def test_a_mark_that_ends_lines_elsewhere_may_stand_inside_a_text(data):
+def test_unicode_line_separators_may_occur_inside_a_text(data):
     row = {"image": "red.png", "text": "red\u2028or\x85blue?", "answer": "red", "category": "color"}
     (data / "vqa_test.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
     done = evaluate(ColorModel(), data, report=silent, suites=["vqa"])
@@ -211,7 +211,7 @@ def test_a_mark_that_ends_lines_elsewhere_may_stand_inside_a_text(data):
 
 
 class Oracle:
-    """Answers from the annotation files themselves."""
+    """Answer from the annotation files themselves."""
 
     def __init__(self, data: Path) -> None:
         self.owner = {}
@@ -237,7 +237,7 @@ class Oracle:
 
 
 class Collapsed:
-    """The same vector and the same word for everything."""
+    """Give the same vector and the same word for everything."""
 
     def embed(self, contents, batch_size=32):
         return np.ones((len(contents), 1), np.float32)
@@ -271,12 +271,12 @@ def test_a_real_model_is_measured_and_written(random_base, scenes, tmp_path):
     assert np.load(tmp_path / "embeddings.npz")["images"].shape == (4, 160)
 
 
-def test_a_folder_without_evaluation_files_is_one_sentence(tmp_path):
+def test_a_folder_without_evaluation_files_is_refused(tmp_path):
     with pytest.raises(CafeError, match="no evaluation file"):
         evaluate(Collapsed(), tmp_path)
 
 
-def test_the_list_names_every_suite_with_its_files_and_where_they_are_had(capsys):
+def test_the_list_names_every_suite_with_its_files_and_download(capsys):
     assert main(["evaluate", "--list"]) == 0
     said = capsys.readouterr().out
     for suite in SUITES:
@@ -293,27 +293,25 @@ def test_names_of_suites_are_unique_and_their_results_are_theirs(data):
 @pytest.mark.parametrize(
     ("suite", "message"),
     [
-        ("flickr30k", r"lacks its files in .*dataset_flickr30k.json.*From: .*karpathy"),
-        ("poppe", "There is no suite 'poppe': there are retrieval, .*pope"),
+        ("flickr30k", r"lacks its files in .*dataset_flickr30k.json.*Download: .*karpathy"),
+        ("poppe", "There is no suite 'poppe'; the suites are retrieval, .*pope"),
     ],
 )
-def test_a_suite_that_cannot_run_is_one_clear_sentence(data, capsys, suite, message):
+def test_a_suite_that_cannot_run_is_reported_in_one_sentence(data, capsys, suite, message):
     assert main(["evaluate", "never loaded", "--data", str(data), "--suite", suite]) == 1
     said = capsys.readouterr().err
     assert re.search(message, said) and len(said.splitlines()) == 1
 
 
-def test_a_picture_that_is_not_there_is_named_before_the_model_is_asked(data):
+def test_a_missing_image_is_named_before_the_model_is_asked(data):
     (data / "images" / "blue.png").unlink()
     model = ColorModel()
-    with pytest.raises(
-        CafeError, match=r"The picture images/blue.png, which .*tiny_pope_random.json names, is in none"
-    ):
+    with pytest.raises(CafeError, match=r"The image images/blue.png, which .*tiny_pope_random.json names, is in none"):
         evaluate(model, data, report=silent, suites=["pope"])
     assert not model.asked
 
 
-def test_results_can_be_counted_again_from_the_outputs_that_are_written(data, tmp_path):
+def test_results_can_be_recomputed_from_the_outputs_that_are_written(data, tmp_path):
     done = evaluate(ColorModel(), data, report=silent)
     write(done, tmp_path / "out")
     rows = [json.loads(line) for path in (tmp_path / "out/outputs").glob("*.jsonl") for line in path.open()]
@@ -323,7 +321,7 @@ def test_results_can_be_counted_again_from_the_outputs_that_are_written(data, tm
 
 
 class Named(ColorModel):
-    """A model with a fingerprint."""
+    """Have a fingerprint."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -333,7 +331,7 @@ class Named(ColorModel):
         return self.name
 
 
-def test_suites_run_one_after_the_other_stand_side_by_side(data, tmp_path):
+def test_results_of_suites_run_one_after_the_other_are_merged(data, tmp_path):
     for suite in ("retrieval", "pope"):
         write(evaluate(Named("a"), data, report=silent, suites=[suite], keep=tmp_path / "kept"), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
@@ -345,7 +343,7 @@ def test_suites_run_one_after_the_other_stand_side_by_side(data, tmp_path):
     assert len(list((tmp_path / "outputs").iterdir())) == 3
 
 
-def test_an_evaluation_that_is_killed_as_it_writes_spoils_nothing_that_was_written(data, tmp_path, monkeypatch):
+def test_an_evaluation_killed_while_writing_keeps_what_was_written(data, tmp_path, monkeypatch):
     write(evaluate(Named("a"), data, report=silent, suites=["retrieval"], keep=tmp_path / "kept"), tmp_path)
     other = evaluate(Named("a"), data, report=silent, suites=["pope"], keep=tmp_path / "kept")
 
@@ -361,10 +359,10 @@ def test_an_evaluation_that_is_killed_as_it_writes_spoils_nothing_that_was_writt
         assert arrays["images"].shape == (4, 4)
 
 
-def test_pictures_are_found_in_the_folder_or_in_its_images(data):
+def test_images_are_found_in_the_folder_or_in_its_images(data):
     rows = json.loads((data / "dataset_tiny.json").read_text())
     for row in rows["images"]:
-        row.pop("filepath", None)  # the picture's bare name, as COCO's Karpathy file and POPE's have it
+        row.pop("filepath", None)  # the image's bare name, as COCO's Karpathy file and POPE's have it
     (data / "dataset_tiny.json").write_text(json.dumps(rows))
     for split in ("random", "popular", "adversarial"):
         (path,) = (data / "pope").glob(f"*_{split}.json")
@@ -386,7 +384,7 @@ def test_two_files_that_measure_the_same_are_refused_by_name(data, file, other):
     assert first.name in str(error.value) and second.name in str(error.value)
 
 
-def test_a_quick_look_at_a_run_has_a_folder_of_its_own(random_base, scenes, tmp_path, monkeypatch):
+def test_an_evaluation_with_a_limit_has_its_own_folder(random_base, scenes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("run").mkdir()
     Path("run/checkpoint").symlink_to(random_base)
@@ -399,19 +397,19 @@ def test_a_quick_look_at_a_run_has_a_folder_of_its_own(random_base, scenes, tmp_
     [
         ("no", "", "folder of evaluation files .*no does not exist"),
         ("", "retrieval/text_to_image/R@1", "no result retrieval/text_to_image/R@1 .* nearest is held_out/lm_loss"),
-        (".", "R@1", "no result R@1 for keep_best; the nearest is retrieval/"),
-        (".", "-vqa/al", "no result vqa/al for keep_best; the nearest is vqa/all"),
+        (".", "R@1", "no result R@1 for metric_for_best_model; the nearest is retrieval/"),
+        (".", "-vqa/al", "no result vqa/al for metric_for_best_model; the nearest is vqa/all"),
     ],
 )
-def test_what_training_could_not_measure_is_said_before_it(recipe, data, folder, best, message):
+def test_metrics_that_training_cannot_measure_are_refused_before_it(recipe, data, folder, best, message):
     evaluation = EvaluationConfig(data=folder and str(data / folder), sources=recipe.data.sources, eval_steps=1)
     with pytest.raises(CafeError, match=message):
-        training_evaluator(replace(recipe, evaluation=evaluation, keep_best=best))
+        training_evaluator(replace(recipe, evaluation=evaluation, metric_for_best_model=best))
 
 
-def test_every_result_of_an_evaluation_may_be_what_the_best_goes_by(recipe, random_base, scenes):
+def test_every_result_of_an_evaluation_may_be_metric_for_best_model(recipe, random_base, scenes):
     evaluation = EvaluationConfig(data=str(scenes), sources=recipe.data.sources, eval_steps=1, limit=4)
     measure = training_evaluator(replace(recipe, evaluation=evaluation))
     found = measure(Cafe.load(random_base))
     for best in (*found, "-held_out/lm_loss"):
-        training_evaluator(replace(recipe, evaluation=evaluation, keep_best=best))
+        training_evaluator(replace(recipe, evaluation=evaluation, metric_for_best_model=best))

@@ -1,4 +1,4 @@
-"""The report opens in a real browser, alone, and shows what was measured."""
+"""Test that the report opens in a real browser, is self-contained, and shows what was measured."""
 
 import json
 import re
@@ -17,10 +17,11 @@ from cafe.evaluation.report.page import write_report
 from cafe.evaluation.report.run import ReportRun
 from cafe.evaluation.runner import write
 from cafe.evaluation.suite import EvaluationResult
+from cafe.evaluation.suites import VQA
 
 
 def chromium(tmp_path: Path, *options: str) -> str:
-    """Runs a headless Chromium and returns what it prints."""
+    """Run a headless Chromium and return what it prints."""
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         pytest.fail("This test opens the report in a real browser: install chromium.")
@@ -36,7 +37,7 @@ def chromium(tmp_path: Path, *options: str) -> str:
 
 
 def evaluation_of(data: Path, skill: float, gap: float) -> EvaluationResult:
-    """Made-up measurements of a run; skill from 0 to 1."""
+    """Make up the results of a run; skill from 0 to 1."""
     random = np.random.default_rng(0)
     images, texts = random.normal(size=(2, 40, 8))
     images[:, 0] += gap
@@ -86,7 +87,7 @@ def runs(tmp_path: Path) -> list[ReportRun]:
     ]
 
 
-def test_the_page_opens_in_a_browser_with_tiles_tables_charts_and_pictures(runs, tmp_path):
+def test_the_page_opens_in_a_browser_with_all_its_sections(runs, tmp_path):
     page = tmp_path / "report.html"
     write_report(page, runs)
     dom = chromium(tmp_path, "--dump-dom", page.as_uri())
@@ -97,7 +98,7 @@ def test_the_page_opens_in_a_browser_with_tiles_tables_charts_and_pictures(runs,
     assert '<span class="good">−0.750</span>' in tiles[2]  # a smaller gap is better
     assert re.search(r"<th>base</th><th>joint</th>", dom)
     assert re.search(r'<td>9\.0<small>[\d.–]+</small></td><td class="best">90\.0<small>[\d.–]+</small></td>', dom)
-    # 81 of 100 pictures differ, all for the better: every test is sure.
+    # 81 of 100 images differ, all for the better, which every test finds significant.
     assert re.search(r'<td class="good">\+81\.0</td><td>\+7\d\.\d to \+8\d\.\d</td><td>&lt; 0.001</td>', dom)
     assert re.search(r"<td>51\.0</td><td>51\.0</td>", dom)
     for section in (
@@ -118,9 +119,9 @@ def test_the_page_opens_in_a_browser_with_tiles_tables_charts_and_pictures(runs,
     assert "a red &amp; blue thing" in dom and "caption &lt;0&gt;" in dom
 
 
-def test_a_tile_claims_no_change_that_its_interval_does_not_leave(runs, tmp_path):
+def test_a_tile_shows_no_color_if_its_interval_includes_zero(runs, tmp_path):
     write(evaluation_of(tmp_path, 0.61, 0.25), tmp_path / "before")
-    write(evaluation_of(tmp_path, 0.6, 0.25), tmp_path / "after")  # one picture of 100 is lost
+    write(evaluation_of(tmp_path, 0.6, 0.25), tmp_path / "after")  # one image of 100 is lost
     write_report(tmp_path / "report.html", runs)
     page = (tmp_path / "report.html").read_text()
     tiles = re.findall(r'<div class="tile">.*?</div>\s*</div>', page, re.DOTALL)
@@ -128,7 +129,25 @@ def test_a_tile_claims_no_change_that_its_interval_does_not_leave(runs, tmp_path
     assert "In color where" in page.split("</header>")[0]
 
 
-def test_the_picture_of_the_page_is_not_blank(runs, tmp_path):
+def test_a_suite_alone_decides_its_headline_direction_label_and_unit(tmp_path):
+    for name, value in (("before", 0.5), ("after", 0.25)):
+        results = {"mine/latency": value, "mine/score": 100 * value, "vqa/all": 50.0}
+        write(EvaluationResult(results=results), tmp_path / name)
+    runs = [ReportRun(name, tmp_path / name) for name in ("before", "after")]
+    labels = {"mine": "My suite", "mine/latency": "Latency"}
+    mine = replace(VQA, name="mine", headline=("mine/latency",), labels=labels, in_percent=False)
+    for lower_is_better, verdict in (((), "bad"), (("mine/latency",), "good")):
+        suites = [replace(mine, lower_is_better=lower_is_better)]
+        write_report(tmp_path / "report.html", runs, suites)
+        html = (tmp_path / "report.html").read_text()
+        [tile] = re.findall(r'<div class="tile">.*?</div>\s*</div>', html, re.DOTALL)
+        assert '<div class="label">Latency</div>' in tile and "0.250<small></small>" in tile
+        assert f'<span class="{verdict}">−0.250</span>' in tile
+        assert f"<tr><th>latency{' <span>↓</span>' if lower_is_better else ''}</th>" in html
+        assert "<th>My suite</th>" in html and "<th>vqa</th>" in html
+
+
+def test_a_screenshot_of_the_page_is_not_blank(runs, tmp_path):
     page, shot = tmp_path / "report.html", tmp_path / "shot.png"
     write_report(page, runs)
     chromium(tmp_path, f"--screenshot={shot}", "--window-size=1200,2400", page.as_uri())
@@ -139,7 +158,7 @@ def test_the_picture_of_the_page_is_not_blank(runs, tmp_path):
         assert len(np.unique(pixels[top : top + 600].reshape(-1, 3), axis=0)) > 50
 
 
-def test_the_page_asks_for_nothing_outside_itself(runs, tmp_path):
+def test_the_page_loads_nothing_from_outside_itself(runs, tmp_path):
     page = tmp_path / "report.html"
     write_report(page, runs)
     html = page.read_text()
@@ -149,7 +168,7 @@ def test_the_page_asks_for_nothing_outside_itself(runs, tmp_path):
     assert all((first or second).startswith(("data:image/", "#")) for first, second in sources)
 
 
-def test_small_pictures_keep_their_pixels_and_large_ones_are_reduced(runs, tmp_path):
+def test_small_images_keep_their_pixels_and_large_ones_are_reduced(runs, tmp_path):
     page = tmp_path / "report.html"
     write_report(page, runs)
     html = page.read_text()
@@ -157,7 +176,7 @@ def test_small_pictures_keep_their_pixels_and_large_ones_are_reduced(runs, tmp_p
     assert 'alt="0.png" class="" src="data:image/jpeg' in html
 
 
-def test_one_run_alone_without_log_samples_or_embeddings(tmp_path):
+def test_a_single_run_needs_no_log_samples_or_embeddings(tmp_path):
     write(EvaluationResult(results={"vqa/all": 50.0}), tmp_path / "only")
     page = tmp_path / "report.html"
     write_report(page, [ReportRun("only", tmp_path / "only")])
@@ -175,7 +194,7 @@ def test_more_than_two_runs_have_a_column_each(runs, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["<script>alert(1)</script>", 'a "b" & c', r"$\frac$", "$a$"])
-def test_a_runs_name_is_shown_as_it_is(runs, tmp_path, name):
+def test_a_runs_name_is_escaped(runs, tmp_path, name):
     write_report(tmp_path / "report.html", [runs[1], replace(runs[1], name=name)])  # both have curves, with a legend
     html = (tmp_path / "report.html").read_text()
     assert "<script" not in html
@@ -190,7 +209,7 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path):
     assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
 
 
-def test_a_file_that_is_missing_or_cut_short_is_one_clear_sentence(runs, tmp_path):
+def test_a_missing_or_truncated_file_is_reported_in_one_sentence(runs, tmp_path):
     whole = (tmp_path / "before" / "embeddings.npz").read_bytes()
     for part in (b"", whole[:50]):
         (tmp_path / "before" / "embeddings.npz").write_bytes(part)

@@ -178,7 +178,7 @@ def test_frames_are_in_the_order_of_their_numbers_as_in_training(tmp_path):
     shown = to_content(Side("", ("clip",)), tmp_path, tmp_path / "MSVD.jsonl")
     assert [Path(str(ref)).stem for ref in shown.images] == ["0", "1", "2", "11"]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(CafeError, match="empty holds no pictures"):
+    with pytest.raises(CafeError, match="empty holds no images"):
         to_content(Side("", ("empty",)), tmp_path, tmp_path / "MSVD.jsonl")
 
 

@@ -172,7 +172,7 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         CafeError: a row cannot be read, or has no named fields.
     """
-    rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), kept=1)
+    rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), max_cached=1)
     for number in range(sum(rows.chunks)):
         try:
             row = rows[number]
