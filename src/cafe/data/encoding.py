@@ -57,6 +57,11 @@ class EncodedExample:
 def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: int | None = None) -> EncodedExample:
     """Encode an example. Each image is decoded and processed once for all branches that show it.
 
+    Args:
+        example: what to encode.
+        chat_processor: renders, tokenizes and processes images.
+        max_tokens: the longest sequence; longer ones are truncated where that leaves their images and prompt frame.
+
     Raises:
         RecordError: an image is missing or damaged, or the tokens do not fit into `max_tokens`; names the record.
     """

@@ -57,6 +57,7 @@ def expand_pattern(pattern: str) -> list[str]:
 
 
 def _glob(name: str) -> list[str]:
+    """List the existing files that match a name with wildcards."""
     # Of chained URLs only the last one is looked into: simplecache::s3://bucket/*.tar.
     chain, colons, last = name.rpartition("::")
     with file_errors(name):
@@ -68,6 +69,7 @@ def _glob(name: str) -> list[str]:
 
 
 def _expand_braces(pattern: str) -> list[str]:
+    """List the names that the braces of a pattern stand for, in order."""
     choices = []
     for piece in re.split(r"(\{[^{}]*\})", pattern):
         counted = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)

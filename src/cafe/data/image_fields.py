@@ -34,6 +34,10 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
     of these. Lists and folders are subsampled to `source.max_frames`. Images on an object store are downloaded here,
     that is, in a worker.
 
+    Args:
+        value: the field.
+        source: the folder of its images and how many frames of a video to take.
+
     Raises:
         RecordError: it is none of these.
         CafeError: it cannot be downloaded.
@@ -56,6 +60,7 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
 
 
 def _refs_from_text(text: str, source: Source) -> list[ImageRef]:
+    """Return the images of a field that is a text: base64, a file or a folder of frames."""
     if text.startswith("data:"):
         return [ImageRef(_decode_base64(text.partition(",")[2]))]
     if _BASE64.fullmatch(text[:1000]):  # the beginning is enough: the rest is checked when it is decoded
@@ -77,7 +82,12 @@ def _decode_base64(text: str) -> bytes:
 
 
 def subsample(refs: list[ImageRef], max_frames: int | None) -> list[ImageRef]:
-    """Take at most so many images, evenly spaced: the middle of each of `max_frames` equal stretches."""
+    """Take at most so many images, evenly spaced: the middle of each of `max_frames` equal stretches.
+
+    Args:
+        refs: the images, such as the frames of a video.
+        max_frames: the most to take; None takes all.
+    """
     if max_frames is None or len(refs) <= max_frames:
         return refs
     return [refs[int((number + 0.5) * len(refs) / max_frames)] for number in range(max_frames)]
@@ -113,7 +123,12 @@ def _ref(name: str) -> ImageRef:
 
 
 def interleave(text: str, waiting: list[ImageRef], token: str | re.Pattern[str] = IMAGE_TOKEN) -> list[Part]:
-    """Split a text at its image tokens and put images there, removed from the front of `waiting`.
+    """Split a text at its image tokens and put images there.
+
+    Args:
+        text: the text.
+        waiting: the images; those that are used are removed from its front.
+        token: the image token, or a pattern of it.
 
     Raises:
         RecordError: there are more tokens than images.
@@ -134,6 +149,11 @@ def interleave(text: str, waiting: list[ImageRef], token: str | re.Pattern[str] 
 
 def place_images(text: str, refs: list[ImageRef], token: str | re.Pattern[str] = IMAGE_TOKEN) -> Content:
     """Put images at the image tokens of a text; those without a token come first.
+
+    Args:
+        text: the text.
+        refs: the images, in order.
+        token: the image token, or a pattern of it.
 
     Raises:
         RecordError: there are more tokens than images.

@@ -24,6 +24,12 @@ def iterate_batches(
 ) -> Iterator[Batch]:
     """Yield batches number `start` to `stop`, made ahead by worker processes. Workers that die are restarted.
 
+    Args:
+        dataset: makes the batches.
+        start, stop: the first one, and the one after the last.
+        num_workers: the number of processes; 0 makes batches in this one.
+        report: prints a line.
+
     Raises:
         CafeError: they died again soon after.
     """

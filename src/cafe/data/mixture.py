@@ -112,6 +112,13 @@ def _runs_per_source(
 ) -> list[int]:
     """Return how many of an epoch's runs of records come from each source.
 
+    Args:
+        totals: the number of records of each source.
+        weights: of each source.
+        temperature: see `Mixture`.
+        num_runs: runs of an epoch.
+        run: records of a run, for messages.
+
     Raises:
         RecipeError: a source that has a share gets no run.
     """
@@ -128,7 +135,13 @@ def _runs_per_source(
 
 
 def mixing_weights(sizes: Sequence[int], weights: Sequence[float], temperature: float) -> list[float]:
-    """Return the share of the stream (0 to 1) that comes from each source."""
+    """Return the share of the stream (0 to 1) that comes from each source.
+
+    Args:
+        sizes: the number of records of each source.
+        weights: of each source.
+        temperature: see `Mixture`.
+    """
     pairs = list(zip(sizes, weights, strict=True))
     largest = max(size for size, weight in pairs if weight)  # relative to it, no power overflows
     raw = [weight * (size / largest) ** (1 / temperature) if weight else 0.0 for size, weight in pairs]
@@ -136,7 +149,12 @@ def mixing_weights(sizes: Sequence[int], weights: Sequence[float], temperature: 
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
-    """Round shares of a total to whole numbers that add up to it; the largest remainders are rounded up."""
+    """Round shares of a total to whole numbers that add up to it; the largest remainders are rounded up.
+
+    Args:
+        shares: from 0 to 1; they add up to 1.
+        total: to be divided.
+    """
     exact = [share * total for share in shares]
     counts = [int(number + 1e-9) for number in exact]  # a whole number may come out as 2.9999999
     missing = total - sum(counts)
@@ -146,7 +164,13 @@ def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
 
 
 def windowed_shuffle(chunks: Sequence[int], window: int, rng: Random) -> Int64[np.ndarray, " records"]:
-    """Shuffle all records of a source: the order of its chunks, then the records of `window` chunks at a time."""
+    """Shuffle all records of a source: the order of its chunks, then the records of some chunks at a time.
+
+    Args:
+        chunks: the lengths of its chunks.
+        window: the number of chunks whose records are mixed with each other.
+        rng: the generator.
+    """
     starts = np.cumsum([0, *chunks]).tolist()
     order = list(range(len(chunks)))
     rng.shuffle(order)

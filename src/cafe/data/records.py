@@ -32,6 +32,7 @@ __all__ = ["Columns", "OpenedSource", "Source", "open_source"]
 
 logger = logging.getLogger(__name__)
 
+# A row, its source and a generator for choices within it -> what the row holds. Raises RecordError for a bad one.
 RecordParser = Callable[[Any, Source, Random], tuple[Pair | None, Dialogue | None]]
 FORMATS: dict[Format, RecordParser] = {"llava": llava, "karpathy": karpathy, "mmeb": mmeb, "pairs": pairs}
 MIN_FILES_FOR_PROGRESS_BAR = 8
@@ -98,6 +99,7 @@ class OpenedSource:
 
 
 def _id_suffix(row: Any) -> str:
+    """Return the name that a record has in its file, for messages."""
     if isinstance(row, dict):
         for key in ("id", "__key__"):
             if key in row:
@@ -123,6 +125,7 @@ def open_source(source: Source) -> OpenedSource:
 
 
 def _open_files(source: Source) -> list[Rows]:
+    """Open a source's files: a dataset, Karpathy's split files, or files of rows."""
     is_folder = not is_url(source.path) and Path(source.path).is_dir()
     if is_folder or source.path.startswith("dataset:"):
         return [HFDataset(source.path, source.split, source.subset)]
@@ -136,6 +139,7 @@ def _open_files(source: Source) -> list[Rows]:
 
 
 def _open_several(names: list[str], source: Source) -> list[Rows]:
+    """Open files; one that cannot be read is replaced by as many bad records as the others hold on average."""
     files: dict[str, Rows] = {}
     errors: dict[str, str] = {}
     quiet = len(names) < MIN_FILES_FOR_PROGRESS_BAR
@@ -157,6 +161,7 @@ def _open_several(names: list[str], source: Source) -> list[Rows]:
 
 
 def _open_karpathy(name: str, split: str) -> Rows:
+    """Open a split file, whose records are a list within one object."""
     data = load_json(name)
     images = data.get("images") if isinstance(data, dict) else None
     if not isinstance(images, list) or not all(isinstance(row, dict) for row in images):

@@ -107,7 +107,15 @@ def embed_pairs(
     config: MiningConfig,
     max_tokens: int | None = None,
 ) -> EmbeddedPairs:
-    """Embed the query and the target of every record that has them."""
+    """Embed the query and the target of every record that has them.
+
+    Args:
+        model: embeds them.
+        examples: all records.
+        record_keys: the records to embed.
+        config: batch size and workers.
+        max_tokens: the longest sequence.
+    """
     dataset = _PairDataset(examples, record_keys, model, config.batch_size, max_tokens)
     starts = range(0, len(record_keys), config.batch_size)
     stream = make_loader(dataset, starts, config.workers)

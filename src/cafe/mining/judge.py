@@ -23,7 +23,19 @@ from cafe.utils.dataloader import make_loader
 def select_negatives(
     model: Cafe, examples: Examples, embedded: EmbeddedPairs, candidates: list[list[int]], config: MiningConfig
 ) -> list[dict[int, float]]:
-    """Choose the hard negatives of each pair, and the score of each; ask the judge first if there is one."""
+    """Choose the hard negatives of each pair, and the score of each; ask the judge first if `config.judge` is set.
+
+    Args:
+        model: the judge.
+        examples: all records.
+        embedded: their pairs.
+        candidates: for each pair the numbers of pairs whose targets may be its negatives, the hardest first.
+        config: how many to choose, and how to judge.
+
+    Returns:
+        For each pair the chosen of its candidates, in order, and their scores: 0, or of soft targets the probability
+        that they match.
+    """
     scored = [dict.fromkeys(row, 0.0) for row in candidates]
     if config.judge is not None:
         # Judging is the slow part, so only twice as many as are wanted are judged.

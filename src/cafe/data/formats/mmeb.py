@@ -39,6 +39,7 @@ def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue |
 
 
 def _side(text: str | None, image: Any, source: Source) -> Content:
+    """Make a content of a text and an image, of which each may be missing."""
     refs, text = image_refs(image, source), text or ""
     if not refs:
         text = MARK.sub("", text)

@@ -64,6 +64,7 @@ def _field(row: Any, source: Source, name: str) -> Any:
 
 
 def _check_side(row: Any, source: Source, name: str, side: Content) -> None:
+    """Make sure that the query or the positive has a column and is not empty."""
     # A missing column is more often a wrong name than an empty side, and gets another message.
     columns = getattr(source.columns, name), getattr(source.columns, f"{name}_image")
     if not any(column in row for column in columns):
@@ -74,6 +75,7 @@ def _check_side(row: Any, source: Source, name: str, side: Content) -> None:
 
 
 def _conversation(row: Any, source: Source, query: Content) -> Dialogue | None:
+    """Parse the conversation of a record that has one, about the record's images."""
     turns = _field(row, source, "conversations")
     if not turns:
         return None
@@ -84,6 +86,7 @@ def _conversation(row: Any, source: Source, query: Content) -> Dialogue | None:
 
 
 def _negatives(row: Any, source: Source) -> list[Content]:
+    """Return the hard negatives, of which each may have its text, its image or both; some may be empty."""
     texts = as_list(_field(row, source, "negatives"))
     images = as_list(_field(row, source, "negative_images"))
     if texts and images and len(texts) != len(images):
@@ -100,6 +103,7 @@ def _drop_empty_negatives(pair: Pair) -> Pair:
 
 
 def _content(text: Any, image: Any, source: Source) -> Content:
+    """Make a content of a text field and an image field, or of a mapping in the text field that holds both."""
     if isinstance(text, dict):
         text, image = text.get("text"), text.get("image", text.get("images"))
     if text is not None and not isinstance(text, str):

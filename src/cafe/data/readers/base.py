@@ -21,18 +21,15 @@ KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
 
 
 class Rows(Protocol):
-    """The rows of one file.
-
-    Attributes:
-        name: the file's name.
-        chunks: the lengths of runs of rows that are best read together.
-    """
+    """The rows of one file."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Return the file's name."""
 
     @property
-    def chunks(self) -> Sequence[int]: ...
+    def chunks(self) -> Sequence[int]:
+        """Return the lengths of runs of rows that are best read together."""
 
     def __getitem__(self, index: int) -> Any:
         """Read a row.

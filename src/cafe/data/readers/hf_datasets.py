@@ -28,11 +28,18 @@ class HFDataset:
 
 
 def _load(name: str, subset: str) -> Any:
+    """Load a dataset, or a mapping of its splits to datasets.
+
+    Raises:
+        MissingPackageError: the library is not installed.
+        CafeError: there is no such dataset, or it cannot be read.
+    """
     try:
         import datasets
     except ImportError:
         raise MissingPackageError(f"{name} needs the datasets library: pip install 'cafe-lvlm[datasets]'.") from None
     path = name.removeprefix("dataset:")
+    # The library reads what it saved itself by another function than everything else.
     is_saved = any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json"))
     try:
         return datasets.load_from_disk(path) if is_saved else datasets.load_dataset(path, subset or None)

@@ -100,6 +100,7 @@ def _load_index(name: str) -> tuple[np.ndarray, str]:
 
 
 def _build_index(name: str) -> tuple[np.ndarray, str]:
+    """Read the headers of a tar, and see whether it is complete."""
     starts, key, end, damage = [], None, 0, ""
     with file_errors(name), fsspec.open(name) as file:
         try:
@@ -124,6 +125,7 @@ def _build_index(name: str) -> tuple[np.ndarray, str]:
 
 
 def _write_index(path: Path, index: np.ndarray) -> None:
+    """Write an index that is there complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")  # several workers may write it at the same time
     with partial.open("wb") as out:
