@@ -12,7 +12,7 @@ class RecordError(CafeError):
 
 
 class RecipeError(CafeError):
-    """Report a wrong recipe, option or argument: an unknown name, a value out of range, settings that do not go together."""
+    """Report a wrong recipe, option or argument: an unknown name, a value out of range, conflicting settings."""
 
 
 class MissingPackageError(CafeError):
