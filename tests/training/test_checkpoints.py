@@ -72,7 +72,6 @@ def fresh_accelerator() -> None:
 
 def quietly(recipe: Recipe, largest_file: int = -1) -> None:
     """What the command does, in a process of its own."""
-    torch.set_num_threads(1)
     if largest_file >= 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     try:

@@ -43,7 +43,6 @@ def under_zero(*values: object, stage: str) -> object:
 def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
     """One process of a run."""
     os.environ.update(environment)
-    torch.set_num_threads(1)
     try:
         with said.with_suffix(".report").open("w") as report:
             train(
@@ -51,6 +50,7 @@ def rank(recipe: Path, overrides: list[str], environment: dict[str, str], said: 
                 lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())},
                 report=lambda line: print(line, file=report),
             )
+        assert torch.get_num_threads() == 1  # accelerate makes them more where OMP_NUM_THREADS is not set
     except BaseException:
         said.write_text(traceback.format_exc())
         raise
