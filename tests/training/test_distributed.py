@@ -10,7 +10,7 @@ import re
 import socket
 import traceback
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from states import explain, remember, set_aside, states_of
 
 import cafe.objectives
 from cafe.data.formats import Source, open_source
@@ -67,6 +68,12 @@ def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, s
 
     if environment["RANK"] == "1":
         cafe.objectives._tiles = runs_out
+    rank(recipe, overrides, environment, said)
+
+
+def remembering(recipe: Path, overrides: list[str], environment: dict[str, str], said: Path) -> None:
+    """The same; what each process saves and loads is written beside its output."""
+    remember(states_of(Path(overrides[0].removeprefix("output="))))
     rank(recipe, overrides, environment, said)
 
 
@@ -312,14 +319,19 @@ def test_the_published_scale_is_the_weight_over_the_number_of_processes(alone, r
 )
 def test_several_processes_killed_go_on_with_the_same_command(recipe, tmp_path, overrides, launcher):
     broken, whole = tmp_path / "broken", tmp_path / "whole"
-    run(recipe, broken, 2, "save_every=1", *overrides, killed_at=broken / "state" / "step-000001", **launcher)
+    start = partial(run, recipe, each=remembering, **launcher)
+    start(broken, 2, "save_every=1", *overrides, killed_at=broken / "state" / "step-000001")
     assert not (broken / "checkpoint").exists()
+    set_aside(broken)
     for output in (broken, whole):
-        assert not run(recipe, output, 2, "save_every=1", *overrides, **launcher)
+        assert not start(output, 2, "save_every=1", *overrides)
+    assert {f"1-{done}-{process}.pt" for done in ("saved", "loaded") for process in range(2)} <= {
+        file.name for file in states_of(broken).iterdir()
+    }
     logs = [(output / "log.jsonl").read_text().splitlines() for output in (broken, whole)]
-    assert [untimed(line) for line in logs[0]] == [untimed(line) for line in logs[1]] != []
+    assert [untimed(line) for line in logs[0]] == [untimed(line) for line in logs[1]] != [], explain(broken, whole)
     weights = [next((output / "checkpoint").glob("*model.safetensors")).read_bytes() for output in (broken, whole)]
-    assert weights[0] == weights[1]
+    assert weights[0] == weights[1], explain(broken, whole)
 
 
 def untimed(line: str) -> dict[str, float]:
