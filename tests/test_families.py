@@ -22,7 +22,7 @@ from cafe.instructions import Message, Prompts, dialogue_messages, embedding_mes
 from cafe.model import Cafe
 from cafe.packing import Branch, lay_out, pack
 from cafe.processing import Processing
-from cafe.reading import attention_mask, logits_of, packing_for, read
+from cafe.reading import attention_mask, logits_of, packing_for, read, to_device
 from cafe.training.recipe import ObjectiveRecipe
 from cafe.training.step import JointStep
 
@@ -116,6 +116,7 @@ def plain_hidden(model: Cafe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", CONTENTS)
 def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
     model = make(family)
+    model.lvlm.double()
     assert model.packing.share == (family not in READ_ONE_BY_ONE)
     warned = [record for record in caplog.records if record.name == "cafe.reading"]
     assert len(warned) == (family in READ_ONE_BY_ONE)
@@ -128,11 +129,12 @@ def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
     expected = [own_embedding_inputs(model, one) for one in (content, text, other)]
     expected.append(own_inputs(model, dialogue_messages(dialogue, model.processing.prompts), dialogue.turns[0].content))
     expected += [own_embedding_inputs(model, one) for one in (text, other)]
+    expected = [to_device(own, model.lvlm.device, torch.float64) for own in expected]
 
     packed, layout = pack(groups, [[], []], model.packing), lay_out(groups, model.packing)
-    inputs = dict(packed.inputs)
+    inputs = to_device(packed.inputs, model.lvlm.device, torch.float64)
     if packed.end is not None:
-        inputs["attention_mask"] = attention_mask(packed.end, model.lvlm.config.get_text_config())
+        inputs["attention_mask"] = attention_mask(packed.end, model.lvlm.config.get_text_config(), torch.float64)
         assert packed.filled < sum(len(branch) for group in groups for branch in group)
     with torch.no_grad():
         hidden = model.lvlm.base_model(**inputs).last_hidden_state
@@ -141,7 +143,7 @@ def test_every_hidden_state_is_the_plain_one(family, kind, caplog):
         extra = [] if length == len(branch) else [model.processing.tokenizer.eos_token_id]  # see LLAVA_TEMPLATE
         assert branch.input_ids.tolist() == [*own["input_ids"][0].tolist(), *extra]
         found = hidden[place[:length, 0], place[:length, 1]]
-        torch.testing.assert_close(found, plain_hidden(model, own), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, plain_hidden(model, own), atol=1e-6, rtol=1e-6)  # norms are in float32
 
 
 @every_family

@@ -194,6 +194,14 @@ def results(output: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
     return load_file(output / "checkpoint" / "model.safetensors"), log
 
 
+def assert_moved_alike(one: dict[str, torch.Tensor], several: dict[str, torch.Tensor], base: Path) -> None:
+    """Two runs' weights, by how far they have come; about as far apart if float32 rounds each to the number beside."""
+    start = load_file(base / "model.safetensors")
+    moved, apart = (torch.cat([(one[name] - each[name]).flatten() for name in one]) for each in (start, several))
+    assert moved.norm() > 0 and apart.norm() <= 2e-5 * moved.norm()
+    assert apart.abs().max() <= 5e-5 * moved.abs().max()
+
+
 @pytest.fixture(scope="module")
 def alone(recipe, tmp_path_factory):
     """What one process makes of the recipe with some overrides; each is trained once."""
@@ -254,8 +262,7 @@ def test_what_no_process_used_in_a_step_stays_where_it_is(alone, recipe, random_
     one, _ = alone(*source)
     assert not run(recipe, tmp_path / "run", 2, *source)
     several, _ = results(tmp_path / "run")
-    for name in one:
-        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-6)
+    assert_moved_alike(one, several, random_base)
 
 
 @pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)
@@ -269,21 +276,21 @@ def test_a_process_whose_records_are_all_bad_goes_along(alone, recipe, random_ba
     assert not run(recipe, tmp_path / "run", 2, *bad, *overrides)
     assert (tmp_path / "run-0.report").read_text().endswith(" 4 of 16 records were bad.\n")
     several, log = results(tmp_path / "run")
-    for name in one:
-        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
+    assert_moved_alike(one, several, random_base)
     for record, other in zip(its_log, log, strict=True):
         assert record.pop("samples", None) == other.pop("samples", None)
         assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
 
 
 @pytest.mark.parametrize("turn", ["1", "5"], ids=["loss", "gradient"])
-def test_a_process_that_is_short_of_memory_over_the_contrast_waits_for_no_other(alone, recipe, tmp_path, turn):
+def test_a_process_that_is_short_of_memory_over_the_contrast_waits_for_no_other(
+    alone, recipe, random_base, tmp_path, turn
+):
     one, its_log = alone()
     assert not run(recipe, tmp_path / "run", 2, each=short_of_memory, SHORT_AT=turn)
     assert "Memory ran out at step 1: again" in (tmp_path / "run-0.report").read_text()
     several, log = results(tmp_path / "run")
-    for name in one:
-        torch.testing.assert_close(several[name], one[name], rtol=1e-4, atol=1e-5)
+    assert_moved_alike(one, several, random_base)
     for record, other in zip(its_log, log, strict=True):
         assert untimed(json.dumps(other)) == pytest.approx(untimed(json.dumps(record)), rel=1e-4)
 
