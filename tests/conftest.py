@@ -1,5 +1,9 @@
 """Shared parts: a tiny random model in the real LLaVA-OneVision classes, and a few scenes on disk."""
 
+import os
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in several processes, as do those that they start
+
 from pathlib import Path
 
 import jaxtyping
@@ -18,7 +22,7 @@ from cafe.scenes.base import corpus, make_model, make_processor  # noqa: E402
 from cafe.scenes.write import write_scenes  # noqa: E402
 from cafe.training.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe  # noqa: E402
 
-torch.set_num_threads(1)  # tests run in several processes
+torch.set_num_threads(1)  # where a plugin imported torch before
 
 
 @pytest.fixture(scope="session")

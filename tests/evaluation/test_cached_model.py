@@ -35,7 +35,7 @@ def command(base: Path, data: Path, output: Path) -> list[str]:
 
 
 def start(arguments: list[str], **environment: str) -> subprocess.Popen[bytes]:
-    known = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
+    known = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
     return subprocess.Popen(arguments, env=known, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 

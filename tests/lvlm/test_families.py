@@ -89,6 +89,7 @@ def plain_hidden(model: Cafe, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("kind", CONTENTS)
 def test_every_packed_hidden_state_is_the_plain_one(family, kind, caplog):
     model = make(family)
+    model.lvlm.double()
     assert model.packing.share_prefixes == (family not in READ_ONE_BY_ONE)
     warned = [record for record in caplog.records if record.name == "cafe.lvlm.forward"]
     assert len(warned) == (family in READ_ONE_BY_ONE)
@@ -103,11 +104,13 @@ def test_every_packed_hidden_state_is_the_plain_one(family, kind, caplog):
         own_inputs(model, dialogue_messages(dialogue, model.chat_processor.prompts), dialogue.turns[0].content)
     )
     expected += [own_embedding_inputs(model, one) for one in (text, other)]
+    expected = [to_device(own, model.lvlm.device, torch.float64) for own in expected]
 
     packed, layout = pack(groups, [[], []], model.packing), build_layout(groups, model.packing)
-    inputs = dict(packed.inputs)
+    inputs = to_device(packed.inputs, model.lvlm.device, torch.float64)
     if packed.subtree_end is not None:
-        inputs["attention_mask"] = attention_mask(packed.subtree_end, model.lvlm.config.get_text_config())
+        config = model.lvlm.config.get_text_config()
+        inputs["attention_mask"] = attention_mask(packed.subtree_end, config, torch.float64)
         assert packed.num_tokens < sum(len(branch) for group in groups for branch in group)
     with torch.no_grad():
         hidden = model.lvlm.base_model(**inputs).last_hidden_state
@@ -116,7 +119,7 @@ def test_every_packed_hidden_state_is_the_plain_one(family, kind, caplog):
         extra = [] if length == len(branch) else [model.chat_processor.tokenizer.eos_token_id]  # see LLAVA_TEMPLATE
         assert branch.input_ids.tolist() == [*own["input_ids"][0].tolist(), *extra]
         found = hidden[place[:length, 0], place[:length, 1]]
-        torch.testing.assert_close(found, plain_hidden(model, own), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(found, plain_hidden(model, own), atol=1e-6, rtol=1e-6)  # norms are in float32
 
 
 @every_family

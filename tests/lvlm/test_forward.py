@@ -18,7 +18,7 @@ def test_flex_attention_reads_trees_as_sdpa_does(random_base):
     picture = paint(draw_scene(0, "test", 0))
     found = []
     for attention in ("sdpa", "flex_attention"):
-        model = Cafe.load(random_base, attention=attention)
+        model = Cafe.load(random_base, dtype=torch.float64, attention=attention)
         assert model.lvlm.config.vision_config._attn_implementation == "sdpa"
         content = Content.of([picture, "a red circle"])
         branches = [model.encode_embedding(content), model.encode_prompt(content)]
@@ -26,7 +26,7 @@ def test_flex_attention_reads_trees_as_sdpa_does(random_base):
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             found.append(forward_packed(model.lvlm, done)[0])
     assert done.inputs["input_ids"].shape == (1, 512)
-    torch.testing.assert_close(found[0], found[1], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found[0], found[1], atol=1e-10, rtol=1e-10)
 
 
 @pytest.mark.parametrize("columns", [5, 8, 9])

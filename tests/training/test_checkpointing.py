@@ -17,6 +17,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from states import explain, remember, set_aside, states_of
 
 from cafe.data.source import Source
 from cafe.errors import CafeError, RunInterrupted
@@ -74,9 +75,10 @@ def fresh_accelerator() -> None:
 
 def quietly(recipe: Recipe, largest_file: int = -1) -> None:
     """Do what the command does, in a process of its own."""
-    torch.set_num_threads(1)
     if largest_file >= 0:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    else:
+        remember(states_of(Path(recipe.output)))
     try:
         train(recipe, report=lambda line: None)
     except CafeError as error:
@@ -109,8 +111,8 @@ def log_of(output: Path) -> list[dict[str, object]]:
 
 def assert_same(output: Path, unbroken: Path) -> None:
     one, other = (load_file(run / "checkpoint" / "model.safetensors") for run in (output, unbroken))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert log_of(output) == log_of(unbroken)
+    alike = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert alike and log_of(output) == log_of(unbroken), explain(output, unbroken)
     for name in ("temperature", "steps"):
         records = [json.loads((run / "checkpoint" / "cafe.json").read_text()) for run in (output, unbroken)]
         assert records[0][name] == records[1][name]
@@ -120,7 +122,9 @@ def assert_same(output: Path, unbroken: Path) -> None:
 
 def test_resume_after_kill_ends_with_the_same_weights_log_and_quarantine(recipe, unbroken, tmp_path):
     broken = replace(recipe, output=str(tmp_path / "run"))
-    output, chance = Path(broken.output), random.Random(time.time_ns())
+    output, seed = Path(broken.output), time.time_ns()
+    chance = random.Random(seed)
+    print(f"The instants are those of seed {seed}.")  # shown if it fails
 
     def logged(step: int) -> bool:
         return (output / "log.jsonl").is_file() and f'"step": {step},' in (output / "log.jsonl").read_text()
@@ -145,6 +149,7 @@ def test_resume_after_kill_ends_with_the_same_weights_log_and_quarantine(recipe,
     for instant in instants:
         assert when(instant, start(broken), signal.SIGKILL) == -signal.SIGKILL
         assert not (output / "checkpoint").exists()
+    set_aside(output)
     process = start(broken)
     process.join()
     assert process.exitcode == 0
@@ -180,13 +185,16 @@ def test_resume_restores_every_optimizer_adapter_and_precision(recipe, tmp_path,
     whole, broken = (replace(changed, output=str(tmp_path / name)) for name in ("whole", "broken"))
     state = tmp_path / "broken" / "state" / "step-000002"
     assert when(state.is_dir, start(broken), signal.SIGKILL) == -signal.SIGKILL
+    set_aside(tmp_path / "broken")
     for run in (whole, broken):
         process = start(run)
         process.join()
         assert process.exitcode == 0
     one, other = (next((tmp_path / run / "checkpoint").glob("*model.safetensors")) for run in ("whole", "broken"))
-    assert one.name == other.name and one.read_bytes() == other.read_bytes()
-    assert log_of(tmp_path / "whole") == log_of(tmp_path / "broken")
+    alike = one.name == other.name and one.read_bytes() == other.read_bytes()
+    assert alike and log_of(tmp_path / "whole") == log_of(tmp_path / "broken"), explain(
+        tmp_path / "broken", tmp_path / "whole"
+    )
 
 
 def test_resume_skips_a_damaged_state_and_names_it(recipe, unbroken, tmp_path):

@@ -13,10 +13,8 @@ from safetensors.torch import load_file
 
 RUN = """
 import sys
-import torch
 from cafe.cli.main import main
 
-torch.set_num_threads(1)
 sys.exit(main(["train", *sys.argv[1:]]))
 """
 
