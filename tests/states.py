@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from cafe.training import checkpoints
-from cafe.training.distributed import rank
+from cafe.training import checkpointing
+from cafe.utils.distributed import rank
 
 Held = dict[str, dict[str, Tensor]]
 """A process's weights, optimizer moments and random numbers, each by name."""
@@ -20,19 +20,19 @@ Held = dict[str, dict[str, Tensor]]
 
 def remember(directory: Path) -> None:
     """From here on, this process writes into `directory` what it holds before every save and after every load."""
-    save, load = checkpoints.save, checkpoints.load
+    save, load = checkpointing.save, checkpointing.load
 
     def saving(state: Path, module: nn.Module, optimizer: torch.optim.Optimizer, at: Any, *rest: Any) -> None:
-        write(directory, f"{at.step}-saved", held(module, optimizer, at.generators))
+        write(directory, f"{at.step}-saved", held(module, optimizer, at.rng_state))
         save(state, module, optimizer, at, *rest)
 
     def loading(state: Path, module: nn.Module, optimizer: torch.optim.Optimizer, report: Callable[[str], None]) -> Any:
         at = load(state, module, optimizer, report)
         if at:
-            write(directory, f"{at.step}-loaded", held(module, optimizer, at.generators))
+            write(directory, f"{at.step}-loaded", held(module, optimizer, at.rng_state))
         return at
 
-    checkpoints.save, checkpoints.load = saving, loading
+    checkpointing.save, checkpointing.load = saving, loading
 
 
 def held(module: nn.Module, optimizer: torch.optim.Optimizer, generators: dict[str, Any]) -> Held:

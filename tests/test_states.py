@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from cafe.training.checkpoints import Position, generators
 from states import differences, explain, first_differing, held, remember, set_aside, states_of, write
 from torch import nn
 
 from cafe.training import checkpoints
-from cafe.training.checkpoints import Position, generators
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:

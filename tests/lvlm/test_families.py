@@ -19,7 +19,7 @@ from cafe.data.encoding import encode_example
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image
 from cafe.lvlm.families import FAMILIES, find_vision_tower, model_part, supports_prefix_sharing
-from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing
+from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing, to_device
 from cafe.lvlm.processing import ChatProcessor, with_fast_images
 from cafe.lvlm.prompts import Message, Prompts, dialogue_messages, embedding_messages
 from cafe.model import Cafe
