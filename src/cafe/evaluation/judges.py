@@ -9,6 +9,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,7 @@ def require_judges(judges: Sequence[str]) -> None:
 
 
 def _is_encoder_decoder(path: str) -> bool:
+    """Tell whether a language model has an encoder; raises if there is no such model."""
     try:
         return bool(AutoConfig.from_pretrained(path).is_encoder_decoder)
     except (ImportError, OSError, ValueError) as error:
@@ -53,6 +55,7 @@ def _is_encoder_decoder(path: str) -> bool:
 
 
 def _load_error(path: str, error: Exception) -> CheckpointError:
+    """Make the error of a judge that cannot be loaded, with the first line of transformers' own."""
     return CheckpointError(f"No judge can be loaded from {path}: {str(error).strip().splitlines()[0]}")
 
 
@@ -70,18 +73,21 @@ def votes(model: CachedModel, texts: Sequence[str], vocabulary: Vocabulary) -> B
 
 def exact(texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "texts classes"]:
     """Find the classes that texts name."""
-    mentioned = [set(vocabulary.mentions(text)) for text in texts]
-    return np.array([[name in classes for name in vocabulary.classes] for classes in mentioned], bool)
+    states = np.zeros((len(texts), len(vocabulary.classes)), bool)
+    for row, text in zip(states, texts, strict=True):
+        mentioned = vocabulary.mentions(text)
+        row[:] = [name in mentioned for name in vocabulary.classes]
+    return states
 
 
 def ask(judge: CachedModel, texts: Sequence[str], classes: Sequence[str]) -> Bool[np.ndarray, "votes texts classes"]:
     """Ask a judge every question about every class; yes if the answer begins with it, or has it and not no."""
     prompts = []
-    for question in QUESTIONS:
-        for text in texts:
-            questions = [question.format(phrase(name)) for name in classes]
-            prompts += [PROMPT.format(text=text[:MAX_CHARACTERS], question=about) for about in questions]
-    answers = judge.generate([Content.of(prompt) for prompt in prompts], MAX_NEW_TOKENS)
+    for question, text, name in product(QUESTIONS, texts, classes):
+        prompt = PROMPT.format(text=text[:MAX_CHARACTERS], question=question.format(phrase(name)))
+        prompts.append(Content.of(prompt))
+    answers = judge.generate(prompts, MAX_NEW_TOKENS)
+    # An answer that is neither yes nor no states nothing.
     is_yes = [parse_strictly(answer) is True for answer in answers]
     return np.array(is_yes, bool).reshape(len(QUESTIONS), len(texts), len(classes))
 
@@ -158,6 +164,7 @@ class LanguageModel:
         return answers
 
     def _render(self, text: str) -> str:
+        """Put a text into the chat template, if the model has one."""
         if not self.tokenizer.chat_template:
             return text
         turns = [{"role": "user", "content": text}]

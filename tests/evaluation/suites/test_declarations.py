@@ -1,9 +1,8 @@
 """What the suites declare of their results: the headline metrics, and in which direction each result is better."""
 
-from fnmatch import fnmatchcase
-
 import pytest
 
+from cafe.evaluation.suite import direction_of, headline_results
 from cafe.evaluation.suites import SUITES
 
 HEADLINES = (
@@ -19,13 +18,10 @@ HEADLINES = (
 )
 
 
-def matches(patterns: tuple[str, ...], name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
 @pytest.mark.parametrize("name", HEADLINES)
 def test_each_headline_result_is_declared_by_exactly_one_suite(name):
-    assert sum(matches(suite.headline, name) for suite in SUITES) == 1
+    declaring = [suite for suite in SUITES if headline_results([suite], [name])]
+    assert len(declaring) == 1 and headline_results(SUITES, [name]) == [name]
 
 
 @pytest.mark.parametrize("part", ["geometry", "geometry/flickr30k"])
@@ -54,10 +50,4 @@ def test_other_results_have_their_direction():
 
 
 def directions(names) -> dict[str, int]:
-    """1 if more of a result is better, -1 if less, 0 if neither, by what the suites declare."""
-    declared = {}
-    for name in names:
-        lower = any(matches(suite.lower_is_better, name) for suite in SUITES)
-        neither = any(matches(suite.no_direction, name) for suite in SUITES)
-        declared[name] = 0 if neither else -1 if lower else 1
-    return declared
+    return {name: direction_of(SUITES, name) for name in names}

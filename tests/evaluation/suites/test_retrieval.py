@@ -214,7 +214,7 @@ def test_paragraphs_of_the_scenes_are_found_by_name(scenes):
         ("picture,caption\n0.png,zero\n", "lacks the field 'image' in record 1"),
         ("image,caption\n", "is empty"),
         ('image,caption\n0.png,"[""zero"", """"]"\n', r"caption of image 1 of .*captions.csv is not text"),
-        ("image,caption\nabsent.png,zero\n", r"picture absent.png, which .*captions.csv names, is in none of"),
+        ("image,caption\nabsent.png,zero\n", r"image absent.png, which .*captions.csv names, is in none of"),
     ],
 )
 def test_a_wrong_file_raises_one_clear_sentence(data, text, message):
@@ -228,7 +228,7 @@ def test_a_wrong_file_raises_one_clear_sentence(data, text, message):
     [
         ('{"image": ', "Record 2 of .*captions.jsonl is damaged: .* not valid JSON"),
         ('["0.png", "zero"]', "Record 2 of .*captions.jsonl should be an object"),
-        (json.dumps({"image": "zero " * 99, "caption": "0.png"}), "The picture zero zero .* is in none of"),
+        (json.dumps({"image": "zero " * 99, "caption": "0.png"}), "The image zero zero .* is in none of"),
     ],
 )
 def test_a_wrong_line_raises_one_clear_sentence(data, line, message):

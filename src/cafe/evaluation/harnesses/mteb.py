@@ -75,11 +75,16 @@ class CafeEncoder(AbsEncoder):
 def contents(batch: dict[str, Any]) -> list[Content]:
     """Turn a batch into contents, one for each item: its image first, then its text."""
     unsupported = sorted({"audio", "video"} & set(batch))
+    if unsupported:
+        raise CafeError(f"CAFe embeds texts and images, not {' and '.join(unsupported)}.")
     columns = [batch[name] for name in ("image", "text") if name in batch]
-    if unsupported or not columns:
-        raise CafeError(f"CAFe embeds texts and images, not {' and '.join(unsupported) or 'what this task gives'}.")
-    items = zip(*columns, strict=True)
-    return [Content.of([part for part in parts if part is not None]) for parts in items]
+    if not columns:
+        raise CafeError("CAFe embeds texts and images, not what this task gives.")
+    items = []
+    for parts in zip(*columns, strict=True):
+        present = [part for part in parts if part is not None]  # some items of a batch lack their image
+        items.append(Content.of(present))
+    return items
 
 
 def metadata(model: Cafe, revision: str | None = None) -> ModelMeta:

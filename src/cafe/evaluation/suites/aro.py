@@ -83,6 +83,7 @@ def _judge_records(
     crops = [crop(data / image, record) for image, record in zip(images, records, strict=True)]
     scores = score(model, crops, captions)
     rows = []
+    # Numbers in the output are those in the file, not in this chunk.
     for number, (record, image) in enumerate(zip(records, images, strict=True)):
         row = {"id": start + number, "group": str(image), "image": str(image), "kind": kind(record)}
         row |= {"caption": captions[number][0], "negative": captions[number][1]}
@@ -98,7 +99,7 @@ def _measure_order(
     choices = [candidates(tagged) for tagged in tag(captioned.texts)]
     # A caption without another order is no question.
     asked = [number for number, texts in enumerate(choices) if len(texts) > 1]
-    owners = captioned.owner[asked]
+    owners = captioned.owner[asked]  # an image comes once for each of its captions; it is embedded once
     scores = score(model, [captioned.images[owner] for owner in owners], [choices[number] for number in asked])
     rows = []
     for position, (number, owner) in enumerate(zip(asked, owners, strict=True)):

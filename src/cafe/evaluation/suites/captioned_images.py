@@ -24,6 +24,7 @@ from cafe.errors import CafeError
 from cafe.evaluation.io import find_image, find_one
 
 CAPTIONS_PER_IMAGE = 5  # the first ones, in the 1K and 5K protocols of Flickr30K and COCO
+# A row may have several of these columns; the first with a value counts.
 IMAGE_COLUMNS = ("image", "filename")
 CAPTION_COLUMNS = ("caption", "captions", "raw", "text")
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json")  # one of them is in a folder written by `save_to_disk`
@@ -75,11 +76,11 @@ class RetrievalDataset:
         return []
 
     def _match(self, data: Path, pattern: str) -> list[Path]:
-        if pattern.endswith(".parquet"):  # a dataset may have several
-            return sorted(data.glob(pattern))
+        """Find what matches one pattern; one that ends in a slash names the folder of a saved dataset."""
+        if pattern.endswith(".parquet"):
+            return sorted(data.glob(pattern))  # a dataset may have several
         if pattern.endswith("/"):
-            is_saved_dataset = any((data / pattern / name).is_file() for name in SAVED_DATASET_FILES)
-            return [data / pattern] if is_saved_dataset else []
+            return [data / pattern] if _is_saved_dataset(data / pattern) else []
         path = find_one(data, pattern, exclude=self.exclude)
         return [path] if path else []
 
@@ -90,23 +91,25 @@ class RetrievalDataset:
             CafeError: a file does not have its format, or an image is missing.
         """
         paths = self.find(data)
-        folders = self._image_folders(data, paths[0])
+        source = paths[0]  # for errors
+        folders = self._image_folders(data, source)
         images: list[Path | ImageRef] = []
         names: list[str] = []
         texts: list[str] = []
         owner: list[int] = []
         for number, (image, captions) in enumerate(_group_by_image(paths, limit)):
-            if not all(isinstance(caption, str) and caption.strip() for caption in captions):
-                raise CafeError(f"A caption of image {number + 1} of the evaluation file {paths[0]} is not text.")
+            if not all(map(_is_text, captions)):
+                raise CafeError(f"A caption of image {number + 1} of the evaluation file {source} is not text.")
             if isinstance(image, str):
-                name = str(find_image(image, data, paths[0], *folders))
+                name = str(find_image(image, data, source, *folders))
                 images.append(data / name)
-            else:
+            else:  # inside the file; a name is optional there
                 name = image.get("path") or str(number)
                 images.append(ImageRef(image["bytes"]))
             names.append(name)
-            texts += captions[: self.captions]
-            owner += [number] * len(captions[: self.captions])
+            used = captions[: self.captions]
+            texts += used
+            owner += [number] * len(used)
         return CaptionedImages(images, names, texts, np.array(owner))
 
     def _image_folders(self, data: Path, path: Path) -> list[str]:
@@ -117,11 +120,21 @@ class RetrievalDataset:
         return [*self.folders, *(f"{subfolder}/{folder}" for folder in ("", "images", *self.folders))]
 
 
+def _is_text(caption: Any) -> bool:
+    return isinstance(caption, str) and bool(caption.strip())
+
+
+def _is_saved_dataset(path: Path) -> bool:
+    """Tell whether `save_to_disk` of the datasets library wrote a folder."""
+    return any((path / name).is_file() for name in SAVED_DATASET_FILES)
+
+
 def _group_by_image(paths: Sequence[Path], limit: int | None) -> list[tuple[Image, list[str]]]:
     """List the first `limit` images, each with its captions.
 
     Rows that name the same image, as in a file with one caption per row, are merged.
     """
+    # An image without a name is its own key: its number.
     by_key: dict[str | int, tuple[Image, list[str]]] = {}
     for number, (image, captions) in enumerate(_read_records(paths)):
         key = image if isinstance(image, str) else number
@@ -142,8 +155,9 @@ def _read_records(paths: Sequence[Path]) -> Iterator[tuple[Image, list[str]]]:
             yield name, [sentence["raw"] for sentence in row["sentences"]]
         return
     for path in paths:
-        number = 0
+        number = 0  # stays 0 if there is no row
         for number, row in enumerate(_read_rows(path), 1):
+            # Some files on the Hub have all splits in one table.
             if row.get("split", "test") not in ("test", None):
                 continue
             image = _to_image(_first_field(row, IMAGE_COLUMNS, path, number))
@@ -153,6 +167,11 @@ def _read_records(paths: Sequence[Path]) -> Iterator[tuple[Image, list[str]]]:
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read the rows of a file, or of the test split of a saved dataset.
+
+    Raises:
+        CafeError: a row cannot be read, or has no named fields.
+    """
     rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), max_cached=1)
     for number in range(sum(rows.chunks)):
         try:
@@ -174,9 +193,12 @@ def _first_field(row: dict[str, Any], names: tuple[str, ...], path: Path, number
 
 def _to_image(value: Any) -> Image:
     """Take an image by its name, or as bytes, which may come without a name."""
-    if isinstance(value, dict):
-        return value if value.get("bytes") else str(value.get("path"))
-    return {"bytes": value} if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return {"bytes": value}
+    if not isinstance(value, dict):
+        return str(value)
+    # The datasets library leaves the bytes out of images that it was told not to embed.
+    return value if value.get("bytes") else str(value.get("path"))
 
 
 def _to_captions(value: Any) -> list[str]:
@@ -184,17 +206,20 @@ def _to_captions(value: Any) -> list[str]:
     if isinstance(value, str) and value.startswith("["):
         with suppress(json.JSONDecodeError):  # then it is a caption that begins with a bracket
             value = json.loads(value)
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    if isinstance(value, (list, tuple)):
+        return list(value)
+    return [value]
 
 
 def _read_karpathy_test(path: Path) -> list[dict[str, Any]]:
     """Read the records of a Karpathy file's split "test", all of which must be complete."""
     try:
         rows = [row for row in json.loads(path.read_text())["images"] if row["split"] == "test"]
-        complete = all(row["filename"] and row["sentences"][0]["raw"] for row in rows)
+        # Also raises for what is not a Karpathy file, before anything is embedded.
+        complete = [row["filename"] and row["sentences"][0]["raw"] for row in rows]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise CafeError(f"The evaluation file {path} is not a Karpathy file: {error!r}.") from None
-    if not rows or not complete:
+    if not rows or not all(complete):
         raise CafeError(f"The evaluation file {path} has no complete image in its split 'test'.")
     return rows
 

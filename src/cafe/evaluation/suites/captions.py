@@ -24,6 +24,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         mentioned, present = mentioned_objects(row["said"], vocabulary), set(record["objects"])
         marks = {"captions/exact": int(row["said"] in record["answers"]), **contributions(mentioned, present)}
         outputs.append({**row, "mentioned": sorted(mentioned), "objects": sorted(present), "marks": marks})
+    # For the report: the first captions, with whether they are right.
     samples = [
         {"image": row["image"], "said": row["said"], "right": bool(row["marks"]["captions/exact"])}
         for row in outputs[:NUM_SAMPLES]

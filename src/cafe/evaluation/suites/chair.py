@@ -40,6 +40,7 @@ def contributions(mentioned: list[str], present: set[str]) -> dict[str, Any]:
         mentioned: the class of each mention, as often as it is made.
         present: the classes that the image shows.
     """
+    # A class that is mentioned twice is hallucinated twice, but recalled once.
     num_absent = sum(name not in present for name in mentioned)
     return {
         "chair/CHAIR_i": [num_absent, len(mentioned)],

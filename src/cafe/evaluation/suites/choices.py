@@ -11,6 +11,7 @@ corrects for that. The right caption must score higher than every other: ties co
 """
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,7 @@ def score(model: CachedModel, images: Sequence[Any], captions: Sequence[Sequence
         images: whatever `Content.of` takes. An image that comes several times is embedded once.
         captions: some captions for each image.
     """
-    texts = list(dict.fromkeys(caption for choices in captions for caption in choices))
+    texts = list(dict.fromkeys(chain.from_iterable(captions)))
     prompts = [Content((*Content.of(image).parts, PROMPT)) for image in images]
     embedding = _cosines(model, images, captions, texts)
     likelihood = model.score(prompts, captions)

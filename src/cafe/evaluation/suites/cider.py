@@ -31,6 +31,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     for text, owner in zip(captioned.texts, captioned.owner, strict=True):
         references[owner].append(text)
     prompts = [Content.of([image, PROMPT]) for image in captioned.images]
+    # The weights of words depend on all references, so all captions are scored at once.
     captions = model.generate(prompts, MAX_NEW_TOKENS)
     scores = cider(captions, references)
     rows = [

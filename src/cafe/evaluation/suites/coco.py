@@ -77,17 +77,19 @@ def vocabulary(classes: Iterable[str], synonyms: str = SYNONYMS) -> Vocabulary:
         classes: names; a class that begins no line of the synonyms is named by its name alone.
         synonyms: lines of comma-separated words, of which the first is the class's name.
     """
+    # 1. Each class's own terms; of two classes with the same term, the later one has it.
     names = tuple(classes)
     synonyms_of = _parse_synonyms(synonyms)
     words: dict[str, str | None] = {}
     for name in names:
         terms = synonyms_of.get(name.lower(), [name.lower()])
         words.update({term: name for term in terms if term})
+    # 2. Compounds and plurals, which do not replace a term of the list.
     for compound, head in COMPOUNDS.items():
         words.setdefault(compound, words.get(head) if head else None)
     for term in list(words):
         words.setdefault(plural(term), words[term])
-    # Last, so that "baby elephant" is the elephant even where a list of words says otherwise.
+    # 3. Last, so that "baby elephant" is the elephant even where a list of words says otherwise.
     for head, qualifiers in QUALIFIERS.items():
         for form in (head, plural(head)):
             words.update({f"{qualifier} {form}": words.get(form) for qualifier in qualifiers})
@@ -96,9 +98,11 @@ def vocabulary(classes: Iterable[str], synonyms: str = SYNONYMS) -> Vocabulary:
 
 def _parse_synonyms(synonyms: str) -> dict[str, list[str]]:
     """Map the name that begins each line to all words of the line."""
-    lines = [line for line in synonyms.splitlines() if line.strip()]
-    terms = [[term.strip().lower() for term in line.split(",")] for line in lines]
-    return {line[0]: line for line in terms}
+    synonyms_of = {}
+    for line in synonyms.lower().splitlines():
+        terms = [term.strip() for term in line.split(",")]
+        synonyms_of[terms[0]] = terms
+    return synonyms_of
 
 
 def plural(term: str) -> str:
@@ -155,16 +159,21 @@ def read_instances(path: Path, limit: int | None = None) -> AnnotatedImages:
         names = {row["id"]: row["file_name"] for row in parsed["images"][:limit]}
         objects: dict[int, set[str]] = {number: set() for number in names}
         for row in parsed["annotations"]:
-            if row["image_id"] in objects:
+            if row["image_id"] in objects:  # not beyond the limit
                 objects[row["image_id"]].add(classes[row["category_id"]])
     except (ValueError, KeyError, TypeError) as error:
         raise CafeError(f"The evaluation file {path} is not a COCO instances file: {error!r}.") from None
     if not names or not classes:
         raise CafeError(f"The evaluation file {path} holds no image or no category.")
-    custom = path.with_name("synonyms.txt")
-    words = vocabulary(classes.values(), custom.read_text() if custom.is_file() else SYNONYMS)
+    words = vocabulary(classes.values(), _read_synonyms(path.with_name("synonyms.txt")))
+    # "prompt" is not COCO's: a file of your own may say how to ask for a description.
     info = parsed.get("info") or {}
     return AnnotatedImages(path, names, objects, words, info.get("prompt", ""))
+
+
+def _read_synonyms(path: Path) -> str:
+    """Read a file's own list of words, or take ours."""
+    return path.read_text() if path.is_file() else SYNONYMS
 
 
 def read_captions(path: Path, images: AnnotatedImages) -> dict[int, set[str]]:
@@ -173,6 +182,7 @@ def read_captions(path: Path, images: AnnotatedImages) -> dict[int, set[str]]:
     Raises:
         CafeError: the file does not have COCO's format.
     """
+    # People mention objects that have no box; CHAIR counts them as present.
     mentioned: dict[int, set[str]] = {number: set() for number in images.names}
     try:
         for row in json.loads(path.read_text())["annotations"]:

@@ -44,6 +44,7 @@ def measure(
 ) -> EvaluationResult:
     """Compute every metric of one dataset's embeddings, and the histogram of cosines for the report."""
     matched, mismatched, matched_counts, mismatched_counts = similarities(images, texts, owner, BINS)
+    # Alignment is over matching pairs, so an image comes once for each of its captions.
     results = {
         "modality_gap": modality_gap(images, texts),
         "separability": separability(images, texts),

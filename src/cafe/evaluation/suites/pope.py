@@ -16,6 +16,7 @@ MAX_NEW_TOKENS = 8
 def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     """Ask the questions of each split that is there. A question that several splits share is asked once."""
     result = EvaluationResult()
+    # The splits share half of their questions: those about objects that are present.
     splits = {path: read(path)[:limit] for path in find(data)}
     questions = {(record["image"], record["text"]): record for records in splits.values() for record in records}
     source = next(iter(splits))
@@ -69,6 +70,7 @@ def contributions(answer: str, is_present: bool, part: str) -> dict[str, Any]:
 
 def parse_yes_no(answer: str) -> bool:
     """Parse an answer as POPE does: "no" if its first sentence has the word No, not or no, otherwise "yes"."""
+    # Case and spaces matter, as in the official script: "NO" and "No!" count as yes.
     words = answer.split(".")[0].replace(",", "").split(" ")
     return not {"No", "not", "no"} & set(words)
 

@@ -49,6 +49,7 @@ def run(dataset: RetrievalDataset, model: CachedModel, data: Path, limit: int | 
         rows = _output_rows(captioned, part, rank)
         result.outputs[part] = rows
         result.results |= aggregate(rows)
+        # Ranks are counted from 1 in results, from 0 in `metrics`.
         result.results[f"{part}/median_rank"] = float(np.median(rank) + 1)
         result.results[f"{part}/mean_rank"] = float(np.mean(rank) + 1)
     return result
@@ -85,6 +86,7 @@ def _samples(
 ) -> dict[str, Any]:
     """Take some queries in both directions with their first hits, for the report."""
     text_numbers, image_numbers = evenly_spaced(len(texts), NUM_SAMPLES), evenly_spaced(len(images), NUM_SAMPLES // 2)
+    # All queries of a direction in one product.
     text_queries = []
     for query, nearest in zip(text_numbers, _nearest(texts[text_numbers], images), strict=True):
         hits = [_image_hit(data, captioned, query, hit) for hit in nearest]
@@ -104,6 +106,7 @@ def _nearest(
 
 
 def _image_hit(data: Path, captioned: CaptionedImages, text: int, image: int) -> dict[str, Any]:
+    """Show an image that a caption found, and whether it is the caption's own."""
     is_right = bool(captioned.owner[text] == image)
     return {"image": _display_image(data, captioned.images[image]), "right": is_right}
 
@@ -115,7 +118,7 @@ def _display_image(data: Path, image: Path | ImageRef) -> str:
     return str(image.relative_to(data) if image.is_relative_to(data) else image)
 
 
-def _suite(
+def _retrieval_suite(
     dataset: RetrievalDataset,
     labels: tuple[str, str],
     measures: str,
@@ -123,6 +126,16 @@ def _suite(
     download: str,
     *sources: str,
 ) -> Suite:
+    """Declare the suite of a dataset; all measure the same, on different files.
+
+    Args:
+        dataset: names the suite and finds its files.
+        labels: what the report calls its two headline results, texts that find images first.
+        measures: see `Suite`, as the arguments that follow.
+        files: what it expects.
+        download: where to download that.
+        sources: the published protocol.
+    """
     headline = (f"{dataset.name}/text_to_image/R@1", f"{dataset.name}/image_to_text/R@1")
     return Suite(
         name=dataset.name,
@@ -138,7 +151,7 @@ def _suite(
     )
 
 
-RETRIEVAL = _suite(
+RETRIEVAL = _retrieval_suite(
     USER_DATASET,
     ("Text finds image, R@1", "Image finds text, R@1"),
     "images find their captions and captions their image, in a dataset of your own",
@@ -148,7 +161,7 @@ RETRIEVAL = _suite(
     ),
     "your own images with captions; written by `cafe scenes write DIR`",
 )
-FLICKR30K = _suite(
+FLICKR30K = _retrieval_suite(
     FLICKR30K_DATASET,
     ("Flickr30K, text finds image, R@1", "Flickr30K, image finds text, R@1"),
     "zero-shot retrieval on Flickr30K's 1,000 test images, the first 5 captions each",
@@ -161,7 +174,7 @@ FLICKR30K = _suite(
     "arXiv 1412.2306 (split)",
     "arXiv 2503.19900",
 )
-COCO = _suite(
+COCO = _retrieval_suite(
     COCO_DATASET,
     ("COCO, text finds image, R@1", "COCO, image finds text, R@1"),
     "zero-shot retrieval on the 5,000 test images of Karpathy's COCO split, the first 5 captions each",
@@ -174,7 +187,7 @@ COCO = _suite(
     "arXiv 1412.2306 (split)",
     "arXiv 2503.19900",
 )
-PARAGRAPHS = _suite(
+PARAGRAPHS = _retrieval_suite(
     PARAGRAPHS_DATASET,
     ("Paragraph finds image, R@1", "Image finds paragraph, R@1"),
     "retrieval with captions of several sentences, which short-text encoders truncate",

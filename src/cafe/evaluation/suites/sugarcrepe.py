@@ -24,6 +24,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         rows = _judge_records(model, data, path, part, limit)
         result.outputs[part] = rows
         result.results |= aggregate(rows)
+    # Only after all files: a mean is over those that are there.
     for name, averaged in means(list(result.results)).items():
         mean_of(result, name, averaged)
     return result
@@ -36,8 +37,9 @@ def _judge_records(model: CachedModel, data: Path, path: Path, part: str, limit:
     captions = [(record["caption"], record["negative_caption"]) for record in records]
     scores = score(model, [data / image for image in images], captions)
     rows: list[dict[str, Any]] = []
-    for number, (image, (right, wrong)) in enumerate(zip(images, captions, strict=True)):
-        row = {"id": number, "group": str(image), "image": str(image), "caption": right, "negative": wrong}
+    for number, (image, record) in enumerate(zip(images, records, strict=True)):
+        row = {"id": number, "group": str(image), "image": str(image)}
+        row |= {"caption": record["caption"], "negative": record["negative_caption"]}
         rows.append(row | judge_choices(scores, number, part))
     return rows
 

@@ -30,9 +30,11 @@ Pairs = Bool[np.ndarray, "images classes"]
 
 def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     """Ask for a description of each of the first `limit` images, and the judges about each description."""
+    # Descriptions take hours; a judge that is missing should be reported before.
     require_judges(model.judges)
     images = read_instances(find(data)[0], limit)
     described = list(describe_images(model, data, images, YEAR, PROMPT, MAX_NEW_TOKENS))
+    # From here on only pairs of an image and a class matter.
     ballots = votes(model, [description for _, _, description in described], images.vocabulary)
     stated, split = agreement(ballots)
     classes = images.vocabulary.classes
@@ -72,7 +74,7 @@ def class_scores(stated: Pairs, split: Pairs, present: Pairs) -> dict[str, float
     results = {}
     for name, (numerator, denominator) in _score_fractions(correct, num_stated, num_present).items():
         defined = denominator > 0
-        # Without this, the mean over no class would be NaN.
+        # Where no class is defined, the mean would be NaN.
         mean = np.mean(numerator[defined] / denominator[defined]) if defined.any() else 0.0
         results[f"throne/class/{name}"] = 100 * float(mean)
     return results

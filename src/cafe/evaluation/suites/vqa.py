@@ -19,6 +19,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         correct = int(row["said"].lower() == record["answer"].lower())
         marks = {"vqa/all": correct, f"vqa/{record['category']}": correct}
         outputs.append({**row, "answer": record["answer"], "marks": marks})
+    # The overall result first, then the categories by name.
     rates = aggregate(outputs)
     categories = sorted(set(rates) - {"vqa/all"})
     results = {name: rates[name] for name in ("vqa/all", *categories)}

@@ -62,6 +62,7 @@ def accuracy(answer: str, answers: Sequence[str]) -> float:
     matches = [normalize(other) == normalized for other in answers]
     if len(matches) == 1:  # a single reference: right or wrong
         return float(matches[0])
+    # Each person is left out in turn.
     without_one = [min(1.0, (sum(matches) - match) / 3) for match in matches]
     return sum(without_one) / len(matches)
 
@@ -95,11 +96,17 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read records whose answers are texts, or objects with a text as in VQA's annotations."""
     rows = json_lines(path, {"image": str, "text": str, "answers": list})
     for number, row in enumerate(rows, 1):
-        answers = [answer.get("answer") if isinstance(answer, dict) else answer for answer in row["answers"]]
-        if not answers or not all(isinstance(answer, str) for answer in answers):
+        row["answers"] = [_answer_text(answer) for answer in row["answers"]]
+        if not row["answers"] or None in row["answers"]:
             raise CafeError(f"Record {number} of the evaluation file {path} has no answers, or one that is not text.")
-        row["answers"] = answers
     return rows
+
+
+def _answer_text(answer: Any) -> str | None:
+    """Get the text of an answer; None if it has none."""
+    if isinstance(answer, dict):
+        answer = answer.get("answer")
+    return answer if isinstance(answer, str) else None
 
 
 def _read_vqa_files(path: Path) -> list[dict[str, Any]]:
@@ -122,6 +129,7 @@ def _read_vqa_files(path: Path) -> list[dict[str, Any]]:
 
 
 def _to_record(question: Mapping[str, Any], annotation: Mapping[str, Any], split: str, prompt: str) -> dict[str, Any]:
+    """Join a question and its annotation; the image's name follows from its id and the split."""
     return {
         "question_id": question["question_id"],
         "image": f"COCO_{split}_{question['image_id']:012}.jpg",

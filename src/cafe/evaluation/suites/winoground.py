@@ -36,6 +36,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 def _judge_example(record: dict[str, Any], number: int, scores: Scores) -> dict[str, Any]:
     """Make an example's output row."""
     by_method = {method: scores[method][2 * number : 2 * number + 2] for method in METHODS}
+    # Every method judges the two images (rows) and the two captions (columns) by the same rule.
     marks = {}
     for method, (first, second) in by_method.items():
         text, image = judge(first, second, MARGINS[method])
@@ -77,10 +78,12 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _image_ref(value: Any, data: Path, source: Path) -> ImageRef:
     """Take an image as the Hub dataset holds it, or by its name, which may lack the suffix."""
-    if isinstance(value, dict) and value.get("bytes"):
-        return ImageRef(value["bytes"])
-    name = value["path"] if isinstance(value, dict) else value
-    if not Path(name).suffix:
+    if isinstance(value, dict):
+        if value.get("bytes"):
+            return ImageRef(value["bytes"])
+        value = value["path"]
+    name = value
+    if not Path(name).suffix:  # `examples.jsonl` has "ex_0_img_0" for ex_0_img_0.png
         name = f"{name}.png"
     return ImageRef(data / find_image(name, data, source, "winoground", "winoground/images"))
 

@@ -39,6 +39,7 @@ def candidates(tagged: Sequence[Word], seed: int = 0) -> list[str]:
 def orders(tagged: Sequence[Word], seed: int = 0) -> dict[str, list[str]]:
     """Shuffle the words in each of the four ways, by name."""
     words = [word for word, _ in tagged]
+    # Seeded by the words, so that a caption's orders do not depend on the captions before it.
     rng = Random(f"{seed} {' '.join(words)}")
     positions = range(len(words))
     nouns = [position for position in positions if tagged[position][1] in NOUNS]
@@ -75,7 +76,8 @@ def spacy_tags(texts: Sequence[str]) -> list[list[Word]]:
     Raises:
         MissingPackageError: spaCy or the model is not installed.
     """
-    if not find_spec("spacy") or not find_spec(TAGGER_MODEL):
+    # spaCy installs a model as a package.
+    if not all(map(find_spec, ("spacy", TAGGER_MODEL))):
         raise MissingPackageError(
             f"The order of words needs the package spaCy and its model {TAGGER_MODEL}: "
             f"pip install 'cafe-lvlm[aro]', then python -m spacy download {TAGGER_MODEL}."

@@ -37,6 +37,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         result.outputs[f"mmeb/{name}"] = rows
         result.results |= aggregate(rows)
         scores[name] = _average_scores(rows)
+    # The means come after all datasets, and are not averaged themselves.
     measured = list(result.results)
     for mean, averaged in means(measured).items():
         mean_of(result, mean, averaged)
@@ -46,6 +47,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 
 
 def _read(name: str, path: Path, dataset: Dataset, data: Path, limit: int | None) -> list[Query]:
+    """Read the queries of a dataset in the format of its modality."""
     if dataset.modality == "visdoc":
         return read_corpus(path, limit)
     video = name if dataset.modality == "video" else ""
@@ -63,6 +65,7 @@ def embed(
         if id(query.candidates) not in candidate_rows:
             rows = [row_of.setdefault(candidate, len(row_of)) for candidate in query.candidates]
             candidate_rows[id(query.candidates)] = np.array(rows)
+    # One call for the whole dataset, so that batches are full.
     vectors = model.embed([to_content(side, data, source) for side in row_of])
     return [vectors[candidate_rows[id(query.candidates)]] @ vectors[row_of[query.side]] for query in queries]
 
@@ -88,7 +91,9 @@ def _average_scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Average the scores of a dataset's queries, for the leaderboard."""
     averages: dict[str, float] = {}
     for metric in rows[0]["scores"]:
-        averages[metric] = float(np.mean([row["scores"][metric] for row in rows]))
+        values = [row["scores"][metric] for row in rows]
+        averages[metric] = float(np.mean(values))
+    # The leaderboard compares the number of predictions with that of queries; here they are always the same.
     return averages | {"num_pred": len(rows), "num_data": len(rows)}
 
 

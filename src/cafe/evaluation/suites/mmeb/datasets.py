@@ -5,6 +5,7 @@ src/data/eval_dataset), under the names that files and the leaderboard use, in t
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -64,18 +65,34 @@ def find_datasets(data: Path) -> dict[str, Path]:
             raise CafeError(f"{paths[name].name} and {path.name} in {root} measure the same: keep one of them.")
         if name:
             paths[name] = path
-    # Your own datasets come first, then the leaderboard's order.
-    order = list(DATASETS)
-    return dict(sorted(paths.items(), key=lambda item: order.index(item[0]) if item[0] in DATASETS else -1))
+    # Your own datasets come first, then the leaderboard's, in its order.
+    ordered = [name for name in paths if name not in DATASETS]
+    ordered += [name for name in DATASETS if name in paths]
+    return {name: paths[name] for name in ordered}
 
 
 def _dataset_name(path: Path) -> str:
     """Name the dataset of a file or folder; empty if it is none."""
     if path.suffix in (".parquet", ".jsonl"):
         return path.stem
-    if path.is_dir() and (is_corpus(path) or parquet_files(path)):
-        return path.name
-    return ""
+    if not path.is_dir():
+        return ""
+    has_records = is_corpus(path) or parquet_files(path)
+    return path.name if has_records else ""
+
+
+def find_in_folders(data: Path, folders: Sequence[str], name: str) -> Path | None:
+    """Find a file or folder by its name in the first of some folders under `data` that has it."""
+    for folder in folders:
+        path = data / folder / name
+        if path.exists():
+            return path
+    return None
+
+
+def list_folders(data: Path, folders: Sequence[str]) -> str:
+    """List folders under `data`, for an error."""
+    return ", ".join(str(data / folder) for folder in folders)
 
 
 def is_corpus(path: Path) -> bool:

@@ -16,6 +16,7 @@ REPAIRED = ("ViDoSeek-page", "MMLongBench-page")  # the leaderboard has these wi
 
 def score_query(similarity: Float[np.ndarray, " candidates"], gains: dict[int, float]) -> dict[str, float]:
     """Compute hit@k (a right candidate is among the first k) and ndcg_linear@k of one query, from 0 to 1."""
+    # The metrics take a matrix of queries; this is one row of it.
     gain = np.zeros(len(similarity))
     gain[list(gains)] = list(gains.values())
     [rank] = rank_of_match(similarity[None], gain[None] > 0)
@@ -57,12 +58,14 @@ def score_files(scores: dict[str, dict[str, float]], metadata: dict[str, Any]) -
     `mmeb/leaderboard.json` is V2's: the metadata, and the metrics of every dataset by modality.
     """
     files: dict[str, Any] = {}
+    # V1 knows no graded relevance, so its files leave out documents.
     for name, values in scores.items():
         if name in DATASETS and DATASETS[name].modality == "visdoc":
             continue
         accuracy, num_queries = values["hit@1"], values["num_pred"]
         counts = {"acc": accuracy, "num_correct": round(accuracy * num_queries), "num_pred": num_queries}
         files[f"mmeb/{name}_score.json"] = counts
+    # V2 lists every dataset, also those that were not measured.
     metrics: dict[str, dict[str, Any]] = {}
     for name, dataset in DATASETS.items():
         leaderboard_name = f"{name}-fixed" if name in REPAIRED else name
@@ -83,6 +86,7 @@ def describe(model: Any) -> dict[str, Any]:
         "data_source": "Self-Reported",
         "url": None,
     }
+    # A model that is not a `Cafe` may have no weights to describe.
     lvlm = getattr(model, "lvlm", None)
     if not lvlm:
         return metadata

@@ -10,7 +10,7 @@ from cafe.data.formats.mmeb import MARK
 from cafe.data.image_fields import list_frames, place_images
 from cafe.errors import CafeError
 from cafe.evaluation.io import evenly_spaced, json_lines, parquet_rows
-from cafe.evaluation.suites.mmeb.datasets import parquet_files
+from cafe.evaluation.suites.mmeb.datasets import find_in_folders, list_folders, parquet_files
 from cafe.evaluation.suites.mmeb.video import VIDEO_FORMATS, to_records
 
 NUM_FRAMES = 8  # of a video, evenly spaced, as in VLM2Vec
@@ -60,22 +60,45 @@ def read_records(
     queries = [_to_query(row, number, path) for number, row in enumerate(rows)]
     if not rank_all:
         return queries
-    candidates = [candidate for query in queries for candidate in query.candidates]
+    # Some classes have no row within the limit, or none at all; a file of labels adds those.
     labels = path.with_name(f"{video or path.stem}_labels.txt")
-    if labels.is_file():
-        candidates += [Side(label.strip()) for label in labels.read_text().splitlines() if label.strip()]
-    unique = list(dict.fromkeys(candidates))
-    number_of = {side: number for number, side in enumerate(unique)}
-    return [Query(query.side, unique, {number_of[query.candidates[0]]: 1.0}, query.id) for query in queries]
+    names = labels.read_text().splitlines() if labels.is_file() else []
+    return _share_candidates(queries, [Side(name.strip()) for name in names if name.strip()])
+
+
+def _share_candidates(queries: Sequence[Query], others: Sequence[Side]) -> list[Query]:
+    """Let every query rank the candidates of all queries, and some others; its own first one is right."""
+    number_of: dict[Side, int] = {}
+    for query in queries:
+        for candidate in query.candidates:
+            number_of.setdefault(candidate, len(number_of))
+    for candidate in others:
+        number_of.setdefault(candidate, len(number_of))
+    # One list for all, by which `embed` knows that they share it.
+    candidates = list(number_of)
+    return [Query(query.side, candidates, {number_of[query.candidates[0]]: 1.0}, query.id) for query in queries]
 
 
 def _to_query(row: dict[str, Any], number: int, path: Path) -> Query:
-    texts = row["tgt_text"] if isinstance(row["tgt_text"], (list, tuple)) else []
+    """Make a query of a record of MMEB-eval.
+
+    Args:
+        row: the record.
+        number: its number, which becomes the query's id.
+        path: its file, for the error.
+
+    Raises:
+        CafeError: it has no candidate, or lists of different lengths.
+    """
+    texts = row["tgt_text"]
+    if not isinstance(texts, (list, tuple)):
+        texts = []  # a text is not a list of its letters
     images = row["tgt_img_path"] or [""] * len(texts)
     if not texts or len(texts) != len(images):
         raise CafeError(f"Record {number} of {path} has {len(texts)} texts and {len(images)} images of candidates.")
     sides = []
     for text, names in zip(texts, images, strict=True):
+        # As in MMEB's instruction variant: only candidates with an image have an instruction.
         instruction = row.get("tgt_inst") if names else ""
         sides.append(_to_side(text, names, instruction))
     right = dict.fromkeys(sides[: row.get("right", 1)])  # videos may have several right candidates
@@ -84,17 +107,28 @@ def _to_query(row: dict[str, Any], number: int, path: Path) -> Query:
 
 
 def _to_side(text: str | None, images: str | Sequence[str] | None, instruction: str | None) -> Side:
-    names = [images] if isinstance(images, str) else list(images or [])
-    texts = [part.strip(" ") for part in (instruction, text) if part and part.strip()]
-    return Side(" ".join(texts), tuple(name for name in names if name))
+    """Make a side of a row's fields, each of which may be missing.
+
+    Args:
+        text: its text.
+        images: the name of its image, or several; empty names stand for no image.
+        instruction: comes before the text.
+    """
+    if isinstance(images, str):
+        images = [images]
+    names = tuple(filter(None, images or ()))
+    # Spaces alone are cut: a line break after an image's mark belongs to the text.
+    stripped = [(part or "").strip(" ") for part in (instruction, text)]
+    texts = filter(str.strip, stripped)
+    return Side(" ".join(texts), names)
 
 
 def _read_rows(path: Path, limit: int | None, video: str, data: Path) -> list[dict[str, Any]]:
     """Read the first rows of a file or folder, as records with MMEB-eval's fields."""
+    # A user may have converted a dataset of videos to MMEB-eval's fields.
     row_format = VIDEO_FORMATS.get(video)
     if row_format is None or "qry_text" in _read_fields(path, (), 1)[0]:
         return _read_fields(path, FIELDS, limit)
-    # A dataset of videos in the columns that it has on the Hub.
     return to_records(video, _read_fields(path, row_format.columns, limit), data, path, FOLDERS)
 
 
@@ -115,6 +149,7 @@ def read_corpus(path: Path, limit: int | None = None) -> list[Query]:
     candidates = [Side(PAGE, (_page_image(row["image"], path),)) for row in pages]
     number_of = {row["corpus-id"]: number for number, row in enumerate(pages)}
 
+    # Judgments may repeat, or be about pages that the corpus lacks; the highest gain counts.
     gains_of: dict[Any, dict[int, float]] = {}
     for row in _read_part(path, "qrels", "query-id", "corpus-id", "score"):
         if row["score"] <= 0 or row["corpus-id"] not in number_of:
@@ -122,6 +157,7 @@ def read_corpus(path: Path, limit: int | None = None) -> list[Query]:
         gains, number = gains_of.setdefault(row["query-id"], {}), number_of[row["corpus-id"]]
         gains[number] = max(gains.get(number, 0.0), float(row["score"]))
 
+    # A query without a relevant page would score 0 whatever the model does.
     queries = []
     for row in _read_part(path, "queries", "query-id", "query")[:limit]:
         if row["query-id"] not in gains_of:
@@ -139,13 +175,13 @@ def _page_image(image: Any, path: Path) -> str | bytes:
     """Take a page's image as the datasets library keeps it, or its name."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
-    if not isinstance(image, (str, bytes)) or not image:
-        raise CafeError(f"A page of the corpus of {path} has no image.")
-    return image
+    if isinstance(image, (str, bytes)) and image:
+        return image
+    raise CafeError(f"A page of the corpus of {path} has no image.")
 
 
 def to_content(side: Side, data: Path, source: Path) -> Content:
-    """Make a side the user's turn: each image at its mark, or first if the marks do not match the images.
+    """Make a side the user's turn: each image at its mark, or all first if the marks do not match them.
 
     Args:
         side: the query or candidate.
@@ -169,10 +205,12 @@ def _image_refs(image: str | bytes, data: Path, source: Path) -> list[ImageRef]:
     """Refer to an image, or to some frames of a folder, evenly spaced."""
     if isinstance(image, bytes):
         return [ImageRef(image)]
-    candidates = [data / folder / image for folder in FOLDERS]
-    path = next((candidate for candidate in candidates if candidate.exists()), None)
+    path = find_in_folders(data, FOLDERS, image)
     if path is None:
-        places = ", ".join(str(data / folder) for folder in FOLDERS)
+        places = list_folders(data, FOLDERS)
         raise CafeError(f"The image {image}, which {source} names, is in none of {places}.")
-    frames = [ImageRef(path)] if path.is_file() else list_frames(str(path))
+    if path.is_file():
+        return [ImageRef(path)]
+    # A folder holds the frames of a video.
+    frames = list_frames(str(path))
     return [frames[number] for number in evenly_spaced(len(frames), NUM_FRAMES)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe.errors import CafeError
+from cafe.evaluation.suites.mmeb.datasets import find_in_folders, list_folders
 
 WATCH = "Understand the content of the provided video."
 WATCH_CLIP = "Understand the content of the provided video clip."
@@ -46,6 +47,7 @@ class VideoRowFormat:
 
 def _record(query: str, image: str, candidates: Iterable[tuple[str, str]], num_right: int = 1) -> Row:
     """Make a record of MMEB-eval; a candidate is its text and its folder of frames."""
+    # MMEB-eval has the texts and the images of the candidates in two lists.
     texts, images = zip(*candidates, strict=True)
     return {"qry_text": query, "qry_img_path": image, "tgt_text": texts, "tgt_img_path": images, "right": num_right}
 
@@ -103,12 +105,12 @@ def _moment_retrieval(folder: str) -> VideoRowFormat:
 
     def to_record(row: Row, list_clips: ListClips) -> Row:
         frames = f"{folder}/{_stem(row['video_path'])}"
+        # The folder "query" holds the video itself; the right clip comes first, as in MMEB-eval.
         clips = sorted(set(list_clips(frames)) - {"query"})
-        right = [clip for clip in clips if clip.startswith("positive")]
-        wrong = [clip for clip in clips if not clip.startswith("positive")]
-        if not right:
+        clips.sort(key=lambda clip: not clip.startswith("positive"))
+        if not clips or not clips[0].startswith("positive"):
             raise CafeError(f"The frames in {frames} have no folder of the clip that is right (positive...).")
-        candidates = [(WATCH, f"{frames}/{clip}") for clip in (*right, *wrong)]
+        candidates = [(WATCH, f"{frames}/{clip}") for clip in clips]
         return _record(f"{FIND_MOMENT} {row['query']}", f"{frames}/query", candidates)
 
     return VideoRowFormat(("query", "video_path"), to_record)
@@ -121,7 +123,7 @@ def _moment_seeker(folder: str) -> VideoRowFormat:
         return f"{folder}/video_frames/{video.partition('.mp4')[0].replace('/', '_')}"
 
     def to_record(row: Row, list_clips: ListClips) -> Row:
-        shown = row["input_frames"] or ""
+        shown = row["input_frames"] or ""  # what comes with the words: an image's name, a video's, or nothing
         suffix = Path(shown).suffix
         match suffix:
             case ".jpg":
@@ -130,15 +132,15 @@ def _moment_seeker(folder: str) -> VideoRowFormat:
                 image = frames_of(shown)
             case _:
                 suffix, image = "", ""
-        right = [frames_of(clip["output_path"]) for clip in row["positive_frames"]]
-        wrong = [frames_of(clip["output_path"]) for clip in row["negative_frames"]]
-        candidates = [(WATCH_CLIP, clip) for clip in (*right, *wrong)]
-        return _record(f"{SEEK_MOMENT[suffix]} {row['query']}", image, candidates, len(right))
+        clips = [*row["positive_frames"], *row["negative_frames"]]
+        candidates = [(WATCH_CLIP, frames_of(clip["output_path"])) for clip in clips]
+        return _record(f"{SEEK_MOMENT[suffix]} {row['query']}", image, candidates, len(row["positive_frames"]))
 
     return VideoRowFormat(("query", "input_frames", "positive_frames", "negative_frames"), to_record)
 
 
 def _stem(video: Any) -> str:
+    """Name a video's folder of frames; its column may hold a path, a file's name or a number."""
     return Path(str(video)).stem
 
 
@@ -148,11 +150,17 @@ def _strip_letters(options: Sequence[str]) -> list[str]:
 
 
 def _add_letters(options: Sequence[str]) -> list[str]:
+    """Put letters before options: "a dog" becomes "(A) a dog"."""
     return [f"({chr(ord('A') + number)}) {option}" for number, option in enumerate(options)]
 
 
 def _with_options(question: str, options: Sequence[str]) -> str:
+    """Append lettered options to a question, a line for each."""
     return "\n".join([question, "Options:", *_add_letters(options)])
+
+
+# Each dataset of questions has its own columns for the question, the options and the answer. Line breaks and spaces are
+# those of VLM2Vec's prompts.
 
 
 def _video_mme(row: Row) -> tuple[str, list[str], int]:
@@ -180,6 +188,7 @@ def _activity_net(row: Row) -> tuple[str, list[str], int]:
     return row["question"] + "? (A) yes; (B) no.", options, options.index(row["answer"])
 
 
+# VLM2Vec's prompts, with its grammar and trailing spaces: the numbers depend on them.
 VIDEO_FORMATS = {
     "K700": _classification("video_cls/K700", "Recognize the category of the video content."),
     "SmthSmthV2": _classification(
@@ -253,15 +262,15 @@ def to_records(name: str, rows: Sequence[Row], data: Path, source: Path, folders
     row_format = VIDEO_FORMATS[name]
 
     def list_clips(frames: str) -> list[str]:
-        candidates = [data / folder / frames for folder in folders]
-        path = next((candidate for candidate in candidates if candidate.is_dir()), None)
-        if path is None:
-            places = ", ".join(str(data / folder) for folder in folders)
+        path = find_in_folders(data, folders, frames)
+        if path is None or not path.is_dir():
+            places = list_folders(data, folders)
             raise CafeError(f"The folder of frames {frames}, which {source} names, is in none of {places}.")
         return [clip.name for clip in path.iterdir() if clip.is_dir()]
 
     records = []
     for number, row in enumerate(rows[: row_format.max_rows]):
+        # The formats read columns without checking them: whatever they raise means a wrong row.
         try:
             records.append(row_format.to_record(row, list_clips))
         except (KeyError, IndexError, TypeError, ValueError) as error:
