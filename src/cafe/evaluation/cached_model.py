@@ -110,6 +110,7 @@ class CachedModel:
         """Compute every chunk and return all of them in order, on every process."""
         size = self._chunk_size
         chunks = [list(items[start : start + size]) for start in range(0, len(items), size)]
+        # Chunks are dealt in turn, so that all processes have work until the end.
         own = range(self._rank, len(chunks), self._world_size)
         outputs: dict[int, Any] = {}
         bar = tqdm(
@@ -123,6 +124,7 @@ class CachedModel:
             for index in own:
                 outputs[index] = self._cached(kind, chunks[index], compute)
                 bar.update(len(chunks[index]))
+        # Every process gets all outputs, so that suites need not know that there are several.
         if self._world_size > 1:
             gathered: list[Any] = [None] * self._world_size
             dist.all_gather_object(gathered, outputs)

@@ -16,8 +16,8 @@ from tqdm import tqdm
 from cafe.content import Content, ImageRef
 from cafe.data.image_fields import is_image_name
 from cafe.errors import CafeError
+from cafe.lvlm.prompts import DESCRIBE_PROMPT
 
-PROMPT = "Describe the image."
 BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64)
 MODES = ("embed", "generate", "embed, then generate", "both in one prefill")
 
@@ -93,13 +93,13 @@ def run(model: Any, mode: str, images: Sequence[Path], max_new_tokens: int) -> t
     """
     size = len(images)
     if mode == "both in one prefill":
-        vectors, answers = model.embed_and_generate_batch(images, PROMPT, max_new_tokens, batch_size=size)
+        vectors, answers = model.embed_and_generate_batch(images, DESCRIBE_PROMPT, max_new_tokens, batch_size=size)
         return vectors, answers
     vectors, answers = None, []
     if mode.startswith("embed"):
         vectors = model.embed(images, batch_size=size)
     if "generate" in mode:
-        prompts = [Content((ImageRef(image), PROMPT)) for image in images]
+        prompts = [Content((ImageRef(image), DESCRIBE_PROMPT)) for image in images]
         answers = model.generate_batch(prompts, max_new_tokens, batch_size=size)
     return vectors, answers
 

@@ -94,7 +94,11 @@ def aggregate(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
             total = sums.setdefault(name, [0.0, 0.0])
             total[0] += numerator
             total[1] += denominator
-    return {name: 100 * part / whole if whole else 0.0 for name, (part, whole) in sums.items()}
+    # A model that mentions no object has no precision: such a result counts as 0.
+    rates = {}
+    for name, (numerator, denominator) in sums.items():
+        rates[name] = 100 * numerator / denominator if denominator else 0.0
+    return rates
 
 
 def read_marks(row: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
@@ -117,21 +121,21 @@ def headline_results(suites: Sequence[Suite], names: Sequence[str]) -> list[str]
     """
     rates_first = sorted(suites, key=lambda suite: not suite.in_percent)
     patterns = [pattern for suite in rates_first for pattern in suite.headline]
-    matches = [name for pattern in patterns for name in names if fnmatchcase(name, pattern)]
-    return list(dict.fromkeys(matches))  # a result that two patterns match appears once
+    matches: dict[str, None] = {}  # a result that two patterns match appears once, where the first one puts it
+    for pattern in patterns:
+        matches.update(dict.fromkeys(name for name in names if fnmatchcase(name, pattern)))
+    return list(matches)
 
 
 def direction_of(suites: Sequence[Suite], name: str) -> int:
     """Return 1 if more of a result is better, -1 if less is, and 0 if neither is."""
-    if any(_matches(name, suite.no_direction) for suite in suites):
-        return 0
-    if any(_matches(name, suite.lower_is_better) for suite in suites):
-        return -1
+    # All suites are asked, for a result need not begin with its suite's name (`objects/recall` is of "captions").
+    for suite in suites:
+        if any(fnmatchcase(name, pattern) for pattern in suite.no_direction):
+            return 0
+        if any(fnmatchcase(name, pattern) for pattern in suite.lower_is_better):
+            return -1
     return 1
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def is_percent(suites: Sequence[Suite], name: str) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +54,12 @@ class Metric:
 
     def judge(self, change: float, comparison: Comparison | None) -> str:
         """Judge a change as "good" or "bad"; "same" where neither is better or the change's interval includes zero."""
-        uncertain = comparison is not None and comparison.low <= 0 <= comparison.high
-        improvement = change * self.direction
-        if uncertain or improvement == 0:
+        if comparison is not None and comparison.low <= 0 <= comparison.high:
             return "same"
-        return "good" if improvement > 0 else "bad"
+        improvement = change * self.direction
+        if improvement > 0:
+            return "good"
+        return "bad" if improvement < 0 else "same"
 
 
 Metrics = Mapping[str, Metric]
@@ -77,14 +79,17 @@ def write_report(path: Path, runs: Sequence[ReportRun], suites: Sequence[Suite] 
     if not runs:
         raise CafeError("A report needs at least one evaluation.")
     loaded = [load_run(run) for run in runs]
+    # Every run is compared with the first; tiles and samples have room for two.
     first, last = loaded[0], loaded[-1]
     shown = [first, last] if len(loaded) > 1 else loaded
     compared = [_compare_runs(first, run) for run in loaded[1:]]
 
+    # Results keep the order in which the suites wrote them, those of later runs at the end.
     names = list(dict.fromkeys(name for run in loaded for name in run.results))
     metrics = {name: _describe(name, suites) for name in names}
     headlines = {name: label_of(suites, name) or _as_words(name) for name in headline_results(suites, names)}
 
+    # Names of runs, texts and answers were written by others: the template escapes all but the charts and images.
     template = files("cafe.evaluation.report").joinpath("page.html.jinja").read_text(encoding="utf-8")
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     html = page.from_string(template).render(
@@ -127,6 +132,7 @@ def _compare_runs(first: LoadedRun, second: LoadedRun) -> dict[str, Comparison]:
         if name not in first.tallies or name not in second.tallies:
             continue
         comparison = compare(first.tallies[name], second.tallies[name])
+        # Evaluations of other data, or with another limit, have no samples to pair.
         if comparison is not None:
             comparisons[name] = comparison
     return comparisons
@@ -203,7 +209,9 @@ def _comparison_table(
 
 
 def _signed(value: float) -> str:
-    return ("−" if value < 0 else "+") + f"{abs(value):.1f}"
+    # The sign is that of the unrounded value: a small loss is shown as −0.0.
+    sign = "−" if value < 0 else "+"
+    return f"{sign}{abs(value):.1f}"
 
 
 def _p_value(value: float) -> str:
@@ -211,8 +219,19 @@ def _p_value(value: float) -> str:
 
 
 def _align_samples(runs: Sequence[LoadedRun], kind: str, key: tuple[str, ...]) -> list[list[dict[str, Any] | None]]:
-    """List the samples of a kind that the last run has, each beside the same sample of the other runs."""
-    by_key = [{tuple(row[name] for name in key): row for row in run.samples.get(kind, [])} for run in runs]
+    """List the samples of a kind that the last run has, each beside the same sample of the other runs.
+
+    Args:
+        runs: the runs to show.
+        kind: a key of `samples.json`.
+        key: the fields by which a sample is the same in two runs.
+    """
+    identify = itemgetter(*key)
+    by_key = []
+    for run in runs:
+        rows = run.samples.get(kind, [])
+        by_key.append({identify(row): row for row in rows})
+    # A run that was evaluated with a smaller limit lacks some samples, which stay empty on the page.
     return [[rows.get(sample) for rows in by_key] for sample in by_key[-1]]
 
 
@@ -233,5 +252,6 @@ def _image_tag(path: str, folder: str) -> Markup:
         name, uri = "", path
     else:
         name, uri = path, thumbnail(decode_image(ImageRef(Path(folder) / path)))
+    # Thumbnails of tiny images are PNG; the page enlarges them without smoothing.
     style = "pixels" if uri.startswith("data:image/png") else ""
     return Markup('<img alt="{}" class="{}" src="{}">').format(name, style, uri)

@@ -72,14 +72,14 @@ def _load_run(run: ReportRun) -> LoadedRun:
 def _load_tallies(directory: Path) -> dict[str, list[SampleTally]]:
     tallies: dict[str, list[SampleTally]] = {}
     for path in sorted((directory / "outputs").glob("*.jsonl")):
-        for name, tally in tally_results(_read_json_lines(path)).items():
-            tallies[name] = [tally]
-    # A mean has no marks of its own: it is resampled as the mean of its parts.
-    means = directory / "means.json"
-    if means.is_file():
-        for name, parts in json.loads(means.read_text()).items():
-            if all(part in tallies for part in parts):
-                tallies[name] = [tally for part in parts for tally in tallies[part]]
+        results = tally_results(_read_json_lines(path))
+        tallies.update((name, [tally]) for name, tally in results.items())
+    path = directory / "means.json"
+    means = json.loads(path.read_text()) if path.is_file() else {}
+    # A mean has no marks of its own: it is resampled as the mean of its parts, which may be means themselves.
+    for name, parts in means.items():
+        if all(part in tallies for part in parts):
+            tallies[name] = [tally for part in parts for tally in tallies[part]]
     return tallies
 
 
