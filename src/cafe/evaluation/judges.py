@@ -60,12 +60,22 @@ def _load_error(path: str, error: Exception) -> CheckpointError:
 
 
 def votes(model: CachedModel, texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "votes texts classes"]:
-    """Let each of the model's judges vote on each class of each text; `exact` alone if it has no judges."""
+    """Let each of the model's judges vote on each class of each text; `exact` alone if it has no judges.
+
+    Args:
+        model: the evaluated model, with the names of its judges.
+        texts: descriptions.
+        vocabulary: the classes, and the words for them.
+
+    Raises:
+        CheckpointError: a language model does not exist.
+    """
     ballots = []
     for name in model.judges or ("exact",):
         if name == "exact":
             ballots.append(exact(texts, vocabulary)[None])
         else:
+            # Through a `CachedModel`, so that an interrupted evaluation does not ask again.
             judge = model if name == "self" else model.with_model(LanguageModel.load(name))
             ballots.append(ask(judge, texts, vocabulary.classes))
     return np.concatenate(ballots)
@@ -81,7 +91,13 @@ def exact(texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "tex
 
 
 def ask(judge: CachedModel, texts: Sequence[str], classes: Sequence[str]) -> Bool[np.ndarray, "votes texts classes"]:
-    """Ask a judge every question about every class; yes if the answer begins with it, or has it and not no."""
+    """Ask a judge every question about every class; yes if the answer begins with it, or has it and not no.
+
+    Args:
+        judge: the model that reads and answers.
+        texts: descriptions.
+        classes: names of objects.
+    """
     prompts = []
     for question, text, name in product(QUESTIONS, texts, classes):
         prompt = PROMPT.format(text=text[:MAX_CHARACTERS], question=question.format(phrase(name)))

@@ -84,6 +84,7 @@ class CafeModel(lmms):
 
         lmms-eval's multiple choice takes the option with the least loss.
         """
+        # A task gives the continuation as a text, or as a function of its document.
         prompts, continuations = [], []
         for request in requests:
             text, target, visuals, document, task, split = request.args
@@ -109,6 +110,7 @@ class CafeModel(lmms):
         raise NotImplementedError("CAFe's plug-in does not support multi-round tasks.")
 
     def _content(self, text: str, visuals: Callable[[Any], Any], document: int, task: str, split: str) -> Content:
+        """Build the prompt of a request, whose images its task finds in a document."""
         return content(text, visuals(self.task_dict[task][split][document]) or [])
 
 
@@ -128,6 +130,7 @@ def content(text: str, visuals: Sequence[Any]) -> Content:
     Raises:
         CafeError: a visual is not an image.
     """
+    # lmms-eval passes videos and audio as paths or arrays.
     for visual in visuals:
         if not isinstance(visual, Image.Image):
             raise CafeError(f"CAFe's plug-in supports images; this task gives a {type(visual).__name__}.")
@@ -138,7 +141,7 @@ def content(text: str, visuals: Sequence[Any]) -> Content:
 
 
 def cut(answer: str, until: str | Sequence[str]) -> str:
-    """Cut an answer before the first of some stop words.
+    """Cut an answer before the first of some stop words, and strip it.
 
     A blank line, lmms-eval's default where a task says nothing, is ignored: longer answers have paragraphs.
     """

@@ -73,7 +73,14 @@ class CafeEncoder(AbsEncoder):
 
 
 def contents(batch: dict[str, Any]) -> list[Content]:
-    """Turn a batch into contents, one for each item: its image first, then its text."""
+    """Turn a batch into contents, one for each item: its image first, then its text.
+
+    Args:
+        batch: columns by name, as MTEB's data loaders yield them.
+
+    Raises:
+        CafeError: it holds neither texts nor images, or audio or videos.
+    """
     unsupported = sorted({"audio", "video"} & set(batch))
     if unsupported:
         raise CafeError(f"CAFe embeds texts and images, not {' and '.join(unsupported)}.")
@@ -92,6 +99,7 @@ def metadata(model: Cafe, revision: str | None = None) -> ModelMeta:
     name = Path(model.lvlm.name_or_path).name or "checkpoint"
     text_config = model.lvlm.config.get_text_config()
     parameters = list(model.lvlm.parameters())
+    # As loaded, in whatever dtype.
     num_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
     return ModelMeta(
         loader=None,

@@ -74,7 +74,16 @@ def _measure_visual_genome(model: CachedModel, data: Path, path: Path, limit: in
 def _judge_records(
     model: CachedModel, data: Path, path: Path, part: str, records: list[dict[str, Any]], start: int
 ) -> list[dict[str, Any]]:
-    """Score the two captions of each record; `start` is the number of the first."""
+    """Score the two captions of each record.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        path: the records' file.
+        part: begins the names of the results.
+        records: some of the file's records.
+        start: the number of the first of them.
+    """
     images = [find_image(record["image_path"], data, path, "aro/images", "aro") for record in records]
     captions = [(record["true_caption"], record["false_caption"]) for record in records]
     for number, record in enumerate(records, start + 1):
@@ -94,7 +103,15 @@ def _judge_records(
 def _measure_order(
     model: CachedModel, data: Path, dataset: RetrievalDataset, limit: int | None, tag: Tagger
 ) -> EvaluationResult:
-    """Set each caption against other orders of its words."""
+    """Set each caption against other orders of its words.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        dataset: the captions.
+        limit: the number of images; all of them if None.
+        tag: finds the nouns and adjectives.
+    """
     part, captioned = f"aro/{dataset.name}", dataset.read(data, limit)
     choices = [candidates(tagged) for tagged in tag(captioned.texts)]
     # A caption without another order is no question.
@@ -126,7 +143,13 @@ def kind(record: dict[str, Any]) -> str:
 
 
 def macro(rows: list[dict[str, Any]], result: str, min_records: int) -> float | None:
-    """Average over kinds the fraction that is right, in percent; None if no kind comes often enough."""
+    """Average over kinds the fraction that is right, in percent; None if no kind comes often enough.
+
+    Args:
+        rows: the output rows.
+        result: the mark that says whether a row is right.
+        min_records: how often a kind must come to be averaged.
+    """
     marks_by_kind: dict[str, list[int]] = defaultdict(list)
     for row in rows:
         marks_by_kind[row["kind"]].append(row["marks"][result])

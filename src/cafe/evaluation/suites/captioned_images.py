@@ -121,6 +121,7 @@ class RetrievalDataset:
 
 
 def _is_text(caption: Any) -> bool:
+    """Tell whether a caption is a text with at least one character that is not a space."""
     return isinstance(caption, str) and bool(caption.strip())
 
 
@@ -133,6 +134,10 @@ def _group_by_image(paths: Sequence[Path], limit: int | None) -> list[tuple[Imag
     """List the first `limit` images, each with its captions.
 
     Rows that name the same image, as in a file with one caption per row, are merged.
+
+    Args:
+        paths: the dataset's files.
+        limit: the number of images; all of them if None.
     """
     # An image without a name is its own key: its number.
     by_key: dict[str | int, tuple[Image, list[str]]] = {}
@@ -143,7 +148,8 @@ def _group_by_image(paths: Sequence[Path], limit: int | None) -> list[tuple[Imag
         elif limit is None or len(by_key) < limit:
             by_key[key] = (image, captions)
         elif key == number:
-            break  # images without a name cannot come again; a named one may have captions further down
+            # Images without a name cannot come again. A named one may have captions further down.
+            break
     return list(by_key.values())
 
 
@@ -184,7 +190,14 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _first_field(row: dict[str, Any], names: tuple[str, ...], path: Path, number: int) -> Any:
-    """Get the value under the first of these names that a row has."""
+    """Get the value under the first of these names that a row has.
+
+    Args:
+        row: the row.
+        names: of columns that may hold it.
+        path: the row's file, for the error.
+        number: the row's number, from 1, for the error.
+    """
     for name in names:
         if row.get(name):
             return row[name]
@@ -213,13 +226,19 @@ def _to_captions(value: Any) -> list[str]:
 
 def _read_karpathy_test(path: Path) -> list[dict[str, Any]]:
     """Read the records of a Karpathy file's split "test", all of which must be complete."""
+    # Any of these errors means a file of another kind; it is reported before anything is embedded.
+    rows = []
+    complete = True
     try:
-        rows = [row for row in json.loads(path.read_text())["images"] if row["split"] == "test"]
-        # Also raises for what is not a Karpathy file, before anything is embedded.
-        complete = [row["filename"] and row["sentences"][0]["raw"] for row in rows]
+        for row in json.loads(path.read_text())["images"]:
+            if row["split"] != "test":
+                continue
+            rows.append(row)
+            if not (row["filename"] and row["sentences"][0]["raw"]):
+                complete = False
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise CafeError(f"The evaluation file {path} is not a Karpathy file: {error!r}.") from None
-    if not rows or not all(complete):
+    if not rows or not complete:
         raise CafeError(f"The evaluation file {path} has no complete image in its split 'test'.")
     return rows
 

@@ -44,6 +44,10 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Float[np.ndarray, " captions"]:
     """Compute CIDEr-D of each caption, from 0 to 10; words are weighted by their counts in these references.
 
+    Args:
+        captions: one for each image.
+        references: people's captions of each image.
+
     Raises:
         MissingPackageError: the package pycocoevalcap is not installed.
     """

@@ -106,7 +106,10 @@ def _parse_synonyms(synonyms: str) -> dict[str, list[str]]:
 
 
 def plural(term: str) -> str:
-    """Form the plural of a term's last word, by rule or, for COCO's irregular words, from the table."""
+    """Form the plural of a term's last word, by rule or, for COCO's irregular words, from the table.
+
+    It is only compared with words of texts, so a plural that nobody writes ("sheeps") does no harm.
+    """
     head, _, word = term.rpartition(" ")
     irregular = _WORDS["irregular_plurals"].get(word)
     if irregular:
@@ -140,8 +143,14 @@ class AnnotatedImages:
 
 
 def find_instances(data: Path, year: str) -> list[Path]:
-    """Find the annotation file of a year, such as "val2014", or else the only one there is."""
-    path = find_one(data, f"annotations/instances_{year}.json") or find_one(data, "annotations/instances_*.json")
+    """Find the annotation file of a year, such as "val2014", or else the only one there is.
+
+    Raises:
+        CafeError: there are several, of other years.
+    """
+    path = find_one(data, f"annotations/instances_{year}.json")
+    if path is None:
+        path = find_one(data, "annotations/instances_*.json")
     return [path] if path else []
 
 
@@ -149,6 +158,10 @@ def read_instances(path: Path, limit: int | None = None) -> AnnotatedImages:
     """Read COCO's `instances_*.json`: the first `limit` images and the classes that each shows.
 
     `annotations/synonyms.txt`, if it exists, says which words name which class.
+
+    Args:
+        path: the file.
+        limit: the number of images; all of them if None.
 
     Raises:
         CafeError: the file does not have COCO's format.
@@ -178,6 +191,10 @@ def _read_synonyms(path: Path) -> str:
 
 def read_captions(path: Path, images: AnnotatedImages) -> dict[int, set[str]]:
     """Read COCO's `captions_*.json`: the classes that the captions of each image mention.
+
+    Args:
+        path: the file.
+        images: the images whose captions are read, with the words for their classes.
 
     Raises:
         CafeError: the file does not have COCO's format.

@@ -19,7 +19,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     # The splits share half of their questions: those about objects that are present.
     splits = {path: read(path)[:limit] for path in find(data)}
     questions = {(record["image"], record["text"]): record for records in splits.values() for record in records}
-    source = next(iter(splits))
+    source = next(iter(splits))  # for errors; images are in the same place for all splits
     answered = ask_about_images(model, data, source, list(questions.values()), MAX_NEW_TOKENS, "val2014")
     row_of = dict(zip(questions, answered, strict=True))
     for path, records in splits.items():
@@ -54,6 +54,11 @@ def contributions(answer: str, is_present: bool, part: str) -> dict[str, Any]:
 
     F1 is written as 2 true positives over the "yes" answered plus the "yes" expected, so that it is a ratio of sums
     like the others.
+
+    Args:
+        answer: the model's answer.
+        is_present: whether the right answer is yes.
+        part: begins the names of the results.
     """
     says_yes, strict = parse_yes_no(answer), parse_strictly(answer)
     true_positive = int(says_yes and is_present)
@@ -84,6 +89,7 @@ def parse_strictly(answer: str) -> bool | None:
     words = re.findall(r"[^\W\d_]+", answer.lower())
     if words and words[0] in ("yes", "no"):
         return words[0] == "yes"
+    # Otherwise the answer is a sentence, such as "The answer is no."
     explicit = {"yes", "no"} & set(words)
     if len(explicit) != 1:
         return None

@@ -56,7 +56,13 @@ def run(dataset: RetrievalDataset, model: CachedModel, data: Path, limit: int | 
 
 
 def _output_rows(captioned: CaptionedImages, part: str, rank: Int[np.ndarray, " queries"]) -> list[dict[str, Any]]:
-    """Make the output row of each query of one direction."""
+    """Make the output row of each query of one direction.
+
+    Args:
+        captioned: the images and captions.
+        part: names the direction.
+        rank: of each query's match, from 0.
+    """
     rows = []
     for number, value in enumerate(rank):
         # The captions of one image are resampled together.

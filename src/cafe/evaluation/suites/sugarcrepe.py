@@ -45,7 +45,11 @@ def _judge_records(model: CachedModel, data: Path, path: Path, part: str, limit:
 
 
 def means(results: Sequence[str]) -> dict[str, list[str]]:
-    """List the results that each mean averages: the files of each kind of change, and all files; each weighs alike."""
+    """List the results that each mean averages: the files of each kind of change, and all files; each weighs alike.
+
+    Args:
+        results: the names `sugarcrepe/CHANGE/METHOD` of what was measured.
+    """
     groups: dict[str, list[str]] = {}
     for result in results:
         _, change, method = result.split("/")

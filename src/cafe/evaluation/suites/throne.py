@@ -51,7 +51,11 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 
 
 def agreement(ballots: Bool[np.ndarray, "votes images classes"]) -> tuple[Pairs, Pairs]:
-    """Find the pairs that all votes call present, and those on which the votes are split."""
+    """Find the pairs that all votes call present, and those on which the votes are split.
+
+    Args:
+        ballots: the judges' votes; each is whether the description states the class.
+    """
     yes = ballots.sum(axis=0)
     return yes == len(ballots), (yes > 0) & (yes < len(ballots))
 
@@ -59,7 +63,13 @@ def agreement(ballots: Bool[np.ndarray, "votes images classes"]) -> tuple[Pairs,
 def contributions(
     stated: Bool[np.ndarray, " classes"], split: Bool[np.ndarray, " classes"], present: Bool[np.ndarray, " classes"]
 ) -> dict[str, Any]:
-    """Compute what an image contributes to the overall scores: numerators and denominators over pairs that count."""
+    """Compute what an image contributes to the overall scores: numerators and denominators over pairs that count.
+
+    Args:
+        stated: the classes that all votes call present.
+        split: the classes on which the votes are split.
+        present: the classes that the image shows.
+    """
     correct, num_stated, num_present = (int((pairs & ~split).sum()) for pairs in (stated & present, stated, present))
     scores = _score_fractions(correct, num_stated, num_present)
     return {
@@ -69,7 +79,13 @@ def contributions(
 
 
 def class_scores(stated: Pairs, split: Pairs, present: Pairs) -> dict[str, float]:
-    """Average each score over the classes for which it is defined, in percent."""
+    """Average each score over the classes for which it is defined, in percent.
+
+    Args:
+        stated: the pairs that all votes call present.
+        split: the pairs on which the votes are split.
+        present: the pairs of an image and a class that it shows.
+    """
     correct, num_stated, num_present = ((pairs & ~split).sum(axis=0) for pairs in (stated & present, stated, present))
     results = {}
     for name, (numerator, denominator) in _score_fractions(correct, num_stated, num_present).items():

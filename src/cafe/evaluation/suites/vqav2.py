@@ -57,7 +57,12 @@ def _answer(model: CachedModel, data: Path, path: Path, part: str, limit: int | 
 
 
 def accuracy(answer: str, answers: Sequence[str]) -> float:
-    """Compute how far people agree with an answer, from 0 to 1."""
+    """Compute how far people agree with an answer, from 0 to 1.
+
+    Args:
+        answer: the model's.
+        answers: people's, ten of them in VQA.
+    """
     normalized = normalize(answer)
     matches = [normalize(other) == normalized for other in answers]
     if len(matches) == 1:  # a single reference: right or wrong
@@ -68,7 +73,10 @@ def accuracy(answer: str, answers: Sequence[str]) -> float:
 
 
 def normalize(answer: str) -> str:
-    """Normalize an answer as the official evaluation does before it compares."""
+    """Normalize an answer as the official evaluation does before it compares.
+
+    The steps, their order and their odd cases are those of its script.
+    """
     text = " ".join(answer.split())
     # A mark next to a space, or in an answer with a comma inside a number, is removed; between letters it becomes a
     # space.
@@ -110,7 +118,10 @@ def _answer_text(answer: Any) -> str | None:
 
 
 def _read_vqa_files(path: Path) -> list[dict[str, Any]]:
-    """Read VQA's file of questions and the file of annotations beside it."""
+    """Read VQA's file of questions and the file of annotations beside it.
+
+    `info.prompt`, which VQA's files do not have, replaces the request for a short answer; the scenes' file has it.
+    """
     annotations = path.with_name(path.name.removesuffix(QUESTIONS_SUFFIX) + ANNOTATIONS_SUFFIX)
     if "_OpenEnded_" in path.name:  # VQA v2 names its two files differently
         annotations = path.with_name(annotations.name.replace("_OpenEnded", ""))

@@ -34,7 +34,13 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 
 
 def _judge_example(record: dict[str, Any], number: int, scores: Scores) -> dict[str, Any]:
-    """Make an example's output row."""
+    """Make an example's output row.
+
+    Args:
+        record: the example.
+        number: the example's.
+        scores: of the captions on all images, two images for each example.
+    """
     by_method = {method: scores[method][2 * number : 2 * number + 2] for method in METHODS}
     # Every method judges the two images (rows) and the two captions (columns) by the same rule.
     marks = {}

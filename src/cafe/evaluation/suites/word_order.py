@@ -30,6 +30,10 @@ def candidates(tagged: Sequence[Word], seed: int = 0) -> list[str]:
     """List the caption, then its other orders, each once.
 
     All are joined from the same words: only the order distinguishes the caption.
+
+    Args:
+        tagged: the caption's words with their tags.
+        seed: of the shuffles.
     """
     words = [word for word, _ in tagged]
     texts = [plain(order) for order in (words, *orders(tagged, seed).values())]
@@ -37,7 +41,12 @@ def candidates(tagged: Sequence[Word], seed: int = 0) -> list[str]:
 
 
 def orders(tagged: Sequence[Word], seed: int = 0) -> dict[str, list[str]]:
-    """Shuffle the words in each of the four ways, by name."""
+    """Shuffle the words in each of the four ways, by name.
+
+    Args:
+        tagged: the caption's words with their tags.
+        seed: of the shuffles.
+    """
     words = [word for word, _ in tagged]
     # Seeded by the words, so that a caption's orders do not depend on the captions before it.
     rng = Random(f"{seed} {' '.join(words)}")
@@ -57,6 +66,7 @@ def orders(tagged: Sequence[Word], seed: int = 0) -> dict[str, list[str]]:
 
 def _shuffle_within(words: Sequence[str], groups: Iterable[Sequence[int]], rng: Random) -> list[str]:
     """Shuffle the words at each group of positions among themselves."""
+    # The groups do not overlap; words outside them stay.
     shuffled = list(words)
     for group in groups:
         for position, source in zip(group, rng.sample(group, len(group)), strict=True):

@@ -57,7 +57,14 @@ def _read(name: str, path: Path, dataset: Dataset, data: Path, limit: int | None
 def embed(
     model: CachedModel, data: Path, source: Path, queries: Sequence[Query]
 ) -> list[Float[np.ndarray, " candidates"]]:
-    """Compute the similarity of each query to its candidates. Equal contents are embedded once."""
+    """Compute the similarity of each query to its candidates. Equal contents are embedded once.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        source: the file of the queries, for errors.
+        queries: the queries of one dataset.
+    """
     row_of: dict[Side, int] = {}  # numbers the distinct sides, in the order in which they are embedded
     candidate_rows: dict[int, Int[np.ndarray, " candidates"]] = {}  # by identity: queries may share a list
     for query in queries:
@@ -73,7 +80,14 @@ def embed(
 def _output_row(
     query: Query, similarity: Float[np.ndarray, " candidates"], name: str, dataset: Dataset
 ) -> dict[str, Any]:
-    """Make a query's output row: its best candidate and its scores."""
+    """Make a query's output row: its best candidate and its scores.
+
+    Args:
+        query: the query.
+        similarity: of the query to each of its candidates.
+        name: the dataset's.
+        dataset: decides which score counts.
+    """
     scores = score_query(similarity, query.gains)
     if dataset.modality == "visdoc":
         metric, value = "NDCG@5", scores["ndcg_linear@5"]

@@ -46,7 +46,12 @@ DATASETS = _read_table()
 
 
 def lookup(name: str, path: Path) -> Dataset:
-    """Look up a dataset; one with an unknown name is a task by itself, of documents if it has a corpus."""
+    """Look up a dataset; one with an unknown name is a task by itself, of documents if it has a corpus.
+
+    Args:
+        name: the dataset's.
+        path: its file or folder.
+    """
     modality: Modality = "visdoc" if is_corpus(path) else "image"
     return DATASETS.get(name, Dataset(modality, name))
 
@@ -58,8 +63,10 @@ def find_datasets(data: Path) -> dict[str, Path]:
         CafeError: a dataset is there twice.
     """
     root = data / "mmeb_eval"
+    if not root.is_dir():
+        return {}
     paths: dict[str, Path] = {}
-    for path in sorted(root.iterdir()) if root.is_dir() else []:
+    for path in sorted(root.iterdir()):
         name = _dataset_name(path)
         if name in paths:
             raise CafeError(f"{paths[name].name} and {path.name} in {root} measure the same: keep one of them.")
@@ -82,7 +89,13 @@ def _dataset_name(path: Path) -> str:
 
 
 def find_in_folders(data: Path, folders: Sequence[str], name: str) -> Path | None:
-    """Find a file or folder by its name in the first of some folders under `data` that has it."""
+    """Find a file or folder in the first of some folders that has it.
+
+    Args:
+        data: the folder of evaluation files.
+        folders: the folders, under `data`.
+        name: the name to look for.
+    """
     for folder in folders:
         path = data / folder / name
         if path.exists():
@@ -104,4 +117,6 @@ def parquet_files(path: Path) -> list[Path]:
     """List the parquet files of a folder, those of the test split if they are named; or the file itself."""
     if not path.is_dir():
         return [path]
-    return sorted(path.glob("test*.parquet")) or sorted(path.glob("*.parquet"))
+    # The Hub's folders may hold other splits too.
+    test_files = sorted(path.glob("test*.parquet"))
+    return test_files or sorted(path.glob("*.parquet"))

@@ -15,7 +15,12 @@ REPAIRED = ("ViDoSeek-page", "MMLongBench-page")  # the leaderboard has these wi
 
 
 def score_query(similarity: Float[np.ndarray, " candidates"], gains: dict[int, float]) -> dict[str, float]:
-    """Compute hit@k (a right candidate is among the first k) and ndcg_linear@k of one query, from 0 to 1."""
+    """Compute hit@k (a right candidate is among the first k) and ndcg_linear@k of one query, from 0 to 1.
+
+    Args:
+        similarity: of the query to each candidate.
+        gains: of the right candidates, by number.
+    """
     # The metrics take a matrix of queries; this is one row of it.
     gain = np.zeros(len(similarity))
     gain[list(gains)] = list(gains.values())
@@ -56,6 +61,10 @@ def score_files(scores: dict[str, dict[str, float]], metadata: dict[str, Any]) -
 
     `mmeb/NAME_score.json` of each dataset with one right candidate is V1's: `acc`, `num_correct`, `num_pred`.
     `mmeb/leaderboard.json` is V2's: the metadata, and the metrics of every dataset by modality.
+
+    Args:
+        scores: by dataset, the averages of `score_query`'s scores, and the number of queries as `num_pred`.
+        metadata: describes the model.
     """
     files: dict[str, Any] = {}
     # V1 knows no graded relevance, so its files leave out documents.

@@ -168,6 +168,7 @@ def read_corpus(path: Path, limit: int | None = None) -> list[Query]:
 
 
 def _read_part(path: Path, part: str, *columns: str) -> list[dict[str, Any]]:
+    """Read one of a corpus' three folders."""
     return parquet_rows(parquet_files(path / part), path / part, columns)
 
 
@@ -175,9 +176,10 @@ def _page_image(image: Any, path: Path) -> str | bytes:
     """Take a page's image as the datasets library keeps it, or its name."""
     if isinstance(image, dict):
         image = image.get("bytes") or image.get("path")
-    if isinstance(image, (str, bytes)) and image:
-        return image
-    raise CafeError(f"A page of the corpus of {path} has no image.")
+    # An empty name or no bytes at all is as good as none.
+    if not image or not isinstance(image, (str, bytes)):
+        raise CafeError(f"A page of the corpus of {path} has no image.")
+    return image
 
 
 def to_content(side: Side, data: Path, source: Path) -> Content:
@@ -202,7 +204,13 @@ def to_content(side: Side, data: Path, source: Path) -> Content:
 
 
 def _image_refs(image: str | bytes, data: Path, source: Path) -> list[ImageRef]:
-    """Refer to an image, or to some frames of a folder, evenly spaced."""
+    """Refer to an image, or to some frames of a folder, evenly spaced.
+
+    Args:
+        image: its name, or its bytes.
+        data: the folder of evaluation files.
+        source: the file that names the image, for the error.
+    """
     if isinstance(image, bytes):
         return [ImageRef(image)]
     path = find_in_folders(data, FOLDERS, image)
