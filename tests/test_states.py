@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from cafe.training.checkpoints import Position, generators
 from states import differences, explain, first_differing, held, remember, set_aside, states_of, write
 from torch import nn
 
-from cafe.training import checkpoints
+from cafe.training import checkpointing
+from cafe.training.checkpointing import TrainerState
+from cafe.utils.rng import get_rng_state
 
 
 def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -24,7 +25,7 @@ def trained() -> tuple[nn.Module, torch.optim.Optimizer]:
 
 def test_two_states_that_differ_name_the_first_tensor_and_the_first_moment(tmp_path):
     module, optimizer = trained()
-    whole = held(module, optimizer, generators())
+    whole = held(module, optimizer, get_rng_state())
     assert first_differing(whole, whole) == []
     broken = {kind: {name: value.clone() for name, value in tensors.items()} for kind, tensors in whole.items()}
     broken["weights"]["1.weight"][0, 1] += 0.5
@@ -41,14 +42,14 @@ def test_two_states_that_differ_name_the_first_tensor_and_the_first_moment(tmp_p
 
 def test_what_a_process_saves_and_loads_is_remembered_and_outlives_the_run(tmp_path, monkeypatch):
     for name in ("save", "load"):
-        monkeypatch.setattr(checkpoints, name, getattr(checkpoints, name))  # and back again
+        monkeypatch.setattr(checkpointing, name, getattr(checkpointing, name))  # and back again
     run = tmp_path / "run"
     remember(states_of(run))
     module, optimizer = trained()
-    checkpoints.save(run / "state", module, optimizer, Position(step=3, generators=generators()), 1)
+    checkpointing.save(run / "state", module, optimizer, TrainerState(step=3, rng_state=get_rng_state()), 1)
     with torch.no_grad():
         module[0].weight.zero_()
-    assert checkpoints.load(run / "state", module, optimizer, pytest.fail).step == 3
+    assert checkpointing.load(run / "state", module, optimizer, pytest.fail).step == 3
     set_aside(run)
     shutil.rmtree(run / "state")
     said = explain(run, run)
