@@ -27,9 +27,9 @@ def evaluate(
     report: Callable[[str], None] = print,
     *,
     suites: Sequence[str] = (),
-    keep: Path | None = None,
+    cache_dir: Path | None = None,
     batch_size: int | None = None,
-    together: bool = False,
+    distributed: bool = False,
     progress: bool = False,
     judges: Sequence[str] = (),
 ) -> EvaluationResult:
@@ -41,10 +41,10 @@ def evaluate(
         limit: maximum number of records per suite; None for all.
         report: receives the log lines.
         suites: names of suites, or "all"; if empty, the default suites whose files exist.
-        keep: a folder that caches embeddings and answers as they are computed, from which an interrupted evaluation
-            resumes.
+        cache_dir: a folder that caches embeddings and answers as they are computed, from which an interrupted
+            evaluation resumes.
         batch_size: number of inputs per forward pass; the model's own choice if None.
-        together: split the work among the processes of torch.distributed, all of which must make the same call.
+        distributed: split the work among the processes of torch.distributed, all of which must make the same call.
         progress: show progress bars.
         judges: the judges of free descriptions: "exact", "self", or language models by directory or Hub id.
 
@@ -52,7 +52,7 @@ def evaluate(
         CafeError: a suite is unknown or lacks its files, there is no evaluation file at all, or a file is invalid.
     """
     selected = select_suites(data, suites)
-    cached = CachedModel(model, keep, batch_size, together, progress, judges)
+    cached = CachedModel(model, cache_dir, batch_size, distributed, progress, judges)
     about = {"data": str(data.resolve()), "limit": limit, "fingerprint": cached.fingerprint}
     evaluation = EvaluationResult(samples={"data": str(data.resolve())}, about=about)
     for number, suite in enumerate(selected, 1):
@@ -67,7 +67,7 @@ def evaluate(
 
 def measure(model: Any, data: Path, directory: Path, suites: Sequence[str] = ()) -> dict[str, float]:
     """Evaluate a model into a directory and return the results. An interrupted call resumes from its cache there."""
-    evaluation = evaluate(model, data, suites=suites, keep=directory / "kept", progress=True)
+    evaluation = evaluate(model, data, suites=suites, cache_dir=directory / "kept", progress=True)
     write(evaluation, directory)
     return evaluation.results
 
