@@ -1,5 +1,6 @@
 """MkDocs hook: build the reference pages of recipe fields and commands from the source."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from inspect import cleandoc, getdoc
@@ -7,11 +8,10 @@ from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import click
-import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
-from cafe.cli.main import main as cli
+from cafe.cli.main import cli
 from cafe.training.recipe import Recipe
 
 
@@ -25,10 +25,16 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def recipe_page() -> str:
     """Describe every recipe field: name, type, default and text, one table per section."""
     lines = ["# Recipe fields", "", cleandoc(recipe_page.intro)]
+    described: dict[type, str] = {}
     for name, section in sections(Recipe, ""):
-        lines += ["", f"## {name or 'Top level'}", "", summary(section), ""]
+        lines += ["", f"## {name or 'Top level'}", ""]
+        if section in described:
+            lines.append(f"The same fields as `{described[section]}`.")
+            continue
+        described[section] = name
+        lines += [summary(section), ""]
         lines += ["| field | type | default | description |", "|---|---|---|---|"]
-        texts, types = attribute_texts(section), get_type_hints(section)
+        texts, types = attribute_texts(section), get_type_hints(section, include_extras=True)
         for field in fields(section):
             where = f"{name}.{field.name}".lstrip(".")
             lines.append(f"| `{where}` | {type_name(types[field.name])} | {default(field)} | {texts[field.name]} |")
@@ -44,7 +50,7 @@ Every field of a recipe, built from `cafe.training.recipe`. Override any of them
 def sections(config: type, name: str) -> Iterator[tuple[str, type]]:
     """Walk the tree of config classes, each with the dotted name of its place in a recipe."""
     yield name, config
-    for field, hint in get_type_hints(config).items():
+    for field, hint in get_type_hints(config, include_extras=True).items():
         for part in dataclasses_in(hint):
             repeated = "[]" if get_origin(hint) is tuple else ""
             yield from sections(part, f"{name}.{field}{repeated}".lstrip("."))
@@ -52,7 +58,7 @@ def sections(config: type, name: str) -> Iterator[tuple[str, type]]:
 
 def dataclasses_in(hint: Any) -> Iterator[type]:
     """Find the config classes in a type hint."""
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         yield hint
     for argument in get_args(hint):
         yield from dataclasses_in(argument)
@@ -65,14 +71,15 @@ def summary(config: type) -> str:
 
 def attribute_texts(config: type) -> dict[str, str]:
     """Return the text of each attribute in a class's docstring; "a, b: text" describes both."""
-    parsed = griffe.Docstring(getdoc(config) or "").parse("google", warnings=False)
-    texts = {}
-    for section in parsed:
-        if section.kind is griffe.DocstringSectionKind.attributes:
-            for attribute in section.value:
-                for name in attribute.name.split(", "):
-                    texts[name] = " ".join(attribute.description.split()).replace("|", "\\|")
-    return texts
+    section = (getdoc(config) or "").partition("\nAttributes:\n")[2]
+    # An attribute begins at one level of indentation, and its text continues at two.
+    attributes = re.findall(r"^    ([\w, ]+): (.+(?:\n        .+)*)", section, re.MULTILINE)
+    return {name: cell(text) for names, text in attributes for name in names.split(", ")}
+
+
+def cell(text: str) -> str:
+    """Put a text into one line of a table's cell."""
+    return " ".join(text.split()).replace("|", "\\|")
 
 
 def type_name(hint: Any) -> str:
@@ -86,7 +93,7 @@ def type_name(hint: Any) -> str:
         return f"list of {type_name(arguments[0])}"
     if arguments:
         return " or ".join("null" if part is NoneType else type_name(part) for part in arguments)
-    if is_dataclass(hint):
+    if isinstance(hint, type) and is_dataclass(hint):
         return "mapping"
     return {str: "text", int: "integer", float: "number", bool: "true or false"}.get(hint, hint.__name__)
 
@@ -119,7 +126,7 @@ def commands_page() -> str:
             lines += ["", "| option | description |", "|---|---|"]
         for option in options:
             name, text = option.get_help_record(context) or ("", "")
-            lines.append(f"| `{name.replace('|', '\\|')}` | {' '.join(text.split()).replace('|', '\\|')} |")
+            lines.append(f"| `{cell(name)}` | {cell(text)} |")
     return "\n".join(lines) + "\n"
 
 
