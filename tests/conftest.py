@@ -42,7 +42,7 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small world at its smallest: 48 training and 24 test pictures in every format."""
+    """The small world at its smallest: 48 training and 24 test images in every format."""
     directory = tmp_path_factory.mktemp("scenes")
     write_scenes(directory, train=48, test=24, report=lambda line: None)
     return directory

@@ -1,4 +1,4 @@
-"""Attention by blocks against PyTorch's own under the dense mask, and in a model's step."""
+"""Blockwise attention against PyTorch's own under the dense mask, alone and in a model."""
 
 import pytest
 import torch
@@ -18,73 +18,72 @@ from cafe.packing import PackingConfig, build_layout, pack
 
 
 def attention(end, mask, **options):
-    """What attention makes of random states, and the gradients of a weighted sum of it."""
+    """Return the attention of random states, and the gradients of a weighted sum of it."""
     generator = torch.Generator().manual_seed(0)
     states = [
         torch.randn(*end.shape, 2, 8, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
         for _ in range(3)
     ]
-    made = F.scaled_dot_product_attention(*states, attn_mask=mask, **options)
-    made.backward(torch.randn(made.shape, generator=generator, dtype=torch.float64))
-    return [made, *(each.grad for each in states)]
+    output = F.scaled_dot_product_attention(*states, attn_mask=mask, **options)
+    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64))
+    return [output, *(state.grad for state in states)]
 
 
 @settings(max_examples=100, deadline=None)
 @given(examples(), st.integers(1, 60), st.sampled_from([1, 16]), st.sampled_from([None, 0.3]))
-def test_blocks_make_what_the_dense_mask_makes(groups, columns, multiple, scale):
-    layout = build_layout(groups, PackingConfig(max_row_tokens=columns, pad_to_multiple_of=multiple))
-    plain = attention(layout.subtree_end, tree_mask(layout.subtree_end), scale=scale)
-    for one, other in zip(
-        attention(layout.subtree_end, blockwise_mask(layout.subtree_end), scale=scale), plain, strict=True
-    ):
-        torch.testing.assert_close(one, other)
+def test_blockwise_attention_and_gradients_equal_those_of_the_dense_mask(groups, max_tokens, multiple, scale):
+    config = PackingConfig(max_row_tokens=max_tokens, pad_to_multiple_of=multiple)
+    end = build_layout(groups, config).subtree_end
+    dense, blockwise = attention(end, tree_mask(end), scale=scale), attention(end, blockwise_mask(end), scale=scale)
+    for actual, expected in zip(blockwise, dense, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @settings(max_examples=100, deadline=None)
 @given(examples(), st.integers(1, 60))
-def test_the_blocks_are_the_mask_and_nothing_is_in_two(groups, columns):
-    end = build_layout(groups, PackingConfig(max_row_tokens=columns)).subtree_end
-    times = torch.zeros(*end.shape, end.shape[1], dtype=torch.long)
+def test_blocks_cover_the_mask_once(groups, max_tokens):
+    end = build_layout(groups, PackingConfig(max_row_tokens=max_tokens)).subtree_end
+    count = torch.zeros(*end.shape, end.shape[1], dtype=torch.long)
     for block in tree_to_blocks(end):
-        part = times[block.row, block.queries, block.keys]
-        part += torch.ones_like(part).tril() if block.causal else 1
-    alone = (times.sum(2) == 0).nonzero()
-    times[alone[:, 0], alone[:, 1], alone[:, 1]] = 1
-    assert torch.equal(times, tree_mask(end)[:, 0].long())
+        view = count[block.row, block.queries, block.keys]
+        view += torch.ones_like(view).tril() if block.causal else 1
+    alone = (count.sum(2) == 0).nonzero()
+    count[alone[:, 0], alone[:, 1], alone[:, 1]] = 1
+    assert torch.equal(count, tree_mask(end)[:, 0].long())
 
 
-def test_all_else_sees_a_plain_mask():
+def test_blockwise_mask_is_a_plain_mask_to_other_operations():
     end = torch.tensor([[5, 3, 3, 5, 5]])
     mask = blockwise_mask(end)
     assert type(mask[:, :, :3]) is torch.Tensor and torch.equal(mask[..., 0], tree_mask(end)[..., 0])
-    half = attention(end, mask[:, :, :, :5])
-    for one, other in zip(half, attention(end, tree_mask(end)), strict=True):
-        torch.testing.assert_close(one, other)
+    of_slice = attention(end, mask[:, :, :, :5])
+    for actual, expected in zip(of_slice, attention(end, tree_mask(end)), strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
-def test_states_whose_numbers_do_not_follow_each_other_are_read_as_they_are():
+def test_states_with_strides_the_kernel_does_not_take_give_the_same_attention():
     end = torch.tensor([[5, 3, 3, 5, 5]])
     states = [torch.randn(1, 2, 8, 5).transpose(2, 3) for _ in range(3)]
-    plain = F.scaled_dot_product_attention(*states, attn_mask=tree_mask(end))
-    torch.testing.assert_close(F.scaled_dot_product_attention(*states, attn_mask=blockwise_mask(end)), plain)
+    dense = F.scaled_dot_product_attention(*states, attn_mask=tree_mask(end))
+    torch.testing.assert_close(F.scaled_dot_product_attention(*states, attn_mask=blockwise_mask(end)), dense)
 
 
-@pytest.mark.parametrize(("half", "tolerance"), [(None, 1e-10), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
-def test_a_model_reads_long_rows_by_blocks_as_it_reads_short_ones(random_base, monkeypatch, half, tolerance):
-    model = Cafe.load(random_base, dtype=torch.float32 if half else torch.float64)
-    said = [[*range(10, 30)], [*range(10, 20), *range(40, 60)], [*range(10, 14), 7, 8]]
-    group = [branch(ids) for ids in said]
-    made = {}
-    for name, long in (("by blocks", 1), ("dense", 10**6)):
-        monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", long)
-        packed = pack([group], [[branch([*range(10, 40)], spoken=9)]], PackingConfig(max_row_tokens=80))
-        text = model.lvlm.config.get_text_config()
-        assert isinstance(attention_mask(packed.subtree_end, text), SdpaOverrideMask) == (long == 1)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-10), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
+def test_a_model_gives_the_same_gradient_with_blockwise_attention(random_base, monkeypatch, dtype, tolerance):
+    model = Cafe.load(random_base, dtype=torch.float32 if dtype else torch.float64)
+    group = [branch([*range(10, 30)]), branch([*range(10, 20), *range(40, 60)]), branch([*range(10, 14), 7, 8])]
+    dialogue = branch([*range(10, 40)], num_supervised=9)
+    packed = pack([group], [[dialogue]], PackingConfig(max_row_tokens=80))
+    results = {}
+    for name, min_tokens in (("blockwise", 1), ("dense", 10**6)):
+        monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", min_tokens)
+        mask = attention_mask(packed.subtree_end, model.lvlm.config.get_text_config())
+        assert isinstance(mask, SdpaOverrideMask) == (name == "blockwise")
         model.lvlm.zero_grad()
-        with torch.autocast("cpu", half, enabled=bool(half)):
-            embedded, before = forward_packed(model.lvlm, packed)
-        (embedded.square().sum() + before.square().sum()).backward()
-        grads = torch.cat([part.grad.flatten() for part in model.lvlm.parameters() if part.grad is not None])
-        made[name] = embedded.detach().double(), before.detach().double(), grads
-    for one, other in zip(made["by blocks"], made["dense"], strict=True):
-        assert (one - other).norm() <= tolerance * other.norm()
+        with torch.autocast("cpu", dtype, enabled=bool(dtype)):
+            readouts, predictors = forward_packed(model.lvlm, packed)
+        (readouts.square().sum() + predictors.square().sum()).backward()
+        grads = torch.cat([p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None])
+        results[name] = readouts.detach().double(), predictors.detach().double(), grads
+    for actual, expected in zip(results["blockwise"], results["dense"], strict=True):
+        assert (actual - expected).norm() <= tolerance * expected.norm()

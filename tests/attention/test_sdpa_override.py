@@ -1,4 +1,4 @@
-"""A mask with its own way of attention, and a plain one to all else."""
+"""A mask that overrides attention, and is a plain mask to everything else."""
 
 import torch
 import torch.nn.functional as F
@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from cafe.attention.sdpa_override import SdpaOverrideMask
 
 
-def test_attention_goes_the_masks_way_and_all_else_sees_a_plain_mask():
+def test_sdpa_is_overridden_where_the_mask_is_passed_and_nowhere_else():
     states = [torch.randn(1, 2, 3, 4) for _ in range(3)]
     plain = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
     mask = SdpaOverrideMask.wrap(plain, lambda query, key, value, attn_mask, scale: query * scale + attn_mask.sum())

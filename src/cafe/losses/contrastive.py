@@ -147,6 +147,7 @@ class _InfoNCE(torch.autograd.Function):
         config: ContrastiveConfig,
         chunk_numel: int,
     ) -> Float[Tensor, ""]:
+        """Compute the loss chunk by chunk, and keep the denominators."""
         pairs = len(queries)
         positive_logits, row_logsumexp = queries.new_empty(pairs), queries.new_empty(pairs)
         column_logsumexp = queries.new_full((pairs,), float("-inf"))
@@ -167,6 +168,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Compute the logits of each chunk again, and from them the gradients."""
         queries, targets, scale, target_ids, row_logsumexp, column_logsumexp = ctx.saved_tensors
         pairs = len(queries)
         directions = 2 if ctx.config.symmetric else 1

@@ -54,6 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         chunk_numel: int,
     ) -> Float[Tensor, ""]:
+        """Compute the loss and its gradients chunk by chunk."""
         loss_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         head = weight.to(hidden.dtype)
         needs_hidden, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
@@ -84,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad *= 1 - squashed**2  # the derivative of softcap * tanh(logits / softcap)
             if grad_bias is not None:
                 grad_bias += grad.sum(0)
-            grad = grad.to(hidden.dtype)
+            grad = grad.to(hidden.dtype)  # back to the precision of the model for the large products
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ head
             if grad_weight is not None:
@@ -94,6 +95,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Scale the gradients that the forward pass computed."""
         [grad_loss] = grads
         scaled: list[Tensor | None] = []
         for grad in ctx.saved_tensors:

@@ -123,7 +123,7 @@ def _model_inputs(
 
 def count_crops(branches: Sequence[Branch]) -> int:
     """Count the images, or crops of images, that the vision tower processes for some branches."""
-    distinct: dict[int, Mapping[str, Tensor]] = {}
+    distinct: dict[int, Mapping[str, Tensor]] = {}  # branches with the same images hold the same mapping
     for branch in branches:
         if "pixel_values" in branch.image_inputs:
             distinct[id(branch.image_inputs)] = branch.image_inputs
@@ -143,6 +143,7 @@ def collate_vision(image_inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Te
 
 
 def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
+    # Images may differ in their number of crops or patches; the model's masks and sizes tell it what is padding.
     shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
     padded = []
     for tensor in tensors:

@@ -135,7 +135,7 @@ def _single_branch_rows(branches: Sequence[Branch]) -> list[_Row]:
 def _tree_rows(branches: Sequence[Branch], group_sizes: Sequence[int], max_tokens: int) -> list[_Row]:
     """Distribute the trees that branches form over rows."""
     keys = compute_sharing_keys(branches)
-    # What all branches share, usually the system prompt, is in every row once: it does not make trees of examples one.
+    # What all branches share, usually the system prompt, is in each row once: it must not join all examples in a tree.
     root = common_prefix_length(keys) if len(keys) > 1 else 0
     trees = split_subtrees(group_sizes, keys, root)
     sizes = [tree_size(tree, keys) for tree in trees]
@@ -171,10 +171,11 @@ def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, max_t
     Returns:
         The branches of each row.
     """
-    # A tree that exceeds the maximum sets it: rows may be an eighth longer, for small trees beside the large one.
+    # Where a tree exceeds the maximum, rows may be an eighth longer than it, to hold small trees beside large ones.
     largest = max(sizes)
     if largest > max_tokens:
         max_tokens = largest + largest // 8
+    # Apart from the root, which takes its tokens once per row, trees add up.
     own_sizes = [size - root for size in sizes]
     total = sum(own_sizes)
     min_rows = max(1, math.ceil(total / max(1, max_tokens - root)))
@@ -214,6 +215,7 @@ def _best_fit(sizes: Sequence[int], root: int, max_tokens: int) -> _Bins:
     """Distribute trees over rows, the largest first, each to the fullest row that has room for it."""
     bins: _Bins = []  # sorted, the emptiest first
     for tree in _largest_first(sizes):
+        # The fullest row with room is the last of those that have room.
         num_roomy = bisect_right(bins, max_tokens - sizes[tree], key=itemgetter(0))
         tokens, row = bins.pop(num_roomy - 1) if num_roomy else (root, [])
         insort(bins, (tokens + sizes[tree], [*row, tree]))

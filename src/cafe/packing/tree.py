@@ -49,6 +49,7 @@ def compute_sharing_keys(branches: Sequence[Branch]) -> list[SharingKeys]:
     for branch in branches:
         ids = branch.input_ids.numpy().copy()
         if branch.image_mask.any():
+            # Image tokens have the same id whatever the image: identify the images by the object that holds them.
             mask = branch.image_mask.numpy()
             stop = np.flatnonzero(mask)[-1] + 1
             number = image_keys.setdefault((id(branch.image_inputs), ids[:stop].tobytes()), len(image_keys))
@@ -61,6 +62,7 @@ def common_prefix_length(keys: Sequence[SharingKeys], start: int = 0) -> int:
     """Count the leading keys that all have in common; the first `start` are known to be equal."""
     first, length = keys[0], min(map(len, keys))
     for other in keys[1:]:
+        # Compare up to the shortest prefix so far: it only gets shorter.
         different = np.flatnonzero(first[start:length] != other[start:length])
         if len(different):
             length = start + int(different[0])

@@ -110,8 +110,8 @@ def typical_branches(
         branches += [prompt + image_tokens + instruction, prompt + caption + instruction]
     if language:
         branches.append(prompt + image_tokens + [QUESTION] * overhead + caption)
-    no_mask = torch.zeros(0, dtype=torch.bool)
-    return [Branch(torch.tensor(tokens), no_mask, no_mask) for tokens in branches]
+    no_masks = [torch.zeros(len(tokens), dtype=torch.bool) for tokens in branches]
+    return [Branch(torch.tensor(tokens), mask, mask) for tokens, mask in zip(branches, no_masks, strict=True)]
 
 
 def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample, gpus: int) -> StepWorkload:
