@@ -33,7 +33,8 @@ def iterate_batches(
     Raises:
         CafeError: they died again soon after.
     """
-    number, last_crash = start, -MIN_BATCHES_BETWEEN_CRASHES
+    number = start
+    last_crash = start - MIN_BATCHES_BETWEEN_CRASHES  # the first crash is forgiven, wherever it is
     while number < stop:
         stream = _start_workers(dataset, range(number, stop), num_workers)
         try:
@@ -53,6 +54,7 @@ def iterate_batches(
 
 
 def _start_workers(dataset: ContrastiveBatchDataset, numbers: range, num_workers: int) -> Iterator[Batch]:
+    """Start worker processes that make the given batches, in order."""
     handler = signal.getsignal(signal.SIGCHLD)
     stream = iter(
         make_loader(

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from random import Random
 
 import numpy as np
@@ -76,7 +77,7 @@ def epoch_order(
         drawn.append(np.concatenate([np.empty(0, np.int64), *passes])[: count * run])
 
     # Which source each run comes from. An `array` is shuffled as a list is, in less memory.
-    schedule = array("q", [source for source, count in enumerate(counts) for _ in range(count)])
+    schedule = array("q", np.repeat(np.arange(len(counts)), counts).tolist())
     rng.shuffle(schedule)
     sources = np.repeat(np.frombuffer(schedule, np.int64), run)
     records = np.empty_like(sources)
@@ -91,7 +92,8 @@ def _check_mixture(totals: Sequence[int], weights: Sequence[float], mixture: Mix
     Raises:
         RecipeError: as `epoch_order` says.
     """
-    if mixture.temperature <= 0 or min(weights) < 0 or not any(weights):
+    is_in_range = mixture.temperature > 0 and min(weights) >= 0
+    if not is_in_range or not any(weights):
         raise RecipeError(
             "data.mixture.temperature and the sum of the sources' weights should be above 0, and no weight below."
         )
@@ -142,10 +144,13 @@ def mixing_weights(sizes: Sequence[int], weights: Sequence[float], temperature: 
         weights: of each source.
         temperature: see `Mixture`.
     """
-    pairs = list(zip(sizes, weights, strict=True))
-    largest = max(size for size, weight in pairs if weight)  # relative to it, no power overflows
-    raw = [weight * (size / largest) ** (1 / temperature) if weight else 0.0 for size, weight in pairs]
-    return [part / sum(raw) for part in raw]
+    largest = max(compress(sizes, weights))  # relative to it, no power overflows
+    raw = []
+    for size, weight in zip(sizes, weights, strict=True):
+        # A source that is not drawn may be larger than `largest`, and would overflow.
+        raw.append(weight * (size / largest) ** (1 / temperature) if weight else 0.0)
+    total = sum(raw)
+    return [part / total for part in raw]
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
@@ -158,7 +163,8 @@ def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
     exact = [share * total for share in shares]
     counts = [int(number + 1e-9) for number in exact]  # a whole number may come out as 2.9999999
     missing = total - sum(counts)
-    for index in sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])[:missing]:
+    by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[:missing]:
         counts[index] += 1
     return counts
 

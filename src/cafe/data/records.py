@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -61,9 +61,10 @@ class OpenedSource:
     @cached_property
     def chunks(self) -> list[int]:
         """Return the lengths of runs of records that are best read together."""
-        return [length for file in self.files for length in file.chunks]
+        return list(chain.from_iterable(file.chunks for file in self.files))
 
     def __len__(self) -> int:
+        """Return the number of records."""
         return self.ends[-1]
 
     def example(self, index: int, rng: Random) -> Example:
@@ -79,7 +80,8 @@ class OpenedSource:
         # Which file the record is in, and which of its rows.
         file_number = bisect_right(self.ends, index)
         file = self.files[file_number]
-        row_number = index - (self.ends[file_number - 1] if file_number else 0)
+        start = self.ends[file_number] - sum(file.chunks)
+        row_number = index - start
         origin = f"{file.name}, record {row_number}"
         try:
             row = file[row_number]
@@ -100,10 +102,11 @@ class OpenedSource:
 
 def _id_suffix(row: Any) -> str:
     """Return the name that a record has in its file, for messages."""
-    if isinstance(row, dict):
-        for key in ("id", "__key__"):
-            if key in row:
-                return f" (id {row[key]})"
+    if not isinstance(row, dict):
+        return ""
+    for key in ("id", "__key__"):  # the second is a tar's
+        if key in row:
+            return f" (id {row[key]})"
     return ""
 
 
@@ -131,7 +134,8 @@ def _open_files(source: Source) -> list[Rows]:
         return [HFDataset(source.path, source.split, source.subset)]
     names = expand_pattern(source.path)
     # The usual form of these files is one object, whose images of other splits are dropped here, not counted as bad.
-    if source.format == "karpathy" and source.path.endswith(".json"):
+    is_json = source.path.endswith(".json")
+    if is_json and source.format == "karpathy":
         return [_open_karpathy(name, source.split) for name in names]
     if len(names) == 1:
         return [open_rows(names[0], source.shuffle_window)]
@@ -163,7 +167,7 @@ def _open_several(names: list[str], source: Source) -> list[Rows]:
 def _open_karpathy(name: str, split: str) -> Rows:
     """Open a split file, whose records are a list within one object."""
     data = load_json(name)
-    images = data.get("images") if isinstance(data, dict) else None
-    if not isinstance(images, list) or not all(isinstance(row, dict) for row in images):
-        raise CafeError(f'The data file {name} has no list "images" of records, as a Karpathy split file has.')
-    return InMemoryRows(name, select_split(images, split))
+    match data:
+        case {"images": list(images)} if all(isinstance(row, dict) for row in images):
+            return InMemoryRows(name, select_split(images, split))
+    raise CafeError(f'The data file {name} has no list "images" of records, as a Karpathy split file has.')

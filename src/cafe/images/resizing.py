@@ -31,10 +31,11 @@ class _TorchResize(PilBackend):
     """Override the resize that a family's image processor inherits from `PilBackend`."""
 
     def resize(self, image: NDArray[Any], size: SizeDict, resample: Any = None, **kwargs: Any) -> NDArray[Any]:
-        # Other filters, other dtypes, and sizes that depend on the image are left to Pillow.
-        mode = MODES.get(resample)
-        exact_size = size.height and size.width and not size.shortest_edge
-        if mode and exact_size and image.dtype == np.uint8:
+        """Resize an image by PyTorch if it holds bytes and the size and the filter allow it, by Pillow otherwise."""
+        mode = MODES.get(resample, "")
+        # With a shortest edge, the size depends on the image.
+        is_exact_size = all((size.height, size.width, not size.shortest_edge))
+        if all((mode, is_exact_size, image.dtype == np.uint8)):
             return resize(image, size.height, size.width, mode)
         resized: NDArray[Any] = super().resize(image=image, size=size, resample=resample, **kwargs)
         return resized

@@ -34,7 +34,7 @@ class Node(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The tokens of the node itself."""
+        """Return the number of tokens in the node itself."""
         return self.stop - self.start
 
 
@@ -50,8 +50,10 @@ def compute_sharing_keys(branches: Sequence[Branch]) -> list[SharingKeys]:
         ids = branch.input_ids.numpy().copy()
         if branch.image_mask.any():
             mask = branch.image_mask.numpy()
+            # Text between images counts: branches that diverged there would share some images of an indivisible set.
             stop = np.flatnonzero(mask)[-1] + 1
-            number = image_keys.setdefault((id(branch.image_inputs), ids[:stop].tobytes()), len(image_keys))
+            prefix = ids[:stop].tobytes()
+            number = image_keys.setdefault((id(branch.image_inputs), prefix), len(image_keys))
             ids[mask] = -1 - number  # below 0: never equal to a token id
         keys.append(ids)
     return keys
@@ -59,7 +61,8 @@ def compute_sharing_keys(branches: Sequence[Branch]) -> list[SharingKeys]:
 
 def common_prefix_length(keys: Sequence[SharingKeys], start: int = 0) -> int:
     """Count the leading keys that all have in common; the first `start` are known to be equal."""
-    first, length = keys[0], min(map(len, keys))
+    first = keys[0]
+    length = min(map(len, keys))
     for other in keys[1:]:
         different = np.flatnonzero(first[start:length] != other[start:length])
         if len(different):
@@ -104,7 +107,9 @@ def split_subtrees(group_sizes: Sequence[int], keys: Sequence[SharingKeys], root
     for size in group_sizes:
         by_next_key: dict[int, list[int]] = {}
         for member in range(start, start + size):
-            next_key = int(keys[member][root]) if len(keys[member]) > root else NO_TOKEN
+            next_key = NO_TOKEN
+            if len(keys[member]) > root:
+                next_key = int(keys[member][root])
             by_next_key.setdefault(next_key, []).append(member)
         trees += by_next_key.values()
         start += size

@@ -32,6 +32,8 @@ def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     frames = image_refs(row.get("video"), source)
     refs = [*frames, *image_refs(row.get(source.columns.image), source)]
     dialogue = parse_conversation(as_list(row[source.columns.conversations]), refs, len(frames))
+
+    # Checked even where no pair is made of them.
     false_captions = as_list(row.get("negatives"))
     scores = tuple(as_list(row.get("negative_scores")))
     if not all(isinstance(caption, str) for caption in false_captions):
@@ -86,8 +88,16 @@ def _speaker_and_text(turn: dict[str, Any]) -> tuple[Any, Any]:
     content = turn["content"]
     # A list of parts refers to the record's images in order, as image tokens in a text do.
     if not isinstance(content, str):
-        content = "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in content)
+        content = "".join(map(_part_text, content))
     return _SPEAKERS.get(turn["role"], turn["role"]), content
+
+
+def _part_text(part: dict[str, Any]) -> str:
+    """Return the text of a part, or the image token of an image."""
+    if part["type"] == "image":
+        return IMAGE_TOKEN
+    text: str = part["text"]
+    return text
 
 
 def as_list(value: Any) -> list[Any]:
@@ -95,6 +105,9 @@ def as_list(value: Any) -> list[Any]:
     if isinstance(value, str) and value.startswith("["):
         with suppress(json.JSONDecodeError):  # then it is a text that begins with a bracket
             value = json.loads(value)
-    if value is None or value == "":
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    match value:
+        case None | "":
+            return []
+        case list() | tuple():
+            return list(value)
+    return [value]

@@ -40,7 +40,8 @@ def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue |
 
 def _side(text: str | None, image: Any, source: Source) -> Content:
     """Make a content of a text and an image, of which each may be missing."""
-    refs, text = image_refs(image, source), text or ""
+    refs = image_refs(image, source)
+    text = text or ""
     if not refs:
         text = MARK.sub("", text)
     return place_images(text, refs, MARK)

@@ -50,15 +50,18 @@ def answer_dialogue(pair: Pair, answer_prompt: str | None) -> Dialogue | None:
     """Make a dialogue of a pair: the query and a prompt from the user, the target as the answer if it is text alone."""
     if answer_prompt is None or pair.target.images:
         return None
-    prompt = [answer_prompt] if answer_prompt else []
-    user = Content((*pair.query.parts, *prompt))
-    return Dialogue((Turn("user", user), Turn("assistant", Content.of(pair.target.text.strip()))))
+    question = pair.query
+    if answer_prompt:
+        question = Content((*question.parts, answer_prompt))
+    answer = Content.of(pair.target.text.strip())
+    return Dialogue((Turn("user", question), Turn("assistant", answer)))
 
 
 def _field(row: Any, source: Source, name: str) -> Any:
     """Return a field; only one that the source renamed must be there."""
     column = getattr(source.columns, name)
-    if column not in row and column != getattr(_DEFAULT, name):
+    is_required = column != getattr(_DEFAULT, name)
+    if is_required and column not in row:
         raise RecordError(f"there is no column {column!r}; there are {', '.join(map(str, row))}.")
     return row.get(column)
 
@@ -81,15 +84,17 @@ def _conversation(row: Any, source: Source, query: Content) -> Dialogue | None:
         return None
     # An image that both show is the same reference, so that it is decoded and encoded once.
     image = row.get(source.columns.image)
-    same = image == row.get(source.columns.query_image)
-    return parse_conversation(turns, query.images if same else image_refs(image, source))
+    if image == row.get(source.columns.query_image):
+        return parse_conversation(turns, query.images)
+    return parse_conversation(turns, image_refs(image, source))
 
 
 def _negatives(row: Any, source: Source) -> list[Content]:
     """Return the hard negatives, of which each may have its text, its image or both; some may be empty."""
     texts = as_list(_field(row, source, "negatives"))
     images = as_list(_field(row, source, "negative_images"))
-    if texts and images and len(texts) != len(images):
+    is_mismatch = len(texts) != len(images)
+    if is_mismatch and all((texts, images)):
         raise RecordError(f"there are {len(texts)} negatives and {len(images)} images of negatives.")
     # Where one of the two columns is empty, its values are missing one by one.
     return [_content(text, image, source) for text, image in zip_longest(texts, images)]
@@ -97,15 +102,20 @@ def _negatives(row: Any, source: Source) -> list[Content]:
 
 def _drop_empty_negatives(pair: Pair) -> Pair:
     """Drop negatives without content, together with their scores."""
-    is_given = [bool(negative.parts) for negative in pair.negatives]
-    negatives = tuple(compress(pair.negatives, is_given))
-    return replace(pair, negatives=negatives, negative_scores=tuple(compress(pair.negative_scores, is_given)))
+    has_content = [bool(negative.parts) for negative in pair.negatives]
+    return replace(
+        pair,
+        negatives=tuple(compress(pair.negatives, has_content)),
+        negative_scores=tuple(compress(pair.negative_scores, has_content)),
+    )
 
 
 def _content(text: Any, image: Any, source: Source) -> Content:
     """Make a content of a text field and an image field, or of a mapping in the text field that holds both."""
     if isinstance(text, dict):
         text, image = text.get("text"), text.get("image", text.get("images"))
-    if text is not None and not isinstance(text, str):
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
         raise RecordError(f"a text is a {type(text).__name__}: {str(text)[:40]}.")
-    return place_images(text.strip() if text else "", image_refs(image, source))
+    return place_images(text.strip(), image_refs(image, source))

@@ -16,8 +16,11 @@ class JsonLines:
     def __init__(self, name: str) -> None:
         self.name = name
         # Without a local file, each line would be a request of its own.
-        self.content = read(name) if is_url(name) else None
-        lines = _local_lines(name) if self.content is None else self.content.splitlines(keepends=True)
+        self.content: bytes | None = None
+        lines: Iterable[bytes] = _local_lines(name)
+        if is_url(name):
+            self.content = read(name)
+            lines = self.content.splitlines(keepends=True)
         with file_errors(name):
             ranges = list(_byte_ranges(lines))
         # An array: a list of pairs would take several times the memory, in each worker again.
@@ -26,7 +29,10 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> Any:
         start, stop = self.ranges[index].tolist()
-        line = read(self.name, start, stop) if self.content is None else self.content[start:stop]
+        if self.content is None:
+            line = read(self.name, start, stop)
+        else:
+            line = self.content[start:stop]
         try:
             return json.loads(line)
         except ValueError as error:
@@ -44,5 +50,6 @@ def _byte_ranges(lines: Iterable[bytes]) -> Iterator[tuple[int, int]]:
 
 
 def _local_lines(name: str) -> Iterator[bytes]:
+    """Yield a local file's lines; it is opened when the first one is asked for."""
     with open(name, "rb") as file:
         yield from file

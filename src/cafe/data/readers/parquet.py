@@ -29,6 +29,7 @@ class Parquet:
         return self._row_group(number).slice(within, 1).to_pylist()[0]
 
     def _row_group(self, number: int) -> pa.Table:
+        """Return a row group, from the cache or from the file."""
         if number not in self.cached:
             with file_errors(self.name), fsspec.open(self.name) as file:
                 self.cached[number] = pq.ParquetFile(file).read_row_group(number)
