@@ -97,6 +97,7 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
         messages = dialogue_messages(dialogue, chat_processor.prompts)
         return chat_processor.encode_dialogue(messages, load_images(refs), max_tokens)
 
+    # Nothing yet: each part of the example fills in its own fields.
     encoded = EncodedExample(None, None, [], [], 0, [], None, example.origin)
     if pair := example.pair:
         encoded = replace(
@@ -104,6 +105,7 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
             query=encode_content(pair.query),
             target=encode_content(pair.target),
             negatives=list(map(encode_content, pair.negatives)),
+            # Without soft targets, no negative matches.
             negative_match_prob=pair.negative_scores or [0.0] * len(pair.negatives),
             target_id=content_hash(pair.target),
             negative_ids=list(map(content_hash, pair.negatives)),
@@ -117,6 +119,7 @@ def content_hash(content: Content) -> int:
     """Hash a content to a number that is the same in every process; equal contents have equal numbers."""
     digest = hashlib.blake2b(digest_size=7)  # 56 bits, so that it fits into a signed 64-bit tensor
     for part in content.parts:
+        # The end of each part is marked, so that moving text from one to the next makes another hash.
         digest.update(str(part).encode() + b"\0")
         # A path is in its name already; images in memory are told apart by what they hold.
         match part:

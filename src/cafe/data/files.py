@@ -98,6 +98,7 @@ def read(name: str, start: int | None = None, stop: int | None = None) -> bytes:
     Raises:
         CafeError: it is missing or cannot be read.
     """
+    # The file system is looked up here, in the process that reads: see above.
     with file_errors(name):
         fs, path = fsspec.url_to_fs(name)
         data: bytes = fs.cat_file(path, start, stop)

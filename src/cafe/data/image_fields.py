@@ -62,6 +62,7 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
 
 def _refs_from_text(text: str, source: Source) -> list[ImageRef]:
     """Return the images of a field that is a text: base64, a file or a folder of frames."""
+    # Base64 first: joined with a folder, it would pass for a file's name.
     if text.startswith("data:"):
         return [ImageRef(_decode_base64(text.partition(",")[2]))]
     if _BASE64.fullmatch(text[:1000]):  # the beginning is enough: the rest is checked when it is decoded

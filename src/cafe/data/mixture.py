@@ -92,8 +92,7 @@ def _check_mixture(totals: Sequence[int], weights: Sequence[float], mixture: Mix
     Raises:
         RecipeError: as `epoch_order` says.
     """
-    is_in_range = mixture.temperature > 0 and min(weights) >= 0
-    if not is_in_range or not any(weights):
+    if mixture.temperature <= 0 or min(weights) < 0 or not any(weights):
         raise RecipeError(
             "data.mixture.temperature and the sum of the sources' weights should be above 0, and no weight below."
         )

@@ -46,9 +46,10 @@ class OpenedSource:
     files: Sequence[Rows]
 
     @cached_property
-    def ends(self) -> list[int]:
-        """Return for each file the number of records up to its end."""
-        return list(accumulate(sum(file.chunks) for file in self.files))
+    def starts(self) -> list[int]:
+        """Return for each file the number of records before it, and at the end the number of all."""
+        sizes = (sum(file.chunks) for file in self.files)
+        return list(accumulate(sizes, initial=0))
 
     @cached_property
     def sources(self) -> list[Source]:
@@ -65,7 +66,7 @@ class OpenedSource:
 
     def __len__(self) -> int:
         """Return the number of records."""
-        return self.ends[-1]
+        return self.starts[-1]
 
     def example(self, index: int, rng: Random) -> Example:
         """Read a record and make an Example of it.
@@ -78,10 +79,9 @@ class OpenedSource:
             RecordError: the record is bad.
         """
         # Which file the record is in, and which of its rows.
-        file_number = bisect_right(self.ends, index)
+        file_number = bisect_right(self.starts, index) - 1
         file = self.files[file_number]
-        start = self.ends[file_number] - sum(file.chunks)
-        row_number = index - start
+        row_number = index - self.starts[file_number]
         origin = f"{file.name}, record {row_number}"
         try:
             row = file[row_number]

@@ -32,11 +32,11 @@ class _TorchResize(PilBackend):
 
     def resize(self, image: NDArray[Any], size: SizeDict, resample: Any = None, **kwargs: Any) -> NDArray[Any]:
         """Resize an image by PyTorch if it holds bytes and the size and the filter allow it, by Pillow otherwise."""
-        mode = MODES.get(resample, "")
+        is_supported = image.dtype == np.uint8 and resample in MODES
         # With a shortest edge, the size depends on the image.
-        is_exact_size = all((size.height, size.width, not size.shortest_edge))
-        if all((mode, is_exact_size, image.dtype == np.uint8)):
-            return resize(image, size.height, size.width, mode)
+        is_exact_size = size.height and size.width and not size.shortest_edge
+        if is_supported and is_exact_size:
+            return resize(image, size.height, size.width, MODES[resample])
         resized: NDArray[Any] = super().resize(image=image, size=size, resample=resample, **kwargs)
         return resized
 

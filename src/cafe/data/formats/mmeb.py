@@ -30,6 +30,7 @@ def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue |
     """
     query = _side(row["qry"], row["qry_image_path"], source)
     target = _side(row["pos_text"], row["pos_image_path"], source)
+    # Without them the pair would teach nothing; a missing hard negative is no mistake.
     for name, side in (("query", query), ("target", target)):
         if not side.parts:
             raise RecordError(f"the {name} is empty.")

@@ -28,6 +28,7 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     Raises:
         RecordError: a column is missing, a side is empty or of the wrong kind, or negatives do not go together.
     """
+    # One of several captions.
     positive = _field(row, source, "positive")
     if isinstance(positive, (list, tuple)) and positive:
         positive = rng.choice(positive)
@@ -40,6 +41,7 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     _check_side(row, source, "query", query)
     _check_side(row, source, "positive", target)
     negatives = _negatives(row, source)
+    # CSV holds numbers as texts.
     scores = [float(score) for score in as_list(_field(row, source, "negative_scores"))]
     # Dropped only now, so that scores are checked beside what they were given for.
     pair = _drop_empty_negatives(Pair(query, target, tuple(negatives), tuple(scores)))
@@ -50,6 +52,7 @@ def answer_dialogue(pair: Pair, answer_prompt: str | None) -> Dialogue | None:
     """Make a dialogue of a pair: the query and a prompt from the user, the target as the answer if it is text alone."""
     if answer_prompt is None or pair.target.images:
         return None
+    # "" makes a dialogue of the query as it is.
     question = pair.query
     if answer_prompt:
         question = Content((*question.parts, answer_prompt))
@@ -93,8 +96,7 @@ def _negatives(row: Any, source: Source) -> list[Content]:
     """Return the hard negatives, of which each may have its text, its image or both; some may be empty."""
     texts = as_list(_field(row, source, "negatives"))
     images = as_list(_field(row, source, "negative_images"))
-    is_mismatch = len(texts) != len(images)
-    if is_mismatch and all((texts, images)):
+    if texts and images and len(texts) != len(images):
         raise RecordError(f"there are {len(texts)} negatives and {len(images)} images of negatives.")
     # Where one of the two columns is empty, its values are missing one by one.
     return [_content(text, image, source) for text, image in zip_longest(texts, images)]

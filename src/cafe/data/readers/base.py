@@ -109,6 +109,7 @@ class InMemoryRows:
         return self.rows[index]
 
 
+# Among files that can be read, in the place of one that cannot: see `open_source`.
 class UnreadableFile:
     """Stand for a file that cannot be read, among others that can: so many rows, all of them bad."""
 

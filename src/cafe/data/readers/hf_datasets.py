@@ -40,8 +40,8 @@ def _load(name: str, subset: str) -> Any:
         raise MissingPackageError(f"{name} needs the datasets library: pip install 'cafe-lvlm[datasets]'.") from None
     path = name.removeprefix("dataset:")
     # The library reads what it saved itself by another function than everything else.
-    marks = Path(path) / "state.json", Path(path) / "dataset_dict.json"
-    is_saved = any(map(Path.is_file, marks))
+    saved_files = Path(path) / "state.json", Path(path) / "dataset_dict.json"
+    is_saved = any(map(Path.is_file, saved_files))
     try:
         if is_saved:
             return datasets.load_from_disk(path)

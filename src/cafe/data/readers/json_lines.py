@@ -15,12 +15,14 @@ class JsonLines:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        # Without a local file, each line would be a request of its own.
         self.content: bytes | None = None
-        lines: Iterable[bytes] = _local_lines(name)
+        lines: Iterable[bytes]
         if is_url(name):
+            # Otherwise each line would be a request of its own.
             self.content = read(name)
             lines = self.content.splitlines(keepends=True)
+        else:
+            lines = _local_lines(name)
         with file_errors(name):
             ranges = list(_byte_ranges(lines))
         # An array: a list of pairs would take several times the memory, in each worker again.
@@ -29,10 +31,7 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> Any:
         start, stop = self.ranges[index].tolist()
-        if self.content is None:
-            line = read(self.name, start, stop)
-        else:
-            line = self.content[start:stop]
+        line = read(self.name, start, stop) if self.content is None else self.content[start:stop]
         try:
             return json.loads(line)
         except ValueError as error:

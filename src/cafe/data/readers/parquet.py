@@ -25,7 +25,9 @@ class Parquet:
 
     def __getitem__(self, index: int) -> Any:
         number = int(np.searchsorted(self.ends, index, side="right"))
-        within = index - int(self.ends[number]) + self.chunks[number]
+        start = int(self.ends[number]) - self.chunks[number]
+        within = index - start
+        # To Python objects only now, one row of the group: a whole one would take much more memory than the table.
         return self._row_group(number).slice(within, 1).to_pylist()[0]
 
     def _row_group(self, number: int) -> pa.Table:
