@@ -48,7 +48,7 @@ def test_every_branch_sees_exactly_itself_at_its_own_positions(groups, columns, 
 
 @settings(max_examples=200, deadline=None)
 @given(examples(), st.integers(1, 40))
-def test_within_a_row_a_prefix_is_there_once_and_rows_keep_their_budget(groups, columns):
+def test_a_row_holds_a_prefix_once_and_stays_within_its_budget(groups, columns):
     layout = build_layout(groups, PackingConfig(max_row_tokens=columns))
     branches = [b for group in groups for b in group]
     for i, first in enumerate(layout.coords):
@@ -104,7 +104,7 @@ def test_the_block_mask_of_a_long_row_is_made_in_little_memory():
     assert largest.numel <= 8192
 
 
-def test_an_image_is_there_once_with_its_tensors_in_the_order_of_its_tokens():
+def test_an_image_is_packed_once_in_the_order_of_its_tokens():
     first, second = picture(), picture()
     queries = [branch([1, IMAGE, IMAGE, 2], first), branch([1, IMAGE, IMAGE, 5], second)]
     targets = [branch([1, 7, 8]), branch([1, 7, 9])]

@@ -111,7 +111,7 @@ def paragraph(scene: Scene, rng: Random) -> str:
     for thing in things:
         form = rng.choice(("At the {place} there is {full}.", "In the {place} stands {full}."))
         sentences.append(form.format(place=thing.place, full=full_name(thing)))
-    # Only of things that follow each other, or a scene of four would have six sentences about relations.
+    # Only of things that follow each other in the text, which keeps it short.
     for first, second in pairwise(things):
         relation = relation_between(first, second)
         if relation:
