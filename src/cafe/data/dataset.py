@@ -105,6 +105,7 @@ class ContrastiveBatchDataset(Dataset[Batch]):
 
     def with_micro_batch_size(self, size: MicroBatchSize) -> "ContrastiveBatchDataset":
         """Return a dataset of the same batches in micro-batches of another size."""
+        # A shallow copy: the opened files and the order of the epoch are the same.
         other = copy.copy(self)
         other.micro_batch_size = size
         return other

@@ -66,9 +66,10 @@ def _glob(name: str) -> list[str]:
     chain, colons, last = name.rpartition("::")
     with file_errors(name):
         fs, path = fsspec.url_to_fs(last)
-        matches = sorted(str(match) for match in fs.glob(path))
+        matches = sorted(map(str, fs.glob(path)))
+    # fsspec lists paths without their protocol.
     if is_url(last):
-        matches = [fs.unstrip_protocol(match) for match in matches]
+        matches = list(map(fs.unstrip_protocol, matches))
     return [chain + colons + match for match in matches]
 
 

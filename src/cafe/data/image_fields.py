@@ -158,6 +158,7 @@ def interleave(text: str, waiting: list[ImageRef], token: str | re.Pattern[str] 
         raise RecordError(f"a text shows {num_tokens} images and only {len(waiting)} are left.")
     parts: list[Part] = []
     for index, piece in enumerate(pieces):
+        # An image stands before every piece but the first.
         if index:
             parts.append(waiting.pop(0))
         # Line breaks beside an image belong to the token, as in "<image>\nWhat is it?"; chat templates add their own.

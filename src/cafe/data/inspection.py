@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cafe.content import Content, Example
-from cafe.data.encoding import encode_example
+from cafe.data.encoding import EncodedExample, encode_example
 from cafe.data.records import OpenedSource
 from cafe.errors import RecordError
 from cafe.images.decoding import decode_image
@@ -150,7 +150,7 @@ def inspect(
     """
     reports = []
     for opened in sources:
-        # In order: files are read from front to back.
+        # In order, though drawn at random: files are read from front to back.
         indices: Sequence[int] = range(len(opened))
         if sample and sample < len(opened):
             indices = sorted(Random(seed).sample(indices, sample))
@@ -187,16 +187,13 @@ def _record_stats(example: Example, chat_processor: ChatProcessor, max_tokens: i
         RecordError: it is bad.
     """
     encoded = encode_example(example, chat_processor, max_tokens)
-    # At full size, where training may decode less: digests are of what the file holds.
+    # Decoded once more, at full size, where training may decode less: digests are of what the file holds.
     refs = chain.from_iterable(content.images for content in contents(example).values())
     images = {id(ref): decode_image(ref) for ref in refs}
     image_digests = {key: _digest([str(image.size).encode(), image.tobytes()]) for key, image in images.items()}
 
-    branches = {"query": encoded.query, "target": encoded.target, "dialogue": encoded.dialogue}
-    tokens = {kind: [len(branch)] for kind, branch in branches.items() if branch is not None}
-    tokens["negative"] = list(map(len, encoded.negatives))
     stats = RecordStats(
-        tokens=tokens,
+        tokens=_branch_lengths(encoded),
         num_supervised=sum(int(branch.loss_mask.sum()) for branch in encoded.lm_branches),
         image_sizes=tuple(image.size for image in images.values()),
         image_digests=tuple(image_digests.values()),
@@ -206,6 +203,14 @@ def _record_stats(example: Example, chat_processor: ChatProcessor, max_tokens: i
         pair = _digest([_content_digest(example.pair.query, image_digests), target])
         stats = replace(stats, pair_digest=pair, target_digest=target)
     return stats
+
+
+def _branch_lengths(encoded: EncodedExample) -> dict[str, list[int]]:
+    """Return the lengths in tokens of an example's branches, by kind."""
+    branches = {"query": encoded.query, "target": encoded.target, "dialogue": encoded.dialogue}
+    lengths = {kind: [len(branch)] for kind, branch in branches.items() if branch is not None}
+    lengths["negative"] = list(map(len, encoded.negatives))
+    return lengths
 
 
 def _content_digest(content: Content, image_digests: dict[int, bytes]) -> bytes:

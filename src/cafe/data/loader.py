@@ -40,7 +40,7 @@ def iterate_batches(
         try:
             for batch in stream:
                 yield batch
-                number += 1
+                number += 1  # after a restart, it is not made again
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             if not _is_worker_crash(error):
                 raise

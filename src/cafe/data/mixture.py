@@ -72,7 +72,7 @@ def epoch_order(
     # The records of each source in an order of its own, drawn anew for each pass over it.
     drawn = []
     for chunks, window, total, count in zip(sizes, windows, totals, counts, strict=True):
-        num_passes = -(-count * run // total)
+        num_passes = -(-count * run // total)  # rounded up: the last pass may be used in part
         passes = [windowed_shuffle(chunks, window, rng) for _ in range(num_passes)]
         drawn.append(np.concatenate([np.empty(0, np.int64), *passes])[: count * run])
 
@@ -80,6 +80,7 @@ def epoch_order(
     schedule = array("q", np.repeat(np.arange(len(counts)), counts).tolist())
     rng.shuffle(schedule)
     sources = np.repeat(np.frombuffer(schedule, np.int64), run)
+    # Each source's records fill its own places, in their order.
     records = np.empty_like(sources)
     for source, source_records in enumerate(drawn):
         records[sources == source] = source_records
@@ -96,13 +97,14 @@ def _check_mixture(totals: Sequence[int], weights: Sequence[float], mixture: Mix
         raise RecipeError(
             "data.mixture.temperature and the sum of the sources' weights should be above 0, and no weight below."
         )
+    # A run must not reach over the end of a batch, or that batch would mix sources.
     run = mixture.sub_batch or batch_size
     if run < 1 or batch_size % run:
         raise RecipeError(
             f"data.mixture.sub_batch is {run}, which does not divide the contrastive batch of {batch_size}."
         )
     # A source with weight 0 is not read, so its records do not make an epoch longer.
-    num_records = sum(total for total, weight in zip(totals, weights, strict=True) if weight)
+    num_records = sum(compress(totals, weights))
     if num_records < batch_size:
         raise RecipeError(f"The data holds {num_records} records, fewer than one batch of {batch_size}.")
     return num_records // batch_size

@@ -35,6 +35,7 @@ class Quarantine:
         """
         self.num_bad += len(batch.bad_records)
         self.num_records += len(batch.bad_records) + len(batch.record_names)
+        # Opened for each batch, so that a killed run loses no line.
         if batch.bad_records:
             with self.file.open("a") as out:
                 out.writelines(json.dumps({"reason": reason}) + "\n" for reason in batch.bad_records)

@@ -40,7 +40,7 @@ MIN_FILES_FOR_PROGRESS_BAR = 8
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A source whose files are open: it knows how many records there are, and makes an Example of any of them."""
+    """Hold the open files of a source: how many records there are, and an Example of any of them."""
 
     source: Source
     files: Sequence[Rows]
@@ -57,7 +57,8 @@ class OpenedSource:
         if self.source.images:
             return [self.source] * len(self.files)
         # A pattern may match files in several folders, each with its images beside it.
-        return [replace(self.source, images=folder_of(file.name)) for file in self.files]
+        folders = [folder_of(file.name) for file in self.files]
+        return [replace(self.source, images=folder) for folder in folders]
 
     @cached_property
     def chunks(self) -> list[int]:
@@ -86,11 +87,7 @@ class OpenedSource:
         try:
             row = file[row_number]
             origin += _id_suffix(row)
-            pair, dialogue = FORMATS[self.source.format](row, self.sources[file_number], rng)
-            if not self.source.use_pairs:
-                pair = None
-                if dialogue is None:
-                    raise RecordError("there is no dialogue, and the source's pairs are not used (use_pairs: false).")
+            pair, dialogue = _parse_row(row, self.sources[file_number], rng)
         except CafeError as error:
             # Also where the row's file or its image on an object store cannot be read: other records may be fine.
             raise RecordError(f"{origin}: {error}") from None
@@ -98,6 +95,20 @@ class OpenedSource:
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise RecordError(f"{origin}: a field is missing or of the wrong kind ({error}).") from None
         return Example(pair, dialogue, origin)
+
+
+def _parse_row(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue | None]:
+    """Parse a row by its source's format; the pair is dropped where the source's pairs are not used.
+
+    Raises:
+        RecordError: the format's parser raises it, or nothing is left of the record.
+    """
+    pair, dialogue = FORMATS[source.format](row, source, rng)
+    if source.use_pairs:
+        return pair, dialogue
+    if dialogue is None:
+        raise RecordError("there is no dialogue, and the source's pairs are not used (use_pairs: false).")
+    return None, dialogue
 
 
 def _id_suffix(row: Any) -> str:
@@ -129,8 +140,7 @@ def open_source(source: Source) -> OpenedSource:
 
 def _open_files(source: Source) -> list[Rows]:
     """Open a source's files: a dataset, Karpathy's split files, or files of rows."""
-    is_folder = not is_url(source.path) and Path(source.path).is_dir()
-    if is_folder or source.path.startswith("dataset:"):
+    if _is_dataset(source.path):
         return [HFDataset(source.path, source.split, source.subset)]
     names = expand_pattern(source.path)
     # The usual form of these files is one object, whose images of other splits are dropped here, not counted as bad.
@@ -140,6 +150,13 @@ def _open_files(source: Source) -> list[Rows]:
     if len(names) == 1:
         return [open_rows(names[0], source.shuffle_window)]
     return _open_several(names, source)
+
+
+def _is_dataset(path: str) -> bool:
+    """Return whether a path is for the datasets library: a folder, or a name after `dataset:`."""
+    if path.startswith("dataset:"):
+        return True
+    return not is_url(path) and Path(path).is_dir()
 
 
 def _open_several(names: list[str], source: Source) -> list[Rows]:

@@ -65,7 +65,7 @@ class Normalization:
             values: pixel values.
             raw: what may be their bytes: of another dtype or shape, or without colors, they are not.
         """
-        if raw.dtype != torch.uint8 or raw.shape != values.shape:
+        if (raw.dtype, raw.shape) != (torch.uint8, values.shape):
             return False
         if not _has_colors(raw):
             return False

@@ -193,6 +193,7 @@ def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, max_t
     largest = max(sizes)
     if largest > max_tokens:
         max_tokens = largest + largest // 8
+    # A row holds the root once, so that trees count without it.
     own_sizes = [size - root for size in sizes]
     total = sum(own_sizes)
     min_rows = math.ceil(total / max(1, max_tokens - root))

@@ -76,6 +76,7 @@ def iter_tree(members: Sequence[int], keys: Sequence[SharingKeys], start: int = 
     # Branches that continue below this node, grouped by their next key: one child for each.
     next_key = {member: keys[member][stop] for member in members if len(keys[member]) > stop}
     longer = sorted(next_key, key=next_key.__getitem__)
+    # All of them before the node itself is yielded, because it holds the size of its whole tree.
     below: list[Node] = []
     for _, child_members in groupby(longer, next_key.__getitem__):
         below += iter_tree(list(child_members), keys, stop)
@@ -105,6 +106,7 @@ def split_subtrees(group_sizes: Sequence[int], keys: Sequence[SharingKeys], root
     trees: list[list[int]] = []
     start = 0
     for size in group_sizes:
+        # Branches that end with the root have no next key and form one tree.
         by_next_key: dict[int, list[int]] = {}
         for member in range(start, start + size):
             next_key = NO_TOKEN

@@ -67,9 +67,11 @@ HARD = ("presence", "color", "place")  # the kinds of question that are learned 
 
 def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
     """Make a LLaVA-OneVision processor whose byte-level BPE tokenizer is trained on the texts."""
+    # Byte-level, so that any text can be encoded although the corpus is tiny.
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    # The first one pads, the next two frame turns (ChatML), and the last two stand for images and videos.
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
     bpe.train_from_iterator(
         texts,
@@ -308,6 +310,7 @@ def train_base(
     model = make_model(processor).to(device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     report(f"{num_parameters:,} parameters, {len(processor.tokenizer)} tokens")
+    # The learning rate of each group follows one curve, whatever it starts from.
     optimizer = make_optimizer(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
     stream = iter(make_loader(Lessons(chat_processor, seed, steps, batch), range(steps), workers))
@@ -328,6 +331,7 @@ def train_base(
         schedule.step()
         if step % 25 == 24:
             progress.set_postfix({kind: f"{fmean(losses[-25:]):.4f}" for kind, losses in history.items()})
+    # Half precision halves the files, which the package ships.
     model.half().save_pretrained(directory)
     chat_processor.save(directory)
     record = {

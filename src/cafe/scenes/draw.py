@@ -64,7 +64,7 @@ def _polygon(kind: str) -> list[tuple[float, float]]:
             for turn, radius in enumerate([1.0, 0.42] * 5)
         ]
     if kind == "cross":
-        a, b = 0.32, 0.95
+        a, b = 0.32, 0.95  # half the width of an arm, and its length from the center
         return [
             (-a, -b),
             (a, -b),
@@ -116,7 +116,8 @@ def paint(scene: Scene) -> Image.Image:
     rng = Random(f"paint {scene.name}")
     image = _background(scene, rng)
     for thing in scene.things:
-        stencil = _stencil(thing, scene.split, rng.uniform(*_SIZE_PIXELS[thing.size]), rng)
+        pixels = rng.uniform(*_SIZE_PIXELS[thing.size])
+        stencil = _stencil(thing, scene.split, pixels, rng)
         row, column = divmod(PLACES.index(thing.place), 2)
         # Centered in its quarter, but for a jitter of up to 2 pixels.
         slack = (_CELL - stencil.width) / 2

@@ -77,6 +77,7 @@ def _grounding(scene: Scene, thing: Thing, directory: Path) -> dict[str, Any]:
     crops = []
     other_places = [place for place in PLACES if place != thing.place]
     for place in (thing.place, *other_places):
+        # The right quarter comes first, as in every row of candidates.
         crop = f"images/crops/{scene.name}-{place.replace(' ', '-')}.png"
         crop_place(painted, place).save(directory / crop)
         crops.append((f"{MMEB_IMAGE}\nRepresent the cropped image.", crop))

@@ -143,6 +143,7 @@ def _sugarcrepe(scenes: list[Scene]) -> dict[str, list[dict[str, str]]]:
     """Pair true captions with captions of changed things, by SugarCrepe's name for the change."""
     files: dict[str, list[dict[str, str]]] = {}
     for scene in scenes:
+        # Not every scene allows every change, so the files have different lengths.
         changes = hard_negatives(scene.things, Random(f"sugarcrepe {scene.name}"))
         for change, things in changes.items():
             true, false = captions_alike(scene.things, things, Random(f"{change} {scene.name}"))
@@ -156,7 +157,7 @@ def _aro(scenes: list[Scene]) -> dict[str, list[dict[str, Any]]]:
     parts: dict[str, list[dict[str, Any]]] = {"relation": [], "attribution": []}
     for scene in scenes:
         for pair in combinations(scene.things, 2):
-            # Sorted by name, so that the order of a scene's things does not decide what is true.
+            # In alphabetical order, so that the first thing is not always the one that a scene lists first.
             first, second = sorted(pair, key=lambda thing: (thing.color, thing.kind))
             box = {"image_path": image_path(scene), **_box(first, second)}
             relation = relation_between(first, second)

@@ -11,6 +11,7 @@ from cafe.scenes.world import COLORS, KINDS, PLACES, SIZES, Scene, Thing
 
 CAPTION_PROMPT = "Describe the image."
 PARAGRAPH_PROMPT = "Describe the image in detail."
+# By number: a scene has four things at most.
 NUMBERS = ("zero", "one", "two", "three", "four")
 QUESTION_KINDS = ("presence", "count", "color", "shape", "place", "relation")
 
@@ -169,6 +170,7 @@ def _count_question(scene: Scene, target: Thing, rng: Random) -> Question:
     return Question("count", f"How many {target.color} objects are there?", NUMBERS[same_color])
 
 
+# A question names its target by what identifies it, or it would have two right answers.
 def _color_question(scene: Scene, target: Thing) -> Question:
     """Ask for the target's color, by its kind where that identifies it and by its place elsewhere."""
     kinds = [thing.kind for thing in scene.things]
@@ -215,7 +217,8 @@ def near_miss(scene: Scene, rng: Random) -> Thing:
     # A changed thing may be another one of the scene: draw until it is not.
     while True:
         thing = rng.choice(scene.things)
-        if rng.random() < 0.5:
+        changes_color = rng.random() < 0.5
+        if changes_color:
             thing = replace(thing, color=rng.choice(list(COLORS)))
         else:
             thing = replace(thing, kind=rng.choice(KINDS))
@@ -254,7 +257,8 @@ def replace_kind(things: tuple[Thing, ...], rng: Random) -> tuple[Thing, ...]:
 
 def replace_attribute(things: tuple[Thing, ...], rng: Random) -> tuple[Thing, ...]:
     """Change the color or the size of one thing."""
-    field, values = rng.choice((("color", tuple(COLORS)), ("size", SIZES)))
+    fields = (("color", tuple(COLORS)), ("size", SIZES))
+    field, values = rng.choice(fields)
     return _replace(things, field, values, rng)
 
 

@@ -29,6 +29,7 @@ def karpathy(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialog
     file = row["filename"]
     if row.get("filepath"):
         file = f"{row['filepath']}/{file}"
+    # Exactly one image: anything else makes the record bad.
     [ref] = image_refs(file, source)
     caption = Content.of(rng.choice(captions))
     question = Content((ref, DESCRIBE_PROMPT))

@@ -105,6 +105,7 @@ def as_list(value: Any) -> list[Any]:
     if isinstance(value, str) and value.startswith("["):
         with suppress(json.JSONDecodeError):  # then it is a text that begins with a bracket
             value = json.loads(value)
+    # A CSV file has no null: an empty cell is no value.
     match value:
         case None | "":
             return []

@@ -62,6 +62,7 @@ def _add_member(row: dict[str, Any], images: list[bytes], name: str, data: bytes
         images.append(data)
     elif suffix.endswith("json"):
         value = json.loads(data)
+        # What is not an object, such as a list of turns, is one field.
         fields = value if isinstance(value, dict) else {suffix: value}
         row.update(fields)
     elif suffix in ("txt", "caption", "text"):
@@ -109,11 +110,11 @@ def _build_index(name: str) -> tuple[np.ndarray, str]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if _is_member(member):
-                        member_key, _ = _split_name(member.name)
-                        if member_key != key:
-                            key = member_key
-                            starts.append(member.offset)
+                    member_key, _ = _split_name(member.name)
+                    # A row begins where the key changes; its files follow each other.
+                    if _is_member(member) and member_key != key:
+                        key = member_key
+                        starts.append(member.offset)
                     end = tar.offset
             # A whole tar ends with a block of zeros; tarfile accepts one that was cut between two members.
             file.seek(end)
