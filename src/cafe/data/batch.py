@@ -187,7 +187,13 @@ def _assign_embedding_slots(examples: Sequence[EncodedExample]) -> list[list[int
 def split_micro_batches(
     embedding: Sequence[list[Branch]], language: Sequence[list[Branch]], size: MicroBatchSize
 ) -> list[slice]:
-    """Cut examples into consecutive micro-batches. An example that is too large by itself gets one of its own."""
+    """Cut examples into consecutive micro-batches. An example that is too large by itself gets one of its own.
+
+    Args:
+        embedding: for each example, the branches that are embedded.
+        language: for each example, the branches that the language loss is taken on.
+        size: the largest micro-batch.
+    """
     if not embedding:
         return []
     cuts = []
@@ -228,7 +234,14 @@ def blank_branch(chat_processor: ChatProcessor, width: int = 64, height: int = 6
 def pack_with_blank(
     embedding: list[list[Branch]], language: list[list[Branch]], packing: PackingConfig, blank: Branch | None
 ) -> PackedBatch:
-    """Pack some examples, and `blank` with them if none of them shows an image."""
+    """Pack some examples, and a blank image with them if none of them shows an image.
+
+    Args:
+        embedding: for each example, the branches that are embedded.
+        language: for each example, the branches that the language loss is taken on.
+        packing: how branches become packs.
+        blank: see `blank_branch`; None adds nothing.
+    """
     branches = chain.from_iterable((*embedding, *language))
     has_images = any(branch.image_inputs for branch in branches)
     if blank is not None and not has_images:

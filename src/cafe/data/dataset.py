@@ -147,7 +147,11 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         )
 
     def _check_first_records(self) -> None:
-        """Make sure that the first records hold something to train on."""
+        """Make sure that the first records hold something to train on.
+
+        Raises:
+            RecipeError: all that can be read hold nothing.
+        """
         num_untrained = 0
         num_checked = min(NUM_CHECKED_RECORDS, len(self.order(0).records))
         for position in range(num_checked):

@@ -55,6 +55,7 @@ def spans(
         chat_processor: whose tokens they are.
         embedded: whether the last token is a readout.
     """
+    # Added tokens, such as those of images, need not be among the special ones.
     tokenizer = chat_processor.tokenizer
     ids = branch.input_ids.tolist()
     supervised = branch.loss_mask.tolist()

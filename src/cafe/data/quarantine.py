@@ -44,7 +44,11 @@ class Quarantine:
         return batch
 
     def _check_counts(self, last_reason: str) -> None:
-        """Raise if the bad records are too many so far."""
+        """Make sure that there are not too many bad records so far.
+
+        Raises:
+            CafeError: there are.
+        """
         details = f"{self.file} lists them. The last: {last_reason}"
         # Most often a wrong folder of images or a wrong column: no need to wait until a fraction means much.
         if self.num_bad == self.num_records >= MIN_ALL_BAD:

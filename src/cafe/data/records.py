@@ -182,7 +182,12 @@ def _open_several(names: list[str], source: Source) -> list[Rows]:
 
 
 def _open_karpathy(name: str, split: str) -> Rows:
-    """Open a split file, whose records are a list within one object."""
+    """Open a split file, whose records are a list within one object.
+
+    Raises:
+        CafeError: it cannot be read or holds no such list.
+    """
+    # The file is read whole: its records are a part of one JSON value.
     data = load_json(name)
     match data:
         case {"images": list(images)} if all(isinstance(row, dict) for row in images):

@@ -59,6 +59,13 @@ def decode_array(
     """Decode an image as `decode_image` does, into an array; plain JPEGs by simplejpeg, which does half the work.
 
     Pillow and simplejpeg both decode by libjpeg-turbo, so the values are the same.
+
+    Args:
+        ref: the image.
+        max_pixels, min_side: see `decode_image`.
+
+    Raises:
+        RecordError: as `decode_image` says.
     """
     if simplejpeg and not isinstance(ref.source, Image.Image):
         with _open_encoded(ref.source, max_pixels, min_side) as image:
@@ -90,7 +97,11 @@ def _is_plain_jpeg(image: Image.Image) -> bool:
 
 @contextmanager
 def _open_encoded(source: Path | bytes, max_pixels: int, min_side: int | None) -> Iterator[Image.Image]:
-    """Open an encoded image that is not decoded yet, set to be decoded at a reduced size if `min_side` allows it."""
+    """Open an encoded image that is not decoded yet, set to be decoded at a reduced size if `min_side` allows it.
+
+    Raises:
+        RecordError: the image has too many pixels, or anything else is wrong with it, also within the `with` block.
+    """
     ref = ImageRef(source)  # names the image in messages
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with image_errors(ref), Image.open(file) as image:
@@ -114,7 +125,11 @@ def _reduce_jpeg(image: Image.Image, min_side: int) -> None:
 
 @contextmanager
 def image_errors(ref: ImageRef) -> Iterator[None]:
-    """Turn whatever is wrong with an image into an error that names it."""
+    """Turn whatever is wrong with an image into an error that names it.
+
+    Raises:
+        RecordError: something is wrong with it.
+    """
     try:
         yield
     except (CafeError, MemoryError):  # neither says anything about the image

@@ -116,6 +116,7 @@ def judge_branches(
     images = dict(zip(map(id, refs), chat_processor.decode_images(refs), strict=True))
     branches = []
     for target in targets:
+        # The query first, so that the prompts share all of it.
         content = Content((*query.parts, "\n", *target.parts, f"\n{question}"))
         processed = chat_processor.process_images([images[id(ref)] for ref in content.images])
         messages = dialogue_messages(Dialogue((Turn("user", content),)), chat_processor.prompts)

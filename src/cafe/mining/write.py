@@ -89,6 +89,7 @@ def _pair_fields(pair: Pair, output: Path) -> dict[str, Any]:
     fields["query"], fields["query_image"] = _text_and_images(pair.query, output)
     fields["positive"], fields["positive_image"] = _text_and_images(pair.target, output)
     fields["negatives"] = []
+    # A mapping, since a negative may have text and images; the other sides have a column for each.
     for negative in pair.negatives:
         text, images = _text_and_images(negative, output)
         fields["negatives"].append({"text": text, "images": images})

@@ -18,7 +18,13 @@ _MAX_SEARCHED_SCENES = 40  # for wrong answers, once there is one
 
 
 def write_mmeb(scenes: list[Scene], split: Split, directory: Path) -> None:
-    """Write one table per task: with MMEB-train's columns for the training split, with MMEB-eval's for the other."""
+    """Write one table per task: with MMEB-train's columns for the training split, with MMEB-eval's for the other.
+
+    Args:
+        scenes: what the rows are about.
+        split: which one they are of.
+        directory: the folder of all data; tables are written to folders in it.
+    """
     folder = directory / ("mmeb_train" if split == "train" else "mmeb_eval")
     folder.mkdir(exist_ok=True)
     for task, rows in _tasks(scenes, directory).items():

@@ -79,7 +79,12 @@ def in_reading_order(things: tuple[Thing, ...]) -> tuple[Thing, ...]:
 
 
 def captions(things: tuple[Thing, ...], orders: int | None = None) -> list[str]:
-    """Write every true short caption: each template with the things in each order, or in the first `orders` of them."""
+    """Write every true short caption: each template with the things in each order.
+
+    Args:
+        things: what is in the image.
+        orders: how many orders to write; None writes all.
+    """
     chosen_orders = list(islice(permutations(things), orders))
     written: list[str] = []
     for template in _CAPTION_TEMPLATES:
@@ -93,7 +98,13 @@ def caption(things: tuple[Thing, ...], rng: Random) -> str:
 
 
 def captions_alike(things: tuple[Thing, ...], others: tuple[Thing, ...], rng: Random) -> tuple[str, str]:
-    """Write captions of things and of their changed versions, in the same order and with the same template."""
+    """Write captions of things and of their changed versions, in the same order and with the same template.
+
+    Args:
+        things: what is in the image.
+        others: the changed version of each.
+        rng: chooses the template and the order.
+    """
     template = rng.choice(_CAPTION_TEMPLATES)
     order = in_reading_order(things)
     if rng.random() > _IN_READING_ORDER:

@@ -90,7 +90,14 @@ def _draw_kind(rng: Random, kinds: tuple[str, ...]) -> str:
 
 
 def draw_scene(seed: int, split: Split, index: int, max_things: int = 3, min_things: int = 1) -> Scene:
-    """Draw scene number `index` of a split: the same arguments always give the same scene."""
+    """Draw a scene: the same arguments always give the same one.
+
+    Args:
+        seed: of all scenes.
+        split: which combinations of things are allowed.
+        index: the scene's number in the split.
+        max_things, min_things: the most and the fewest things, from one to four.
+    """
     name = f"{split}-{seed}-{index:06d}"
     rng = Random(name)
     # One thing is half as likely as each other number.
@@ -111,7 +118,15 @@ def draw_scene(seed: int, split: Split, index: int, max_things: int = 3, min_thi
 
 
 def draw_scenes(seed: int, split: Split, count: int, max_things: int = 3, distinct: bool = False) -> list[Scene]:
-    """Draw `count` scenes of a split; with `distinct`, no two have the same things in the same places."""
+    """Draw scenes of a split.
+
+    Args:
+        seed: of all scenes.
+        split: which combinations of things are allowed.
+        count: the number of scenes.
+        max_things: the most things in a scene.
+        distinct: whether to leave out scenes with the same things in the same places as an earlier one.
+    """
     scenes: list[Scene] = []
     seen: set[frozenset[Thing]] = set()
     index = 0

@@ -45,7 +45,12 @@ def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
 
 
 def parse_conversation(turns: list[Any], refs: list[ImageRef], num_frames: int = 0) -> Dialogue:
-    """Parse a conversation about some images, the first `num_frames` of which stand at the mark <video>.
+    """Parse a conversation about some images.
+
+    Args:
+        turns: from user and assistant in turn, in LLaVA's form or that of chat templates.
+        refs: the images, in order.
+        num_frames: how many of them, from the first on, are a video and stand at the mark <video>.
 
     Raises:
         RecordError: turns do not alternate, one is empty or not a text, or they show more images than there are.
@@ -54,6 +59,7 @@ def parse_conversation(turns: list[Any], refs: list[ImageRef], num_frames: int =
     parsed: list[Turn] = []
     for index, turn in enumerate(turns):
         text = _check_turn(index, turn)
+        # The user speaks first, so the turns of the assistant have odd numbers.
         if index % 2:
             parsed.append(Turn("assistant", Content.of(text.strip())))
         else:
@@ -69,7 +75,11 @@ def parse_conversation(turns: list[Any], refs: list[ImageRef], num_frames: int =
 
 
 def _check_turn(index: int, turn: dict[str, Any]) -> str:
-    """Return a turn's text, once it is known to be a text from the expected speaker."""
+    """Return a turn's text.
+
+    Raises:
+        RecordError: it is empty, no text, or from another speaker than expected.
+    """
     speaker, text = _speaker_and_text(turn)
     expected = ("human", "gpt")[index % 2]
     if speaker != expected:

@@ -49,10 +49,15 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
 
 
 def answer_dialogue(pair: Pair, answer_prompt: str | None) -> Dialogue | None:
-    """Make a dialogue of a pair: the query and a prompt from the user, the target as the answer if it is text alone."""
+    """Make a dialogue of a pair: the query and a prompt from the user, the target as the answer if it is text alone.
+
+    Args:
+        pair: the query and its match.
+        answer_prompt: what the user says after the query; "" adds nothing, None makes no dialogue.
+    """
     if answer_prompt is None or pair.target.images:
         return None
-    # "" makes a dialogue of the query as it is.
+
     question = pair.query
     if answer_prompt:
         question = Content((*question.parts, answer_prompt))
@@ -65,17 +70,25 @@ def _field(row: Any, source: Source, name: str) -> Any:
     column = getattr(source.columns, name)
     is_required = column != getattr(_DEFAULT, name)
     if is_required and column not in row:
-        raise RecordError(f"there is no column {column!r}; there are {', '.join(map(str, row))}.")
+        raise _missing_column(repr(column), row)
     return row.get(column)
 
 
+def _missing_column(wanted: str, row: Any) -> RecordError:
+    """Return the error for a column that is not there, which lists those that are."""
+    return RecordError(f"there is no column {wanted}; there are {', '.join(map(str, row))}.")
+
+
 def _check_side(row: Any, source: Source, name: str, side: Content) -> None:
-    """Make sure that the query or the positive has a column and is not empty."""
+    """Make sure that the query or the positive has a column and is not empty.
+
+    Raises:
+        RecordError: it has no column, or is empty.
+    """
     # A missing column is more often a wrong name than an empty side, and gets another message.
-    columns = getattr(source.columns, name), getattr(source.columns, f"{name}_image")
+    columns = [getattr(source.columns, name), getattr(source.columns, f"{name}_image")]
     if not any(column in row for column in columns):
-        wanted = " or ".join(map(repr, columns))
-        raise RecordError(f"there is no column {wanted}; there are {', '.join(map(str, row))}.")
+        raise _missing_column(" or ".join(map(repr, columns)), row)
     if not side.parts:
         raise RecordError(f"the {name} is empty.")
 
@@ -93,7 +106,11 @@ def _conversation(row: Any, source: Source, query: Content) -> Dialogue | None:
 
 
 def _negatives(row: Any, source: Source) -> list[Content]:
-    """Return the hard negatives, of which each may have its text, its image or both; some may be empty."""
+    """Return the hard negatives, of which each may have its text, its image or both; some may be empty.
+
+    Raises:
+        RecordError: there are texts and images, but not as many.
+    """
     texts = as_list(_field(row, source, "negatives"))
     images = as_list(_field(row, source, "negative_images"))
     if texts and images and len(texts) != len(images):
@@ -113,7 +130,11 @@ def _drop_empty_negatives(pair: Pair) -> Pair:
 
 
 def _content(text: Any, image: Any, source: Source) -> Content:
-    """Make a content of a text field and an image field, or of a mapping in the text field that holds both."""
+    """Make a content of a text field and an image field, or of a mapping in the text field that holds both.
+
+    Raises:
+        RecordError: the text is not a text, or the image not an image.
+    """
     if isinstance(text, dict):
         text, image = text.get("text"), text.get("image", text.get("images"))
     if text is None:
