@@ -16,7 +16,7 @@ def search(
     one.
     """
     if find_spec("faiss"):
-        import faiss
+        import faiss  # an optional dependency
 
         index = faiss.IndexFlatIP(corpus.shape[1])
         index.add(np.ascontiguousarray(corpus, np.float32))
@@ -32,6 +32,7 @@ def search_blocks(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     results = []
     for start in range(0, len(queries), block):
+        # No columns yet: each block of the corpus adds its own.
         rows = torch.from_numpy(queries[start : start + block]).to(device)
         best_scores = rows.new_empty(len(rows), 0)
         best_indices = torch.empty(len(rows), 0, dtype=torch.long, device=device)

@@ -9,7 +9,8 @@ from PIL import Image
 from cafe.cli.main import main
 from cafe.content import Content, Example, Pair
 from cafe.data.encoding import encode_example
-from cafe.data.inspection import contents, count_duplicates, inspect, percentiles, spans, write_page
+from cafe.data.inspection import contents, count_duplicates, inspect, percentiles
+from cafe.data.inspection_page import spans, write_page
 from cafe.data.records import open_source
 from cafe.data.source import Source
 from cafe.images.decoding import decode_image

@@ -7,6 +7,7 @@ import torch
 
 from cafe.data.records import open_source
 from cafe.data.source import Source
+from cafe.lvlm.generation import collate_to_device
 from cafe.mining.config import MiningConfig
 from cafe.mining.embed import Examples, embed_pairs
 from cafe.mining.judge import filter_by_judge, judge_branches, yes_probability
@@ -23,8 +24,9 @@ def test_the_judge_keeps_what_the_model_says_no_to(model, scenes):
         for other in row:  # one plain forward each
             query, target = examples[keys[number]].pair.query, examples[keys[other]].pair.target
             [branch] = judge_branches(query, [target], model.chat_processor, mining.question)
+            inputs = collate_to_device(model.lvlm, model.chat_processor, [branch])
             with torch.no_grad():
-                logits = model.lvlm(**model._inputs([branch])).logits[0, -1].double()
+                logits = model.lvlm(**inputs).logits[0, -1].double()
             words = {}
             for word in ("yes", "no"):
                 forms = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")

@@ -70,7 +70,8 @@ def check_command(
     SOURCE is a data file, which needs --base; RECIPE is a YAML file, all of whose sources are checked. KEY=VALUE
     replaces a field of either. A page shows examples as the model will read them.
     """
-    from cafe.data.inspection import inspect, write_page
+    from cafe.data.inspection import inspect
+    from cafe.data.inspection_page import write_page
     from cafe.data.records import open_source
     from cafe.training.build import build_chat_processor
 

@@ -1,7 +1,7 @@
 """Collate encoded examples into contrastive batches, cut into micro-batches that fit into memory."""
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Annotated
 
@@ -36,8 +36,9 @@ class MicroBatch:
     def pin_memory(self) -> "MicroBatch":
         """Copy the tensors to page-locked memory, each once."""
         # One object stays one object, or its tensors would be copied to the GPU twice.
-        joint = self.joint.pin_memory()
-        embedding_only = joint if self.embedding_only is self.joint else self.embedding_only.pin_memory()
+        joint = embedding_only = self.joint.pin_memory()
+        if self.embedding_only is not self.joint:
+            embedding_only = self.embedding_only.pin_memory()
         return MicroBatch(joint, embedding_only, self.embedding_slots.pin_memory())
 
 
@@ -91,8 +92,12 @@ class MicroBatchSize:
 
     def within(self, other: "MicroBatchSize") -> "MicroBatchSize":
         """Return the stricter of two sizes, limit by limit."""
-        limits = zip(astuple(self), astuple(other), strict=True)
-        return MicroBatchSize(*(min(filter(None, both), default=None) for both in limits))
+        return MicroBatchSize(_stricter(self.tokens, other.tokens), _stricter(self.crops, other.crops))
+
+
+def _stricter(first: int | None, second: int | None) -> int | None:
+    """Return the lower of two limits, of which None sets no limit."""
+    return min(filter(None, (first, second)), default=None)
 
 
 NO_LIMIT = MicroBatchSize()
@@ -143,6 +148,7 @@ def collate_examples(
 def _make_micro_batches(
     examples: Sequence[EncodedExample], packing: PackingConfig, size: MicroBatchSize, blank: Branch | None
 ) -> list[MicroBatch]:
+    """Cut examples into micro-batches and pack each of them."""
     embedding = [example.embedding_branches for example in examples]
     language = [example.lm_branches for example in examples]
     slots = _assign_embedding_slots(examples)
@@ -152,13 +158,12 @@ def _make_micro_batches(
         # The gradient cache first embeds every micro-batch without its dialogues, but the first one, which it runs
         # once with everything. A micro-batch of one kind of branch needs no second pack either.
         runs_twice = len(micro_batches) > 0
-        if runs_twice and any(embedding[part]) and any(language[part]):
+        embedding_only = joint
+        if all((runs_twice, any(embedding[part]), any(language[part]))):
             no_language: list[list[Branch]] = [[]] * len(language[part])
             embedding_only = pack_with_blank(embedding[part], no_language, packing, blank)
-        else:
-            embedding_only = joint
-        rows = torch.tensor(list(chain.from_iterable(slots[part])), dtype=torch.long)
-        micro_batches.append(MicroBatch(joint, embedding_only, rows))
+        part_slots = torch.tensor(list(chain.from_iterable(slots[part])), dtype=torch.long)
+        micro_batches.append(MicroBatch(joint, embedding_only, part_slots))
     return micro_batches
 
 
@@ -166,35 +171,52 @@ def _assign_embedding_slots(examples: Sequence[EncodedExample]) -> list[list[int
     """Return for each example the rows of its embedded branches: queries come first, then targets, then negatives."""
     num_pairs = sum(bool(example.embedding_branches) for example in examples)
     slots = []
-    pair, negative = 0, 2 * num_pairs
+    pair = 0
+    first_negative = 2 * num_pairs
     for example in examples:
         if not example.embedding_branches:
             slots.append(list[int]())  # keeps examples and their slots side by side
             continue
-        end = negative + len(example.negatives)
-        slots.append([pair, num_pairs + pair, *range(negative, end)])
-        pair, negative = pair + 1, end
+        end = first_negative + len(example.negatives)
+        slots.append([pair, num_pairs + pair, *range(first_negative, end)])
+        pair += 1
+        first_negative = end
     return slots
 
 
 def split_micro_batches(
     embedding: Sequence[list[Branch]], language: Sequence[list[Branch]], size: MicroBatchSize
 ) -> list[slice]:
-    """Cut examples into consecutive micro-batches. An example that is too large by itself gets one of its own."""
+    """Cut examples into consecutive micro-batches. An example that is too large by itself gets one of its own.
+
+    Args:
+        embedding: for each example, the branches that are embedded.
+        language: for each example, the branches that the language loss is taken on.
+        size: the largest micro-batch.
+    """
     if not embedding:
         return []
     cuts = []
     start, tokens, crops = 0, 0, 0
     for index, branches in enumerate(map(list.__add__, embedding, language)):
         # Examples share nothing with each other, so their sizes add up.
-        example_tokens, example_crops = count_unique_tokens(branches), count_crops(branches)
-        over_tokens = size.tokens and tokens + example_tokens > size.tokens
-        over_crops = size.crops and crops + example_crops > size.crops
-        if index > start and (over_tokens or over_crops):
+        example_tokens = count_unique_tokens(branches)
+        example_crops = count_crops(branches)
+        is_full = _exceeds(tokens + example_tokens, size.tokens) or _exceeds(crops + example_crops, size.crops)
+        # The first example of a micro-batch is in it however large it is.
+        if is_full and index > start:
             cuts.append(slice(start, index))
             start, tokens, crops = index, 0, 0
-        tokens, crops = tokens + example_tokens, crops + example_crops
+        tokens += example_tokens
+        crops += example_crops
     return [*cuts, slice(start, len(embedding))]
+
+
+def _exceeds(amount: int, limit: int | None) -> bool:
+    """Return whether an amount is above a limit, if there is one."""
+    if not limit:
+        return False
+    return amount > limit
 
 
 def blank_branch(chat_processor: ChatProcessor, width: int = 64, height: int = 64) -> Branch:
@@ -204,15 +226,24 @@ def blank_branch(chat_processor: ChatProcessor, width: int = 64, height: int = 6
     any other, or they deadlock.
     """
     image = Image.new("RGB", (width, height))
-    messages = dialogue_messages(Dialogue((Turn("user", Content.of(image)),)), chat_processor.prompts)
+    dialogue = Dialogue((Turn("user", Content.of(image)),))
+    messages = dialogue_messages(dialogue, chat_processor.prompts)
     return chat_processor.encode_prompt(messages, chat_processor.process_images([image]))
 
 
 def pack_with_blank(
     embedding: list[list[Branch]], language: list[list[Branch]], packing: PackingConfig, blank: Branch | None
 ) -> PackedBatch:
-    """Pack some examples, and `blank` with them if none of them shows an image."""
-    has_images = any(branch.image_inputs for example in (*embedding, *language) for branch in example)
+    """Pack some examples, and a blank image with them if none of them shows an image.
+
+    Args:
+        embedding: for each example, the branches that are embedded.
+        language: for each example, the branches that the language loss is taken on.
+        packing: how branches become packs.
+        blank: see `blank_branch`; None adds nothing.
+    """
+    branches = chain.from_iterable((*embedding, *language))
+    has_images = any(branch.image_inputs for branch in branches)
     if blank is not None and not has_images:
         # As a language branch without supervised tokens: it adds no embedding and no loss.
         embedding, language = [*embedding, []], [*language, [blank]]

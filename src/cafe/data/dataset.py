@@ -74,8 +74,8 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         self.mixture = mixture
         self.blank = blank_branch(chat_processor) if add_blank_images else None
 
-        self._order = (0, self._draw_order(0))  # the epoch that was asked for last
-        self.per_epoch = len(self._order[1].records) // (batch_size * world_size)
+        self._order = (0, self._draw_order(0))  # of the epoch that was asked for last
+        self.per_epoch = len(self.order(0).records) // (batch_size * world_size)
         self._check_first_records()
 
     def __len__(self) -> int:
@@ -83,6 +83,7 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         return self.per_epoch
 
     def __getitem__(self, number: int) -> Batch:
+        """Make a batch; `number` counts on from one epoch to the next."""
         # A global batch is a stretch of the epoch's order; each rank takes a stretch of that.
         epoch, within = divmod(number, self.per_epoch)
         start = (within * self.world_size + self.rank) * self.batch_size
@@ -104,6 +105,7 @@ class ContrastiveBatchDataset(Dataset[Batch]):
 
     def with_micro_batch_size(self, size: MicroBatchSize) -> "ContrastiveBatchDataset":
         """Return a dataset of the same batches in micro-batches of another size."""
+        # A shallow copy: the opened files and the order of the epoch are the same.
         other = copy.copy(self)
         other.micro_batch_size = size
         return other
@@ -134,6 +136,7 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         return self._order[1]
 
     def _draw_order(self, epoch: int) -> EpochOrder:
+        # A generator of its own for each epoch: a resumed run draws the same order without drawing the earlier ones.
         return epoch_order(
             [opened.chunks for opened in self.sources],
             [opened.source.shuffle_window for opened in self.sources],
@@ -144,17 +147,23 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         )
 
     def _check_first_records(self) -> None:
-        """Make sure that the first records hold something to train on."""
+        """Make sure that the first records hold something to train on.
+
+        Raises:
+            RecipeError: all that can be read hold nothing.
+        """
         num_untrained = 0
-        for position in range(min(NUM_CHECKED_RECORDS, len(self.order(0).records))):
+        num_checked = min(NUM_CHECKED_RECORDS, len(self.order(0).records))
+        for position in range(num_checked):
             with suppress(RecordError):  # reported when its batch is made
                 example = self._example_at(0, position)
                 if example.pair or example.dialogue:
                     return
                 num_untrained += 1
         if num_untrained:
-            parts = [name for name, trained in (("pair", self.contrast), ("dialogue", self.language)) if trained]
-            raise RecipeError(f"None of the first {num_untrained} records holds a {' or a '.join(parts)} to train on.")
+            trained = {"pair": self.contrast, "dialogue": self.language}
+            parts = " or a ".join(name for name, is_trained in trained.items() if is_trained)
+            raise RecipeError(f"None of the first {num_untrained} records holds a {parts} to train on.")
 
     def _encode_at(self, epoch: int, position: int) -> EncodedExample | None:
         """Encode the record at a position of an epoch's order; None if nothing of it is trained.
@@ -176,8 +185,12 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         order = self.order(epoch)
         opened = self.sources[int(order.sources[position])]
         # Choices within the record, such as its caption, are fixed by its position alone.
-        example = opened.example(int(order.records[position]), Random(f"{self.seed} {epoch} {position}"))
-        pair = example.pair if self.contrast else None
-        if pair and not self.hard_negatives:
-            pair = replace(pair, negatives=(), negative_scores=())
-        return Example(pair, example.dialogue if self.language else None, example.origin)
+        rng = Random(f"{self.seed} {epoch} {position}")
+        example = opened.example(int(order.records[position]), rng)
+        if not self.contrast:
+            example = replace(example, pair=None)
+        if not self.language:
+            example = replace(example, dialogue=None)
+        if example.pair and not self.hard_negatives:
+            example = replace(example, pair=replace(example.pair, negatives=(), negative_scores=()))
+        return example

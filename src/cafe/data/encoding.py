@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 from PIL import Image
 
@@ -46,7 +47,9 @@ class EncodedExample:
     @property
     def lm_branches(self) -> list[Branch]:
         """Return the branches that the language loss is taken on: the dialogue, if any."""
-        return [] if self.dialogue is None else [self.dialogue]
+        if self.dialogue is None:
+            return []
+        return [self.dialogue]
 
     @property
     def all(self) -> list[Branch]:
@@ -72,9 +75,11 @@ def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: 
 
 
 def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> EncodedExample:
+    """Encode an example; errors do not name it yet."""
     processed: dict[tuple[int, ...], ProcessedImages] = {}
 
     def load_images(refs: Sequence[ImageRef]) -> ProcessedImages:
+        """Load images, the same ones once."""
         # By identity: branches that show the same images must hold the same tensors, or nothing is shared.
         key = tuple(map(id, refs))
         if key not in processed:
@@ -82,14 +87,17 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
         return processed[key]
 
     def encode_content(content: Content) -> Branch:
+        """Encode a query, a target or a negative, which ends in a readout."""
         messages = embedding_messages(content, chat_processor.prompts)
         return chat_processor.encode_embedding(messages, load_images(content.images), max_tokens)
 
     def encode_dialogue(dialogue: Dialogue) -> Branch:
-        refs = [ref for turn in dialogue.turns for ref in turn.content.images]
+        """Encode a dialogue with the images of all its turns."""
+        refs = list(chain.from_iterable(turn.content.images for turn in dialogue.turns))
         messages = dialogue_messages(dialogue, chat_processor.prompts)
         return chat_processor.encode_dialogue(messages, load_images(refs), max_tokens)
 
+    # Nothing yet: each part of the example fills in its own fields.
     encoded = EncodedExample(None, None, [], [], 0, [], None, example.origin)
     if pair := example.pair:
         encoded = replace(
@@ -97,6 +105,7 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
             query=encode_content(pair.query),
             target=encode_content(pair.target),
             negatives=list(map(encode_content, pair.negatives)),
+            # Without soft targets, no negative matches.
             negative_match_prob=pair.negative_scores or [0.0] * len(pair.negatives),
             target_id=content_hash(pair.target),
             negative_ids=list(map(content_hash, pair.negatives)),
@@ -110,11 +119,12 @@ def content_hash(content: Content) -> int:
     """Hash a content to a number that is the same in every process; equal contents have equal numbers."""
     digest = hashlib.blake2b(digest_size=7)  # 56 bits, so that it fits into a signed 64-bit tensor
     for part in content.parts:
+        # The end of each part is marked, so that moving text from one to the next makes another hash.
         digest.update(str(part).encode() + b"\0")
-        source = part.source if isinstance(part, ImageRef) else None
         # A path is in its name already; images in memory are told apart by what they hold.
-        if isinstance(source, bytes):
-            digest.update(source)
-        elif isinstance(source, Image.Image):
-            digest.update(f"{source.size}".encode() + source.tobytes())
+        match part:
+            case ImageRef(source=bytes() as data):
+                digest.update(data)
+            case ImageRef(source=Image.Image() as image):
+                digest.update(f"{image.size}".encode() + image.tobytes())
     return int.from_bytes(digest.digest())

@@ -25,12 +25,16 @@ def join(folder: str, name: str) -> str:
     """Join a folder and a name; an absolute path or a URL stays as it is."""
     if is_url(name) or Path(name).is_absolute():
         return name
-    return f"{folder.rstrip('/')}/{name}" if is_url(folder) else str(Path(folder) / name)
+    if is_url(folder):
+        return f"{folder.rstrip('/')}/{name}"
+    return str(Path(folder) / name)
 
 
 def folder_of(name: str) -> str:
     """Return the folder that a file is in."""
-    return name.rpartition("/")[0] if is_url(name) else str(Path(name).parent)
+    if is_url(name):
+        return name.rpartition("/")[0]
+    return str(Path(name).parent)
 
 
 def expand_pattern(pattern: str) -> list[str]:
@@ -62,26 +66,31 @@ def _glob(name: str) -> list[str]:
     chain, colons, last = name.rpartition("::")
     with file_errors(name):
         fs, path = fsspec.url_to_fs(last)
-        matches = sorted(str(match) for match in fs.glob(path))
+        matches = sorted(map(str, fs.glob(path)))
+    # fsspec lists paths without their protocol.
     if is_url(last):
-        matches = [fs.unstrip_protocol(match) for match in matches]
+        matches = list(map(fs.unstrip_protocol, matches))
     return [chain + colons + match for match in matches]
 
 
 def _expand_braces(pattern: str) -> list[str]:
     """List the names that the braces of a pattern stand for, in order."""
-    choices = []
-    for piece in re.split(r"(\{[^{}]*\})", pattern):
-        counted = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
-        if counted:
-            first, last = counted.groups()
-            # As many digits as the first number has: {000..012}.
-            choices.append([str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)])
-        elif piece.startswith("{"):
-            choices.append(piece[1:-1].split(","))
-        else:
-            choices.append([piece])
+    # The group keeps the braces among the pieces.
+    pieces = re.split(r"(\{[^{}]*\})", pattern)
+    choices = map(_brace_choices, pieces)
     return ["".join(chosen) for chosen in product(*choices)]
+
+
+def _brace_choices(piece: str) -> list[str]:
+    """List what a piece of a pattern stands for: itself, unless it is in braces."""
+    counted = re.fullmatch(r"\{(\d+)\.\.(\d+)\}", piece)
+    if counted:
+        first, last = counted.groups()
+        # As many digits as the first number has: {000..012}.
+        return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    if piece.startswith("{"):
+        return piece[1:-1].split(",")
+    return [piece]
 
 
 def read(name: str, start: int | None = None, stop: int | None = None) -> bytes:
@@ -90,6 +99,7 @@ def read(name: str, start: int | None = None, stop: int | None = None) -> bytes:
     Raises:
         CafeError: it is missing or cannot be read.
     """
+    # The file system is looked up here, in the process that reads: see above.
     with file_errors(name):
         fs, path = fsspec.url_to_fs(name)
         data: bytes = fs.cat_file(path, start, stop)

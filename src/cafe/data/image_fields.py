@@ -3,6 +3,7 @@
 import base64
 import binascii
 import re
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
         case dict():
             return image_refs(value.get("bytes") or value.get("path"), source)
         case list() | tuple():
-            refs = [ref for item in value for ref in image_refs(item, source)]
-            return subsample(refs, source.max_frames)
+            refs = chain.from_iterable(image_refs(item, source) for item in value)
+            return subsample(list(refs), source.max_frames)
         case str():
             return _refs_from_text(value, source)
     raise RecordError(f"an image should be a path, bytes or base64, not {type(value).__name__}.")
@@ -61,6 +62,7 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
 
 def _refs_from_text(text: str, source: Source) -> list[ImageRef]:
     """Return the images of a field that is a text: base64, a file or a folder of frames."""
+    # Base64 first: joined with a folder, it would pass for a file's name.
     if text.startswith("data:"):
         return [ImageRef(_decode_base64(text.partition(",")[2]))]
     if _BASE64.fullmatch(text[:1000]):  # the beginning is enough: the rest is checked when it is decoded
@@ -69,14 +71,22 @@ def _refs_from_text(text: str, source: Source) -> list[ImageRef]:
     if name.lower().endswith(_VIDEO_SUFFIXES):
         raise RecordError(f"{text} is a video, which cannot be decoded: give a folder or a list of its frames.")
     # What has no suffix may be a folder, or a file that is named by its hash.
-    if not Path(name).suffix and (frames := list_frames(name)):
-        return subsample(frames, source.max_frames)
-    return [_ref(name)]
+    if not Path(name).suffix:
+        frames = list_frames(name)
+        if frames:
+            return subsample(frames, source.max_frames)
+    return [_file_ref(name)]
 
 
 def _decode_base64(text: str) -> bytes:
+    """Decode base64, whose lines may be broken anywhere.
+
+    Raises:
+        RecordError: it is not base64.
+    """
+    without_breaks = "".join(text.split())
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(without_breaks, validate=True)
     except binascii.Error as error:
         raise RecordError(f"an image is not valid base64: {error}.") from None
 
@@ -90,7 +100,8 @@ def subsample(refs: list[ImageRef], max_frames: int | None) -> list[ImageRef]:
     """
     if max_frames is None or len(refs) <= max_frames:
         return refs
-    return [refs[int((number + 0.5) * len(refs) / max_frames)] for number in range(max_frames)]
+    middles = [int((number + 0.5) * len(refs) / max_frames) for number in range(max_frames)]
+    return [refs[middle] for middle in middles]
 
 
 def list_frames(name: str) -> list[ImageRef]:
@@ -108,18 +119,26 @@ def list_frames(name: str) -> list[ImageRef]:
     frames = sorted(filter(is_image_name, files), key=_natural_key)
     if not frames:
         raise RecordError(f"The folder {name} holds no images.")
+    # fsspec lists paths without their protocol.
     if is_url(name):
-        frames = [fs.unstrip_protocol(file) for file in frames]  # fsspec lists paths without their protocol
-    return [_ref(file) for file in frames]
+        frames = list(map(fs.unstrip_protocol, frames))
+    return list(map(_file_ref, frames))
 
 
 def _natural_key(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts numbers in a name by their value: frame2 comes before frame10."""
-    return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]
+    key: list[tuple[int, str]] = []
+    for piece in re.split(r"(\d+)", name):
+        # Pairs, since a number and a text cannot be compared. -1 sorts text before numbers.
+        key.append((int(piece), "") if piece.isdigit() else (-1, piece))
+    return key
 
 
-def _ref(name: str) -> ImageRef:
-    return ImageRef(read(name) if is_url(name) else Path(name))
+def _file_ref(name: str) -> ImageRef:
+    """Refer to an image's file; one on an object store is downloaded."""
+    if is_url(name):
+        return ImageRef(read(name))
+    return ImageRef(Path(name))
 
 
 def interleave(text: str, waiting: list[ImageRef], token: str | re.Pattern[str] = IMAGE_TOKEN) -> list[Part]:
@@ -139,6 +158,7 @@ def interleave(text: str, waiting: list[ImageRef], token: str | re.Pattern[str] 
         raise RecordError(f"a text shows {num_tokens} images and only {len(waiting)} are left.")
     parts: list[Part] = []
     for index, piece in enumerate(pieces):
+        # An image stands before every piece but the first.
         if index:
             parts.append(waiting.pop(0))
         # Line breaks beside an image belong to the token, as in "<image>\nWhat is it?"; chat templates add their own.

@@ -1,43 +1,32 @@
 """Inspect data before training on it: counts, sizes, lengths, duplicates, bad records, and examples.
 
-Records are decoded, rendered and tokenized as in training, so what is bad here is bad there. The page shows examples as
-the model will read them: every token, the supervised ones colored, and each image in place of its tokens.
+Records are decoded, rendered and tokenized as in training, so what is bad here is bad there.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
-from pathlib import Path
+from itertools import chain
 from random import Random
-from typing import Any
 
-import jinja2
 import numpy as np
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from cafe.content import Content, Example
-from cafe.data.encoding import encode_example
+from cafe.data.encoding import EncodedExample, encode_example
 from cafe.data.records import OpenedSource
 from cafe.errors import RecordError
 from cafe.images.decoding import decode_image
-from cafe.images.thumbnails import thumbnail
 from cafe.lvlm.processing import ChatProcessor
-from cafe.packing import Branch
 from cafe.utils.dataloader import make_loader
 
 BRANCH_NAMES = ("query", "target", "negative", "dialogue")
-MAX_SHOWN_TOKENS = 600  # of a branch; the page cuts longer ones short
-MAX_SHOWN_ERRORS = 20  # of a source
-MAX_SHOWN_SIZES = 600  # dots in the chart of image sizes
-NUM_BINS = 30
-MAX_CHARACTER_TOKENS = 4  # a character may be several tokens, one per byte
 
 
 @dataclass(frozen=True)
 class RecordStats:
-    """Statistics of one record.
+    """Hold the statistics of one record.
 
     Attributes:
         error: why it cannot be used; empty if it can.
@@ -59,7 +48,7 @@ class RecordStats:
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What was found in one source.
+    """Hold what was found in one source.
 
     Attributes:
         name: the source's path.
@@ -76,31 +65,31 @@ class SourceReport:
     @property
     def errors(self) -> list[str]:
         """Return why each bad record cannot be used, with the file and the record."""
-        return [record.error for record in self.stats if record.error]
+        return list(filter(None, (record.error for record in self.stats)))
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
         """Return the widths and heights of all images."""
-        return [size for record in self.stats for size in record.image_sizes]
+        return list(chain.from_iterable(record.image_sizes for record in self.stats))
 
     @property
     def image_digests(self) -> list[bytes]:
         """Return the digests of all images."""
-        return [digest for record in self.stats for digest in record.image_digests]
+        return list(chain.from_iterable(record.image_digests for record in self.stats))
 
     @property
     def pair_digests(self) -> list[bytes]:
         """Return the digests of all pairs."""
-        return [record.pair_digest for record in self.stats if record.pair_digest]
+        return list(filter(None, (record.pair_digest for record in self.stats)))
 
     @property
     def target_digests(self) -> list[bytes]:
         """Return the digests of all targets."""
-        return [record.target_digest for record in self.stats if record.target_digest]
+        return list(filter(None, (record.target_digest for record in self.stats)))
 
     def lengths(self, kind: str) -> list[int]:
         """Return the lengths in tokens of all branches of one kind."""
-        return [length for record in self.stats for length in record.tokens.get(kind, ())]
+        return list(chain.from_iterable(record.tokens.get(kind, ()) for record in self.stats))
 
     def table(self) -> list[tuple[str, str]]:
         """Return names and values for display."""
@@ -117,16 +106,17 @@ class SourceReport:
             "targets seen before": count_duplicates(self.target_digests),
             "pairs seen before": count_duplicates(self.pair_digests),
         }
-        # Of what a source does not have there is no distribution.
         distributions = {f"{kind}, tokens": self.lengths(kind) for kind in BRANCH_NAMES}
         distributions["width, pixels"] = [width for width, _ in self.image_sizes]
         distributions["height, pixels"] = [height for _, height in self.image_sizes]
         rows = [(name, f"{count:,}") for name, count in counts.items()]
-        return rows + [(name, percentiles(numbers)) for name, numbers in distributions.items() if numbers]
+        # Of what a source does not have there is no distribution.
+        rows += [(name, percentiles(numbers)) for name, numbers in distributions.items() if numbers]
+        return rows
 
 
 def count_duplicates(digests: Sequence[bytes]) -> int:
-    """Count how many are equal to an earlier one."""
+    """Count how many digests are equal to an earlier one."""
     return len(digests) - len(set(digests))
 
 
@@ -160,7 +150,7 @@ def inspect(
     """
     reports = []
     for opened in sources:
-        # In order: files are read from front to back.
+        # In order, though drawn at random: files are read from front to back.
         indices: Sequence[int] = range(len(opened))
         if sample and sample < len(opened):
             indices = sorted(Random(seed).sample(indices, sample))
@@ -182,6 +172,7 @@ class _StatsDataset(Dataset[RecordStats]):
         self.opened, self.chat_processor, self.max_tokens, self.seed = opened, chat_processor, max_tokens, seed
 
     def __getitem__(self, index: int) -> RecordStats:
+        # What goes wrong with a record is a finding here, not an error.
         try:
             example = self.opened.example(index, Random(f"{self.seed} {index}"))
             return _record_stats(example, self.chat_processor, self.max_tokens)
@@ -190,33 +181,51 @@ class _StatsDataset(Dataset[RecordStats]):
 
 
 def _record_stats(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> RecordStats:
+    """Compute the statistics of a good record.
+
+    Raises:
+        RecordError: it is bad.
+    """
     encoded = encode_example(example, chat_processor, max_tokens)
-    # At full size, where training may decode less: digests are of what the file holds.
-    images = {id(ref): decode_image(ref) for content in contents(example).values() for ref in content.images}
-    digests = {key: _digest(str(image.size).encode(), image.tobytes()) for key, image in images.items()}
+    # Decoded once more, at full size, where training may decode less: digests are of what the file holds.
+    refs = chain.from_iterable(content.images for content in contents(example).values())
+    images = {id(ref): decode_image(ref) for ref in refs}
+    image_digests = {key: _digest([str(image.size).encode(), image.tobytes()]) for key, image in images.items()}
 
-    def content_digest(content: Content) -> bytes:
-        return _digest(*(part.encode() if isinstance(part, str) else digests[id(part)] for part in content.parts))
-
-    branches = {"query": encoded.query, "target": encoded.target, "dialogue": encoded.dialogue}
-    tokens = {kind: [len(branch)] for kind, branch in branches.items() if branch is not None}
-    tokens["negative"] = list(map(len, encoded.negatives))
     stats = RecordStats(
-        tokens=tokens,
+        tokens=_branch_lengths(encoded),
         num_supervised=sum(int(branch.loss_mask.sum()) for branch in encoded.lm_branches),
         image_sizes=tuple(image.size for image in images.values()),
-        image_digests=tuple(digests.values()),
+        image_digests=tuple(image_digests.values()),
     )
     if example.pair:
-        target = content_digest(example.pair.target)
-        pair = _digest(content_digest(example.pair.query), target)
+        target = _content_digest(example.pair.target, image_digests)
+        pair = _digest([_content_digest(example.pair.query, image_digests), target])
         stats = replace(stats, pair_digest=pair, target_digest=target)
     return stats
 
 
-def _digest(*pieces: bytes) -> bytes:
+def _branch_lengths(encoded: EncodedExample) -> dict[str, list[int]]:
+    """Return the lengths in tokens of an example's branches, by kind."""
+    branches = {"query": encoded.query, "target": encoded.target, "dialogue": encoded.dialogue}
+    lengths = {kind: [len(branch)] for kind, branch in branches.items() if branch is not None}
+    lengths["negative"] = list(map(len, encoded.negatives))
+    return lengths
+
+
+def _content_digest(content: Content, image_digests: dict[int, bytes]) -> bytes:
+    """Return a digest of a content's text and of its images' pixels, whose digests are given by `id`."""
+    pieces = []
+    for part in content.parts:
+        pieces.append(part.encode() if isinstance(part, str) else image_digests[id(part)])
+    return _digest(pieces)
+
+
+def _digest(pieces: Iterable[bytes]) -> bytes:
+    """Return a digest of pieces in order."""
     # Each piece is hashed first, so that moving bytes from one to the next makes another digest.
-    return hashlib.blake2b(b"".join(hashlib.blake2b(piece).digest() for piece in pieces), digest_size=12).digest()
+    hashed = [hashlib.blake2b(piece).digest() for piece in pieces]
+    return hashlib.blake2b(b"".join(hashed), digest_size=12).digest()
 
 
 def contents(example: Example) -> dict[str, Content]:
@@ -224,169 +233,9 @@ def contents(example: Example) -> dict[str, Content]:
     named: dict[str, Content] = {}
     if example.pair:
         named = {"query": example.pair.query, "target": example.pair.target}
-        named |= {f"negative {number + 1}": negative for number, negative in enumerate(example.pair.negatives)}
+        for number, negative in enumerate(example.pair.negatives, start=1):
+            named[f"negative {number}"] = negative
     if example.dialogue:
-        named["dialogue"] = Content(tuple(part for turn in example.dialogue.turns for part in turn.content.parts))
+        parts = chain.from_iterable(turn.content.parts for turn in example.dialogue.turns)
+        named["dialogue"] = Content(tuple(parts))
     return named
-
-
-# The page.
-
-
-@dataclass(frozen=True)
-class Span:
-    """Some of a branch's tokens as the page shows them.
-
-    Attributes:
-        kind: "prompt", "special", "supervised", "readout" or "image".
-        text: of the tokens; of an image, its data URI.
-        tokens: how many they are: one, those of a character, or an image's.
-    """
-
-    kind: str
-    text: str
-    tokens: int = 1
-
-
-def spans(
-    branch: Branch, images: Sequence[tuple[list[int], str]], chat_processor: ChatProcessor, embedded: bool
-) -> list[Span]:
-    """Split a branch into spans.
-
-    Args:
-        branch: the tokens.
-        images: of each image in order, its run of tokens and its data URI.
-        chat_processor: whose tokens they are.
-        embedded: whether the last token is a readout.
-    """
-    tokenizer = chat_processor.tokenizer
-    ids, supervised = branch.input_ids.tolist(), branch.loss_mask.tolist()
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    waiting = list(images)
-    result: list[Span] = []
-    start = 0
-    while start < len(ids):
-        # An image's whole run of tokens is one span.
-        if waiting and ids[start : start + len(waiting[0][0])] == waiting[0][0]:
-            run, uri = waiting.pop(0)
-            result.append(Span("image", uri, len(run)))
-            start += len(run)
-            continue
-        stop, text = _decode_character(tokenizer, ids, start)
-        if embedded and stop == len(ids):
-            kind = "readout"
-        elif supervised[start]:
-            kind = "supervised"
-        else:
-            kind = "special" if ids[start] in special else "prompt"
-        result.append(Span(kind, text, stop - start))
-        start = stop
-    return result
-
-
-def _decode_character(tokenizer: Any, ids: list[int], start: int) -> tuple[int, str]:
-    """Decode one token, or as many as make a whole character; return where they end, and the text."""
-    # Byte-level tokenizers may cut a character in parts, which decode to U+FFFD by themselves.
-    stop = start + 1
-    text = _decode_tokens(tokenizer, ids[start:stop])
-    while "\ufffd" in text and stop < min(start + MAX_CHARACTER_TOKENS, len(ids)):
-        stop += 1
-        text = _decode_tokens(tokenizer, ids[start:stop])
-    return stop, text
-
-
-def _decode_tokens(tokenizer: Any, ids: list[int]) -> str:
-    text: str = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    # SentencePiece marks a space before a word by this character; decoding drops the first one.
-    has_space = tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁")
-    return f" {text}" if has_space and not text.startswith(" ") else text
-
-
-def _card(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> dict[str, Any]:
-    """Lay out an example for the page: its name and its branches as spans; soft targets with their scores."""
-    encoded = encode_example(example, chat_processor, max_tokens)
-    branches = {"query": encoded.query, "target": encoded.target, "dialogue": encoded.dialogue}
-    # By the names that `contents` gives them.
-    branches |= {f"negative {number + 1}": branch for number, branch in enumerate(encoded.negatives)}
-    match_prob = example.pair.negative_scores if example.pair else ()
-    scores = {f"negative {number + 1}": f"{score:.2f}" for number, score in enumerate(match_prob)}
-    rows = []
-    for name, content in contents(example).items():
-        images = chat_processor.decode_images(content.images)
-        token_runs = chat_processor.process_images(images).token_runs
-        branch = branches[name]
-        assert branch is not None
-        shown_images = list(zip(token_runs, map(thumbnail, images), strict=True))
-        parts = spans(branch, shown_images, chat_processor, embedded=name != "dialogue")
-        rows.append(
-            {
-                "name": name,
-                "score": scores.get(name),
-                "tokens": len(branch),
-                "spans": parts[:MAX_SHOWN_TOKENS],
-                "cut": len(parts) - MAX_SHOWN_TOKENS,
-            }
-        )
-    return {"name": example.origin, "rows": rows}
-
-
-def _histogram(numbers: Sequence[int]) -> dict[str, Any]:
-    """Return a histogram: heights from 0 to 1, and the ends of the axis."""
-    counts, edges = np.histogram(numbers, bins=min(NUM_BINS, max(1, len(set(numbers)))))
-    return {"heights": (counts / counts.max()).tolist(), "least": round(edges[0]), "most": round(edges[-1])}
-
-
-def _scatter(sizes: Sequence[tuple[int, int]]) -> dict[str, Any]:
-    """Return widths and heights as coordinates from 0 to 1 in a square; a random sample if there are many."""
-    chosen = list(sizes)
-    if len(chosen) > MAX_SHOWN_SIZES:
-        chosen = Random(0).sample(chosen, MAX_SHOWN_SIZES)
-    side = max(max(size) for size in sizes)
-    return {"dots": sorted({(width / side, height / side) for width, height in chosen}), "side": side}
-
-
-def write_page(
-    path: Path, reports: Sequence[SourceReport], chat_processor: ChatProcessor, max_tokens: int | None = None
-) -> None:
-    """Write the page: one self-contained HTML file, without scripts."""
-    sections = [_section(report, chat_processor, max_tokens) for report in reports]
-    template = files("cafe.data").joinpath("inspection.html.jinja").read_text(encoding="utf-8")
-    # What records hold is escaped: anyone may have written it.
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    html = page.from_string(template).render(sections=sections, tiles=_tiles(reports))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
-
-
-def _section(report: SourceReport, chat_processor: ChatProcessor, max_tokens: int | None) -> dict[str, Any]:
-    charts = [
-        {"title": f"{kind.capitalize()}, tokens", **_histogram(report.lengths(kind))}
-        for kind in BRANCH_NAMES
-        if report.lengths(kind)
-    ]
-    return {
-        "name": report.name,
-        "table": report.table(),
-        "bad": report.errors[:MAX_SHOWN_ERRORS],
-        "more": max(0, len(report.errors) - MAX_SHOWN_ERRORS),
-        "charts": charts,
-        "sizes": _scatter(report.image_sizes) if report.image_sizes else None,
-        "cards": [_card(example, chat_processor, max_tokens) for example in report.examples],
-    }
-
-
-def _tiles(reports: Sequence[SourceReport]) -> Iterator[tuple[str, str, str]]:
-    """Yield the headline figures over all sources: label, value and note."""
-    num_records = num_read = num_bad = longest = 0
-    pairs: list[bytes] = []
-    for report in reports:
-        num_records += report.num_records
-        num_read += len(report.stats)
-        num_bad += len(report.errors)
-        pairs += report.pair_digests
-        for kind in BRANCH_NAMES:
-            longest = max([longest, *report.lengths(kind)])
-    yield "Records", f"{num_records:,}", f"{num_read:,} read"
-    yield "Bad", f"{num_bad:,}", "of those read"
-    yield "Pairs seen before", f"{count_duplicates(pairs):,}", "over all sources"
-    yield "Longest", f"{longest:,}", "tokens"

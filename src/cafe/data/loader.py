@@ -33,13 +33,14 @@ def iterate_batches(
     Raises:
         CafeError: they died again soon after.
     """
-    number, last_crash = start, -MIN_BATCHES_BETWEEN_CRASHES
+    number = start
+    last_crash = start - MIN_BATCHES_BETWEEN_CRASHES  # the first crash is forgiven, wherever it is
     while number < stop:
         stream = _start_workers(dataset, range(number, stop), num_workers)
         try:
             for batch in stream:
                 yield batch
-                number += 1
+                number += 1  # after a restart, it is not made again
         except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
             if not _is_worker_crash(error):
                 raise
@@ -53,6 +54,7 @@ def iterate_batches(
 
 
 def _start_workers(dataset: ContrastiveBatchDataset, numbers: range, num_workers: int) -> Iterator[Batch]:
+    """Start worker processes that make the given batches, in order."""
     handler = signal.getsignal(signal.SIGCHLD)
     stream = iter(
         make_loader(

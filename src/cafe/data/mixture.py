@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 from random import Random
 
 import numpy as np
@@ -71,14 +72,15 @@ def epoch_order(
     # The records of each source in an order of its own, drawn anew for each pass over it.
     drawn = []
     for chunks, window, total, count in zip(sizes, windows, totals, counts, strict=True):
-        num_passes = -(-count * run // total)
+        num_passes = -(-count * run // total)  # rounded up: the last pass may be used in part
         passes = [windowed_shuffle(chunks, window, rng) for _ in range(num_passes)]
         drawn.append(np.concatenate([np.empty(0, np.int64), *passes])[: count * run])
 
     # Which source each run comes from. An `array` is shuffled as a list is, in less memory.
-    schedule = array("q", [source for source, count in enumerate(counts) for _ in range(count)])
+    schedule = array("q", np.repeat(np.arange(len(counts)), counts).tolist())
     rng.shuffle(schedule)
     sources = np.repeat(np.frombuffer(schedule, np.int64), run)
+    # Each source's records fill its own places, in their order.
     records = np.empty_like(sources)
     for source, source_records in enumerate(drawn):
         records[sources == source] = source_records
@@ -95,13 +97,14 @@ def _check_mixture(totals: Sequence[int], weights: Sequence[float], mixture: Mix
         raise RecipeError(
             "data.mixture.temperature and the sum of the sources' weights should be above 0, and no weight below."
         )
+    # A run must not reach over the end of a batch, or that batch would mix sources.
     run = mixture.sub_batch or batch_size
     if run < 1 or batch_size % run:
         raise RecipeError(
             f"data.mixture.sub_batch is {run}, which does not divide the contrastive batch of {batch_size}."
         )
     # A source with weight 0 is not read, so its records do not make an epoch longer.
-    num_records = sum(total for total, weight in zip(totals, weights, strict=True) if weight)
+    num_records = sum(compress(totals, weights))
     if num_records < batch_size:
         raise RecipeError(f"The data holds {num_records} records, fewer than one batch of {batch_size}.")
     return num_records // batch_size
@@ -142,10 +145,13 @@ def mixing_weights(sizes: Sequence[int], weights: Sequence[float], temperature: 
         weights: of each source.
         temperature: see `Mixture`.
     """
-    pairs = list(zip(sizes, weights, strict=True))
-    largest = max(size for size, weight in pairs if weight)  # relative to it, no power overflows
-    raw = [weight * (size / largest) ** (1 / temperature) if weight else 0.0 for size, weight in pairs]
-    return [part / sum(raw) for part in raw]
+    largest = max(compress(sizes, weights))  # relative to it, no power overflows
+    raw = []
+    for size, weight in zip(sizes, weights, strict=True):
+        # A source that is not drawn may be larger than `largest`, and would overflow.
+        raw.append(weight * (size / largest) ** (1 / temperature) if weight else 0.0)
+    total = sum(raw)
+    return [part / total for part in raw]
 
 
 def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
@@ -158,7 +164,8 @@ def largest_remainder(shares: Sequence[float], total: int) -> list[int]:
     exact = [share * total for share in shares]
     counts = [int(number + 1e-9) for number in exact]  # a whole number may come out as 2.9999999
     missing = total - sum(counts)
-    for index in sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])[:missing]:
+    by_remainder = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
+    for index in by_remainder[:missing]:
         counts[index] += 1
     return counts
 

@@ -35,14 +35,22 @@ class Quarantine:
         """
         self.num_bad += len(batch.bad_records)
         self.num_records += len(batch.bad_records) + len(batch.record_names)
+        # Opened for each batch, so that a killed run loses no line.
         if batch.bad_records:
             with self.file.open("a") as out:
                 out.writelines(json.dumps({"reason": reason}) + "\n" for reason in batch.bad_records)
-        self._check_counts(batch.bad_records[-1] if batch.bad_records else "none")
+        last_reason = batch.bad_records[-1] if batch.bad_records else "none"
+        self._check_counts(last_reason)
         return batch
 
     def _check_counts(self, last_reason: str) -> None:
+        """Make sure that there are not too many bad records so far.
+
+        Raises:
+            CafeError: there are.
+        """
         details = f"{self.file} lists them. The last: {last_reason}"
+        # Most often a wrong folder of images or a wrong column: no need to wait until a fraction means much.
         if self.num_bad == self.num_records >= MIN_ALL_BAD:
             raise CafeError(f"All of the first {self.num_bad} records are bad; {details}")
         if self.num_records < MIN_RECORDS_FOR_FRACTION:

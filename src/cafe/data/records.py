@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -40,15 +40,16 @@ MIN_FILES_FOR_PROGRESS_BAR = 8
 
 @dataclass(frozen=True)
 class OpenedSource:
-    """A source whose files are open: it knows how many records there are, and makes an Example of any of them."""
+    """Hold the open files of a source: how many records there are, and an Example of any of them."""
 
     source: Source
     files: Sequence[Rows]
 
     @cached_property
-    def ends(self) -> list[int]:
-        """Return for each file the number of records up to its end."""
-        return list(accumulate(sum(file.chunks) for file in self.files))
+    def starts(self) -> list[int]:
+        """Return for each file the number of records before it, and at the end the number of all."""
+        sizes = (sum(file.chunks) for file in self.files)
+        return list(accumulate(sizes, initial=0))
 
     @cached_property
     def sources(self) -> list[Source]:
@@ -56,15 +57,17 @@ class OpenedSource:
         if self.source.images:
             return [self.source] * len(self.files)
         # A pattern may match files in several folders, each with its images beside it.
-        return [replace(self.source, images=folder_of(file.name)) for file in self.files]
+        folders = [folder_of(file.name) for file in self.files]
+        return [replace(self.source, images=folder) for folder in folders]
 
     @cached_property
     def chunks(self) -> list[int]:
         """Return the lengths of runs of records that are best read together."""
-        return [length for file in self.files for length in file.chunks]
+        return list(chain.from_iterable(file.chunks for file in self.files))
 
     def __len__(self) -> int:
-        return self.ends[-1]
+        """Return the number of records."""
+        return self.starts[-1]
 
     def example(self, index: int, rng: Random) -> Example:
         """Read a record and make an Example of it.
@@ -77,18 +80,14 @@ class OpenedSource:
             RecordError: the record is bad.
         """
         # Which file the record is in, and which of its rows.
-        file_number = bisect_right(self.ends, index)
+        file_number = bisect_right(self.starts, index) - 1
         file = self.files[file_number]
-        row_number = index - (self.ends[file_number - 1] if file_number else 0)
+        row_number = index - self.starts[file_number]
         origin = f"{file.name}, record {row_number}"
         try:
             row = file[row_number]
             origin += _id_suffix(row)
-            pair, dialogue = FORMATS[self.source.format](row, self.sources[file_number], rng)
-            if not self.source.use_pairs:
-                pair = None
-                if dialogue is None:
-                    raise RecordError("there is no dialogue, and the source's pairs are not used (use_pairs: false).")
+            pair, dialogue = _parse_row(row, self.sources[file_number], rng)
         except CafeError as error:
             # Also where the row's file or its image on an object store cannot be read: other records may be fine.
             raise RecordError(f"{origin}: {error}") from None
@@ -98,12 +97,27 @@ class OpenedSource:
         return Example(pair, dialogue, origin)
 
 
+def _parse_row(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue | None]:
+    """Parse a row by its source's format; the pair is dropped where the source's pairs are not used.
+
+    Raises:
+        RecordError: the format's parser raises it, or nothing is left of the record.
+    """
+    pair, dialogue = FORMATS[source.format](row, source, rng)
+    if source.use_pairs:
+        return pair, dialogue
+    if dialogue is None:
+        raise RecordError("there is no dialogue, and the source's pairs are not used (use_pairs: false).")
+    return None, dialogue
+
+
 def _id_suffix(row: Any) -> str:
     """Return the name that a record has in its file, for messages."""
-    if isinstance(row, dict):
-        for key in ("id", "__key__"):
-            if key in row:
-                return f" (id {row[key]})"
+    if not isinstance(row, dict):
+        return ""
+    for key in ("id", "__key__"):  # the second is a tar's
+        if key in row:
+            return f" (id {row[key]})"
     return ""
 
 
@@ -126,16 +140,23 @@ def open_source(source: Source) -> OpenedSource:
 
 def _open_files(source: Source) -> list[Rows]:
     """Open a source's files: a dataset, Karpathy's split files, or files of rows."""
-    is_folder = not is_url(source.path) and Path(source.path).is_dir()
-    if is_folder or source.path.startswith("dataset:"):
+    if _is_dataset(source.path):
         return [HFDataset(source.path, source.split, source.subset)]
     names = expand_pattern(source.path)
     # The usual form of these files is one object, whose images of other splits are dropped here, not counted as bad.
-    if source.format == "karpathy" and source.path.endswith(".json"):
+    is_json = source.path.endswith(".json")
+    if is_json and source.format == "karpathy":
         return [_open_karpathy(name, source.split) for name in names]
     if len(names) == 1:
         return [open_rows(names[0], source.shuffle_window)]
     return _open_several(names, source)
+
+
+def _is_dataset(path: str) -> bool:
+    """Return whether a path is for the datasets library: a folder, or a name after `dataset:`."""
+    if path.startswith("dataset:"):
+        return True
+    return not is_url(path) and Path(path).is_dir()
 
 
 def _open_several(names: list[str], source: Source) -> list[Rows]:
@@ -161,9 +182,14 @@ def _open_several(names: list[str], source: Source) -> list[Rows]:
 
 
 def _open_karpathy(name: str, split: str) -> Rows:
-    """Open a split file, whose records are a list within one object."""
+    """Open a split file, whose records are a list within one object.
+
+    Raises:
+        CafeError: it cannot be read or holds no such list.
+    """
+    # The file is read whole: its records are a part of one JSON value.
     data = load_json(name)
-    images = data.get("images") if isinstance(data, dict) else None
-    if not isinstance(images, list) or not all(isinstance(row, dict) for row in images):
-        raise CafeError(f'The data file {name} has no list "images" of records, as a Karpathy split file has.')
-    return InMemoryRows(name, select_split(images, split))
+    match data:
+        case {"images": list(images)} if all(isinstance(row, dict) for row in images):
+            return InMemoryRows(name, select_split(images, split))
+    raise CafeError(f'The data file {name} has no list "images" of records, as a Karpathy split file has.')

@@ -59,27 +59,53 @@ def decode_array(
     """Decode an image as `decode_image` does, into an array; plain JPEGs by simplejpeg, which does half the work.
 
     Pillow and simplejpeg both decode by libjpeg-turbo, so the values are the same.
+
+    Args:
+        ref: the image.
+        max_pixels, min_side: see `decode_image`.
+
+    Raises:
+        RecordError: as `decode_image` says.
     """
     if simplejpeg and not isinstance(ref.source, Image.Image):
         with _open_encoded(ref.source, max_pixels, min_side) as image:
-            if _is_plain_jpeg(image):
-                data = ref.source if isinstance(ref.source, bytes) else ref.source.read_bytes()
-                with suppress(ValueError):  # a damaged file, for which Pillow's message below is better
-                    return simplejpeg.decode_jpeg(data, min_height=image.height, min_width=image.width)
+            pixels = _decode_plain_jpeg(ref.source, image)
+        if pixels is not None:
+            return pixels
     return np.array(decode_image(ref, max_pixels, min_side))  # a copy, because Pillow's own memory is read-only
 
 
+def _decode_plain_jpeg(source: Path | bytes, image: Image.Image) -> UInt8[np.ndarray, "height width 3"] | None:
+    """Decode a file by simplejpeg at the size that `image` is set to; None if it is no plain JPEG or is damaged."""
+    if not _is_plain_jpeg(image):
+        return None
+    data = source.read_bytes() if isinstance(source, Path) else source
+    with suppress(ValueError):  # a damaged file, for which Pillow has the better message
+        pixels: UInt8[np.ndarray, "height width 3"] = simplejpeg.decode_jpeg(
+            data, min_height=image.height, min_width=image.width
+        )
+        return pixels
+    return None
+
+
 def _is_plain_jpeg(image: Image.Image) -> bool:
-    if image.format != "JPEG" or image.mode != "RGB":
+    """Return whether an image is an upright JPEG in RGB, which needs no conversion after decoding."""
+    if (image.format, image.mode) != ("JPEG", "RGB"):
         return False
     return image.getexif().get(Base.Orientation, _UPRIGHT) == _UPRIGHT
 
 
 @contextmanager
 def _open_encoded(source: Path | bytes, max_pixels: int, min_side: int | None) -> Iterator[Image.Image]:
-    """Open an encoded image that is not decoded yet, set to be decoded at a reduced size if `min_side` allows it."""
+    """Open an encoded image that is not decoded yet, set to be decoded at a reduced size if `min_side` allows it.
+
+    Raises:
+        RecordError: the image has too many pixels, or anything else is wrong with it, also within the `with` block.
+    """
     ref = ImageRef(source)  # names the image in messages
-    with image_errors(ref), Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with image_errors(ref), Image.open(file) as image:
+        # Only the header is read so far, so that a decompression bomb is refused at no cost.
         if image.width * image.height > max_pixels:
             raise RecordError(f"The image {ref} has {image.width} x {image.height} pixels, over {max_pixels:,}.")
         if min_side:
@@ -99,10 +125,14 @@ def _reduce_jpeg(image: Image.Image, min_side: int) -> None:
 
 @contextmanager
 def image_errors(ref: ImageRef) -> Iterator[None]:
-    """Turn whatever is wrong with an image into an error that names it."""
+    """Turn whatever is wrong with an image into an error that names it.
+
+    Raises:
+        RecordError: something is wrong with it.
+    """
     try:
         yield
-    except (CafeError, MemoryError):
+    except (CafeError, MemoryError):  # neither says anything about the image
         raise
     except FileNotFoundError:
         raise RecordError(f"The image {ref} does not exist.") from None
@@ -113,6 +143,7 @@ def image_errors(ref: ImageRef) -> Iterator[None]:
 
 
 def _apply_exif_orientation(image: Image.Image) -> Image.Image:
+    """Turn an image upright as its EXIF orientation says."""
     # Pillow's `exif_transpose` rewrites all other EXIF tags, and fails where one of them is damaged.
     image.load()  # comes first, because loading a TIFF turns it upright
     transpose = _EXIF_TRANSPOSES.get(image.getexif().get(Base.Orientation, _UPRIGHT))
@@ -125,6 +156,7 @@ def _apply_exif_orientation(image: Image.Image) -> Image.Image:
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to RGB, as it would look on a white page."""
     # 16 bits to 8: Pillow would clip them. Big-endian "I;16B" takes no `point` unless converted to "I" first.
     if image.mode.startswith("I"):
         image = image.convert("I").point(lambda value: value / 257).convert("L")
@@ -133,4 +165,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, "white")
         image = Image.alpha_composite(white, layer)
-    return image if image.mode == "RGB" else image.convert("RGB")
+    if image.mode == "RGB":
+        return image  # without the copy that `convert` makes
+    return image.convert("RGB")

@@ -26,13 +26,13 @@ class Normalization:
     @classmethod
     def from_processor(cls, image_processor: Any) -> "Normalization | None":
         """Read the normalization of an image processor; None if it has another form."""
-        factor = getattr(image_processor, "rescale_factor", None)
-        mean = getattr(image_processor, "image_mean", None)
-        std = getattr(image_processor, "image_std", None)
+        factor: Any = getattr(image_processor, "rescale_factor", None)
+        mean: Any = getattr(image_processor, "image_mean", None)
+        std: Any = getattr(image_processor, "image_std", None)
         # Some processors do not normalize, and others have one mean for all colors.
-        if not factor or not mean or not std:
+        if not all((factor, mean, std)):
             return None
-        if len(mean) != 3 or len(std) != 3:
+        if (len(mean), len(std)) != (3, 3):
             return None
         return cls(factor, tuple(mean), tuple(std))
 
@@ -44,27 +44,33 @@ class Normalization:
         """
         if values.dtype == torch.uint8:
             return values
-        if not values.is_floating_point() or not values.numel():
+        if not values.is_floating_point():
+            return None
+        if not values.numel():  # the largest difference of none would be an error
             return None
         if not _has_colors(values):
             return None
         # Solve (byte * factor - mean) / std = value for the byte, round it, and see if it gives the value back.
         mean, std = self._broadcast(values)
-        raw = torch.addcmul(mean / self.factor, values, std / self.factor).round_().clamp_(0, 255).to(torch.uint8)
-        return raw if self.reproduces(values, raw) else None
+        solution = torch.addcmul(mean / self.factor, values, std / self.factor)
+        raw = solution.round_().clamp_(0, 255).to(torch.uint8)
+        if not self.reproduces(values, raw):
+            return None
+        return raw
 
     def reproduces(self, values: Float32[Tensor, "..."], raw: Tensor) -> bool:
-        """Tell whether bytes normalize to these values.
+        """Return whether bytes normalize to these values.
 
         Args:
             values: pixel values.
             raw: what may be their bytes: of another dtype or shape, or without colors, they are not.
         """
-        if raw.dtype != torch.uint8 or raw.shape != values.shape:
+        if (raw.dtype, raw.shape) != (torch.uint8, values.shape):
             return False
         if not _has_colors(raw):
             return False
-        return bool(self.normalize(raw).sub_(values).abs_().max() <= TOLERANCE)
+        differences = self.normalize(raw).sub_(values).abs_()
+        return bool(differences.max() <= TOLERANCE)
 
     def normalize(self, raw: UInt8[Tensor, "..."]) -> Float32[Tensor, "..."]:
         """Compute the pixel values of bytes."""
@@ -96,10 +102,8 @@ class PackedPixels:
         """Compute the pixel values of all parts."""
         values = self.normalization.normalize(raw)
         parts = values.split([shape[0] for shape in self.shapes])
-        # Write zeros beyond a part's own size, one dimension after the other.
         for part, shape in zip(parts, self.shapes, strict=True):
-            for dim, size in enumerate(shape):
-                part.narrow(dim, size, part.shape[dim] - size).zero_()
+            _zero_beyond(part, shape)  # a view, so `values` changes
         return values
 
 
@@ -114,29 +118,45 @@ def pack_uint8(
         images: the image inputs of some contents; `pixel_values` are values, or already bytes.
         normalization: what the image processor makes of a byte.
     """
+    if not images:
+        return [], None
     packed: list[dict[str, Tensor]] = []
     for inputs in images:
-        values = inputs.get("pixel_values")
-        raw = None if values is None else normalization.quantize_exact(values)
+        raw = _quantize_pixels(inputs, normalization)
         if raw is None:
-            break
+            # One tensor holds the pixels of all contents, so they are bytes together or not at all.
+            return [_with_values(inputs, normalization) for inputs in images], None
         packed.append({**inputs, "pixel_values": raw})
-    # One tensor holds the pixels of all contents, so they are bytes together or not at all.
-    if not packed or len(packed) < len(images):
-        return [_with_values(inputs, normalization) for inputs in images], None
     shapes = tuple(inputs["pixel_values"].shape for inputs in packed)
     return packed, PackedPixels(normalization, shapes)
 
 
+def _quantize_pixels(inputs: dict[str, Tensor], normalization: Normalization) -> UInt8[Tensor, "..."] | None:
+    """Return the bytes of a content's pixels; None if it has none or they were not made of bytes."""
+    if "pixel_values" not in inputs:
+        return None
+    return normalization.quantize_exact(inputs["pixel_values"])
+
+
 def _with_values(inputs: dict[str, Tensor], normalization: Normalization) -> dict[str, Tensor]:
-    pixels = inputs.get("pixel_values")
-    if pixels is None or pixels.dtype != torch.uint8:
+    """Return image inputs with `pixel_values` as values, where they are bytes."""
+    if "pixel_values" not in inputs:
+        return inputs
+    pixels = inputs["pixel_values"]
+    if pixels.dtype != torch.uint8:
         return inputs
     return {**inputs, "pixel_values": normalization.normalize(pixels)}
 
 
+def _zero_beyond(values: Tensor, shape: torch.Size) -> None:
+    """Write zeros in place wherever an index lies beyond a shape."""
+    # One dimension after the other; what lies beyond in several of them is written several times.
+    for dim, size in enumerate(shape):
+        values.narrow(dim, size, values.shape[dim] - size).zero_()
+
+
 def _has_colors(values: Tensor) -> bool:
-    """Tell whether the colors stand where `_broadcast` expects them.
+    """Return whether the colors stand where `_broadcast` expects them.
 
     Images have them in the third dimension from the end. A row of a patch has the values of three colors of the same
     number.

@@ -18,7 +18,13 @@ MODES = {Resampling.BILINEAR: "bilinear", Resampling.BICUBIC: "bicubic"}
 
 
 def resize(image: UInt8[np.ndarray, "colors height width"], height: int, width: int, mode: str) -> NDArray[Any]:
-    """Resize an image as Pillow's `resize` does with the filter that `mode` names."""
+    """Resize an image as Pillow's `resize` does.
+
+    Args:
+        image: colors first, as bytes.
+        height, width: the new size in pixels.
+        mode: one of the values of `MODES`.
+    """
     if image.shape[1:] == (height, width):
         return image
     # PyTorch has an integer kernel for images whose colors are last in memory.
@@ -31,13 +37,17 @@ class _TorchResize(PilBackend):
     """Override the resize that a family's image processor inherits from `PilBackend`."""
 
     def resize(self, image: NDArray[Any], size: SizeDict, resample: Any = None, **kwargs: Any) -> NDArray[Any]:
-        # Other filters, other dtypes, and sizes that depend on the image are left to Pillow.
-        mode = MODES.get(resample)
-        exact_size = size.height and size.width and not size.shortest_edge
-        if mode and exact_size and image.dtype == np.uint8:
-            return resize(image, size.height, size.width, mode)
+        """Resize an image by PyTorch if it holds bytes and the size and the filter allow it, by Pillow otherwise."""
+        is_supported = image.dtype == np.uint8 and resample in MODES
+        if is_supported and _is_exact(size):
+            return resize(image, size.height, size.width, MODES[resample])
         resized: NDArray[Any] = super().resize(image=image, size=size, resample=resample, **kwargs)
         return resized
+
+
+def _is_exact(size: SizeDict) -> bool:
+    """Return whether a size is a height and a width; with a shortest edge, these depend on the image."""
+    return bool(size.height and size.width and not size.shortest_edge)
 
 
 def with_torch_resize(image_processor: Any) -> Any:

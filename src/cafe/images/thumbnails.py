@@ -11,8 +11,10 @@ THUMBNAIL_SIDE = 192  # pixels; larger images are reduced to this
 
 def thumbnail(image: Image.Image) -> str:
     """Encode a small copy of an image as a `data:` URI: PNG of a small image, JPEG of a larger one."""
-    copy, out = image.copy(), io.BytesIO()
     kind = "png" if max(image.size) <= PIXEL_ART_SIDE else "jpeg"
-    copy.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    copy.save(out, kind)
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    small = image.copy()
+    small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
+    out = io.BytesIO()
+    small.save(out, kind)
+    encoded = base64.b64encode(out.getvalue()).decode()
+    return f"data:image/{kind};base64,{encoded}"

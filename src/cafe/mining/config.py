@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 
+# Follows the query and a candidate in the judge's prompt; whatever it asks, "yes" has to mean a match.
 QUESTION = "Is the last of these a correct match for what comes before it? Answer yes or no."
 
 
 @dataclass(frozen=True, kw_only=True)
 class MiningConfig:
-    """How hard negatives are mined.
+    """Configure how hard negatives are mined.
 
     Attributes:
         negatives: the maximum number per record; the hardest are taken.

@@ -32,16 +32,20 @@ class Examples:
 
     def keys(self) -> list[RecordKey]:
         """Return the keys of all records, in order."""
-        return [(source, record) for source, opened in enumerate(self.sources) for record in range(len(opened))]
+        keys: list[RecordKey] = []
+        for source, opened in enumerate(self.sources):
+            keys += [(source, record) for record in range(len(opened))]
+        return keys
 
     def __getitem__(self, key: RecordKey) -> Example:
         source, record = key
+        # Seeded by the key alone: a record is read several times, and must have the same caption each time.
         return self.sources[source].example(record, Random(f"mine {self.seed} {source} {record}"))
 
 
 @dataclass(frozen=True)
 class EmbeddedPairs:
-    """The pairs of some sources as unit vectors, in order.
+    """Hold the pairs of some sources as unit vectors, in order.
 
     Attributes:
         record_keys: the record of each pair.
@@ -60,7 +64,14 @@ class EmbeddedPairs:
 
 @dataclass(frozen=True)
 class _EncodedPairs:
-    """Some records' pairs, packed for the model: query and target in turn; None if there are none."""
+    """Hold some records' pairs, packed for the model: query and target in turn; None if there are none.
+
+    Attributes:
+        packed: the model's inputs.
+        record_keys: the record of each pair.
+        ids: hashes of each query and target.
+        bad_records: why records are skipped.
+    """
 
     packed: PackedBatch | None
     record_keys: list[RecordKey]
@@ -126,6 +137,7 @@ def embed_pairs(
         bad_records.update(batch.bad_records)
         if batch.packed is not None:
             hidden, _ = forward_packed(model.lvlm, batch.packed)
+            # In float32 and on the CPU: the search is exact, and the GPU keeps its memory for the model.
             vectors.append(F.normalize(hidden.float(), dim=-1).cpu().numpy())
             embedded_keys += batch.record_keys
             ids += batch.ids

@@ -53,6 +53,7 @@ def mine(
         RecipeError: the new source would overwrite one that is read.
         CafeError: no record holds a pair.
     """
+    # The new source is written while the old ones are read.
     path = output / "records.jsonl"
     if path.resolve() in {Path(file.name).resolve() for opened in sources for file in opened.files}:
         raise RecipeError(f"The new source would overwrite {path}, which is mined: name another output.")
@@ -90,6 +91,7 @@ def find_candidates(embedded: EmbeddedPairs, config: MiningConfig) -> list[list[
     most_matches = min(max(map(len, matches.values())), config.top)
     top = min(config.top + most_matches, len(target_ids))
     similarities, nearest = search(embedded.queries, embedded.targets[first_pair], top)
+    # The embeddings are unit vectors, so inner products are cosine similarities.
     positives = np.einsum("nd,nd->n", embedded.queries, embedded.targets)
     limits = [max_negative_similarity(float(positive), config) for positive in positives]
 
@@ -110,6 +112,7 @@ def max_negative_similarity(positive: float, config: MiningConfig) -> float:
     if config.max_positive_ratio is not None:
         # A fraction of a negative similarity would lie above it.
         limits.append(min(config.max_positive_ratio * positive, positive))
+    # With both limits, a negative has to keep both.
     if config.margin is not None:
         limits.append(positive - config.margin)
     return min(limits)

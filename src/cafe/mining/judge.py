@@ -1,7 +1,7 @@
 """Let the model's generative half judge which candidates match after all, and choose negatives."""
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import chain, islice
 
 import torch
 from jaxtyping import Float
@@ -68,6 +68,7 @@ def filter_by_judge(
     for group, packed in zip(groups, tqdm(stream, desc="judge", unit="batch", total=len(groups)), strict=True):
         hidden, _ = forward_packed(model.lvlm, packed)
         probabilities = iter(yes_probability(model, hidden).tolist())
+        # Answers are in the order of the prompts: for each pair of the group, one per candidate.
         for number in group:
             for candidate in candidates[number]:
                 probability = next(probabilities)
@@ -110,10 +111,12 @@ def judge_branches(
     query: Content, targets: Sequence[Content], chat_processor: ChatProcessor, question: str
 ) -> list[Branch]:
     """Encode the prompts that ask of each target whether it matches the query; they share the query's tokens."""
-    refs = [ref for content in (query, *targets) for ref in content.images]
-    images = dict(zip(map(id, refs), chat_processor.decode_images(refs), strict=True))  # the query's are decoded once
+    # All images are decoded at once, the query's once for all targets.
+    refs = list(chain.from_iterable(content.images for content in (query, *targets)))
+    images = dict(zip(map(id, refs), chat_processor.decode_images(refs), strict=True))
     branches = []
     for target in targets:
+        # The query first, so that the prompts share all of it.
         content = Content((*query.parts, "\n", *target.parts, f"\n{question}"))
         processed = chat_processor.process_images([images[id(ref)] for ref in content.images])
         messages = dialogue_messages(Dialogue((Turn("user", content),)), chat_processor.prompts)
@@ -124,7 +127,8 @@ def judge_branches(
 def yes_probability(model: Cafe, hidden: Float[Tensor, "questions dim"]) -> Float[Tensor, " questions"]:
     """Return the probability of "yes" against "no" as the next word, given the hidden state before it."""
     logits = compute_logits(model.lvlm, hidden)
-    yes, no = (_first_tokens(model.chat_processor, word) for word in ("yes", "no"))
+    yes = _first_tokens(model.chat_processor, "yes")
+    no = _first_tokens(model.chat_processor, "no")
     # A token that both words begin with, such as a lone space, says nothing.
     yes_logit = logits[:, sorted(yes - no)].logsumexp(1)
     no_logit = logits[:, sorted(no - yes)].logsumexp(1)
@@ -132,5 +136,8 @@ def yes_probability(model: Cafe, hidden: Float[Tensor, "questions dim"]) -> Floa
 
 
 def _first_tokens(chat_processor: ChatProcessor, word: str) -> set[int]:
-    spellings = (word, word.capitalize(), f" {word}", f" {word.capitalize()}")
-    return {chat_processor.tokenizer(spelling, add_special_tokens=False)["input_ids"][0] for spelling in spellings}
+    """Return the tokens that an answer of this word may begin with."""
+    # Models differ in which of these they say, by their templates and tokenizers.
+    spellings = [word, word.capitalize(), f" {word}", f" {word.capitalize()}"]
+    encoded = chat_processor.tokenizer(spellings, add_special_tokens=False)["input_ids"]
+    return {tokens[0] for tokens in encoded}

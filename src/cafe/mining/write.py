@@ -56,9 +56,11 @@ def write_source(
 def _with_negatives(
     examples: Examples, embedded: EmbeddedPairs, key: RecordKey, scores: dict[int, float], soft: bool
 ) -> Example:
+    """Read a record and give its pair the mined negatives; a record without a pair is unchanged."""
     example = examples[key]
     if example.pair is None:
         return example
+    # Their records are read once more, so that no more than one record's negatives are in memory.
     pairs = [examples[embedded.record_keys[number]].pair for number in scores]
     negatives = tuple(pair.target for pair in pairs if pair)
     negative_scores = tuple(scores.values()) if soft else ()
@@ -87,6 +89,7 @@ def _pair_fields(pair: Pair, output: Path) -> dict[str, Any]:
     fields["query"], fields["query_image"] = _text_and_images(pair.query, output)
     fields["positive"], fields["positive_image"] = _text_and_images(pair.target, output)
     fields["negatives"] = []
+    # A mapping, since a negative may have text and images; the other sides have a column for each.
     for negative in pair.negatives:
         text, images = _text_and_images(negative, output)
         fields["negatives"].append({"text": text, "images": images})
@@ -107,8 +110,10 @@ def _dialogue_fields(dialogue: Dialogue, output: Path) -> dict[str, Any]:
 
 def _text_and_images(content: Content, output: Path) -> tuple[str, list[str]]:
     """Return a content's text with image tokens where its images stand, and the files of these."""
-    # A user's words that look like an image token are broken up, as they are when they are rendered.
-    texts = [part.replace(IMAGE_TOKEN, "< image>") if isinstance(part, str) else IMAGE_TOKEN for part in content.parts]
+    texts = []
+    for part in content.parts:
+        # A user's words that look like an image token are broken up, as they are when they are rendered.
+        texts.append(part.replace(IMAGE_TOKEN, "< image>") if isinstance(part, str) else IMAGE_TOKEN)
     return "".join(texts), [_image_file(ref, output) for ref in content.images]
 
 
@@ -117,6 +122,7 @@ def _image_file(ref: ImageRef, output: Path) -> str:
     if isinstance(ref.source, Path):
         return str(ref.source.absolute())
     data = _encode_png(ref.source) if isinstance(ref.source, Image.Image) else ref.source
+    # Bytes are kept as they are; only the header is read, for the suffix.
     with image_errors(ref), Image.open(io.BytesIO(data)) as image:
         suffix = (image.format or "image").lower()
     # Named by its content, so that an image of several records is written once.
@@ -127,6 +133,7 @@ def _image_file(ref: ImageRef, output: Path) -> str:
 
 
 def _encode_png(image: Image.Image) -> bytes:
+    """Encode an image without loss."""
     out = io.BytesIO()
     image.save(out, "PNG")
     return out.getvalue()

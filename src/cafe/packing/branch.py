@@ -11,6 +11,7 @@ PositionIdsFn = Callable[["Branch"], Int64[Tensor, "axes tokens"]]
 TokenTypeFn = Callable[["Branch"], Int64[Tensor, " tokens"]]
 
 
+# Branches are compared by identity (eq=False): comparing tensors gives tensors, not a truth value.
 @dataclass(frozen=True, eq=False)
 class Branch:
     """Hold one token sequence and the images in it.
@@ -29,6 +30,7 @@ class Branch:
     image_inputs: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
+        """Return the number of tokens."""
         return len(self.input_ids)
 
     def truncate(self, length: int) -> "Branch":
@@ -48,4 +50,5 @@ def image_token_type_ids(branch: Branch) -> Int64[Tensor, " tokens"]:
 
 def prefix_lm_token_type_ids(branch: Branch) -> Int64[Tensor, " tokens"]:
     """Return 0 in the prompt, to which prefix-LMs attend bidirectionally, and 1 from the first supervised token on."""
+    # The count of supervised tokens so far never falls back to 0, so later turns of the user are 1 as well.
     return (branch.loss_mask.cumsum(0) > 0).long()

@@ -3,13 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
 from cafe.images.normalization import PackedPixels, pack_uint8
-from cafe.packing.branch import Branch
+from cafe.packing.branch import Branch, TokenTypeFn
 from cafe.packing.rows import DEFAULT_PACKING, Layout, PackingConfig, build_layout
 
 
@@ -37,10 +39,14 @@ class PackedBatch:
 
     def pin_memory(self) -> "PackedBatch":
         """Copy all tensors to pinned memory, from which they are moved to a GPU asynchronously."""
+        # Only trees have it.
+        subtree_end = self.subtree_end
+        if subtree_end is not None:
+            subtree_end = subtree_end.pin_memory()
         return replace(
             self,
             inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
-            subtree_end=None if self.subtree_end is None else self.subtree_end.pin_memory(),
+            subtree_end=subtree_end,
             embedding_index=self.embedding_index.pin_memory(),
             logits_index=self.logits_index.pin_memory(),
             labels=self.labels.pin_memory(),
@@ -60,7 +66,7 @@ def pack(
         packing: how to pack.
     """
     groups = [[*first, *second] for first, second in zip(embedding_branches, lm_branches, strict=True)]
-    branches = [branch for group in groups for branch in group]
+    branches = list(chain.from_iterable(groups))
     layout = build_layout(groups, packing)
     embedding_index, logits_index, labels = _index_tensors(embedding_branches, lm_branches, layout)
     inputs, pixel_decoder = _model_inputs(branches, layout, packing)
@@ -79,21 +85,22 @@ def _index_tensors(
     embedding_branches: Sequence[Sequence[Branch]], lm_branches: Sequence[Sequence[Branch]], layout: Layout
 ) -> tuple[Int64[Tensor, "readouts 2"], Int64[Tensor, "supervised 2"], Int64[Tensor, " supervised"]]:
     """Return where the readouts are, where the logits of the supervised tokens are, and these tokens."""
+    # The empty tensors give the results their shape where there is nothing to concatenate.
     no_coords = torch.empty(0, 2, dtype=torch.long)
-    readouts: list[Tensor] = []
-    predictors, labels = [no_coords], [no_coords[:, 0]]
+    no_labels = torch.empty(0, dtype=torch.long)
+    readouts, predictors, labels = [no_coords], [no_coords], [no_labels]
+
     coords = iter(layout.coords)  # in the order of `pack`: for each example, embedding branches first
     for embedded, supervised in zip(embedding_branches, lm_branches, strict=True):
         for _ in embedded:
-            readouts.append(next(coords)[-1])
+            readouts.append(next(coords)[-1:])
         for branch in supervised:
             # The logits of a token are at the one before it; nothing predicts the first token of a sequence.
             columns = branch.loss_mask.nonzero()[:, 0]
             columns = columns[columns > 0]
             predictors.append(next(coords)[columns - 1])
             labels.append(branch.input_ids[columns])
-    embedding_index = torch.stack(readouts) if readouts else no_coords
-    return embedding_index, torch.cat(predictors), torch.cat(labels)
+    return torch.cat(readouts), torch.cat(predictors), torch.cat(labels)
 
 
 def _model_inputs(
@@ -101,29 +108,38 @@ def _model_inputs(
 ) -> tuple[dict[str, Tensor], PackedPixels | None]:
     """Return the model's inputs by name, and what decodes the pixels where they are bytes."""
     # Models put image features where the image tokens are, in row-major order: images must follow it.
-    images, pixel_decoder = [branches[first].image_inputs for first in layout.image_order], None
+    images = [branches[number].image_inputs for number in layout.image_order]
+    pixel_decoder = None
     if packing.normalization:
         images, pixel_decoder = pack_uint8(images, packing.normalization)
     inputs = {"input_ids": layout.input_ids, **collate_vision(images)}
 
     if packing.share_prefixes:
-        one_axis = len(layout.position_ids) == 1
-        inputs["position_ids"] = layout.position_ids[0] if one_axis else layout.position_ids
+        # Models expect (rows, columns), with the axes in front only where there are several of them.
+        inputs["position_ids"] = layout.position_ids.squeeze(0)
         return inputs, pixel_decoder
 
     # One branch per row is ordinary padded input, from which the model makes its own mask and position ids.
     inputs["attention_mask"] = layout.valid.long()
     for name, token_type_fn in packing.token_type_fns.items():
-        token_types = torch.zeros_like(layout.input_ids)
-        for branch, coord in zip(branches, layout.coords, strict=True):
-            token_types[coord[:, 0], coord[:, 1]] = token_type_fn(branch)
-        inputs[name] = token_types
+        inputs[name] = _token_types(branches, layout, token_type_fn)
     return inputs, pixel_decoder
+
+
+def _token_types(
+    branches: Sequence[Branch], layout: Layout, token_type_fn: TokenTypeFn
+) -> Int64[Tensor, "rows columns"]:
+    """Compute an input that marks tokens; padding is marked 0."""
+    token_types = torch.zeros_like(layout.input_ids)
+    for branch, coord in zip(branches, layout.coords, strict=True):
+        token_types[coord[:, 0], coord[:, 1]] = token_type_fn(branch)
+    return token_types
 
 
 def count_crops(branches: Sequence[Branch]) -> int:
     """Count the images, or crops of images, that the vision tower processes for some branches."""
-    distinct: dict[int, Mapping[str, Tensor]] = {}  # branches with the same images hold the same mapping
+    # Branches that show the same images hold the same mapping object.
+    distinct: dict[int, Mapping[str, Tensor]] = {}
     for branch in branches:
         if "pixel_values" in branch.image_inputs:
             distinct[id(branch.image_inputs)] = branch.image_inputs
@@ -131,24 +147,36 @@ def count_crops(branches: Sequence[Branch]) -> int:
 
 
 def _num_crops(image_inputs: Mapping[str, Tensor]) -> int:
+    """Count the images, or crops of images, in the tensors of one sequence."""
     # Where the patches of all images are joined in one dimension, the grids still have one row per image.
     rows = image_inputs.get("image_grid_thw", image_inputs["pixel_values"])
-    return math.prod(rows.shape[:-3]) if rows.ndim > 3 else len(rows)
+    if rows.ndim <= 3:
+        return len(rows)
+    # Everywhere else the last three dimensions are one image: its colors, height and width.
+    return math.prod(rows.shape[:-3])
 
 
 def collate_vision(image_inputs: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Concatenate the image tensors of several sequences, padding all dimensions but the first with zeros."""
-    names = {name for inputs in image_inputs for name in inputs}
-    return {name: _cat_padded([inputs[name] for inputs in image_inputs if name in inputs]) for name in sorted(names)}
+    tensors_by_name: dict[str, list[Tensor]] = {}
+    for inputs in image_inputs:
+        for name, tensor in inputs.items():
+            tensors_by_name.setdefault(name, []).append(tensor)
+    # Sorted, so that the order of the inputs does not depend on which sequence comes first.
+    return {name: _cat_padded(tensors_by_name[name]) for name in sorted(tensors_by_name)}
 
 
 def _cat_padded(tensors: Sequence[Tensor]) -> Tensor:
-    # Images may differ in their number of crops or patches; the model's masks and sizes tell it what is padding.
-    shape = [max(sizes) for sizes in zip(*(tensor.shape[1:] for tensor in tensors), strict=True)]
-    padded = []
-    for tensor in tensors:
-        amounts: list[int] = []
-        for size, full in zip(reversed(tensor.shape[1:]), reversed(shape), strict=True):  # `pad` begins at the last
-            amounts += (0, full - size)
-        padded.append(torch.nn.functional.pad(tensor, amounts))
-    return torch.cat(padded)
+    """Concatenate tensors along the first dimension, all others padded to the largest of them."""
+    shapes = [tensor.shape[1:] for tensor in tensors]
+    largest = list(map(max, zip(*shapes, strict=True)))
+    return torch.cat([_pad_end(tensor, largest) for tensor in tensors])
+
+
+def _pad_end(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Pad all dimensions but the first with zeros at the end, to a shape."""
+    # `pad` takes two amounts for each dimension, before it and behind it, from the last dimension to the first.
+    amounts: list[int] = []
+    for size, padded_size in zip(reversed(tensor.shape[1:]), reversed(shape), strict=True):
+        amounts += (0, padded_size - size)
+    return F.pad(tensor, amounts)

@@ -5,10 +5,12 @@ import math
 from bisect import bisect_right, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import itemgetter
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -85,28 +87,17 @@ def build_layout(groups: Sequence[Sequence[Branch]], packing: PackingConfig) -> 
         groups: the branches; `Layout.coords` lists them in this order, group after group.
         packing: how to pack.
     """
-    branches = [branch for group in groups for branch in group]
+    branches = list(chain.from_iterable(groups))
     if packing.share_prefixes:
-        rows = _tree_rows(branches, [len(group) for group in groups], packing.max_row_tokens)
+        rows = _tree_rows(branches, list(map(len, groups)), packing.max_row_tokens)
+        position_ids_fn = packing.position_ids_fn
     else:
         rows = _single_branch_rows(branches)
-
-    # Where each branch's tokens are.
-    coords: list[Tensor] = [torch.empty(0, 2, dtype=torch.long)] * len(branches)
-    for number, row in enumerate(rows):
-        for member, columns in row.columns.items():
-            coords[member] = torch.stack([torch.full((len(columns),), number), torch.from_numpy(columns)], dim=1)
-
-    # Pad rows to the same length. Padding attends to itself alone: a token that attends to nothing would give NaN.
-    ends = [torch.from_numpy(row.subtree_end) for row in rows]
-    subtree_end = pad_sequence(ends, batch_first=True, padding_value=-1)
-    missing = -subtree_end.shape[1] % packing.pad_to_multiple_of
-    subtree_end = torch.nn.functional.pad(subtree_end, (0, missing), value=-1)
-    valid = subtree_end >= 0
-    subtree_end = torch.where(valid, subtree_end, torch.arange(1, subtree_end.shape[1] + 1))
+        position_ids_fn = default_position_ids  # not used: the model makes its own
+    coords = _token_coords(rows, len(branches))
+    subtree_end, valid = _pad_rows(rows, packing.pad_to_multiple_of)
 
     # Write tokens and positions branch by branch. Branches that share a token write the same values.
-    position_ids_fn = packing.position_ids_fn if packing.share_prefixes else default_position_ids
     input_ids = torch.full_like(subtree_end, packing.pad_token_id)
     position_ids = torch.zeros(len(position_ids_fn(branches[0])), *subtree_end.shape, dtype=torch.long)
     for branch, coord in zip(branches, coords, strict=True):
@@ -123,6 +114,30 @@ class _Row:
     columns: dict[int, SharingKeys]
 
 
+def _token_coords(rows: Sequence[_Row], num_branches: int) -> list[Int64[Tensor, "_tokens 2"]]:
+    """Return for each branch the (row, column) of each of its tokens."""
+    coords: list[Tensor] = [torch.empty(0, 2, dtype=torch.long)] * num_branches
+    for number, row in enumerate(rows):
+        for member, columns in row.columns.items():
+            row_numbers = torch.full((len(columns),), number)
+            coords[member] = torch.stack([row_numbers, torch.from_numpy(columns)], dim=1)
+    return coords
+
+
+def _pad_rows(
+    rows: Sequence[_Row], multiple: int
+) -> tuple[Int64[Tensor, "rows columns"], Bool[Tensor, "rows columns"]]:
+    """Pad rows to the same length, a multiple of `multiple`; return their `subtree_end`, and which tokens are valid."""
+    ends = [torch.from_numpy(row.subtree_end) for row in rows]
+    subtree_end = pad_sequence(ends, batch_first=True, padding_value=-1)
+    missing = -subtree_end.shape[1] % multiple
+    subtree_end = F.pad(subtree_end, (0, missing), value=-1)
+    valid = subtree_end >= 0
+    # Padding attends to itself alone: a token that attends to nothing would give NaN.
+    own_end = torch.arange(1, subtree_end.shape[1] + 1)
+    return torch.where(valid, subtree_end, own_end), valid
+
+
 def _single_branch_rows(branches: Sequence[Branch]) -> list[_Row]:
     """Give every branch a row of its own."""
     rows = []
@@ -135,11 +150,14 @@ def _single_branch_rows(branches: Sequence[Branch]) -> list[_Row]:
 def _tree_rows(branches: Sequence[Branch], group_sizes: Sequence[int], max_tokens: int) -> list[_Row]:
     """Distribute the trees that branches form over rows."""
     keys = compute_sharing_keys(branches)
-    # What all branches share, usually the system prompt, is in each row once: it must not join all examples in a tree.
-    root = common_prefix_length(keys) if len(keys) > 1 else 0
+    # What all branches share, usually the system prompt, is in every row once: it does not make trees of examples one.
+    root = 0
+    if len(keys) > 1:
+        root = common_prefix_length(keys)
     trees = split_subtrees(group_sizes, keys, root)
     sizes = [tree_size(tree, keys) for tree in trees]
-    return [_build_row(members, keys) for members in _bin_pack(trees, sizes, root, max_tokens)]
+    members_by_row = _bin_pack(trees, sizes, root, max_tokens)
+    return [_build_row(members, keys) for members in members_by_row]
 
 
 def _build_row(members: Sequence[int], keys: Sequence[SharingKeys]) -> _Row:
@@ -175,40 +193,45 @@ def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, max_t
     largest = max(sizes)
     if largest > max_tokens:
         max_tokens = largest + largest // 8
-    # Apart from the root, which takes its tokens once per row, trees add up.
+    # A row holds the root once, so that trees count without it.
     own_sizes = [size - root for size in sizes]
     total = sum(own_sizes)
-    min_rows = max(1, math.ceil(total / max(1, max_tokens - root)))
+    min_rows = math.ceil(total / max(1, max_tokens - root))
 
     best = _best_fit(own_sizes, root, max_tokens)
-    best_work = _work(len(best), _longest(best), max_tokens)
+    best_work = _work_of_bins(best, max_tokens)
     # Best fit leaves a short last row, padded to the longest. Rows of equal length may be less work: try each number of
     # rows whose lower bound is below the best so far. Whatever fits in one row stays there.
-    if min_rows > 1:
-        for num_rows in range(min_rows, 2 * min_rows + 1):
-            longest_at_least = max(largest, root + math.ceil(total / num_rows))
-            if _work(num_rows, longest_at_least, max_tokens) >= best_work:
-                continue
-            bins = _balance_rows(own_sizes, root, num_rows)
-            work = _work(len(bins), _longest(bins), max_tokens)
-            if work < best_work:
-                best, best_work = bins, work
-    return [[branch for tree in row for branch in trees[tree]] for _, row in best]
+    candidates = range(min_rows, 2 * min_rows + 1) if min_rows > 1 else ()
+    for num_rows in candidates:
+        longest_at_least = max(largest, root + math.ceil(total / num_rows))
+        if _work(num_rows, longest_at_least, max_tokens) >= best_work:
+            continue
+        bins = _balance_rows(own_sizes, root, num_rows)
+        work = _work_of_bins(bins, max_tokens)
+        if work < best_work:
+            best, best_work = bins, work
+    members_by_row = []
+    for _, row in best:
+        members_by_row.append(list(chain.from_iterable(trees[tree] for tree in row)))
+    return members_by_row
 
 
 def _work(num_rows: int, longest: int, max_tokens: int) -> float:
     """Estimate the work of rows: for each token, the layers' matrices and attention over its row.
 
     The matrices are taken as attention over three times the maximum row (see `infer_packing`). So many rows are costly
-    by their padding, and long rows by their attention.
+    by their padding, and long rows by their attention. Rows beyond the maximum are ruled out.
     """
     if longest > max_tokens:
         return math.inf
     return num_rows * longest * (3 * max_tokens + longest)
 
 
-def _longest(bins: _Bins) -> int:
-    return max(tokens for tokens, _ in bins)
+def _work_of_bins(bins: _Bins, max_tokens: int) -> float:
+    """Estimate the work of rows that are filled, all padded to the longest."""
+    longest, _ = max(bins, key=itemgetter(0))
+    return _work(len(bins), longest, max_tokens)
 
 
 def _best_fit(sizes: Sequence[int], root: int, max_tokens: int) -> _Bins:
@@ -217,7 +240,9 @@ def _best_fit(sizes: Sequence[int], root: int, max_tokens: int) -> _Bins:
     for tree in _largest_first(sizes):
         # The fullest row with room is the last of those that have room.
         num_roomy = bisect_right(bins, max_tokens - sizes[tree], key=itemgetter(0))
-        tokens, row = bins.pop(num_roomy - 1) if num_roomy else (root, [])
+        tokens, row = root, list[int]()  # a new row, which holds the root already
+        if num_roomy:
+            tokens, row = bins.pop(num_roomy - 1)
         insort(bins, (tokens + sizes[tree], [*row, tree]))
     return bins
 
@@ -228,10 +253,12 @@ def _balance_rows(sizes: Sequence[int], root: int, num_rows: int) -> _Bins:
     for tree in _largest_first(sizes):
         tokens, row = bins[0]
         heapq.heapreplace(bins, (tokens + sizes[tree], [*row, tree]))
+    # A row stays empty where there are fewer trees than rows.
     return [(tokens, row) for tokens, row in bins if row]
 
 
 def _largest_first(sizes: Sequence[int]) -> list[int]:
+    """Return the indices of trees; those of equal size keep their order, so that the same data gives the same rows."""
     return sorted(range(len(sizes)), key=lambda tree: -sizes[tree])
 
 
@@ -239,8 +266,9 @@ def _image_order(branches: Sequence[Branch], coords: Sequence[Tensor]) -> list[i
     """List the first branch to hold each set of images, in the order of the sets' first tokens."""
     first_holders: dict[tuple[int, int], int] = {}
     for number, (branch, coord) in enumerate(zip(branches, coords, strict=True)):
-        if branch.image_mask.any():
+        image_coords = coord[branch.image_mask]
+        if len(image_coords):
             # Branches that share images share the coordinates of their tokens.
-            row, column = coord[branch.image_mask][0].tolist()
+            row, column = image_coords[0].tolist()
             first_holders.setdefault((row, column), number)
     return [first_holders[first_token] for first_token in sorted(first_holders)]

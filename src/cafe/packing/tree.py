@@ -34,7 +34,7 @@ class Node(NamedTuple):
 
     @property
     def length(self) -> int:
-        """The tokens of the node itself."""
+        """Return the number of tokens in the node itself."""
         return self.stop - self.start
 
 
@@ -51,8 +51,10 @@ def compute_sharing_keys(branches: Sequence[Branch]) -> list[SharingKeys]:
         if branch.image_mask.any():
             # Image tokens have the same id whatever the image: identify the images by the object that holds them.
             mask = branch.image_mask.numpy()
+            # Text between images counts: branches that diverged there would share some images of an indivisible set.
             stop = np.flatnonzero(mask)[-1] + 1
-            number = image_keys.setdefault((id(branch.image_inputs), ids[:stop].tobytes()), len(image_keys))
+            prefix = ids[:stop].tobytes()
+            number = image_keys.setdefault((id(branch.image_inputs), prefix), len(image_keys))
             ids[mask] = -1 - number  # below 0: never equal to a token id
         keys.append(ids)
     return keys
@@ -60,7 +62,8 @@ def compute_sharing_keys(branches: Sequence[Branch]) -> list[SharingKeys]:
 
 def common_prefix_length(keys: Sequence[SharingKeys], start: int = 0) -> int:
     """Count the leading keys that all have in common; the first `start` are known to be equal."""
-    first, length = keys[0], min(map(len, keys))
+    first = keys[0]
+    length = min(map(len, keys))
     for other in keys[1:]:
         # Compare up to the shortest prefix so far: it only gets shorter.
         different = np.flatnonzero(first[start:length] != other[start:length])
@@ -75,6 +78,7 @@ def iter_tree(members: Sequence[int], keys: Sequence[SharingKeys], start: int = 
     # Branches that continue below this node, grouped by their next key: one child for each.
     next_key = {member: keys[member][stop] for member in members if len(keys[member]) > stop}
     longer = sorted(next_key, key=next_key.__getitem__)
+    # All of them before the node itself is yielded, because it holds the size of its whole tree.
     below: list[Node] = []
     for _, child_members in groupby(longer, next_key.__getitem__):
         below += iter_tree(list(child_members), keys, stop)
@@ -104,9 +108,12 @@ def split_subtrees(group_sizes: Sequence[int], keys: Sequence[SharingKeys], root
     trees: list[list[int]] = []
     start = 0
     for size in group_sizes:
+        # Branches that end with the root have no next key and form one tree.
         by_next_key: dict[int, list[int]] = {}
         for member in range(start, start + size):
-            next_key = int(keys[member][root]) if len(keys[member]) > root else NO_TOKEN
+            next_key = NO_TOKEN
+            if len(keys[member]) > root:
+                next_key = int(keys[member][root])
             by_next_key.setdefault(next_key, []).append(member)
         trees += by_next_key.values()
         start += size

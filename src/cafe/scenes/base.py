@@ -37,11 +37,12 @@ from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.loading import without_video
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import CHATML, Prompts, dialogue_messages
-from cafe.packing import PackedBatch, PackingConfig, pack
+from cafe.packing import Branch, PackedBatch, PackingConfig, pack
 from cafe.scenes.draw import SIDE, paint
 from cafe.scenes.words import (
     CAPTION_PROMPT,
     PARAGRAPH_PROMPT,
+    Question,
     caption,
     caption_by_place,
     in_reading_order,
@@ -66,9 +67,11 @@ HARD = ("presence", "color", "place")  # the kinds of question that are learned 
 
 def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
     """Make a LLaVA-OneVision processor whose byte-level BPE tokenizer is trained on the texts."""
+    # Byte-level, so that any text can be encoded although the corpus is tiny.
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    # The first one pads, the next two frame turns (ChatML), and the last two stand for images and videos.
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
     bpe.train_from_iterator(
         texts,
@@ -138,7 +141,7 @@ def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForCondition
         tie_word_embeddings=True,
     )
     model = LlavaOnevisionForConditionalGeneration(config)
-    # Each layer starts as the identity.
+    # Each layer starts as the identity: what its attention and its MLP add to the residual stream is 0 at first.
     for path, parameter in model.named_parameters():
         if path.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
             nn.init.zeros_(parameter)
@@ -152,23 +155,30 @@ def lessons(scene: Scene, image: Image.Image, kind: str, rng: Random) -> list[Di
 
     Each is a dialogue of its own, so that no answer can be copied from an earlier turn.
     """
-    if kind == "by place":
-        exchanges = [(CAPTION_PROMPT, caption_by_place(in_reading_order(scene.things)))]
-    elif kind == "caption" and rng.random() < PARAGRAPHS:
-        exchanges = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
-    elif kind == "caption":
-        exchanges = [(CAPTION_PROMPT, caption(scene.things, rng))]
-    else:
-        # Finding the one thing that is named takes longest to learn, so such questions are asked twice.
-        first, second = questions(scene, rng), questions(scene, rng)
-        hard = [question for question in (*first, *second) if question.kind in HARD]
-        easy = [question for question in first if question.kind not in HARD]
-        chosen = dict.fromkeys([*hard, *rng.sample(easy, 2)])
-        exchanges = [(question.text, question.answer) for question in chosen]
-    return [
-        Dialogue((Turn("user", Content.of({"image": image, "text": prompt})), Turn("assistant", Content.of(answer))))
-        for prompt, answer in exchanges
-    ]
+    match kind:
+        case "by place":
+            exchanges = [(CAPTION_PROMPT, caption_by_place(in_reading_order(scene.things)))]
+        case "caption" if rng.random() < PARAGRAPHS:
+            exchanges = [(PARAGRAPH_PROMPT, paragraph(scene, rng))]
+        case "caption":
+            exchanges = [(CAPTION_PROMPT, caption(scene.things, rng))]
+        case _:
+            exchanges = [(question.text, question.answer) for question in _draw_questions(scene, rng)]
+    dialogues = []
+    for prompt, answer in exchanges:
+        user = Turn("user", Content.of({"image": image, "text": prompt}))
+        dialogues.append(Dialogue((user, Turn("assistant", Content.of(answer)))))
+    return dialogues
+
+
+def _draw_questions(scene: Scene, rng: Random) -> list[Question]:
+    """Draw up to eight different questions: all of the hard kinds, and two others."""
+    # Finding the one thing that is named takes longest to learn, so such questions are asked twice.
+    first, second = questions(scene, rng), questions(scene, rng)
+    hard = [question for question in (*first, *second) if question.kind in HARD]
+    easy = [question for question in first if question.kind not in HARD]
+    chosen = dict.fromkeys([*hard, *rng.sample(easy, 2)])  # without repetitions, in order
+    return list(chosen)
 
 
 def in_one_color(scene: Scene) -> Scene:
@@ -181,7 +191,10 @@ def in_one_color(scene: Scene) -> Scene:
         return scene
     first, second, *others = scene.things
     things = (first, replace(second, color=first.color), *others)
-    if len({name(thing) for thing in things}) < len(things) or split_of(things) != scene.split:
+    # Two things of one name could not be told apart in words.
+    if len(set(map(name, things))) < len(things):
+        return scene
+    if split_of(things) != scene.split:
         return scene
     return replace(scene, things=things)
 
@@ -226,23 +239,33 @@ class Lessons(Dataset[dict[str, PackedBatch]]):
         }
 
     def _pack(self, indices: range, kind: str, min_things: int = 1, max_things: int = 4) -> PackedBatch:
+        """Pack the lessons of one kind about some scenes."""
         scenes = [draw_scene(self.seed, "train", index, max_things, min_things) for index in indices]
         if kind == "questions":
-            scenes = [in_one_color(scene) for scene in scenes]
-        images = [paint(scene) for scene in scenes]
-        rows = []
+            scenes = list(map(in_one_color, scenes))
+        images = list(map(paint, scenes))
+        branches: list[list[Branch]] = []
         for scene, image, processed in zip(scenes, images, self._process_images(images), strict=True):
             dialogues = lessons(scene, image, kind, Random(f"lesson {scene.name}"))
-            messages = [dialogue_messages(dialogue, self.chat_processor.prompts) for dialogue in dialogues]
-            rows.append([self.chat_processor.encode_dialogue(each, processed) for each in messages])
-        return pack([[]] * len(rows), rows, self.packing)
+            branches.append([self._encode(dialogue, processed) for dialogue in dialogues])
+        no_embeddings: list[list[Branch]] = [[]] * len(branches)
+        return pack(no_embeddings, branches, self.packing)
+
+    def _encode(self, dialogue: Dialogue, processed: ProcessedImages) -> Branch:
+        """Encode a dialogue about an image that is processed already."""
+        messages = dialogue_messages(dialogue, self.chat_processor.prompts)
+        return self.chat_processor.encode_dialogue(messages, processed)
 
     def _process_images(self, images: list[Image.Image]) -> list[ProcessedImages]:
         """Process images as if one at a time, in one call: all have the same size and therefore the same tokens."""
         token_runs = self.chat_processor.process_images(images[:1]).token_runs
         tensors = self.chat_processor.processor.image_processor(images, return_tensors="pt")
-        inputs = [{name: batch[i : i + 1] for name, batch in tensors.items()} for i in range(len(images))]
-        return [ProcessedImages(token_runs, each) for each in inputs]
+        processed = []
+        for number in range(len(images)):
+            # Slices, not indices: each image keeps the dimension that images are joined in.
+            inputs = {name: batch[number : number + 1] for name, batch in tensors.items()}
+            processed.append(ProcessedImages(token_runs, inputs))
+        return processed
 
 
 def make_optimizer(model: nn.Module, learning_rate: float) -> Muon:
@@ -259,7 +282,14 @@ def make_optimizer(model: nn.Module, learning_rate: float) -> Muon:
 
 def _schedule(steps: int) -> Callable[[int], float]:
     """Return the factor of the learning rate at each step: a short warm-up, then half a cosine down to a fiftieth."""
-    return lambda step: min((step + 1) / 50, 0.02 + 0.49 * (1 + math.cos(math.pi * min(1, step / steps))))
+
+    def factor(step: int) -> float:
+        """Return the lower of the two curves."""
+        warm_up = (step + 1) / 50
+        cosine = 1 + math.cos(math.pi * min(1, step / steps))  # from 2 down to 0
+        return min(warm_up, 0.02 + 0.49 * cosine)
+
+    return factor
 
 
 def train_base(
@@ -278,9 +308,9 @@ def train_base(
     processor = make_processor(corpus(seed, 3000))
     chat_processor = ChatProcessor(processor, Prompts())
     model = make_model(processor).to(device)
-    report(
-        f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters, {len(processor.tokenizer)} tokens"
-    )
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    report(f"{num_parameters:,} parameters, {len(processor.tokenizer)} tokens")
+    # The learning rate of each group follows one curve, whatever it starts from.
     optimizer = make_optimizer(model, learning_rate)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
     stream = iter(make_loader(Lessons(chat_processor, seed, steps, batch), range(steps), workers))
@@ -301,6 +331,7 @@ def train_base(
         schedule.step()
         if step % 25 == 24:
             progress.set_postfix({kind: f"{fmean(losses[-25:]):.4f}" for kind, losses in history.items()})
+    # Half precision halves the files, which the package ships.
     model.half().save_pretrained(directory)
     chat_processor.save(directory)
     record = {

@@ -25,11 +25,12 @@ _SIZE_PIXELS = {"small": (20.0, 22.0), "large": (28.0, 30.0)}
 def digit_scans(digit: int, split: Split) -> list[np.ndarray]:
     """Return the 8 x 8 scans (float, 0 to 1) of a digit that a split may use."""
     data = load_digits()
-    return [
-        data.images[index] / 16.0
-        for index in range(len(data.target))
-        if data.target[index] == digit and (index % 4 == 0) == (split == "test")
-    ]
+    scans = []
+    for index in np.flatnonzero(data.target == digit):
+        scan_split = "test" if index % 4 == 0 else "train"
+        if scan_split == split:
+            scans.append(data.images[index] / 16.0)  # the set counts gray levels from 0 to 16
+    return scans
 
 
 def _background(scene: Scene, rng: Random) -> Image.Image:
@@ -44,6 +45,7 @@ def _background(scene: Scene, rng: Random) -> Image.Image:
         "striped": ((rows + columns) // period) % 2,
         "checkered": (rows // period + columns // period) % 2,
     }[scene.texture]
+    # The noise is gray: the same for all colors of a pixel.
     pixels = level + 18 * pattern[..., None] + tint + noise.normal(0, 3, (SIDE, SIDE, 1))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8), "RGB")
 
@@ -62,7 +64,7 @@ def _polygon(kind: str) -> list[tuple[float, float]]:
             for turn, radius in enumerate([1.0, 0.42] * 5)
         ]
     if kind == "cross":
-        a, b = 0.32, 0.95
+        a, b = 0.32, 0.95  # half the width of an arm, and its length from the center
         return [
             (-a, -b),
             (a, -b),
@@ -104,7 +106,8 @@ def _stencil(thing: Thing, split: Split, pixels: float, rng: Random) -> Image.Im
         if thing.kind == "ring":
             pen.ellipse((big * 0.24, big * 0.24, big * 0.76, big * 0.76), fill=0)
     else:
-        pen.polygon([((x + 1) * big / 2, (y + 1) * big / 2) for x, y in _polygon(thing.kind)], fill=255)
+        corners = [((x + 1) * big / 2, (y + 1) * big / 2) for x, y in _polygon(thing.kind)]
+        pen.polygon(corners, fill=255)
     return stencil.resize((side, side), Image.Resampling.BOX)
 
 
@@ -113,7 +116,8 @@ def paint(scene: Scene) -> Image.Image:
     rng = Random(f"paint {scene.name}")
     image = _background(scene, rng)
     for thing in scene.things:
-        stencil = _stencil(thing, scene.split, rng.uniform(*_SIZE_PIXELS[thing.size]), rng)
+        pixels = rng.uniform(*_SIZE_PIXELS[thing.size])
+        stencil = _stencil(thing, scene.split, pixels, rng)
         row, column = divmod(PLACES.index(thing.place), 2)
         # Centered in its quarter, but for a jitter of up to 2 pixels.
         slack = (_CELL - stencil.width) / 2

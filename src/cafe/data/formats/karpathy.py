@@ -25,11 +25,15 @@ def karpathy(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialog
     captions = [sentence["raw"].strip() for sentence in row["sentences"]]
     if not captions or not all(captions):
         raise RecordError("a caption is empty.")
-    folder = row.get("filepath", "")
     # COCO's images are spread over folders, Flickr30K's are not.
-    [ref] = image_refs(f"{folder}/{row['filename']}" if folder else row["filename"], source)
+    file = row["filename"]
+    if row.get("filepath"):
+        file = f"{row['filepath']}/{file}"
+    # Exactly one image: anything else makes the record bad.
+    [ref] = image_refs(file, source)
     caption = Content.of(rng.choice(captions))
-    dialogue = Dialogue((Turn("user", Content((ref, DESCRIBE_PROMPT))), Turn("assistant", caption)))
+    question = Content((ref, DESCRIBE_PROMPT))
+    dialogue = Dialogue((Turn("user", question), Turn("assistant", caption)))
     return Pair(Content((ref,)), caption), dialogue
 
 

@@ -32,6 +32,8 @@ def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     frames = image_refs(row.get("video"), source)
     refs = [*frames, *image_refs(row.get(source.columns.image), source)]
     dialogue = parse_conversation(as_list(row[source.columns.conversations]), refs, len(frames))
+
+    # Checked even where no pair is made of them.
     false_captions = as_list(row.get("negatives"))
     scores = tuple(as_list(row.get("negative_scores")))
     if not all(isinstance(caption, str) for caption in false_captions):
@@ -43,7 +45,12 @@ def llava(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
 
 
 def parse_conversation(turns: list[Any], refs: list[ImageRef], num_frames: int = 0) -> Dialogue:
-    """Parse a conversation about some images, the first `num_frames` of which stand at the mark <video>.
+    """Parse a conversation about some images.
+
+    Args:
+        turns: from user and assistant in turn, in LLaVA's form or that of chat templates.
+        refs: the images, in order.
+        num_frames: how many of them, from the first on, are a video and stand at the mark <video>.
 
     Raises:
         RecordError: turns do not alternate, one is empty or not a text, or they show more images than there are.
@@ -52,6 +59,7 @@ def parse_conversation(turns: list[Any], refs: list[ImageRef], num_frames: int =
     parsed: list[Turn] = []
     for index, turn in enumerate(turns):
         text = _check_turn(index, turn)
+        # The user speaks first, so the turns of the assistant have odd numbers.
         if index % 2:
             parsed.append(Turn("assistant", Content.of(text.strip())))
         else:
@@ -67,7 +75,11 @@ def parse_conversation(turns: list[Any], refs: list[ImageRef], num_frames: int =
 
 
 def _check_turn(index: int, turn: dict[str, Any]) -> str:
-    """Return a turn's text, once it is known to be a text from the expected speaker."""
+    """Return a turn's text.
+
+    Raises:
+        RecordError: it is empty, no text, or from another speaker than expected.
+    """
     speaker, text = _speaker_and_text(turn)
     expected = ("human", "gpt")[index % 2]
     if speaker != expected:
@@ -86,8 +98,16 @@ def _speaker_and_text(turn: dict[str, Any]) -> tuple[Any, Any]:
     content = turn["content"]
     # A list of parts refers to the record's images in order, as image tokens in a text do.
     if not isinstance(content, str):
-        content = "".join(IMAGE_TOKEN if part["type"] == "image" else part["text"] for part in content)
+        content = "".join(map(_part_text, content))
     return _SPEAKERS.get(turn["role"], turn["role"]), content
+
+
+def _part_text(part: dict[str, Any]) -> str:
+    """Return the text of a part, or the image token of an image."""
+    if part["type"] == "image":
+        return IMAGE_TOKEN
+    text: str = part["text"]
+    return text
 
 
 def as_list(value: Any) -> list[Any]:
@@ -95,6 +115,10 @@ def as_list(value: Any) -> list[Any]:
     if isinstance(value, str) and value.startswith("["):
         with suppress(json.JSONDecodeError):  # then it is a text that begins with a bracket
             value = json.loads(value)
-    if value is None or value == "":
-        return []
-    return list(value) if isinstance(value, (list, tuple)) else [value]
+    # A CSV file has no null: an empty cell is no value.
+    match value:
+        case None | "":
+            return []
+        case list() | tuple():
+            return list(value)
+    return [value]

@@ -30,6 +30,7 @@ def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue |
     """
     query = _side(row["qry"], row["qry_image_path"], source)
     target = _side(row["pos_text"], row["pos_image_path"], source)
+    # Without them the pair would teach nothing; a missing hard negative is no mistake.
     for name, side in (("query", query), ("target", target)):
         if not side.parts:
             raise RecordError(f"the {name} is empty.")
@@ -40,7 +41,8 @@ def mmeb(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue |
 
 def _side(text: str | None, image: Any, source: Source) -> Content:
     """Make a content of a text and an image, of which each may be missing."""
-    refs, text = image_refs(image, source), text or ""
+    refs = image_refs(image, source)
+    text = text or ""
     if not refs:
         text = MARK.sub("", text)
     return place_images(text, refs, MARK)

@@ -28,6 +28,7 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     Raises:
         RecordError: a column is missing, a side is empty or of the wrong kind, or negatives do not go together.
     """
+    # One of several captions.
     positive = _field(row, source, "positive")
     if isinstance(positive, (list, tuple)) and positive:
         positive = rng.choice(positive)
@@ -40,6 +41,7 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     _check_side(row, source, "query", query)
     _check_side(row, source, "positive", target)
     negatives = _negatives(row, source)
+    # CSV holds numbers as texts.
     scores = [float(score) for score in as_list(_field(row, source, "negative_scores"))]
     # Dropped only now, so that scores are checked beside what they were given for.
     pair = _drop_empty_negatives(Pair(query, target, tuple(negatives), tuple(scores)))
@@ -47,29 +49,46 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
 
 
 def answer_dialogue(pair: Pair, answer_prompt: str | None) -> Dialogue | None:
-    """Make a dialogue of a pair: the query and a prompt from the user, the target as the answer if it is text alone."""
+    """Make a dialogue of a pair: the query and a prompt from the user, the target as the answer if it is text alone.
+
+    Args:
+        pair: the query and its match.
+        answer_prompt: what the user says after the query; "" adds nothing, None makes no dialogue.
+    """
     if answer_prompt is None or pair.target.images:
         return None
-    prompt = [answer_prompt] if answer_prompt else []
-    user = Content((*pair.query.parts, *prompt))
-    return Dialogue((Turn("user", user), Turn("assistant", Content.of(pair.target.text.strip()))))
+
+    question = pair.query
+    if answer_prompt:
+        question = Content((*question.parts, answer_prompt))
+    answer = Content.of(pair.target.text.strip())
+    return Dialogue((Turn("user", question), Turn("assistant", answer)))
 
 
 def _field(row: Any, source: Source, name: str) -> Any:
     """Return a field; only one that the source renamed must be there."""
     column = getattr(source.columns, name)
-    if column not in row and column != getattr(_DEFAULT, name):
-        raise RecordError(f"there is no column {column!r}; there are {', '.join(map(str, row))}.")
+    is_required = column != getattr(_DEFAULT, name)
+    if is_required and column not in row:
+        raise _missing_column(repr(column), row)
     return row.get(column)
 
 
+def _missing_column(wanted: str, row: Any) -> RecordError:
+    """Return the error for a column that is not there, which lists those that are."""
+    return RecordError(f"there is no column {wanted}; there are {', '.join(map(str, row))}.")
+
+
 def _check_side(row: Any, source: Source, name: str, side: Content) -> None:
-    """Make sure that the query or the positive has a column and is not empty."""
+    """Make sure that the query or the positive has a column and is not empty.
+
+    Raises:
+        RecordError: it has no column, or is empty.
+    """
     # A missing column is more often a wrong name than an empty side, and gets another message.
-    columns = getattr(source.columns, name), getattr(source.columns, f"{name}_image")
+    columns = [getattr(source.columns, name), getattr(source.columns, f"{name}_image")]
     if not any(column in row for column in columns):
-        wanted = " or ".join(map(repr, columns))
-        raise RecordError(f"there is no column {wanted}; there are {', '.join(map(str, row))}.")
+        raise _missing_column(" or ".join(map(repr, columns)), row)
     if not side.parts:
         raise RecordError(f"the {name} is empty.")
 
@@ -81,12 +100,17 @@ def _conversation(row: Any, source: Source, query: Content) -> Dialogue | None:
         return None
     # An image that both show is the same reference, so that it is decoded and encoded once.
     image = row.get(source.columns.image)
-    same = image == row.get(source.columns.query_image)
-    return parse_conversation(turns, query.images if same else image_refs(image, source))
+    if image == row.get(source.columns.query_image):
+        return parse_conversation(turns, query.images)
+    return parse_conversation(turns, image_refs(image, source))
 
 
 def _negatives(row: Any, source: Source) -> list[Content]:
-    """Return the hard negatives, of which each may have its text, its image or both; some may be empty."""
+    """Return the hard negatives, of which each may have its text, its image or both; some may be empty.
+
+    Raises:
+        RecordError: there are texts and images, but not as many.
+    """
     texts = as_list(_field(row, source, "negatives"))
     images = as_list(_field(row, source, "negative_images"))
     if texts and images and len(texts) != len(images):
@@ -97,15 +121,24 @@ def _negatives(row: Any, source: Source) -> list[Content]:
 
 def _drop_empty_negatives(pair: Pair) -> Pair:
     """Drop negatives without content, together with their scores."""
-    is_given = [bool(negative.parts) for negative in pair.negatives]
-    negatives = tuple(compress(pair.negatives, is_given))
-    return replace(pair, negatives=negatives, negative_scores=tuple(compress(pair.negative_scores, is_given)))
+    has_content = [bool(negative.parts) for negative in pair.negatives]
+    return replace(
+        pair,
+        negatives=tuple(compress(pair.negatives, has_content)),
+        negative_scores=tuple(compress(pair.negative_scores, has_content)),
+    )
 
 
 def _content(text: Any, image: Any, source: Source) -> Content:
-    """Make a content of a text field and an image field, or of a mapping in the text field that holds both."""
+    """Make a content of a text field and an image field, or of a mapping in the text field that holds both.
+
+    Raises:
+        RecordError: the text is not a text, or the image not an image.
+    """
     if isinstance(text, dict):
         text, image = text.get("text"), text.get("image", text.get("images"))
-    if text is not None and not isinstance(text, str):
+    if text is None:
+        text = ""
+    if not isinstance(text, str):
         raise RecordError(f"a text is a {type(text).__name__}: {str(text)[:40]}.")
-    return place_images(text.strip() if text else "", image_refs(image, source))
+    return place_images(text.strip(), image_refs(image, source))

@@ -79,8 +79,13 @@ def load_json(name: str) -> Any:
 
 
 def _load_csv(name: str, delimiter: str) -> list[dict[str, str]]:
-    # The default limit is 128 KiB.
-    csv.field_size_limit(2**31 - 1)  # a cell may hold an image in base64
+    """Load a table of text, whose first line names the columns.
+
+    Raises:
+        CafeError: it is missing or not UTF-8.
+    """
+    # A cell may hold an image in base64; the default limit is 128 KiB.
+    csv.field_size_limit(2**31 - 1)
     try:
         text = read(name).decode("utf-8-sig")  # spreadsheets write a byte order mark before the first column's name
     except UnicodeDecodeError as error:
@@ -89,7 +94,11 @@ def _load_csv(name: str, delimiter: str) -> list[dict[str, str]]:
 
 
 class InMemoryRows:
-    """Rows that are in memory."""
+    """Hold rows in memory.
+
+    Raises:
+        CafeError: they are not a list.
+    """
 
     def __init__(self, name: str, rows: Any) -> None:
         if not isinstance(rows, list):
@@ -100,6 +109,7 @@ class InMemoryRows:
         return self.rows[index]
 
 
+# Among files that can be read, in the place of one that cannot: see `open_source`.
 class UnreadableFile:
     """Stand for a file that cannot be read, among others that can: so many rows, all of them bad."""
 

@@ -40,8 +40,11 @@ def _load(name: str, subset: str) -> Any:
         raise MissingPackageError(f"{name} needs the datasets library: pip install 'cafe-lvlm[datasets]'.") from None
     path = name.removeprefix("dataset:")
     # The library reads what it saved itself by another function than everything else.
-    is_saved = any((Path(path) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    saved_files = Path(path) / "state.json", Path(path) / "dataset_dict.json"
+    is_saved = any(map(Path.is_file, saved_files))
     try:
-        return datasets.load_from_disk(path) if is_saved else datasets.load_dataset(path, subset or None)
+        if is_saved:
+            return datasets.load_from_disk(path)
+        return datasets.load_dataset(path, subset or None)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise CafeError(f"{name} cannot be read as a dataset: {error}") from None

@@ -15,9 +15,14 @@ class JsonLines:
 
     def __init__(self, name: str) -> None:
         self.name = name
-        # Without a local file, each line would be a request of its own.
-        self.content = read(name) if is_url(name) else None
-        lines = _local_lines(name) if self.content is None else self.content.splitlines(keepends=True)
+        self.content: bytes | None = None
+        lines: Iterable[bytes]
+        if is_url(name):
+            # Otherwise each line would be a request of its own.
+            self.content = read(name)
+            lines = self.content.splitlines(keepends=True)
+        else:
+            lines = _local_lines(name)
         with file_errors(name):
             ranges = list(_byte_ranges(lines))
         # An array: a list of pairs would take several times the memory, in each worker again.
@@ -44,5 +49,6 @@ def _byte_ranges(lines: Iterable[bytes]) -> Iterator[tuple[int, int]]:
 
 
 def _local_lines(name: str) -> Iterator[bytes]:
+    """Yield a local file's lines; it is opened when the first one is asked for."""
     with open(name, "rb") as file:
         yield from file

@@ -25,10 +25,13 @@ class Parquet:
 
     def __getitem__(self, index: int) -> Any:
         number = int(np.searchsorted(self.ends, index, side="right"))
-        within = index - int(self.ends[number]) + self.chunks[number]
+        start = int(self.ends[number]) - self.chunks[number]
+        within = index - start
+        # To Python objects only now, one row of the group: a whole one would take much more memory than the table.
         return self._row_group(number).slice(within, 1).to_pylist()[0]
 
     def _row_group(self, number: int) -> pa.Table:
+        """Return a row group, from the cache or from the file."""
         if number not in self.cached:
             with file_errors(self.name), fsspec.open(self.name) as file:
                 self.cached[number] = pq.ParquetFile(file).read_row_group(number)

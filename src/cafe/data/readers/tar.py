@@ -33,10 +33,11 @@ class Tar:
     def __init__(self, name: str) -> None:
         self.name = name
         self.starts, self.damage = _load_index(name)
-        self.chunks = [len(self.starts) - 1 + bool(self.damage)]
+        self.num_whole_rows = len(self.starts) - 1  # the last number is where the last row ends
+        self.chunks = [self.num_whole_rows + bool(self.damage)]
 
     def __getitem__(self, index: int) -> Any:
-        if index >= len(self.starts) - 1:
+        if index >= self.num_whole_rows:
             raise RecordError(f"the rest of the file is lost: {self.damage}.")
         # A row's range of bytes is itself a tar, but for the end mark, which tarfile does not insist on.
         data = read(self.name, int(self.starts[index]), int(self.starts[index + 1]))
@@ -44,10 +45,9 @@ class Tar:
         images: list[bytes] = []
         try:
             with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-                for member in tar:
-                    if _is_member(member):
-                        content = tar.extractfile(member).read()  # type: ignore[union-attr]  # None for folders alone
-                        _add_member(row, images, member.name, content)
+                for member in filter(_is_member, tar):
+                    content = tar.extractfile(member).read()  # type: ignore[union-attr]  # None for folders alone
+                    _add_member(row, images, member.name, content)
         except (tarfile.TarError, ValueError) as error:
             raise RecordError(f"the row is damaged: {error}.") from None
         if images:
@@ -62,7 +62,9 @@ def _add_member(row: dict[str, Any], images: list[bytes], name: str, data: bytes
         images.append(data)
     elif suffix.endswith("json"):
         value = json.loads(data)
-        row.update(value if isinstance(value, dict) else {suffix: value})
+        # What is not an object, such as a list of turns, is one field.
+        fields = value if isinstance(value, dict) else {suffix: value}
+        row.update(fields)
     elif suffix in ("txt", "caption", "text"):
         row[suffix] = row["positive"] = data.decode().strip()
     else:
@@ -88,12 +90,13 @@ def _load_index(name: str) -> tuple[np.ndarray, str]:
         CafeError: it cannot be read at all.
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # Named by the file's version, so that the index of a file that has changed is not used.
     key = hashlib.blake2b(file_version(name).encode(), digest_size=16).hexdigest()
     path = cache / "cafe" / "tars" / f"{key}.npy"
     with suppress(OSError):  # not there yet, or not readable
         return np.load(path), ""
     index, damage = _build_index(name)
-    if not damage:  # of which the cache would not tell
+    if not damage:  # the cache holds no word about it
         with suppress(OSError):  # the cache is not writable: the index is built again next time
             _write_index(path, index)
     return index, damage
@@ -101,16 +104,17 @@ def _load_index(name: str) -> tuple[np.ndarray, str]:
 
 def _build_index(name: str) -> tuple[np.ndarray, str]:
     """Read the headers of a tar, and see whether it is complete."""
-    starts, key, end, damage = [], None, 0, ""
+    starts: list[int] = []
+    key, end, damage = None, 0, ""
     with file_errors(name), fsspec.open(name) as file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in tar:
-                    if _is_member(member):
-                        member_key, _ = _split_name(member.name)
-                        if member_key != key:
-                            key = member_key
-                            starts.append(member.offset)
+                    member_key, _ = _split_name(member.name)
+                    # A row begins where the key changes; its files follow each other.
+                    if _is_member(member) and member_key != key:
+                        key = member_key
+                        starts.append(member.offset)
                     end = tar.offset
             # A whole tar ends with a block of zeros; tarfile accepts one that was cut between two members.
             file.seek(end)
