@@ -21,8 +21,10 @@ class PerLossGradients:
     def __init__(self, parameters: list[nn.Parameter], losses: Sequence[str], separate: bool) -> None:
         self.parameters, self.separate = parameters, separate
         self.by_loss: dict[str, list[Tensor | None]] = {name: [None] * len(parameters) for name in losses}
-        # What earlier batches of the same step accumulated is put aside until `merge`.
-        self.accumulated = self._swap([None] * len(parameters)) if separate else []
+        self.accumulated: list[Tensor | None] = []
+        if separate:
+            # What earlier batches of the same step accumulated is put aside until `merge`.
+            self.accumulated = self._swap([None] * len(parameters))
 
     def backward(self, **losses: Float[Tensor, ""]) -> None:
         """Backpropagate losses that share a graph, and free the graph."""
@@ -36,8 +38,9 @@ class PerLossGradients:
     def _backward_separately(self, losses: dict[str, Float[Tensor, ""]]) -> None:
         """Backpropagate one loss at a time, each into its own gradients."""
         for count, (name, loss) in enumerate(losses.items(), start=1):
+            # The parameters have this loss's gradients alone meanwhile.
             self._swap(self.by_loss[name])
-            loss.backward(retain_graph=count < len(losses))
+            loss.backward(retain_graph=count < len(losses))  # the last one frees the graph
             self.by_loss[name] = self._swap([None] * len(self.parameters))
 
     def merge(self) -> dict[str, float]:

@@ -29,10 +29,13 @@ def configure_trainable_parameters(lvlm: PreTrainedModel, config: ModelConfig) -
         add_adapter(lvlm, config.adapter)
     else:
         freeze(lvlm, config.freeze)
-    if config.frozen_weights_dtype in AUTOCAST_DTYPES:
-        for parameter in lvlm.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(AUTOCAST_DTYPES[config.frozen_weights_dtype])
+    # "fp32" is what they are loaded in, and "4bit" is quantized as it is loaded.
+    dtype = AUTOCAST_DTYPES.get(config.frozen_weights_dtype)
+    if dtype is None:
+        return
+    for parameter in lvlm.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def enable_gradient_checkpointing(lvlm: PreTrainedModel) -> None:
@@ -105,8 +108,10 @@ def _parameter_groups(step: nn.Module, family: str, config: OptimizerConfig) -> 
         if not parameter.requires_grad:
             continue
         rate = part_rates[model_part(name, family)]
+        if rate is None:
+            rate = config.learning_rate  # a rate of 0 is one, too
         key = _GroupKey(
-            learning_rate=config.learning_rate if rate is None else rate,
+            learning_rate=rate,
             weight_decay=config.weight_decay if parameter.ndim > 1 else 0.0,  # not for vectors and scalars
             orthogonal=name in orthogonal,
             sharded=isinstance(parameter, DTensor),
@@ -116,6 +121,7 @@ def _parameter_groups(step: nn.Module, family: str, config: OptimizerConfig) -> 
 
 
 def _bitsandbytes_optimizer(parameters: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make one of the optimizers that keep their state in 8 bits or in CPU memory."""
     if not find_spec("bitsandbytes"):
         raise MissingPackageError(
             f"optimizer.name: {config.name} needs the package bitsandbytes: pip install 'cafe-lvlm[4bit]'."
@@ -132,7 +138,9 @@ def _bitsandbytes_optimizer(parameters: list[dict[str, Any]], config: OptimizerC
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
     """Set each group's learning rate to `factor` times its initial one; return the highest."""
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        # Kept in the group, as PyTorch's schedulers do.
+        initial = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = initial * factor
     return max(group["lr"] for group in optimizer.param_groups)
 
 
@@ -142,7 +150,7 @@ def cosine_schedule_with_warmup(num_steps: int, warmup_ratio: float) -> Callable
 
     def factor(step: int) -> float:
         if step < num_warmup_steps:
-            return (step + 1) / num_warmup_steps
+            return (step + 1) / num_warmup_steps  # not 0 in the first step, which would be lost
         progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
