@@ -14,7 +14,7 @@ from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.training.compile import allow_repeated_backward
-from cafe.training.optimizer import configure_trainable_parameters
+from cafe.training.optimizer import configure_trainable_parameters, trainable_parameters
 from cafe.training.recipe import ModelConfig, Recipe
 from cafe.training.step import JointStep
 
@@ -81,9 +81,7 @@ def build_step(recipe: Recipe, model: Cafe, blank_micro_batch: MicroBatch | None
 def _make_vision_cache(config: ModelConfig, model: Cafe) -> VisionCache | None:
     """Make a cache of the vision tower's outputs if the tower is frozen."""
     tower = find_vision_tower(model.lvlm)
-    if tower is None:
-        return None
-    if any(parameter.requires_grad for parameter in tower.parameters()):
+    if tower is None or trainable_parameters(tower):
         return None
     directory = None  # outputs are kept for the length of a step
     if config.vision_cache:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from cafe.data.batch import MicroBatchSize
 from cafe.errors import CafeError, CheckpointError
 from cafe.training.loss_scale import LossScale
+from cafe.training.optimizer import trainable_parameters
 from cafe.utils.atomic import commit
 from cafe.utils.distributed import all_gather_object, rank, run_on_main_and_broadcast, world_size
 
@@ -182,7 +184,7 @@ def _state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     # Buffers of a forward pass that are not persistent come back by themselves.
     persistent = module.state_dict().keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-    weights = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    weights: dict[str, nn.Parameter] = trainable_parameters(module)
     # DeepSpeed's optimizer steps flat partitions in the place of the module's parameters.
     known = set(weights.values())
     for number, parameter in enumerate(_optimizer_parameters(optimizer)):
@@ -195,7 +197,7 @@ def _state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 def _optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     """Return the parameters of all groups, in the order by which `Optimizer.load_state_dict` numbers them."""
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
 
 def _partition_prefix(process: int) -> str:

@@ -100,8 +100,9 @@ def full_state_dict(lvlm: PreTrainedModel) -> dict[str, Tensor] | None:
 
     All processes must call it; the tensors of the others are empty.
     """
-    tensors = lvlm.state_dict(keep_vars=True)
-    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+    tensors = lvlm.state_dict(keep_vars=True)  # the parameters themselves, whose ids tell which are tied
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    if not is_sharded:
         return None
     gathered: dict[int, Tensor] = {}  # by id: tied weights are one tensor with two names, and stay so
     for tensor in tensors.values():

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cafe.utils.distributed import global_grad_norm
+from cafe.utils.distributed import existing_grads, global_grad_norm
 
 
 class PerLossGradients:
@@ -77,6 +77,5 @@ def unscale(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Divide the parameters' gradients by the factor that the loss was multiplied by."""
     if factor == 1:
         return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad /= factor
+    for grad in existing_grads(parameters):
+        grad.div_(factor)

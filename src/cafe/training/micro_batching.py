@@ -12,6 +12,7 @@ from cafe.data.loader import iterate_batches
 from cafe.errors import CafeError
 from cafe.packing import count_crops, count_unique_tokens
 from cafe.training.device_memory import MemoryMeter, free_step_memory
+from cafe.training.optimizer import trainable_parameters
 from cafe.training.step import JointStep
 from cafe.utils.distributed import all_reduce_max, all_reduce_min
 from cafe.utils.rng import get_rng_state, set_rng_state
@@ -140,7 +141,7 @@ def find_micro_batch_size(
         raise CafeError("The first records are all bad: there is nothing to measure micro_batch: auto with.")
 
     # What a step may take: the optimizer makes its state after it.
-    num_trained = sum(parameter.numel() for parameter in joint.parameters() if parameter.requires_grad)
+    num_trained = sum(parameter.numel() for parameter in trainable_parameters(joint).values())
     used = meter.used()
     free = meter.free()
     if memory_limit_gib:

@@ -56,6 +56,11 @@ def freeze(lvlm: PreTrainedModel, parts: Sequence[PartName]) -> None:
         parameter.requires_grad_(model_part(name, lvlm.config.model_type) not in parts)
 
 
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module that are trained, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 class _GroupKey(NamedTuple):
     """What parameters of one optimizer group have in common."""
 
@@ -104,9 +109,7 @@ def _parameter_groups(step: nn.Module, family: str, config: OptimizerConfig) -> 
     }
     orthogonal = hidden_weight_names(step) if config.name == "muon" else set()
     groups: dict[_GroupKey, list[nn.Parameter]] = {}
-    for name, parameter in step.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trainable_parameters(step).items():
         rate = part_rates[model_part(name, family)]
         if rate is None:
             rate = config.learning_rate  # a rate of 0 is one, too
@@ -160,8 +163,7 @@ def cosine_schedule_with_warmup(num_steps: int, warmup_ratio: float) -> Callable
 def summarize_trainable(lvlm: PreTrainedModel) -> str:
     """Return one line on what is trained: parameters by part, in millions."""
     counts = dict.fromkeys(get_args(PartName), 0)
-    for name, parameter in lvlm.named_parameters():
-        if parameter.requires_grad:
-            counts[model_part(name, lvlm.config.model_type)] += parameter.numel()
+    for name, parameter in trainable_parameters(lvlm).items():
+        counts[model_part(name, lvlm.config.model_type)] += parameter.numel()
     trained = [f"{part.replace('_', ' ')} {count / 1e6:.2f}M" for part, count in counts.items() if count]
     return "Training " + ", ".join(trained)

@@ -9,7 +9,7 @@ from random import Random
 
 import torch
 
-from cafe.content import Example
+from cafe.content import Content
 from cafe.data.batch import NO_LIMIT
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.mixture import PROPORTIONAL
@@ -52,13 +52,8 @@ class Validator:
         evaluate: Callable[[Cafe], dict[str, float]] | None,
         rank: int,
     ) -> None:
+        _check_is_complete(recipe, evaluate)
         config = recipe.evaluation
-        if config.eval_steps and not (evaluate or config.sources):
-            raise RecipeError("evaluation.eval_steps is set, but neither evaluation.data nor evaluation.sources is.")
-        if recipe.metric_for_best_model and not config.eval_steps:
-            raise RecipeError(
-                "metric_for_best_model names a result of the evaluation during training: set evaluation.eval_steps too."
-            )
         self.recipe, self.model, self.joint, self.evaluate = recipe, model, joint, evaluate
         self.dataset: ContrastiveBatchDataset | None = None
         if config.eval_steps and config.sources:
@@ -105,15 +100,29 @@ class Validator:
         self, model: Cafe, results: dict[str, float], state: TrainerState, log: MetricsLogger | None
     ) -> None:
         """Save the checkpoint if its result by `metric_for_best_model` is the best so far."""
-        name = self.recipe.metric_for_best_model
         # The main process decides: rounding may differ between processes.
-        if not name or not run_on_main_and_broadcast(lambda: is_better(results, name, state.best_metric)):
+        name = self.recipe.metric_for_best_model
+        if not name:
+            return
+        if not run_on_main_and_broadcast(lambda: is_better(results, name, state.best_metric)):
             return
         state.best_metric = run_on_main_and_broadcast(lambda: results[name.removeprefix("-")])
         weights = full_state_dict(model.lvlm)
         if log:
             metadata = {"recipe": recipe_dict(self.recipe), "steps": state.step, "results": results}
             model.save(Path(self.recipe.output) / BEST, weights, **metadata)
+
+
+def _check_is_complete(recipe: Recipe, evaluate: Callable[[Cafe], dict[str, float]] | None) -> None:
+    """Check that there is something to evaluate at the recipe's steps, and that the best checkpoint can be told."""
+    config = recipe.evaluation
+    has_data = evaluate or config.sources
+    if config.eval_steps and not has_data:
+        raise RecipeError("evaluation.eval_steps is set, but neither evaluation.data nor evaluation.sources is.")
+    if recipe.metric_for_best_model and not config.eval_steps:
+        raise RecipeError(
+            "metric_for_best_model names a result of the evaluation during training: set evaluation.eval_steps too."
+        )
 
 
 def validation_dataset(recipe: Recipe, model: Cafe, rank: int, sharded: bool = False) -> ContrastiveBatchDataset:
@@ -142,27 +151,32 @@ def validation_loss(joint: JointStep, dataset: ContrastiveBatchDataset, recipe: 
 
 def generate_samples(model: Cafe, dataset: ContrastiveBatchDataset, count: int) -> list[dict[str, str]]:
     """Generate the model's answers to the first turn of `count` held-out dialogues, beside the right ones."""
-    examples = list(islice(_readable_dialogues(model, dataset), count))
-    turns = [example.dialogue.turns for example in examples if example.dialogue]
-    answers = model.generate_batch([question.content for question, *_ in turns]) if turns else []
-    return [
-        {"record": example.origin, "asked": question.content.text, "said": answer, "answer": right.content.text}
-        for example, (question, right, *_), answer in zip(examples, turns, answers, strict=True)
-    ]
+    rounds = list(islice(_first_rounds(model, dataset), count))
+    if not rounds:
+        return []
+    answers = model.generate_batch([question for _, question, _ in rounds])
+    samples = []
+    for (origin, question, right), answer in zip(rounds, answers, strict=True):
+        samples.append({"record": origin, "asked": question.text, "said": answer, "answer": right.text})
+    return samples
 
 
-def _readable_dialogues(model: Cafe, dataset: ContrastiveBatchDataset) -> Iterator[Example]:
-    """Iterate over the dialogues whose first turn can be encoded; the loss skips bad records too."""
+def _first_rounds(model: Cafe, dataset: ContrastiveBatchDataset) -> Iterator[tuple[str, Content, Content]]:
+    """Yield the origin, first question and right answer of each dialogue that can be encoded: bad records are skipped.
+
+    The loss skips them too.
+    """
     order = dataset.order(0)
     for source, index in zip(order.sources, order.records, strict=True):
         try:
             example = dataset.sources[int(source)].example(int(index), Random(f"sample {source} {index}"))
             if not example.dialogue or len(example.dialogue.turns) < 2:
                 continue
-            model.encode_prompt(example.dialogue.turns[0].content)
+            question, right, *_ = [turn.content for turn in example.dialogue.turns]
+            model.encode_prompt(question)
         except RecordError:
             continue
-        yield example
+        yield example.origin, question, right
 
 
 def is_better(results: dict[str, float], name: str, best: float | None) -> bool:

@@ -247,13 +247,13 @@ def clip_grad_norm_(parameters: Sequence[nn.Parameter], max_norm: float) -> Floa
     kinds = [kind for kind in (sharded, replicated) if kind]
     if not kinds:
         return torch.zeros(())
-    norm = torch.stack([_total_norm(_grads(kind)) for kind in kinds]).norm()
+    norm = torch.stack([_total_norm(existing_grads(kind)) for kind in kinds]).norm()
     for kind in kinds:
         clip_grads_with_norm_(kind, max_norm, norm)
     return norm
 
 
-def _grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+def existing_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     """Return the gradients of the parameters that have one."""
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
