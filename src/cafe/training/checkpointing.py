@@ -109,6 +109,7 @@ def _save_in_stages(
 
     # Last the manifest, without which the directory counts as damaged.
     def finish() -> None:
+        """Write the manifest, rename the directory, and remove older ones."""
         manifest = {"step": state.step, "processes": world_size(), "files": digests}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         commit(partial, directory / f"step-{state.step:06d}")

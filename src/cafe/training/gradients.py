@@ -48,6 +48,7 @@ class PerLossGradients:
         if not self.separate:
             return {}
         norms = {}
+        # Back to the sum of earlier batches, to which this one's gradients are added.
         self._swap(self.accumulated)
         for name, grads in self.by_loss.items():
             norms[name] = global_grad_norm(self.parameters, grads).item()

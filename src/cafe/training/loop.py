@@ -217,6 +217,7 @@ def log_metrics(run: Run, gradient: StepGradient, learning_rate: float, bar: "tq
     """Log the losses, norms and rates of a step in the main process."""
     if run.log is None:
         return
+    # Reading these numbers waits for the GPU, so only logged steps do.
     first = gradient.losses[0]  # the only one of the step whose metrics are measured
     values = {
         "loss": gradient.loss.item(),

@@ -32,6 +32,7 @@ class MetricsLogger:
         # Seconds count the time trained, without that between an interruption and its resumption.
         seconds_before = kept[-1]["seconds"] if kept else 0.0
         self.started = time.monotonic() - seconds_before
+        # Resumed, each tracker continues the run: TensorBoard without the steps that are taken again.
         settings = {
             "tensorboard": {"purge_step": after + 1},
             "wandb": {"name": name, "id": name, "resume": "allow", "dir": str(directory)},

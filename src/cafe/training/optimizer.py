@@ -51,7 +51,7 @@ def enable_gradient_checkpointing(lvlm: PreTrainedModel) -> None:
 
 
 def freeze(lvlm: PreTrainedModel, parts: Sequence[PartName]) -> None:
-    """Exclude some parts of a model from training."""
+    """Exclude some parts of a model from training, and include all others."""
     for name, parameter in lvlm.named_parameters():
         parameter.requires_grad_(model_part(name, lvlm.config.model_type) not in parts)
 
@@ -152,6 +152,7 @@ def cosine_schedule_with_warmup(num_steps: int, warmup_ratio: float) -> Callable
     num_warmup_steps = max(1, round(num_steps * warmup_ratio))
 
     def factor(step: int) -> float:
+        """Return what the learning rate is multiplied by in a step, from 0."""
         if step < num_warmup_steps:
             return (step + 1) / num_warmup_steps  # not 0 in the first step, which would be lost
         progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)

@@ -279,10 +279,12 @@ class JointStep(nn.Module):
         )
         # Owners are counted within the process: shift them to where its pairs are among all.
         negative_owner = negative_owner + exclusive_prefix_sum(pairs, embeddings.device)
+        # Pairs and negatives apart: a process has more or fewer of each than another.
         queries, targets, target_ids = all_gather_rows(queries, targets, target_ids)
         negatives, negative_owner, match_prob, negative_ids = all_gather_rows(
             negatives, negative_owner, match_prob, negative_ids
         )
+        # All records of all processes may be dialogues, or bad.
         if not len(queries):
             return embeddings.new_zeros(()), embeddings.new_zeros(())
         config = self.objective.contrastive

@@ -84,7 +84,7 @@ class Validator:
     def measure(self, model: Cafe) -> tuple[dict[str, float], dict[str, list[dict[str, str]]]]:
         """Return the results of the evaluation, and sample answers to held-out dialogues."""
         results: dict[str, float] = {}
-        samples = {}
+        samples: dict[str, list[dict[str, str]]] = {}
         packed_forward = self.joint.packed_forward
         # Both use the model itself, outside of the module whose forward gathers the weights and casts.
         with unsharded(packed_forward), packed_forward.autocast():
@@ -139,6 +139,7 @@ def validation_loss(joint: JointStep, dataset: ContrastiveBatchDataset, recipe: 
     """Return the mean language modeling loss over the supervised tokens of held-out dialogues, of all processes."""
     limit, num_batches = recipe.evaluation.limit, len(dataset)
     if limit:
+        # A batch has `BATCH_SIZE` records of each process.
         num_batches = min(num_batches, math.ceil(limit / (BATCH_SIZE * world_size())))
     # Summed over tokens first: a mean of the batches' means would weigh short answers more.
     total, tokens = torch.zeros((), device=joint.device), torch.zeros((), device=joint.device)

@@ -39,7 +39,6 @@ def length_sorted_batches(
     window = SORT_WINDOW * batch_size
     for start in range(0, len(items), window):
         encoded = [(index, encode(items[index])) for index in range(start, min(start + window, len(items)))]
-        # Longest first: a batch that does not fit into memory shows at the start.
         encoded.sort(key=lambda pair: -length(pair[1]))
         for first in range(0, len(encoded), batch_size):
             indices, batch = zip(*encoded[first : first + batch_size], strict=True)

@@ -93,6 +93,7 @@ def all_reduce_sum_(tensor: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *shap
 
 def all_gather_int(number: int, device: torch.device) -> Int64[Tensor, " processes"]:
     """Return the numbers of all processes, by rank."""
+    # A sum of vectors that have one entry each, on the device: no object is pickled, and nothing waits for the GPU.
     numbers = torch.zeros(world_size(), dtype=torch.long, device=device)
     numbers[rank()] = number
     return all_reduce_sum_(numbers)
@@ -178,7 +179,7 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     if world_size() == 1:
         return
-    replicated = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
+    _, replicated = _split_by_sharding(parameters)
     if not replicated:
         return
     # The same parameters in all processes: each takes part in every sum, whether it has a gradient or not.
@@ -238,19 +239,25 @@ def global_grad_norm(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor 
 def clip_grad_norm_(parameters: Sequence[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
     """Scale summed gradients in place so that their total norm is at most `max_norm`; return the norm before."""
     # Sharded and replicated gradients cannot be stacked: each kind has a norm of its own first.
+    sharded, replicated = _split_by_sharding(parameters)
+    grads_by_kind = existing_grads(sharded), existing_grads(replicated)
+    norms = [_total_norm(grads) for grads in grads_by_kind if grads]
+    if not norms:
+        return torch.zeros(())
+    norm = torch.stack(norms).norm()
+    clip_grads_with_norm_(sharded, max_norm, norm)
+    clip_grads_with_norm_(replicated, max_norm, norm)
+    return norm
+
+
+def _split_by_sharding(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the sharded parameters, and those that each process has as a whole."""
     sharded: list[nn.Parameter] = []
     replicated: list[nn.Parameter] = []
     for parameter in parameters:
-        if parameter.grad is not None:
-            kind = sharded if isinstance(parameter, DTensor) else replicated
-            kind.append(parameter)
-    kinds = [kind for kind in (sharded, replicated) if kind]
-    if not kinds:
-        return torch.zeros(())
-    norm = torch.stack([_total_norm(existing_grads(kind)) for kind in kinds]).norm()
-    for kind in kinds:
-        clip_grads_with_norm_(kind, max_norm, norm)
-    return norm
+        kind = sharded if isinstance(parameter, DTensor) else replicated
+        kind.append(parameter)
+    return sharded, replicated
 
 
 def existing_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
