@@ -89,11 +89,11 @@ def train(
                 skip_nonfinite_step(run.state, run.joint, run.feed, recipe.max_nonfinite_steps, run.log)
             elif log_step:
                 log_metrics(run, gradient, learning_rate, bar)
-            if run.validator.should_run(step):
+            if is_due(step, recipe.evaluation.eval_steps):
                 run.validator(run.state, run.log)
             # A signal that one process got stops all of them, after the same step.
             stop_signal = all_reduce_max(stop.signal, run.device)
-            if stop_signal or should_save(run, step):
+            if stop_signal or is_due(step, recipe.save_steps):
                 save_state(run)
             if stop_signal:
                 raise RunInterrupted(
@@ -114,15 +114,11 @@ def progress_bar(run: Run) -> "tqdm[int]":
 
 def should_log(run: Run, step: int) -> bool:
     """Return whether a step is logged: the first, the last and every `logging_steps`-th."""
-    if step in (1, run.num_steps):
-        return True
-    interval = run.recipe.logging_steps
-    return interval > 0 and step % interval == 0
+    return step in (1, run.num_steps) or is_due(step, run.recipe.logging_steps)
 
 
-def should_save(run: Run, step: int) -> bool:
-    """Return whether the state is saved after a step."""
-    interval = run.recipe.save_steps
+def is_due(step: int, interval: int) -> bool:
+    """Return whether what happens every `interval` steps happens after this one; with an interval of 0, never."""
     return interval > 0 and step % interval == 0
 
 

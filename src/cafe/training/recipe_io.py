@@ -171,10 +171,18 @@ def _check_keys(cls: type, tree: dict[str, Any], where: str, file: str) -> None:
     for key in tree:
         if key not in names:
             raise RecipeError(f"{file}: {_explain_unknown_key(cls, key, where)}")
+    for name in _required_fields(cls):
+        if name not in tree:
+            raise RecipeError(f"{file}: the key {where}{name} is missing.")
+
+
+def _required_fields(cls: type) -> list[str]:
+    """Return the names of a dataclass's fields that have neither a default nor a factory of one."""
+    required = []
     for entry in fields(cls):
-        has_default = entry.default is not MISSING or entry.default_factory is not MISSING
-        if entry.name not in tree and not has_default:
-            raise RecipeError(f"{file}: the key {where}{entry.name} is missing.")
+        if entry.default is MISSING and entry.default_factory is MISSING:
+            required.append(entry.name)
+    return required
 
 
 def _explain_unknown_key(cls: type, key: Any, where: str) -> str:
@@ -215,9 +223,9 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, where: str, file: str) ->
     if value is None and types.NoneType in kinds:
         return None
     # A word such as "auto" is written in the place of a mapping. Every other value has the first type.
-    for kind in kinds:
-        if get_origin(kind) is typing.Literal and value in get_args(kind):
-            return value
+    literals = [kind for kind in kinds if get_origin(kind) is typing.Literal]
+    if any(value in get_args(literal) for literal in literals):
+        return value
     return _convert(kinds[0], value, where, file)
 
 

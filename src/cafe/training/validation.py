@@ -59,11 +59,6 @@ class Validator:
         if config.eval_steps and config.sources:
             self.dataset = validation_dataset(recipe, model, rank, sharded=bool(joint.blank_micro_batch))
 
-    def should_run(self, step: int) -> bool:
-        """Return whether to evaluate after a step."""
-        interval = self.recipe.evaluation.eval_steps
-        return interval > 0 and step % interval == 0
-
     @torch.compiler.set_stance("force_eager")  # evaluation has other lengths than those compiled for
     def __call__(self, state: TrainerState, log: MetricsLogger | None) -> None:
         """Evaluate, log the results, and save the checkpoint if it is the best so far. Training is not affected.
@@ -115,11 +110,11 @@ class Validator:
 
 def _check_is_complete(recipe: Recipe, evaluate: Callable[[Cafe], dict[str, float]] | None) -> None:
     """Check that there is something to evaluate at the recipe's steps, and that the best checkpoint can be told."""
-    config = recipe.evaluation
-    has_data = evaluate or config.sources
-    if config.eval_steps and not has_data:
-        raise RecipeError("evaluation.eval_steps is set, but neither evaluation.data nor evaluation.sources is.")
-    if recipe.metric_for_best_model and not config.eval_steps:
+    if recipe.evaluation.eval_steps:
+        has_data = evaluate or recipe.evaluation.sources
+        if not has_data:
+            raise RecipeError("evaluation.eval_steps is set, but neither evaluation.data nor evaluation.sources is.")
+    elif recipe.metric_for_best_model:
         raise RecipeError(
             "metric_for_best_model names a result of the evaluation during training: set evaluation.eval_steps too."
         )
