@@ -14,7 +14,7 @@ from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.training.compile import allow_repeated_backward
-from cafe.training.optimizer import configure_trainable_parameters
+from cafe.training.optimizer import configure_trainable_parameters, trainable_parameters
 from cafe.training.recipe import ModelConfig, Recipe
 from cafe.training.step import JointStep
 
@@ -41,6 +41,7 @@ def build_dataset(
     The recipe's sources are opened here unless they are given.
     """
     objective = recipe.objective
+    # Images are normalized on the GPU instead of in the workers, where the processor allows it.
     chat_processor, normalization = with_fast_images(model.chat_processor)
     packing = replace(
         model.packing,
@@ -73,15 +74,17 @@ def build_step(recipe: Recipe, model: Cafe, blank_micro_batch: MicroBatch | None
     configure_trainable_parameters(model.lvlm, recipe.model)
     if recipe.model.attention == "flex_attention":
         allow_repeated_backward()
-    vision = _vision_cache(recipe.model, model)
+    vision = _make_vision_cache(recipe.model, model)
     return JointStep(model.lvlm.train(), recipe.objective, recipe.model.precision, vision, blank_micro_batch)
 
 
-def _vision_cache(config: ModelConfig, model: Cafe) -> VisionCache | None:
+def _make_vision_cache(config: ModelConfig, model: Cafe) -> VisionCache | None:
     """Make a cache of the vision tower's outputs if the tower is frozen."""
     tower = find_vision_tower(model.lvlm)
-    if tower is None or any(parameter.requires_grad for parameter in tower.parameters()):
+    if tower is None or trainable_parameters(tower):
         return None
-    # Outputs depend on the precision: each has a directory of its own.
-    directory = Path(config.vision_cache) / config.precision if config.vision_cache else None
+    directory = None  # outputs are kept for the length of a step
+    if config.vision_cache:
+        # Outputs depend on the precision: each has a directory of its own.
+        directory = Path(config.vision_cache) / config.precision
     return VisionCache(tower, model.lvlm.config, directory)

@@ -11,11 +11,13 @@ manifest, or with a file whose hash is not the manifest's, is damaged: it is rep
 import errno
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -28,6 +30,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from cafe.data.batch import MicroBatchSize
 from cafe.errors import CafeError, CheckpointError
 from cafe.training.loss_scale import LossScale
+from cafe.training.optimizer import trainable_parameters
 from cafe.utils.atomic import commit
 from cafe.utils.distributed import all_gather_object, rank, run_on_main_and_broadcast, world_size
 
@@ -92,16 +95,21 @@ def _save_in_stages(
 
     Every stage ends alike in all processes, so that none waits for one that failed.
     """
+    # First an empty directory, which the main process makes for all.
     _, reason = run_on_main_and_broadcast(lambda: _capture_error(lambda: _make_empty(partial)))
     if reason:
         return reason
-    written = all_gather_object(_capture_error(lambda: _write_own_files(partial, module, optimizer, state)))
-    for _, reason in written:
+
+    # Then each process's own files.
+    digests: dict[str, str] = {}
+    for own, reason in all_gather_object(_capture_error(lambda: _write_own_files(partial, module, optimizer, state))):
         if reason:
             return reason
-    digests = {name: digest for own, _ in written for name, digest in (own or {}).items()}
+        digests |= own or {}
 
+    # Last the manifest, without which the directory counts as damaged.
     def finish() -> None:
+        """Write the manifest, rename the directory, and remove older ones."""
         manifest = {"step": state.step, "processes": world_size(), "files": digests}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         commit(partial, directory / f"step-{state.step:06d}")
@@ -112,6 +120,7 @@ def _save_in_stages(
 
 
 def _make_empty(directory: Path) -> None:
+    """Make a directory, without what an interrupted save left there."""
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
 
@@ -127,6 +136,7 @@ def _write_own_files(
 
 
 def _remove_old(directory: Path, save_total_limit: int) -> None:
+    """Remove all but the last saved states."""
     for old in _saved_states(directory)[max(save_total_limit, 1) :]:
         (old / MANIFEST).unlink(missing_ok=True)  # from here on it is damaged, should removing it be interrupted
         shutil.rmtree(old)
@@ -175,16 +185,23 @@ def _state_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     # Buffers of a forward pass that are not persistent come back by themselves.
     persistent = module.state_dict().keys()
     buffers = {name: buffer for name, buffer in module.named_buffers() if name in persistent}
-    weights = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    weights: dict[str, nn.Parameter] = trainable_parameters(module)
     # DeepSpeed's optimizer steps flat partitions in the place of the module's parameters.
     known = set(weights.values())
-    stepped = [weight for group in optimizer.param_groups for weight in group["params"]]
-    weights |= {f"{_part(rank())}{index}": weight for index, weight in enumerate(stepped) if weight not in known}
+    for number, parameter in enumerate(_optimizer_parameters(optimizer)):
+        if parameter not in known:
+            weights[f"{_partition_prefix(rank())}{number}"] = parameter
+    # A parameter that no gradient has reached yet has no state.
     state = {name: optimizer.state[weight] for name, weight in weights.items() if weight in optimizer.state}
     return {"weights": {**buffers, **weights}, "optimizer": state}
 
 
-def _part(process: int) -> str:
+def _optimizer_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of all groups, in the order by which `Optimizer.load_state_dict` numbers them."""
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
+
+
+def _partition_prefix(process: int) -> str:
     """Return the prefix of names of what only one process's optimizer holds, see `DeepSpeedZero`."""
     return f"part-{process}-"
 
@@ -198,32 +215,45 @@ def _load_tensors(saved: Path, module: nn.Module, optimizer: torch.optim.Optimiz
     tensors |= {f"optimizer.{name}.{entry}": empty for (name, entry), empty in entries.items()}
     dcp.load(tensors, checkpoint_id=saved, no_dist=world_size() == 1)
 
-    # `Optimizer.load_state_dict` wants the state by each weight's number in the groups.
+    # The weights are loaded in place; the optimizer's state is handed over.
     state: dict[Tensor, dict[str, Any]] = {}
     for name, entry in entries:
         state.setdefault(weights[name], {})[entry] = tensors[f"optimizer.{name}.{entry}"]
-    order = [weight for group in optimizer.param_groups for weight in group["params"]]
-    numbered = {number: state[weight] for number, weight in enumerate(order) if weight in state}
+    _set_optimizer_state(optimizer, state)
+
+
+def _set_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[Tensor, dict[str, Any]]) -> None:
+    """Set the optimizer's state, given by parameter; the groups keep their options, which the recipe sets."""
+    numbered = {}
+    for number, parameter in enumerate(_optimizer_parameters(optimizer)):
+        if parameter in state:
+            numbered[number] = state[parameter]
     optimizer.load_state_dict({"state": numbered, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def _saved_optimizer_entries(saved: Path, weights: dict[str, Tensor]) -> dict[tuple[str, str], Tensor | None]:
     """Return empty tensors for the optimizer state that was saved, by weight and entry; None for what is no tensor."""
     entries: dict[tuple[str, str], Tensor | None] = {}
-    others = tuple(_part(process) for process in range(world_size()) if process != rank())
+    others = tuple(_partition_prefix(process) for process in range(world_size()) if process != rank())
     for key, metadata in dcp.FileSystemReader(saved).read_metadata().state_dict_metadata.items():
         kind, _, rest = key.partition(".")
         if kind != "optimizer" or rest.startswith(others):
             continue
+        # The weight's name has dots itself, the entry's has none.
         name, _, entry = rest.rpartition(".")
-        if not isinstance(metadata, TensorStorageMetadata):
-            entries[name, entry] = None
-        elif metadata.size and metadata.size == weights[name].shape:
-            # Sharded and placed as the weight is.
-            entries[name, entry] = torch.empty_like(weights[name], dtype=metadata.properties.dtype, requires_grad=False)
-        else:
-            entries[name, entry] = torch.empty(metadata.size, dtype=metadata.properties.dtype)
+        entries[name, entry] = _empty_entry(metadata, weights[name])
     return entries
+
+
+def _empty_entry(metadata: Any, weight: Tensor) -> Tensor | None:
+    """Return a tensor to load an entry of a weight's optimizer state into, or None for an entry that is no tensor."""
+    if not isinstance(metadata, TensorStorageMetadata):
+        return None
+    dtype = metadata.properties.dtype
+    if metadata.size and metadata.size == weight.shape:
+        # Such as a moment: sharded and placed as the weight is.
+        return torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    return torch.empty(metadata.size, dtype=dtype)  # such as the step's number
 
 
 def _saved_states(directory: Path) -> list[Path]:
@@ -232,6 +262,7 @@ def _saved_states(directory: Path) -> list[Path]:
 
 
 def _newest_complete(directory: Path, report: Callable[[str], None]) -> Path | None:
+    """Return the newest saved state that is not damaged, and report the damaged ones."""
     for saved in _saved_states(directory):
         damage = find_damage(saved)
         if damage is None:
@@ -255,29 +286,35 @@ def find_damage(saved: Path) -> str | None:
 
 
 def _digest(path: Path) -> str:
+    """Return a hash of a file's contents."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()
 
 
 def _writer_rank(name: str) -> int:
     """Return the rank that wrote a file: `__3_0.distcp` and `process-3.pt` are rank 3's, `.metadata` rank 0's."""
-    digits = name.replace("process-", "__").removeprefix("__").partition("_")[0].partition(".")[0]
-    return int(digits) if digits.isdigit() else 0
+    own = re.match(r"(?:__|process-)(\d+)[_.]", name)
+    return int(own[1]) if own else 0
 
 
 def _capture_error(write: Callable[[], T]) -> tuple[T | None, str]:
     """Return what a function that writes returns, and what went wrong in it, if anything."""
     try:
         return write(), ""
-    # Each writer makes another error of a full disk; the system's own words are in the one that began it.
-    except (Exception, CheckpointException) as failure:
-        error: BaseException = failure
-        if isinstance(failure, CheckpointException):
-            error = next(iter(failure.failures.values()))[0]
-        while error.__cause__ or error.__context__:
-            error = error.__cause__ or error.__context__ or error
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    except (Exception, CheckpointException) as error:  # the latter is a BaseException alone
+        cause = _first_cause(error)
+        reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
         return None, reason.strip().splitlines()[0]
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """Follow an error to the one that began it, in the system's own words: each writer wraps it in another."""
+    if isinstance(error, CheckpointException):
+        # By rank, with a traceback each; the first of them will do.
+        error, _ = next(iter(error.failures.values()))
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return error
 
 
 @contextmanager
@@ -288,6 +325,7 @@ def disk_full_errors(output: Path) -> Iterator[None]:
     except Exception as error:
         if not _is_disk_full(error):
             raise
+        # The staging paths of `cafe.utils.atomic`.
         for partial in output.glob(".*.partial"):
             shutil.rmtree(partial, ignore_errors=True)
         raise CafeError(
@@ -297,9 +335,12 @@ def disk_full_errors(output: Path) -> Iterator[None]:
 
 
 def _is_disk_full(error: Exception) -> bool:
+    """Return whether an error is the system's, of a full disk, a full quota or a file too large for its disk."""
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return True
-    return any(f"os error {number}" in str(error) for number in DISK_FULL)  # as safetensors words it, in Rust
+    # safetensors is written in Rust: it has the number in its message alone.
+    message = str(error)
+    return any(f"os error {number}" in message for number in DISK_FULL)
 
 
 @contextmanager

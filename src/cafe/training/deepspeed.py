@@ -28,12 +28,14 @@ def uses_deepspeed(recipe: Recipe) -> bool:
     """
     if not env_flag("ACCELERATE_USE_DEEPSPEED"):
         return False
+    # Reads the settings that `accelerate launch` left in the environment.
     plugin = DeepSpeedPlugin()
     offload = {plugin.offload_optimizer_device, plugin.offload_param_device} - {"none"}
     if plugin.zero_stage not in (1, 2) or offload:
+        setting = f"stage {plugin.zero_stage}, offloaded" if offload else f"stage {plugin.zero_stage}"
         raise RecipeError(
-            f"accelerate is set to DeepSpeed's ZeRO of stage {plugin.zero_stage}{', offloaded' if offload else ''}: "
-            "stages 1 and 2 without offloading are supported; model.shard without DeepSpeed shards what stage 3 does."
+            f"accelerate is set to DeepSpeed's ZeRO of {setting}: stages 1 and 2 without offloading are supported; "
+            "model.shard without DeepSpeed shards what stage 3 does."
         )
     if recipe.model.shard or recipe.optimizer.name != "adamw":
         raise RecipeError("accelerate is set to DeepSpeed, which needs model.shard: false and optimizer.name: adamw.")
@@ -54,7 +56,7 @@ class DeepSpeedZero:
     """
 
     def __init__(self, trained: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, max_grad_norm: float) -> None:
-        import deepspeed
+        import deepspeed  # an optional dependency
 
         # Stage 1 for stage 2 as well: gradients are whole until the last backward pass either way.
         zero = {"stage": 1, "contiguous_gradients": False, "overlap_comm": False, "reduce_bucket_size": BUCKET_NUMEL}
@@ -68,6 +70,7 @@ class DeepSpeedZero:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)  # another process may have one
             parameter.grad *= world_size() / loss_scale  # DeepSpeed takes the mean
+        # The reduction happens at the end of the context; the backward passes are over.
         with self.engine.coalesce_grad_reduction():
             pass
         norm: Float[Tensor, ""] = self.engine.optimizer.scaled_global_norm()

@@ -19,7 +19,8 @@ class MemoryMeter:
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
-        if not self.cuda and not Path("/proc/self/clear_refs").exists():
+        can_measure = self.cuda or Path("/proc/self/clear_refs").exists()
+        if not can_measure:
             raise RecipeError(
                 "micro_batch: auto needs a GPU or Linux, to measure memory: set micro_batch.tokens instead."
             )
@@ -64,4 +65,6 @@ def free_step_memory(module: nn.Module) -> None:
 def _read_proc_kib(file: str, name: str) -> float:
     """Read a size in KiB from a file of Linux's `/proc`, in bytes."""
     line = re.search(rf"{name}:\s+(\d+) kB", Path(file).read_text())
-    return float(line[1]) * 1024 if line else 0.0
+    if line is None:
+        return 0.0
+    return float(line[1]) * 1024

@@ -58,8 +58,9 @@ def apply_fsdp(
     ignored = set(whole.to(device).parameters()) if whole else set()
     mesh = init_device_mesh(device.type, (world_size(),))
     exact = MixedPrecisionPolicy(cast_forward_inputs=False)
-    mixed = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layer_policy = mixed if dtype and device.type != "cpu" else exact
+    layer_policy = exact
+    if dtype and device.type != "cpu":
+        layer_policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in list(iter_layers(module)):
         if ignored.isdisjoint(layer.parameters()):
             fully_shard(layer, mesh=mesh, mp_policy=layer_policy)
@@ -84,13 +85,14 @@ def iter_layers(module: nn.Module) -> Iterator[nn.Module]:
 @contextmanager
 def unsharded(module: nn.Module) -> Iterator[None]:
     """Gather the outermost weights of a sharded module within the context, which all processes must enter."""
-    if isinstance(module, FSDPModule):
-        module.unshard()
+    if not isinstance(module, FSDPModule):
+        yield
+        return
+    module.unshard()
     try:
         yield
     finally:
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        module.reshard()
 
 
 def full_state_dict(lvlm: PreTrainedModel) -> dict[str, Tensor] | None:
@@ -98,14 +100,22 @@ def full_state_dict(lvlm: PreTrainedModel) -> dict[str, Tensor] | None:
 
     All processes must call it; the tensors of the others are empty.
     """
-    tensors = lvlm.state_dict(keep_vars=True)
-    if not any(isinstance(tensor, DTensor) for tensor in tensors.values()):
+    tensors = lvlm.state_dict(keep_vars=True)  # the parameters themselves, whose ids tell which are tied
+    is_sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    if not is_sharded:
         return None
     gathered: dict[int, Tensor] = {}  # by id: tied weights are one tensor with two names, and stay so
     for tensor in tensors.values():
         if id(tensor) in gathered:
             continue
-        # All processes take part in gathering, one tensor at a time, and only the main one keeps it.
-        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        gathered[id(tensor)] = full.detach().cpu() if dist.get_rank() == 0 else torch.empty(0)
+        gathered[id(tensor)] = _gather_on_main(tensor)
     return {name: gathered[id(tensor)] for name, tensor in tensors.items()}
+
+
+def _gather_on_main(tensor: Tensor) -> Tensor:
+    """Gather a tensor in all processes, and keep it in the main one's memory alone: a GPU may not hold them all."""
+    if isinstance(tensor, DTensor):
+        tensor = tensor.full_tensor()
+    if dist.get_rank() != 0:
+        return torch.empty(0)
+    return tensor.detach().cpu()

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cafe.utils.distributed import global_grad_norm
+from cafe.utils.distributed import existing_grads, global_grad_norm
 
 
 class PerLossGradients:
@@ -21,8 +21,10 @@ class PerLossGradients:
     def __init__(self, parameters: list[nn.Parameter], losses: Sequence[str], separate: bool) -> None:
         self.parameters, self.separate = parameters, separate
         self.by_loss: dict[str, list[Tensor | None]] = {name: [None] * len(parameters) for name in losses}
-        # What earlier batches of the same step accumulated is put aside until `merge`.
-        self.accumulated = self._swap([None] * len(parameters)) if separate else []
+        self.accumulated: list[Tensor | None] = []
+        if separate:
+            # What earlier batches of the same step accumulated is put aside until `merge`.
+            self.accumulated = self._swap([None] * len(parameters))
 
     def backward(self, **losses: Float[Tensor, ""]) -> None:
         """Backpropagate losses that share a graph, and free the graph."""
@@ -36,8 +38,9 @@ class PerLossGradients:
     def _backward_separately(self, losses: dict[str, Float[Tensor, ""]]) -> None:
         """Backpropagate one loss at a time, each into its own gradients."""
         for count, (name, loss) in enumerate(losses.items(), start=1):
+            # The parameters have this loss's gradients alone meanwhile.
             self._swap(self.by_loss[name])
-            loss.backward(retain_graph=count < len(losses))
+            loss.backward(retain_graph=count < len(losses))  # the last one frees the graph
             self.by_loss[name] = self._swap([None] * len(self.parameters))
 
     def merge(self) -> dict[str, float]:
@@ -45,6 +48,7 @@ class PerLossGradients:
         if not self.separate:
             return {}
         norms = {}
+        # Back to the sum of earlier batches, to which this one's gradients are added.
         self._swap(self.accumulated)
         for name, grads in self.by_loss.items():
             norms[name] = global_grad_norm(self.parameters, grads).item()
@@ -74,6 +78,5 @@ def unscale(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Divide the parameters' gradients by the factor that the loss was multiplied by."""
     if factor == 1:
         return
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad /= factor
+    for grad in existing_grads(parameters):
+        grad.div_(factor)

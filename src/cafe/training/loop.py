@@ -40,7 +40,7 @@ class StepGradient:
 
     Attributes:
         losses: of each batch of the step.
-        lm, contrastive, loss: their means, and the weighted sum that is trained on.
+        lm, contrastive, loss: their means over the batches, and the weighted sum that is trained on.
         norm: of the gradient, before clipping.
         is_finite: whether the loss and the gradient are finite, in all processes.
         loss_scale: under which the gradient was computed.
@@ -89,11 +89,11 @@ def train(
                 skip_nonfinite_step(run.state, run.joint, run.feed, recipe.max_nonfinite_steps, run.log)
             elif log_step:
                 log_metrics(run, gradient, learning_rate, bar)
-            if run.validator.should_run(step):
+            if is_due(step, recipe.evaluation.eval_steps):
                 run.validator(run.state, run.log)
             # A signal that one process got stops all of them, after the same step.
             stop_signal = all_reduce_max(stop.signal, run.device)
-            if stop_signal or should_save(run, step):
+            if stop_signal or is_due(step, recipe.save_steps):
                 save_state(run)
             if stop_signal:
                 raise RunInterrupted(
@@ -114,15 +114,11 @@ def progress_bar(run: Run) -> "tqdm[int]":
 
 def should_log(run: Run, step: int) -> bool:
     """Return whether a step is logged: the first, the last and every `logging_steps`-th."""
-    if step in (1, run.num_steps):
-        return True
-    interval = run.recipe.logging_steps
-    return interval > 0 and step % interval == 0
+    return step in (1, run.num_steps) or is_due(step, run.recipe.logging_steps)
 
 
-def should_save(run: Run, step: int) -> bool:
-    """Return whether the state is saved after a step."""
-    interval = run.recipe.save_steps
+def is_due(step: int, interval: int) -> bool:
+    """Return whether what happens every `interval` steps happens after this one; with an interval of 0, never."""
     return interval > 0 and step % interval == 0
 
 
@@ -141,33 +137,38 @@ def gradient_with_retries(run: Run, batches: list[Batch], log_grad_norms: bool) 
     """
     loss_scale, rng_state = run.state.loss_scale, get_rng_state()
     while True:
-        losses: list[Losses] = []
-        try:
-            for index, batch in enumerate(batches):
-                measure = log_grad_norms and index == 0
-                losses.append(run.joint.forward_backward(batch, 1 / len(batches), measure, loss_scale.factor))
-        except torch.OutOfMemoryError:  # of this process or another: see `raise_oom_on_all_ranks`
-            raise_if_sharded(run.joint)
-            losses = []
-        if not losses:
+        losses = _forward_backward(run, batches, log_grad_norms, loss_scale.factor)
+        if losses is None:
             # Not in the handler, where the exception still holds the failed step's tensors.
             free_step_memory(run.joint)
             set_rng_state(rng_state)
             batches = run.feed.halve_micro_batch_size(batches, run.device)
             continue
 
-        # A loss that is not finite is unrelated to the scale, and so is a gradient that is not finite at scale 1: the
-        # caller skips such a step.
-        gradient = _reduce(run, losses, loss_scale)
-        if gradient.is_finite or loss_scale.factor == 1 or all_reduce_max(not gradient.loss.isfinite(), run.device):
-            return gradient
+        gradient = _reduce_gradient(run, losses, loss_scale)
+        if not _has_overflowed(run, gradient):
+            return gradient  # which may be not finite all the same: the caller skips such a step
         loss_scale = loss_scale.backoff()
         run.report(f"Step {run.feed.step}: gradient overflow; retrying with loss scale {loss_scale.factor:.0f}.")
         run.joint.zero_grad()
         set_rng_state(rng_state)
 
 
-def _reduce(run: Run, losses: list[Losses], loss_scale: LossScale) -> StepGradient:
+def _forward_backward(run: Run, batches: list[Batch], log_grad_norms: bool, loss_scale: float) -> list[Losses] | None:
+    """Return each batch's losses, with the gradient left in the parameters; None if memory ran out in any process."""
+    losses = []
+    try:
+        for index, batch in enumerate(batches):
+            # The norms of each loss's gradient cost memory and time: one batch of the step stands for all.
+            measure = log_grad_norms and index == 0
+            losses.append(run.joint.forward_backward(batch, 1 / len(batches), measure, loss_scale))
+    except torch.OutOfMemoryError:  # of this process or another: see `raise_oom_on_all_ranks`
+        raise_if_sharded(run.joint)
+        return None
+    return losses
+
+
+def _reduce_gradient(run: Run, losses: list[Losses], loss_scale: LossScale) -> StepGradient:
     """Average the losses, and sum the gradient over processes and clip it."""
     lm = torch.stack([each.lm for each in losses]).mean()
     contrastive = torch.stack([each.contrastive for each in losses]).mean()
@@ -180,8 +181,20 @@ def _reduce(run: Run, losses: list[Losses], loss_scale: LossScale) -> StepGradie
         all_reduce_gradients(run.trained)
         # Clipping needs the norm of the sum, so it comes last.
         norm = clip_grad_norm_(run.trained, run.recipe.optimizer.max_grad_norm)
-    is_finite = all_reduce_max(not (loss.isfinite() and norm.isfinite()), run.device) == 0
+    # All processes must skip the same steps.
+    is_finite_here = bool(loss.isfinite() and norm.isfinite())
+    is_finite = all_reduce_max(not is_finite_here, run.device) == 0
     return StepGradient(losses, lm, contrastive, loss, norm, is_finite, loss_scale)
+
+
+def _has_overflowed(run: Run, gradient: StepGradient) -> bool:
+    """Return whether a smaller loss scale may make the gradient finite, the same in all processes."""
+    if gradient.is_finite:
+        return False
+    if gradient.loss_scale.factor == 1:
+        return False
+    # A loss that is not finite is unrelated to the scale, which multiplies it afterwards.
+    return all_reduce_max(not gradient.loss.isfinite(), run.device) == 0
 
 
 def optimizer_step(run: Run, gradient: StepGradient, step: int) -> float:
@@ -200,6 +213,7 @@ def log_metrics(run: Run, gradient: StepGradient, learning_rate: float, bar: "tq
     """Log the losses, norms and rates of a step in the main process."""
     if run.log is None:
         return
+    # Reading these numbers waits for the GPU, so only logged steps do.
     first = gradient.losses[0]  # the only one of the step whose metrics are measured
     values = {
         "loss": gradient.loss.item(),

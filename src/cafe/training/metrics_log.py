@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ class MetricsLogger:
         kept = truncate_jsonl(directory / FILE, lambda number, record: record["step"] <= after)
         self.file = (directory / FILE).open("a", buffering=1)  # line by line
         # Seconds count the time trained, without that between an interruption and its resumption.
-        self.started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
+        seconds_before = kept[-1]["seconds"] if kept else 0.0
+        self.started = time.monotonic() - seconds_before
+        # Resumed, each tracker continues the run: TensorBoard without the steps that are taken again.
         settings = {
             "tensorboard": {"purge_step": after + 1},
             "wandb": {"name": name, "id": name, "resume": "allow", "dir": str(directory)},
@@ -42,11 +44,10 @@ class MetricsLogger:
     def write(self, step: int, values: dict[str, Any]) -> None:
         """Write one record. Numbers that are not finite become null; trackers get lists as text."""
         seconds = round(time.monotonic() - self.started, 2)
-        plain = {name: _finite_or_none(value) for name, value in values.items()}
-        self.file.write(json.dumps({"step": step, "seconds": seconds, **plain}) + "\n")
-        tracked = {name: json.dumps(value) if isinstance(value, list) else value for name, value in plain.items()}
+        record = {name: _finite_or_none(value) for name, value in values.items()}
+        self.file.write(json.dumps({"step": step, "seconds": seconds, **record}) + "\n")
         for tracker in self.trackers:
-            tracker.log({name: value for name, value in tracked.items() if value is not None}, step=step)
+            tracker.log(_for_trackers(record), step=step)
 
     def close(self) -> None:
         """Close the file and the trackers."""
@@ -72,7 +73,22 @@ def require_trackers(trackers: Sequence[str]) -> list[str] | None:
 
 
 def _finite_or_none(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """Replace a number that is not finite, for which JSON has no word, by None."""
+    is_number = isinstance(value, float)
+    if is_number and not math.isfinite(value):
+        return None
+    return value
+
+
+def _for_trackers(record: dict[str, Any]) -> dict[str, Any]:
+    """Return a record as trackers take it: lists as text, and no values that are None."""
+    tracked = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            tracked[name] = json.dumps(value)
+        elif value is not None:
+            tracked[name] = value
+    return tracked
 
 
 def truncate_jsonl(path: Path, keep: Callable[[int, dict[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -80,13 +96,23 @@ def truncate_jsonl(path: Path, keep: Callable[[int, dict[str, Any]], bool]) -> l
 
     A line that was cut off is dropped too.
     """
-    kept: list[tuple[str, dict[str, Any]]] = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    lines: list[str] = []
+    records: list[dict[str, Any]] = []
+    for line, record in _read_jsonl(path):
+        if keep(len(records), record):
+            lines.append(line + "\n")
+            records.append(record)
+    atomic_write_text(path, "".join(lines))
+    return records
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the lines of a JSON Lines file with their records, except for lines that were cut off."""
+    if not path.is_file():
+        return
+    for line in path.read_text().splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue
-        if keep(len(kept), record):
-            kept.append((line, record))
-    atomic_write_text(path, "".join(line + "\n" for line, _ in kept))
-    return [record for _, record in kept]
+        yield line, record

@@ -12,6 +12,7 @@ from cafe.data.loader import iterate_batches
 from cafe.errors import CafeError
 from cafe.packing import count_crops, count_unique_tokens
 from cafe.training.device_memory import MemoryMeter, free_step_memory
+from cafe.training.optimizer import trainable_parameters
 from cafe.training.step import JointStep
 from cafe.utils.distributed import all_reduce_max, all_reduce_min
 from cafe.utils.rng import get_rng_state, set_rng_state
@@ -68,6 +69,7 @@ class BatchFeed:
         """
         micro_batches = [micro_batch for batch in batches for micro_batch in batch.micro_batches]
         num_examples = sum(len(batch.record_names) for batch in batches)
+        # In all processes: one of them may still have something to divide.
         if not all_reduce_max(len(micro_batches) < num_examples, device):
             raise CafeError(
                 f"Step {self.step}: out of memory with a single example, one of "
@@ -78,13 +80,13 @@ class BatchFeed:
         # The largest of all processes: this one has no micro-batch if its records were all bad and another ran out.
         most_tokens = max((each.joint.num_tokens for each in micro_batches), default=0)
         most_crops = max((num_crops(each.joint.inputs) for each in micro_batches), default=0)
-        tokens = all_reduce_max(most_tokens, device) // 2
-        crops = all_reduce_max(most_crops, device)
-        self.measured_size = MicroBatchSize(max(tokens, 1), max(crops // 2, 1) if crops else None)
-
-        size = f"{self.measured_size.tokens} tokens"
-        if self.measured_size.crops:
-            size += f", {self.measured_size.crops} crops"
+        tokens = max(all_reduce_max(most_tokens, device) // 2, 1)
+        size = f"{tokens} tokens"
+        crops: int | None = None
+        if num_crops_before := all_reduce_max(most_crops, device):
+            crops = max(num_crops_before // 2, 1)
+            size += f", {crops} crops"
+        self.measured_size = MicroBatchSize(tokens, crops)
         self.report(f"Step {self.step}: out of memory; retrying with micro-batches of at most {size}.")
         # Workers may have later batches in the old size ready: start them anew.
         self.batches = self.batches.with_micro_batch_size(self.measured_size)
@@ -108,7 +110,10 @@ def raise_if_sharded(joint: JointStep) -> None:
 def num_crops(inputs: dict[str, torch.Tensor]) -> int:
     """Count the crops among a model's inputs: 0 if images are patches of any size, which tokens measure better."""
     pixels = inputs.get("pixel_values")
-    return 0 if pixels is None else math.prod(pixels.shape[:-3] or [0])
+    if pixels is None:
+        return 0
+    # The shape of crops ends with channels, height and width; patches have two dimensions.
+    return math.prod(pixels.shape[:-3] or [0])
 
 
 def find_micro_batch_size(
@@ -136,9 +141,11 @@ def find_micro_batch_size(
         raise CafeError("The first records are all bad: there is nothing to measure micro_batch: auto with.")
 
     # What a step may take: the optimizer makes its state after it.
-    num_trained = sum(parameter.numel() for parameter in joint.parameters() if parameter.requires_grad)
+    num_trained = sum(parameter.numel() for parameter in trainable_parameters(joint).values())
     used = meter.used()
-    free = memory_limit_gib * 2**30 - used if memory_limit_gib else meter.free()
+    free = meter.free()
+    if memory_limit_gib:
+        free = memory_limit_gib * 2**30 - used
     room = MEMORY_FRACTION * free - OPTIMIZER_BYTES_PER_PARAM * num_trained
 
     peaks = probe(joint, dataset, examples, meter, used + room)
@@ -181,6 +188,7 @@ def probe(
             raise_if_sharded(joint)
             peak = math.inf
         free_step_memory(joint)
+        # All processes stop at the same count: a step needs all of them.
         if all_reduce_max(peak > limit, joint.device):
             return fitting
         fitting.append((count, peak))
@@ -200,6 +208,7 @@ def extrapolate(
     tokens = int(factor * sum(count_unique_tokens(example.all) for example in examples))
     crops = int(factor * sum(count_crops(example.all) for example in examples))
     [micro_batch] = dataset.with_micro_batch_size(NO_LIMIT).collate(examples).micro_batches
+    # Where images are patches, tokens measure them.
     if not num_crops(micro_batch.joint.inputs):
         crops = 0
     return MicroBatchSize(all_reduce_min(tokens, device), all_reduce_min(crops, device) or None)

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-_QUINTIC = (3.4445, -4.7750, 2.0315)  # the coefficients of Jordan's Muon
+# All three as in Jordan's Muon.
+_COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of x, x^3 and x^5 in the polynomial that is iterated
 _ITERATIONS = 5
 _MOMENTUM = 0.95
 
@@ -32,20 +33,26 @@ class Muon(torch.optim.AdamW):
         return super().step(closure)  # of the parameters that still have a gradient
 
     def _orthogonal_step(self, group: dict[str, Any]) -> None:
+        """Update the matrices of a group that have a gradient, and clear it."""
         # Matrices of one shape go through the iteration as one batch.
-        by_shape: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
+        by_shape: dict[torch.Size, list[nn.Parameter]] = {}
         for matrix in group["params"]:
             if matrix.grad is not None:
-                by_shape.setdefault(matrix.shape, []).append((matrix, matrix.grad))
-                matrix.grad = None  # so that AdamW passes it over
+                by_shape.setdefault(matrix.shape, []).append(matrix)
         for shape, matrices in by_shape.items():
-            updates = newton_schulz(torch.stack([self._nesterov(matrix, grad) for matrix, grad in matrices]))
+            directions = [self._nesterov(matrix) for matrix in matrices]
+            updates = newton_schulz(torch.stack(directions))
+            # An orthogonal matrix has an RMS of 1 / sqrt(its longer side); AdamW's updates have one of about 0.2.
             rate = group["lr"] * 0.2 * max(shape) ** 0.5
-            for (matrix, _), update in zip(matrices, updates, strict=True):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(matrix.dtype), alpha=rate)
+            for matrix, update in zip(matrices, updates, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(update.to(matrix.dtype), alpha=rate)
 
-    def _nesterov(self, matrix: nn.Parameter, grad: Tensor) -> Tensor:
-        """Update a matrix's momentum and return the gradient that looks ahead along it."""
+    def _nesterov(self, matrix: nn.Parameter) -> Tensor:
+        """Update a matrix's momentum with its gradient, and return the gradient that looks ahead along it."""
+        grad = matrix.grad
+        assert grad is not None
+        matrix.grad = None  # so that AdamW passes it over
         state = self.state[matrix]
         if not state:
             # AdamW's `load_state_dict` expects "step" in every state.
@@ -58,9 +65,14 @@ class Muon(torch.optim.AdamW):
 
 def hidden_weight_names(model: nn.Module) -> set[str]:
     """Return the names of linear layers' weights, without the language model's head."""
-    heads = {id(module.weight) for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head"}
-    linear = ((name, module.weight) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return {f"{name}.weight" for name, weight in linear if id(weight) not in heads}
+    modules = dict(model.named_modules())
+    # By identity: an adapter around the head and the layer within have one weight.
+    heads = {id(module.weight) for name, module in modules.items() if name.rpartition(".")[2] == "lm_head"}
+    names = set()
+    for name, module in modules.items():
+        if isinstance(module, nn.Linear) and id(module.weight) not in heads:
+            names.add(f"{name}.weight")
+    return names
 
 
 def newton_schulz(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Tensor, "matrices rows columns"]:
@@ -70,7 +82,7 @@ def newton_schulz(matrices: Float[Tensor, "matrices rows columns"]) -> Float[Ten
     x = matrices.mT if tall else matrices
     x = x.to(torch.float32 if x.device.type == "cpu" else torch.bfloat16)
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # singular values of at most 1, where it converges
-    a, b, c = _QUINTIC
+    a, b, c = _COEFFICIENTS
     for _ in range(_ITERATIONS):
         # x <- a x + (b A + c A A) x  with  A = x x^T
         gram = x @ x.mT

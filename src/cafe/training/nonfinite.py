@@ -1,6 +1,7 @@
 """Steps whose loss or gradient is not finite: they are skipped, and the records responsible are named."""
 
 from collections.abc import Iterable
+from itertools import chain
 
 import torch
 from jaxtyping import Float
@@ -32,12 +33,15 @@ def skip_nonfinite_step(
     records = find_nonfinite_records(joint, feed.batches, numbers)
     if log:
         log.write(state.step, {"skipped": state.num_nonfinite, "records": records})
-    if state.num_nonfinite >= max_nonfinite_steps:
-        others = f" and {len(records) - 3} others" if len(records) > 3 else ""
-        raise CafeError(
-            f"The loss or its gradient was not finite in {state.num_nonfinite} steps, most recently in step "
-            f"{state.step} on {', '.join(records[:3])}{others}; log.jsonl names the records of each step."
-        )
+    if state.num_nonfinite < max_nonfinite_steps:
+        return
+    named = ", ".join(records[:3])
+    if len(records) > 3:
+        named += f" and {len(records) - 3} others"
+    raise CafeError(
+        f"The loss or its gradient was not finite in {state.num_nonfinite} steps, most recently in step {state.step} "
+        f"on {named}; log.jsonl names the records of each step."
+    )
 
 
 @torch.no_grad()
@@ -53,12 +57,20 @@ def find_nonfinite_records(joint: JointStep, dataset: ContrastiveBatchDataset, n
         batch = dataset.with_micro_batch_size(ONE_EXAMPLE)[number]
         outputs = forward_micro_batches(joint, batch)
         for name, (embeddings, lm_loss_sum) in zip(batch.record_names, outputs, strict=True):
-            if not (embeddings.isfinite().all() and lm_loss_sum.isfinite()):
+            names.append(name)
+            is_finite = embeddings.isfinite().all() and lm_loss_sum.isfinite()
+            if not is_finite:
                 nonfinite.append(name)
-        names += batch.record_names
-    # Every process needs the answer: it decides whether to blame all records.
-    everywhere = [name for part in all_gather_object(nonfinite) for name in part]
-    return everywhere or [name for part in all_gather_object(names) for name in part]
+    # The same in every process, so all of them gather the names or none does.
+    nonfinite = _gather_names(nonfinite)
+    if nonfinite:
+        return nonfinite
+    return _gather_names(names)
+
+
+def _gather_names(names: list[str]) -> list[str]:
+    """Return the names of all processes' records, by rank."""
+    return list(chain.from_iterable(all_gather_object(names)))
 
 
 def forward_micro_batches(

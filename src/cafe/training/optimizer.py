@@ -29,10 +29,13 @@ def configure_trainable_parameters(lvlm: PreTrainedModel, config: ModelConfig) -
         add_adapter(lvlm, config.adapter)
     else:
         freeze(lvlm, config.freeze)
-    if config.frozen_weights_dtype in AUTOCAST_DTYPES:
-        for parameter in lvlm.parameters():
-            if not parameter.requires_grad:
-                parameter.data = parameter.data.to(AUTOCAST_DTYPES[config.frozen_weights_dtype])
+    # "fp32" is what they are loaded in, and "4bit" is quantized as it is loaded.
+    dtype = AUTOCAST_DTYPES.get(config.frozen_weights_dtype)
+    if dtype is None:
+        return
+    for parameter in lvlm.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
 
 
 def enable_gradient_checkpointing(lvlm: PreTrainedModel) -> None:
@@ -48,9 +51,14 @@ def enable_gradient_checkpointing(lvlm: PreTrainedModel) -> None:
 
 
 def freeze(lvlm: PreTrainedModel, parts: Sequence[PartName]) -> None:
-    """Exclude some parts of a model from training."""
+    """Exclude some parts of a model from training, and include all others."""
     for name, parameter in lvlm.named_parameters():
         parameter.requires_grad_(model_part(name, lvlm.config.model_type) not in parts)
+
+
+def trainable_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of a module that are trained, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 class _GroupKey(NamedTuple):
@@ -101,12 +109,12 @@ def _parameter_groups(step: nn.Module, family: str, config: OptimizerConfig) -> 
     }
     orthogonal = hidden_weight_names(step) if config.name == "muon" else set()
     groups: dict[_GroupKey, list[nn.Parameter]] = {}
-    for name, parameter in step.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trainable_parameters(step).items():
         rate = part_rates[model_part(name, family)]
+        if rate is None:
+            rate = config.learning_rate  # a rate of 0 is one, too
         key = _GroupKey(
-            learning_rate=config.learning_rate if rate is None else rate,
+            learning_rate=rate,
             weight_decay=config.weight_decay if parameter.ndim > 1 else 0.0,  # not for vectors and scalars
             orthogonal=name in orthogonal,
             sharded=isinstance(parameter, DTensor),
@@ -116,6 +124,7 @@ def _parameter_groups(step: nn.Module, family: str, config: OptimizerConfig) -> 
 
 
 def _bitsandbytes_optimizer(parameters: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make one of the optimizers that keep their state in 8 bits or in CPU memory."""
     if not find_spec("bitsandbytes"):
         raise MissingPackageError(
             f"optimizer.name: {config.name} needs the package bitsandbytes: pip install 'cafe-lvlm[4bit]'."
@@ -132,7 +141,9 @@ def _bitsandbytes_optimizer(parameters: list[dict[str, Any]], config: OptimizerC
 def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> float:
     """Set each group's learning rate to `factor` times its initial one; return the highest."""
     for group in optimizer.param_groups:
-        group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor
+        # Kept in the group, as PyTorch's schedulers do.
+        initial = group.setdefault("initial_lr", group["lr"])
+        group["lr"] = initial * factor
     return max(group["lr"] for group in optimizer.param_groups)
 
 
@@ -141,8 +152,9 @@ def cosine_schedule_with_warmup(num_steps: int, warmup_ratio: float) -> Callable
     num_warmup_steps = max(1, round(num_steps * warmup_ratio))
 
     def factor(step: int) -> float:
+        """Return what the learning rate is multiplied by in a step, from 0."""
         if step < num_warmup_steps:
-            return (step + 1) / num_warmup_steps
+            return (step + 1) / num_warmup_steps  # not 0 in the first step, which would be lost
         progress = (step - num_warmup_steps) / max(1, num_steps - num_warmup_steps)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
@@ -152,8 +164,7 @@ def cosine_schedule_with_warmup(num_steps: int, warmup_ratio: float) -> Callable
 def summarize_trainable(lvlm: PreTrainedModel) -> str:
     """Return one line on what is trained: parameters by part, in millions."""
     counts = dict.fromkeys(get_args(PartName), 0)
-    for name, parameter in lvlm.named_parameters():
-        if parameter.requires_grad:
-            counts[model_part(name, lvlm.config.model_type)] += parameter.numel()
+    for name, parameter in trainable_parameters(lvlm).items():
+        counts[model_part(name, lvlm.config.model_type)] += parameter.numel()
     trained = [f"{part.replace('_', ' ')} {count / 1e6:.2f}M" for part, count in counts.items() if count]
     return "Training " + ", ".join(trained)

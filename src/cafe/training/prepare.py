@@ -26,7 +26,12 @@ from cafe.training.fsdp import apply_fsdp, uses_fsdp
 from cafe.training.loss_scale import FLOAT16, LossScale
 from cafe.training.metrics_log import MetricsLogger, require_trackers
 from cafe.training.micro_batching import BatchFeed, find_micro_batch_size
-from cafe.training.optimizer import cosine_schedule_with_warmup, make_optimizer, summarize_trainable
+from cafe.training.optimizer import (
+    cosine_schedule_with_warmup,
+    make_optimizer,
+    summarize_trainable,
+    trainable_parameters,
+)
 from cafe.training.precision import loading_dtype
 from cafe.training.recipe import Recipe
 from cafe.training.run_directory import STATE, claim_run_directory
@@ -100,14 +105,17 @@ def prepare_run(recipe: Recipe, evaluate: Evaluate | None, report: Report) -> Ru
     accelerator = make_accelerator(log_with=require_trackers(recipe.trackers or ()), project_dir=output / "trackers")
     _check_attention(recipe, accelerator.device)
     several, is_main = accelerator.num_processes > 1, accelerator.is_main_process
-    report = report if is_main else _ignore
+    if not is_main:
+        report = _ignore
     name = run_on_main_and_broadcast(lambda: claim_run_directory(recipe))
 
     # The batches, in an order fixed by the seed; the step over the model; its optimizer.
     model, dataset, joint, summary = _load(recipe, accelerator, sharded=asks_for_shards and several)
-    trained = [parameter for parameter in joint.parameters() if parameter.requires_grad]
+    trained = list(trainable_parameters(joint).values())
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, config)
-    zero = DeepSpeedZero(trained, optimizer, config.max_grad_norm) if asks_for_zero and several else None
+    zero = None
+    if asks_for_zero and several:
+        zero = DeepSpeedZero(trained, optimizer, config.max_grad_norm)
     num_steps = _count_steps(recipe, dataset)
     schedule = cosine_schedule_with_warmup(num_steps, config.warmup_ratio)
     report(f"{summary}; {num_steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
@@ -146,6 +154,7 @@ def _ignore(line: str) -> None:
 
 
 def _check_evaluation(recipe: Recipe, evaluate: Evaluate | None) -> None:
+    """Check that something measures the evaluation data that the recipe names."""
     wants_evaluation = recipe.evaluation.eval_steps and recipe.evaluation.data
     if wants_evaluation and not evaluate:
         raise RecipeError(
@@ -155,6 +164,7 @@ def _check_evaluation(recipe: Recipe, evaluate: Evaluate | None) -> None:
 
 
 def _check_attention(recipe: Recipe, device: torch.device) -> None:
+    """Check that the attention implementation can be trained on the device."""
     if recipe.model.attention == "flex_attention" and device.type == "cpu":
         raise RecipeError("model.attention: flex_attention has no backward pass on a CPU; use sdpa.")
 
@@ -188,16 +198,19 @@ def _load(
 
 def _check_same_weights(joint: JointStep, recipe: Recipe, device: torch.device) -> None:
     """Make sure that all processes loaded the same weights: the gradients of different models would be summed."""
-    if mismatched := mismatched_tensors(joint.state_dict(), device):
-        base = resolve_checkpoint(recipe.model.base)
-        raise CheckpointError(
-            f"The processes loaded different weights, {mismatched[0]} first: is {base} the same for all of them?"
-        )
+    mismatched = mismatched_tensors(joint.state_dict(), device)
+    if not mismatched:
+        return
+    base = resolve_checkpoint(recipe.model.base)
+    raise CheckpointError(
+        f"The processes loaded different weights, {mismatched[0]} first: is {base} the same for all of them?"
+    )
 
 
 def _move_to_device(joint: JointStep, recipe: Recipe, device: torch.device, sharded: bool) -> None:
     """Move the step to the device, in shards if asked, and compile the layers if the recipe says so."""
     if sharded:
+        # A cached vision tower does not run in every process at every step, which gathering its shards would need.
         whole = joint.vision.tower if joint.vision else None
         apply_fsdp(joint.packed_forward, device, joint.packed_forward.dtype, whole=whole)
     joint.to(device)
@@ -206,6 +219,7 @@ def _move_to_device(joint: JointStep, recipe: Recipe, device: torch.device, shar
 
 
 def _count_steps(recipe: Recipe, dataset: ContrastiveBatchDataset) -> int:
+    """Return the number of optimizer steps that the recipe asks for, by itself or as passes over the data."""
     if recipe.max_steps:
         return recipe.max_steps
     # At least one: the data may be smaller than what a step accumulates.
@@ -216,17 +230,19 @@ def _count_steps(recipe: Recipe, dataset: ContrastiveBatchDataset) -> int:
 def _restore_state(recipe: Recipe, joint: JointStep, optimizer: torch.optim.Optimizer, report: Report) -> TrainerState:
     """Load the last saved state into the step and the optimizer, or return that of a run at its start."""
     state = checkpointing.load(Path(recipe.output) / STATE, joint, optimizer, report)
-    if state is None:
-        loss_scale = FLOAT16 if recipe.model.precision == "fp16" else LossScale()
-        return TrainerState(loss_scale=loss_scale, rng_state=get_rng_state())
-    if state.step:
-        report(f"Resuming from step {state.step}.")
-    return state
+    if state is not None:
+        if state.step:
+            report(f"Resuming from step {state.step}.")
+        return state
+    # Gradients underflow in float16 alone: see `LossScale`.
+    loss_scale = FLOAT16 if recipe.model.precision == "fp16" else LossScale()
+    return TrainerState(loss_scale=loss_scale, rng_state=get_rng_state())
 
 
 def _measure_micro_batch_size(
     recipe: Recipe, joint: JointStep, dataset: ContrastiveBatchDataset, report: Report
 ) -> MicroBatchSize:
+    """Measure the size of micro-batches that fill the memory, and report it."""
     size = find_micro_batch_size(joint, dataset, recipe.memory_limit_gib)
     report(f"Micro-batches of {size.tokens or 'all'} tokens and {size.crops or 'all'} crops fit.")
     return size

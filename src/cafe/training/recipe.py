@@ -80,7 +80,9 @@ class ModelConfig:
             raise RecipeError(
                 f"model.frozen_weights_dtype: {dtype} goes with model.precision: {' or '.join(precisions)}."
             )
-        if dtype == "4bit" and not (self.adapter or "language_model" in self.freeze):
+        # Quantized weights take no gradient.
+        freezes_language_model = self.adapter or "language_model" in self.freeze
+        if dtype == "4bit" and not freezes_language_model:
             raise RecipeError(
                 "model.frozen_weights_dtype: 4bit needs model.adapter, or language_model in model.freeze."
             )
@@ -160,9 +162,12 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, "objective")
-        if not (self.lm_weight or self.contrastive_weight):
+        if self.lm_weight == self.contrastive_weight == 0:
             raise RecipeError("objective.lm_weight and objective.contrastive_weight are both 0: nothing is learned.")
-        if self.matryoshka_weights and len(self.matryoshka_weights) != len(self.matryoshka_dims or ()):
+        if not self.matryoshka_weights:
+            return
+        dims = self.matryoshka_dims or ()
+        if len(self.matryoshka_weights) != len(dims):
             raise RecipeError(
                 "objective.matryoshka_weights should have one weight for each of objective.matryoshka_dims."
             )
@@ -171,7 +176,8 @@ class ObjectiveConfig:
     def dim_weights(self) -> dict[int, float]:
         """The weight of each number of first dimensions that is contrasted by itself."""
         dims = self.matryoshka_dims or ()
-        return dict(zip(dims, self.matryoshka_weights or [1.0] * len(dims), strict=True))
+        weights = self.matryoshka_weights or (1.0,) * len(dims)
+        return dict(zip(dims, weights, strict=True))
 
     @property
     def contrastive(self) -> ContrastiveConfig:

@@ -144,6 +144,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error's message: YAML's go on with a copy of the text."""
     return str(error).splitlines()[0]
 
 
@@ -160,25 +161,39 @@ def _build(cls: type, tree: Any, where: str, file: str) -> Any:
         raise RecipeError(f"{file}: {where.rstrip('.')} should be a mapping, not {tree!r}.")
     _check_keys(cls, tree, where, file)
     hints = get_type_hints(cls)  # without the ranges, which the class checks itself
-    return cls(**{key: _convert(hints[key], value, where + key, file) for key, value in tree.items()})
+    values = {key: _convert(hints[key], value, where + key, file) for key, value in tree.items()}
+    return cls(**values)
 
 
 def _check_keys(cls: type, tree: dict[str, Any], where: str, file: str) -> None:
     """Check that a mapping has the keys of a dataclass: none that it does not know, and all that have no default."""
     names = {entry.name for entry in fields(cls)}
-    renamed = OLD_NAMES.get(cls, {})
     for key in tree:
-        if key in names:
-            continue
-        if key in renamed:
-            raise RecipeError(f"{file}: {where}{key} is now called {where}{renamed[key]}.")
-        # With a cutoff of 0 there is always a nearest one.
-        [nearest] = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
-        raise RecipeError(f"{file}: the key {where}{key} is unknown; the nearest is {where}{nearest}.")
+        if key not in names:
+            raise RecipeError(f"{file}: {_explain_unknown_key(cls, key, where)}")
+    for name in _required_fields(cls):
+        if name not in tree:
+            raise RecipeError(f"{file}: the key {where}{name} is missing.")
+
+
+def _required_fields(cls: type) -> list[str]:
+    """Return the names of a dataclass's fields that have neither a default nor a factory of one."""
+    required = []
     for entry in fields(cls):
-        required = entry.default is MISSING and entry.default_factory is MISSING
-        if required and entry.name not in tree:
-            raise RecipeError(f"{file}: the key {where}{entry.name} is missing.")
+        if entry.default is MISSING and entry.default_factory is MISSING:
+            required.append(entry.name)
+    return required
+
+
+def _explain_unknown_key(cls: type, key: Any, where: str) -> str:
+    """Return the new name of a key that was renamed, or the nearest name to a key that never was."""
+    renamed = OLD_NAMES.get(cls, {})
+    if key in renamed:
+        return f"{where}{key} is now called {where}{renamed[key]}."
+    names = {entry.name for entry in fields(cls)}
+    # With a cutoff of 0 there is always a nearest one.
+    [nearest] = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
+    return f"the key {where}{key} is unknown; the nearest is {where}{nearest}."
 
 
 def _convert(kind: Any, value: Any, where: str, file: str) -> Any:
@@ -207,10 +222,10 @@ def _convert_union(kinds: tuple[Any, ...], value: Any, where: str, file: str) ->
     """Convert a value to the first of several types, unless it is null or one of the words that another one allows."""
     if value is None and types.NoneType in kinds:
         return None
-    # Such as "auto" beside a mapping.
-    for kind in kinds:
-        if get_origin(kind) is typing.Literal and value in get_args(kind):
-            return value
+    # A word such as "auto" is written in the place of a mapping. Every other value has the first type.
+    literals = [kind for kind in kinds if get_origin(kind) is typing.Literal]
+    if any(value in get_args(literal) for literal in literals):
+        return value
     return _convert(kinds[0], value, where, file)
 
 
@@ -225,16 +240,15 @@ def _convert_scalar(kind: type, value: Any, where: str, file: str) -> Any:
     """Convert a number, a text or a truth value."""
     if kind is float:
         value = _as_float(value)
-    # True is an int to Python, but no number to a person.
-    is_number_by_accident = kind is int and isinstance(value, bool)
-    if not isinstance(value, kind) or is_number_by_accident:
+    # Not by isinstance: True is an int to Python, but no number to a person.
+    if type(value) is not kind:
         raise RecipeError(f"{file}: {where} should be {SCALAR_NAMES[kind]}, not {value!r}.")
     return value
 
 
 def _as_float(value: Any) -> Any:
     """Convert whole numbers and texts that are numbers to float; YAML reads 1e-5, which has no point, as text."""
-    if isinstance(value, bool) or not isinstance(value, int | str):
+    if type(value) not in (int, str):  # bool is an int by inheritance
         return value
     try:
         return float(value)

@@ -45,14 +45,16 @@ def claim_run_directory(recipe: Recipe) -> str:
     plain = as_json(recipe)
     name = f"{output.resolve().name}-{uuid4().hex[:8]}"
     # Where nothing was saved yet there is nothing to lose: another recipe may take the directory over.
-    if file.is_file() and any((output / part).exists() for part in (STATE, CHECKPOINT)):
+    has_results = (output / STATE).exists() or (output / CHECKPOINT).exists()
+    if has_results and file.is_file():
         run = json.loads(file.read_text())
         if changed := diff_recipes(run["recipe"], plain):
             raise RecipeError(
                 f"{output} holds a run of another recipe ({'; '.join(changed[:3])}): set another output, "
                 "or remove that directory to start over."
             )
-        name = run["name"]
+        name = run["name"]  # trackers continue the run of this name
+    # Written in any case: what may differ when a run is resumed may have changed.
     atomic_write_text(file, json.dumps({"name": name, "recipe": plain}, indent=2) + "\n")
     return name
 
@@ -63,6 +65,7 @@ def _lock(output: Path) -> None:
     It is a POSIX lock, which ends with the process however that ends and is not inherited by loader workers, which may
     outlive it.
     """
+    # Never closed: closing any handle of the file would end the lock.
     handle = os.open(output / LOCK, os.O_RDWR | os.O_CREAT)
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -80,7 +83,9 @@ def _lock(output: Path) -> None:
 def is_finished(recipe: Recipe) -> bool:
     """Return whether the output directory holds the recipe's final checkpoint."""
     metadata = read_metadata(Path(recipe.output) / CHECKPOINT)
-    return "recipe" in metadata and not diff_recipes(metadata["recipe"], as_json(recipe))
+    if "recipe" not in metadata:
+        return False
+    return not diff_recipes(metadata["recipe"], as_json(recipe))
 
 
 def as_json(recipe: Recipe) -> dict[str, Any]:
@@ -92,9 +97,12 @@ def diff_recipes(old: Any, new: Any, where: str = "") -> list[str]:
     """List what differs and would change the result, as "field was this and is that"."""
     if where in RESUMABLE_FIELDS:
         return []
-    if not (isinstance(old, dict) and isinstance(new, dict)):
-        return [] if old == new else [f"{where} was {old!r} and is {new!r}"]
+    if old == new:
+        return []
+    both_have_fields = isinstance(old, dict) and isinstance(new, dict)
+    if not both_have_fields:
+        return [f"{where} was {old!r} and is {new!r}"]
     differences = []
-    for name in [*new, *(name for name in old if name not in new)]:
+    for name in new | old:  # the fields of either: a recipe written by another version may have others
         differences += diff_recipes(old.get(name), new.get(name), f"{where}.{name}".lstrip("."))
     return differences

@@ -17,7 +17,9 @@ class StopSignal:
     def __call__(self, number: int, frame: FrameType | None) -> None:
         """Note a signal. A second one of the same kind ends the process at once."""
         self.signal = number
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        # The default for Ctrl+C is Python's own handler, which raises KeyboardInterrupt.
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, default)
 
 
 @contextmanager

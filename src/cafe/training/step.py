@@ -33,6 +33,7 @@ from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.packing import PackedBatch
 from cafe.training.gradients import PerLossGradients
+from cafe.training.optimizer import trainable_parameters
 from cafe.training.precision import AUTOCAST_DTYPES
 from cafe.training.recipe import ObjectiveConfig
 from cafe.utils.distributed import (
@@ -74,7 +75,7 @@ class CachedEmbeddings:
         embeddings: of the whole batch, leaves of the contrastive loss's graph.
         slots: for each micro-batch, where its embeddings are among them.
         outputs: of the micro-batches whose graph was kept, by index.
-        rng_states: of the generators before each micro-batch, by index; empty where phase 1 did not run them all.
+        rng_states: of the generators before each micro-batch that phase 1 ran, by index.
     """
 
     embeddings: Float[Tensor, "readouts dim"]
@@ -112,12 +113,15 @@ class PackedForward(nn.Module):
         """Return the embeddings, not yet normalized, and the language modeling loss summed over tokens."""
         with self.autocast():
             embeddings, hidden = forward_packed(self.lvlm, pack)
-            embeddings = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+            # Similarities and their softmax are computed in float32, or in the float64 of a model that is.
+            if embeddings.dtype != torch.float64:
+                embeddings = embeddings.float()
             # The loss computes the logits itself, chunk by chunk, instead of the model as a whole.
             head = self.lvlm.get_output_embeddings()
             softcap = logit_softcap(self.lvlm)
             labels = pack.labels.to(hidden.device, non_blocking=True)
-            with torch.set_grad_enabled(self.language and torch.is_grad_enabled()):
+            needs_grad = self.language and torch.is_grad_enabled()
+            with torch.set_grad_enabled(needs_grad):
                 return embeddings, linear_cross_entropy(hidden, labels, head.weight, head.bias, softcap)
 
     def autocast(self) -> AbstractContextManager[None]:
@@ -191,18 +195,22 @@ class JointStep(nn.Module):
             loss_scale: also multiplies the gradient; the caller divides it out again, see `LossScale`.
         """
         # FSDP puts whole parameters in the place of sharded ones at the first forward: list them before.
-        trained = [parameter for parameter in self.lvlm.parameters() if parameter.requires_grad]
+        trained = list(trainable_parameters(self.lvlm).values())
         micro_batches = self.pad_micro_batches(batch.micro_batches)
         factor = loss_scale * grad_weight
         # Within the cache a frozen vision tower runs once per image, though phases 1 and 3 both need its output.
-        with self.vision.enabled() if self.vision else nullcontext():
+        vision_outputs_kept = self.vision.enabled() if self.vision else nullcontext()
+        with vision_outputs_kept:
             cached = self.embed_without_grad(batch, micro_batches)
             contrast = self.contrast(cached.embeddings, batch, factor, log_grad_norms)
             loss_names = ("contrastive", "lm") if self.packed_forward.language else ("contrastive",)
             gradients = PerLossGradients(trained, loss_names, separate=log_grad_norms)
             lm = self.backward_micro_batches(batch, micro_batches, cached, contrast.embedding_grads, gradients, factor)
             norms = {f"grad_norm_{name}": norm / loss_scale for name, norm in gradients.merge().items()}
-        metrics = {"accuracy": contrast.accuracy.item(), **norms} if log_grad_norms else {}
+        metrics = {}
+        if log_grad_norms:
+            # Reading the accuracy waits for the GPU: in logged steps alone.
+            metrics = {"accuracy": contrast.accuracy.item(), **norms}
         return Losses(all_reduce_sum_(lm), contrast.loss.detach(), contrast.temperature.detach(), metrics)
 
     def embed_without_grad(self, batch: Batch, micro_batches: list[MicroBatch]) -> CachedEmbeddings:
@@ -220,16 +228,19 @@ class JointStep(nn.Module):
         # The first micro-batch, often the only one, comes last and with its dialogues: its graph serves phase 3 too.
         kept_outputs, rng_states = {}, {}
         with self.oom_guard():
-            for index, micro_batch in reversed(list(enumerate(to_embed))):
+            for index in reversed(range(len(to_embed))):
+                micro_batch = to_embed[index]
                 rng_states[index] = get_device_rng_state(device)
-                is_first = index == 0
-                pack = micro_batch.joint if is_first or same_rows_twice else micro_batch.embedding_only
-                with torch.set_grad_enabled(is_first):
+                keep_graph = index == 0
+                with_dialogues = keep_graph or same_rows_twice
+                pack = micro_batch.joint if with_dialogues else micro_batch.embedding_only
+                with torch.set_grad_enabled(keep_graph):
                     outputs = self.packed_forward(pack)
                 embeddings[slots[index]] = outputs[0].detach()
-                if is_first:
+                if keep_graph:
                     kept_outputs[index] = outputs
-        return CachedEmbeddings(embeddings.requires_grad_(), slots, kept_outputs, rng_states if any_embeddings else {})
+        # Leaves: phase 2 takes the gradient with respect to them.
+        return CachedEmbeddings(embeddings.requires_grad_(), slots, kept_outputs, rng_states)
 
     def contrast(
         self, embeddings: Float[Tensor, "readouts dim"], batch: Batch, factor: float, log_accuracy: bool
@@ -245,6 +256,7 @@ class JointStep(nn.Module):
         if loss.requires_grad:
             with self.oom_guard():
                 (factor * objective.contrastive_weight * loss).backward()
+        # No pairs in any process, no gradient.
         embedding_grads = torch.zeros_like(embeddings) if embeddings.grad is None else embeddings.grad
         if objective.gradient_scaling == "published":
             # The published code takes the mean over processes of what each has for its own rows, not the sum.
@@ -267,10 +279,12 @@ class JointStep(nn.Module):
         )
         # Owners are counted within the process: shift them to where its pairs are among all.
         negative_owner = negative_owner + exclusive_prefix_sum(pairs, embeddings.device)
+        # Pairs and negatives apart: a process has more or fewer of each than another.
         queries, targets, target_ids = all_gather_rows(queries, targets, target_ids)
         negatives, negative_owner, match_prob, negative_ids = all_gather_rows(
             negatives, negative_owner, match_prob, negative_ids
         )
+        # All records of all processes may be dialogues, or bad.
         if not len(queries):
             return embeddings.new_zeros(()), embeddings.new_zeros(())
         config = self.objective.contrastive
@@ -305,9 +319,9 @@ class JointStep(nn.Module):
         lm = cached.embeddings.new_zeros(())
         with self.oom_guard():
             for index, micro_batch in enumerate(micro_batches):
-                outputs = cached.outputs.pop(index, None) or self.forward_again(
-                    micro_batch, cached.rng_states.get(index)
-                )
+                outputs = cached.outputs.pop(index, None)
+                if outputs is None:
+                    outputs = self.forward_again(micro_batch, cached.rng_states.get(index))
                 embeddings, lm_loss_sum = outputs
                 lm += lm_loss_sum.detach() / num_supervised
                 # This sum's gradient with respect to the embeddings is `embedding_grads`.
@@ -322,7 +336,8 @@ class JointStep(nn.Module):
         self, micro_batch: MicroBatch, rng_state: tuple[Tensor, Tensor | None] | None
     ) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, ""]]:
         """Run a micro-batch with the random numbers of phase 1; with new ones if it was not run there."""
-        with replay_rng(rng_state, self.device) if rng_state else nullcontext():
+        replay = replay_rng(rng_state, self.device) if rng_state else nullcontext()
+        with replay:
             outputs: tuple[Tensor, Tensor] = self.packed_forward(micro_batch.joint)
         return outputs
 
@@ -338,10 +353,17 @@ class JointStep(nn.Module):
 
         Processes that share a model cannot use it: they wait for each other within the work.
         """
-        return nullcontext() if self.blank_micro_batch else raise_oom_on_all_ranks(self.device)
+        if self.blank_micro_batch:
+            return nullcontext()
+        return raise_oom_on_all_ranks(self.device)
 
 
 def has_dropout(model: nn.Module) -> bool:
     """Return whether a forward pass in training mode draws random numbers."""
-    rates = (getattr(module, name, 0.0) for module in model.modules() for name in DROPOUT_ATTRIBUTES)
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)  # a submodule named so has its own rate
+    for module in model.modules():
+        for name in DROPOUT_ATTRIBUTES:
+            rate = getattr(module, name, 0.0)
+            # A submodule by such a name is no rate, but has its own.
+            if isinstance(rate, float) and rate > 0:
+                return True
+    return False

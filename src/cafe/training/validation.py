@@ -9,7 +9,7 @@ from random import Random
 
 import torch
 
-from cafe.content import Example
+from cafe.content import Content
 from cafe.data.batch import NO_LIMIT
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.mixture import PROPORTIONAL
@@ -52,22 +52,12 @@ class Validator:
         evaluate: Callable[[Cafe], dict[str, float]] | None,
         rank: int,
     ) -> None:
+        _check_is_complete(recipe, evaluate)
         config = recipe.evaluation
-        if config.eval_steps and not (evaluate or config.sources):
-            raise RecipeError("evaluation.eval_steps is set, but neither evaluation.data nor evaluation.sources is.")
-        if recipe.metric_for_best_model and not config.eval_steps:
-            raise RecipeError(
-                "metric_for_best_model names a result of the evaluation during training: set evaluation.eval_steps too."
-            )
         self.recipe, self.model, self.joint, self.evaluate = recipe, model, joint, evaluate
         self.dataset: ContrastiveBatchDataset | None = None
         if config.eval_steps and config.sources:
             self.dataset = validation_dataset(recipe, model, rank, sharded=bool(joint.blank_micro_batch))
-
-    def should_run(self, step: int) -> bool:
-        """Return whether to evaluate after a step."""
-        interval = self.recipe.evaluation.eval_steps
-        return interval > 0 and step % interval == 0
 
     @torch.compiler.set_stance("force_eager")  # evaluation has other lengths than those compiled for
     def __call__(self, state: TrainerState, log: MetricsLogger | None) -> None:
@@ -89,7 +79,7 @@ class Validator:
     def measure(self, model: Cafe) -> tuple[dict[str, float], dict[str, list[dict[str, str]]]]:
         """Return the results of the evaluation, and sample answers to held-out dialogues."""
         results: dict[str, float] = {}
-        samples = {}
+        samples: dict[str, list[dict[str, str]]] = {}
         packed_forward = self.joint.packed_forward
         # Both use the model itself, outside of the module whose forward gathers the weights and casts.
         with unsharded(packed_forward), packed_forward.autocast():
@@ -105,15 +95,29 @@ class Validator:
         self, model: Cafe, results: dict[str, float], state: TrainerState, log: MetricsLogger | None
     ) -> None:
         """Save the checkpoint if its result by `metric_for_best_model` is the best so far."""
-        name = self.recipe.metric_for_best_model
         # The main process decides: rounding may differ between processes.
-        if not name or not run_on_main_and_broadcast(lambda: is_better(results, name, state.best_metric)):
+        name = self.recipe.metric_for_best_model
+        if not name:
+            return
+        if not run_on_main_and_broadcast(lambda: is_better(results, name, state.best_metric)):
             return
         state.best_metric = run_on_main_and_broadcast(lambda: results[name.removeprefix("-")])
         weights = full_state_dict(model.lvlm)
         if log:
             metadata = {"recipe": recipe_dict(self.recipe), "steps": state.step, "results": results}
             model.save(Path(self.recipe.output) / BEST, weights, **metadata)
+
+
+def _check_is_complete(recipe: Recipe, evaluate: Callable[[Cafe], dict[str, float]] | None) -> None:
+    """Check that there is something to evaluate at the recipe's steps, and that the best checkpoint can be told."""
+    if recipe.evaluation.eval_steps:
+        has_data = evaluate or recipe.evaluation.sources
+        if not has_data:
+            raise RecipeError("evaluation.eval_steps is set, but neither evaluation.data nor evaluation.sources is.")
+    elif recipe.metric_for_best_model:
+        raise RecipeError(
+            "metric_for_best_model names a result of the evaluation during training: set evaluation.eval_steps too."
+        )
 
 
 def validation_dataset(recipe: Recipe, model: Cafe, rank: int, sharded: bool = False) -> ContrastiveBatchDataset:
@@ -130,6 +134,7 @@ def validation_loss(joint: JointStep, dataset: ContrastiveBatchDataset, recipe: 
     """Return the mean language modeling loss over the supervised tokens of held-out dialogues, of all processes."""
     limit, num_batches = recipe.evaluation.limit, len(dataset)
     if limit:
+        # A batch has `BATCH_SIZE` records of each process.
         num_batches = min(num_batches, math.ceil(limit / (BATCH_SIZE * world_size())))
     # Summed over tokens first: a mean of the batches' means would weigh short answers more.
     total, tokens = torch.zeros((), device=joint.device), torch.zeros((), device=joint.device)
@@ -142,27 +147,32 @@ def validation_loss(joint: JointStep, dataset: ContrastiveBatchDataset, recipe: 
 
 def generate_samples(model: Cafe, dataset: ContrastiveBatchDataset, count: int) -> list[dict[str, str]]:
     """Generate the model's answers to the first turn of `count` held-out dialogues, beside the right ones."""
-    examples = list(islice(_readable_dialogues(model, dataset), count))
-    turns = [example.dialogue.turns for example in examples if example.dialogue]
-    answers = model.generate_batch([question.content for question, *_ in turns]) if turns else []
-    return [
-        {"record": example.origin, "asked": question.content.text, "said": answer, "answer": right.content.text}
-        for example, (question, right, *_), answer in zip(examples, turns, answers, strict=True)
-    ]
+    rounds = list(islice(_first_rounds(model, dataset), count))
+    if not rounds:
+        return []
+    answers = model.generate_batch([question for _, question, _ in rounds])
+    samples = []
+    for (origin, question, right), answer in zip(rounds, answers, strict=True):
+        samples.append({"record": origin, "asked": question.text, "said": answer, "answer": right.text})
+    return samples
 
 
-def _readable_dialogues(model: Cafe, dataset: ContrastiveBatchDataset) -> Iterator[Example]:
-    """Iterate over the dialogues whose first turn can be encoded; the loss skips bad records too."""
+def _first_rounds(model: Cafe, dataset: ContrastiveBatchDataset) -> Iterator[tuple[str, Content, Content]]:
+    """Yield the origin, first question and right answer of each dialogue that can be encoded: bad records are skipped.
+
+    The loss skips them too.
+    """
     order = dataset.order(0)
     for source, index in zip(order.sources, order.records, strict=True):
         try:
             example = dataset.sources[int(source)].example(int(index), Random(f"sample {source} {index}"))
             if not example.dialogue or len(example.dialogue.turns) < 2:
                 continue
-            model.encode_prompt(example.dialogue.turns[0].content)
+            question, right, *_ = [turn.content for turn in example.dialogue.turns]
+            model.encode_prompt(question)
         except RecordError:
             continue
-        yield example
+        yield example.origin, question, right
 
 
 def is_better(results: dict[str, float], name: str, best: float | None) -> bool:

@@ -12,6 +12,7 @@ def staging_path(path: Path) -> Path:
 
 def commit(partial: Path, path: Path) -> None:
     """Sync a written file or directory to disk and move it to `path`, in place of what is there."""
+    # The contents before the rename: after a power cut a name must never point to what was not written.
     for written in [*partial.rglob("*"), partial]:
         _sync(written)
     if path.is_dir():

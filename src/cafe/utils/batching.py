@@ -25,12 +25,21 @@ def length_sorted_batches(
     """Yield encoded items in batches of similar length, longest first, with the indices of the items.
 
     They are sorted within a window of some batches, so that few wait encoded in memory.
+
+    Args:
+        items: what to batch.
+        encode: encodes an item.
+        batch_size: the number of items in a batch.
+        length: measures an encoded item.
+
+    Raises:
+        CafeError: the batch size is below 1.
     """
     check_batch_size(batch_size)
     window = SORT_WINDOW * batch_size
     for start in range(0, len(items), window):
-        encoded = [encode(item) for item in items[start : start + window]]
-        order = sorted(range(len(encoded)), key=lambda index: -length(encoded[index]))
-        for first in range(0, len(order), batch_size):
-            batch = order[first : first + batch_size]
-            yield [start + index for index in batch], [encoded[index] for index in batch]
+        encoded = [(index, encode(items[index])) for index in range(start, min(start + window, len(items)))]
+        encoded.sort(key=lambda pair: -length(pair[1]))
+        for first in range(0, len(encoded), batch_size):
+            indices, batch = zip(*encoded[first : first + batch_size], strict=True)
+            yield list(indices), list(batch)

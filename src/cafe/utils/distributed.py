@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import compress
 from typing import Any, TypeVar
 
 import torch
@@ -50,18 +51,23 @@ def all_gather_object(value: T) -> list[T]:
 
 
 def run_on_main_and_broadcast(function: Callable[[], T]) -> T:
-    """Call a function in the main process and return its result in all; a `CafeError` is raised in all too."""
-    result: list[Any] = [None, None]
+    """Call a function in the main process and return its result in all processes.
+
+    Raises:
+        CafeError: the function raised it; then all processes do, instead of waiting for a result.
+    """
+    message: list[Any] = [None, None]  # the result and the error
     if rank() == 0:
         try:
-            result[0] = function()
+            message[0] = function()
         except CafeError as error:
-            result[1] = error
+            message[1] = error
     if world_size() > 1:
-        dist.broadcast_object_list(result)
-    if result[1] is not None:
-        raise result[1]
-    return result[0]
+        dist.broadcast_object_list(message)
+    result, failure = message
+    if failure is not None:
+        raise failure
+    return result
 
 
 def all_reduce_max(number: int, device: torch.device) -> int:
@@ -87,6 +93,7 @@ def all_reduce_sum_(tensor: Shaped[Tensor, " *shape"]) -> Shaped[Tensor, " *shap
 
 def all_gather_int(number: int, device: torch.device) -> Int64[Tensor, " processes"]:
     """Return the numbers of all processes, by rank."""
+    # A sum of vectors that have one entry each, on the device: no object is pickled, and nothing waits for the GPU.
     numbers = torch.zeros(world_size(), dtype=torch.long, device=device)
     numbers[rank()] = number
     return all_reduce_sum_(numbers)
@@ -117,6 +124,7 @@ def _gather_rows(rows: Tensor, lengths: list[int]) -> Tensor:
     parts = [torch.empty_like(padded) for _ in lengths]
     dist.all_gather(parts, padded)
     parts = [part[:length] for part, length in zip(parts, lengths, strict=True)]
+    # all_gather is outside of autograd: put this process's own rows back, which are attached to its graph.
     parts[rank()] = rows
     return torch.cat(parts)
 
@@ -125,12 +133,17 @@ def mismatched_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> l
     """Return the names of tensors whose bits differ between processes, the same list in all of them."""
     if world_size() == 1 or not tensors:
         return []
-    bits = (tensor.detach().reshape(-1).view(INTEGER_DTYPES[tensor.element_size()]) for tensor in tensors.values())
-    # Integer sums are exact in any order of summation.
-    sums = torch.stack([each.sum(dtype=torch.long) for each in bits]).to(device)
+    # One number per tensor is compared instead of its elements, which would be a model's worth of traffic.
+    sums = torch.stack([_sum_of_bits(tensor) for tensor in tensors.values()]).to(device)
     [all_sums] = all_gather_rows(sums[None])
-    matches = (all_sums == all_sums[0]).all(0).tolist()
-    return [name for name, match in zip(tensors, matches, strict=True) if not match]
+    mismatched = (all_sums != all_sums[0]).any(0).tolist()
+    return list(compress(tensors, mismatched))
+
+
+def _sum_of_bits(tensor: Tensor) -> Int64[Tensor, ""]:
+    """Sum a tensor's elements with their bits read as integers: such a sum is exact in any order of summation."""
+    bits = tensor.detach().reshape(-1).view(INTEGER_DTYPES[tensor.element_size()])
+    return bits.sum(dtype=torch.long)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -151,8 +164,12 @@ def raise_oom_on_all_ranks(device: torch.device) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         failed = True
-    if all_reduce_max(failed, device):
-        raise torch.OutOfMemoryError("Out of memory" if failed else "Another process is out of memory")
+    # Outside of the handler, where the error still holds the tensors of the failed work.
+    if not all_reduce_max(failed, device):
+        return
+    if failed:
+        raise torch.OutOfMemoryError("Out of memory")
+    raise torch.OutOfMemoryError("Another process is out of memory")
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
@@ -160,25 +177,40 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
     Sharded parameters are left as they are: FSDP sums their gradients in the backward pass.
     """
-    replicated = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    if world_size() == 1 or not replicated:
+    if world_size() == 1:
         return
-    has_grad = torch.tensor([parameter.grad is not None for parameter in replicated], device=replicated[0].device)
-    uses = all_reduce_sum_(has_grad.int()).tolist()
-    used = [parameter for parameter, count in zip(replicated, uses, strict=True) if count]
-    for grads in _gradient_buckets(used):
-        flat = all_reduce_sum_(torch.cat([grad.flatten() for grad in grads]))
-        for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-            grad.copy_(summed.view_as(grad))
+    _, replicated = _split_by_sharding(parameters)
+    if not replicated:
+        return
+    # The same parameters in all processes: each takes part in every sum, whether it has a gradient or not.
+    for grads in _gradient_buckets(_used_in_any_process(replicated)):
+        _all_reduce_bucket(grads)
+
+
+def _used_in_any_process(parameters: list[nn.Parameter]) -> list[nn.Parameter]:
+    """Return the parameters that have a gradient in at least one process."""
+    has_grad = torch.tensor([parameter.grad is not None for parameter in parameters], device=parameters[0].device)
+    num_users = all_reduce_sum_(has_grad.int())
+    return list(compress(parameters, num_users.tolist()))
+
+
+def _all_reduce_bucket(grads: list[Tensor]) -> None:
+    """Sum several gradients in place by one operation, since many small ones would wait for the network each."""
+    flat = torch.cat([grad.flatten() for grad in grads])
+    all_reduce_sum_(flat)
+    summed_grads = flat.split([grad.numel() for grad in grads])
+    for grad, summed in zip(grads, summed_grads, strict=True):
+        grad.copy_(summed.view_as(grad))
 
 
 def _gradient_buckets(parameters: Iterable[nn.Parameter]) -> list[list[Tensor]]:
     """Group gradients of one dtype into buckets of at most `BUCKET_NUMEL` entries, zeros for missing ones."""
     buckets: list[list[Tensor]] = []
-    room = 0
+    room = 0  # entries left in the last bucket
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
+        # No room at the start, so there is a bucket before its dtype is looked up.
         if parameter.numel() > room or parameter.dtype != buckets[-1][-1].dtype:
             buckets.append([])
             room = max(BUCKET_NUMEL, parameter.numel())  # a larger gradient has a bucket of its own
@@ -190,8 +222,10 @@ def _gradient_buckets(parameters: Iterable[nn.Parameter]) -> list[list[Tensor]]:
 def global_grad_norm(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor | None]) -> Float[Tensor, ""]:
     """Return the norm of all gradients together, each summed over processes; the gradients are left as they are."""
     pairs = list(zip(parameters, grads, strict=True))
+    # FSDP has summed the gradients of sharded parameters already.
     sharded = [grad for parameter, grad in pairs if isinstance(parameter, DTensor) and grad is not None]
-    square = _norm(sharded).square()
+    square = _total_norm(sharded).square()
+    # One copy at a time, so that the sums take no second gradient's worth of memory.
     for parameter, grad in pairs:
         if isinstance(parameter, DTensor):
             continue
@@ -204,21 +238,35 @@ def global_grad_norm(parameters: Sequence[nn.Parameter], grads: Sequence[Tensor 
 
 def clip_grad_norm_(parameters: Sequence[nn.Parameter], max_norm: float) -> Float[Tensor, ""]:
     """Scale summed gradients in place so that their total norm is at most `max_norm`; return the norm before."""
-    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
     # Sharded and replicated gradients cannot be stacked: each kind has a norm of its own first.
-    sharded = [parameter for parameter in with_grad if isinstance(parameter, DTensor)]
-    replicated = [parameter for parameter in with_grad if not isinstance(parameter, DTensor)]
-    norms = [_norm([p.grad for p in kind if p.grad is not None]) for kind in (sharded, replicated) if kind]
+    sharded, replicated = _split_by_sharding(parameters)
+    grads_by_kind = existing_grads(sharded), existing_grads(replicated)
+    norms = [_total_norm(grads) for grads in grads_by_kind if grads]
     if not norms:
         return torch.zeros(())
     norm = torch.stack(norms).norm()
-    for kind in (sharded, replicated):
-        clip_grads_with_norm_(kind, max_norm, norm)
+    clip_grads_with_norm_(sharded, max_norm, norm)
+    clip_grads_with_norm_(replicated, max_norm, norm)
     return norm
 
 
-def _norm(grads: Sequence[Tensor]) -> Tensor:
-    """Return the total norm of gradients that are all sharded or all replicated."""
+def _split_by_sharding(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """Return the sharded parameters, and those that each process has as a whole."""
+    sharded: list[nn.Parameter] = []
+    replicated: list[nn.Parameter] = []
+    for parameter in parameters:
+        kind = sharded if isinstance(parameter, DTensor) else replicated
+        kind.append(parameter)
+    return sharded, replicated
+
+
+def existing_grads(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return the gradients of the parameters that have one."""
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
+
+
+def _total_norm(grads: Sequence[Tensor]) -> Tensor:
+    """Return the norm of gradients together that are all sharded or all replicated."""
     norm = get_total_norm(grads)
     if isinstance(norm, DTensor):
         return norm.full_tensor()

@@ -18,4 +18,5 @@ def update_with_tensors(digest: Digest, named_tensors: Iterable[tuple[str, Tenso
     """Add named tensors to a hash: each name, then the tensor's bytes, whatever its dtype."""
     for name, tensor in named_tensors:
         digest.update(name.encode())
+        # As bytes, since NumPy has no bfloat16.
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)

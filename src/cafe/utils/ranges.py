@@ -84,9 +84,12 @@ Range = Above | AtLeast | Below | Between | HalfOpen
 
 def ranges_of(cls: type) -> dict[str, list[Range]]:
     """Return the ranges that a dataclass declares, by the name of the field."""
-    hints = get_type_hints(cls, include_extras=True).items()
-    annotated = {name: get_args(hint)[1:] for name, hint in hints if get_origin(hint) is Annotated}
-    return {name: [extra for extra in extras if isinstance(extra, Range)] for name, extras in annotated.items()}
+    ranges: dict[str, list[Range]] = {}
+    for name, hint in get_type_hints(cls, include_extras=True).items():
+        if get_origin(hint) is Annotated:
+            _, *metadata = get_args(hint)
+            ranges[name] = [item for item in metadata if isinstance(item, Range)]
+    return ranges
 
 
 def check_ranges(config: Any, path: str = "") -> None:
@@ -101,20 +104,28 @@ def check_ranges(config: Any, path: str = "") -> None:
     """
     ranges = ranges_of(type(config))
     for field in fields(config):
-        name = f"{path}.{field.name}" if path else field.name
+        name = f"{path}.{field.name}".lstrip(".")
         for where, value in _flatten(getattr(config, field.name), name):
             # A nested dataclass has ranges of its own.
             if is_dataclass(value):
                 check_ranges(value, where)
-                continue
-            for allowed in ranges.get(field.name, ()):
-                if value not in allowed:
-                    raise RecipeError(f"{name} should be {allowed}, not {value}.")
+            else:
+                _check_value(value, ranges.get(field.name, []), name)
+
+
+def _check_value(value: Any, ranges: list[Range], name: str) -> None:
+    """Check one number against all ranges of its field."""
+    for allowed in ranges:
+        if value not in allowed:
+            raise RecipeError(f"{name} should be {allowed}, not {value}.")
 
 
 def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:
     """Yield a field's value, or the values of a tuple, each with its name; nothing for None."""
-    if isinstance(value, tuple):
-        yield from ((f"{name}[{index}]", item) for index, item in enumerate(value))
-    elif value is not None:
+    if value is None:
+        return
+    if not isinstance(value, tuple):
         yield name, value
+        return
+    for index, item in enumerate(value):
+        yield f"{name}[{index}]", item

@@ -34,15 +34,18 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def get_device_rng_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
     """Return PyTorch's generator state on the CPU and, if `device` is a GPU, on it: what a forward pass draws from."""
-    cuda_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), cuda_state
+    if device.type != "cuda":
+        return torch.get_rng_state(), None
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device)
 
 
 @contextmanager
 def replay_rng(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
     """Draw the random numbers that were drawn after `state`, and restore the generators afterwards."""
     cpu_state, cuda_state = state
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    # The CPU's generator is always forked; without a list it would be those of all GPUs too.
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
         torch.set_rng_state(cpu_state)
         if cuda_state is not None:
             torch.cuda.set_rng_state(cuda_state, device)
