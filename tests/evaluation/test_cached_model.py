@@ -51,7 +51,7 @@ def alone(random_base, scenes, tmp_path_factory):
     """Evaluate in one process that is never killed, with an empty cache."""
     output = tmp_path_factory.mktemp("alone")
     model = Cafe.load(random_base)
-    done = evaluate(model, scenes, LIMIT, lambda line: None, suites=SUITES, keep=output / "kept", batch_size=BATCH)
+    done = evaluate(model, scenes, LIMIT, lambda line: None, suites=SUITES, cache_dir=output / "kept", batch_size=BATCH)
     write(done, output)
     return written(output)
 
@@ -68,7 +68,9 @@ def test_a_killed_evaluation_resumes_and_ends_with_the_same_files(alone, random_
     assert len(kept) >= 3 and not (tmp_path / "results.json").exists()
 
     model = Counting(Cafe.load(random_base))
-    done = evaluate(model, scenes, LIMIT, lambda line: None, suites=SUITES, keep=tmp_path / "kept", batch_size=BATCH)
+    done = evaluate(
+        model, scenes, LIMIT, lambda line: None, suites=SUITES, cache_dir=tmp_path / "kept", batch_size=BATCH
+    )
     write(done, tmp_path)
     assert written(tmp_path) == alone
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())

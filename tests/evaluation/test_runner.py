@@ -333,19 +333,19 @@ class Named(ColorModel):
 
 def test_results_of_suites_run_one_after_the_other_are_merged(data, tmp_path):
     for suite in ("retrieval", "pope"):
-        write(evaluate(Named("a"), data, report=silent, suites=[suite], keep=tmp_path / "kept"), tmp_path)
+        write(evaluate(Named("a"), data, report=silent, suites=[suite], cache_dir=tmp_path / "kept"), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert {name.split("/")[0] for name in results} == {"retrieval", "pope"}
     assert len(list((tmp_path / "outputs").iterdir())) == 5
-    write(evaluate(Named("b"), data, report=silent, suites=["pope"], keep=tmp_path / "kept"), tmp_path)
+    write(evaluate(Named("b"), data, report=silent, suites=["pope"], cache_dir=tmp_path / "kept"), tmp_path)
     results = json.loads((tmp_path / "results.json").read_text())
     assert {name.split("/")[0] for name in results} == {"pope"}  # another model's results do not stay
     assert len(list((tmp_path / "outputs").iterdir())) == 3
 
 
 def test_an_evaluation_killed_while_writing_keeps_what_was_written(data, tmp_path, monkeypatch):
-    write(evaluate(Named("a"), data, report=silent, suites=["retrieval"], keep=tmp_path / "kept"), tmp_path)
-    other = evaluate(Named("a"), data, report=silent, suites=["pope"], keep=tmp_path / "kept")
+    write(evaluate(Named("a"), data, report=silent, suites=["retrieval"], cache_dir=tmp_path / "kept"), tmp_path)
+    other = evaluate(Named("a"), data, report=silent, suites=["pope"], cache_dir=tmp_path / "kept")
 
     def killed(out, **arrays):
         out.write(b"PK\3\4")

@@ -75,9 +75,9 @@ def evaluate_command(
         data,
         limit,
         suites=suites,
-        keep=output / "kept",
+        cache_dir=output / "kept",
         batch_size=batch_size,
-        together=True,
+        distributed=True,
         progress=True,
         judges=judges,
     )

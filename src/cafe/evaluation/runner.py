@@ -27,9 +27,9 @@ def evaluate(
     report: Callable[[str], None] = print,
     *,
     suites: Sequence[str] = (),
-    keep: Path | None = None,
+    cache_dir: Path | None = None,
     batch_size: int | None = None,
-    together: bool = False,
+    distributed: bool = False,
     progress: bool = False,
     judges: Sequence[str] = (),
 ) -> EvaluationResult:
@@ -41,10 +41,10 @@ def evaluate(
         limit: maximum number of records per suite; None for all.
         report: receives the log lines.
         suites: names of suites, or "all"; if empty, the default suites whose files exist.
-        keep: a folder that caches embeddings and answers as they are computed, from which an interrupted evaluation
-            resumes.
+        cache_dir: a folder that caches embeddings and answers as they are computed, from which an interrupted
+            evaluation resumes.
         batch_size: number of inputs per forward pass; the model's own choice if None.
-        together: split the work among the processes of torch.distributed, all of which must make the same call.
+        distributed: split the work among the processes of torch.distributed, all of which must make the same call.
         progress: show progress bars.
         judges: the judges of free descriptions: "exact", "self", or language models by directory or Hub id.
 
@@ -52,7 +52,8 @@ def evaluate(
         CafeError: a suite is unknown or lacks its files, there is no evaluation file at all, or a file is invalid.
     """
     selected = select_suites(data, suites)
-    cached = CachedModel(model, keep, batch_size, together, progress, judges)
+    cached = CachedModel(model, cache_dir, batch_size, distributed, progress, judges)
+    # By these, `write` knows whether the results of two calls belong together.
     about = {"data": str(data.resolve()), "limit": limit, "fingerprint": cached.fingerprint}
     evaluation = EvaluationResult(samples={"data": str(data.resolve())}, about=about)
     for number, suite in enumerate(selected, 1):
@@ -67,7 +68,7 @@ def evaluate(
 
 def measure(model: Any, data: Path, directory: Path, suites: Sequence[str] = ()) -> dict[str, float]:
     """Evaluate a model into a directory and return the results. An interrupted call resumes from its cache there."""
-    evaluation = evaluate(model, data, suites=suites, keep=directory / "kept", progress=True)
+    evaluation = evaluate(model, data, suites=suites, cache_dir=directory / "kept", progress=True)
     write(evaluation, directory)
     return evaluation.results
 
@@ -100,25 +101,31 @@ def training_evaluator(recipe: Recipe) -> Callable[[Any], dict[str, float]] | No
     Raises:
         RecipeError: there is no evaluation file, or no evaluation gives the result that `metric_for_best_model` names.
     """
-    config, data = recipe.evaluation, Path(recipe.evaluation.data)
+    config = recipe.evaluation
+    data = Path(config.data)
     if not config.eval_steps:
         return None
 
     def evaluate_quietly(model: Any) -> dict[str, float]:
+        """Evaluate on the default suites, without log lines between those of the training."""
         return evaluate(model, data, config.limit, lambda line: None).results
 
     # Both mistakes are found now, not hours later at the first evaluation.
     if config.data:
         select_suites(data)
     if recipe.metric_for_best_model:
-        names = ["held_out/lm_loss"] if config.sources else []
+        names: list[str] = []
         if config.data:
-            names = [*evaluate_quietly(NullModel()), *names]
+            names += evaluate_quietly(NullModel())
+        if config.sources:  # the training loop itself measures the loss on held-out records
+            names.append("held_out/lm_loss")
+        # A leading minus means that less is better.
         _require_result(recipe.metric_for_best_model.removeprefix("-"), names)
     return evaluate_quietly if config.data else None
 
 
 def _require_result(wanted: str, names: Sequence[str]) -> None:
+    """Check that an evaluation gives a result; one whose results are not known passes."""
     if not names or wanted in names:
         return
     [nearest] = difflib.get_close_matches(wanted, names, n=1, cutoff=0.0)
@@ -135,6 +142,7 @@ def select_suites(data: Path, names: Sequence[str] = ()) -> list[Suite]:
     """
     if not data.is_dir():
         raise RecipeError(f"The folder of evaluation files {data} does not exist.")
+    # A named suite without files is an error, also beside "all". Suites run in the order of `SUITES`.
     named = [_named_suite(name, data) for name in names if name != "all"]
     if named and "all" not in names:
         return [suite for suite in SUITES if suite in named]
@@ -146,10 +154,12 @@ def select_suites(data: Path, names: Sequence[str] = ()) -> list[Suite]:
         )
     if names:
         return existing
+    # Without names, a folder with files for long suites alone runs those.
     return [suite for suite in existing if suite.default] or existing
 
 
 def _named_suite(name: str, data: Path) -> Suite:
+    """Look up a suite whose files exist."""
     suites = {suite.name: suite for suite in SUITES}
     if name not in suites:
         raise RecipeError(f"There is no suite {name!r}; the suites are {', '.join(suites)}, or all.")
@@ -162,16 +172,19 @@ def _named_suite(name: str, data: Path) -> Suite:
 
 def describe_suites(data: Path | None = None) -> str:
     """Describe every suite: what it measures, the files it expects in the folder, and where to download them."""
-    lines = []
-    for suite in SUITES:
-        title = f"{suite.name}: {suite.measures}"
-        if not suite.default:
-            title += "  [runs only when named]"
-        if data is not None:
-            title += "  [files found]" if suite.find_files(data) else "  [files missing]"
-        lines += [title, *(f"    {file}" for file in suite.files), f"    from: {suite.download}"]
-        if suite.sources:
-            lines.append(f"    protocol: {', '.join(suite.sources)}")
+    return "\n".join(_describe_suite(suite, data) for suite in SUITES)
+
+
+def _describe_suite(suite: Suite, data: Path | None) -> str:
+    """Describe one suite in a few lines."""
+    title = f"{suite.name}: {suite.measures}"
+    if not suite.default:
+        title += "  [runs only when named]"
+    if data is not None:
+        title += "  [files found]" if suite.find_files(data) else "  [files missing]"
+    lines = [title, *(f"    {file}" for file in suite.files), f"    from: {suite.download}"]
+    if suite.sources:
+        lines.append(f"    protocol: {', '.join(suite.sources)}")
     return "\n".join(lines)
 
 
@@ -184,6 +197,7 @@ def write(evaluation: EvaluationResult, directory: Path) -> None:
     if _continues(evaluation, directory):
         evaluation = _merge_existing(evaluation, directory)
     else:
+        # The rows of another model or other data would count in the report.
         shutil.rmtree(directory / "outputs", ignore_errors=True)
     for part, rows in evaluation.outputs.items():
         path = directory / "outputs" / f"{part.replace('/', '_')}.jsonl"
@@ -203,6 +217,7 @@ def write(evaluation: EvaluationResult, directory: Path) -> None:
 def _continues(evaluation: EvaluationResult, directory: Path) -> bool:
     """Return whether a directory holds an evaluation of the same model, data and limit."""
     path = directory / "about.json"
+    # Without a cache there is no fingerprint: two models cannot be told apart.
     if not path.is_file() or not evaluation.about.get("fingerprint"):
         return False
     about: dict[str, Any] = json.loads(path.read_text())
@@ -214,6 +229,8 @@ def _write_json(path: Path, value: Any) -> None:
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an `npz` file whole or not at all."""
+    # A file object, because NumPy would append ".npz" to the staging path.
     with staging_path(path).open("wb") as out:
         np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
     commit(staging_path(path), path)

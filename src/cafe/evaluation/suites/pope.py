@@ -7,7 +7,7 @@ from typing import Any
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.io import ask_about_images, by_pattern, json_lines
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
 SPLITS = ("random", "popular", "adversarial")
 MAX_NEW_TOKENS = 8
@@ -32,7 +32,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         result.outputs[part] = rows
         result.results |= aggregate(rows)
     for name in ("accuracy", "precision", "recall", "F1", "yes_ratio", "strict_accuracy", "neither"):
-        mean_of(result, f"pope/mean/{name}", [key for key in result.results if key.endswith(f"/{name}")])
+        result.add_mean(f"pope/mean/{name}", [key for key in result.results if key.endswith(f"/{name}")])
     return result
 
 

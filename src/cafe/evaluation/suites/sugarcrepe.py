@@ -9,7 +9,7 @@ from typing import Any
 
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.io import find_image, json_records
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.choices import judge_choices, score
 
 CHANGES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -26,7 +26,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         result.results |= aggregate(rows)
     # Only after all files: a mean is over those that are there.
     for name, averaged in means(list(result.results)).items():
-        mean_of(result, name, averaged)
+        result.add_mean(name, averaged)
     return result
 
 

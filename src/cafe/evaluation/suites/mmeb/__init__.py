@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.mmeb.datasets import Dataset, find_datasets, lookup
 from cafe.evaluation.suites.mmeb.leaderboard import describe, means, score_files, score_query
 from cafe.evaluation.suites.mmeb.readers import FOLDERS, Query, Side, read_corpus, read_records, to_content
@@ -40,7 +40,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     # The means come after all datasets, and are not averaged themselves.
     measured = list(result.results)
     for mean, averaged in means(measured).items():
-        mean_of(result, mean, averaged)
+        result.add_mean(mean, averaged)
     result.results["mmeb/overall/datasets"] = len(measured)
     result.files = score_files(scores, describe(model.model))
     return result
