@@ -37,9 +37,9 @@ def _judge_records(model: CachedModel, data: Path, path: Path, part: str, limit:
     captions = [(record["caption"], record["negative_caption"]) for record in records]
     scores = score(model, [data / image for image in images], captions)
     rows: list[dict[str, Any]] = []
-    for number, (image, record) in enumerate(zip(images, records, strict=True)):
-        row = {"id": number, "group": str(image), "image": str(image)}
-        row |= {"caption": record["caption"], "negative": record["negative_caption"]}
+    for number, (image, (caption, negative)) in enumerate(zip(images, captions, strict=True)):
+        # Records about one image are one group for the bootstrap.
+        row = {"id": number, "group": str(image), "image": str(image), "caption": caption, "negative": negative}
         rows.append(row | judge_choices(scores, number, part))
     return rows
 
@@ -53,6 +53,7 @@ def means(results: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for result in results:
         _, change, method = result.split("/")
+        # "add_att" is of the kind "add".
         for group in (change.partition("_")[0], "mean"):
             groups.setdefault(f"sugarcrepe/{group}/{method}", []).append(result)
     return groups

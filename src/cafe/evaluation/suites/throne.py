@@ -40,6 +40,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     classes = images.vocabulary.classes
     present = np.array([[name in images.objects[number] for name in classes] for number in images.names])
 
+    # An output row lists classes by name.
     rows = []
     for index, (number, path, description) in enumerate(described):
         row: dict[str, Any] = {"id": number, "group": str(path), "image": str(path), "said": description}
@@ -57,7 +58,10 @@ def agreement(ballots: Bool[np.ndarray, "votes images classes"]) -> tuple[Pairs,
         ballots: the judges' votes; each is whether the description states the class.
     """
     yes = ballots.sum(axis=0)
-    return yes == len(ballots), (yes > 0) & (yes < len(ballots))
+    # All no, all yes, or something between.
+    unanimous = yes == len(ballots)
+    split = (yes > 0) & ~unanimous
+    return unanimous, split
 
 
 def contributions(
@@ -100,6 +104,7 @@ def _score_fractions(correct: Any, stated: Any, present: Any) -> dict[str, tuple
     """Write each score as numerator and denominator, for counts of one image or arrays over classes."""
     scores = {"precision": (correct, stated), "recall": (correct, present)}
     for name, beta in BETAS.items():
+        # F_beta in terms of counts: (1 + beta²) correct / (stated + beta² present).
         weight = beta * beta
         scores[name] = ((1 + weight) * correct, stated + weight * present)
     return scores

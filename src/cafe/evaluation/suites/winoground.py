@@ -66,8 +66,9 @@ def judge(
         second: how well they fit image 1.
         margin: scores closer than this count as equal.
     """
-    text = first[0] > first[1] + margin and second[1] > second[0] + margin
-    image = first[0] > second[0] + margin and second[1] > first[1] + margin
+    # Text: along each image's row, its own caption wins. Image: along each caption's column, its own image wins.
+    text = (first[0] > first[1] + margin) & (second[1] > second[0] + margin)
+    image = (first[0] > second[0] + margin) & (second[1] > first[1] + margin)
     return bool(text), bool(image)
 
 
@@ -84,12 +85,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _image_ref(value: Any, data: Path, source: Path) -> ImageRef:
     """Take an image as the Hub dataset holds it, or by its name, which may lack the suffix."""
+    name = value
     if isinstance(value, dict):
+        # The datasets library leaves the bytes out of images that it was told not to embed.
         if value.get("bytes"):
             return ImageRef(value["bytes"])
-        value = value["path"]
-    name = value
-    if not Path(name).suffix:  # `examples.jsonl` has "ex_0_img_0" for ex_0_img_0.png
+        name = value["path"]
+    # `examples.jsonl` has "ex_0_img_0" for ex_0_img_0.png.
+    if not Path(name).suffix:
         name = f"{name}.png"
     return ImageRef(data / find_image(name, data, source, "winoground", "winoground/images"))
 

@@ -37,6 +37,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         result.outputs[f"mmeb/{name}"] = rows
         result.results |= aggregate(rows)
         scores[name] = _average_scores(rows)
+
     # The means come after all datasets, and are not averaged themselves.
     measured = list(result.results)
     for mean, averaged in means(measured).items():
@@ -89,12 +90,14 @@ def _output_row(
         dataset: decides which score counts.
     """
     scores = score_query(similarity, query.gains)
+    # Documents have graded relevance.
     if dataset.modality == "visdoc":
         metric, value = "NDCG@5", scores["ndcg_linear@5"]
     else:
         metric, value = "P@1", scores["hit@1"]
     best = query.candidates[int(np.argmax(similarity))]
     row = {"id": query.id, "asked": query.side.text, "said": best.text}
+    # The report shows the first image that is a file; those inside a parquet file have no name.
     image = next((image for image in best.images if isinstance(image, str)), None)
     if image:
         row["image"] = image

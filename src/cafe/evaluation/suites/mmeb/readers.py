@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -68,14 +69,10 @@ def read_records(
 
 def _share_candidates(queries: Sequence[Query], others: Sequence[Side]) -> list[Query]:
     """Let every query rank the candidates of all queries, and some others; its own first one is right."""
-    number_of: dict[Side, int] = {}
-    for query in queries:
-        for candidate in query.candidates:
-            number_of.setdefault(candidate, len(number_of))
-    for candidate in others:
-        number_of.setdefault(candidate, len(number_of))
+    own = chain.from_iterable(query.candidates for query in queries)
     # One list for all, by which `embed` knows that they share it.
-    candidates = list(number_of)
+    candidates = list(dict.fromkeys(chain(own, others)))
+    number_of = {candidate: number for number, candidate in enumerate(candidates)}
     return [Query(query.side, candidates, {number_of[query.candidates[0]]: 1.0}, query.id) for query in queries]
 
 
@@ -196,9 +193,10 @@ def to_content(side: Side, data: Path, source: Path) -> Content:
     unmarked = Content.of(MARK.sub("", side.text).strip())
     if not side.images:
         return unmarked
-    refs = [ref for image in side.images for ref in _image_refs(image, data, source)]
+    refs = list(chain.from_iterable(_image_refs(image, data, source) for image in side.images))
     num_marks = len(MARK.findall(side.text))
-    if num_marks and len(refs) != num_marks:  # a video has one mark for all its frames
+    # A video has one mark for all its frames.
+    if num_marks and len(refs) != num_marks:
         return Content((*refs, *unmarked.parts))
     return place_images(side.text, list(refs), MARK)
 

@@ -7,6 +7,7 @@ TIGER-Lab/MMEB-V2, unpacked in video-tasks/frames: a folder for each video or cl
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,24 +62,31 @@ def _classification(
     folder: str, instruction: str, wrong_column: str | None = None, max_rows: int | None = None
 ) -> VideoRowFormat:
     """Find a video's class: among those of all rows, or those that a further column lists."""
+    columns = ["video_id", "pos_text"]
+    if wrong_column:
+        columns.append(wrong_column)
+    to_record = partial(_class_record, folder=folder, instruction=instruction, wrong_column=wrong_column)
+    return VideoRowFormat(tuple(columns), to_record, max_rows)
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        wrong = row[wrong_column] if wrong_column else []
-        return _text_record(instruction, f"{folder}/{row['video_id']}", row["pos_text"], wrong)
 
-    columns = ("video_id", "pos_text", wrong_column) if wrong_column else ("video_id", "pos_text")
-    return VideoRowFormat(columns, to_record, max_rows)
+def _class_record(row: Row, list_clips: ListClips, folder: str, instruction: str, wrong_column: str | None) -> Row:
+    """Make a record whose right candidate is the video's class."""
+    # Without a column of wrong classes, `read_records` adds the classes of the other rows.
+    wrong = row[wrong_column] if wrong_column else []
+    return _text_record(instruction, f"{folder}/{row['video_id']}", row["pos_text"], wrong)
 
 
 def _video_retrieval(folder: str, instruction: str, video_column: str, caption_column: str) -> VideoRowFormat:
     """Find the video of a caption, the first of several, among those of all rows."""
+    columns = (video_column, caption_column)
+    return VideoRowFormat(columns, partial(_video_record, folder=folder, instruction=instruction, columns=columns))
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        captions = row[caption_column]
-        caption = captions if isinstance(captions, str) else captions[0]
-        return _record(f"{instruction} {caption}", "", [(WATCH, f"{folder}/{_stem(row[video_column])}")])
 
-    return VideoRowFormat((video_column, caption_column), to_record)
+def _video_record(row: Row, list_clips: ListClips, folder: str, instruction: str, columns: tuple[str, str]) -> Row:
+    """Make a record whose candidate is the caption's video."""
+    video, captions = (row[column] for column in columns)
+    caption = captions if isinstance(captions, str) else captions[0]
+    return _record(f"{instruction} {caption}", "", [(WATCH, f"{folder}/{_stem(video)}")])
 
 
 def _question_answering(
@@ -91,52 +99,62 @@ def _question_answering(
         columns: of the row.
         parse: gives the question, the options, and the number of the right one.
     """
+    return VideoRowFormat(tuple(columns), partial(_answer_record, frames=frames, parse=parse))
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        question, options, right = parse(row)
-        wrong = [option for number, option in enumerate(options) if number != right]
-        return _text_record(f"{CHOOSE} {question}", frames.format(**row), options[right], wrong)
 
-    return VideoRowFormat(tuple(columns), to_record)
+def _answer_record(
+    row: Row, list_clips: ListClips, frames: str, parse: Callable[[Row], tuple[str, list[str], int]]
+) -> Row:
+    """Make a record whose candidates are the options of a question."""
+    question, options, right = parse(row)
+    # By number, since two options may have the same text.
+    wrong = [option for number, option in enumerate(options) if number != right]
+    return _text_record(f"{CHOOSE} {question}", frames.format(**row), options[right], wrong)
 
 
 def _moment_retrieval(folder: str) -> VideoRowFormat:
     """Find the clip of a video that a sentence describes, among the clips in the video's folder."""
+    return VideoRowFormat(("query", "video_path"), partial(_moment_record, folder=folder))
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        frames = f"{folder}/{_stem(row['video_path'])}"
-        # The folder "query" holds the video itself; the right clip comes first, as in MMEB-eval.
-        clips = sorted(set(list_clips(frames)) - {"query"})
-        clips.sort(key=lambda clip: not clip.startswith("positive"))
-        if not clips or not clips[0].startswith("positive"):
-            raise CafeError(f"The frames in {frames} have no folder of the clip that is right (positive...).")
-        candidates = [(WATCH, f"{frames}/{clip}") for clip in clips]
-        return _record(f"{FIND_MOMENT} {row['query']}", f"{frames}/query", candidates)
 
-    return VideoRowFormat(("query", "video_path"), to_record)
+def _moment_record(row: Row, list_clips: ListClips, folder: str) -> Row:
+    """Make a record whose candidates are the clips of a video."""
+    frames = f"{folder}/{_stem(row['video_path'])}"
+    # The folder "query" holds the video itself; the right clip comes first, as in MMEB-eval.
+    clips = sorted(set(list_clips(frames)) - {"query"})
+    clips.sort(key=lambda clip: not clip.startswith("positive"))
+    if not clips or not clips[0].startswith("positive"):
+        raise CafeError(f"The frames in {frames} have no folder of the clip that is right (positive...).")
+    candidates = [(WATCH, f"{frames}/{clip}") for clip in clips]
+    return _record(f"{FIND_MOMENT} {row['query']}", f"{frames}/query", candidates)
 
 
 def _moment_seeker(folder: str) -> VideoRowFormat:
     """Find a clip by words, alone or with an image or a video; several may be right."""
+    columns = ("query", "input_frames", "positive_frames", "negative_frames")
+    return VideoRowFormat(columns, partial(_moment_seeker_record, folder=folder))
 
-    def frames_of(video: str) -> str:
-        return f"{folder}/video_frames/{video.partition('.mp4')[0].replace('/', '_')}"
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        shown = row["input_frames"] or ""  # what comes with the words: an image's name, a video's, or nothing
-        suffix = Path(shown).suffix
-        match suffix:
-            case ".jpg":
-                image = f"{folder}/query_{shown}"
-            case ".mp4":
-                image = frames_of(shown)
-            case _:
-                suffix, image = "", ""
-        clips = [*row["positive_frames"], *row["negative_frames"]]
-        candidates = [(WATCH_CLIP, frames_of(clip["output_path"])) for clip in clips]
-        return _record(f"{SEEK_MOMENT[suffix]} {row['query']}", image, candidates, len(row["positive_frames"]))
+def _moment_seeker_record(row: Row, list_clips: ListClips, folder: str) -> Row:
+    """Make a record whose candidates are clips of any videos, the right ones first."""
+    shown = row["input_frames"] or ""  # what comes with the words: an image's name, a video's, or nothing
+    suffix = Path(shown).suffix
+    match suffix:
+        case ".jpg":
+            image = f"{folder}/query_{shown}"
+        case ".mp4":
+            image = _moment_seeker_frames(shown, folder)
+        case _:
+            suffix, image = "", ""
+    clips = [*row["positive_frames"], *row["negative_frames"]]
+    candidates = [(WATCH_CLIP, _moment_seeker_frames(clip["output_path"], folder)) for clip in clips]
+    return _record(f"{SEEK_MOMENT[suffix]} {row['query']}", image, candidates, len(row["positive_frames"]))
 
-    return VideoRowFormat(("query", "input_frames", "positive_frames", "negative_frames"), to_record)
+
+def _moment_seeker_frames(video: str, folder: str) -> str:
+    """Name a video's folder of frames: "movie/a.mp4" has its frames in "movie_a"."""
+    name = video.partition(".mp4")[0]
+    return f"{folder}/video_frames/{name.replace('/', '_')}"
 
 
 def _stem(video: Any) -> str:
@@ -260,14 +278,7 @@ def to_records(name: str, rows: Sequence[Row], data: Path, source: Path, folders
         CafeError: a row does not have the dataset's format, or there are no clips.
     """
     row_format = VIDEO_FORMATS[name]
-
-    def list_clips(frames: str) -> list[str]:
-        path = find_in_folders(data, folders, frames)
-        if path is None or not path.is_dir():
-            places = list_folders(data, folders)
-            raise CafeError(f"The folder of frames {frames}, which {source} names, is in none of {places}.")
-        return [clip.name for clip in path.iterdir() if clip.is_dir()]
-
+    list_clips = partial(_list_clips, data=data, source=source, folders=folders)
     records = []
     for number, row in enumerate(rows[: row_format.max_rows]):
         # The formats read columns without checking them: whatever they raise means a wrong row.
@@ -276,3 +287,12 @@ def to_records(name: str, rows: Sequence[Row], data: Path, source: Path, folders
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise CafeError(f"Record {number} of {source} is not a row of {name}: {error!r}.") from None
     return records
+
+
+def _list_clips(frames: str, data: Path, source: Path, folders: Sequence[str]) -> list[str]:
+    """List the names of the folders in a folder of frames, which is under one of some folders of `data`."""
+    path = find_in_folders(data, folders, frames)
+    if path is None or not path.is_dir():
+        places = list_folders(data, folders)
+        raise CafeError(f"The folder of frames {frames}, which {source} names, is in none of {places}.")
+    return [clip.name for clip in path.iterdir() if clip.is_dir()]
