@@ -166,6 +166,7 @@ class CachedModel:
         return json.loads(path.read_text())
 
     def _cached_in_memory(self, kind: str, key: str, chunk: list[Any], compute: Callable[[list[Any]], Any]) -> Any:
+        """Return a chunk's embeddings from memory; compute anything else."""
         # Several suites ask for the same embeddings, but not for the same answers or scores.
         if kind != "embed":
             return compute(chunk)
@@ -186,7 +187,7 @@ def _serialize(kind: str, output: Any) -> bytes:
 def _describe(item: Any) -> str:
     """Describe an input by a text that differs whenever the input does."""
     if isinstance(item, tuple):
-        return repr([_describe(part) for part in item])
+        return repr(list(map(_describe, item)))
     # With its type, so that a text cannot pass for an image.
     parts = [(type(part).__name__, _describe_part(part)) for part in Content.of(item).parts]
     return repr(parts)

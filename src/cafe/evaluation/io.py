@@ -3,6 +3,7 @@
 import json
 import os.path
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,13 @@ def by_pattern(*patterns: str) -> Callable[[Path], list[Path]]:
 
     def find_files(data: Path) -> list[Path]:
         """Find the files in a folder, in the order of the patterns."""
-        candidates = [find_one(data, pattern) for pattern in patterns]
-        return [path for path in candidates if path]
+        return list(chain.from_iterable(find_one(data, pattern) for pattern in patterns))
 
     return find_files
 
 
-def find_one(data: Path, *patterns: str, exclude: Sequence[str] = ()) -> Path | None:
-    """Find the one file in a folder that matches any of the patterns; None if there is none.
+def find_one(data: Path, *patterns: str, exclude: Sequence[str] = ()) -> list[Path]:
+    """Find the one file in a folder that matches any of the patterns, or none.
 
     Args:
         data: the folder.
@@ -50,7 +50,7 @@ def find_one(data: Path, *patterns: str, exclude: Sequence[str] = ()) -> Path | 
     if len(matches) > 1:
         names = " and ".join(str(path.relative_to(data)) for path in sorted(matches))
         raise CafeError(f"{names} in {data} measure the same: keep only one of them in the folder.")
-    return matches.pop() if matches else None
+    return list(matches)
 
 
 def json_lines(path: Path, fields: Fields) -> list[dict[str, Any]]:
@@ -85,8 +85,7 @@ def _require_fields(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any
         raise CafeError(f"The evaluation file {path} is empty.")
     for number, row in enumerate(rows, 1):
         # What is not an object has no field; the error names the first one that it lacks.
-        present = row if isinstance(row, dict) else {}
-        _check_record(path, number, present, fields)
+        _check_record(path, number, row if isinstance(row, dict) else {}, fields)
     return rows
 
 

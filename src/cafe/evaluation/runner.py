@@ -147,15 +147,21 @@ def select_suites(data: Path, names: Sequence[str] = ()) -> list[Suite]:
     if named and "all" not in names:
         return [suite for suite in SUITES if suite in named]
 
+    existing = _existing_suites(data)
+    if names:
+        return existing
+    # Without names, a folder with files for long suites alone runs those.
+    return [suite for suite in existing if suite.default] or existing
+
+
+def _existing_suites(data: Path) -> list[Suite]:
+    """List the suites whose files exist; raise if there are none."""
     existing = [suite for suite in SUITES if suite.find_files(data)]
     if not existing:
         raise RecipeError(
             f"There is no evaluation file in {data}; `cafe evaluate --list` shows the files each suite expects."
         )
-    if names:
-        return existing
-    # Without names, a folder with files for long suites alone runs those.
-    return [suite for suite in existing if suite.default] or existing
+    return existing
 
 
 def _named_suite(name: str, data: Path) -> Suite:
@@ -225,6 +231,7 @@ def _continues(evaluation: EvaluationResult, directory: Path) -> bool:
 
 
 def _write_json(path: Path, value: Any) -> None:
+    """Write JSON that people can read, whole or not at all."""
     atomic_write_text(path, json.dumps(value, indent=2) + "\n")
 
 

@@ -144,7 +144,7 @@ def content(text: str, visuals: Sequence[Any]) -> Content:
     for visual in visuals:
         if not isinstance(visual, Image.Image):
             raise CafeError(f"CAFe's plug-in supports images; this task gives a {type(visual).__name__}.")
-    refs = [ImageRef(visual) for visual in visuals]
+    refs = list(map(ImageRef, visuals))
     if text.count(IMAGE_TOKEN) == len(refs):
         return place_images(text, list(refs))
     return Content((*refs, text))

@@ -75,7 +75,7 @@ def _draw_interval_chart(axes: Axes, runs: Sequence[LoadedRun], rows: Sequence[s
 def _draw_intervals(axes: Axes, run: LoadedRun, rows: Sequence[str], offset: float, color: str) -> None:
     """Draw the points of one run, in the rows of which it has an interval."""
     present = [name for name in rows if name in run.intervals]
-    positions = np.array([rows.index(name) for name in present])
+    positions = np.array(list(map(rows.index, present)))
     values = np.array([run.results[name] for name in present])
     # Without any row, the array would have no second axis. Matplotlib takes the distances of the ends from the point.
     ends = np.array([run.intervals[name] for name in present]).reshape(-1, 2)

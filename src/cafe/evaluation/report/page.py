@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ def write_report(path: Path, runs: Sequence[ReportRun], suites: Sequence[Suite] 
     compared = [_compare_runs(first, run) for run in loaded[1:]]
 
     # Results keep the order in which the suites wrote them, those of later runs at the end.
-    names = list(dict.fromkeys(name for run in loaded for name in run.results))
+    names = list(dict.fromkeys(chain.from_iterable(run.results for run in loaded)))
     metrics = {name: _describe(name, suites) for name in names}
     headlines = {name: label_of(suites, name) or _as_words(name) for name in headline_results(suites, names)}
 

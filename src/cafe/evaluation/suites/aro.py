@@ -123,6 +123,7 @@ def _measure_order(
     rows = []
     for position, (number, owner) in enumerate(zip(asked, owners, strict=True)):
         image = captioned.names[owner]
+        # The id counts all captions, also those left out.
         row = {"id": number, "group": image, "image": image, "captions": choices[number]}
         row |= judge_choices(scores, position, part)
         # Averaged over the captions, since they have from one to four other orders.
@@ -175,7 +176,7 @@ def find(data: Path) -> list[Path]:
 def _visual_genome_files(data: Path) -> list[Path]:
     """Find the files of records with boxes."""
     paths = [data / "aro" / f"visual_genome_{part}.json" for part in PARTS]
-    return [path for path in paths if path.is_file()]
+    return list(filter(Path.is_file, paths))
 
 
 ARO = Suite(

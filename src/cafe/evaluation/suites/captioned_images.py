@@ -82,8 +82,7 @@ class RetrievalDataset:
         if pattern.endswith("/"):
             folder = data / pattern
             return [folder] if _is_saved_dataset(folder) else []
-        path = find_one(data, pattern, exclude=self.exclude)
-        return [path] if path else []
+        return find_one(data, pattern, exclude=self.exclude)
 
     def read(self, data: Path, limit: int | None) -> CaptionedImages:
         """Read its first `limit` images with their captions.

@@ -150,10 +150,8 @@ def find_instances(data: Path, year: str) -> list[Path]:
     Raises:
         CafeError: there are several, of other years.
     """
-    path = find_one(data, f"annotations/instances_{year}.json")
-    if path is None:
-        path = find_one(data, "annotations/instances_*.json")
-    return [path] if path else []
+    # A file of your own, or the annotations of another year, may have any name.
+    return find_one(data, f"annotations/instances_{year}.json") or find_one(data, "annotations/instances_*.json")
 
 
 def read_instances(path: Path, limit: int | None = None) -> AnnotatedImages:

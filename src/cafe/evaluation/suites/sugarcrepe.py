@@ -62,7 +62,7 @@ def means(results: Sequence[str]) -> dict[str, list[str]]:
 def find(data: Path) -> list[Path]:
     """Find the files that are there."""
     paths = [data / "sugarcrepe" / f"{change}.json" for change in CHANGES]
-    return [path for path in paths if path.is_file()]
+    return list(filter(Path.is_file, paths))
 
 
 SUGARCREPE = Suite(

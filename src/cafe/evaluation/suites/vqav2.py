@@ -114,7 +114,7 @@ def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read records whose answers are texts, or objects with a text as in VQA's annotations."""
     rows = json_lines(path, {"image": str, "text": str, "answers": list})
     for number, row in enumerate(rows, 1):
-        answers = [_answer_text(answer) for answer in row["answers"]]
+        answers = list(map(_answer_text, row["answers"]))
         row["answers"] = answers
         # Without a text to compare with, no answer could be right.
         if not answers or None in answers:
@@ -137,6 +137,7 @@ def _read_vqa_files(path: Path) -> list[dict[str, Any]]:
     annotations = _annotations_beside(path)
     try:
         parsed = json.loads(path.read_text())
+        # The two files need not have their rows in the same order.
         by_question = {row["question_id"]: row for row in json.loads(annotations.read_text())["annotations"]}
         split = parsed.get("data_subtype", "val2014")
         prompt = (parsed.get("info") or {}).get("prompt", SHORT_ANSWER_PROMPT)

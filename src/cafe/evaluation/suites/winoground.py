@@ -26,8 +26,9 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     # Images 2n and 2n + 1 belong to example n; both are scored against both captions.
     images, captions = [], []
     for record in records:
-        images += [_image_ref(record[f"image_{side}"], data, path) for side in (0, 1)]
-        captions += [(record["caption_0"], record["caption_1"])] * 2
+        for field in ("image_0", "image_1"):
+            images.append(_image_ref(record[field], data, path))
+            captions.append((record["caption_0"], record["caption_1"]))
     scores = score(model, images, captions)
     rows = [_judge_example(record, number, scores) for number, record in enumerate(records)]
     return EvaluationResult(aggregate(rows), {"winoground": rows})
@@ -99,8 +100,7 @@ def _image_ref(value: Any, data: Path, source: Path) -> ImageRef:
 
 def find(data: Path) -> list[Path]:
     """Find the file of examples."""
-    path = find_one(data, "winoground/*.jsonl", "winoground/*.parquet")
-    return [path] if path else []
+    return find_one(data, "winoground/*.jsonl", "winoground/*.parquet")
 
 
 WINOGROUND = Suite(

@@ -62,9 +62,15 @@ def read_records(
     if not rank_all:
         return queries
     # Some classes have no row within the limit, or none at all; a file of labels adds those.
-    labels = path.with_name(f"{video or path.stem}_labels.txt")
-    names = labels.read_text().splitlines() if labels.is_file() else []
-    return _share_candidates(queries, [Side(name.strip()) for name in names if name.strip()])
+    return _share_candidates(queries, _read_labels(path.with_name(f"{video or path.stem}_labels.txt")))
+
+
+def _read_labels(path: Path) -> list[Side]:
+    """Read the names of classes, one a line; a dataset need not have this file."""
+    if not path.is_file():
+        return []
+    names = map(str.strip, path.read_text().splitlines())
+    return list(map(Side, filter(None, names)))
 
 
 def _share_candidates(queries: Sequence[Query], others: Sequence[Side]) -> list[Query]:

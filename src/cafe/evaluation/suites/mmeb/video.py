@@ -164,6 +164,7 @@ def _stem(video: Any) -> str:
 
 def _strip_letters(options: Sequence[str]) -> list[str]:
     """Remove the letters of options: "A. a dog." becomes "a dog"."""
+    # Without a letter, `find` gives -1: the last character would remain, as in VLM2Vec.
     return [option[option.find(". ") :].strip(". ") for option in options]
 
 
@@ -182,26 +183,33 @@ def _with_options(question: str, options: Sequence[str]) -> str:
 
 
 def _video_mme(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of Video-MME, whose answer is the option's letter."""
     question = "\n".join([row["question"], *row["options"]])
     return question, _strip_letters(row["options"]), "ABCD".index(row["answer"])
 
 
 def _next_qa(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of NExT-QA, whose options are columns and whose answer is a number."""
     options = [row[f"a{number}"] for number in range(5)]
     return _with_options(row["question"], options), options, int(row["answer"])
 
 
 def _ego_schema(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of EgoSchema, whose options have letters and whose answer is a number."""
+    # No space after the question, as in VLM2Vec.
     question = row["question"] + " ".join(row["option"])
     return question, _strip_letters(row["option"]), int(row["answer"])
 
 
 def _mv_bench(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of MVBench, whose answer is the option's text."""
+    # The candidates have the letters of the question.
     right = list(row["candidates"]).index(row["answer"])
     return _with_options(row["question"], row["candidates"]), _add_letters(row["candidates"]), right
 
 
 def _activity_net(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of ActivityNet-QA, whose questions are answered by yes or no."""
     options = ["yes", "no"]
     return row["question"] + "? (A) yes; (B) no.", options, options.index(row["answer"])
 
