@@ -114,7 +114,13 @@ class CachedModel:
         return self.with_model(self.model.with_prompts(**changes))
 
     def _map_chunks(self, kind: str, items: Sequence[Any], compute: Callable[[list[Any]], Any]) -> list[Any]:
-        """Compute every chunk and return all of them in order, on every process."""
+        """Compute every chunk and return all of them in order, on every process.
+
+        Args:
+            kind: the call, for the cache's key and the progress bar; "embed" if the outputs are arrays.
+            items: the inputs.
+            compute: returns the output of a chunk.
+        """
         size = self._chunk_size
         chunks = [list(items[start : start + size]) for start in range(0, len(items), size)]
         # Chunks are dealt in turn, so that all processes have work until the end.

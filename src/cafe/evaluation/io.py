@@ -136,7 +136,13 @@ def _read_table(path: Path) -> pa.Table:
 
 
 def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Path:
-    """Find the image that the file `source` names: in `data`, in its `images/`, or in other folders of it.
+    """Find an image in the folder of evaluation files, in its `images/`, or in other folders of it.
+
+    Args:
+        name: the image's, which may have folders in it.
+        data: the folder of evaluation files.
+        source: the file that names the image, for the error.
+        *folders: the other folders.
 
     Returns:
         the path relative to `data`.
@@ -156,7 +162,15 @@ def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Pat
 def ask_about_images(
     model: CachedModel, data: Path, source: Path, rows: Sequence[dict[str, Any]], max_new_tokens: int, *folders: str
 ) -> list[dict[str, Any]]:
-    """Ask the "text" of each record of the file `source` about its image.
+    """Ask about the image of each record.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        source: the file of the records, for the error.
+        rows: the records, with the name of the image under "image" and the question under "text".
+        max_new_tokens: the length of an answer.
+        *folders: where the images may be, besides the usual places.
 
     Returns:
         for each record, the first fields of its output row: id, image, what was asked and what the model said.

@@ -67,7 +67,14 @@ def evaluate(
 
 
 def measure(model: Any, data: Path, directory: Path, suites: Sequence[str] = ()) -> dict[str, float]:
-    """Evaluate a model into a directory and return the results. An interrupted call resumes from its cache there."""
+    """Evaluate a model into a directory and return the results. An interrupted call resumes from its cache there.
+
+    Args:
+        model: a `Cafe`.
+        data: the folder of evaluation files.
+        directory: where the results and the cache are written.
+        suites: names of suites, as in `evaluate`.
+    """
     evaluation = evaluate(model, data, suites=suites, cache_dir=directory / "kept", progress=True)
     write(evaluation, directory)
     return evaluation.results
@@ -245,6 +252,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _merge_existing(evaluation: EvaluationResult, directory: Path) -> EvaluationResult:
     """Add the results of other suites that a directory holds."""
+    # NumPy reads the arrays when they are asked for, so they are copied before the file is closed.
     with np.load(directory / "embeddings.npz") as arrays:
         embeddings = dict(arrays)
     return EvaluationResult(

@@ -73,7 +73,15 @@ def _draw_interval_chart(axes: Axes, runs: Sequence[LoadedRun], rows: Sequence[s
 
 
 def _draw_intervals(axes: Axes, run: LoadedRun, rows: Sequence[str], offset: float, color: str) -> None:
-    """Draw the points of one run, in the rows of which it has an interval."""
+    """Draw the points of one run, in the rows of which it has an interval.
+
+    Args:
+        axes: the chart.
+        run: the run.
+        rows: the results, from top to bottom.
+        offset: how far below the middle of a row its point is, in rows.
+        color: of the run.
+    """
     present = [name for name in rows if name in run.intervals]
     positions = np.array(list(map(rows.index, present)))
     values = np.array([run.results[name] for name in present])
@@ -101,7 +109,13 @@ def training_charts(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
 
 
 def _draw_curves(axes: Axes, colored: Sequence[tuple[LoadedRun, str]], key: str) -> None:
-    """Draw a logged quantity by step, a line per run that logged it."""
+    """Draw a logged quantity by step.
+
+    Args:
+        axes: the chart.
+        colored: the runs with a log and their colors.
+        key: of the quantity in the rows of the logs; a run may lack it.
+    """
     for run, color in colored:
         points = [(row["step"], row[key]) for row in run.log if key in row]
         if points:
@@ -137,7 +151,14 @@ def embedding_maps(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
 
 
 def _draw_map(axes: Axes, images: Points, texts: Points, limits: tuple[float, float]) -> None:
-    """Draw the points of both sides and their centroids, up to the limits of each axis."""
+    """Draw the points of both sides and their centroids.
+
+    Args:
+        axes: the chart.
+        images: the points of the images.
+        texts: the points of the texts.
+        limits: the largest distances from the origin that are shown, along each axis.
+    """
     sides = ((images, IMAGE_COLOR, "o"), (texts, TEXT_COLOR, "^"))
     for points, color, marker in sides:
         x, y = _subsample(points).T
@@ -210,7 +231,14 @@ def _filled_edges(counts: dict[str, list[float]]) -> list[float]:
 
 
 def _render(name: str, width: float, height: float, draw: Draw) -> Markup:
-    """Render a chart as SVG; width and height in inches at 72 units each."""
+    """Render a chart as SVG.
+
+    Args:
+        name: what a screen reader calls it.
+        width: in inches, at 72 units each.
+        height: in inches.
+        draw: draws it.
+    """
     style: dict[Any, Any] = {
         "svg.fonttype": "none",  # text stays text, in the page's font
         "svg.hashsalt": name,  # ids that are the same in every run of the program

@@ -149,7 +149,14 @@ def _compare_runs(first: LoadedRun, second: LoadedRun) -> dict[str, Comparison]:
 def _tiles(
     runs: Sequence[LoadedRun], headlines: Mapping[str, str], metrics: Metrics, comparisons: Mapping[str, Comparison]
 ) -> list[dict[str, str]]:
-    """Make a tile per headline result that the last run has, with its change from the first run."""
+    """Make a tile per headline result that the last run has, with its change from the first run.
+
+    Args:
+        runs: the first run and the last one, or a single run.
+        headlines: by result, what to call it.
+        metrics: how results are shown.
+        comparisons: of the two runs, for results whose samples can be paired.
+    """
     tiles = []
     for name, label in headlines.items():
         metric = metrics[name]
@@ -170,6 +177,7 @@ def _tiles(
 
 def _tables(runs: Sequence[LoadedRun], metrics: Metrics, suites: Sequence[Suite]) -> list[dict[str, Any]]:
     """Make a table per suite, with a row per result and a cell per run."""
+    # The results of a suite need not follow one another: those of a later run come at the end.
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, metric in metrics.items():
         row = {"name": metric.name, "direction": metric.direction, "cells": _cells(runs, name, metric)}
@@ -253,7 +261,12 @@ def _align_samples(runs: Sequence[LoadedRun], kind: str, key: tuple[str, ...]) -
 
 
 def _image_tag(path: str, folder: str) -> Markup:
-    """Make an `<img>` that contains an image, which is a path in a folder or a thumbnail as a data URI."""
+    """Make an `<img>` that contains an image.
+
+    Args:
+        path: the image's, or a thumbnail as a data URI.
+        folder: the folder of evaluation files, where the path begins.
+    """
     if path.startswith("data:"):
         name, uri = "", path
     else:

@@ -61,6 +61,7 @@ def load_run(run: ReportRun) -> LoadedRun:
 
 def _load_run(run: ReportRun) -> LoadedRun:
     """Read a run's files; errors are those of the readers."""
+    # NumPy reads the arrays when they are asked for, so they are copied before the file is closed.
     with np.load(run.directory / "embeddings.npz") as arrays:
         embeddings = dict(arrays)
     results = json.loads((run.directory / "results.json").read_text())
@@ -73,6 +74,7 @@ def _load_run(run: ReportRun) -> LoadedRun:
 
 def _load_tallies(directory: Path) -> dict[str, list[SampleTally]]:
     """Tally the outputs of a directory, and its means by the tallies of their parts."""
+    # A result of its own has one tally, a mean those of all its parts.
     tallies: dict[str, list[SampleTally]] = {}
     for path in sorted((directory / "outputs").glob("*.jsonl")):
         for name, tally in tally_results(_read_json_lines(path)).items():

@@ -99,7 +99,13 @@ def bootstrap_interval(parts: Sequence[SampleTally], num_resamples: int = NUM_RE
 def compare(
     first: Sequence[SampleTally], second: Sequence[SampleTally], num_resamples: int = NUM_RESAMPLES
 ) -> Comparison | None:
-    """Compare two checkpoints in one result, given by its parts; None if they are not of the same samples."""
+    """Compare two checkpoints in one result; None if their outputs are not of the same samples.
+
+    Args:
+        first: the result's tally of the first checkpoint; or several, of which the result is the mean.
+        second: that of the second checkpoint.
+        num_resamples: number of bootstrap resamples and of random swaps.
+    """
     if len(first) != len(second):
         return None
     pairs = list(zip(first, second, strict=True))
@@ -194,6 +200,7 @@ def _rate(numerators: np.ndarray, denominators: np.ndarray, axis: int = -1) -> A
 
 def _percent(numerators: Any, denominators: Any) -> Any:
     """Divide, in percent; 0 where nothing counts."""
+    # `divide` leaves these where it does not divide.
     zeros = np.zeros_like(numerators, dtype=float)
     return 100 * np.divide(numerators, denominators, out=zeros, where=np.asarray(denominators) != 0)
 

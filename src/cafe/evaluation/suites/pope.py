@@ -37,7 +37,16 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 def _ask(
     model: CachedModel, data: Path, splits: dict[Path, list[dict[str, Any]]]
 ) -> dict[tuple[str, str], dict[str, Any]]:
-    """Ask the questions of all splits and return the output rows by image and text."""
+    """Ask the questions of all splits.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        splits: by file, its questions.
+
+    Returns:
+        by image and text, the question's output row.
+    """
     # The splits share half of their questions: those about objects that are present.
     questions: dict[tuple[str, str], dict[str, Any]] = {}
     for records in splits.values():

@@ -42,6 +42,7 @@ def run(dataset: RetrievalDataset, model: CachedModel, data: Path, limit: int | 
         samples=_samples(data, captioned, images, texts),
         embeddings={"images": images[:MAP_IMAGES], "texts": texts[:MAP_TEXTS], "owner": owner[:MAP_TEXTS]},
     )
+    # In the other direction, queries and candidates change places.
     for direction, rank in (
         ("image_to_text", ranks(images, texts, numbers, owner)),
         ("text_to_image", ranks(texts, images, owner, numbers)),

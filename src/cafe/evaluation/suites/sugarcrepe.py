@@ -31,7 +31,15 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 
 
 def _judge_records(model: CachedModel, data: Path, path: Path, part: str, limit: int | None) -> list[dict[str, Any]]:
-    """Score the two captions of each record of a file."""
+    """Score the two captions of each record of a file.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        path: the records' file.
+        part: begins the names of the results.
+        limit: the number of records; all of them if None.
+    """
     records = json_records(path, FIELDS)[:limit]
     images = [find_image(record["filename"], data, path, "val2017") for record in records]
     captions = [(record["caption"], record["negative_caption"]) for record in records]

@@ -74,6 +74,7 @@ def contributions(
         split: the classes on which the votes are split.
         present: the classes that the image shows.
     """
+    # Classes with split votes are in none of the counts.
     correct, num_stated, num_present = (int((pairs & ~split).sum()) for pairs in (stated & present, stated, present))
     scores = _score_fractions(correct, num_stated, num_present)
     return {
@@ -90,6 +91,7 @@ def class_scores(stated: Pairs, split: Pairs, present: Pairs) -> dict[str, float
         split: the pairs on which the votes are split.
         present: the pairs of an image and a class that it shows.
     """
+    # Over the images, so that each count is an array over the classes.
     correct, num_stated, num_present = ((pairs & ~split).sum(axis=0) for pairs in (stated & present, stated, present))
     results = {}
     for name, (numerator, denominator) in _score_fractions(correct, num_stated, num_present).items():

@@ -43,7 +43,15 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 
 
 def _answer(model: CachedModel, data: Path, path: Path, part: str, limit: int | None) -> list[dict[str, Any]]:
-    """Ask and score the questions of one file."""
+    """Ask and score the questions of one file.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        path: the file of questions.
+        part: begins the names of the results.
+        limit: the number of questions; all of them if None.
+    """
     records = read(path)[:limit]
     # The request for a short answer is appended for the model alone; the output rows show the question.
     prompts = [{**record, "text": record["text"] + record.get("prompt", SHORT_ANSWER_PROMPT)} for record in records]
@@ -160,7 +168,14 @@ def _annotations_beside(path: Path) -> Path:
 
 
 def _to_record(question: Mapping[str, Any], annotation: Mapping[str, Any], split: str, prompt: str) -> dict[str, Any]:
-    """Join a question and its annotation; the image's name follows from its id and the split."""
+    """Join a question and its annotation.
+
+    Args:
+        question: has the image's id and the text.
+        annotation: has people's answers and the type of the answer.
+        split: of COCO; with the id it makes the name of the image's file.
+        prompt: the request for a short answer.
+    """
     return {
         "question_id": question["question_id"],
         "image": f"COCO_{split}_{question['image_id']:012}.jpg",

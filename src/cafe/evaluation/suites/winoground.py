@@ -42,8 +42,9 @@ def _judge_example(record: dict[str, Any], number: int, scores: Scores) -> dict[
         number: the example's.
         scores: of the captions on all images, two images for each example.
     """
+    # Rows are the example's two images, columns its two captions.
     by_method = {method: scores[method][2 * number : 2 * number + 2] for method in METHODS}
-    # Every method judges the two images (rows) and the two captions (columns) by the same rule.
+    # Every method judges by the same rule.
     marks = {}
     for method, (first, second) in by_method.items():
         text, image = judge(first, second, MARGINS[method])
@@ -85,7 +86,13 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _image_ref(value: Any, data: Path, source: Path) -> ImageRef:
-    """Take an image as the Hub dataset holds it, or by its name, which may lack the suffix."""
+    """Take an image as the Hub dataset holds it, or by its name, which may lack the suffix.
+
+    Args:
+        value: the field of the example.
+        data: the folder of evaluation files.
+        source: the file of examples, for the error.
+    """
     name = value
     if isinstance(value, dict):
         # The datasets library leaves the bytes out of images that it was told not to embed.

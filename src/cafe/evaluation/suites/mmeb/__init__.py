@@ -48,7 +48,15 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 
 
 def _read(name: str, path: Path, dataset: Dataset, data: Path, limit: int | None) -> list[Query]:
-    """Read the queries of a dataset in the format of its modality."""
+    """Read the queries of a dataset in the format of its modality.
+
+    Args:
+        name: the dataset's.
+        path: its file or folder.
+        dataset: what is known of it.
+        data: the folder of evaluation files.
+        limit: the number of queries; all of them if None.
+    """
     if dataset.modality == "visdoc":
         return read_corpus(path, limit)
     video = name if dataset.modality == "video" else ""

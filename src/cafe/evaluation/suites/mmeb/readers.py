@@ -127,7 +127,14 @@ def _to_side(text: str | None, images: str | Sequence[str] | None, instruction: 
 
 
 def _read_rows(path: Path, limit: int | None, video: str, data: Path) -> list[dict[str, Any]]:
-    """Read the first rows of a file or folder, as records with MMEB-eval's fields."""
+    """Read the first rows of a file or folder, as records with MMEB-eval's fields.
+
+    Args:
+        path: the file or folder.
+        limit: the number of rows; all of them if None.
+        video: the name of a dataset of videos; empty for others.
+        data: the folder of evaluation files, where frames are.
+    """
     # A user may have converted a dataset of videos to MMEB-eval's fields.
     row_format = VIDEO_FORMATS.get(video)
     if row_format is None or "qry_text" in _read_fields(path, (), 1)[0]:

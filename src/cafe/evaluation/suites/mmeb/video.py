@@ -47,7 +47,14 @@ class VideoRowFormat:
 
 
 def _record(query: str, image: str, candidates: Iterable[tuple[str, str]], num_right: int = 1) -> Row:
-    """Make a record of MMEB-eval; a candidate is its text and its folder of frames."""
+    """Make a record of MMEB-eval.
+
+    Args:
+        query: the query's text.
+        image: the query's image or folder of frames; empty if it has none.
+        candidates: the text and the folder of frames of each candidate, the right ones first.
+        num_right: how many candidates are right.
+    """
     # MMEB-eval has the texts and the images of the candidates in two lists.
     texts, images = zip(*candidates, strict=True)
     return {"qry_text": query, "qry_img_path": image, "tgt_text": texts, "tgt_img_path": images, "right": num_right}
@@ -61,7 +68,14 @@ def _text_record(query: str, image: str, right: str, wrong: Iterable[str]) -> Ro
 def _classification(
     folder: str, instruction: str, wrong_column: str | None = None, max_rows: int | None = None
 ) -> VideoRowFormat:
-    """Find a video's class: among those of all rows, or those that a further column lists."""
+    """Find a video's class: among those of all rows, or those that a further column lists.
+
+    Args:
+        folder: of the videos' frames.
+        instruction: the query's text.
+        wrong_column: the column that lists other classes, if there is one.
+        max_rows: how many rows are used; all if None.
+    """
     columns = ["video_id", "pos_text"]
     if wrong_column:
         columns.append(wrong_column)
@@ -77,7 +91,14 @@ def _class_record(row: Row, list_clips: ListClips, folder: str, instruction: str
 
 
 def _video_retrieval(folder: str, instruction: str, video_column: str, caption_column: str) -> VideoRowFormat:
-    """Find the video of a caption, the first of several, among those of all rows."""
+    """Find the video of a caption, the first of several, among those of all rows.
+
+    Args:
+        folder: of the videos' frames.
+        instruction: comes before the caption.
+        video_column: names the video.
+        caption_column: holds a caption or several.
+    """
     columns = (video_column, caption_column)
     return VideoRowFormat(columns, partial(_video_record, folder=folder, instruction=instruction, columns=columns))
 
@@ -146,6 +167,7 @@ def _moment_seeker_record(row: Row, list_clips: ListClips, folder: str) -> Row:
             image = _moment_seeker_frames(shown, folder)
         case _:
             suffix, image = "", ""
+    # MMEB-eval has the right candidates first.
     clips = [*row["positive_frames"], *row["negative_frames"]]
     candidates = [(WATCH_CLIP, _moment_seeker_frames(clip["output_path"], folder)) for clip in clips]
     return _record(f"{SEEK_MOMENT[suffix]} {row['query']}", image, candidates, len(row["positive_frames"]))
@@ -164,7 +186,7 @@ def _stem(video: Any) -> str:
 
 def _strip_letters(options: Sequence[str]) -> list[str]:
     """Remove the letters of options: "A. a dog." becomes "a dog"."""
-    # Without a letter, `find` gives -1: the last character would remain, as in VLM2Vec.
+    # Every option must have its letter: for another, `find` gives -1.
     return [option[option.find(". ") :].strip(". ") for option in options]
 
 
