@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +45,12 @@ def ablate(recipe: Recipe, seeds: int, suites: Sequence[str] = ()) -> str:
     base = Cafe.load(resolve_checkpoint(recipe.model.base))
     measured = {"base": [measure(base, data, output / "base", suites)]}
     for arm, weights in ARMS.items():
+        objective = replace(recipe.objective, **weights)
         runs = []
         for seed in range(seeds):
             directory = output / f"{arm}-{seed}"
-            objective = replace(recipe.objective, **weights)
             run = replace(recipe, output=str(directory), seed=seed, objective=objective)
+            # A finished run is not trained again, and an interrupted one resumes.
             trained = Cafe.load(train(run, training_evaluator(run)))
             runs.append(measure(trained, data, directory, suites))
         measured[arm] = runs
@@ -66,16 +68,21 @@ def format_table(measured: Mapping[str, Sequence[Results]], suites: Sequence[Sui
         suites: the suites that declare which results are headlines.
     """
     lines = ["| | " + " | ".join(measured) + " |", "|---|" + "---|" * len(measured)]
-    names = list(dict.fromkeys(name for runs in measured.values() for run in runs for name in run))
+    # A suite may have results in some arms alone: the names are those of all runs, each once.
+    all_runs = chain.from_iterable(measured.values())
+    names = list(dict.fromkeys(chain.from_iterable(all_runs)))
     for name in headline_results(suites, names):
-        cells = [_format_cell([run[name] for run in runs if name in run]) for runs in measured.values()]
+        cells = [_format_cell(name, runs) for runs in measured.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _format_cell(values: Sequence[float]) -> str:
-    """Format the mean over the seeds and, with several of them, the standard deviation."""
+def _format_cell(name: str, runs: Sequence[Results]) -> str:
+    """Format a result's mean over the seeds and, with several of them, the standard deviation."""
+    values = [run[name] for run in runs if name in run]
     if not values:
         return "-"
     mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.2f}"

@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +52,24 @@ class CachedModel:
     ) -> None:
         self.model: Any = model
         self.judges = tuple(judges)
-        self.cache_dir = cache_dir
-        self.fingerprint: str = model.fingerprint() if cache_dir else ""
         self.suite = ""  # shown in the progress bar
-        self._batch_size = batch_size
         # Without a batch size, none is passed on, and the model uses its own.
-        self._options: dict[str, int] = {"batch_size": batch_size} if batch_size else {}
-        self._chunk_size = BATCHES_PER_CHUNK * batch_size if batch_size else CHUNK_SIZE
+        self._batch_size = batch_size
+        self._options: dict[str, int] = {}
+        self._chunk_size = CHUNK_SIZE
+        if batch_size:
+            self._options["batch_size"] = batch_size
+            self._chunk_size = BATCHES_PER_CHUNK * batch_size
         self._distributed = distributed
         self._rank, self._world_size = 0, 1
         if distributed and dist.is_initialized():
             self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._progress = progress
         self._memory: dict[str, np.ndarray] = {}
+        self.cache_dir = cache_dir
+        self.fingerprint = ""
         if cache_dir:
+            self.fingerprint = model.fingerprint()
             cache_dir.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -73,28 +79,29 @@ class CachedModel:
 
     def embed(self, contents: Sequence[Any]) -> Float32[np.ndarray, "contents dim"]:
         """Embed anything that `Content.of` takes as unit vectors."""
-        chunks = self._map_chunks("embed", contents, lambda chunk: self.model.embed(chunk, **self._options))
-        return np.concatenate(chunks) if chunks else np.zeros((0, 0), np.float32)
+        chunks = self._map_chunks("embed", contents, partial(self.model.embed, **self._options))
+        if not chunks:  # which `concatenate` refuses
+            return np.zeros((0, 0), np.float32)
+        return np.concatenate(chunks)
 
     def generate(self, prompts: Sequence[Content], max_new_tokens: int) -> list[str]:
         """Generate the most likely answer to each content, taken as the user's turn."""
-
-        def compute(chunk: list[Content]) -> list[str]:
-            answers: list[str] = self.model.generate_batch(chunk, max_new_tokens=max_new_tokens, **self._options)
-            return answers
-
+        compute = partial(self.model.generate_batch, max_new_tokens=max_new_tokens, **self._options)
+        # The limit is in the cache's key: with another one, answers may be cut elsewhere.
         chunks = self._map_chunks(f"answer {max_new_tokens}", prompts, compute)
-        return [answer for chunk in chunks for answer in chunk]
+        return list(chain.from_iterable(chunks))
 
     def score(self, contents: Sequence[Any], answers: Sequence[Sequence[str]]) -> list[Float[np.ndarray, " answers"]]:
         """Compute the log-likelihood, in nats, of each of several answers to each content."""
+        pairs = list(zip(contents, map(tuple, answers), strict=True))
+        chunks = self._map_chunks("score", pairs, self._score_chunk)
+        return list(map(np.array, chain.from_iterable(chunks)))
 
-        def compute(chunk: list[tuple[Any, tuple[str, ...]]]) -> list[list[float]]:
-            contents, answers = zip(*chunk, strict=True)
-            return [scores.tolist() for scores in self.model.score_batch(contents, answers, **self._options)]
-
-        pairs = [(content, tuple(choices)) for content, choices in zip(contents, answers, strict=True)]
-        return [np.array(scores) for chunk in self._map_chunks("score", pairs, compute) for scores in chunk]
+    def _score_chunk(self, chunk: list[tuple[Any, tuple[str, ...]]]) -> list[list[float]]:
+        """Score the answers to each content of a chunk, as lists, which JSON can hold."""
+        contents, answers = zip(*chunk, strict=True)
+        scores = self.model.score_batch(contents, answers, **self._options)
+        return [of_content.tolist() for of_content in scores]
 
     def with_model(self, model: Any) -> "CachedModel":
         """Return another model, evaluated in the same way."""
@@ -107,29 +114,45 @@ class CachedModel:
         return self.with_model(self.model.with_prompts(**changes))
 
     def _map_chunks(self, kind: str, items: Sequence[Any], compute: Callable[[list[Any]], Any]) -> list[Any]:
-        """Compute every chunk and return all of them in order, on every process."""
+        """Compute every chunk and return all of them in order, on every process.
+
+        Args:
+            kind: the call, for the cache's key and the progress bar; "embed" if the outputs are arrays.
+            items: the inputs.
+            compute: returns the output of a chunk.
+        """
         size = self._chunk_size
         chunks = [list(items[start : start + size]) for start in range(0, len(items), size)]
         # Chunks are dealt in turn, so that all processes have work until the end.
         own = range(self._rank, len(chunks), self._world_size)
         outputs: dict[int, Any] = {}
-        bar = tqdm(
-            total=sum(len(chunks[index]) for index in own),
-            desc=f"{self.suite} {kind.split()[0]}".strip(),
-            unit="item",
-            disable=not self._progress or not self.is_main_process,
-            leave=False,
-        )
-        with bar:
+        with self._progress_bar(kind, sum(len(chunks[index]) for index in own)) as bar:
             for index in own:
                 outputs[index] = self._cached(kind, chunks[index], compute)
                 bar.update(len(chunks[index]))
         # Every process gets all outputs, so that suites need not know that there are several.
         if self._world_size > 1:
-            gathered: list[Any] = [None] * self._world_size
-            dist.all_gather_object(gathered, outputs)
-            outputs = {index: output for part in gathered for index, output in part.items()}
+            outputs = self._all_gather(outputs)
         return [outputs[index] for index in range(len(chunks))]
+
+    def _progress_bar(self, kind: str, total: int) -> "tqdm[Any]":
+        """Make the progress bar of a call, which only the main process shows."""
+        return tqdm(
+            total=total,
+            desc=f"{self.suite} {kind.split()[0]}".strip(),
+            unit="item",
+            disable=not (self._progress and self.is_main_process),
+            leave=False,
+        )
+
+    def _all_gather(self, outputs: dict[int, Any]) -> dict[int, Any]:
+        """Collect the chunks' outputs of all processes, by the chunk's number."""
+        by_rank: list[Any] = [None] * self._world_size
+        dist.all_gather_object(by_rank, outputs)
+        merged: dict[int, Any] = {}
+        for own in by_rank:
+            merged |= own
+        return merged
 
     def _cached(self, kind: str, chunk: list[Any], compute: Callable[[list[Any]], Any]) -> Any:
         """Return a chunk's output from the cache, computing it if it is not there."""
@@ -138,15 +161,20 @@ class CachedModel:
         key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
         if self.cache_dir is None:
             return self._cached_in_memory(kind, key, chunk, compute)
-        path = self.cache_dir / f"{key}.{'npy' if kind == 'embed' else 'json'}"
+        suffix = "npy" if kind == "embed" else "json"
+        path = self.cache_dir / f"{key}.{suffix}"
         if not path.is_file():
             staging_path(path).write_bytes(_serialize(kind, compute(chunk)))
             commit(staging_path(path), path)
         # Even what was just computed is read back, so that a resumed evaluation cannot differ.
-        return np.load(path) if kind == "embed" else json.loads(path.read_text())
+        if kind == "embed":
+            return np.load(path)
+        return json.loads(path.read_text())
 
     def _cached_in_memory(self, kind: str, key: str, chunk: list[Any], compute: Callable[[list[Any]], Any]) -> Any:
-        if kind != "embed":  # only embeddings are asked for by several suites
+        """Return a chunk's embeddings from memory; compute anything else."""
+        # Several suites ask for the same embeddings, but not for the same answers or scores.
+        if kind != "embed":
             return compute(chunk)
         if key not in self._memory:
             self._memory[key] = compute(chunk)
@@ -154,6 +182,7 @@ class CachedModel:
 
 
 def _serialize(kind: str, output: Any) -> bytes:
+    """Write embeddings as an `npy` file, answers and scores as JSON."""
     if kind != "embed":
         return json.dumps(output).encode()
     buffer = io.BytesIO()
@@ -164,20 +193,29 @@ def _serialize(kind: str, output: Any) -> bytes:
 def _describe(item: Any) -> str:
     """Describe an input by a text that differs whenever the input does."""
     if isinstance(item, tuple):
-        return repr([_describe(part) for part in item])
+        return repr(list(map(_describe, item)))
+    # With its type, so that a text cannot pass for an image.
     parts = [(type(part).__name__, _describe_part(part)) for part in Content.of(item).parts]
     return repr(parts)
 
 
-def _describe_part(part: str | ImageRef) -> Any:
-    source = part if isinstance(part, str) else part.source
-    match source:
-        case Path():
-            # A file is known by path, size and time: reading every image to hash it would take as long as embedding it.
-            stat = source.stat() if source.exists() else None
-            return f"{source.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)}"
-        case bytes():
-            return hashlib.sha256(source).hexdigest()
-        case Image.Image():
-            return f"{source.size} {hashlib.sha256(source.tobytes()).hexdigest()}"
-    return source
+def _describe_part(part: str | ImageRef) -> str:
+    """Describe a text by itself, a file by its metadata, and an image in memory by its digest."""
+    if isinstance(part, str):
+        return part
+    match part.source:
+        case Path() as path:
+            return _describe_file(path)
+        case bytes() as encoded:
+            return hashlib.sha256(encoded).hexdigest()
+        case Image.Image() as image:
+            return f"{image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"
+
+
+def _describe_file(path: Path) -> str:
+    """Describe a file by path, size and time of change."""
+    # Reading every image to hash it would take as long as embedding it.
+    if not path.exists():
+        return f"{path.resolve()} None"
+    stat = path.stat()
+    return f"{path.resolve()} {(stat.st_size, stat.st_mtime_ns)}"

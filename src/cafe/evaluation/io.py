@@ -3,6 +3,7 @@
 import json
 import os.path
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +19,21 @@ NUM_SAMPLES = 12  # samples of each kind in the report
 
 # The fields that each record of a file must have, with their types.
 Fields = Mapping[str, type | tuple[type, ...]]
+KIND_NAMES: dict[Any, str] = {str: "text", list: "a list"}  # for errors; all other types are of numbers
 
 
 def by_pattern(*patterns: str) -> Callable[[Path], list[Path]]:
     """Make a `Suite.find_files` that finds at most one file per pattern."""
 
     def find_files(data: Path) -> list[Path]:
-        candidates = [find_one(data, pattern) for pattern in patterns]
-        return [path for path in candidates if path]
+        """Find the files in a folder, in the order of the patterns."""
+        return list(chain.from_iterable(find_one(data, pattern) for pattern in patterns))
 
     return find_files
 
 
-def find_one(data: Path, *patterns: str, exclude: Sequence[str] = ()) -> Path | None:
-    """Find the one file in a folder that matches any of the patterns; None if there is none.
+def find_one(data: Path, *patterns: str, exclude: Sequence[str] = ()) -> list[Path]:
+    """Find the one file in a folder that matches any of the patterns, or none.
 
     Args:
         data: the folder.
@@ -41,11 +43,14 @@ def find_one(data: Path, *patterns: str, exclude: Sequence[str] = ()) -> Path | 
     Raises:
         CafeError: two files match.
     """
-    matches = {path for pattern in patterns for path in data.glob(pattern) if path.name not in exclude}
+    # A set, because two patterns may match the same file.
+    matches: set[Path] = set()
+    for pattern in patterns:
+        matches.update(path for path in data.glob(pattern) if path.name not in exclude)
     if len(matches) > 1:
         names = " and ".join(str(path.relative_to(data)) for path in sorted(matches))
         raise CafeError(f"{names} in {data} measure the same: keep only one of them in the folder.")
-    return matches.pop() if matches else None
+    return list(matches)
 
 
 def json_lines(path: Path, fields: Fields) -> list[dict[str, Any]]:
@@ -70,60 +75,74 @@ def json_records(path: Path, fields: Fields) -> list[dict[str, Any]]:
 
 
 def _without_nulls(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object from its pairs, leaving out null values."""
     return {name: value for name, value in pairs if value is not None}
 
 
 def _require_fields(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
+    """Check that a file has records and that each record has the fields; return the records."""
     if not isinstance(rows, list) or not rows:
         raise CafeError(f"The evaluation file {path} is empty.")
     for number, row in enumerate(rows, 1):
-        for name, kind in fields.items():
-            if not isinstance(row, dict) or name not in row:
-                raise RecordError(f"The evaluation file {path} lacks the field {name!r} in record {number}.")
-            value, wanted = row[name], _kind_name(kind)
-            if not isinstance(value, kind):
-                raise RecordError(
-                    f"The field {name!r} in record {number} of the evaluation file {path} should be {wanted}, "
-                    f"not {value!r:.40}."
-                )
+        # What is not an object has no field; the error names the first one that it lacks.
+        _check_record(path, number, row if isinstance(row, dict) else {}, fields)
     return rows
 
 
-def _kind_name(kind: type | tuple[type, ...]) -> str:
-    if kind is str:
-        return "text"
-    return "a list" if kind is list else "a number"
+def _check_record(path: Path, number: int, record: Mapping[str, Any], fields: Fields) -> None:
+    """Check that a record, counted from 1, has the fields with their types."""
+    for name, kind in fields.items():
+        if name not in record:
+            raise RecordError(f"The evaluation file {path} lacks the field {name!r} in record {number}.")
+        if not isinstance(record[name], kind):
+            wanted = KIND_NAMES.get(kind, "a number")
+            raise RecordError(
+                f"The field {name!r} in record {number} of the evaluation file {path} should be {wanted}, "
+                f"not {record[name]!r:.40}."
+            )
 
 
 def parquet_rows(
-    parts: Sequence[Path], path: Path, columns: Iterable[str], limit: int | None = None
+    files: Sequence[Path], path: Path, columns: Iterable[str], limit: int | None = None
 ) -> list[dict[str, Any]]:
     """Read the rows of parquet files, which must have the columns.
 
     Args:
-        parts: the files.
-        path: the dataset they belong to, for messages.
+        files: the files.
+        path: the dataset that they belong to, for the error.
         columns: the columns that must be there; all columns are read.
         limit: maximum number of rows per file.
     """
     rows: list[dict[str, Any]] = []
-    required = list(columns)
-    for part in parts:
-        try:
-            table = pq.read_table(part)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise CafeError(f"The evaluation file {part} is not valid parquet: {error}.") from None
+    required = list(columns)  # an iterator would be empty at the second file
+    for file in files:
+        table = _read_table(file)
         for column in required:
             if column not in table.column_names:
-                raise CafeError(f"The evaluation file {part} lacks the column {column!r}.")
+                raise CafeError(f"The evaluation file {file} lacks the column {column!r}.")
+        # Only the first rows are made Python objects: the others may hold large images.
         rows += table.slice(0, limit).to_pylist()
     if not rows:
         raise CafeError(f"There is no record in {path}.")
     return rows
 
 
+def _read_table(path: Path) -> pa.Table:
+    """Read a parquet file; raise `CafeError` if it is damaged."""
+    try:
+        return pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise CafeError(f"The evaluation file {path} is not valid parquet: {error}.") from None
+
+
 def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Path:
-    """Find the image that the file `source` names: in `data`, in its `images/`, or in other folders of it.
+    """Find an image in the folder of evaluation files, in its `images/`, or in other folders of it.
+
+    Args:
+        name: the image's, which may have folders in it.
+        data: the folder of evaluation files.
+        source: the file that names the image, for the error.
+        *folders: the other folders.
 
     Returns:
         the path relative to `data`.
@@ -143,7 +162,15 @@ def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Pat
 def ask_about_images(
     model: CachedModel, data: Path, source: Path, rows: Sequence[dict[str, Any]], max_new_tokens: int, *folders: str
 ) -> list[dict[str, Any]]:
-    """Ask the "text" of each record of the file `source` about its image.
+    """Ask about the image of each record.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        source: the file of the records, for the error.
+        rows: the records, with the name of the image under "image" and the question under "text".
+        max_new_tokens: the length of an answer.
+        *folders: where the images may be, besides the usual places.
 
     Returns:
         for each record, the first fields of its output row: id, image, what was asked and what the model said.
@@ -157,8 +184,9 @@ def ask_about_images(
     answers = model.generate(prompts, max_new_tokens)
     outputs = []
     for number, (row, image, answer) in enumerate(zip(rows, map(str, images), answers, strict=True)):
-        sample = row.get("question_id", number)
-        outputs.append({"id": sample, "group": image, "image": image, "asked": row["text"], "said": answer})
+        # VQA and POPE number their questions. Questions about one image are one group for the bootstrap.
+        sample_id = row.get("question_id", number)
+        outputs.append({"id": sample_id, "group": image, "image": image, "asked": row["text"], "said": answer})
     return outputs
 
 

@@ -32,6 +32,7 @@ QUESTIONS = (
 PROMPT = "Text: {text}\n\nRead the text and answer the question.\n\n{question}"
 MAX_NEW_TOKENS = 8
 MAX_CHARACTERS = 1024  # of a description, as in THRONE's code
+# Names that need another article than their first letter suggests, or another word: a tie may also be a draw.
 PHRASES = {"skis": "a pair of skis", "scissors": "a pair of scissors", "tie": "a necktie"}
 
 
@@ -72,12 +73,15 @@ def votes(model: CachedModel, texts: Sequence[str], vocabulary: Vocabulary) -> B
     """
     ballots = []
     for name in model.judges or ("exact",):
-        if name == "exact":
-            ballots.append(exact(texts, vocabulary)[None])
-        else:
-            # Through a `CachedModel`, so that an interrupted evaluation does not ask again.
-            judge = model if name == "self" else model.with_model(LanguageModel.load(name))
-            ballots.append(ask(judge, texts, vocabulary.classes))
+        match name:
+            case "exact":
+                ballots.append(exact(texts, vocabulary)[None])  # one vote
+            case "self":
+                ballots.append(ask(model, texts, vocabulary.classes))
+            case _:
+                # As a `CachedModel`, so that an interrupted evaluation does not ask again.
+                judge = model.with_model(LanguageModel.load(name))
+                ballots.append(ask(judge, texts, vocabulary.classes))
     return np.concatenate(ballots)
 
 
@@ -98,6 +102,7 @@ def ask(judge: CachedModel, texts: Sequence[str], classes: Sequence[str]) -> Boo
         texts: descriptions.
         classes: names of objects.
     """
+    # The order of the loops gives the shape of the array: votes, texts, classes.
     prompts = []
     for question, text, name in product(QUESTIONS, texts, classes):
         prompt = PROMPT.format(text=text[:MAX_CHARACTERS], question=question.format(phrase(name)))
@@ -116,7 +121,7 @@ def phrase(name: str) -> str:
 
 @dataclass
 class LanguageModel:
-    """A language model that answers, with the methods that a `CachedModel` needs."""
+    """Wrap a language model with the methods that a `CachedModel` needs."""
 
     lm: PreTrainedModel
     tokenizer: Any
@@ -151,7 +156,7 @@ class LanguageModel:
     def generate_batch(self, prompts: Sequence[Content], max_new_tokens: int = 8, batch_size: int = 64) -> list[str]:
         """Generate the likeliest answer to each text, in the order given."""
         texts = [self._render(prompt.text) for prompt in prompts]
-        # Texts of similar length go together, longest first.
+        # Texts of similar length share a batch; the longest come first, so that a lack of memory shows at once.
         order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
         answers = [""] * len(texts)
         for start in range(0, len(order), batch_size):

@@ -76,11 +76,13 @@ def time_modes(
                     run(model, mode, batch, max_new_tokens)
                     seconds[mode].append(clock() - start)
                     bar.update()
+            # The first run of each mode is the warm-up: it allocates memory and compiles kernels.
             timings += [_summarize(mode, size, times[1:]) for mode, times in seconds.items()]
     return timings
 
 
 def _summarize(mode: str, batch_size: int, seconds: Sequence[float]) -> Timing:
+    """Summarize the times of one mode by their median and their 95th percentile."""
     p50, p95 = np.quantile(seconds, [0.5, 0.95])
     return Timing(mode, batch_size, float(p50), float(p95))
 
@@ -91,10 +93,11 @@ def run(model: Any, mode: str, images: Sequence[Path], max_new_tokens: int) -> t
     Returns:
         the embeddings, None if the mode gives none; and the answers, empty if it gives none.
     """
-    size = len(images)
+    size = len(images)  # everything in one batch
     if mode == "both in one prefill":
         vectors, answers = model.embed_and_generate_batch(images, DESCRIBE_PROMPT, max_new_tokens, batch_size=size)
         return vectors, answers
+    # "embed, then generate" makes both calls, each of which encodes the images anew.
     vectors, answers = None, []
     if mode.startswith("embed"):
         vectors = model.embed(images, batch_size=size)
@@ -108,6 +111,7 @@ def format_timings(timings: Iterable[Timing]) -> str:
     """Format a Markdown table with a row per mode and batch size."""
     lines = ["| mode | batch size | p50, ms | p95, ms | images per second |", "|---|---|---|---|---|"]
     for timing in timings:
+        # Seconds become milliseconds.
         p50, p95 = 1000 * timing.p50, 1000 * timing.p95
         lines.append(f"| {timing.mode} | {timing.batch_size} | {p50:.1f} | {p95:.1f} | {timing.throughput:.1f} |")
     return "\n".join(lines)

@@ -53,6 +53,7 @@ def evaluate(
     """
     selected = select_suites(data, suites)
     cached = CachedModel(model, cache_dir, batch_size, distributed, progress, judges)
+    # By these, `write` knows whether the results of two calls belong together.
     about = {"data": str(data.resolve()), "limit": limit, "fingerprint": cached.fingerprint}
     evaluation = EvaluationResult(samples={"data": str(data.resolve())}, about=about)
     for number, suite in enumerate(selected, 1):
@@ -66,7 +67,14 @@ def evaluate(
 
 
 def measure(model: Any, data: Path, directory: Path, suites: Sequence[str] = ()) -> dict[str, float]:
-    """Evaluate a model into a directory and return the results. An interrupted call resumes from its cache there."""
+    """Evaluate a model into a directory and return the results. An interrupted call resumes from its cache there.
+
+    Args:
+        model: a `Cafe`.
+        data: the folder of evaluation files.
+        directory: where the results and the cache are written.
+        suites: names of suites, as in `evaluate`.
+    """
     evaluation = evaluate(model, data, suites=suites, cache_dir=directory / "kept", progress=True)
     write(evaluation, directory)
     return evaluation.results
@@ -100,25 +108,31 @@ def training_evaluator(recipe: Recipe) -> Callable[[Any], dict[str, float]] | No
     Raises:
         RecipeError: there is no evaluation file, or no evaluation gives the result that `metric_for_best_model` names.
     """
-    config, data = recipe.evaluation, Path(recipe.evaluation.data)
+    config = recipe.evaluation
+    data = Path(config.data)
     if not config.eval_steps:
         return None
 
     def evaluate_quietly(model: Any) -> dict[str, float]:
+        """Evaluate on the default suites, without log lines between those of the training."""
         return evaluate(model, data, config.limit, lambda line: None).results
 
     # Both mistakes are found now, not hours later at the first evaluation.
     if config.data:
         select_suites(data)
     if recipe.metric_for_best_model:
-        names = ["held_out/lm_loss"] if config.sources else []
+        names: list[str] = []
         if config.data:
-            names = [*evaluate_quietly(NullModel()), *names]
+            names += evaluate_quietly(NullModel())
+        if config.sources:  # the training loop itself measures the loss on held-out records
+            names.append("held_out/lm_loss")
+        # A leading minus means that less is better.
         _require_result(recipe.metric_for_best_model.removeprefix("-"), names)
     return evaluate_quietly if config.data else None
 
 
 def _require_result(wanted: str, names: Sequence[str]) -> None:
+    """Check that an evaluation gives a result; one whose results are not known passes."""
     if not names or wanted in names:
         return
     [nearest] = difflib.get_close_matches(wanted, names, n=1, cutoff=0.0)
@@ -135,21 +149,30 @@ def select_suites(data: Path, names: Sequence[str] = ()) -> list[Suite]:
     """
     if not data.is_dir():
         raise RecipeError(f"The folder of evaluation files {data} does not exist.")
+    # A named suite without files is an error, also beside "all". Suites run in the order of `SUITES`.
     named = [_named_suite(name, data) for name in names if name != "all"]
     if named and "all" not in names:
         return [suite for suite in SUITES if suite in named]
 
+    existing = _existing_suites(data)
+    if names:
+        return existing
+    # Without names, a folder with files for long suites alone runs those.
+    return [suite for suite in existing if suite.default] or existing
+
+
+def _existing_suites(data: Path) -> list[Suite]:
+    """List the suites whose files exist; raise if there are none."""
     existing = [suite for suite in SUITES if suite.find_files(data)]
     if not existing:
         raise RecipeError(
             f"There is no evaluation file in {data}; `cafe evaluate --list` shows the files each suite expects."
         )
-    if names:
-        return existing
-    return [suite for suite in existing if suite.default] or existing
+    return existing
 
 
 def _named_suite(name: str, data: Path) -> Suite:
+    """Look up a suite whose files exist."""
     suites = {suite.name: suite for suite in SUITES}
     if name not in suites:
         raise RecipeError(f"There is no suite {name!r}; the suites are {', '.join(suites)}, or all.")
@@ -162,16 +185,19 @@ def _named_suite(name: str, data: Path) -> Suite:
 
 def describe_suites(data: Path | None = None) -> str:
     """Describe every suite: what it measures, the files it expects in the folder, and where to download them."""
-    lines = []
-    for suite in SUITES:
-        title = f"{suite.name}: {suite.measures}"
-        if not suite.default:
-            title += "  [runs only when named]"
-        if data is not None:
-            title += "  [files found]" if suite.find_files(data) else "  [files missing]"
-        lines += [title, *(f"    {file}" for file in suite.files), f"    from: {suite.download}"]
-        if suite.sources:
-            lines.append(f"    protocol: {', '.join(suite.sources)}")
+    return "\n".join(_describe_suite(suite, data) for suite in SUITES)
+
+
+def _describe_suite(suite: Suite, data: Path | None) -> str:
+    """Describe one suite in a few lines."""
+    title = f"{suite.name}: {suite.measures}"
+    if not suite.default:
+        title += "  [runs only when named]"
+    if data is not None:
+        title += "  [files found]" if suite.find_files(data) else "  [files missing]"
+    lines = [title, *(f"    {file}" for file in suite.files), f"    from: {suite.download}"]
+    if suite.sources:
+        lines.append(f"    protocol: {', '.join(suite.sources)}")
     return "\n".join(lines)
 
 
@@ -184,6 +210,7 @@ def write(evaluation: EvaluationResult, directory: Path) -> None:
     if _continues(evaluation, directory):
         evaluation = _merge_existing(evaluation, directory)
     else:
+        # The rows of another model or other data would count in the report.
         shutil.rmtree(directory / "outputs", ignore_errors=True)
     for part, rows in evaluation.outputs.items():
         path = directory / "outputs" / f"{part.replace('/', '_')}.jsonl"
@@ -203,6 +230,7 @@ def write(evaluation: EvaluationResult, directory: Path) -> None:
 def _continues(evaluation: EvaluationResult, directory: Path) -> bool:
     """Return whether a directory holds an evaluation of the same model, data and limit."""
     path = directory / "about.json"
+    # Without a cache there is no fingerprint: two models cannot be told apart.
     if not path.is_file() or not evaluation.about.get("fingerprint"):
         return False
     about: dict[str, Any] = json.loads(path.read_text())
@@ -210,10 +238,13 @@ def _continues(evaluation: EvaluationResult, directory: Path) -> bool:
 
 
 def _write_json(path: Path, value: Any) -> None:
+    """Write JSON that people can read, whole or not at all."""
     atomic_write_text(path, json.dumps(value, indent=2) + "\n")
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Write an `npz` file whole or not at all."""
+    # A file object, because NumPy would append ".npz" to the staging path.
     with staging_path(path).open("wb") as out:
         np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
     commit(staging_path(path), path)
@@ -221,6 +252,7 @@ def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 def _merge_existing(evaluation: EvaluationResult, directory: Path) -> EvaluationResult:
     """Add the results of other suites that a directory holds."""
+    # NumPy reads the arrays when they are asked for, so they are copied before the file is closed.
     with np.load(directory / "embeddings.npz") as arrays:
         embeddings = dict(arrays)
     return EvaluationResult(

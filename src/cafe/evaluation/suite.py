@@ -43,8 +43,15 @@ class EvaluationResult:
         self.outputs |= other.outputs
         self.files |= other.files
         self.means |= other.means
+        # The report shows the samples and the map of the first dataset that was measured.
         self.samples = other.samples | self.samples
         self.embeddings = other.embeddings | self.embeddings
+
+    def add_mean(self, name: str, parts: Sequence[str]) -> None:
+        """Add a result that is the plain mean of other results."""
+        self.results[name] = sum(self.results[part] for part in parts) / len(parts)
+        # The report needs to know the parts: a mean has no marks of its own to resample.
+        self.means[name] = list(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,14 +111,12 @@ def aggregate(rows: Iterable[dict[str, Any]]) -> dict[str, float]:
 def read_marks(row: Mapping[str, Any]) -> Iterator[tuple[str, float, float]]:
     """Iterate over a row's marks as (result, numerator, denominator)."""
     for name, mark in row["marks"].items():
-        numerator, denominator = mark if isinstance(mark, (list, tuple)) else (mark, 1)
+        # A plain number is short for a denominator of 1. Rows read back from JSON have lists.
+        if isinstance(mark, (list, tuple)):
+            numerator, denominator = mark
+        else:
+            numerator, denominator = mark, 1
         yield name, numerator, denominator
-
-
-def mean_of(done: EvaluationResult, name: str, of: Sequence[str]) -> None:
-    """Add a result that is the plain mean of others."""
-    done.results[name] = sum(done.results[each] for each in of) / len(of)
-    done.means[name] = list(of)
 
 
 def headline_results(suites: Sequence[Suite], names: Sequence[str]) -> list[str]:
@@ -119,28 +124,38 @@ def headline_results(suites: Sequence[Suite], names: Sequence[str]) -> list[str]
 
     Results that are not rates come last.
     """
+    # `sorted` is stable: within each of the two kinds, the suites keep their order.
     rates_first = sorted(suites, key=lambda suite: not suite.in_percent)
-    patterns = [pattern for suite in rates_first for pattern in suite.headline]
-    matches: dict[str, None] = {}  # a result that two patterns match appears once, where the first one puts it
-    for pattern in patterns:
-        matches.update(dict.fromkeys(name for name in names if fnmatchcase(name, pattern)))
-    return list(matches)
+    headlines: list[str] = []
+    for suite in rates_first:
+        for pattern in suite.headline:
+            headlines += [name for name in names if fnmatchcase(name, pattern)]
+    # A result that two patterns match appears once, where the first one puts it.
+    return list(dict.fromkeys(headlines))
 
 
 def direction_of(suites: Sequence[Suite], name: str) -> int:
     """Return 1 if more of a result is better, -1 if less is, and 0 if neither is."""
-    # All suites are asked, for a result need not begin with its suite's name (`objects/recall` is of "captions").
+    # All suites are asked: a result need not begin with its suite's name (`objects/recall` belongs to "captions").
     for suite in suites:
-        if any(fnmatchcase(name, pattern) for pattern in suite.no_direction):
+        # A narrow exception in `no_direction` wins over a broad pattern in `lower_is_better`.
+        if _matches_any(name, suite.no_direction):
             return 0
-        if any(fnmatchcase(name, pattern) for pattern in suite.lower_is_better):
+        if _matches_any(name, suite.lower_is_better):
             return -1
     return 1
 
 
+def _matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Return whether a result's name matches at least one of some patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def is_percent(suites: Sequence[Suite], name: str) -> bool:
     """Return whether a result is a rate in percent."""
-    return all(suite.in_percent for suite in suites if suite.name == name.partition("/")[0])
+    suite_name = name.partition("/")[0]
+    # A result that begins with no suite's name is a rate.
+    return all(suite.in_percent for suite in suites if suite.name == suite_name)
 
 
 def label_of(suites: Sequence[Suite], name: str) -> str | None:

@@ -19,8 +19,9 @@ from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.io import json_records
 from cafe.evaluation.suite import aggregate
 from cafe.evaluation.suites import aro, sugarcrepe, winoground
-from cafe.evaluation.suites.choices import METHODS, PROMPT, first_is_best, score
+from cafe.evaluation.suites.choices import METHODS, first_is_best, score
 from cafe.images.decoding import decode_image
+from cafe.lvlm.prompts import DESCRIBE_PROMPT
 
 SUGARCREPE = Path(__file__).parents[4] / "shared" / "data" / "sugarcrepe"
 COLORS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
@@ -49,7 +50,7 @@ class Sees:
         scores = []
         for content, said in zip(contents, answers, strict=True):
             content = Content.of(content)
-            assert content.text == PROMPT
+            assert content.text == DESCRIBE_PROMPT
             seen = content.images and not self.blind
             fits = [float(self._vector(content) @ self._vector(Content.of(text))) / 255 if seen else 0 for text in said]
             scores.append(np.array([fit - self.prior * len(text) for fit, text in zip(fits, said, strict=True)]))
@@ -73,7 +74,7 @@ def test_each_method_scores_as_defined(images):
         assert [len(found) for found in scores[way]] == [2, 2, 1]
     [image, text] = model.embed([shown[0], "blue thing"])
     assert scores["embedding"][0][1] == pytest.approx(image @ text, abs=1e-6)
-    asked = Content.of([shown[0], PROMPT])
+    asked = Content.of([shown[0], DESCRIBE_PROMPT])
     assert scores["likelihood"][0][1] == model.score_batch([asked], [["blue thing"]])[0][0]
     assert scores["gain"][0][1] == pytest.approx(scores["likelihood"][0][1] + 0.25 * len("blue thing"))
 
@@ -147,9 +148,9 @@ def test_a_real_model_scores_captions_in_batches_as_one_by_one(scenes, random_ba
     image, *texts = (model.embed([one])[0] for one in ([reference], row["caption"], row["negative"]))
     np.testing.assert_allclose(row["scores"]["embedding"], [image @ text for text in texts], atol=1e-5)
     for number, text in enumerate((row["caption"], row["negative"])):
-        seen = model.score([reference, PROMPT], text)
+        seen = model.score([reference, DESCRIBE_PROMPT], text)
         assert row["scores"]["likelihood"][number] == pytest.approx(seen, abs=1e-3)
-        assert row["scores"]["gain"][number] == pytest.approx(seen - model.score(PROMPT, text), abs=2e-3)
+        assert row["scores"]["gain"][number] == pytest.approx(seen - model.score(DESCRIBE_PROMPT, text), abs=2e-3)
 
 
 def test_winoground_and_aro_on_the_scenes_with_a_real_model(scenes, random_base):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from cafe.evaluation.suite import EvaluationResult, mean_of
+from cafe.evaluation.suite import EvaluationResult
 from cafe.evaluation.suites.mmeb.datasets import DATASETS
 from cafe.evaluation.suites.mmeb.leaderboard import means, score_query
 
@@ -49,7 +49,7 @@ def test_means_weigh_each_dataset_alike():
     done = EvaluationResult({**results, "mmeb/VisRAG_PlotQA/NDCG@5": 30.0, "mmeb/mine/P@1": 4.0})
     groups = means(list(done.results))
     for name, of in groups.items():
-        mean_of(done, name, of)
+        done.add_mean(name, of)
     assert {name: done.results[name] for name in groups} == pytest.approx(
         {
             "mmeb/classification/P@1": 40,

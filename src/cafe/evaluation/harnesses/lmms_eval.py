@@ -6,7 +6,7 @@ lmms-eval finds it through the entry point `lmms_eval.models` that this package 
 torchvision, which this package does not: docs/suites/understanding.md has the commands for a separate environment.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,7 +49,9 @@ class CafeModel(lmms):
         self.accelerator = Accelerator()  # lmms-eval gathers with it
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         # With several processes, one device for all would be wrong.
-        self.device = torch.device(device) if device and self._world_size == 1 else self.accelerator.device
+        self.device = self.accelerator.device
+        if device and self._world_size == 1:
+            self.device = torch.device(device)
         self.batch_size = int(batch_size)
         if isinstance(pretrained, Cafe):
             self.model = pretrained
@@ -63,17 +65,16 @@ class CafeModel(lmms):
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """Generate the answer to each request, cut before the first of its stop words."""
-        answers = [""] * len(requests)
         # One forward pass generates with one set of options.
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+            options = request.args[1]
+            groups.setdefault(repr(sorted(options.items())), []).append(index)
+        # The answers return to the order of the requests.
+        answers = [""] * len(requests)
         for indices in groups.values():
             options = requests[indices[0]].args[1]
-            prompts = []
-            for index in indices:
-                text, _, visuals, document, task, split = requests[index].args
-                prompts.append(self._content(text, visuals, document, task, split))
+            prompts = [self._prompt(requests[index]) for index in indices]
             generated = self.model.generate_batch(prompts, batch_size=self.batch_size, **_generation_options(options))
             for index, answer in zip(indices, generated, strict=True):
                 answers[index] = cut(answer, options.get("until", ()))
@@ -84,20 +85,17 @@ class CafeModel(lmms):
 
         lmms-eval's multiple choice takes the option with the least loss.
         """
-        # A task gives the continuation as a text, or as a function of its document.
-        prompts, continuations = [], []
-        for request in requests:
-            text, target, visuals, document, task, split = request.args
-            continuation = target if isinstance(target, str) else target(self.task_dict[task][split][document])
-            continuations.append(continuation)
-            prompts.append(self._content(text, visuals, document, task, split))
+        prompts = [self._prompt(request) for request in requests]
+        continuations = [self._continuation(request) for request in requests]
         scores = self.model.score_batch(prompts, [[text] for text in continuations], self.batch_size)
+        # Greedy generation up to the longest continuation tells which of them the model would give itself.
         lengths = [self._num_tokens(text) for text in continuations]
         generated = self.model.generate_batch(
             prompts, max_new_tokens=max(lengths, default=1), batch_size=self.batch_size
         )
         results = []
         for score, length, answer, text in zip(scores, lengths, generated, continuations, strict=True):
+            # `Cafe.score_batch` sums log-likelihoods over tokens; the loss is their negative mean.
             results.append((-float(score[0]) / length, answer == text.strip()))
         return results
 
@@ -109,17 +107,29 @@ class CafeModel(lmms):
         """Refuse tasks in which the harness answers back."""
         raise NotImplementedError("CAFe's plug-in does not support multi-round tasks.")
 
-    def _content(self, text: str, visuals: Callable[[Any], Any], document: int, task: str, split: str) -> Content:
+    def _prompt(self, request: Instance) -> Content:
         """Build the prompt of a request, whose images its task finds in a document."""
+        text, _, visuals, document, task, split = request.args
         return content(text, visuals(self.task_dict[task][split][document]) or [])
+
+    def _continuation(self, request: Instance) -> str:
+        """Get the continuation of a request, which its task gives as a text or as a function of a document."""
+        _, target, _, document, task, split = request.args
+        if isinstance(target, str):
+            return target
+        continuation: str = target(self.task_dict[task][split][document])
+        return continuation
 
 
 def _generation_options(options: Mapping[str, Any]) -> dict[str, Any]:
     """Translate a task's options into those of `Cafe.generate_batch`; a temperature of 0 is greedy."""
-    sample = options.get("do_sample", True)
+    # A task may set an option to None, which means its default.
+    temperature = float(options.get("temperature") or 0.0)
+    if not options.get("do_sample", True):
+        temperature = 0.0
     return {
         "max_new_tokens": options.get("max_new_tokens", MAX_NEW_TOKENS),
-        "temperature": float(options.get("temperature") or 0.0) if sample else 0.0,
+        "temperature": temperature,
         "top_p": float(options.get("top_p") or 1.0),
     }
 
@@ -134,7 +144,7 @@ def content(text: str, visuals: Sequence[Any]) -> Content:
     for visual in visuals:
         if not isinstance(visual, Image.Image):
             raise CafeError(f"CAFe's plug-in supports images; this task gives a {type(visual).__name__}.")
-    refs = [ImageRef(visual) for visual in visuals]
+    refs = list(map(ImageRef, visuals))
     if text.count(IMAGE_TOKEN) == len(refs):
         return place_images(text, list(refs))
     return Content((*refs, text))
@@ -145,7 +155,8 @@ def cut(answer: str, until: str | Sequence[str]) -> str:
 
     A blank line, lmms-eval's default where a task says nothing, is ignored: longer answers have paragraphs.
     """
-    for stop in [until] if isinstance(until, str) else until:
+    stops = [until] if isinstance(until, str) else until
+    for stop in stops:
         if stop.strip():
             answer = answer.split(stop)[0]
     return answer.strip()

@@ -84,6 +84,7 @@ def contents(batch: dict[str, Any]) -> list[Content]:
     unsupported = sorted({"audio", "video"} & set(batch))
     if unsupported:
         raise CafeError(f"CAFe embeds texts and images, not {' and '.join(unsupported)}.")
+    # The order of the names is the order of the parts.
     columns = [batch[name] for name in ("image", "text") if name in batch]
     if not columns:
         raise CafeError("CAFe embeds texts and images, not what this task gives.")

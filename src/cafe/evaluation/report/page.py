@@ -1,8 +1,10 @@
 """Write one self-contained HTML page that compares evaluations: no script, no network, images and charts inside."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from importlib.resources import files
+from itertools import chain
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -59,7 +61,9 @@ class Metric:
         improvement = change * self.direction
         if improvement > 0:
             return "good"
-        return "bad" if improvement < 0 else "same"
+        if improvement < 0:
+            return "bad"
+        return "same"
 
 
 Metrics = Mapping[str, Metric]
@@ -85,7 +89,7 @@ def write_report(path: Path, runs: Sequence[ReportRun], suites: Sequence[Suite] 
     compared = [_compare_runs(first, run) for run in loaded[1:]]
 
     # Results keep the order in which the suites wrote them, those of later runs at the end.
-    names = list(dict.fromkeys(name for run in loaded for name in run.results))
+    names = list(dict.fromkeys(chain.from_iterable(run.results for run in loaded)))
     metrics = {name: _describe(name, suites) for name in names}
     headlines = {name: label_of(suites, name) or _as_words(name) for name in headline_results(suites, names)}
 
@@ -110,26 +114,30 @@ def write_report(path: Path, runs: Sequence[ReportRun], suites: Sequence[Suite] 
         image_queries=_align_samples(shown, "image_queries", ("image",)),
         captions=_align_samples(shown, "captions", ("image",)),
         answers=_align_samples(shown, "answers", ("image", "asked")),
-        image=_image_tags(last.samples.get("data", ".")),
+        # An image may be shown many times.
+        image=cache(partial(_image_tag, folder=last.samples.get("data", "."))),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
 
 
 def _describe(name: str, suites: Sequence[Suite]) -> Metric:
+    """Collect how the suites want a result to be shown."""
     suite, _, rest = name.partition("/")
     return Metric(suite, _as_words(rest), direction_of(suites, name), is_percent(suites, name))
 
 
 def _as_words(name: str) -> str:
+    """Write a result's name as words: "pope/yes_ratio" becomes "pope · yes ratio"."""
     return name.replace("_", " ").replace("/", " · ")
 
 
 def _compare_runs(first: LoadedRun, second: LoadedRun) -> dict[str, Comparison]:
     """Compare each result for which both runs have outputs of the same samples."""
     comparisons = {}
+    common = first.tallies.keys() & second.tallies.keys()
     for name in second.results:
-        if name not in first.tallies or name not in second.tallies:
+        if name not in common:
             continue
         comparison = compare(first.tallies[name], second.tallies[name])
         # Evaluations of other data, or with another limit, have no samples to pair.
@@ -141,14 +149,23 @@ def _compare_runs(first: LoadedRun, second: LoadedRun) -> dict[str, Comparison]:
 def _tiles(
     runs: Sequence[LoadedRun], headlines: Mapping[str, str], metrics: Metrics, comparisons: Mapping[str, Comparison]
 ) -> list[dict[str, str]]:
-    """Make a tile per headline result that the last run has, with its change from the first run."""
+    """Make a tile per headline result that the last run has, with its change from the first run.
+
+    Args:
+        runs: the first run and the last one, or a single run.
+        headlines: by result, what to call it.
+        metrics: how results are shown.
+        comparisons: of the two runs, for results whose samples can be paired.
+    """
     tiles = []
     for name, label in headlines.items():
         metric = metrics[name]
         before, after = runs[0].results.get(name), runs[-1].results.get(name)
         if after is None:
             continue
-        tile = {"label": label, "unit": "%" if metric.in_percent else "", "after": metric.format(after)}
+        unit = "%" if metric.in_percent else ""
+        tile = {"label": label, "unit": unit, "after": metric.format(after)}
+        # A single run is first and last: it has no change.
         if len(runs) > 1 and before is not None:
             change = after - before
             tile["before"] = metric.format(before)
@@ -160,6 +177,7 @@ def _tiles(
 
 def _tables(runs: Sequence[LoadedRun], metrics: Metrics, suites: Sequence[Suite]) -> list[dict[str, Any]]:
     """Make a table per suite, with a row per result and a cell per run."""
+    # The results of a suite need not follow one another: those of a later run come at the end.
     tables: dict[str, list[dict[str, Any]]] = {}
     for name, metric in metrics.items():
         row = {"name": metric.name, "direction": metric.direction, "cells": _cells(runs, name, metric)}
@@ -168,13 +186,15 @@ def _tables(runs: Sequence[LoadedRun], metrics: Metrics, suites: Sequence[Suite]
 
 
 def _cells(runs: Sequence[LoadedRun], name: str, metric: Metric) -> list[dict[str, Any]]:
-    best = _best([run.results[name] for run in runs if name in run.results], metric.direction)
+    """Make the cells of a result's row, one for each run; a run without the result has a dash."""
+    values = [run.results.get(name) for run in runs]
+    best = _best([value for value in values if value is not None], metric.direction)
     cells = []
-    for run in runs:
-        value = run.results.get(name)
-        ends = run.intervals.get(name, ())
-        interval = "–".join(metric.format(end) for end in ends)
-        cells.append({"value": metric.format(value), "best": best is not None and value == best, "interval": interval})
+    for run, value in zip(runs, values, strict=True):
+        # A result without outputs has no interval.
+        ends = map(metric.format, run.intervals.get(name, ()))
+        is_best = best is not None and value == best
+        cells.append({"value": metric.format(value), "best": is_best, "interval": "–".join(ends)})
     return cells
 
 
@@ -182,7 +202,8 @@ def _best(values: Sequence[float], direction: int) -> float | None:
     """Return the best of some values; None if they are equal or none is better."""
     if len(set(values)) < 2 or direction == 0:
         return None
-    return max(values) if direction > 0 else min(values)
+    # The best is the one that is largest in the direction of improvement.
+    return max(values, key=lambda value: direction * value)
 
 
 def _comparison_table(
@@ -192,6 +213,7 @@ def _comparison_table(
     rows = []
     for name, comparison in comparisons.items():
         metric = metrics[name]
+        # Differences are in percentage points, whatever the metric's own format.
         rows.append(
             {
                 "suite": metric.suite,
@@ -209,12 +231,14 @@ def _comparison_table(
 
 
 def _signed(value: float) -> str:
+    """Format a difference with its sign, a plus too."""
     # The sign is that of the unrounded value: a small loss is shown as −0.0.
     sign = "−" if value < 0 else "+"
     return f"{sign}{abs(value):.1f}"
 
 
 def _p_value(value: float) -> str:
+    """Format a p-value; three decimals would show a very small one as 0."""
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
 
 
@@ -227,6 +251,7 @@ def _align_samples(runs: Sequence[LoadedRun], kind: str, key: tuple[str, ...]) -
         key: the fields by which a sample is the same in two runs.
     """
     identify = itemgetter(*key)
+    # Each run's samples by the value, or the tuple of values, under the key.
     by_key = []
     for run in runs:
         rows = run.samples.get(kind, [])
@@ -235,19 +260,13 @@ def _align_samples(runs: Sequence[LoadedRun], kind: str, key: tuple[str, ...]) -
     return [[rows.get(sample) for rows in by_key] for sample in by_key[-1]]
 
 
-def _image_tags(folder: str) -> Callable[[str], Markup]:
-    """Make a function from an image's path, or a thumbnail as a data URI, to an `<img>` that contains the image."""
-    tags: dict[str, Markup] = {}  # an image may be shown many times
-
-    def tag(path: str) -> Markup:
-        if path not in tags:
-            tags[path] = _image_tag(path, folder)
-        return tags[path]
-
-    return tag
-
-
 def _image_tag(path: str, folder: str) -> Markup:
+    """Make an `<img>` that contains an image.
+
+    Args:
+        path: the image's, or a thumbnail as a data URI.
+        folder: the folder of evaluation files, where the path begins.
+    """
     if path.startswith("data:"):
         name, uri = "", path
     else:

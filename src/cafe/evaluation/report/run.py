@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
@@ -59,6 +60,8 @@ def load_run(run: ReportRun) -> LoadedRun:
 
 
 def _load_run(run: ReportRun) -> LoadedRun:
+    """Read a run's files; errors are those of the readers."""
+    # NumPy reads the arrays when they are asked for, so they are copied before the file is closed.
     with np.load(run.directory / "embeddings.npz") as arrays:
         embeddings = dict(arrays)
     results = json.loads((run.directory / "results.json").read_text())
@@ -70,18 +73,27 @@ def _load_run(run: ReportRun) -> LoadedRun:
 
 
 def _load_tallies(directory: Path) -> dict[str, list[SampleTally]]:
+    """Tally the outputs of a directory, and its means by the tallies of their parts."""
+    # A result of its own has one tally, a mean those of all its parts.
     tallies: dict[str, list[SampleTally]] = {}
     for path in sorted((directory / "outputs").glob("*.jsonl")):
-        results = tally_results(_read_json_lines(path))
-        tallies.update((name, [tally]) for name, tally in results.items())
-    path = directory / "means.json"
-    means = json.loads(path.read_text()) if path.is_file() else {}
+        for name, tally in tally_results(_read_json_lines(path)).items():
+            tallies[name] = [tally]
     # A mean has no marks of its own: it is resampled as the mean of its parts, which may be means themselves.
-    for name, parts in means.items():
-        if all(part in tallies for part in parts):
-            tallies[name] = [tally for part in parts for tally in tallies[part]]
+    for name, parts in _read_means(directory / "means.json").items():
+        if tallies.keys() >= set(parts):
+            tallies[name] = list(chain.from_iterable(tallies[part] for part in parts))
     return tallies
 
 
+def _read_means(path: Path) -> dict[str, list[str]]:
+    """Read which results are means of which; a directory need not have that file."""
+    if not path.is_file():
+        return {}
+    means: dict[str, list[str]] = json.loads(path.read_text())
+    return means
+
+
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Read a file with a JSON object on each line."""
     return [json.loads(line) for line in path.read_text().splitlines()]

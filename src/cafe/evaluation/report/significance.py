@@ -72,6 +72,7 @@ def tally_results(rows: Iterable[Mapping[str, Any]]) -> dict[str, SampleTally]:
         sample = str(row.get("id", number))
         group = str(row.get("group", sample))
         for name, numerator, denominator in read_marks(row):
+            # By group for resampling, by sample for McNemar's test.
             total = sums.setdefault(name, {}).setdefault(group, [0.0, 0.0])
             total[0] += numerator
             total[1] += denominator
@@ -98,21 +99,33 @@ def bootstrap_interval(parts: Sequence[SampleTally], num_resamples: int = NUM_RE
 def compare(
     first: Sequence[SampleTally], second: Sequence[SampleTally], num_resamples: int = NUM_RESAMPLES
 ) -> Comparison | None:
-    """Compare two checkpoints in one result, given by its parts; None if they are not of the same samples."""
+    """Compare two checkpoints in one result; None if their outputs are not of the same samples.
+
+    Args:
+        first: the result's tally of the first checkpoint; or several, of which the result is the mean.
+        second: that of the second checkpoint.
+        num_resamples: number of bootstrap resamples and of random swaps.
+    """
     if len(first) != len(second):
         return None
     pairs = list(zip(first, second, strict=True))
-    if any(a.groups != b.groups or a.marks.keys() != b.marks.keys() for a, b in pairs):
+    if not all(_have_same_samples(a, b) for a, b in pairs):
         return None
     difference = float(np.mean([b.value - a.value for a, b in pairs]))
     # Both sides of a pair have the same groups, so each resample holds the same images on both sides: it is paired.
     resampled = [_resample(b, num_resamples) - _resample(a, num_resamples) for a, b in pairs]
     low, high = _percentile_interval(np.mean(resampled, axis=0))
     swapped = np.mean([_swap(a, b, num_resamples) for a, b in pairs], axis=0)
+
     # Equal differences may differ in their last bits. The observed one counts as a permutation too, so p is above 0.
     extreme = 1 + np.count_nonzero(np.abs(swapped) >= abs(difference) - 1e-9)
     exact = _mcnemar_of_marks(*pairs[0]) if len(pairs) == 1 else None
     return Comparison(difference, low, high, float(extreme / (1 + num_resamples)), exact)
+
+
+def _have_same_samples(first: SampleTally, second: SampleTally) -> bool:
+    """Return whether two tallies are of the same samples in the same groups, so that they can be paired."""
+    return first.groups == second.groups and first.marks.keys() == second.marks.keys()
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -124,20 +137,26 @@ def mcnemar(only_first: int, only_second: int) -> float:
 
 
 def _mcnemar_of_marks(first: SampleTally, second: SampleTally) -> float | None:
+    """Compute McNemar's p of two tallies; None unless every sample is right or wrong."""
     right = []
     for tally in (first, second):
+        # In the first tally's order, so that the rows of both are of the same samples.
         marks = np.array([tally.marks[sample] for sample in first.marks])
-        if (marks[:, 1] != 1).any() or not np.isin(marks[:, 0], (0, 1)).all():
+        numerators, denominators = marks.T
+        is_binary = np.isin(numerators, (0, 1)).all()
+        if not is_binary or (denominators != 1).any():
             return None
-        right.append(marks[:, 0] == 1)
+        right.append(numerators == 1)
     only_first, only_second = right[0] & ~right[1], right[1] & ~right[0]
     return mcnemar(int(only_first.sum()), int(only_second.sum()))
 
 
-@lru_cache(maxsize=1024)  # a result's own interval and its comparisons need the same resamples
+# A result's own interval and its comparisons need the same resamples.
+@lru_cache(maxsize=1024)
 def _resample(tally: SampleTally, num_resamples: int) -> Float[np.ndarray, " resamples"]:
     """Draw bootstrap resamples of a result, in percent; the same groups are drawn for all tallies with equal groups."""
-    if len(tally.groups) == 1:  # which SciPy refuses: all resamples are equal
+    # All resamples of one group are equal; SciPy refuses to draw them.
+    if len(tally.groups) == 1:
         return np.full(num_resamples, tally.value)
     resamples = stats.bootstrap(
         (tally.numerators, tally.denominators),
@@ -181,10 +200,12 @@ def _rate(numerators: np.ndarray, denominators: np.ndarray, axis: int = -1) -> A
 
 def _percent(numerators: Any, denominators: Any) -> Any:
     """Divide, in percent; 0 where nothing counts."""
+    # `divide` leaves these where it does not divide.
     zeros = np.zeros_like(numerators, dtype=float)
     return 100 * np.divide(numerators, denominators, out=zeros, where=np.asarray(denominators) != 0)
 
 
 def _percentile_interval(values: Float[np.ndarray, " resamples"]) -> tuple[float, float]:
+    """Compute the interval that holds the middle of some values, as much of them as the confidence level says."""
     low, high = np.quantile(values, [(1 - CONFIDENCE_LEVEL) / 2, (1 + CONFIDENCE_LEVEL) / 2])
     return float(low), float(high)

@@ -15,6 +15,8 @@ from cafe.evaluation.suites.vqav2 import VQAV2
 from cafe.evaluation.suites.winoground import WINOGROUND
 
 SUITES = (
+    # Embeddings, and captions chosen by embedding or by likelihood.
     *(RETRIEVAL, FLICKR30K, COCO, PARAGRAPHS, GEOMETRY, MMEB, SUGARCREPE, ARO, WINOGROUND),
+    # Generated captions, answers and descriptions.
     *(CAPTIONS, CIDER, VQA, VQAV2, POPE, CHAIR, THRONE),
 )

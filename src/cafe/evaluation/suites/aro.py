@@ -61,7 +61,8 @@ def _measure_visual_genome(model: CachedModel, data: Path, path: Path, limit: in
     part = f"aro/{name}"
     records = json_records(path, FIELDS)[:limit]
     rows: list[dict[str, Any]] = []
-    for start in range(0, len(records), NUM_AT_ONCE):  # the crops are in memory
+    # A part of the records at a time, because their crops are in memory.
+    for start in range(0, len(records), NUM_AT_ONCE):
         rows += _judge_records(model, data, path, part, records[start : start + NUM_AT_ONCE], start)
     result = EvaluationResult(aggregate(rows), {part: rows})
     for method in METHODS:
@@ -92,10 +93,10 @@ def _judge_records(
     crops = [crop(data / image, record) for image, record in zip(images, records, strict=True)]
     scores = score(model, crops, captions)
     rows = []
-    # Numbers in the output are those in the file, not in this chunk.
     for number, (record, image) in enumerate(zip(records, images, strict=True)):
+        # The id is the record's number in the file, not in this part of it.
         row = {"id": start + number, "group": str(image), "image": str(image), "kind": kind(record)}
-        row |= {"caption": captions[number][0], "negative": captions[number][1]}
+        row |= {"caption": record["true_caption"], "negative": record["false_caption"]}
         rows.append(row | judge_choices(scores, number, part))
     return rows
 
@@ -112,7 +113,8 @@ def _measure_order(
         limit: the number of images; all of them if None.
         tag: finds the nouns and adjectives.
     """
-    part, captioned = f"aro/{dataset.name}", dataset.read(data, limit)
+    part = f"aro/{dataset.name}"
+    captioned = dataset.read(data, limit)
     choices = [candidates(tagged) for tagged in tag(captioned.texts)]
     # A caption without another order is no question.
     asked = [number for number, texts in enumerate(choices) if len(texts) > 1]
@@ -121,8 +123,10 @@ def _measure_order(
     rows = []
     for position, (number, owner) in enumerate(zip(asked, owners, strict=True)):
         image = captioned.names[owner]
+        # The id counts all captions, also those left out.
         row = {"id": number, "group": image, "image": image, "captions": choices[number]}
         row |= judge_choices(scores, position, part)
+        # Averaged over the captions, since they have from one to four other orders.
         row["marks"][f"{part}/chance"] = 1 / len(choices[number])
         rows.append(row)
     left_out = len(choices) - len(asked)
@@ -132,7 +136,9 @@ def _measure_order(
 def crop(path: Path, record: dict[str, Any]) -> ImageRef:
     """Crop an image to the record's box."""
     left, top, width, height = (record[f"bbox_{name}"] for name in "xywh")
-    return ImageRef(decode_image(ImageRef(path)).crop((left, top, left + width, top + height)))
+    image = decode_image(ImageRef(path))
+    # Pillow takes the right and lower edges, not the box's size.
+    return ImageRef(image.crop((left, top, left + width, top + height)))
 
 
 def kind(record: dict[str, Any]) -> str:
@@ -161,12 +167,16 @@ def macro(rows: list[dict[str, Any]], result: str, min_records: int) -> float | 
 
 def find(data: Path) -> list[Path]:
     """Find the files of the parts that are there."""
-    return [*_visual_genome_files(data), *(path for dataset in ORDERS for path in dataset.find(data))]
+    paths = _visual_genome_files(data)
+    for dataset in ORDERS:
+        paths += dataset.find(data)
+    return paths
 
 
 def _visual_genome_files(data: Path) -> list[Path]:
+    """Find the files of records with boxes."""
     paths = [data / "aro" / f"visual_genome_{part}.json" for part in PARTS]
-    return [path for path in paths if path.is_file()]
+    return list(filter(Path.is_file, paths))
 
 
 ARO = Suite(

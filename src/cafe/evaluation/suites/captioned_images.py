@@ -80,9 +80,9 @@ class RetrievalDataset:
         if pattern.endswith(".parquet"):
             return sorted(data.glob(pattern))  # a dataset may have several
         if pattern.endswith("/"):
-            return [data / pattern] if _is_saved_dataset(data / pattern) else []
-        path = find_one(data, pattern, exclude=self.exclude)
-        return [path] if path else []
+            folder = data / pattern
+            return [folder] if _is_saved_dataset(folder) else []
+        return find_one(data, pattern, exclude=self.exclude)
 
     def read(self, data: Path, limit: int | None) -> CaptionedImages:
         """Read its first `limit` images with their captions.
@@ -101,12 +101,13 @@ class RetrievalDataset:
             if not all(map(_is_text, captions)):
                 raise CafeError(f"A caption of image {number + 1} of the evaluation file {source} is not text.")
             if isinstance(image, str):
-                name = str(find_image(image, data, source, *folders))
-                images.append(data / name)
-            else:  # inside the file; a name is optional there
-                name = image.get("path") or str(number)
+                path = find_image(image, data, source, *folders)
+                names.append(str(path))
+                images.append(data / path)
+            else:
+                # Images inside the file need not have a name.
+                names.append(image.get("path") or str(number))
                 images.append(ImageRef(image["bytes"]))
-            names.append(name)
             used = captions[: self.captions]
             texts += used
             owner += [number] * len(used)
@@ -117,7 +118,8 @@ class RetrievalDataset:
         if path.parent == data:
             return list(self.folders)
         subfolder = path.parent.relative_to(data)
-        return [*self.folders, *(f"{subfolder}/{folder}" for folder in ("", "images", *self.folders))]
+        beside_file = [f"{subfolder}/{folder}" for folder in ("", "images", *self.folders)]
+        return [*self.folders, *beside_file]
 
 
 def _is_text(caption: Any) -> bool:
@@ -156,20 +158,23 @@ def _group_by_image(paths: Sequence[Path], limit: int | None) -> list[tuple[Imag
 def _read_records(paths: Sequence[Path]) -> Iterator[tuple[Image, list[str]]]:
     """Read the test split of files or of a saved dataset: each row's image and captions."""
     if paths[0].suffix == ".json":
-        for row in _read_karpathy_test(paths[0]):
-            name = str(Path(row.get("filepath", "")) / row["filename"])
-            yield name, [sentence["raw"] for sentence in row["sentences"]]
+        yield from _read_karpathy(paths[0])
         return
     for path in paths:
-        number = 0  # stays 0 if there is no row
-        for number, row in enumerate(_read_rows(path), 1):
-            # Some files on the Hub have all splits in one table.
-            if row.get("split", "test") not in ("test", None):
-                continue
-            image = _to_image(_first_field(row, IMAGE_COLUMNS, path, number))
-            yield image, _to_captions(_first_field(row, CAPTION_COLUMNS, path, number))
-        if not number:
-            raise CafeError(f"The evaluation file {path} is empty.")
+        yield from _read_table(path)
+
+
+def _read_table(path: Path) -> Iterator[tuple[Image, list[str]]]:
+    """Read the image and the captions of each row of a table, those of the test split if its rows name a split."""
+    number = 0  # stays 0 if there is no row
+    for number, row in enumerate(_read_rows(path), 1):
+        # Some files on the Hub have all splits in one table.
+        if row.get("split", "test") not in ("test", None):
+            continue
+        image = _to_image(_first_field(row, IMAGE_COLUMNS, path, number))
+        yield image, _to_captions(_first_field(row, CAPTION_COLUMNS, path, number))
+    if not number:
+        raise CafeError(f"The evaluation file {path} is empty.")
 
 
 def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -178,6 +183,7 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     Raises:
         CafeError: a row cannot be read, or has no named fields.
     """
+    # Rows are read once, in order: one chunk of them in memory is enough.
     rows = HFDataset(str(path), "test", "") if path.is_dir() else open_rows(str(path), max_cached=1)
     for number in range(sum(rows.chunks)):
         try:
@@ -224,21 +230,24 @@ def _to_captions(value: Any) -> list[str]:
     return [value]
 
 
+def _read_karpathy(path: Path) -> Iterator[tuple[Image, list[str]]]:
+    """Read the images and captions of a Karpathy file's split "test", all of which must be complete."""
+    for row in _read_karpathy_test(path):
+        # COCO's images are in a folder for each split, which `filepath` names.
+        name = str(Path(row.get("filepath", "")) / row["filename"])
+        yield name, [sentence["raw"] for sentence in row["sentences"]]
+
+
 def _read_karpathy_test(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a Karpathy file's split "test", all of which must be complete."""
+    """Read the records of a Karpathy file's split "test" and check that each has an image and a caption."""
     # Any of these errors means a file of another kind; it is reported before anything is embedded.
-    rows = []
-    complete = True
     try:
-        for row in json.loads(path.read_text())["images"]:
-            if row["split"] != "test":
-                continue
-            rows.append(row)
-            if not (row["filename"] and row["sentences"][0]["raw"]):
-                complete = False
+        rows = [row for row in json.loads(path.read_text())["images"] if row["split"] == "test"]
+        has_image = [bool(row["filename"]) for row in rows]
+        has_caption = [bool(row["sentences"][0]["raw"]) for row in rows]
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise CafeError(f"The evaluation file {path} is not a Karpathy file: {error!r}.") from None
-    if not rows or not complete:
+    if not rows or not all(has_image + has_caption):
         raise CafeError(f"The evaluation file {path} has no complete image in its split 'test'.")
     return rows
 

@@ -21,7 +21,9 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     records = records[:limit]
     outputs = []
     for record, row in zip(records, ask_about_images(model, data, path, records, MAX_NEW_TOKENS), strict=True):
-        mentioned, present = mentioned_objects(row["said"], vocabulary), set(record["objects"])
+        mentioned = mentioned_objects(row["said"], vocabulary)
+        present = set(record["objects"])
+        # A caption may be exactly right in any of several wordings.
         marks = {"captions/exact": int(row["said"] in record["answers"]), **contributions(mentioned, present)}
         outputs.append({**row, "mentioned": sorted(mentioned), "objects": sorted(present), "marks": marks})
     # For the report: the first captions, with whether they are right.
@@ -35,6 +37,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
 def contributions(mentioned: set[str], present: set[str]) -> dict[str, Any]:
     """Compute what the objects that a caption mentions contribute to each result."""
     correct = len(mentioned & present)
+    # Each result is a sum of numerators over a sum of denominators, over all captions.
     return {
         "objects/precision": [correct, len(mentioned)],
         "objects/recall": [correct, len(present)],

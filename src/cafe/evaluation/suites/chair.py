@@ -26,11 +26,14 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     in_captions = read_captions(captions, images) if captions.is_file() else {}
     rows = []
     for number, path, description in describe_images(model, data, images, YEAR, PROMPT, MAX_NEW_TOKENS):
+        # An object is present if either annotates it.
         present = images.objects[number] | in_captions.get(number, set())
         mentioned = images.vocabulary.mentions(description)
         row = {"id": number, "group": str(path), "image": str(path), "said": description, "mentioned": mentioned}
         rows.append({**row, "objects": sorted(present), "marks": contributions(mentioned, present)})
-    return EvaluationResult(aggregate(rows) | {"chair/mentions": mentions(rows)}, {"chair": rows})
+    # A mean and no rate, so it is not made of marks.
+    results = aggregate(rows) | {"chair/mentions": mentions(rows)}
+    return EvaluationResult(results, {"chair": rows})
 
 
 def contributions(mentioned: list[str], present: set[str]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 | method | a caption's score |
 |---|---|
 | `embedding` | cosine of the image's embedding and the caption's |
-| `likelihood` | log-likelihood of the caption as the answer to "Describe the image.", in nats (`Cafe.score`) |
+| `likelihood` | log-likelihood of the caption as the answer to `DESCRIBE_PROMPT`, in nats (`Cafe.score`) |
 | `gain` | the same minus the caption's log-likelihood without the image: what seeing adds |
 
 Likelihood alone prefers plausible and short captions, which a model finds without looking (arXiv 2306.01879); `gain`
@@ -19,9 +19,9 @@ from jaxtyping import Float
 
 from cafe.content import Content
 from cafe.evaluation.cached_model import CachedModel
+from cafe.lvlm.prompts import DESCRIBE_PROMPT
 
 METHODS = ("embedding", "likelihood", "gain")
-PROMPT = "Describe the image."
 # Scores closer than this count as equal: equal contents may differ by this much in float32.
 MARGINS = {"embedding": 1e-6, "likelihood": 1e-4, "gain": 1e-4}
 NUM_AT_ONCE = 2048  # images whose scores are computed before the next are opened
@@ -38,12 +38,12 @@ def score(model: CachedModel, images: Sequence[Any], captions: Sequence[Sequence
         captions: some captions for each image.
     """
     texts = list(dict.fromkeys(chain.from_iterable(captions)))
-    prompts = [Content((*Content.of(image).parts, PROMPT)) for image in images]
+    prompts = [Content((*Content.of(image).parts, DESCRIBE_PROMPT)) for image in images]
     embedding = _cosines(model, images, captions, texts)
     likelihood = model.score(prompts, captions)
     # What the captions get without the image, each text once.
-    blind = model.score([PROMPT] * len(texts), [[text] for text in texts])
-    prior = {text: scores[0] for text, scores in zip(texts, blind, strict=True)}
+    without_image = model.score([DESCRIBE_PROMPT] * len(texts), [[text] for text in texts])
+    prior = {text: scores[0] for text, scores in zip(texts, without_image, strict=True)}
     gain = []
     for scores, choices in zip(likelihood, captions, strict=True):
         gain.append(scores - np.array([prior[caption] for caption in choices]))
@@ -55,12 +55,13 @@ def _cosines(
 ) -> list[Float[np.ndarray, " captions"]]:
     """Compute the cosine of each image with its captions; equal images and texts are embedded once."""
     unique = list(dict.fromkeys(images))
-    image_rows = dict(zip(unique, model.embed(unique), strict=True))
-    text_rows = dict(zip(texts, model.embed(texts), strict=True))
+    image_vectors = dict(zip(unique, model.embed(unique), strict=True))
+    text_vectors = dict(zip(texts, model.embed(texts), strict=True))
+    # The vectors have length 1, so their products are cosines.
     cosines = []
     for image, choices in zip(images, captions, strict=True):
-        rows = np.stack([text_rows[caption] for caption in choices])
-        cosines.append(rows @ image_rows[image])
+        candidates = np.stack([text_vectors[caption] for caption in choices])
+        cosines.append(candidates @ image_vectors[image])
     return cosines
 
 
@@ -77,6 +78,10 @@ def judge_choices(scores: Scores, number: int, part: str) -> dict[str, Any]:
         number: of the image.
         part: the results that the image counts for, without the method.
     """
-    by_method = {method: scores[method][number] for method in METHODS}
-    marks = {f"{part}/{method}": int(first_is_best(values, method)) for method, values in by_method.items()}
-    return {"scores": {method: values.tolist() for method, values in by_method.items()}, "marks": marks}
+    values: dict[str, list[float]] = {}
+    marks: dict[str, int] = {}
+    for method in METHODS:
+        own = scores[method][number]
+        values[method] = own.tolist()
+        marks[f"{part}/{method}"] = int(first_is_best(own, method))
+    return {"scores": values, "marks": marks}

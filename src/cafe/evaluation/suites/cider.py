@@ -31,13 +31,14 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     for text, owner in zip(captioned.texts, captioned.owner, strict=True):
         references[owner].append(text)
     prompts = [Content.of([image, PROMPT]) for image in captioned.images]
-    # The weights of words depend on all references, so all captions are scored at once.
     captions = model.generate(prompts, MAX_NEW_TOKENS)
+    # The weights of words depend on all references, so all captions are scored at once.
     scores = cider(captions, references)
-    rows = [
-        {"id": number, "group": name, "image": name, "said": caption, "marks": {"cider/CIDEr": float(score)}}
-        for number, (name, caption, score) in enumerate(zip(captioned.names, captions, scores, strict=True))
-    ]
+    rows = []
+    for number, (name, caption, score) in enumerate(zip(captioned.names, captions, scores, strict=True)):
+        # As a result in percent, this is CIDEr as papers report it: 100 times the mean.
+        marks = {"cider/CIDEr": float(score)}
+        rows.append({"id": number, "group": name, "image": name, "said": caption, "marks": marks})
     return EvaluationResult(aggregate(rows), {"cider": rows})
 
 
@@ -55,6 +56,7 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Float
         raise MissingPackageError("CIDEr needs the package pycocoevalcap: pip install 'cafe-lvlm[captions]'.")
     from pycocoevalcap.cider.cider import Cider
 
+    # Both by the image's number, as the package wants them.
     candidates = {number: [words(text)] for number, text in enumerate(captions)}
     targets = {number: [words(text) for text in texts] for number, texts in enumerate(references)}
     _, scores = Cider().compute_score(targets, candidates)
@@ -63,6 +65,7 @@ def cider(captions: Sequence[str], references: Sequence[Sequence[str]]) -> Float
 
 def words(text: str) -> str:
     """Split a text into words in lower case, joined by single spaces."""
+    # A word may hold apostrophes and hyphens, but neither begin nor end with them.
     return " ".join(re.findall(r"[^\W_]+(?:['-][^\W_]+)*", text.lower()))
 
 

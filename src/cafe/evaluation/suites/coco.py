@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,16 @@ class Vocabulary:
         while position < len(words):
             term = self._longest_term(words[position : position + MAX_TERM_WORDS])
             name = self.words.get(term)
-            # "The seat of the toilet" is not a chair.
+            # A special case of CHAIR: "the seat of the toilet" is not a chair.
             is_toilet_seat = term in ("seat", "seats") and "toilet" in words
             if name and not is_toilet_seat:
                 classes.append(name)
-            position += len(term.split())
+            position += len(term.split())  # words of one term are not read again
         return classes
 
     def _longest_term(self, words: list[str]) -> str:
         """Find the longest known term that these words begin with; the first word if there is none."""
+        # "hot dog" is tried before "hot".
         for length in range(len(words), 1, -1):
             term = " ".join(words[:length])
             if term in self.words:
@@ -83,7 +85,7 @@ def vocabulary(classes: Iterable[str], synonyms: str = SYNONYMS) -> Vocabulary:
     words: dict[str, str | None] = {}
     for name in names:
         terms = synonyms_of.get(name.lower(), [name.lower()])
-        words.update({term: name for term in terms if term})
+        words |= dict.fromkeys(filter(None, terms), name)
     # 2. Compounds and plurals, which do not replace a term of the list.
     for compound, head in COMPOUNDS.items():
         words.setdefault(compound, words.get(head) if head else None)
@@ -91,8 +93,8 @@ def vocabulary(classes: Iterable[str], synonyms: str = SYNONYMS) -> Vocabulary:
         words.setdefault(plural(term), words[term])
     # 3. Last, so that "baby elephant" is the elephant even where a list of words says otherwise.
     for head, qualifiers in QUALIFIERS.items():
-        for form in (head, plural(head)):
-            words.update({f"{qualifier} {form}": words.get(form) for qualifier in qualifiers})
+        for form, qualifier in product((head, plural(head)), qualifiers):
+            words[f"{qualifier} {form}"] = words.get(form)
     return Vocabulary(names, words)
 
 
@@ -114,9 +116,9 @@ def plural(term: str) -> str:
     irregular = _WORDS["irregular_plurals"].get(word)
     if irregular:
         form = irregular
-    elif re.search(r"(s|x|z|ch|sh)$", word):
+    elif re.search(r"(s|x|z|ch|sh)$", word):  # buses
         form = word + "es"
-    elif re.search(r"[^aeiou]y$", word):
+    elif re.search(r"[^aeiou]y$", word):  # teddies, but not toys
         form = word[:-1] + "ies"
     else:
         form = word + "s"
@@ -148,10 +150,8 @@ def find_instances(data: Path, year: str) -> list[Path]:
     Raises:
         CafeError: there are several, of other years.
     """
-    path = find_one(data, f"annotations/instances_{year}.json")
-    if path is None:
-        path = find_one(data, "annotations/instances_*.json")
-    return [path] if path else []
+    # A file of your own, or the annotations of another year, may have any name.
+    return find_one(data, f"annotations/instances_{year}.json") or find_one(data, "annotations/instances_*.json")
 
 
 def read_instances(path: Path, limit: int | None = None) -> AnnotatedImages:
@@ -170,9 +170,10 @@ def read_instances(path: Path, limit: int | None = None) -> AnnotatedImages:
         parsed: dict[str, Any] = json.loads(path.read_text())
         classes = {row["id"]: row["name"] for row in parsed["categories"]}
         names = {row["id"]: row["file_name"] for row in parsed["images"][:limit]}
+        # An image without annotations shows nothing. Annotations of images beyond the limit are left out.
         objects: dict[int, set[str]] = {number: set() for number in names}
         for row in parsed["annotations"]:
-            if row["image_id"] in objects:  # not beyond the limit
+            if row["image_id"] in objects:
                 objects[row["image_id"]].add(classes[row["category_id"]])
     except (ValueError, KeyError, TypeError) as error:
         raise CafeError(f"The evaluation file {path} is not a COCO instances file: {error!r}.") from None
@@ -226,6 +227,7 @@ def describe_images(
     Returns:
         the id, the path relative to `data` and the description of each image.
     """
+    # All images are looked up before the model starts: a missing one should not cost hours.
     paths = [find_image(name, data, images.source, folder) for name in images.names.values()]
     request = images.prompt or prompt
     contents = [Content((ImageRef(data / path), request)) for path in paths]

@@ -30,6 +30,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         if not dataset.find(data):
             continue
         captioned = dataset.read(data, limit)
+        # If retrieval ran before, the cache has these embeddings.
         images, texts = embed(model, captioned)
         part = "geometry" if dataset is USER_DATASET else f"geometry/{dataset.name}"
         result.add(measure(images, texts, captioned.owner, part))
@@ -52,6 +53,7 @@ def measure(
         "uniformity": uniformity(np.concatenate([images, texts])),
         "effective_rank_images": effective_rank(images),
         "effective_rank_texts": effective_rank(texts),
+        # Hubs are among the candidates, which the other side searches.
         "hubness_images": hubness(texts, images),
         "hubness_texts": hubness(images, texts),
         "matched_similarity": matched,
@@ -69,13 +71,18 @@ def measure(
 
 def _density(counts: np.ndarray) -> list[float]:
     """Turn counts into a density over `BINS`."""
-    density: list[float] = (counts / (max(1, counts.sum()) * np.diff(BINS))).tolist()
+    # Without any pair, all counts are 0, and so is the density.
+    total = max(1, counts.sum())
+    density: list[float] = (counts / (total * np.diff(BINS))).tolist()
     return density
 
 
 def find(data: Path) -> list[Path]:
     """Find the files of the datasets that are there."""
-    return [path for dataset in DATASETS for path in dataset.find(data)]
+    paths = []
+    for dataset in DATASETS:
+        paths += dataset.find(data)
+    return paths
 
 
 GEOMETRY = Suite(

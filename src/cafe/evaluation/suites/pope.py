@@ -7,33 +7,53 @@ from typing import Any
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.io import ask_about_images, by_pattern, json_lines
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
 SPLITS = ("random", "popular", "adversarial")
+METRICS = ("accuracy", "precision", "recall", "F1", "yes_ratio", "strict_accuracy", "neither")
 MAX_NEW_TOKENS = 8
 
 
 def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     """Ask the questions of each split that is there. A question that several splits share is asked once."""
     result = EvaluationResult()
-    # The splits share half of their questions: those about objects that are present.
     splits = {path: read(path)[:limit] for path in find(data)}
-    questions = {(record["image"], record["text"]): record for records in splits.values() for record in records}
-    source = next(iter(splits))  # for errors; images are in the same place for all splits
-    answered = ask_about_images(model, data, source, list(questions.values()), MAX_NEW_TOKENS, "val2014")
-    row_of = dict(zip(questions, answered, strict=True))
+    answers = _ask(model, data, splits)
     for path, records in splits.items():
         part = f"pope/{path.stem.rsplit('_', 1)[-1]}"
         rows = []
         for number, record in enumerate(records):
-            row, label = row_of[record["image"], record["text"]], record["label"]
+            row, label = answers[record["image"], record["text"]], record["label"]
             marks = contributions(row["said"], label == "yes", part)
+            # The id is that of this split, whichever split the question was asked for.
             rows.append({**row, "id": record.get("question_id", number), "label": label, "marks": marks})
         result.outputs[part] = rows
         result.results |= aggregate(rows)
-    for name in ("accuracy", "precision", "recall", "F1", "yes_ratio", "strict_accuracy", "neither"):
-        mean_of(result, f"pope/mean/{name}", [key for key in result.results if key.endswith(f"/{name}")])
+    for metric in METRICS:
+        result.add_mean(f"pope/mean/{metric}", [f"{part}/{metric}" for part in result.outputs])
     return result
+
+
+def _ask(
+    model: CachedModel, data: Path, splits: dict[Path, list[dict[str, Any]]]
+) -> dict[tuple[str, str], dict[str, Any]]:
+    """Ask the questions of all splits.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        splits: by file, its questions.
+
+    Returns:
+        by image and text, the question's output row.
+    """
+    # The splits share half of their questions: those about objects that are present.
+    questions: dict[tuple[str, str], dict[str, Any]] = {}
+    for records in splits.values():
+        questions |= {(record["image"], record["text"]): record for record in records}
+    source = next(iter(splits))  # for errors; images are in the same place for all splits
+    answered = ask_about_images(model, data, source, list(questions.values()), MAX_NEW_TOKENS, "val2014")
+    return dict(zip(questions, answered, strict=True))
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -35,12 +35,14 @@ MAP_IMAGES, MAP_TEXTS = 500, 1000  # embeddings kept for the report's map
 def run(dataset: RetrievalDataset, model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     """Measure both directions; `limit` images with their captions make a smaller and easier dataset."""
     captioned = dataset.read(data, limit)
+    # An image and its captions form a group; whatever is in the query's group is right.
     owner, numbers = captioned.owner, np.arange(len(captioned.names))
     images, texts = embed(model, captioned)
     result = EvaluationResult(
         samples=_samples(data, captioned, images, texts),
         embeddings={"images": images[:MAP_IMAGES], "texts": texts[:MAP_TEXTS], "owner": owner[:MAP_TEXTS]},
     )
+    # In the other direction, queries and candidates change places.
     for direction, rank in (
         ("image_to_text", ranks(images, texts, numbers, owner)),
         ("text_to_image", ranks(texts, images, owner, numbers)),
@@ -91,7 +93,8 @@ def _samples(
     texts: Float[np.ndarray, "texts dim"],
 ) -> dict[str, Any]:
     """Take some queries in both directions with their first hits, for the report."""
-    text_numbers, image_numbers = evenly_spaced(len(texts), NUM_SAMPLES), evenly_spaced(len(images), NUM_SAMPLES // 2)
+    text_numbers = evenly_spaced(len(texts), NUM_SAMPLES)
+    image_numbers = evenly_spaced(len(images), NUM_SAMPLES // 2)
     # All queries of a direction in one product.
     text_queries = []
     for query, nearest in zip(text_numbers, _nearest(texts[text_numbers], images), strict=True):
@@ -108,6 +111,7 @@ def _nearest(
     queries: Float[np.ndarray, "queries dim"], candidates: Float[np.ndarray, "candidates dim"]
 ) -> Int[np.ndarray, "queries hits"]:
     """Find the candidates most similar to each query, best first."""
+    # Where scores are equal, a stable sort gives the same hits on every machine.
     return np.argsort(-(queries @ candidates.T), axis=1, kind="stable")[:, :NUM_HITS]
 
 
@@ -121,7 +125,10 @@ def _display_image(data: Path, image: Path | ImageRef) -> str:
     """Name an image for the report; one that is not a file in the folder is shown by a thumbnail."""
     if isinstance(image, ImageRef):
         return thumbnail(decode_image(image))
-    return str(image.relative_to(data) if image.is_relative_to(data) else image)
+    # A relative name stays valid when the folder is moved.
+    if image.is_relative_to(data):
+        image = image.relative_to(data)
+    return str(image)
 
 
 def _retrieval_suite(

@@ -9,7 +9,7 @@ from typing import Any
 
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.io import find_image, json_records
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.choices import judge_choices, score
 
 CHANGES = ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj")
@@ -26,20 +26,28 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         result.results |= aggregate(rows)
     # Only after all files: a mean is over those that are there.
     for name, averaged in means(list(result.results)).items():
-        mean_of(result, name, averaged)
+        result.add_mean(name, averaged)
     return result
 
 
 def _judge_records(model: CachedModel, data: Path, path: Path, part: str, limit: int | None) -> list[dict[str, Any]]:
-    """Score the two captions of each record of a file."""
+    """Score the two captions of each record of a file.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        path: the records' file.
+        part: begins the names of the results.
+        limit: the number of records; all of them if None.
+    """
     records = json_records(path, FIELDS)[:limit]
     images = [find_image(record["filename"], data, path, "val2017") for record in records]
     captions = [(record["caption"], record["negative_caption"]) for record in records]
     scores = score(model, [data / image for image in images], captions)
     rows: list[dict[str, Any]] = []
-    for number, (image, record) in enumerate(zip(images, records, strict=True)):
-        row = {"id": number, "group": str(image), "image": str(image)}
-        row |= {"caption": record["caption"], "negative": record["negative_caption"]}
+    for number, (image, (caption, negative)) in enumerate(zip(images, captions, strict=True)):
+        # Records about one image are one group for the bootstrap.
+        row = {"id": number, "group": str(image), "image": str(image), "caption": caption, "negative": negative}
         rows.append(row | judge_choices(scores, number, part))
     return rows
 
@@ -53,6 +61,7 @@ def means(results: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for result in results:
         _, change, method = result.split("/")
+        # "add_att" is of the kind "add".
         for group in (change.partition("_")[0], "mean"):
             groups.setdefault(f"sugarcrepe/{group}/{method}", []).append(result)
     return groups
@@ -61,7 +70,7 @@ def means(results: Sequence[str]) -> dict[str, list[str]]:
 def find(data: Path) -> list[Path]:
     """Find the files that are there."""
     paths = [data / "sugarcrepe" / f"{change}.json" for change in CHANGES]
-    return [path for path in paths if path.is_file()]
+    return list(filter(Path.is_file, paths))
 
 
 SUGARCREPE = Suite(

@@ -40,6 +40,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     classes = images.vocabulary.classes
     present = np.array([[name in images.objects[number] for name in classes] for number in images.names])
 
+    # An output row lists classes by name.
     rows = []
     for index, (number, path, description) in enumerate(described):
         row: dict[str, Any] = {"id": number, "group": str(path), "image": str(path), "said": description}
@@ -57,7 +58,10 @@ def agreement(ballots: Bool[np.ndarray, "votes images classes"]) -> tuple[Pairs,
         ballots: the judges' votes; each is whether the description states the class.
     """
     yes = ballots.sum(axis=0)
-    return yes == len(ballots), (yes > 0) & (yes < len(ballots))
+    # All no, all yes, or something between.
+    unanimous = yes == len(ballots)
+    split = (yes > 0) & ~unanimous
+    return unanimous, split
 
 
 def contributions(
@@ -70,6 +74,7 @@ def contributions(
         split: the classes on which the votes are split.
         present: the classes that the image shows.
     """
+    # Classes with split votes are in none of the counts.
     correct, num_stated, num_present = (int((pairs & ~split).sum()) for pairs in (stated & present, stated, present))
     scores = _score_fractions(correct, num_stated, num_present)
     return {
@@ -86,6 +91,7 @@ def class_scores(stated: Pairs, split: Pairs, present: Pairs) -> dict[str, float
         split: the pairs on which the votes are split.
         present: the pairs of an image and a class that it shows.
     """
+    # Over the images, so that each count is an array over the classes.
     correct, num_stated, num_present = ((pairs & ~split).sum(axis=0) for pairs in (stated & present, stated, present))
     results = {}
     for name, (numerator, denominator) in _score_fractions(correct, num_stated, num_present).items():
@@ -100,6 +106,7 @@ def _score_fractions(correct: Any, stated: Any, present: Any) -> dict[str, tuple
     """Write each score as numerator and denominator, for counts of one image or arrays over classes."""
     scores = {"precision": (correct, stated), "recall": (correct, present)}
     for name, beta in BETAS.items():
+        # F_beta in terms of counts: (1 + beta²) correct / (stated + beta² present).
         weight = beta * beta
         scores[name] = ((1 + weight) * correct, stated + weight * present)
     return scores

@@ -17,6 +17,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     outputs = []
     for record, row in zip(records, ask_about_images(model, data, path, records, MAX_NEW_TOKENS), strict=True):
         correct = int(row["said"].lower() == record["answer"].lower())
+        # A question counts for its category and for the whole.
         marks = {"vqa/all": correct, f"vqa/{record['category']}": correct}
         outputs.append({**row, "answer": record["answer"], "marks": marks})
     # The overall result first, then the categories by name.

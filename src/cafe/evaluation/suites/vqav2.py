@@ -35,15 +35,25 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     result = EvaluationResult()
     for path in find(data):
         name = path.name.removesuffix(QUESTIONS_SUFFIX).removesuffix(".jsonl")
-        rows = _answer(model, data, path, f"vqav2/{name}", limit)
-        result.outputs[f"vqav2/{name}"] = rows
+        part = f"vqav2/{name}"
+        rows = _answer(model, data, path, part, limit)
+        result.outputs[part] = rows
         result.results |= aggregate(rows)
     return result
 
 
 def _answer(model: CachedModel, data: Path, path: Path, part: str, limit: int | None) -> list[dict[str, Any]]:
-    """Ask and score the questions of one file."""
+    """Ask and score the questions of one file.
+
+    Args:
+        model: the model.
+        data: the folder of evaluation files.
+        path: the file of questions.
+        part: begins the names of the results.
+        limit: the number of questions; all of them if None.
+    """
     records = read(path)[:limit]
+    # The request for a short answer is appended for the model alone; the output rows show the question.
     prompts = [{**record, "text": record["text"] + record.get("prompt", SHORT_ANSWER_PROMPT)} for record in records]
     answered = ask_about_images(model, data, path, prompts, MAX_NEW_TOKENS, "val2014")
     rows = []
@@ -78,17 +88,23 @@ def normalize(answer: str) -> str:
     The steps, their order and their odd cases are those of its script.
     """
     text = " ".join(answer.split())
-    # A mark next to a space, or in an answer with a comma inside a number, is removed; between letters it becomes a
-    # space.
-    has_number_with_comma = re.search(r"\d,+\d", text) is not None
-    cleaned = text
-    for mark in PUNCTUATION:
-        next_to_space = f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if next_to_space or has_number_with_comma else " ")
-    cleaned = re.sub(r"\.(?!\d)", "", cleaned)  # a decimal point stays
+    cleaned = _remove_punctuation(text)
     # In the official order: number words, then articles, then contractions.
     words = [NUMBERS.get(word, word) for word in cleaned.lower().split()]
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+
+
+def _remove_punctuation(text: str) -> str:
+    """Remove punctuation marks, or replace them by spaces where they separate words."""
+    # "1,000" becomes "1000"; and in such an answer, all marks are removed.
+    has_number_with_comma = re.search(r"\d,+\d", text) is not None
+    cleaned = text
+    for mark in PUNCTUATION:
+        # Looked up in the original text, for all places where the mark stands.
+        next_to_space = f"{mark} " in text or f" {mark}" in text
+        is_removed = next_to_space or has_number_with_comma
+        cleaned = cleaned.replace(mark, "" if is_removed else " ")
+    return re.sub(r"\.(?!\d)", "", cleaned)  # a decimal point stays
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -97,15 +113,19 @@ def read(path: Path) -> list[dict[str, Any]]:
     Raises:
         CafeError: a file does not have its format, or the annotations are not beside the questions.
     """
-    return _read_json_lines(path) if path.suffix == ".jsonl" else _read_vqa_files(path)
+    if path.suffix == ".jsonl":
+        return _read_json_lines(path)
+    return _read_vqa_files(path)
 
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read records whose answers are texts, or objects with a text as in VQA's annotations."""
     rows = json_lines(path, {"image": str, "text": str, "answers": list})
     for number, row in enumerate(rows, 1):
-        row["answers"] = [_answer_text(answer) for answer in row["answers"]]
-        if not row["answers"] or None in row["answers"]:
+        answers = list(map(_answer_text, row["answers"]))
+        row["answers"] = answers
+        # Without a text to compare with, no answer could be right.
+        if not answers or None in answers:
             raise CafeError(f"Record {number} of the evaluation file {path} has no answers, or one that is not text.")
     return rows
 
@@ -122,11 +142,10 @@ def _read_vqa_files(path: Path) -> list[dict[str, Any]]:
 
     `info.prompt`, which VQA's files do not have, replaces the request for a short answer; the scenes' file has it.
     """
-    annotations = path.with_name(path.name.removesuffix(QUESTIONS_SUFFIX) + ANNOTATIONS_SUFFIX)
-    if "_OpenEnded_" in path.name:  # VQA v2 names its two files differently
-        annotations = path.with_name(annotations.name.replace("_OpenEnded", ""))
+    annotations = _annotations_beside(path)
     try:
         parsed = json.loads(path.read_text())
+        # The two files need not have their rows in the same order.
         by_question = {row["question_id"]: row for row in json.loads(annotations.read_text())["annotations"]}
         split = parsed.get("data_subtype", "val2014")
         prompt = (parsed.get("info") or {}).get("prompt", SHORT_ANSWER_PROMPT)
@@ -139,8 +158,24 @@ def _read_vqa_files(path: Path) -> list[dict[str, Any]]:
         raise CafeError(f"{path} and {annotations.name} are not VQA's files: {error!r}.") from None
 
 
+def _annotations_beside(path: Path) -> Path:
+    """Name the file of annotations that belongs to a file of questions."""
+    name = path.name.removesuffix(QUESTIONS_SUFFIX) + ANNOTATIONS_SUFFIX
+    # VQA v2 has this word in the names of its questions alone.
+    if "_OpenEnded_" in path.name:
+        name = name.replace("_OpenEnded", "")
+    return path.with_name(name)
+
+
 def _to_record(question: Mapping[str, Any], annotation: Mapping[str, Any], split: str, prompt: str) -> dict[str, Any]:
-    """Join a question and its annotation; the image's name follows from its id and the split."""
+    """Join a question and its annotation.
+
+    Args:
+        question: has the image's id and the text.
+        annotation: has people's answers and the type of the answer.
+        split: of COCO; with the id it makes the name of the image's file.
+        prompt: the request for a short answer.
+    """
     return {
         "question_id": question["question_id"],
         "image": f"COCO_{split}_{question['image_id']:012}.jpg",

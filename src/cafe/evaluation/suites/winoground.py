@@ -26,8 +26,9 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     # Images 2n and 2n + 1 belong to example n; both are scored against both captions.
     images, captions = [], []
     for record in records:
-        images += [_image_ref(record[f"image_{side}"], data, path) for side in (0, 1)]
-        captions += [(record["caption_0"], record["caption_1"])] * 2
+        for field in ("image_0", "image_1"):
+            images.append(_image_ref(record[field], data, path))
+            captions.append((record["caption_0"], record["caption_1"]))
     scores = score(model, images, captions)
     rows = [_judge_example(record, number, scores) for number, record in enumerate(records)]
     return EvaluationResult(aggregate(rows), {"winoground": rows})
@@ -41,8 +42,9 @@ def _judge_example(record: dict[str, Any], number: int, scores: Scores) -> dict[
         number: the example's.
         scores: of the captions on all images, two images for each example.
     """
+    # Rows are the example's two images, columns its two captions.
     by_method = {method: scores[method][2 * number : 2 * number + 2] for method in METHODS}
-    # Every method judges the two images (rows) and the two captions (columns) by the same rule.
+    # Every method judges by the same rule.
     marks = {}
     for method, (first, second) in by_method.items():
         text, image = judge(first, second, MARGINS[method])
@@ -66,8 +68,9 @@ def judge(
         second: how well they fit image 1.
         margin: scores closer than this count as equal.
     """
-    text = first[0] > first[1] + margin and second[1] > second[0] + margin
-    image = first[0] > second[0] + margin and second[1] > first[1] + margin
+    # Text: along each image's row, its own caption wins. Image: along each caption's column, its own image wins.
+    text = (first[0] > first[1] + margin) & (second[1] > second[0] + margin)
+    image = (first[0] > second[0] + margin) & (second[1] > first[1] + margin)
     return bool(text), bool(image)
 
 
@@ -83,21 +86,28 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def _image_ref(value: Any, data: Path, source: Path) -> ImageRef:
-    """Take an image as the Hub dataset holds it, or by its name, which may lack the suffix."""
+    """Take an image as the Hub dataset holds it, or by its name, which may lack the suffix.
+
+    Args:
+        value: the field of the example.
+        data: the folder of evaluation files.
+        source: the file of examples, for the error.
+    """
+    name = value
     if isinstance(value, dict):
+        # The datasets library leaves the bytes out of images that it was told not to embed.
         if value.get("bytes"):
             return ImageRef(value["bytes"])
-        value = value["path"]
-    name = value
-    if not Path(name).suffix:  # `examples.jsonl` has "ex_0_img_0" for ex_0_img_0.png
+        name = value["path"]
+    # `examples.jsonl` has "ex_0_img_0" for ex_0_img_0.png.
+    if not Path(name).suffix:
         name = f"{name}.png"
     return ImageRef(data / find_image(name, data, source, "winoground", "winoground/images"))
 
 
 def find(data: Path) -> list[Path]:
     """Find the file of examples."""
-    path = find_one(data, "winoground/*.jsonl", "winoground/*.parquet")
-    return [path] if path else []
+    return find_one(data, "winoground/*.jsonl", "winoground/*.parquet")
 
 
 WINOGROUND = Suite(

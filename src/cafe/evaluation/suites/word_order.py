@@ -14,6 +14,7 @@ be too short for another order: such an order is not a candidate.
 import re
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from itertools import chain
 from random import Random
 
 from cafe.errors import MissingPackageError
@@ -60,7 +61,7 @@ def orders(tagged: Sequence[Word], seed: int = 0) -> dict[str, list[str]]:
         "nouns_and_adjectives": _shuffle_within(words, [nouns, adjectives], rng),
         "other_words": _shuffle_within(words, [others], rng),
         "within_trigrams": _shuffle_within(words, trigrams, rng),
-        "trigrams": [words[position] for trigram in rng.sample(trigrams, len(trigrams)) for position in trigram],
+        "trigrams": [words[position] for position in chain(*rng.sample(trigrams, len(trigrams)))],
     }
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.suite import EvaluationResult, Suite, aggregate, mean_of
+from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.mmeb.datasets import Dataset, find_datasets, lookup
 from cafe.evaluation.suites.mmeb.leaderboard import describe, means, score_files, score_query
 from cafe.evaluation.suites.mmeb.readers import FOLDERS, Query, Side, read_corpus, read_records, to_content
@@ -37,17 +37,26 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         result.outputs[f"mmeb/{name}"] = rows
         result.results |= aggregate(rows)
         scores[name] = _average_scores(rows)
+
     # The means come after all datasets, and are not averaged themselves.
     measured = list(result.results)
     for mean, averaged in means(measured).items():
-        mean_of(result, mean, averaged)
+        result.add_mean(mean, averaged)
     result.results["mmeb/overall/datasets"] = len(measured)
     result.files = score_files(scores, describe(model.model))
     return result
 
 
 def _read(name: str, path: Path, dataset: Dataset, data: Path, limit: int | None) -> list[Query]:
-    """Read the queries of a dataset in the format of its modality."""
+    """Read the queries of a dataset in the format of its modality.
+
+    Args:
+        name: the dataset's.
+        path: its file or folder.
+        dataset: what is known of it.
+        data: the folder of evaluation files.
+        limit: the number of queries; all of them if None.
+    """
     if dataset.modality == "visdoc":
         return read_corpus(path, limit)
     video = name if dataset.modality == "video" else ""
@@ -89,12 +98,14 @@ def _output_row(
         dataset: decides which score counts.
     """
     scores = score_query(similarity, query.gains)
+    # Documents have graded relevance.
     if dataset.modality == "visdoc":
         metric, value = "NDCG@5", scores["ndcg_linear@5"]
     else:
         metric, value = "P@1", scores["hit@1"]
     best = query.candidates[int(np.argmax(similarity))]
     row = {"id": query.id, "asked": query.side.text, "said": best.text}
+    # The report shows the first image that is a file; those inside a parquet file have no name.
     image = next((image for image in best.images if isinstance(image, str)), None)
     if image:
         row["image"] = image

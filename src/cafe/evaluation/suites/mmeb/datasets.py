@@ -34,10 +34,11 @@ class Dataset:
 
 
 def _read_table() -> dict[str, Dataset]:
+    """Read the groups of datasets, by the name of each dataset."""
     groups = json.loads(files(__package__).joinpath("datasets.json").read_text(encoding="utf-8"))
     table: dict[str, Dataset] = {}
     for group in groups:
-        names = group.pop("names")
+        names = group.pop("names")  # what remains are the fields of `Dataset`
         table |= dict.fromkeys(names, Dataset(**group))
     return table
 
@@ -68,14 +69,16 @@ def find_datasets(data: Path) -> dict[str, Path]:
     paths: dict[str, Path] = {}
     for path in sorted(root.iterdir()):
         name = _dataset_name(path)
+        if not name:
+            continue
+        # A file and a folder may have the same name but for the suffix.
         if name in paths:
             raise CafeError(f"{paths[name].name} and {path.name} in {root} measure the same: keep one of them.")
-        if name:
-            paths[name] = path
+        paths[name] = path
     # Your own datasets come first, then the leaderboard's, in its order.
-    ordered = [name for name in paths if name not in DATASETS]
-    ordered += [name for name in DATASETS if name in paths]
-    return {name: paths[name] for name in ordered}
+    own = {name: path for name, path in paths.items() if name not in DATASETS}
+    known = {name: paths[name] for name in DATASETS if name in paths}
+    return own | known
 
 
 def _dataset_name(path: Path) -> str:
@@ -84,8 +87,10 @@ def _dataset_name(path: Path) -> str:
         return path.stem
     if not path.is_dir():
         return ""
-    has_records = is_corpus(path) or parquet_files(path)
-    return path.name if has_records else ""
+    # Other folders hold images.
+    if is_corpus(path) or parquet_files(path):
+        return path.name
+    return ""
 
 
 def find_in_folders(data: Path, folders: Sequence[str], name: str) -> Path | None:

@@ -39,6 +39,7 @@ def means(results: Sequence[str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     for result in results:
         _, name, metric = result.split("/")
+        # The mean over everything mixes Precision@1 and NDCG@5, as the leaderboard does.
         groups.setdefault("mmeb/overall/mean", []).append(result)
         for group in _groups_of(name):
             groups.setdefault(f"mmeb/{group}/{metric}", []).append(result)

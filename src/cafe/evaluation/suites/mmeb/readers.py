@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -61,21 +62,23 @@ def read_records(
     if not rank_all:
         return queries
     # Some classes have no row within the limit, or none at all; a file of labels adds those.
-    labels = path.with_name(f"{video or path.stem}_labels.txt")
-    names = labels.read_text().splitlines() if labels.is_file() else []
-    return _share_candidates(queries, [Side(name.strip()) for name in names if name.strip()])
+    return _share_candidates(queries, _read_labels(path.with_name(f"{video or path.stem}_labels.txt")))
+
+
+def _read_labels(path: Path) -> list[Side]:
+    """Read the names of classes, one a line; a dataset need not have this file."""
+    if not path.is_file():
+        return []
+    names = map(str.strip, path.read_text().splitlines())
+    return list(map(Side, filter(None, names)))
 
 
 def _share_candidates(queries: Sequence[Query], others: Sequence[Side]) -> list[Query]:
     """Let every query rank the candidates of all queries, and some others; its own first one is right."""
-    number_of: dict[Side, int] = {}
-    for query in queries:
-        for candidate in query.candidates:
-            number_of.setdefault(candidate, len(number_of))
-    for candidate in others:
-        number_of.setdefault(candidate, len(number_of))
+    own = chain.from_iterable(query.candidates for query in queries)
     # One list for all, by which `embed` knows that they share it.
-    candidates = list(number_of)
+    candidates = list(dict.fromkeys(chain(own, others)))
+    number_of = {candidate: number for number, candidate in enumerate(candidates)}
     return [Query(query.side, candidates, {number_of[query.candidates[0]]: 1.0}, query.id) for query in queries]
 
 
@@ -124,7 +127,14 @@ def _to_side(text: str | None, images: str | Sequence[str] | None, instruction: 
 
 
 def _read_rows(path: Path, limit: int | None, video: str, data: Path) -> list[dict[str, Any]]:
-    """Read the first rows of a file or folder, as records with MMEB-eval's fields."""
+    """Read the first rows of a file or folder, as records with MMEB-eval's fields.
+
+    Args:
+        path: the file or folder.
+        limit: the number of rows; all of them if None.
+        video: the name of a dataset of videos; empty for others.
+        data: the folder of evaluation files, where frames are.
+    """
     # A user may have converted a dataset of videos to MMEB-eval's fields.
     row_format = VIDEO_FORMATS.get(video)
     if row_format is None or "qry_text" in _read_fields(path, (), 1)[0]:
@@ -196,9 +206,10 @@ def to_content(side: Side, data: Path, source: Path) -> Content:
     unmarked = Content.of(MARK.sub("", side.text).strip())
     if not side.images:
         return unmarked
-    refs = [ref for image in side.images for ref in _image_refs(image, data, source)]
+    refs = list(chain.from_iterable(_image_refs(image, data, source) for image in side.images))
     num_marks = len(MARK.findall(side.text))
-    if num_marks and len(refs) != num_marks:  # a video has one mark for all its frames
+    # A video has one mark for all its frames.
+    if num_marks and len(refs) != num_marks:
         return Content((*refs, *unmarked.parts))
     return place_images(side.text, list(refs), MARK)
 

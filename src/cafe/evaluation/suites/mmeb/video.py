@@ -7,6 +7,7 @@ TIGER-Lab/MMEB-V2, unpacked in video-tasks/frames: a folder for each video or cl
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,14 @@ class VideoRowFormat:
 
 
 def _record(query: str, image: str, candidates: Iterable[tuple[str, str]], num_right: int = 1) -> Row:
-    """Make a record of MMEB-eval; a candidate is its text and its folder of frames."""
+    """Make a record of MMEB-eval.
+
+    Args:
+        query: the query's text.
+        image: the query's image or folder of frames; empty if it has none.
+        candidates: the text and the folder of frames of each candidate, the right ones first.
+        num_right: how many candidates are right.
+    """
     # MMEB-eval has the texts and the images of the candidates in two lists.
     texts, images = zip(*candidates, strict=True)
     return {"qry_text": query, "qry_img_path": image, "tgt_text": texts, "tgt_img_path": images, "right": num_right}
@@ -60,25 +68,46 @@ def _text_record(query: str, image: str, right: str, wrong: Iterable[str]) -> Ro
 def _classification(
     folder: str, instruction: str, wrong_column: str | None = None, max_rows: int | None = None
 ) -> VideoRowFormat:
-    """Find a video's class: among those of all rows, or those that a further column lists."""
+    """Find a video's class: among those of all rows, or those that a further column lists.
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        wrong = row[wrong_column] if wrong_column else []
-        return _text_record(instruction, f"{folder}/{row['video_id']}", row["pos_text"], wrong)
+    Args:
+        folder: of the videos' frames.
+        instruction: the query's text.
+        wrong_column: the column that lists other classes, if there is one.
+        max_rows: how many rows are used; all if None.
+    """
+    columns = ["video_id", "pos_text"]
+    if wrong_column:
+        columns.append(wrong_column)
+    to_record = partial(_class_record, folder=folder, instruction=instruction, wrong_column=wrong_column)
+    return VideoRowFormat(tuple(columns), to_record, max_rows)
 
-    columns = ("video_id", "pos_text", wrong_column) if wrong_column else ("video_id", "pos_text")
-    return VideoRowFormat(columns, to_record, max_rows)
+
+def _class_record(row: Row, list_clips: ListClips, folder: str, instruction: str, wrong_column: str | None) -> Row:
+    """Make a record whose right candidate is the video's class."""
+    # Without a column of wrong classes, `read_records` adds the classes of the other rows.
+    wrong = row[wrong_column] if wrong_column else []
+    return _text_record(instruction, f"{folder}/{row['video_id']}", row["pos_text"], wrong)
 
 
 def _video_retrieval(folder: str, instruction: str, video_column: str, caption_column: str) -> VideoRowFormat:
-    """Find the video of a caption, the first of several, among those of all rows."""
+    """Find the video of a caption, the first of several, among those of all rows.
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        captions = row[caption_column]
-        caption = captions if isinstance(captions, str) else captions[0]
-        return _record(f"{instruction} {caption}", "", [(WATCH, f"{folder}/{_stem(row[video_column])}")])
+    Args:
+        folder: of the videos' frames.
+        instruction: comes before the caption.
+        video_column: names the video.
+        caption_column: holds a caption or several.
+    """
+    columns = (video_column, caption_column)
+    return VideoRowFormat(columns, partial(_video_record, folder=folder, instruction=instruction, columns=columns))
 
-    return VideoRowFormat((video_column, caption_column), to_record)
+
+def _video_record(row: Row, list_clips: ListClips, folder: str, instruction: str, columns: tuple[str, str]) -> Row:
+    """Make a record whose candidate is the caption's video."""
+    video, captions = (row[column] for column in columns)
+    caption = captions if isinstance(captions, str) else captions[0]
+    return _record(f"{instruction} {caption}", "", [(WATCH, f"{folder}/{_stem(video)}")])
 
 
 def _question_answering(
@@ -91,52 +120,63 @@ def _question_answering(
         columns: of the row.
         parse: gives the question, the options, and the number of the right one.
     """
+    return VideoRowFormat(tuple(columns), partial(_answer_record, frames=frames, parse=parse))
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        question, options, right = parse(row)
-        wrong = [option for number, option in enumerate(options) if number != right]
-        return _text_record(f"{CHOOSE} {question}", frames.format(**row), options[right], wrong)
 
-    return VideoRowFormat(tuple(columns), to_record)
+def _answer_record(
+    row: Row, list_clips: ListClips, frames: str, parse: Callable[[Row], tuple[str, list[str], int]]
+) -> Row:
+    """Make a record whose candidates are the options of a question."""
+    question, options, right = parse(row)
+    # By number, since two options may have the same text.
+    wrong = [option for number, option in enumerate(options) if number != right]
+    return _text_record(f"{CHOOSE} {question}", frames.format(**row), options[right], wrong)
 
 
 def _moment_retrieval(folder: str) -> VideoRowFormat:
     """Find the clip of a video that a sentence describes, among the clips in the video's folder."""
+    return VideoRowFormat(("query", "video_path"), partial(_moment_record, folder=folder))
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        frames = f"{folder}/{_stem(row['video_path'])}"
-        # The folder "query" holds the video itself; the right clip comes first, as in MMEB-eval.
-        clips = sorted(set(list_clips(frames)) - {"query"})
-        clips.sort(key=lambda clip: not clip.startswith("positive"))
-        if not clips or not clips[0].startswith("positive"):
-            raise CafeError(f"The frames in {frames} have no folder of the clip that is right (positive...).")
-        candidates = [(WATCH, f"{frames}/{clip}") for clip in clips]
-        return _record(f"{FIND_MOMENT} {row['query']}", f"{frames}/query", candidates)
 
-    return VideoRowFormat(("query", "video_path"), to_record)
+def _moment_record(row: Row, list_clips: ListClips, folder: str) -> Row:
+    """Make a record whose candidates are the clips of a video."""
+    frames = f"{folder}/{_stem(row['video_path'])}"
+    # The folder "query" holds the video itself; the right clip comes first, as in MMEB-eval.
+    clips = sorted(set(list_clips(frames)) - {"query"})
+    clips.sort(key=lambda clip: not clip.startswith("positive"))
+    if not clips or not clips[0].startswith("positive"):
+        raise CafeError(f"The frames in {frames} have no folder of the clip that is right (positive...).")
+    candidates = [(WATCH, f"{frames}/{clip}") for clip in clips]
+    return _record(f"{FIND_MOMENT} {row['query']}", f"{frames}/query", candidates)
 
 
 def _moment_seeker(folder: str) -> VideoRowFormat:
     """Find a clip by words, alone or with an image or a video; several may be right."""
+    columns = ("query", "input_frames", "positive_frames", "negative_frames")
+    return VideoRowFormat(columns, partial(_moment_seeker_record, folder=folder))
 
-    def frames_of(video: str) -> str:
-        return f"{folder}/video_frames/{video.partition('.mp4')[0].replace('/', '_')}"
 
-    def to_record(row: Row, list_clips: ListClips) -> Row:
-        shown = row["input_frames"] or ""  # what comes with the words: an image's name, a video's, or nothing
-        suffix = Path(shown).suffix
-        match suffix:
-            case ".jpg":
-                image = f"{folder}/query_{shown}"
-            case ".mp4":
-                image = frames_of(shown)
-            case _:
-                suffix, image = "", ""
-        clips = [*row["positive_frames"], *row["negative_frames"]]
-        candidates = [(WATCH_CLIP, frames_of(clip["output_path"])) for clip in clips]
-        return _record(f"{SEEK_MOMENT[suffix]} {row['query']}", image, candidates, len(row["positive_frames"]))
+def _moment_seeker_record(row: Row, list_clips: ListClips, folder: str) -> Row:
+    """Make a record whose candidates are clips of any videos, the right ones first."""
+    shown = row["input_frames"] or ""  # what comes with the words: an image's name, a video's, or nothing
+    suffix = Path(shown).suffix
+    match suffix:
+        case ".jpg":
+            image = f"{folder}/query_{shown}"
+        case ".mp4":
+            image = _moment_seeker_frames(shown, folder)
+        case _:
+            suffix, image = "", ""
+    # MMEB-eval has the right candidates first.
+    clips = [*row["positive_frames"], *row["negative_frames"]]
+    candidates = [(WATCH_CLIP, _moment_seeker_frames(clip["output_path"], folder)) for clip in clips]
+    return _record(f"{SEEK_MOMENT[suffix]} {row['query']}", image, candidates, len(row["positive_frames"]))
 
-    return VideoRowFormat(("query", "input_frames", "positive_frames", "negative_frames"), to_record)
+
+def _moment_seeker_frames(video: str, folder: str) -> str:
+    """Name a video's folder of frames: "movie/a.mp4" has its frames in "movie_a"."""
+    name = video.partition(".mp4")[0]
+    return f"{folder}/video_frames/{name.replace('/', '_')}"
 
 
 def _stem(video: Any) -> str:
@@ -146,6 +186,7 @@ def _stem(video: Any) -> str:
 
 def _strip_letters(options: Sequence[str]) -> list[str]:
     """Remove the letters of options: "A. a dog." becomes "a dog"."""
+    # Every option must have its letter: for another, `find` gives -1.
     return [option[option.find(". ") :].strip(". ") for option in options]
 
 
@@ -164,26 +205,33 @@ def _with_options(question: str, options: Sequence[str]) -> str:
 
 
 def _video_mme(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of Video-MME, whose answer is the option's letter."""
     question = "\n".join([row["question"], *row["options"]])
     return question, _strip_letters(row["options"]), "ABCD".index(row["answer"])
 
 
 def _next_qa(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of NExT-QA, whose options are columns and whose answer is a number."""
     options = [row[f"a{number}"] for number in range(5)]
     return _with_options(row["question"], options), options, int(row["answer"])
 
 
 def _ego_schema(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of EgoSchema, whose options have letters and whose answer is a number."""
+    # No space after the question, as in VLM2Vec.
     question = row["question"] + " ".join(row["option"])
     return question, _strip_letters(row["option"]), int(row["answer"])
 
 
 def _mv_bench(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of MVBench, whose answer is the option's text."""
+    # The candidates have the letters of the question.
     right = list(row["candidates"]).index(row["answer"])
     return _with_options(row["question"], row["candidates"]), _add_letters(row["candidates"]), right
 
 
 def _activity_net(row: Row) -> tuple[str, list[str], int]:
+    """Parse a row of ActivityNet-QA, whose questions are answered by yes or no."""
     options = ["yes", "no"]
     return row["question"] + "? (A) yes; (B) no.", options, options.index(row["answer"])
 
@@ -260,14 +308,7 @@ def to_records(name: str, rows: Sequence[Row], data: Path, source: Path, folders
         CafeError: a row does not have the dataset's format, or there are no clips.
     """
     row_format = VIDEO_FORMATS[name]
-
-    def list_clips(frames: str) -> list[str]:
-        path = find_in_folders(data, folders, frames)
-        if path is None or not path.is_dir():
-            places = list_folders(data, folders)
-            raise CafeError(f"The folder of frames {frames}, which {source} names, is in none of {places}.")
-        return [clip.name for clip in path.iterdir() if clip.is_dir()]
-
+    list_clips = partial(_list_clips, data=data, source=source, folders=folders)
     records = []
     for number, row in enumerate(rows[: row_format.max_rows]):
         # The formats read columns without checking them: whatever they raise means a wrong row.
@@ -276,3 +317,12 @@ def to_records(name: str, rows: Sequence[Row], data: Path, source: Path, folders
         except (KeyError, IndexError, TypeError, ValueError) as error:
             raise CafeError(f"Record {number} of {source} is not a row of {name}: {error!r}.") from None
     return records
+
+
+def _list_clips(frames: str, data: Path, source: Path, folders: Sequence[str]) -> list[str]:
+    """List the names of the folders in a folder of frames, which is under one of some folders of `data`."""
+    path = find_in_folders(data, folders, frames)
+    if path is None or not path.is_dir():
+        places = list_folders(data, folders)
+        raise CafeError(f"The folder of frames {frames}, which {source} names, is in none of {places}.")
+    return [clip.name for clip in path.iterdir() if clip.is_dir()]
