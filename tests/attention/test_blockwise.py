@@ -62,7 +62,7 @@ def test_all_else_sees_a_plain_mask():
         torch.testing.assert_close(one, other)
 
 
-def test_states_whose_numbers_do_not_follow_each_other_are_read_as_they_are():
+def test_strided_states_give_what_pytorchs_own_attention_gives():
     end = torch.tensor([[5, 3, 3, 5, 5]])
     states = [torch.randn(1, 2, 8, 5).transpose(2, 3) for _ in range(3)]
     plain = F.scaled_dot_product_attention(*states, attn_mask=tree_mask(end))

@@ -58,7 +58,7 @@ def test_what_is_read_and_its_gradient_are_those_of_the_whole_layer(family):
 
 
 def ernie_moe() -> PreTrainedModel:
-    """Experts for words and others for pictures, which are told the kinds of all tokens."""
+    """Experts for words and others for images, which are given the kinds of all tokens."""
     text = {
         **TEXT, "vocab_size": 64, "mlp_layer_types": ["sparse", "sparse"], "moe_intermediate_size": [16, 16],
         "moe_num_experts": 2, "moe_k": 1, "moe_num_shared_experts": 1,
@@ -124,7 +124,7 @@ def test_in_the_last_layer_only_what_is_read_asks_others():
         torch.testing.assert_close(some, every, **TIGHT)
 
 
-def test_only_what_is_read_is_computed_and_the_layer_is_whole_again_behind_it():
+def test_only_read_tokens_are_computed_and_the_layer_is_whole_afterwards():
     lvlm = make("llava_onevision")
     ids = torch.arange(10, 24).view(2, 7)
     weights = sum(parameter.numel() for part in tokenwise_modules(lvlm) for parameter in part.parameters())

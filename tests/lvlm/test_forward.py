@@ -15,12 +15,12 @@ from cafe.scenes.world import draw_scene
 
 def test_flex_attention_reads_trees_as_sdpa_does(random_base):
     """All in one row, filled up to a few lengths; without the compiler, which is not what is tested."""
-    picture = paint(draw_scene(0, "test", 0))
+    image = paint(draw_scene(0, "test", 0))
     found = []
     for attention in ("sdpa", "flex_attention"):
         model = Cafe.load(random_base, dtype=torch.float64, attention=attention)
         assert model.lvlm.config.vision_config._attn_implementation == "sdpa"
-        content = Content.of([picture, "a red circle"])
+        content = Content.of([image, "a red circle"])
         branches = [model.encode_embedding(content), model.encode_prompt(content)]
         done = pack([branches, [model.encode_embedding(Content.of("a blue star"))]], [[], []], model.packing)
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
@@ -31,7 +31,7 @@ def test_flex_attention_reads_trees_as_sdpa_does(random_base):
 
 @pytest.mark.parametrize("columns", [5, 8, 9])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_a_mask_is_numbers_in_rows_that_a_gpu_takes_as_they_are(random_base, columns, attention):
+def test_a_mask_has_numbers_in_rows_aligned_for_a_gpu(random_base, columns, attention):
     text = Cafe.load(random_base, attention=attention).lvlm.config.get_text_config()
     end = torch.tensor([[columns, 3, 3, *[columns] * (columns - 3)], list(range(1, columns + 1))])
     mask = attention_mask(end, text, torch.bfloat16)
