@@ -340,7 +340,7 @@ class Cafe:
 
     @property
     def _embedding_dim(self) -> int:
-        """The number of dimensions of an embedding: the width of the language model."""
+        """Return the number of dimensions of an embedding: the width of the language model."""
         dim: int = self.lvlm.config.get_text_config().hidden_size
         return dim
 
