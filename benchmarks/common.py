@@ -39,7 +39,7 @@ SYSTEM, INSTRUCTION, PROMPT, CAPTION = 14, 14, 12, 64  # tokens
 
 @dataclass(frozen=True)
 class Row:
-    """One figure of a benchmark: what it must reach and what it aims at, as the direction says."""
+    """Hold one figure of a benchmark: what it must reach and what it aims at, as the direction says."""
 
     name: str
     value: float
@@ -49,7 +49,7 @@ class Row:
 
 
 def tiny_llava(image_token: int = IMAGE) -> PreTrainedModel:
-    """A LLaVA-OneVision of 7M parameters with random weights."""
+    """Build a LLaVA-OneVision of 7M parameters with random weights."""
     torch.manual_seed(0)
     config = LlavaOnevisionConfig(
         vision_config=SiglipVisionConfig(
@@ -82,7 +82,7 @@ def tiny_llava(image_token: int = IMAGE) -> PreTrainedModel:
 
 
 def tiny_cafe() -> Cafe:
-    """That model with the small world's tokenizer, reading pictures as four crops and a thumbnail."""
+    """Build that model with the small world's tokenizer, reading images as four crops and a thumbnail."""
     processor = make_processor(corpus(0, 200))
     processor.image_processor.size = {"height": CROP, "width": CROP}
     processor.image_processor.image_grid_pinpoints = [[SIDE, SIDE]]
@@ -96,7 +96,7 @@ def tiny_cafe() -> Cafe:
 
 @dataclass(frozen=True)
 class Sides:
-    """The branches of some pairs: an image, its caption, and a dialogue that describes the image."""
+    """Hold the branches of some pairs: an image, its caption, and a dialogue that describes the image."""
 
     queries: list[Branch]
     targets: list[Branch]
@@ -104,7 +104,7 @@ class Sides:
 
 
 def make_pairs(count: int, seed: int = 0, caption: int = CAPTION) -> Sides:
-    """Pairs of random pictures and random words in the frame of the method; captions vary by half in length."""
+    """Make pairs of random images and random words in the prompts of the method; captions vary by half in length."""
     generator = torch.Generator().manual_seed(seed)
 
     def words(length: int) -> Tensor:
@@ -117,29 +117,30 @@ def make_pairs(count: int, seed: int = 0, caption: int = CAPTION) -> Sides:
             "pixel_values": torch.rand(1, 5, 3, CROP, CROP, generator=generator),
             "image_sizes": torch.tensor([[SIDE, SIDE]]),
         }
-        said = words(int(torch.randint(caption // 2, caption * 3 // 2, (), generator=generator)))
-        picture = torch.full((IMAGE_TOKENS,), IMAGE)
-        sides.queries.append(branch(torch.cat([system, picture, instruction]), vision))
-        sides.targets.append(branch(torch.cat([system, said, sentence]), {}))
-        sides.dialogues.append(branch(torch.cat([system, picture, prompt, said]), vision, len(said)))
+        caption_ids = words(int(torch.randint(caption // 2, caption * 3 // 2, (), generator=generator)))
+        image_ids = torch.full((IMAGE_TOKENS,), IMAGE)
+        sides.queries.append(branch(torch.cat([system, image_ids, instruction]), vision))
+        sides.targets.append(branch(torch.cat([system, caption_ids, sentence]), {}))
+        dialogue = torch.cat([system, image_ids, prompt, caption_ids])
+        sides.dialogues.append(branch(dialogue, vision, len(caption_ids)))
     return sides
 
 
-def branch(ids: Tensor, vision: dict[str, Tensor], spoken: int = 0, image: int = IMAGE) -> Branch:
-    """A branch whose last tokens are supervised."""
-    return Branch(ids, torch.arange(len(ids)) >= len(ids) - spoken, ids == image, vision)
+def branch(ids: Tensor, vision: dict[str, Tensor], supervised: int = 0, image: int = IMAGE) -> Branch:
+    """Make a branch whose last tokens are supervised."""
+    return Branch(ids, torch.arange(len(ids)) >= len(ids) - supervised, ids == image, vision)
 
 
 def make_batch(sides: Sides, packing: PackingConfig, size: MicroBatchSize = NO_LIMIT) -> Batch:
-    """The pairs as the joint step reads them."""
+    """Pack the pairs as the joint step reads them."""
     pairs = len(sides.queries)
     embedded = [[query, target] for query, target in zip(sides.queries, sides.targets, strict=True)]
-    spoken = [[dialogue] for dialogue in sides.dialogues]
-    cuts = split_micro_batches(embedded, spoken, size)
+    dialogues = [[dialogue] for dialogue in sides.dialogues]
+    cuts = split_micro_batches(embedded, dialogues, size)
     micro_batches = []
     for part in cuts:
-        joint = pack(embedded[part], spoken[part], packing)
-        alone = pack(embedded[part], [[]] * len(spoken[part]), packing) if len(cuts) > 1 else joint
+        joint = pack(embedded[part], dialogues[part], packing)
+        alone = pack(embedded[part], [[]] * len(dialogues[part]), packing) if len(cuts) > 1 else joint
         slots = [slot for pair in range(*part.indices(pairs)) for slot in (pair, pairs + pair)]
         micro_batches.append(MicroBatch(joint, alone, torch.tensor(slots)))
     return Batch(
@@ -155,7 +156,7 @@ def make_batch(sides: Sides, packing: PackingConfig, size: MicroBatchSize = NO_L
 
 
 def paired(first: Callable[[], object], second: Callable[[], object], repetitions: int = 5) -> tuple[float, float]:
-    """Seconds of each, interleaved, as (median of the first, median of the ratios second / first)."""
+    """Time two kinds of work, interleaved, in seconds: (median of the first, median of the ratios second / first)."""
     first()
     second()
     times = [(clock(first), clock(second)) for _ in range(repetitions)]
@@ -163,14 +164,14 @@ def paired(first: Callable[[], object], second: Callable[[], object], repetition
 
 
 def flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of some work."""
+    """Count the floating-point operations of some work."""
     with FlopCounterMode(display=False) as counter:
         work()
     return int(counter.get_total_flops())
 
 
 def clock(work: Callable[[], object]) -> float:
-    """Seconds that some work takes."""
+    """Time some work, in seconds."""
     started = time.perf_counter()
     work()
     if torch.cuda.is_available():
@@ -179,14 +180,14 @@ def clock(work: Callable[[], object]) -> float:
 
 
 def machine() -> str:
-    """What it ran on."""
+    """Describe the machine and the versions it ran with."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}"
     return f"{device} ({platform.machine()}), {versions}"
 
 
 def show(title: str, rows: list[Row]) -> None:
-    """Prints the table, and writes it where `--json FILE` says; a figure that misses what it must makes it fail."""
+    """Print the table, and write it where `--json FILE` says; a figure that misses what it must makes it fail."""
     parser = argparse.ArgumentParser(description=title)
     parser.add_argument("--json", type=Path)
     options, _ = parser.parse_known_args()

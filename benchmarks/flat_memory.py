@@ -23,7 +23,7 @@ STRETCH = 50  # steps
 
 
 def main() -> None:
-    """Prints a line a stretch, and the table."""
+    """Print a line per stretch, and the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=350)
     options, _ = parser.parse_known_args()

@@ -1,4 +1,4 @@
-"""Kills `cafe train` at random instants and starts the same command again, until as many kills are done as asked for.
+"""Kill `cafe train` at random instants and start the same command again, until as many kills are done as asked for.
 
 Runs of a tiny model with dropout, over records of which some are bad, are compared with one that was never killed: the
 weights bit for bit, the log line for line, the quarantine file. Of four kills one comes anywhere, two come while steps
@@ -31,11 +31,11 @@ from cafe.lvlm.prompts import Prompts
 from cafe.scenes.base import corpus, make_model, make_processor
 from cafe.scenes.write import write_scenes
 
-STEPS, SAVE_EVERY = 12, 2
+STEPS, SAVE_STEPS = 12, 2
 
 
 def prepare(directory: Path) -> Path:
-    """A recipe, its model and its data."""
+    """Write a recipe, its model and its data."""
     torch.manual_seed(0)
     processor = make_processor(corpus(0, 100))
     model = make_model(processor)
@@ -50,20 +50,20 @@ def prepare(directory: Path) -> Path:
     recipe = {
         "output": str(directory / "unbroken"),
         "model": {"base": str(directory / "base")},
-        "data": {"sources": [{"path": str(directory / "scenes" / "records.json")}], "max_bad_share": 0.9},
+        "data": {"sources": [{"path": str(directory / "scenes" / "records.json")}], "max_bad_fraction": 0.9},
         "optimizer": {"learning_rate": 1e-3},
         "objective": {"learn_temperature": True},
         "batch_size": 4,
-        "steps": STEPS,
-        "save_every": SAVE_EVERY,
-        "log_every": 1,
+        "max_steps": STEPS,
+        "save_steps": SAVE_STEPS,
+        "logging_steps": 1,
     }
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     return directory / "recipe.yaml"
 
 
 def start(recipe: Path, output: Path) -> subprocess.Popen[bytes]:
-    """The command, in a process group of its own with its loader worker."""
+    """Start the command, in a process group of its own with its loader worker."""
     command = [sys.executable, "-m", "cafe", "train", str(recipe), f"output={output}"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -71,7 +71,7 @@ def start(recipe: Path, output: Path) -> subprocess.Popen[bytes]:
 
 
 def kill(process: subprocess.Popen[bytes], happens: Callable[[], bool]) -> bool:
-    """SIGKILL once something happens; whether the process had not ended before."""
+    """Send SIGKILL once something happens, and tell whether the process had not ended before."""
     while process.poll() is None and not happens():
         time.sleep(0.0005)
     if process.poll() is None:
@@ -80,7 +80,7 @@ def kill(process: subprocess.Popen[bytes], happens: Callable[[], bool]) -> bool:
 
 
 def fresh(path: Path, since: float) -> bool:
-    """Whether something was written there after a time."""
+    """Tell whether something was written there after a time."""
     try:
         return path.stat().st_mtime >= since
     except FileNotFoundError:
@@ -88,12 +88,12 @@ def fresh(path: Path, since: float) -> bool:
 
 
 def saving(output: Path, since: float) -> bool:
-    """Whether a save has begun after a time, and is not done."""
+    """Tell whether a save has begun after a time, and is not done."""
     return fresh(output / "state" / ".partial", since) or fresh(output / ".checkpoint.partial", since)
 
 
 def instant(output: Path, kind: int, began: float, chosen: float, whole: float, loop: float) -> Callable[[], bool]:
-    """When to kill a run that began then: a chosen share (0 to 1) of its seconds, or as a save begins."""
+    """Choose when to kill a run that began then: after a chosen share (0 to 1) of its seconds, or as a save begins."""
     stepping: list[float] = []  # since when
 
     def happens() -> bool:
@@ -109,7 +109,7 @@ def instant(output: Path, kind: int, began: float, chosen: float, whole: float, 
 
 
 def where(output: Path, since: float) -> str:
-    """What a killed run left."""
+    """Describe what a killed run left."""
     log = output / "log.jsonl"
     steps = len(log.read_text().splitlines()) if log.is_file() else 0
     states = sorted(path.name for path in (output / "state").glob("step-*"))
@@ -118,11 +118,11 @@ def where(output: Path, since: float) -> str:
 
 
 def differences(output: Path, unbroken: Path) -> list[str]:
-    """In what two finished runs differ."""
-    one, other = (load_file(place / "checkpoint" / "model.safetensors") for place in (output, unbroken))
+    """List in what two finished runs differ."""
+    one, other = (load_file(run / "checkpoint" / "model.safetensors") for run in (output, unbroken))
     found = [name for name in other if name not in one or not torch.equal(one[name], other[name])]
     for name in ("log.jsonl", "quarantine.jsonl"):
-        lines = [[json.loads(line) for line in (place / name).read_text().splitlines()] for place in (output, unbroken)]
+        lines = [[json.loads(line) for line in (run / name).read_text().splitlines()] for run in (output, unbroken)]
         for line in lines[0] + lines[1]:
             line.pop("seconds", None)
         found += [name] if lines[0] != lines[1] else []
@@ -130,7 +130,7 @@ def differences(output: Path, unbroken: Path) -> list[str]:
 
 
 def main() -> None:
-    """Prints a line a kill, and the count."""
+    """Print a line per kill, and the count."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -144,7 +144,7 @@ def main() -> None:
         assert start(recipe, unbroken).wait() == 0
         whole = time.monotonic() - started
         loop = json.loads((unbroken / "log.jsonl").read_text().splitlines()[-1])["seconds"]
-        print(f"on {machine()}\nunbroken: {STEPS} steps, a save every {SAVE_EVERY}, {whole:.0f} s\n")
+        print(f"on {machine()}\nunbroken: {STEPS} steps, a save every {SAVE_STEPS}, {whole:.0f} s\n")
         kills = runs = broken = 0
         output = directory / "run"
         bar = tqdm(total=options.kills, desc="kills", unit="kill")
@@ -167,7 +167,7 @@ def main() -> None:
 
 
 def report(output: Path, unbroken: Path) -> list[str]:
-    """Says how a run ended."""
+    """Report how a run ended."""
     found = differences(output, unbroken)
     tqdm.write(f"the run ended {'otherwise: ' + ', '.join(found[:3]) if found else 'exactly as the unbroken one'}")
     return found

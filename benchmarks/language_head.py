@@ -1,4 +1,4 @@
-"""The language-model head and its loss on a GPU: our tiles beside Liger's kernel, numbers first, then time.
+"""The language-model head and its loss on a GPU: our chunks beside Liger's kernel, numbers first, then time.
 
 python benchmarks/language_head.py [--dim 896] [--json FILE]
 
@@ -19,7 +19,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dim", type=int, default=896, help="of the hidden states; 3584 in a model of 7B")
     options, _ = parser.parse_known_args()
@@ -40,21 +40,21 @@ def main() -> None:
     def theirs(hidden: Tensor, weight: Tensor) -> Tensor:
         return fused(hidden, weight, labels, None, reduction="sum", accum_dtype=torch.float32)
 
-    def follow(loss: Loss) -> list[Tensor]:
+    def gradients(loss: Loss) -> list[Tensor]:
         hidden, weight = (side.clone().requires_grad_() for side in sides)
         with torch.autocast(device, torch.bfloat16, enabled=on_gpu):
             value = loss(hidden, weight)
         (value / tokens).backward()
         return [value.detach(), hidden.grad, weight.grad]
 
-    pairs = zip(follow(ours), follow(theirs), strict=True)
+    pairs = zip(gradients(ours), gradients(theirs), strict=True)
     apart = [((a.double() - b.double()).norm() / a.double().norm()).item() for a, b in pairs]
     bound = 1e-2 if on_gpu else 1e-5
     names = ("loss", "gradient of the hidden states", "gradient of the head")
     rows = [Row(f"{name}, apart by", far, bound, bound, False) for name, far in zip(names, apart, strict=True)]
     if on_gpu:
-        _, ratio = paired(lambda: follow(theirs), lambda: follow(ours))
-        rows.append(Row("time, tiles / Liger", ratio, 1.0, 1.0, at_least=False))
+        _, ratio = paired(lambda: gradients(theirs), lambda: gradients(ours))
+        rows.append(Row("time, chunks / Liger", ratio, 1.0, 1.0, at_least=False))
     show(f"Head and loss of {tokens:,} supervised tokens, {dim} wide, {vocabulary:,} words", rows)
 
 

@@ -32,19 +32,19 @@ SIZES = ((320, 240), (640, 480))  # (width, height) of files in pixels: about tw
 
 
 def write(directory: Path, width: int = 640, height: int = 480) -> Path:
-    """JPEG pictures and a LLaVA file about them."""
+    """Write JPEG images and a LLaVA file about them."""
     records = []
     for scene in draw_scenes(0, "train", PAIRS * GROUP):
         paint(scene).resize((width, height)).save(directory / f"{scene.name}.jpg", quality=90)
-        spoken = ("human", f"<image>\n{CAPTION_PROMPT}"), ("gpt", paragraph(scene, Random(scene.name)))
-        turns = [{"from": speaker, "value": words} for speaker, words in spoken]
+        conversation = ("human", f"<image>\n{CAPTION_PROMPT}"), ("gpt", paragraph(scene, Random(scene.name)))
+        turns = [{"from": speaker, "value": words} for speaker, words in conversation]
         records.append({"id": scene.name, "image": f"{scene.name}.jpg", "conversations": turns})
     (directory / "records.json").write_text(json.dumps(records))
     return directory / "records.json"
 
 
 def compare(width: int, height: int) -> float:
-    """Pairs/s from files of a size, divided by those of batches in memory."""
+    """Compare pairs/s from files of a size with those of batches in memory, as their ratio."""
     model = tiny_cafe()
     step = JointStep(model.lvlm.train(), ObjectiveConfig())
 
@@ -61,7 +61,7 @@ def compare(width: int, height: int) -> float:
         held = [batches[number] for number in range(GROUP)]
 
         def from_files() -> float:
-            """Seconds, once the worker is as far ahead as it gets; it is gone when they are over."""
+            """Time it, once the worker is as far ahead as it gets; it has ended when the time is over."""
             stream = iterate_batches(batches, 0, 2 * GROUP + WARM, workers=1)
             train(islice(stream, WARM))
             return clock(lambda: train(islice(stream, GROUP)))
@@ -77,7 +77,7 @@ def compare(width: int, height: int) -> float:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     print(f"JPEG files are decoded by {'simplejpeg' if decoding.simplejpeg else 'Pillow'}", flush=True)
     rows = [
         Row(f"13: pairs/s, files of {width} x {height} / memory", compare(width, height), 0.95, 0.99)

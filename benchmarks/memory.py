@@ -26,13 +26,13 @@ from cafe.packing import PackingConfig
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
 
-MMAP_THRESHOLD = -3  # mallopt's name of it, in glibc's malloc.h
+MMAP_THRESHOLD = -3  # mallopt's parameter, numbered as in glibc's malloc.h
 CHUNK_TOKENS = 1800  # of a micro-batch: about 6 pairs
 FEW, BESIDE_A = 64, 128  # pairs
 
 
 def measure(published: bool, pairs: int) -> float:
-    """Bytes that one step takes at its peak, once a small one has made the gradients."""
+    """Measure the bytes that one step takes at its peak, once a small one has made the gradients."""
     give_back_what_is_freed()
     model = tiny_llava()
     step = JointStep(model, ObjectiveConfig())
@@ -52,23 +52,23 @@ def measure(published: bool, pairs: int) -> float:
 
 
 def give_back_what_is_freed() -> None:
-    """On a CPU every tensor has pages of its own from here on, which go back to the system with it.
+    """Give every tensor on a CPU pages of its own from here on, which go back to the system with it.
 
-    So what the process has is what is in use, as a GPU's allocator tells, and not what is kept for later.
+    So what the process has is what is in use, as a GPU's allocator reports it, and not what is kept for later.
     """
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 2**16)
 
 
 @dataclass
 class Taken:
-    """What some work took at its peak beyond what was in use before it, in bytes."""
+    """Hold what some work took at its peak beyond what was in use before it, in bytes."""
 
     bytes: float = 0.0
 
 
 @contextmanager
 def watched() -> Iterator[Taken]:
-    """Tells what is taken within it: by a GPU's allocator, or of a CPU's memory as it is seen every two milliseconds.
+    """Measure what is taken within it: by a GPU's allocator, or of a CPU's memory as it is seen every two milliseconds.
 
     The pages of files are left out, of which Linux drops those of libraries that were not used for some minutes.
     """
@@ -95,14 +95,14 @@ def watched() -> Iterator[Taken]:
 
 
 def own_pages() -> float:
-    """Bytes of this process's memory that are no file's."""
+    """Read the bytes of this process's memory that belong to no file."""
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found
     return float(found[1]) * 1024
 
 
 def apart(published: bool, pairs: int) -> float:
-    """`measure` in a process of its own."""
+    """Call `measure` in a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         taken = pool.apply(measure, (published, pairs))
     print(f"{'A' if published else 'ours'}, {pairs:,} pairs: {taken / 2**20:,.0f} MiB", flush=True)
@@ -110,7 +110,7 @@ def apart(published: bool, pairs: int) -> float:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=4096, help="of the largest batch")
     options, _ = parser.parse_known_args()

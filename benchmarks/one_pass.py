@@ -18,7 +18,7 @@ CHUNK_TOKENS = 1800  # about CHUNK pairs
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     model = tiny_llava()
     step = JointStep(model, ObjectiveConfig())
     sides: Sides = make_pairs(PAIRS)

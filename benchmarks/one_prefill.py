@@ -17,9 +17,11 @@ NEW_TOKENS = 16
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=32, help="read at once; as many as `describe` does by default")
+    parser.add_argument(
+        "--images", type=int, default=32, help="read at once; as many as `embed_and_generate_batch` reads by default"
+    )
     count = parser.parse_known_args()[0].images
     model = tiny_cafe()
     images = [paint(scene).resize((SIDE, SIDE)) for scene in draw_scenes(0, "test", count)]
@@ -31,9 +33,9 @@ def main() -> None:
     def twice() -> tuple[np.ndarray, list[str]]:
         return model.embed(images), model.generate_batch(prompts, NEW_TOKENS)
 
-    (vectors, answers), (expected, said) = once(), twice()
+    (vectors, answers), (expected, expected_answers) = once(), twice()
     np.testing.assert_allclose(vectors, expected, atol=1e-4)
-    assert answers == said
+    assert answers == expected_answers
     seconds, ratio = paired(once, twice)
     print(f"{count / seconds:.1f} images/s embedded and described in {NEW_TOKENS} tokens, each read once")
     show(

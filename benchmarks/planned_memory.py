@@ -1,10 +1,10 @@
 """Two optimizer steps of a recipe's real sizes with random weights, and their peak memory beside the plan's.
 
 By default that is LLaVA-OneVision 0.5B as published (SigLIP so400m and Qwen2-0.5B, 0.9B parameters), with few pairs
-whose pictures are one crop and a thumbnail, so that a machine without a GPU can do it. On a CPU the recipe's bfloat16
+whose images are one crop and a thumbnail, so that a machine without a GPU can do it. On a CPU the recipe's bfloat16
 arithmetic is left out, everything being float32. What is counted is what the run takes beyond the imported libraries.
 
-python benchmarks/planned_memory.py [--recipe FILE] [--pairs 2] [--picture 384x384] [--caption 64] [--json FILE]
+python benchmarks/planned_memory.py [--recipe FILE] [--pairs 2] [--image 384x384] [--caption 64] [--json FILE]
     [key=value ...]
 
 e.g. model.freeze=[vision_tower,projector], or micro_batch.tokens=1800 for the gradient cache.
@@ -39,8 +39,8 @@ STEPS = 2
 
 
 def make_pairs(lvlm: PreTrainedModel, pairs: int, data: TypicalSample) -> Sides:
-    """Random words and pictures of these lengths and sizes."""
-    config, seen = lvlm.config, image_cost_from_config(lvlm, data)
+    """Make random words and images of these lengths and sizes."""
+    config, cost = lvlm.config, image_cost_from_config(lvlm, data)
     side = config.vision_config.image_size
 
     def words(length: int) -> Tensor:
@@ -54,19 +54,21 @@ def make_pairs(lvlm: PreTrainedModel, pairs: int, data: TypicalSample) -> Sides:
     sides = Sides([], [], [])
     for _ in range(pairs):
         vision = {
-            "pixel_values": torch.rand(1, seen.crops, 3, side, side),
+            "pixel_values": torch.rand(1, cost.crops, 3, side, side),
             "image_sizes": torch.tensor([[data.height, data.width]]),
         }
-        said, shown = words(data.caption), torch.full((seen.tokens,), config.image_token_index)
-        sides.queries.append(branch(torch.cat([system, shown, instruction]), vision, image=config.image_token_index))
-        sides.targets.append(branch(torch.cat([system, said, instruction]), {}))
-        spoken = torch.cat([system, shown, question, said])
-        sides.dialogues.append(branch(spoken, vision, len(said), config.image_token_index))
+        caption_ids, image_ids = words(data.caption), torch.full((cost.tokens,), config.image_token_index)
+        sides.queries.append(
+            branch(torch.cat([system, image_ids, instruction]), vision, image=config.image_token_index)
+        )
+        sides.targets.append(branch(torch.cat([system, caption_ids, instruction]), {}))
+        dialogue = torch.cat([system, image_ids, question, caption_ids])
+        sides.dialogues.append(branch(dialogue, vision, len(caption_ids), config.image_token_index))
     return sides
 
 
 def two_steps(recipe: Recipe, data: TypicalSample, pairs: int, device: str) -> dict[str, float]:
-    """Takes them; returns what the plan says of their memory, in bytes by what it is for."""
+    """Take two steps, and return what the plan says of their memory, in bytes by what it is for."""
     torch.manual_seed(0)
     dtype = torch.float32 if recipe.model.frozen_weights_dtype == "fp32" else torch.bfloat16
     with torch.device(device):
@@ -87,24 +89,24 @@ def two_steps(recipe: Recipe, data: TypicalSample, pairs: int, device: str) -> d
         clip_grad_norm_(trained, recipe.optimizer.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        said = f"lm {losses.lm.item():.3f}, contrastive {losses.contrastive.item():.3f}"
-        print(f"step {number} of {STEPS}: {time.perf_counter() - started:.0f} s, {said}", flush=True)
+        summary = f"lm {losses.lm.item():.3f}, contrastive {losses.contrastive.item():.3f}"
+        print(f"step {number} of {STEPS}: {time.perf_counter() - started:.0f} s, {summary}", flush=True)
     return planned
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--pairs", type=int, default=2)
-    parser.add_argument("--picture", default="384x384", help="pixels, WIDTHxHEIGHT")
+    parser.add_argument("--image", default="384x384", help="pixels, WIDTHxHEIGHT")
     parser.add_argument("--caption", type=int, default=64, help="tokens")
     parser.add_argument("--json")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     precision = "bf16" if device == "cuda" else "fp32"
-    width, height = map(int, options.picture.split("x"))
+    width, height = map(int, options.image.split("x"))
     data = TypicalSample(width=width, height=height, caption=options.caption)
     recipe = read_recipe(
         options.recipe, [f"batch_size={options.pairs}", f"model.precision={precision}", *options.overrides]

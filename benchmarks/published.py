@@ -18,7 +18,7 @@ TEMPERATURE = 0.05
 
 
 def padded(rows: list[Branch], device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Rows padded on the right."""
+    """Pad rows on the right."""
     ids = pad_sequence([row.input_ids for row in rows], batch_first=True)
     mask = pad_sequence([torch.ones_like(row.input_ids) for row in rows], batch_first=True)
     inputs = {
@@ -30,7 +30,7 @@ def padded(rows: list[Branch], device: torch.device, dtype: torch.dtype) -> dict
 
 
 def embed(model: PreTrainedModel, rows: list[Branch]) -> Tensor:
-    """The last hidden state of each row's last token; rows without an image send a blank one through the tower."""
+    """Embed each row by its last token; rows without an image send a blank one through the tower."""
     inputs = padded(rows, model.device, model.dtype)
     hidden = model.model(**inputs, use_cache=False).last_hidden_state
     last = hidden[torch.arange(len(rows)), inputs["attention_mask"].sum(1) - 1]
@@ -42,7 +42,7 @@ def embed(model: PreTrainedModel, rows: list[Branch]) -> Tensor:
 
 
 def language(model: PreTrainedModel, rows: list[Branch]) -> Tensor:
-    """Next-token loss, summed, with logits at every token."""
+    """Compute the next-token loss, summed, with logits at every token."""
     inputs = padded(rows, model.device, model.dtype)
     supervised = pad_sequence([row.loss_mask for row in rows], batch_first=True).to(model.device)
     logits = model(**inputs, use_cache=False).logits[:, :-1].float()
@@ -51,20 +51,20 @@ def language(model: PreTrainedModel, rows: list[Branch]) -> Tensor:
 
 
 def contrastive(queries: Tensor, targets: Tensor) -> Tensor:
-    """Symmetric InfoNCE over the whole similarity matrix."""
+    """Compute symmetric InfoNCE over the whole similarity matrix."""
     logits = queries @ targets.T / TEMPERATURE
     matches = torch.arange(len(queries), device=queries.device)
     return (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
 
 
-def spoken(sides: Sides) -> int:
-    """Supervised tokens."""
+def num_supervised(sides: Sides) -> int:
+    """Count the supervised tokens."""
     return sum(int(row.loss_mask.sum()) for row in sides.dialogues)
 
 
 def step_a(model: PreTrainedModel, sides: Sides) -> tuple[Tensor, Tensor]:
     """A: forward and backward; returns both losses."""
-    lm = language(model, sides.dialogues) / spoken(sides)
+    lm = language(model, sides.dialogues) / num_supervised(sides)
     con = contrastive(embed(model, sides.queries), embed(model, sides.targets))
     (lm + con).backward()
     return lm.detach(), con.detach()
@@ -82,9 +82,9 @@ def step_b(model: PreTrainedModel, sides: Sides, chunk: int) -> tuple[Tensor, Te
     assert queries.grad is not None and targets.grad is not None
     total = torch.zeros((), device=model.device)
     for part in chunks:
-        lm = language(model, sides.dialogues[part]) / spoken(sides)
-        pull = (embed(model, sides.queries[part]) * queries.grad[part]).sum()
-        pull = pull + (embed(model, sides.targets[part]) * targets.grad[part]).sum()
-        (lm + pull).backward()
+        lm = language(model, sides.dialogues[part]) / num_supervised(sides)
+        embedding_loss = (embed(model, sides.queries[part]) * queries.grad[part]).sum()
+        embedding_loss = embedding_loss + (embed(model, sides.targets[part]) * targets.grad[part]).sum()
+        (lm + embedding_loss).backward()
         total += lm.detach()
     return total, con.detach()

@@ -43,7 +43,7 @@ Work = Callable[[], None]
 
 @dataclass(frozen=True)
 class Case:
-    """What is compared.
+    """Describe what is compared.
 
     Attributes:
         recipe: whose base model gives the sizes.
@@ -60,7 +60,7 @@ class Case:
     dtype: torch.dtype
 
     def model(self, language: int | None = None, vision: int | None = None) -> PreTrainedModel:
-        """Of so many layers in the language model and in the vision tower, or of all."""
+        """Build a model of so many layers in the language model and in the vision tower, or of all."""
         config = load_config(self.recipe.model.base)
         config.vision_config.num_hidden_layers = vision or config.vision_config.num_hidden_layers
         config.text_config.num_hidden_layers = language or config.text_config.num_hidden_layers
@@ -70,7 +70,7 @@ class Case:
             return AutoModelForImageTextToText.from_config(config, dtype=self.dtype).train()
 
     def ways(self, model: PreTrainedModel) -> dict[str, Work]:
-        """What is compared."""
+        """Return what is compared, by name."""
         sides, step = make_pairs(model, self.pairs, self.data), joint_step(self.recipe, model)
         trees = [list(pair) for pair in zip(sides.queries, sides.targets, sides.dialogues, strict=True)]
         size = MicroBatchSize(tokens=self.chunk * max(map(count_unique_tokens, trees)))
@@ -85,12 +85,12 @@ class Case:
 
 
 def joint_step(recipe: Recipe, model: PreTrainedModel) -> JointStep:
-    """Ours."""
+    """Make our joint step."""
     return JointStep(model, recipe.objective, "bf16").to(model.device)
 
 
 def repeated(model: PreTrainedModel, work: Callable[[], object], published: bool = False) -> Work:
-    """Some work that leaves no gradient to the next."""
+    """Wrap some work so that it begins without gradients."""
 
     def once() -> None:
         model.zero_grad(set_to_none=False)
@@ -101,7 +101,7 @@ def repeated(model: PreTrainedModel, work: Callable[[], object], published: bool
 
 
 def count(case: Case) -> list[Row]:
-    """Operations of the published ways over those of ours; every layer of a part adds the same."""
+    """Count the operations of the published ways over those of ours; every layer of a part adds the same."""
     counts = []
     for language, vision in ((1, 1), (2, 1), (1, 2)):
         counts.append({name: flops(work) for name, work in case.ways(case.model(language, vision)).items()})
@@ -122,7 +122,7 @@ def count(case: Case) -> list[Row]:
 
 
 def compare(case: Case, model: PreTrainedModel) -> list[Row]:
-    """Pairs/s of ours over those of the published ways."""
+    """Compare pairs/s of ours with those of the published ways."""
     ways = case.ways(model)
     for name, work in ways.items():
         work()  # makes the gradients, which are no part of it
@@ -142,7 +142,7 @@ def compare(case: Case, model: PreTrainedModel) -> list[Row]:
 
 
 def use(case: Case, model: PreTrainedModel, many: int, compiled: bool) -> list[Row]:
-    """The share of the GPU's peak that ours uses with so many pairs, by each kind of attention."""
+    """Measure the share of the GPU's peak that ours uses with so many pairs, by each kind of attention."""
     step, load = (
         joint_step(case.recipe, model),
         estimate_workload(replace(case.recipe, batch_size=many), model, case.data, 1),
@@ -168,20 +168,20 @@ def use(case: Case, model: PreTrainedModel, many: int, compiled: bool) -> list[R
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=Path(__file__).parents[1] / "recipes" / "cafe-0.5b.yaml")
     parser.add_argument("--pairs", type=int, default=2, help="read by all ways")
     parser.add_argument("--chunk", type=int, default=1, help="pairs that go through the model at once, with a cache")
     parser.add_argument("--many", type=int, help="pairs read by ours alone, for its share of the peak")
-    parser.add_argument("--picture", default="640x480", help="pixels, WIDTHxHEIGHT")
+    parser.add_argument("--image", default="640x480", help="pixels, WIDTHxHEIGHT")
     parser.add_argument("--caption", type=int, default=200, help="tokens")
     parser.add_argument("--dtype", default="float32", help="of the weights")
     parser.add_argument("--compile", action="store_true", help="measure it with compiled layers too")
     parser.add_argument("--json")
     options = parser.parse_args()
 
-    width, height = map(int, options.picture.split("x"))
+    width, height = map(int, options.image.split("x"))
     data = TypicalSample(width=width, height=height, caption=options.caption)
     recipe = read_recipe(options.recipe, [f"batch_size={options.pairs}", "model.gradient_checkpointing=false"])
     case = Case(recipe, data, options.pairs, options.chunk, getattr(torch, options.dtype))
@@ -192,7 +192,7 @@ def main() -> None:
         table = count(case)
     sys.argv[1:] = ["--json", options.json] if options.json else []
     show(
-        f"The sizes of {recipe.model.base}, {options.pairs} pairs, {options.picture}, captions of {options.caption}, "
+        f"The sizes of {recipe.model.base}, {options.pairs} pairs, {options.image}, captions of {options.caption}, "
         f"{options.dtype} weights",
         table,
     )

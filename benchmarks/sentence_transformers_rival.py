@@ -49,7 +49,7 @@ except ImportError:
     sys.exit("This benchmark needs sentence-transformers: pip install 'sentence-transformers[train]>=6'")
 
 CHUNK, REPETITIONS = 4, 5
-CROPS = 5  # of each picture: a thumbnail and four
+CROPS = 5  # of each image: a thumbnail and four
 STEPS = GROUP - 1  # timed, after the first
 RATE, CLIP = 1e-5, 1.0
 OBJECTIVE = ObjectiveConfig(lm_weight=0.0, mask_duplicates=False)
@@ -103,11 +103,11 @@ class Theirs:
         pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken")
         embedder = SentenceTransformer(modules=[transformer, pooling])
         rows = json.loads(records.read_text())
-        pictures = [str(directory / row["image"]) for row in rows]
+        images = [str(directory / row["image"]) for row in rows]
         self.data = Dataset.from_dict(
             {
-                "picture": [{"image": path, "text": prompts.image_instruction} for path in pictures],
-                "words": [row["conversations"][1]["value"] + prompts.text_instruction for row in rows],
+                "query": [{"image": path, "text": prompts.image_instruction} for path in images],
+                "target": [row["conversations"][1]["value"] + prompts.text_instruction for row in rows],
             }
         )
         self.stopwatch = Stopwatch()
@@ -165,7 +165,7 @@ class Stopwatch(TrainerCallback):
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     model = tiny_cafe()
     model.chat_processor.prompts = replace(
         model.chat_processor.prompts, assistant_frame="open"

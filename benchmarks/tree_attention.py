@@ -19,7 +19,7 @@ CAPTIONS = (CAPTION, 400, 900)  # tokens; rows of the first are shorter than tho
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     model = tiny_llava()
     step = JointStep(model, ObjectiveConfig())
 

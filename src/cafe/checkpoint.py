@@ -11,14 +11,15 @@ from transformers.utils import cached_file
 
 from cafe.errors import CheckpointError
 from cafe.lvlm.prompts import Prompts
-from cafe.utils.hashing import update_with_tensors
+from cafe.utils.hashing import iter_tensor_bytes
 
 METADATA_FILE = "cafe.json"  # what a checkpoint records about itself, beside the Hugging Face files
 
 
 def checkpoint_dir(run: Path) -> Path:
     """Return the checkpoint of a run, given the run's output directory or the checkpoint itself."""
-    return run / "checkpoint" if (run / "checkpoint").is_dir() else run
+    inner = run / "checkpoint"
+    return inner if inner.is_dir() else run
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
@@ -42,12 +43,15 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     if Path(path).exists():
         return read_metadata(path)
     # A model on the Hub need not have the file, and the machine need not reach the Hub if the model is cached.
-    missing = {f"_raise_exceptions_for_{reason}": False for reason in ("missing_entries", "connection_errors")}
+    # Either gives None instead of an error.
+    tolerated = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        file = cached_file(str(path), METADATA_FILE, **missing)
+        file = cached_file(str(path), METADATA_FILE, **tolerated)
     except OSError:  # there is no such repository, which loading the model reports
         return {}
-    return read_metadata(Path(file).parent) if file else {}
+    if file is None:
+        return {}
+    return read_metadata(Path(file).parent)
 
 
 def prompts_from_metadata(metadata: dict[str, Any]) -> Prompts:
@@ -80,7 +84,8 @@ def fingerprint(model: PreTrainedModel, *parts: Any) -> str:
     """Compute a digest of a model's weights, precision and device, and of whatever else decides its answers."""
     settings = (model.dtype, model.device.type, *parts, version("transformers"))
     digest = hashlib.sha256("\n".join(map(str, settings)).encode())
-    update_with_tensors(digest, model.state_dict().items())
+    for chunk in iter_tensor_bytes(model.state_dict().items()):
+        digest.update(chunk)
     return digest.hexdigest()[:32]
 
 

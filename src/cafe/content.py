@@ -13,6 +13,7 @@ from PIL import Image
 from cafe.errors import RecordError
 
 
+# Pillow compares images pixel by pixel and cannot hash them, so references are compared by identity.
 @dataclass(frozen=True, eq=False)
 class ImageRef:
     """Refer to an image that is not decoded yet: a file's path, encoded bytes, or a Pillow image. Equal by identity."""
@@ -20,7 +21,10 @@ class ImageRef:
     source: Path | bytes | Image.Image
 
     def __str__(self) -> str:
-        return str(self.source) if isinstance(self.source, Path) else f"<{type(self.source).__name__}>"
+        # Only a path means something in a message; of the rest, the kind is named.
+        if isinstance(self.source, Path):
+            return str(self.source)
+        return f"<{type(self.source).__name__}>"
 
 
 Part = str | ImageRef
@@ -43,16 +47,18 @@ class Content:
         Raises:
             RecordError: the value is none of these.
         """
-        return value if isinstance(value, Content) else cls(tuple(_parts(value)))
+        if isinstance(value, Content):
+            return value
+        return cls(tuple(_parts(value)))
 
     @property
     def images(self) -> list[ImageRef]:
-        """The images, in reading order."""
+        """Return the images, in reading order."""
         return [part for part in self.parts if isinstance(part, ImageRef)]
 
     @property
     def text(self) -> str:
-        """The text parts, joined."""
+        """Return the text parts, joined."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
@@ -62,7 +68,7 @@ def _parts(value: Any) -> Iterator[Part]:
     Raises:
         RecordError: the value, or something in it, is no content.
     """
-    # Text comes before sequences, because a string is one, and so are bytes.
+    # Text comes before sequences, because a string is one, and so are bytes. A string is text here and not a path.
     match value:
         case str() | ImageRef():
             yield value
@@ -89,10 +95,12 @@ def _parts_of_mapping(value: dict[str, Any]) -> Iterator[Part]:
     if unknown or not value:
         names = ", ".join(unknown) or "an empty mapping"
         raise RecordError(f"Content takes the keys image, images and text, not {names}.")
+    # Columns of a table may hold null where a record has no text.
     text = value.get("text")
     if not isinstance(text, str | None):
         raise RecordError(f"Content's text should be a str, not a {type(text).__name__}.")
 
+    # Either key takes one image or several.
     images = value["image"] if "image" in value else value.get("images", [])
     if not isinstance(images, (list, tuple)):
         images = [images]
@@ -133,10 +141,9 @@ class Pair:
 
     def __post_init__(self) -> None:
         # Whoever reads the record puts its file and number before these messages.
-        if self.negative_scores and len(self.negative_scores) != len(self.negatives):
-            raise RecordError(
-                f"there are {len(self.negatives)} negatives and {len(self.negative_scores)} scores of them."
-            )
+        num_negatives, num_scores = len(self.negatives), len(self.negative_scores)
+        if num_scores not in (0, num_negatives):
+            raise RecordError(f"there are {num_negatives} negatives and {num_scores} scores of them.")
         for score in self.negative_scores:
             if not 0 <= score <= 1:
                 raise RecordError(f"a negative's score should be between 0 and 1, not {score:g}.")
@@ -151,4 +158,4 @@ class Example:
 
     pair: Pair | None = None
     dialogue: Dialogue | None = None
-    origin: str = field(default="", compare=False)
+    origin: str = field(default="", compare=False)  # records that hold the same are equal, wherever they stand

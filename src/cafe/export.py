@@ -35,14 +35,18 @@ def embedding_template(chat_template: str, prompts: Prompts) -> str:
     """Write a chat template that renders a user's turn as the prompt whose last token is the readout."""
     *before, text_turn = embedding_messages(Content.of("a"), prompts)
     image_turn = embedding_messages(Content.of(Image.new("RGB", (1, 1))), prompts)[-1]
+    # A closed frame ends with an empty answer, an open one where the answer would begin.
     closed = prompts.assistant_frame == "closed"
     answer = [{"role": "assistant", "content": [{"type": "text", "text": ""}]}] if closed else []
 
     def literal(value: Any) -> str:
+        """Write a value as Jinja reads it."""
         return json.dumps(value, ensure_ascii=False)
 
     # What follows the content in our own turns is the instruction; in multimodal mode there is none.
     instruction = f"{literal(image_turn['content'][1:])} if shown else {literal(text_turn['content'][1:])}"
+    # The template takes the last of the user's turns, whose content may be a string or a list of parts, puts it into
+    # the prompt, and renders that by the model's own template as if it had been given so.
     return (
         "{%- set user = (messages | selectattr('role', 'equalto', 'user') | list)[-1] -%}"
         "{%- set parts = [{'type': 'text', 'text': user['content']}] if user['content'] is string"
@@ -91,6 +95,7 @@ def write_sentence_transformers(directory: Path, chat_processor: ChatProcessor, 
 
 def _transformer_settings(template: str, chat_processor: ChatProcessor) -> dict[str, Any]:
     """Return the settings of sentence-transformers' module that runs the model."""
+    # Texts, images and messages of both all pass the whole model.
     output = {"method": "forward", "method_output_name": "last_hidden_state"}
     processing_kwargs: dict[str, Any] = {"chat_template": {"chat_template": template}}
     # transformers itself adds no special tokens where the template begins with the one that begins texts.
@@ -127,7 +132,9 @@ def detect_library(checkpoint: Path) -> Library:
     """Return the library that a checkpoint is for, by its files."""
     if (checkpoint / "adapter_config.json").is_file():
         return "peft"
-    return "sentence-transformers" if (checkpoint / MODULES_FILE).is_file() else "transformers"
+    if (checkpoint / MODULES_FILE).is_file():
+        return "sentence-transformers"
+    return "transformers"
 
 
 def model_card(
@@ -141,14 +148,17 @@ def model_card(
             metadata of a best checkpoint has.
         library: see `detect_library`.
     """
+    # A checkpoint that was not trained by a recipe has none in its metadata.
     recipe: dict[str, Any] = metadata.get("recipe", {})
     base = str(recipe.get("model", {}).get("base", "")) or "an unrecorded base model"
     run = {name: metadata[name] for name in ("steps", "temperature", "versions") if name in metadata}
     plain_recipe = json.loads(json.dumps(recipe))  # tuples become lists
+    # With `ChainableUndefined`, fields that a recipe does not have are empty and no error.
     environment = Environment(
         undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
-    return environment.from_string((Path(__file__).parent / "model_card.md.jinja").read_text()).render(
+    template = (Path(__file__).parent / "model_card.md.jinja").read_text()
+    return environment.from_string(template).render(
         about=yaml.safe_dump(_card_header(base, library), sort_keys=False),
         library=library,
         base=base,
@@ -166,6 +176,7 @@ def _card_header(base: str, library: Library) -> dict[str, Any]:
         "pipeline_tag": "feature-extraction" if library == "sentence-transformers" else "image-text-to-text",
         "tags": ["cafe", "embeddings", "image-text-to-text"],
     }
+    # A local directory means nothing on the Hub, even if it looks like "owner/name".
     is_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not Path(base).exists()
     if is_hub_id:
         header["base_model"] = base
@@ -187,6 +198,7 @@ def push_to_hub(checkpoint: Path, repository: str, card: str, private: bool = Tr
     api = HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
+        # The card takes the place of the checkpoint's own, which has no results.
         api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=["README.md"])
         api.upload_file(repo_id=repository, path_or_fileobj=card.encode(), path_in_repo="README.md")
     except (HTTPError, HFValidationError, OSError) as error:

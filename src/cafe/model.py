@@ -1,6 +1,6 @@
 """`Cafe`: one checkpoint that embeds and generates.
 
-A thin face over a Hugging Face LVLM and its processor. The checkpoint's `cafe.json` records what makes an embedding
+It wraps a Hugging Face LVLM and its processor. The checkpoint's `cafe.json` records what makes an embedding
 (instructions, prompt frame, template), so that training and use agree.
 """
 
@@ -98,11 +98,15 @@ class Cafe:
         path = Path(path)
         ensure_overwritable(path)
         partial = staging_path(path)
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a save that was interrupted
         partial.mkdir(parents=True)
+
+        # The files of transformers or PEFT.
         self.lvlm.save_pretrained(partial, state_dict=weights)
         self.chat_processor.save(partial)
         write_video_processor_config(partial, self.chat_processor.tokenizer.name_or_path, self.lvlm.config.model_type)
+
+        # Ours, and those that other software reads.
         self.metadata = {
             **self.metadata,
             **metadata,
@@ -146,7 +150,11 @@ class Cafe:
             raise CafeError(f"dim should be between 1 and the embedding's {self._embedding_dim}, not {dim}.")
         contents = _as_list(contents)
         vectors = np.zeros((len(contents), dim or self._embedding_dim), np.float32)
-        encode = lambda content: self.encode_embedding(Content.of(content))  # noqa: E731
+
+        def encode(content: Any) -> Branch:
+            """Encode one content."""
+            return self.encode_embedding(Content.of(content))
+
         for indices, branches in length_sorted_batches(contents, encode, batch_size):
             # Each content is an example by itself, without a dialogue.
             batch = pack([[branch] for branch in branches], [[]] * len(branches), self.packing)
@@ -224,6 +232,7 @@ class Cafe:
         """
 
         def encode(image: Any) -> tuple[Branch, Branch]:
+            """Encode the embedding of one image and the prompt about it."""
             content = _prompt_content(image, prompt)
             if not content.images:
                 raise CafeError("There is no image to describe.")
@@ -249,7 +258,8 @@ class Cafe:
         """Return the readouts of embedding branches and the answers to prompts about the same images."""
         if not self.chat_processor.prefix_lm:
             return prefill_embed_and_generate(self.lvlm, self.chat_processor, pairs, kwargs)
-        # A prefix-LM's image tokens attend to the words behind them, so nothing can be shared.
+        # A prefix-LM's image tokens attend to the words behind them, so nothing can be shared. Each branch is read by
+        # itself: first all embeddings, then all prompts.
         batch = pack([[embedding] for embedding, _ in pairs], [[]] * len(pairs), self.packing)
         hidden, _ = forward_packed(self.lvlm, batch)
         return hidden, self._generate([prompt for _, prompt in pairs], **kwargs)
@@ -281,7 +291,7 @@ class Cafe:
 
     def _score(self, dialogues: Sequence[Sequence[Branch]]) -> list[Float[np.ndarray, " answers"]]:
         """Compute the log-likelihood of the supervised tokens of some contents' dialogues, in one forward pass."""
-        batch = pack([[]] * len(dialogues), dialogues, self.packing)
+        batch = pack([[]] * len(dialogues), dialogues, self.packing)  # nothing is embedded
         _, hidden = forward_packed(self.lvlm, batch)
         # The hidden states of all answers come one after the other. The first token of a branch is predicted by none.
         lengths = [int(branch.loss_mask[1:].sum()) for branches in dialogues for branch in branches]
@@ -291,6 +301,7 @@ class Cafe:
             -F.cross_entropy(compute_logits(self.lvlm, states), label, reduction="sum")
             for states, label in zip(hidden.split(lengths), labels, strict=True)
         ]
+        # Moved to the CPU at once, because each transfer waits for the GPU.
         answers_each = [len(branches) for branches in dialogues]
         return [part.numpy() for part in torch.stack(likelihoods).cpu().split(answers_each)]
 
@@ -306,7 +317,8 @@ class Cafe:
     def encode_embedding(self, content: Content, images: ProcessedImages | None = None) -> Branch:
         """Encode the token sequence whose last token is the content's readout."""
         images = images or self.chat_processor.load_images(content.images)
-        return self.chat_processor.encode_embedding(embedding_messages(content, self.chat_processor.prompts), images)
+        messages = embedding_messages(content, self.chat_processor.prompts)
+        return self.chat_processor.encode_embedding(messages, images)
 
     def encode_prompt(self, content: Content, images: ProcessedImages | None = None) -> Branch:
         """Encode the token sequence of a user's turn, up to where the model answers."""
@@ -316,15 +328,19 @@ class Cafe:
 
     def encode_dialogue(self, dialogue: Dialogue, images: ProcessedImages | None = None) -> Branch:
         """Encode the token sequence of a whole dialogue."""
-        refs = [ref for turn in dialogue.turns for ref in turn.content.images]
+        if images is None:
+            refs = [ref for turn in dialogue.turns for ref in turn.content.images]
+            images = self.chat_processor.load_images(refs)
         messages = dialogue_messages(dialogue, self.chat_processor.prompts)
-        return self.chat_processor.encode_dialogue(messages, images or self.chat_processor.load_images(refs))
+        return self.chat_processor.encode_dialogue(messages, images)
 
     def _generate(self, prompts: Sequence[Branch], **kwargs: Any) -> list[str]:
+        """Generate the answers to encoded prompts, by arguments of transformers' `generate`."""
         return generate_texts(self.lvlm, self.chat_processor, prompts, kwargs)
 
     @property
     def _embedding_dim(self) -> int:
+        """Return the number of dimensions of an embedding: the width of the language model."""
         dim: int = self.lvlm.config.get_text_config().hidden_size
         return dim
 
@@ -337,6 +353,7 @@ def _as_list(contents: Any) -> list[Any]:
 
 
 def _prompt_content(image: Any, prompt: str) -> Content:
+    """Make the content of a user's turn: an image, or several, before the words."""
     if image is None:
         return Content.of(prompt)
     if isinstance(image, str):  # a path: the text is in the prompt

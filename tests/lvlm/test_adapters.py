@@ -125,7 +125,7 @@ def test_gradient_cache_with_dropout_has_the_gradient_of_one_graph(family):
 
 
 @pytest.mark.parametrize(("family", "dora"), CASES)
-def test_a_saved_adapter_loads_with_its_base_and_merges_into_the_same_model(family, dora, tmp_path):
+def test_a_saved_adapter_loads_and_merges_into_the_same_model(family, dora, tmp_path):
     make(family).save(tmp_path / "base")
     model = Cafe.load(tmp_path / "base", dtype=torch.float64)
     contents = list(CONTENTS.values())

@@ -43,7 +43,7 @@ class Block:
 
     @property
     def causal(self) -> bool:
-        """Whether the block is a chain with itself."""
+        """Tell whether the block is a chain with itself."""
         return self.queries == self.keys
 
     def query_view(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads queries *dim"]:
@@ -73,6 +73,8 @@ def _chains(ends: Sequence[int]) -> Iterator[slice]:
     """Iterate over the chains of a row, without single tokens that attend to themselves alone."""
     # A token begins a chain where it is not below the token before it.
     starts = [0, *(column for column in range(1, len(ends)) if ends[column - 1] <= column)]
+    # Padding gives chains of one token. So does a branch of one token, but that lies below another chain, to whose
+    # tokens it attends.
     furthest_end = 0  # of the chains so far: tokens before it are below one of them
     for start, stop in zip(starts, [*starts[1:], len(ends)], strict=True):
         if stop > start + 1 or furthest_end > start:
@@ -99,6 +101,7 @@ def blockwise_mask(subtree_end: Int64[Tensor, "rows columns"]) -> SdpaOverrideMa
 def _blockwise_sdpa(
     blocks: Sequence[Block], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any
 ) -> Tensor:
+    """Compute `scaled_dot_product_attention` block by block, where the kernel can."""
     # `scaled_dot_product_attention` is cast by autocast; what replaces it has to do the same.
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -110,14 +113,15 @@ def _blockwise_sdpa(
 
 
 def _takes_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel can be called on views of these states."""
+    """Tell whether the kernel can be called on views of these states."""
+    # Fewer heads of keys than of queries, or other tokens, are left to PyTorch's own function.
     if not query.shape == key.shape == value.shape:
         return False
     return query.stride(-1) == key.stride(-1) == value.stride(-1) == 1  # the kernel does not look at this stride
 
 
 class _BlockwiseAttention(torch.autograd.Function):
-    """Attention as the sum over blocks, each computed by PyTorch's kernel."""
+    """Compute attention as the sum over blocks, each by PyTorch's kernel."""
 
     @staticmethod
     def forward(

@@ -43,7 +43,7 @@ def restrict_last_layer(lvlm: PreTrainedModel, *read_index: Int64[Tensor, "_toke
         return
 
     handles = []
-    coords = torch.cat(read_index).unique(dim=0)  # each token once: its gradient must not be counted twice
+    coords = torch.cat(read_index).unique(dim=0)  # sorted, and each token once: a gradient must not be counted twice
     # Attention computes its queries for these tokens only; the modules behind it run on these tokens only.
     attention = lvlm.get_decoder().layers[-1].self_attn
     pre_hook = _this_thread_only(QuerySubset(coords).pre_hook)
@@ -62,7 +62,14 @@ def restrict_last_layer(lvlm: PreTrainedModel, *read_index: Int64[Tensor, "_toke
 def _this_thread_only(hook: Callable[..., Any]) -> Callable[..., Any]:
     """Limit a hook to this thread: another may use the same model meanwhile, as when an answer is streamed."""
     thread = get_ident()
-    return lambda *args: hook(*args) if get_ident() == thread else None
+
+    def limited(*args: Any) -> Any:
+        """Call the hook; in another thread, return None, which leaves a module's inputs and output as they are."""
+        if get_ident() != thread:
+            return None
+        return hook(*args)
+
+    return limited
 
 
 def tokenwise_modules(lvlm: PreTrainedModel) -> list[nn.Module]:
@@ -71,13 +78,17 @@ def tokenwise_modules(lvlm: PreTrainedModel) -> list[nn.Module]:
     The list is empty where the layer is of an unknown kind or is recomputed in the backward pass, when the hooks of the
     forward pass are gone.
     """
-    layer = getattr(lvlm.get_decoder(), "layers", [None])[-1]
-    if layer is None:
+    layers = getattr(lvlm.get_decoder(), "layers", None)
+    if layers is None:
+        return []
+    layer = layers[-1]
+    is_recomputed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if is_recomputed:
         return []
     children = {name for name, _ in layer.named_children()}
-    is_recomputed = layer.training and getattr(layer, "gradient_checkpointing", False)
-    if is_recomputed or not children <= SUPPORTED_CHILDREN:
+    if not children <= SUPPORTED_CHILDREN:
         return []
+    # Attention has already run on the chosen queries; its output projection need not see the zeros of the others.
     modules = [module for name, module in layer.self_attn.named_children() if name == "o_proj"]
     # The experts of some families take further inputs with one entry per token, such as its modality.
     if len(signature(layer.mlp.forward).parameters) == 1:
@@ -86,7 +97,7 @@ def tokenwise_modules(lvlm: PreTrainedModel) -> list[nn.Module]:
 
 
 class TokenwiseHooks:
-    """Hooks with which a module computes some tokens only."""
+    """Compute some tokens of a module only, by hooks before and after its forward pass."""
 
     def __init__(self, coords: Int64[Tensor, "tokens 2"]) -> None:
         self.coords = coords
@@ -112,7 +123,13 @@ class TokenwiseHooks:
 
 
 class QuerySubset:
-    """The tokens for which attention computes queries, as a grid: one row per row of the batch, padded on the right."""
+    """Hold the tokens for which attention computes queries as a grid: a row per row of the batch, padded on the right.
+
+    Attributes:
+        rows, columns: of each token in the batch.
+        slots: the column of each token in the grid.
+        grid: the columns of the tokens of each row.
+    """
 
     def __init__(self, coords: Int64[Tensor, "tokens 2"]) -> None:
         self.rows, self.columns = coords.unbind(1)
@@ -120,14 +137,19 @@ class QuerySubset:
         # `coords` are sorted: within its row, a token's slot is its index minus that of the row's first token.
         first = counts.cumsum(0) - counts
         self.slots = torch.arange(len(coords)) - first[self.rows]
-        self.grid = torch.zeros(len(counts), int(counts.max()) if len(coords) else 0, dtype=torch.long)
+        most_in_a_row = int(counts.max()) if len(coords) else 0
+        self.grid = torch.zeros(len(counts), most_in_a_row, dtype=torch.long)
         self.grid[self.rows, self.slots] = self.columns
 
     def pre_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Give the attention module a mask under which it computes these queries only, where that saves enough."""
         mask = kwargs.get("attention_mask")
-        if not isinstance(mask, Tensor) or mask.ndim != 4 or len(mask) != len(self.grid):
+        # Only a dense mask over these rows can be cut to the queries; a `BlockMask`, for example, cannot.
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
             return args, kwargs
+        if len(mask) != len(self.grid):
+            return args, kwargs
+        # The queries and their masks are copied, which is not worth it for more than half of a row.
         if 2 * self.grid.shape[1] > mask.shape[2]:
             return args, kwargs
         return args, {**kwargs, "attention_mask": SdpaOverrideMask.wrap(mask, self.sdpa)}

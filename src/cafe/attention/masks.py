@@ -24,9 +24,11 @@ def flex_tree_mask(subtree_end: Int64[Tensor, "rows columns"]) -> BlockMask:
     """
 
     def attends(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Tell whether a query attends to a key, as `tree_mask` does."""
         return (key <= query) & (query < subtree_end[row, key])
 
     def attends_in_only_row(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Tell the same in a batch of one row."""
         return (key <= query) & (query < subtree_end[0, key])
 
     rows, columns = subtree_end.shape

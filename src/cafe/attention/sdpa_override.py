@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class SdpaOverrideMask(Tensor):
-    """An attention mask that carries its own implementation of `scaled_dot_product_attention`.
+    """Carry an implementation of `scaled_dot_product_attention` in an attention mask.
 
     A model passes the mask on from layer to layer without looking at it, so the override reaches attention without a
     change to the model. For every other operation this is a plain mask, and results are plain tensors.
@@ -32,5 +32,6 @@ class SdpaOverrideMask(Tensor):
         mask = kwargs.get("attn_mask")
         if func is F.scaled_dot_product_attention and isinstance(mask, SdpaOverrideMask):
             func = getattr(mask, "sdpa", func)  # only what `wrap` returned has one
+        # Within, the mask is a plain tensor: the override may call the function that it replaces.
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)

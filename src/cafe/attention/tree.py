@@ -35,8 +35,9 @@ def tree_attention(
     if subtree_end is not None:
         device = lvlm.device
         # SDPA takes a mask of numbers in the dtype of the queries, which is autocast's where it is enabled.
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else lvlm.dtype
+        dtype = lvlm.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
         end = subtree_end.to(device, non_blocking=True)
         inputs["attention_mask"] = attention_mask(end, lvlm.config.get_text_config(), dtype)
     with restrict_last_layer(lvlm, *read_index):
@@ -56,12 +57,13 @@ def attention_mask(
     implementation, columns = config._attn_implementation, subtree_end.shape[1]
     if implementation == "flex_attention":
         return flex_tree_mask(subtree_end)
-    if implementation == "sdpa" and subtree_end.device.type == "cpu" and columns >= MIN_BLOCKWISE_TOKENS:
+    is_long_on_cpu = subtree_end.device.type == "cpu" and columns >= MIN_BLOCKWISE_TOKENS
+    if implementation == "sdpa" and is_long_on_cpu:
         return blockwise_mask(subtree_end)
     # A mask of numbers whose rows begin at multiples of eight is used on a GPU as it is. From any other mask, every
     # layer would make such a copy and keep it for its backward pass.
     attends = tree_mask(subtree_end)
     masked = torch.finfo(dtype).min if implementation == "eager" else float("-inf")
-    aligned = -(-columns // 8) * 8
+    aligned = -(-columns // 8) * 8  # rounded up
     bias = torch.zeros(*attends.shape[:3], aligned, dtype=dtype, device=subtree_end.device)
     return bias[..., :columns].masked_fill_(~attends, masked)

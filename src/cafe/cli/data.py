@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from cafe.model import Cafe
     from cafe.training.recipe import ModelConfig, Recipe
 
-DEFAULT_JUDGE_THRESHOLD = 0.5
+DEFAULT_JUDGE_THRESHOLD = 0.5  # probability of a match from which --judge drops a candidate
 
 
 @click.group("data")
@@ -25,15 +25,15 @@ def data_group() -> None:
 
 @dataclass(frozen=True)
 class CheckedData:
-    """What `cafe data check` reads, and by which model's tokenizer and image processor.
+    """Hold what `cafe data check` reads, and by which model's tokenizer and image processor.
 
     Attributes:
-        sources: The sources to read.
-        base: The directory or Hub id of the model.
-        prompts: The prompts to render.
-        model: The limits on images.
-        max_tokens: The maximum length of a sequence; None for no limit.
-        max_bad_fraction: The fraction of bad records above which the check fails.
+        sources: the sources to read.
+        base: the directory or Hub id of the model.
+        prompts: the prompts to render.
+        model: the limits on images.
+        max_tokens: the maximum length of a sequence; None for no limit.
+        max_bad_fraction: the fraction of bad records above which the check fails.
     """
 
     sources: tuple["Source", ...]
@@ -93,10 +93,12 @@ def check_command(
         for name, value in report.table():
             print(f"  {name:20} {value}")
     print(f"The page is {output}; distributions are min / median / p95 / max.")
+
     # Last, so that the tables of all sources are printed whichever of them is bad.
     for report in reports:
-        if len(report.errors) > checked.max_bad_fraction * len(report.stats):
-            fraction = len(report.errors) / len(report.stats)
+        num_bad, num_read = len(report.errors), len(report.stats)
+        if num_bad > checked.max_bad_fraction * num_read:
+            fraction = num_bad / num_read
             raise RecordError(f"{fraction:.1%} of the records of {report.name} are bad. The first: {report.errors[0]}")
 
 
@@ -106,6 +108,7 @@ def _recipe_data(path: str, overrides: tuple[str, ...], base: str | None) -> Che
     from cafe.training.recipe_io import read_recipe
 
     recipe = read_recipe(path, overrides)
+    # The limits of training hold for the check too, so that it reports what training would skip.
     return CheckedData(
         sources=recipe.data.sources,
         base=resolve_checkpoint(base or recipe.model.base),
@@ -117,7 +120,7 @@ def _recipe_data(path: str, overrides: tuple[str, ...], base: str | None) -> Che
 
 
 def _source_data(path: str, overrides: tuple[str, ...], base: str | None) -> CheckedData:
-    """Collect what a source and a model, which has its prompts in its metadata, say about themselves."""
+    """Collect what a source says about itself, and a checkpoint about its prompts."""
     from cafe.checkpoint import prompts_from_metadata, read_metadata, resolve_checkpoint
     from cafe.training.recipe import DataConfig, ModelConfig
     from cafe.training.recipe_io import read_source
@@ -126,6 +129,7 @@ def _source_data(path: str, overrides: tuple[str, ...], base: str | None) -> Che
         raise RecipeError("A source alone does not say which model is to read it: give --base.")
     sources = (read_source(path, overrides),)
     checkpoint = resolve_checkpoint(base)
+    # A source alone limits neither the length of sequences nor the size of images.
     return CheckedData(
         sources=sources,
         base=checkpoint,
@@ -188,15 +192,16 @@ def mine_command(
     from cafe.mining.hard_negatives import mine
     from cafe.training.recipe_io import read_recipe
 
-    # Soft targets are the judge's probabilities.
+    # Soft targets are the judge's probabilities, so they need a judge.
     if soft and judge is None:
         judge = DEFAULT_JUDGE_THRESHOLD
+    # The recipe says what is mined; all that is particular to mining are options.
     run = read_recipe(recipe, overrides)
     model = _embedding_model(run, checkpoint)
     mining = MiningConfig(
         negatives=negatives,
         top=top,
-        max_positive_ratio=max_positive_ratio or None,  # 0 disables it
+        max_positive_ratio=max_positive_ratio or None,  # 0 disables the limit
         margin=margin,
         judge=judge,
         soft=soft,

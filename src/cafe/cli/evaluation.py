@@ -8,6 +8,7 @@ import click
 from cafe.cli.options import PATH, POSITIVE, recipe_arguments, split_names
 from cafe.errors import CafeError, RecipeError
 
+# Shared by evaluate and ablate.
 suite_option = click.option(
     "--suite",
     default="",
@@ -62,6 +63,7 @@ def evaluate_command(
     suites = split_names(suite)
     select_suites(data, suites)  # reports a mistake before the model is loaded
 
+    # Imported only now, so that a mistake is reported at once.
     from cafe.checkpoint import resolve_checkpoint
     from cafe.model import Cafe
     from cafe.utils.distributed import make_accelerator
@@ -75,7 +77,7 @@ def evaluate_command(
         data,
         limit,
         suites=suites,
-        cache_dir=output / "kept",
+        cache_dir=output / "kept",  # answers and embeddings, from which an interrupted evaluation resumes
         batch_size=batch_size,
         distributed=True,
         progress=True,
@@ -86,12 +88,14 @@ def evaluate_command(
         for name, value in evaluation.results.items():
             print(f"{name:44} {value:9.3f}")
         print(f"Written to {output}")
+    # The process group is closed by all processes together, or PyTorch warns that it was left open.
     processes.wait_for_everyone()
     processes.end_training()
 
 
 def _default_output(checkpoint: str, limit: int | None) -> Path:
     """Name the directory of an evaluation after its checkpoint and limit."""
+    # A path becomes one name: runs/a/checkpoint is runs-a-checkpoint.
     name = checkpoint.strip("./").replace("/", "-")
     if limit:
         name += f"-limit-{limit}"
@@ -100,6 +104,7 @@ def _default_output(checkpoint: str, limit: int | None) -> Path:
 
 def _parse_sizes(context: click.Context, parameter: click.Parameter, text: str) -> list[int]:
     """Parse numbers above 0 that are separated by commas."""
+    # A wrong part is reported as an option of click reports it.
     return [POSITIVE(part, parameter, context) for part in text.split(",")]
 
 
@@ -132,6 +137,7 @@ def bench_modes_command(
     timings = time_modes(model, images, batch_sizes, repeats, max_new_tokens, progress=True)
     print(format_timings(timings))
     if output:
+        # `throughput` is a property, which `asdict` leaves out.
         rows = [{**asdict(timing), "throughput": timing.throughput} for timing in timings]
         output.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -148,10 +154,9 @@ def report_command(evaluations: tuple[str, ...], log: Path | None, output: Path)
     from cafe.evaluation.report.page import write_report
     from cafe.evaluation.report.run import ReportRun
 
-    named = [_parse_evaluation(evaluation) for evaluation in evaluations]
-    runs = [ReportRun(name, directory, None) for name, directory in named]
-    name, directory = named[-1]
-    runs[-1] = ReportRun(name, directory, log)  # --log belongs to the last one
+    *earlier, last = [_parse_evaluation(evaluation) for evaluation in evaluations]
+    runs = [ReportRun(*evaluation, None) for evaluation in earlier]
+    runs.append(ReportRun(*last, log))  # --log belongs to the last one
     write_report(output, runs)
     print(f"The report is {output}")
 

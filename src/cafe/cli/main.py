@@ -25,6 +25,7 @@ def cli() -> None:
     """One vision-language checkpoint that retrieves and talks."""
 
 
+# In the order of a project; the help lists them by name.
 for command in (
     train_command,
     plan_command,
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunInterrupted as error:
         return _fail(str(error), 128 + error.signal)
     except KeyboardInterrupt:
-        return _fail("stopped.", 130)
+        return _fail("stopped.", 130)  # 128 + SIGINT, as shells report it
     except OSError as error:
         if error.filename is None:  # not about a path, so not a user's mistake
             raise
@@ -92,6 +93,7 @@ def _tune_malloc() -> None:
     """Keep the memory of freed tensors in this process; by default glibc returns it, and each step pages it in anew."""
     with contextlib.suppress(OSError, AttributeError, TypeError):  # another system or another allocator
         libc = ctypes.CDLL(None)
+        # 1 GiB: smaller blocks are cut from the heap, and the heap shrinks only if more than that is free at its top.
         for option in (MMAP_THRESHOLD, TRIM_THRESHOLD):
             libc.mallopt(option, 2**30)
 

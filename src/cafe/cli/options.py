@@ -29,6 +29,7 @@ override_arguments = click.argument("overrides", nargs=-1, metavar="[KEY=VALUE].
 
 def recipe_arguments(command: Command) -> Command:
     """Add a recipe and its overrides as arguments, which may stand before, between and after options."""
+    # The decorator that is applied last adds the first argument.
     recipe = click.argument("recipe", type=PATH)
     return recipe(override_arguments(command))
 

@@ -59,13 +59,15 @@ def quickstart_command(directory: Path, recipe: Path) -> None:
     from cafe.scenes.write import write_scenes
     from cafe.training.loop import train
 
-    # The base is measured first, so that the report compares with it. What exists already is not made again.
     data, before, after = directory / "scenes", directory / "before", directory / "after"
     run = _quickstart_recipe(recipe, directory, data)
+    # What exists already is not made again, so an interrupted quickstart resumes.
     if not (data / "llava_train.json").is_file():
         write_scenes(data)
+    # The base is measured too, so that the report compares with it.
     measure(Cafe.load(resolve_checkpoint(run.model.base)), data, before)
-    measure(Cafe.load(train(run, training_evaluator(run))), data, after)
+    checkpoint = train(run, training_evaluator(run))
+    measure(Cafe.load(checkpoint), data, after)
     runs = [ReportRun("base", before, None), ReportRun("joint", after, directory / "run" / "log.jsonl")]
     write_report(directory / "report.html", runs)
     print(f"Open {directory / 'report.html'}")
@@ -78,5 +80,6 @@ def _quickstart_recipe(path: Path, directory: Path, data: Path) -> "Recipe":
     from cafe.training.recipe_io import read_recipe
 
     recipe = read_recipe(path, [f"output={directory / 'run'}", f"evaluation.data={data}"])
+    # Overrides replace whole lists, but of each source only the directory is another.
     sources = tuple(replace(source, path=str(data / Path(source.path).name)) for source in recipe.data.sources)
     return replace(recipe, data=replace(recipe.data, sources=sources))

@@ -22,6 +22,7 @@ def train_command(recipe: Path, overrides: tuple[str, ...]) -> None:
     from cafe.training.loop import train
     from cafe.training.recipe_io import read_recipe
 
+    # Training does not import evaluation, which lies above it: it is given what evaluates.
     run = read_recipe(recipe, overrides)
     train(run, training_evaluator(run))
 
@@ -46,13 +47,15 @@ def plan_command(
 
     width, height = _parse_size(image)
     sample = TypicalSample(width=width, height=height, caption=caption)
-    print(format_plan(plan(read_recipe(recipe, overrides), gpus, sample, pairs)))
+    costs = plan(read_recipe(recipe, overrides), gpus, sample, pairs)
+    print(format_plan(costs))
 
 
 def _parse_size(text: str) -> tuple[int, int]:
     """Parse a width and a height that are separated by an x."""
     width, _, height = text.partition("x")
     for side in (width, height):
+        # Without an x, the height is empty and so is no number.
         if not side.isdecimal() or int(side) == 0:
             raise RecipeError(f"--image should be like 640x480, not {text!r}.")
     return int(width), int(height)
@@ -103,8 +106,10 @@ def push_command(directory: Path, repository: str, results: Path | None, public:
 
     checkpoint = checkpoint_dir(directory)
     metadata = read_metadata(checkpoint)
+    # The card is written from the metadata, and a directory without any may be anything.
     if not metadata:
         raise CheckpointError(f"{checkpoint} is no checkpoint of cafe: it has no cafe.json.")
+    # Without results, the card shows those of the evaluation during training, if there was one.
     shown = _read_results(results) if results else None
     card = model_card(metadata, shown, detect_library(checkpoint))
     print(push_to_hub(checkpoint, repository, card, private=not public))

@@ -17,7 +17,7 @@ CHUNK_NUMEL = 2 * 2**20  # similarities computed at once: 8 MiB in float32
 
 @dataclass(frozen=True)
 class ContrastiveConfig:
-    """Options of the contrastive loss.
+    """Configure the contrastive loss.
 
     To add an option, add a field here, use it below, and give `ObjectiveConfig` in the recipe a field of the same name.
 
@@ -85,9 +85,11 @@ def info_nce(
         negatives = targets[:0]
     if not config.mask_duplicates:
         target_ids = None
+    # The whole embedding is one of the prefixes, so without `dim_weights` this is a single loss.
     weights = {**config.dim_weights, queries.shape[1]: 1.0}
     losses = []
     for dim, weight in weights.items():
+        # A prefix is normalized anew: it is used as an embedding by itself.
         loss = _single_info_nce(
             _normalize(queries[:, :dim]),
             _normalize(targets[:, :dim]),
@@ -135,7 +137,7 @@ def _single_info_nce(
 
 
 class _InfoNCE(torch.autograd.Function):
-    """InfoNCE of unit rows. The targets are those of all pairs, followed by the hard negatives."""
+    """Compute InfoNCE of unit rows in chunks. The targets are those of all pairs, followed by the hard negatives."""
 
     @staticmethod
     def forward(
@@ -147,7 +149,7 @@ class _InfoNCE(torch.autograd.Function):
         config: ContrastiveConfig,
         chunk_numel: int,
     ) -> Float[Tensor, ""]:
-        """Compute the loss chunk by chunk, and keep the denominators."""
+        """Compute the loss, and keep the denominators of its softmaxes."""
         pairs = len(queries)
         positive_logits, row_logsumexp = queries.new_empty(pairs), queries.new_empty(pairs)
         column_logsumexp = queries.new_full((pairs,), float("-inf"))
@@ -168,7 +170,7 @@ class _InfoNCE(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the logits of each chunk again, and from them the gradients."""
+        """Compute the gradients of the embeddings and, if it is learned, of the temperature."""
         queries, targets, scale, target_ids, row_logsumexp, column_logsumexp = ctx.saved_tensors
         pairs = len(queries)
         directions = 2 if ctx.config.symmetric else 1
@@ -183,6 +185,7 @@ class _InfoNCE(torch.autograd.Function):
             probs[:, :pairs] += column_probs
             probs.diagonal(rows.start).sub_(directions)
             probs *= grads[0] / (directions * pairs)
+            # A chunk has all that its queries need, and a part of what each target does.
             grad_queries[rows] = (probs @ targets).mul_(scale)
             grad_targets.addmm_(probs.T, queries[rows])
         if ctx.needs_input_grad[2]:
@@ -213,7 +216,9 @@ def _iter_logits(
     negative_scale = scale + config.hardness_weight
     bounds = None
     if config.false_negative_margin is not None:
-        bounds = ((queries * targets[:pairs]).sum(1) + config.false_negative_margin) * negative_scale
+        # The largest cosine of a negative, as a logit: compared as they are, the logits need no division.
+        positive_cosine = (queries * targets[:pairs]).sum(1)
+        bounds = (positive_cosine + config.false_negative_margin) * negative_scale
     for start in range(0, pairs, step):
         rows = slice(start, min(start + step, pairs))
         logits = (queries[rows] * negative_scale) @ targets.T
@@ -236,7 +241,9 @@ def _iter_logits(
 
 
 def _normalize(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
-    return F.normalize(rows if rows.dtype == torch.float64 else rows.float(), dim=-1)
+    """Scale rows to unit length, in float32 or, where the input is, in float64."""
+    precise = rows if rows.dtype == torch.float64 else rows.float()
+    return F.normalize(precise, dim=-1)
 
 
 def in_batch_accuracy(

@@ -42,7 +42,7 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of a linear head. The forward pass computes the gradients, which the backward pass only scales."""
+    """Compute the cross-entropy of a linear head, and its gradients in the forward pass already."""
 
     @staticmethod
     def forward(
@@ -54,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         softcap: float | None,
         chunk_numel: int,
     ) -> Float[Tensor, ""]:
-        """Compute the loss and its gradients chunk by chunk."""
+        """Compute the loss and, chunk by chunk, the gradients that are needed."""
         loss_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         head = weight.to(hidden.dtype)
         needs_hidden, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad

@@ -91,9 +91,13 @@ def find_target_modules(lvlm: PreTrainedModel, adapter: LoraSettings) -> list[st
     layers = _linear_layers(lvlm)
     targets: list[str] = []
     for part, names in wanted.items():
-        if names:
-            _check_layer_names(part, names, layers[part], lvlm.config.model_type)
-            targets += [layer for layer in layers[part] if "all" in names or _last_name(layer) in names]
+        if not names:
+            continue
+        _check_layer_names(part, names, layers[part], lvlm.config.model_type)
+        if "all" in names:
+            targets += layers[part]
+        else:
+            targets += [layer for layer in layers[part] if _last_name(layer) in names]
     if not targets:
         raise RecipeError("model.adapter names no layer of any part.")
     return targets
@@ -109,17 +113,19 @@ def _linear_layers(lvlm: PreTrainedModel) -> dict[PartName, list[str]]:
             continue
         # PyTorch's own attention reads the weights of its layers without calling them, so an adapter would be skipped;
         # the losses read those of the head in the same way.
-        if isinstance(modules[name.rpartition(".")[0]], nn.MultiheadAttention):
+        parent = modules[name.rpartition(".")[0]]
+        if isinstance(parent, nn.MultiheadAttention):
             continue
-        layers[model_part(f"{name}.", lvlm.config.model_type)].append(name)
+        part = model_part(f"{name}.", lvlm.config.model_type)
+        layers[part].append(name)
     return layers
 
 
 def _check_layer_names(part: PartName, names: Sequence[str], layers: Sequence[str], model_type: str) -> None:
-    """Refuse names that no linear layer of the part has, and parts without any.
+    """Refuse names that no linear layer of the part has, and parts without linear layers.
 
     Raises:
-        RecipeError: there is one.
+        RecipeError: no layer has one of the names, or there is no layer at all.
     """
     known = {_last_name(layer) for layer in layers}
     for name in names:
@@ -132,6 +138,7 @@ def _check_layer_names(part: PartName, names: Sequence[str], layers: Sequence[st
 
 
 def _last_name(layer: str) -> str:
+    """Return the name that a layer has in its own module, such as q_proj."""
     return layer.rpartition(".")[2]
 
 
@@ -146,8 +153,6 @@ def read_adapter_config(path: str | Path) -> "PeftConfig | None":
     Raises:
         MissingPackageError: there is an adapter and PEFT is not installed.
     """
-    if Path(path).is_dir() and not (Path(path) / "adapter_config.json").is_file():
-        return None
     if not find_adapter_config_file(str(path)):
         return None
     _require_peft()
@@ -196,6 +201,7 @@ def merge(lvlm: PreTrainedModel) -> None:
 
 
 def _inject(lvlm: PreTrainedModel, config: "PeftConfig") -> None:
+    """Put PEFT's layers in place of those that an adapter is for."""
     from peft.functional import cast_adapter_dtype
 
     lvlm.add_adapter(config, ADAPTER_NAME)
@@ -204,5 +210,6 @@ def _inject(lvlm: PreTrainedModel, config: "PeftConfig") -> None:
 
 
 def _require_peft() -> None:
+    """Raise an error with the pip command where PEFT is not installed."""
     if not find_spec("peft"):
         raise MissingPackageError("An adapter needs the package peft: pip install 'cafe-lvlm[peft]'.")

@@ -40,6 +40,7 @@ def _onevision(
 def _qwen2_5(
     width: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
 ) -> dict[str, Any]:
+    """Return the sizes of Qwen2.5-VL, whose vision towers differ in nothing but the width of their output."""
     text = _text(width, layers, heads, kv_heads, inner, vocabulary, tied)
     vision = {"depth": 32, "hidden_size": 1280, "intermediate_size": 3420, "num_heads": 16, "out_hidden_size": width}
     return {
@@ -53,6 +54,7 @@ def _qwen2_5(
 def _qwen3(
     width: int, layers: int, heads: int, inner: int, tied: bool, vision: tuple[int, int, int, list[int]]
 ) -> dict[str, Any]:
+    """Return the sizes of Qwen3-VL; `vision` is one of the two towers below."""
     text = _text(width, layers, heads, 8, inner, 151936, tied)
     depth, vision_width, vision_inner, deepstack = vision
     return {
@@ -65,7 +67,7 @@ def _qwen3(
             "out_hidden_size": width,
             "deepstack_visual_indexes": deepstack,
         },
-        "text_config": {**text, "head_dim": 128},
+        "text_config": {**text, "head_dim": 128},  # in the 4B model, more than its width divided by its heads
         "tie_word_embeddings": tied,
     }
 
@@ -73,6 +75,7 @@ def _qwen3(
 def _text(
     width: int, layers: int, heads: int, kv_heads: int, inner: int, vocabulary: int, tied: bool
 ) -> dict[str, Any]:
+    """Return the fields of a language model's configuration."""
     return {
         "hidden_size": width,
         "num_hidden_layers": layers,
@@ -84,7 +87,11 @@ def _text(
     }
 
 
+# Of a tower: depth, width, feed-forward width, and the layers whose features go into the language model (DeepStack).
+# Of a language model: width, layers, heads, key-value heads (Qwen3 has eight), feed-forward width, vocabulary (of
+# Qwen3 the same in all), and whether the head is tied to the embeddings.
 _SMALL_TOWER = (24, 1024, 4096, [5, 11, 17])
+_LARGE_TOWER = (27, 1152, 4304, [8, 16, 24])
 KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "llava-hf/llava-onevision-qwen2-0.5b-si-hf": _onevision(896, 24, 14, 2, 4864, 152000, True),
     "llava-hf/llava-onevision-qwen2-7b-si-hf": _onevision(3584, 28, 28, 4, 18944, 152128, False),
@@ -92,7 +99,7 @@ KNOWN_CONFIGS: dict[str, dict[str, Any]] = {
     "Qwen/Qwen2.5-VL-7B-Instruct": _qwen2_5(3584, 28, 28, 4, 18944, 152064, False),
     "Qwen/Qwen3-VL-2B-Instruct": _qwen3(2048, 28, 16, 6144, True, _SMALL_TOWER),
     "Qwen/Qwen3-VL-4B-Instruct": _qwen3(2560, 36, 32, 9728, True, _SMALL_TOWER),
-    "Qwen/Qwen3-VL-8B-Instruct": _qwen3(4096, 36, 32, 12288, False, (27, 1152, 4304, [8, 16, 24])),
+    "Qwen/Qwen3-VL-8B-Instruct": _qwen3(4096, 36, 32, 12288, False, _LARGE_TOWER),
 }
 
 
@@ -120,14 +127,10 @@ def load_config(base: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(base, local_files_only=True)
     except (OSError, ValueError):
+        advice = f"give a local directory, or one of {', '.join(KNOWN_CONFIGS)}."
         if Path(base).is_dir():
-            raise CheckpointError(
-                f"The sizes of {base} are not known: it has no config.json that transformers reads; for an adapter, "
-                "plan with its base."
-            ) from None
-        raise CheckpointError(
-            f"The sizes of {base} are not known: give a local directory, or one of {', '.join(KNOWN_CONFIGS)}."
-        ) from None
+            advice = "it has no config.json that transformers reads; for an adapter, plan with its base."
+        raise CheckpointError(f"The sizes of {base} are not known: {advice}") from None
 
 
 def meta_model(config: PreTrainedConfig) -> PreTrainedModel:

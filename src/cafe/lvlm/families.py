@@ -159,8 +159,10 @@ def contains_projector(tower: nn.Module) -> bool:
 def packed_patch_size(tower: nn.Module) -> int | None:
     """Return the patch size of a tower that lays images end to end in one row; None for other towers."""
     config: Any = getattr(tower, "config", None)
-    packed = getattr(config, "model_type", "") in PACKED_TOWERS
-    return config.patch_size if packed else None
+    if getattr(config, "model_type", "") not in PACKED_TOWERS:
+        return None
+    patch_size: int = config.patch_size
+    return patch_size
 
 
 def feature_layers(config: PreTrainedConfig) -> list[int] | None:
@@ -185,9 +187,12 @@ def attention_kwargs(config: PreTrainedConfig, attention: str) -> str | dict[str
     which the images would bring many. SDPA cannot cap attention scores, as Gemma 2 does and so PaliGemma 2: such a
     language model takes eager attention instead.
     """
-    if attention == "sdpa" and getattr(config.get_text_config(), "attn_logit_softcapping", None):
+    if attention == "flex_attention":
+        return {"text_config": attention}
+    caps_scores = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if attention == "sdpa" and caps_scores:
         return {"text_config": "eager"}
-    return {"text_config": attention} if attention == "flex_attention" else attention
+    return attention
 
 
 def supports_prefix_sharing(lvlm: PreTrainedModel) -> bool | None:
@@ -196,14 +201,18 @@ def supports_prefix_sharing(lvlm: PreTrainedModel) -> bool | None:
     if text._attn_implementation not in MASKED_ATTENTION:
         return False
     # Sliding windows, linear attention and convolutions see a token's neighbors in the row, not its ancestors.
-    layer_types = getattr(text, "layer_types", None)
-    if layer_types:
-        only_full_attention = set(layer_types) == {"full_attention"}
-    else:
-        only_full_attention = not getattr(text, "sliding_window", None)
-    if not only_full_attention:
+    if not _has_only_full_attention(text):
         return False
     return family_of(lvlm.config.model_type).supports_tree_mask
+
+
+def _has_only_full_attention(text_config: PreTrainedConfig) -> bool:
+    """Tell whether every layer of a language model attends to all tokens before each."""
+    # Where the kinds of the layers are listed, `sliding_window` may be set for none of them.
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types:
+        return set(layer_types) == {"full_attention"}
+    return not getattr(text_config, "sliding_window", None)
 
 
 def uses_mrope(lvlm: PreTrainedModel) -> bool:
@@ -217,6 +226,7 @@ def position_ids_fn(lvlm: PreTrainedModel) -> PositionIdsFn:
         return default_position_ids
 
     def mrope_position_ids(branch: Branch) -> Int64[Tensor, "3 tokens"]:
+        """Number the tokens of a branch by the time, row and column of its images' patches."""
         # The model takes a batch, here of one row, and returns (axes, rows, tokens) with the rows' offsets.
         grids = {name: grid for name, grid in branch.image_inputs.items() if name.endswith("_grid_thw")}
         token_types = branch.image_mask.long()[None].int()

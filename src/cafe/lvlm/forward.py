@@ -72,15 +72,16 @@ def infer_packing(lvlm: PreTrainedModel, chat_processor: ChatProcessor) -> Packi
     # attention. Rows of twice the width keep attention, which is computed where masked too, a small part of it.
     # FlexAttention skips what is masked and is compiled for each shape: one row for all, of few different lengths.
     is_flex = attention == "flex_attention"
+    can_share = supports_prefix_sharing(lvlm)  # None if it has to be tried, for which the packing must share
     packing = PackingConfig(
-        share_prefixes=supports_prefix_sharing(lvlm) is not False,
+        share_prefixes=can_share is not False,
         max_row_tokens=UNBOUNDED_ROW if is_flex else 2 * text_config.hidden_size,
         pad_to_multiple_of=FLEX_MULTIPLE if is_flex else 1,
         pad_token_id=chat_processor.tokenizer.pad_token_id or 0,
         position_ids_fn=position_ids_fn(lvlm),
         token_type_fns=chat_processor.token_type_fns,
     )
-    if supports_prefix_sharing(lvlm) is None and not supports_tree_attention(lvlm, chat_processor, packing):
+    if can_share is None and not supports_tree_attention(lvlm, chat_processor, packing):
         packing = replace(packing, share_prefixes=False)
     if not packing.share_prefixes:
         logger.warning(

@@ -48,21 +48,22 @@ def stream_text(generate: Callable[[], Any], streamer: TextIteratorStreamer) -> 
     errors: list[BaseException] = []
 
     def run() -> None:
+        """Generate in the thread, and end the stream whatever happens: its reader would wait forever."""
         try:
             generate()
         except BaseException as error:
             errors.append(error)
             streamer.end()
 
-    # The streamer's queue ends with the text; only then is it known whether the thread failed.
-    def pieces() -> Iterator[str]:
+    def iterate() -> Iterator[str]:
+        """Yield the text; only at its end is it known whether the thread failed."""
         yield from streamer
         if errors:
             raise errors[0]
 
     # Started here and not in the iterator, so that the text is generated while the caller does other things.
     Thread(target=run, daemon=True).start()
-    return pieces()
+    return iterate()
 
 
 @torch.inference_mode()
@@ -84,18 +85,19 @@ def prefill_embed_and_generate(
     Returns:
         The last hidden state of each embedding branch's readout, and the text generated from each prompt.
     """
-    shared = [_common_prefix_length(embedding.input_ids, prompt.input_ids) for embedding, prompt in pairs]
-    prefixes = [embedding.truncate(length) for (embedding, _), length in zip(pairs, shared, strict=True)]
+    embeddings, prompts = zip(*pairs, strict=True)
+    lengths = [_common_prefix_length(embedding.input_ids, prompt.input_ids) for embedding, prompt in pairs]
+    prefixes = [embedding.truncate(length) for embedding, length in zip(embeddings, lengths, strict=True)]
+    # Padded on the left, so that what follows the prefixes begins in the same column for all.
     prefix = collate_to_device(lvlm, chat_processor, prefixes, left=True)
     cache = DynamicCache(config=lvlm.config.get_text_config())
     _prefill(lvlm, prefix, cache)
 
     # Both continue from the same prefix: the embedding from a copy of the cache, the text from the cache itself.
-    suffixes = [embedding.input_ids[length:] for (embedding, _), length in zip(pairs, shared, strict=True)]
-    hidden = _continue_embedding(lvlm, prefix, torch.stack(suffixes).to(lvlm.device), copy.deepcopy(cache))
+    suffix = _stack_suffixes(embeddings, lengths).to(lvlm.device)
+    hidden = _continue_embedding(lvlm, prefix, suffix, copy.deepcopy(cache))
 
-    suffixes = [prompt.input_ids[length:] for (_, prompt), length in zip(pairs, shared, strict=True)]
-    suffix = torch.stack(suffixes).to(lvlm.device)
+    suffix = _stack_suffixes(prompts, lengths).to(lvlm.device)
     input_ids = torch.cat([prefix["input_ids"], suffix], dim=1)
     output = lvlm.generate(
         input_ids=input_ids, attention_mask=_extend_mask(prefix, suffix), past_key_values=cache, **kwargs
@@ -103,10 +105,17 @@ def prefill_embed_and_generate(
     return hidden, _decode_new_tokens(chat_processor, output, input_ids.shape[1])
 
 
+def _stack_suffixes(branches: Sequence[Branch], lengths: Sequence[int]) -> Tensor:
+    """Stack what follows the prefix of each branch: the same instruction or question, so of the same length."""
+    suffixes = [branch.input_ids[length:] for branch, length in zip(branches, lengths, strict=True)]
+    return torch.stack(suffixes)
+
+
 def _prefill(lvlm: PreTrainedModel, prefix: dict[str, Tensor], cache: DynamicCache) -> None:
     """Fill the cache with the prefix."""
     position_ids = {}
-    if not uses_mrope(lvlm):  # under M-RoPE the model counts images itself, and keeps their offset in `rope_deltas`
+    # Under M-RoPE the model counts the tokens of images itself, and keeps their offset in `rope_deltas`.
+    if not uses_mrope(lvlm):
         position_ids["position_ids"] = (prefix["attention_mask"].cumsum(1) - 1).clamp(min=0)
     # Nothing but the cache is read, so the last layer computes no token's output.
     no_tokens = torch.empty(0, 2, dtype=torch.long)
@@ -132,15 +141,18 @@ def _continue_embedding(
 
 
 def _extend_mask(prefix: dict[str, Tensor], suffix: Tensor) -> Tensor:
+    """Return the attention mask of a prefix and a suffix, which has no padding."""
     return torch.cat([prefix["attention_mask"], torch.ones_like(suffix)], dim=1)
 
 
 def _decode_new_tokens(chat_processor: ChatProcessor, output: Tensor, prompt_length: int) -> list[str]:
+    """Decode what `generate` wrote behind the prompts."""
     texts = chat_processor.tokenizer.batch_decode(output[:, prompt_length:], skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
 def _common_prefix_length(first: Tensor, second: Tensor) -> int:
+    """Count the tokens that two sequences begin with in common."""
     # At least one token of each is left to continue with.
     length = min(len(first), len(second)) - 1
     differing = (first[:length] != second[:length]).nonzero()

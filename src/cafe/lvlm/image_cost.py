@@ -39,6 +39,7 @@ def published_image_cost(
     """
     config = lvlm.config
     family = family_of(config.model_type)
+    # In place of the published image processor, an object with those of its settings that the limits change.
     images: Any = SimpleNamespace()
     if family.image_area:
         smallest, largest = family.image_area

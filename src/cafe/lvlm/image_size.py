@@ -36,16 +36,17 @@ def set_max_image_size(
     Raises:
         RecipeError: the model cannot read images that small, or does not cut images into grids.
     """
-    config, images = lvlm.config, processor.image_processor
-    sizing = family_of(config.model_type).image_sizing or detect_image_sizing(images)
+    config = lvlm.config
+    image_processor = processor.image_processor
+    sizing = family_of(config.model_type).image_sizing or detect_image_sizing(image_processor)
     if grids and sizing != "image_grids":
         raise RecipeError(
             f"A {config.model_type} model does not cut images into grids: set model.max_image_pixels instead."
         )
     if sizing == "image_grids":
-        _limit_image_grids(config, images, max_pixels, grids)
+        _limit_image_grids(config, image_processor, max_pixels, grids)
     elif max_pixels:
-        _limit_pixels(sizing, config, images, max_pixels)
+        _limit_pixels(sizing, config, image_processor, max_pixels)
 
 
 def detect_image_sizing(image_processor: Any) -> ImageSizing:
@@ -66,29 +67,35 @@ def detect_image_sizing(image_processor: Any) -> ImageSizing:
 
 def sync_image_grids(lvlm: PreTrainedModel, processor: ProcessorMixin) -> None:
     """Copy the processor's grids into the model's configuration: an adapter brings a processor, but no model."""
-    grids = getattr(getattr(processor, "image_processor", None), "image_grid_pinpoints", None)
+    image_processor = getattr(processor, "image_processor", None)
+    grids = getattr(image_processor, "image_grid_pinpoints", None)
     if grids and hasattr(lvlm.config, "image_grid_pinpoints"):
         lvlm.config.image_grid_pinpoints = grids
 
 
 def _limit_image_grids(
-    config: PreTrainedConfig, images: Any, max_pixels: int | None, grids: Sequence[Sequence[int]]
+    config: PreTrainedConfig, image_processor: Any, max_pixels: int | None, grids: Sequence[Sequence[int]]
 ) -> None:
     """Keep the grids that are wanted and small enough; transformers writes a grid as its (height, width) in pixels."""
-    pinpoints = images.image_grid_pinpoints
+    pinpoints = image_processor.image_grid_pinpoints
     if grids:
         _check_grids(grids)
-        height, width = _crop_size(images)
+        height, width = _crop_size(image_processor)
         pinpoints = [[rows * height, columns * width] for rows, columns in grids]
     if max_pixels:
         smallest = min(map(math.prod, pinpoints))
         _check_limit(config, max_pixels, smallest)
         pinpoints = [pinpoint for pinpoint in pinpoints if math.prod(pinpoint) <= max_pixels]
     # The model cuts off padding by the grids in its configuration, so it must have the same ones.
-    images.image_grid_pinpoints = config.image_grid_pinpoints = pinpoints
+    image_processor.image_grid_pinpoints = config.image_grid_pinpoints = pinpoints
 
 
 def _check_grids(grids: Sequence[Sequence[int]]) -> None:
+    """Refuse what is no pair of rows and columns.
+
+    Raises:
+        RecipeError: there is such a grid.
+    """
     for grid in grids:
         if len(grid) != 2 or min(grid) < 1:
             raise RecipeError(
@@ -96,76 +103,82 @@ def _check_grids(grids: Sequence[Sequence[int]]) -> None:
             )
 
 
-def _limit_pixels(sizing: ImageSizing, config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+def _limit_pixels(sizing: ImageSizing, config: PreTrainedConfig, image_processor: Any, max_pixels: int) -> None:
     """Limit the area of an image by the setting of its image processor."""
     match sizing:
         case "area":
-            _limit_area(config, images, max_pixels)
+            _limit_area(config, image_processor, max_pixels)
         case "soft_tokens":
-            _limit_soft_tokens(config, images, max_pixels)
+            _limit_soft_tokens(config, image_processor, max_pixels)
         case "longest_edge":
-            _limit_longest_edge(config, images, max_pixels)
+            _limit_longest_edge(config, image_processor, max_pixels)
         case "max_patches":
-            _limit_patches(config, images, max_pixels)
-        case _:
-            _check_limit(config, max_pixels, math.prod(_crop_size(images)))
+            _limit_patches(config, image_processor, max_pixels)
+        case _:  # a fixed size: there is nothing to set, and the limit is met or not
+            _check_limit(config, max_pixels, math.prod(_crop_size(image_processor)))
 
 
-def _limit_area(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+def _limit_area(config: PreTrainedConfig, image_processor: Any, max_pixels: int) -> None:
     """Limit the area of an image, which is resized to fit.
 
     Despite their names, `shortest_edge` and `longest_edge` are areas here, of the smallest and the largest image.
     """
-    size = dict(images.size)
+    size = dict(image_processor.size)
     _check_limit(config, max_pixels, size["shortest_edge"])
-    _set_longest_edge(images, min(max_pixels, size["longest_edge"]))
+    _set_longest_edge(image_processor, min(max_pixels, size["longest_edge"]))
     # Older processors keep the same area twice.
-    if getattr(images, "max_pixels", None):
-        images.max_pixels = images.size["longest_edge"]
+    if getattr(image_processor, "max_pixels", None):
+        image_processor.max_pixels = image_processor.size["longest_edge"]
 
 
-def _limit_soft_tokens(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+def _limit_soft_tokens(config: PreTrainedConfig, image_processor: Any, max_pixels: int) -> None:
     """Limit the number of tokens of an image, each of which stands for the same number of pixels."""
-    pixels_per_token = (images.patch_size * images.pooling_kernel_size) ** 2
+    # Patches are pooled to tokens, a square of them to each.
+    side = image_processor.patch_size * image_processor.pooling_kernel_size
+    pixels_per_token = side**2
     _check_limit(config, max_pixels, SOFT_TOKENS[0] * pixels_per_token)
+    # A limit never raises what the checkpoint itself has set; nor do those of the functions below.
     fitting = [tokens for tokens in SOFT_TOKENS if tokens * pixels_per_token <= max_pixels]
-    images.max_soft_tokens = min(fitting[-1], images.max_soft_tokens)
+    image_processor.max_soft_tokens = min(fitting[-1], image_processor.max_soft_tokens)
 
 
-def _limit_longest_edge(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+def _limit_longest_edge(config: PreTrainedConfig, image_processor: Any, max_pixels: int) -> None:
     """Limit the longest edge of an image to a whole number of crops, whose side is called `max_image_size`."""
-    crop = dict(images.max_image_size)["longest_edge"]
+    crop = dict(image_processor.max_image_size)["longest_edge"]
     _check_limit(config, max_pixels, crop**2)
+    # An area is no setting here, so the limit is that of a square image.
     longest_edge = math.isqrt(max_pixels) // crop * crop
-    _set_longest_edge(images, min(longest_edge, dict(images.size)["longest_edge"]))
+    _set_longest_edge(image_processor, min(longest_edge, dict(image_processor.size)["longest_edge"]))
 
 
-def _limit_patches(config: PreTrainedConfig, images: Any, max_pixels: int) -> None:
+def _limit_patches(config: PreTrainedConfig, image_processor: Any, max_pixels: int) -> None:
     """Limit the number of crops of an image, which these processors call patches."""
-    pixels_per_crop = math.prod(_crop_size(images))
+    pixels_per_crop = math.prod(_crop_size(image_processor))
     _check_limit(config, max_pixels, pixels_per_crop)
-    images.max_patches = min(max_pixels // pixels_per_crop, images.max_patches)
-    images.min_patches = min(images.min_patches, images.max_patches)
+    # `min_patches` must not exceed `max_patches`.
+    image_processor.max_patches = min(max_pixels // pixels_per_crop, image_processor.max_patches)
+    image_processor.min_patches = min(image_processor.min_patches, image_processor.max_patches)
 
 
-def _crop_size(images: Any) -> tuple[int, int]:
+def _crop_size(image_processor: Any) -> tuple[int, int]:
     """Return the height and width of a crop, or of the whole image where there are no crops."""
     # A size is written as (height, width), or as the one side of a square.
-    size = dict(images.size or {})
+    size = dict(image_processor.size or {})
     side = size.get("shortest_edge") or 0
     return size.get("height") or side, size.get("width") or side
 
 
-def _set_longest_edge(images: Any, longest_edge: int) -> None:
+def _set_longest_edge(image_processor: Any, longest_edge: int) -> None:
+    """Replace one of the numbers in an image processor's size."""
     # `size` is a `SizeDict` or, before an image processor reads it, a plain dictionary.
-    images.size = type(images.size)(**{**dict(images.size), "longest_edge": longest_edge})
+    image_processor.size = type(image_processor.size)(**{**dict(image_processor.size), "longest_edge": longest_edge})
 
 
 def _check_limit(config: PreTrainedConfig, max_pixels: int, smallest: int) -> None:
     """Refuse a limit below the smallest image.
 
     Raises:
-        RecipeError: it is.
+        RecipeError: the limit is below it.
     """
     if max_pixels < smallest:
         raise RecipeError(

@@ -77,8 +77,9 @@ class FamilyImages:
         batch = self._call_processor(images)
         # What is made for each token belongs to this prompt; the rest is the model's input for the images.
         token_runs = self._split_runs(batch.pop("input_ids")[0].tolist())
-        per_token = ("attention_mask", "labels", *TOKEN_TYPES)
-        return ProcessedImages(token_runs, {name: value for name, value in batch.items() if name not in per_token})
+        for name in ("attention_mask", "labels", *TOKEN_TYPES):
+            batch.pop(name, None)
+        return ProcessedImages(token_runs, dict(batch))
 
     def load(self, refs: Sequence[ImageRef]) -> ProcessedImages:
         """Decode and process the images of one content."""
@@ -94,7 +95,9 @@ class FamilyImages:
         # Crops, patches or a resized image: the model reads so many pixels of it, of three colors each.
         inputs = self.process([Image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE))]).inputs
         pixels_read = inputs["pixel_values"].numel() // 3
-        return 2 * math.ceil(math.sqrt(pixels_read)) if pixels_read < _PROBE_SIDE**2 else None
+        if pixels_read >= _PROBE_SIDE**2:
+            return None
+        return 2 * math.ceil(math.sqrt(pixels_read))
 
     def _call_processor(self, images: Sequence[Image.Image]) -> BatchFeature:
         """Call the processor on a prompt of images alone.

@@ -7,7 +7,7 @@ the family's standard ones all the same.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,6 +23,9 @@ from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.quantization import quantization_kwargs
 
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
 
 class _VideoDropped(ProcessorMixin):
     """Take the place of the base class that a processor class without video calls."""
@@ -35,14 +38,18 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
     """Return a processor class without its video processor, under the same name, so that it saves the same files."""
 
     class WithoutVideo(processor_class, _VideoDropped):
+        """Stand for the processor class; the base class behind it takes no video processor."""
+
         apply_chat_template = ProcessorMixin.apply_chat_template  # SmolVLM's own needs its video processor
 
         @classmethod
         def get_attributes(cls) -> list[str]:
+            """Return the names of the parts to load."""
             return [name for name in processor_class.get_attributes() if "video" not in name]
 
         @classmethod
         def from_args_and_dict(cls, args: list[Any], *rest: Any, **kwargs: Any) -> ProcessorMixin:
+            """Construct the processor from the parts that were loaded."""
             # Some classes insist on all their arguments, in order: the video processor becomes None.
             loaded = dict(zip(cls.get_attributes(), args, strict=True))
             all_args = [loaded.get(name) for name in processor_class.get_attributes()]
@@ -82,12 +89,19 @@ def load_chat_processor(
     # An adapter has a processor of its own, but its base's configuration.
     try:
         adapter = read_adapter_config(base)
-        config = AutoConfig.from_pretrained((adapter and adapter.base_model_name_or_path) or base)
+        config = AutoConfig.from_pretrained(_model_to_load(adapter, base))
         processor = load_processor(base, config.model_type)
     except (ImportError, OSError, ValueError) as error:
         raise load_error("processor", base, error) from error
     set_max_image_size(meta_model(config), processor, max_pixels, grids)
     return ChatProcessor(processor, prompts)
+
+
+def _model_to_load(adapter: "PeftConfig | None", path: str) -> str:
+    """Return the directory or Hub id of the weights: an adapter's base, or the path itself."""
+    if adapter is None:
+        return path
+    return adapter.base_model_name_or_path or path
 
 
 def load_lvlm(
@@ -112,10 +126,10 @@ def load_lvlm(
         CheckpointError: nothing can be loaded from there.
         MissingPackageError: a package that it needs is not installed.
     """
-    base = str(path)
+    base = str(path)  # named in the error, until the adapter says which model it is
     try:
         adapter = read_adapter_config(path)
-        base = str((adapter and adapter.base_model_name_or_path) or path)
+        base = _model_to_load(adapter, base)
         quantization = quantization_kwargs(base, device, dtype) if four_bit else {}
         implementation = attention_kwargs(AutoConfig.from_pretrained(base), attention)
         lvlm = AutoModelForImageTextToText.from_pretrained(

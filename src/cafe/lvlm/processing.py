@@ -125,7 +125,7 @@ class ChatProcessor:
         pieces = self._split(text, iter(images.token_runs))
         if max_tokens and _num_tokens(pieces) > max_tokens:
             pieces = self._truncate_content(messages, text, images, max_tokens)
-        return self._join([(piece, False) for piece in pieces], images)
+        return self._join(_unsupervised(pieces), images)
 
     def encode_dialogue(
         self, messages: list[Message], images: ProcessedImages, max_tokens: int | None = None
@@ -145,18 +145,19 @@ class ChatProcessor:
 
     def encode_prompt(self, messages: list[Message], images: ProcessedImages) -> Branch:
         """Encode a dialogue up to where the assistant begins to answer."""
-        pieces = self._split(self._render(messages, True), iter(images.token_runs))
-        return self._join([(piece, False) for piece in pieces], images)
+        text = self._render(messages, True)
+        pieces = self._split(text, iter(images.token_runs))
+        return self._join(_unsupervised(pieces), images)
 
     def collate(self, branches: Sequence[Branch], left: bool = False) -> dict[str, Tensor]:
         """Collate branches into model inputs: input_ids and attention_mask (rows, tokens), and the image inputs.
 
         Rows are padded on the right, or on the left for generation.
         """
-
         side = "left" if left else "right"
 
         def pad(rows: list[Tensor], value: int = 0) -> Tensor:
+            """Stack rows of different lengths."""
             return pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
 
         input_ids = [branch.input_ids for branch in branches]
@@ -175,8 +176,9 @@ class ChatProcessor:
             CheckpointError: there is no template, or it writes none.
         """
         # Without a template transformers refuses to render.
-        has_template = self.processor.chat_template or self._template
-        rendered = self._render([_IMAGE_PROBE], False) if has_template else ""
+        rendered = ""
+        if self.processor.chat_template or self._template:
+            rendered = self._render([_IMAGE_PROBE], False)
         for token in candidates:
             if token in rendered:
                 return token
@@ -186,23 +188,25 @@ class ChatProcessor:
         )
 
     def _compile_special_tokens(self) -> re.Pattern[str]:
+        """Compile the pattern of the tokens that a user's text must not contain."""
         tokens = {*self.tokenizer.all_special_tokens, self.placeholder}
         # Not all that are marked as special are in `all_special_tokens`.
         for token in self.tokenizer.added_tokens_decoder.values():
             if token.special:
                 tokens.add(str(token))
         # Longest first, so that no token is taken for the shorter one it begins with.
-        return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)))
+        longest_first = sorted(tokens, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)))
 
     def _probe_assistant_frame(self) -> tuple[str, str]:
         """Find what the template writes between the prompt and the assistant's words, and right after them.
 
         A template that does not end the assistant's turn is given the end-of-sequence token.
         """
-        # A template may write more behind the generation prompt when the answer is there, as an empty thought.
         chat: list[Message] = [{"role": "user", "content": [{"type": "text", "text": "a"}]}]
         prompt = self._render(chat, True)
         before, _, after = self._render([*chat, _ASSISTANT_PROBE], False).partition(_SENTINEL)
+        # A template may write more behind the generation prompt when the answer is there, as an empty thought.
         prefix = before.removeprefix(prompt) if before.startswith(prompt) else ""
         return prefix, after.rstrip() or self.tokenizer.eos_token
 
@@ -243,16 +247,20 @@ class ChatProcessor:
             prompt = self._render(probes[:index], True).rpartition(_SENTINEL)[2]
             if pieces:
                 prompt = prompt.removeprefix(self._assistant_suffix)
-            pieces += [(piece, False) for piece in self._split(prompt, runs)]
+            pieces += _unsupervised(self._split(prompt, runs))
+            # The answer is tokenized as one piece, with the token that ends the turn: the model learns to stop.
             words = "".join(self._escape_special_tokens(part["text"]) for part in message["content"])
-            pieces.append((self._tokenize(self._assistant_prefix + words + self._assistant_suffix), True))
+            answer = self._assistant_prefix + words + self._assistant_suffix
+            pieces.append((self._tokenize(answer), True))
         return pieces
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
+        """Render a chat by its template, or look up what it was rendered to before."""
         frozen = tuple((message["role"], _freeze(message["content"])) for message in messages)
         return self._apply_template(frozen, add_generation_prompt)
 
     def _render_frozen(self, chat: FrozenChat, add_generation_prompt: bool) -> str:
+        """Render a chat by its template."""
         messages = []
         for role, parts in chat:
             messages.append({"role": role, "content": [self._thaw(*part) for part in parts]})
@@ -264,6 +272,7 @@ class ChatProcessor:
         )
 
     def _thaw(self, kind: str, text: str) -> dict[str, str]:
+        """Return a part of a frozen chat as templates take it."""
         if kind != "text":
             return {"type": kind}
         return {"type": kind, "text": self._escape_special_tokens(text)}
@@ -273,11 +282,18 @@ class ChatProcessor:
         return self._special_tokens.sub(lambda match: match[0][0] + " " + match[0][1:], text)
 
     def _tokenize_text(self, text: str) -> list[int]:
+        """Tokenize a text as it is, without the special tokens that tokenizers add around texts.
+
+        Raises:
+            RecordError: it holds half of a character.
+        """
+        if not text:
+            return []
         try:
             text.encode()
         except UnicodeEncodeError as error:  # JSON can hold half of a surrogate pair, as of an emoji cut in two
             raise RecordError(f"A text holds half of a character, {text[error.start]!a}.") from None
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"] if text else []
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _split(self, text: str, runs: Iterator[list[int]]) -> list[list[int]]:
         """Split a rendered text into token pieces: words and image runs in turn, words first and last."""
@@ -300,11 +316,18 @@ class ChatProcessor:
 
 
 def _freeze(parts: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:
+    """Return the parts of a turn in hashable form."""
     return tuple((part["type"], part.get("text", "")) for part in parts)
 
 
 def _num_tokens(pieces: Sequence[Sequence[int]]) -> int:
+    """Count the tokens of all pieces."""
     return sum(map(len, pieces))
+
+
+def _unsupervised(pieces: Sequence[list[int]]) -> list[tuple[list[int], bool]]:
+    """Mark pieces as not supervised."""
+    return [(piece, False) for piece in pieces]
 
 
 def with_fast_images(chat_processor: ChatProcessor) -> tuple[ChatProcessor, Normalization | None]:

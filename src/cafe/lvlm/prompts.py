@@ -49,8 +49,7 @@ class Prompts:
     chat_template: Literal["chatml", "family"] = "family"
 
 
-Message = dict[str, Any]
-DESCRIBE_PROMPT = "Describe the image."
+Message = dict[str, Any]  # a turn of a chat as transformers' templates take it, with "role" and "content"
 
 
 def embedding_messages(content: Content, prompts: Prompts) -> list[Message]:
@@ -58,8 +57,10 @@ def embedding_messages(content: Content, prompts: Prompts) -> list[Message]:
     # In multimodal mode, the texts of the data contain the instruction.
     if prompts.mode == "multimodal":
         return [*_system(prompts), _message("user", content)]
+    # Content that mixes text and images takes the instruction for images.
     instruction = prompts.image_instruction if content.images else prompts.text_instruction
-    return [*_system(prompts), _message("user", Content((*content.parts, instruction)))]
+    instructed = Content((*content.parts, instruction))
+    return [*_system(prompts), _message("user", instructed)]
 
 
 def dialogue_messages(dialogue: Dialogue, prompts: Prompts) -> list[Message]:
@@ -68,16 +69,19 @@ def dialogue_messages(dialogue: Dialogue, prompts: Prompts) -> list[Message]:
 
 
 def _system(prompts: Prompts) -> list[Message]:
+    """Return the system turn, in a list that is empty where there is no system prompt."""
     if not prompts.system:
         return []
     return [{"role": "system", "content": [{"type": "text", "text": prompts.system}]}]
 
 
 def _message(role: str, content: Content) -> Message:
+    """Return one turn of a chat."""
     return {"role": role, "content": [_message_part(part) for part in content.parts]}
 
 
 def _message_part(part: str | ImageRef) -> dict[str, str]:
+    """Return one part of a turn, as templates take it."""
     # The template writes a placeholder for an image; its tokens and pixels come from the image processor.
     if isinstance(part, ImageRef):
         return {"type": "image"}

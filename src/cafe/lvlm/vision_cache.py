@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from cafe.lvlm.families import contains_projector, feature_layers, packed_patch_size
-from cafe.utils.hashing import update_with_tensors
+from cafe.utils.hashing import iter_tensor_bytes
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,20 @@ def parse_tower_inputs(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: in
     """
     # Qwen: the patches of all images are rows, and each image has its grid of them.
     if "grid_thw" in kwargs:
-        num_patches = kwargs["grid_thw"].prod(1).tolist()
-        return TowerInputs(hash_patched_images(pixels, kwargs["grid_thw"]).tolist(), num_patches, num_patches)
-    one_each = [1] * len(pixels)
+        grids = kwargs["grid_thw"]
+        hashes = hash_patched_images(pixels, grids)
+        num_patches = grids.prod(1).tolist()
+        return TowerInputs(hashes.tolist(), num_patches, num_patches)
+
     # Gemma 4: an image is a row of patches, padded; the positions of the padding are negative.
+    one_each = [1] * len(pixels)
     if "pixel_position_ids" in kwargs:
         positions = kwargs["pixel_position_ids"]
         hashes = hash_rows(torch.stack([hash_rows(pixels), hash_rows(positions)], dim=1))
         num_patches = (positions >= 0).all(dim=2).sum(1).tolist()
         return TowerInputs(hashes.tolist(), one_each, num_patches)
-    # All others: crops of one size.
+
+    # All others: crops of one size, as (crops, channels, height, width).
     if pixels.ndim != 4:
         return None
     if patch_size is None:
@@ -101,7 +105,8 @@ class VisionCache:
         # Other weights, or other layers read, are other features.
         self.directory = None
         if directory:
-            self.directory = directory / "_".join([weights_digest(tower), *map(str, self.layers or [])])
+            layers = map(str, self.layers or [])
+            self.directory = directory / "_".join([weights_digest(tower), *layers])
         self.cached: dict[int, Any] = {}
 
     @contextmanager
@@ -142,15 +147,17 @@ class VisionCache:
         """Return the hash of each crop that has to be encoded, with the index of its last occurrence."""
         missing: dict[int, int] = {}
         for index, key in enumerate(hashes):
-            if key not in self.cached and not self._load(key, device):
+            is_cached = key in self.cached or self._load(key, device)
+            if not is_cached:
                 missing[key] = index
         return missing
 
     def _store(self, output: Any, crops: TowerInputs, missing: Mapping[int, int]) -> None:
         """Cache the part of the output that belongs to each encoded crop."""
-        # The tower was given the missing crops alone, in the order of `missing`.
+        # The tower was given the missing crops alone, in the order of `missing`; their rows follow each other.
         stops = list(accumulate(crops.output_rows[index] for index in missing.values()))
-        for key, start, stop in zip(missing, [0, *stops], stops, strict=False):
+        starts = [0, *stops[:-1]]
+        for key, start, stop in zip(missing, starts, stops, strict=True):
             self.cached[key] = _slice_output(output, start, stop, stops[-1], crops.dim)
             self._save(key)
 
@@ -170,13 +177,16 @@ class VisionCache:
             output["last_hidden_state"] = None
 
     def _load(self, key: int, device: torch.device) -> bool:
+        """Load a crop's features from the directory, and tell whether they were there."""
         file = self._file(key)
         if file is None or not file.is_file():
             return False
+        # The tower's output is an object of transformers, which `weights_only` refuses; the files are our own.
         self.cached[key] = torch.load(file, map_location=device, weights_only=False)
         return True
 
     def _save(self, key: int) -> None:
+        """Save a crop's features to the directory, if there is one."""
         file = self._file(key)
         if file is None:
             return
@@ -187,7 +197,11 @@ class VisionCache:
         partial.replace(file)
 
     def _file(self, key: int) -> Path | None:
-        return self.directory / f"{key % 2**64:016x}.pt" if self.directory else None
+        """Return the file of a crop; None without a directory."""
+        if self.directory is None:
+            return None
+        unsigned = key % 2**64  # a hash may be negative
+        return self.directory / f"{unsigned:016x}.pt"
 
 
 def _select_crops(
@@ -204,6 +218,7 @@ def _select_crops(
     """
 
     def select(value: Any) -> Any:
+        """Keep the rows or entries of the chosen crops."""
         if not isinstance(value, Tensor):
             return value
         if len(value) == num_rows:
@@ -220,27 +235,32 @@ def _select_crops(
 def _slice_output(output: Any, start: int, stop: int, total: int, dim: int) -> Any:
     """Slice the output by rows of `total`, of which each tensor may have merged the same number into one."""
 
-    def cut(leaf: Tensor) -> Tensor:
-        first, last = (row * leaf.shape[dim] // total for row in (start, stop))
-        return leaf.narrow(dim, first, last - first)
+    def slice_tensor(tensor: Tensor) -> Tensor:
+        """Return a view of the rows, which are `total / size` times fewer in a tensor of merged rows."""
+        size = tensor.shape[dim]
+        first, last = start * size // total, stop * size // total
+        return tensor.narrow(dim, first, last - first)
 
-    return tree_map_only(Tensor, cut, output)
+    return tree_map_only(Tensor, slice_tensor, output)
 
 
 def _concatenate(outputs: Sequence[Any], dim: int) -> Any:
     """Concatenate the outputs of several crops, tensor by tensor."""
 
-    def concatenate(*leaves: Any) -> Tensor | None:
-        # What one output dropped, all dropped.
-        return None if leaves[0] is None else torch.cat(leaves, dim)
+    def concatenate_tensors(*tensors: Any) -> Tensor | None:
+        """Concatenate the same tensor of all outputs; what one of them dropped, all did."""
+        if tensors[0] is None:
+            return None
+        return torch.cat(tensors, dim)
 
-    return tree_map(concatenate, *outputs)
+    return tree_map(concatenate_tensors, *outputs)
 
 
 def hash_rows(crops: Float[Tensor, " crops *shape"]) -> Int64[Tensor, " crops"]:
     """Hash the bits of each crop: a sum of products with fixed random numbers, exact in any order of summation."""
     # Integers wrap around on overflow, so a sum is the same in any order and on any device.
     bits = crops.flatten(1).contiguous().view(torch.int16)
+    # Drawn on the CPU from one seed: files in a directory are found again by other runs and devices.
     generator = torch.Generator().manual_seed(0)
     factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(crops.device)
     return (bits.long() * factors).sum(1)
@@ -251,12 +271,17 @@ def hash_patched_images(
 ) -> Int64[Tensor, " images"]:
     """Hash images whose patches are laid end to end, by their patches and their grid."""
     patch_hashes = hash_rows(patches).split(grids.prod(1).tolist())
-    hashes = [torch.cat([grid, own])[None] for grid, own in zip(grids, patch_hashes, strict=True)]
-    return torch.cat([hash_rows(numbers) for numbers in hashes])
+    hashes = []
+    for grid, hashes_of_image in zip(grids, patch_hashes, strict=True):
+        # The same patches in another grid are another image.
+        numbers = torch.cat([grid, hashes_of_image])
+        hashes.append(hash_rows(numbers[None]))
+    return torch.cat(hashes)
 
 
 def weights_digest(module: nn.Module) -> str:
     """Return a name for a module's weights."""
     digest = hashlib.blake2b(digest_size=12)
-    update_with_tensors(digest, sorted(module.state_dict().items()))
+    for chunk in iter_tensor_bytes(sorted(module.state_dict().items())):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -39,6 +39,7 @@ class _PartPasses:
         forwards = forward * (1 + self.extra_forwards)
         if not self.trained_up_to_here:
             return forwards
+        # Every matrix passes the gradient on to its rows; only a trained one has a gradient of its own.
         both = self.counts.matrices + self.counts.trained_matrices
         backward = 2 * self.rows * both + ATTENTION_BACKWARD * self.attention
         if self.recomputed:
@@ -65,19 +66,24 @@ def estimate_flops(sizes: ModelSizes, load: StepWorkload, checkpointed: bool = F
 
 
 def _read_twice(load: StepWorkload) -> float:
-    """The share of what is embedded that the gradient cache reads twice: all micro-batches but the first."""
+    """Return the share of what is embedded that the gradient cache reads twice: all micro-batches but the first."""
     return 1 - 1 / load.micro_batches
 
 
 def _crops_read_twice(load: StepWorkload) -> float:
+    """Return the share of the step's crops that the gradient cache reads twice."""
     return load.embedded_crops * _read_twice(load)
 
 
 def _tower_rereads(sizes: ModelSizes, load: StepWorkload) -> float:
-    return 0.0 if sizes.vision_is_cached else _crops_read_twice(load)
+    """Return the share of the step's crops that the tower reads twice: none if its output is kept."""
+    if sizes.vision_is_cached:
+        return 0.0
+    return _crops_read_twice(load)
 
 
 def _vision_tower(sizes: ModelSizes, load: StepWorkload, checkpointed: bool) -> float:
+    """Count the FLOPs of the vision tower."""
     tower = sizes.parts["vision_tower"]
     patches, rereads = load.crops * load.patches, _tower_rereads(sizes, load)
     layers = _PartPasses(
@@ -94,7 +100,9 @@ def _vision_tower(sizes: ModelSizes, load: StepWorkload, checkpointed: bool) -> 
 
 
 def _projector(sizes: ModelSizes, load: StepWorkload) -> float:
+    """Count the FLOPs of the projector."""
     projector = sizes.parts["projector"]
+    # A projector inside the tower merges patches, and its output is kept with the tower's.
     inside_tower = sizes.patches_per_token > 1
     passes = _PartPasses(
         counts=projector,
@@ -107,12 +115,15 @@ def _projector(sizes: ModelSizes, load: StepWorkload) -> float:
 
 
 def _language_model(sizes: ModelSizes, load: StepWorkload, checkpointed: bool) -> float:
+    """Count the FLOPs of the language model's layers."""
     shape, language = sizes.language, sizes.parts["language_model"]
     rows, attention = load.tokens, load.rows * shape.attention_flops(load.columns)
     # The last layer runs its queries and its feed-forward part on the tokens that are read, unless it is recomputed.
     if not checkpointed:
         unread = load.tokens - load.read
+        # As fewer rows: those of the output projection and of the three feed-forward matrices, as a share of all.
         rows -= shape.width * (shape.heads + 3 * shape.intermediate_size) / language.matrices * unread
+        # Where more than half of the tokens are read, all queries are computed; see `QuerySubset.pre_hook`.
         if 2 * load.read <= load.tokens:
             attention -= 4.0 * load.columns * unread * shape.heads
     passes = _PartPasses(

@@ -21,7 +21,7 @@ PAIRS = 100_000  # pairs of a run whose recipe does not say how many
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The costs of a run.
+    """Hold the costs of a run.
 
     Attributes:
         sizes: the model's.
@@ -47,8 +47,9 @@ class Plan:
         return sum(self.memory.values())
 
     def hours(self, hardware: Hardware, mfu: float = MFU) -> float:
-        """Estimate the hours of the whole run."""
-        return self.pairs / self.batch * self.flops / (self.gpus * hardware.flops * mfu) / 3600
+        """Estimate the hours of the whole run, of which the GPU's peak is reached for the share `mfu`."""
+        steps = self.pairs / self.batch
+        return steps * self.flops / (self.gpus * hardware.flops * mfu) / 3600
 
 
 def plan(recipe: Recipe, gpus: int = 1, data: TypicalSample | None = None, pairs: int | None = None) -> Plan:
@@ -64,6 +65,7 @@ def plan(recipe: Recipe, gpus: int = 1, data: TypicalSample | None = None, pairs
         CafeError: the sizes of the base model are not known, or no formula here covers it.
     """
     data = data or TypicalSample()
+    # The model has names and shapes but no weights, so that a model of any size is planned on any machine.
     lvlm = meta_model(load_config(resolve_checkpoint(recipe.model.base)))
     lvlm.config.get_text_config()._attn_implementation = recipe.model.attention  # decides whether prefixes are shared
     configure_trainable_parameters(lvlm, recipe.model)
@@ -81,6 +83,7 @@ def plan(recipe: Recipe, gpus: int = 1, data: TypicalSample | None = None, pairs
 
 
 def _pairs_of_run(recipe: Recipe, batch: int, records: int | None) -> int:
+    """Count the pairs that the whole run reads."""
     if recipe.max_steps:
         return recipe.max_steps * batch * recipe.optimizer.gradient_accumulation_steps
     if records:
@@ -94,6 +97,7 @@ def format_plan(plan: Plan, mfu: float = MFU) -> str:
     trained = ", ".join(
         f"{name.replace('_', ' ')} {part.trained / 1e6:,.1f}M" for name, part in sizes.parts.items() if part.trained
     )
+    # What would be printed as 0.0 GiB is left out.
     memory = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.memory.items() if size >= 0.05 * GIB)
     gpus, micro_batches = _count(plan.gpus, "GPU"), _count(load.micro_batches, "micro-batch")
     rows = {
@@ -109,6 +113,7 @@ def format_plan(plan: Plan, mfu: float = MFU) -> str:
 
 
 def _hardware_row(plan: Plan, hardware: Hardware, mfu: float) -> str:
+    """Format the hours on one kind of GPU, beside what its maker states of it."""
     fits = plan.peak <= hardware.memory - RESERVED
     hours = f"{plan.hours(hardware, mfu):,.1f}" if fits else "does not fit"
     stated = f"{hardware.flops / 1e12:g} TFLOPS, {hardware.memory / 1e9:g} GB: {hardware.source}"
@@ -116,5 +121,8 @@ def _hardware_row(plan: Plan, hardware: Hardware, mfu: float) -> str:
 
 
 def _count(number: int, name: str) -> str:
+    """Write a number and what it counts."""
+    if number == 1:
+        return f"1 {name}"
     plural = "es" if name.endswith("h") else "s"
-    return f"{number} {name}{plural if number > 1 else ''}"
+    return f"{number} {name}{plural}"

@@ -51,8 +51,9 @@ class TransformerShape:
         """Count the tokens that one token of a sequence is compared with, over all layers; masked ones count."""
         if not self.window:
             return self.layers * length
-        windowed_layers = self.layers - self.num_full_attention_layers
-        return self.num_full_attention_layers * length + windowed_layers * min(self.window, length)
+        full_layers = self.num_full_attention_layers
+        windowed_layers = self.layers - full_layers
+        return full_layers * length + windowed_layers * min(self.window, length)
 
     def attention_flops(self, length: int) -> float:
         """Count the FLOPs of a forward pass of attention over one sequence: queries @ keys, and weights @ values."""
@@ -69,6 +70,7 @@ class TransformerShape:
         """
         bytes_per_score = 6 if half else 4  # the softmax's output, and under autocast a copy of it in 16 bits
         scores = bytes_per_score * self.queries * self.attended_tokens(scored) / self.layers
+        # In the order of `SAVED_BYTES`.
         widths = self.width, self.heads, self.intermediate_size
         return scores + sum(size * width for size, width in zip(SAVED_BYTES[self.gated, half], widths, strict=True))
 
@@ -145,25 +147,20 @@ def measure_model(lvlm: PreTrainedModel) -> ModelSizes:
     """
     family, text = lvlm.config.model_type, lvlm.config.get_text_config()
     vision: Any = getattr(lvlm.config, "vision_config", None)
+    # The formulas assume that every token passes every matrix of plain transformer layers.
     if is_mixture_of_experts(text):
         raise CafeError(f"`cafe plan` cannot estimate mixture-of-experts models such as this {family} model.")
     if not has_known_tower_sizes(vision):
         raise CafeError(
             f"`cafe plan` cannot estimate this {family} model: its vision tower's config lacks the usual size fields."
         )
-    head = lvlm.get_output_embeddings()
-    layers = [sum(parameter.numel() for parameter in layer.parameters()) for layer in iter_layers(lvlm)]
+    head: Any = lvlm.get_output_embeddings()
+    layers = [_num_parameters(layer) for layer in iter_layers(lvlm)]
     tower = _tower_shape(vision)
     patches_per_token = getattr(vision, "spatial_merge_size", 1) ** 2
-    cached_features = float(tower.width)
-    if patches_per_token > 1:  # the tower merges patches, and may return the features of several layers
-        depths = 1 + len(getattr(vision, "deepstack_visual_indexes", []))
-        cached_features = text.hidden_size * depths / patches_per_token
     return ModelSizes(
         _count_parameters(lvlm, head),
-        patch_embedding_weights=sum(
-            module.weight.numel() for module in lvlm.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)
-        ),
+        patch_embedding_weights=_patch_embedding_weights(lvlm),
         head=head.weight.numel(),
         head_trained=head.weight.numel() * head.weight.requires_grad,
         vocabulary=len(head.weight),
@@ -171,32 +168,60 @@ def measure_model(lvlm: PreTrainedModel) -> ModelSizes:
         layer=max(layers),
         layer_parameters=sum(layers),
         patches_per_token=patches_per_token,
-        cached_features_per_patch=cached_features,
+        cached_features_per_patch=_cached_features_per_patch(vision, text, tower, patches_per_token),
         tower=tower,
         language=_language_shape(text),
     )
 
 
+def _num_parameters(module: nn.Module) -> int:
+    """Count the parameters of a module."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _patch_embedding_weights(lvlm: PreTrainedModel) -> int:
+    """Count the weights of the patch embedding, which is the only convolution of these models."""
+    convolutions = [module for module in lvlm.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)]
+    return sum(module.weight.numel() for module in convolutions)
+
+
+def _cached_features_per_patch(vision: Any, text: Any, tower: TransformerShape, patches_per_token: int) -> float:
+    """Count the numbers per patch that the model reads of the tower's output."""
+    if patches_per_token == 1:
+        return float(tower.width)
+    # A tower that merges patches holds the projector, so its output is as wide as the language model. It may return
+    # the features of several layers.
+    depths = 1 + len(getattr(vision, "deepstack_visual_indexes", []))
+    features: float = text.hidden_size * depths / patches_per_token
+    return features
+
+
 def _count_parameters(lvlm: PreTrainedModel, head: nn.Module) -> dict[PartName, ParameterCounts]:
+    """Count the parameters of each part."""
     family = lvlm.config.model_type
+    # In the order of the fields of `ParameterCounts`.
     counts: dict[PartName, list[int]] = {name: [0, 0, 0, 0] for name in get_args(PartName)}
     for name, parameter in lvlm.named_parameters():
         part = counts[model_part(name, family)]
         part[0] += parameter.numel()
         part[1] += parameter.numel() * parameter.requires_grad
-    # The head is not among the matrices: it runs on supervised tokens alone, and is counted apart.
     for name, module in lvlm.named_modules():
-        if isinstance(module, nn.Linear) and module is not head:
-            part = counts[model_part(f"{name}.", family)]
-            part[2] += module.weight.numel()
-            part[3] += module.weight.numel() * module.weight.requires_grad
+        # The head is not among the matrices: it runs on supervised tokens alone, and is counted apart.
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
+        part = counts[model_part(f"{name}.", family)]
+        part[2] += module.weight.numel()
+        part[3] += module.weight.numel() * module.weight.requires_grad
     return {name: ParameterCounts(*count) for name, count in counts.items()}
 
 
 def _tower_shape(vision: Any) -> TransformerShape:
+    """Read the shape of a vision tower from its config, whose fields have two names each."""
     width = getattr(vision, "embed_dim", None) or vision.hidden_size
+    # Towers whose attention has windows have a gated feed-forward part too; all others have neither.
     full_attention_layers = len(getattr(vision, "fullatt_block_indexes", []))
     windowed = full_attention_layers > 0
+    window = (vision.window_size // vision.patch_size) ** 2 if windowed else None  # in patches
     return TransformerShape(
         layers=getattr(vision, "depth", None) or vision.num_hidden_layers,
         width=width,
@@ -204,12 +229,14 @@ def _tower_shape(vision: Any) -> TransformerShape:
         queries=getattr(vision, "num_heads", None) or vision.num_attention_heads,
         intermediate_size=getattr(vision, "intermediate_size", None) or int(width * vision.mlp_ratio),
         gated=windowed,
-        window=(vision.window_size // vision.patch_size) ** 2 if windowed else None,
+        window=window,
         num_full_attention_layers=full_attention_layers,
     )
 
 
 def _language_shape(text: Any) -> TransformerShape:
+    """Read the shape of a language model from its config."""
+    # Unless a head's width is stated, the heads share that of the residual stream.
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return TransformerShape(
         layers=text.num_hidden_layers,

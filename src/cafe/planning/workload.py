@@ -88,9 +88,11 @@ def image_cost_from_processor(chat_processor: ChatProcessor, lvlm: PreTrainedMod
     """Compute the cost of an image by processing a blank one of its size with the model's own processor."""
     branch = blank_branch(chat_processor, data.width, data.height)
     pixels, tokens = branch.image_inputs["pixel_values"], int(branch.image_mask.sum())
-    if "image_grid_thw" in branch.image_inputs:  # patches of images of any size, laid end to end
+    # Patches of images of any size, laid end to end.
+    if "image_grid_thw" in branch.image_inputs:
         return ImageCost(crops=1, patches=len(pixels), tokens=tokens)
-    patches = pixels.shape[-2]  # crops that come as rows of patches
+    # Crops as rows of patches, or as (..., channels, height, width).
+    patches = pixels.shape[-2]
     if pixels.ndim > 3:
         patch = lvlm.config.vision_config.patch_size
         height, width = (patch, patch) if isinstance(patch, int) else patch
@@ -103,6 +105,7 @@ def typical_branches(
 ) -> list[Branch]:
     """Build the branches of pair number `number`: query and target if it is contrasted, dialogue if it is learned."""
     prompt, overhead = [PROMPT] * data.prompt, data.prompt_overhead_tokens
+    # Each pair has an image and a caption of its own. Images take negative ids, which no other token has.
     image_tokens, caption = [-1 - number] * image.tokens, [FIRST_CAPTION + number] * data.caption
     branches = []
     if contrast:
@@ -127,6 +130,7 @@ def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample
     pairs = recipe.batch_size
     contrast, language = recipe.objective.contrastive_weight > 0, recipe.objective.lm_weight > 0
     shares = recipe.model.share_prefixes and supports_prefix_sharing(lvlm) is not False
+    # A query and a dialogue show the same image; a switched-off loss counts 0 in all that follows.
     image_reads = 1 if shares else contrast + language
     pair = typical_branches(data, image, contrast, language)
     together = _pairs_per_micro_batch(recipe, pair, image)
@@ -137,7 +141,11 @@ def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample
     layout = build_layout(groups, PackingConfig(share_prefixes=shares, max_row_tokens=max_row_tokens))
     rows, columns = layout.subtree_end.shape
 
+    # The gradient cache reads queries and targets once more: as a share of the pair's distinct tokens, or of its rows.
     embedded = pair[: 2 * contrast]
+    embedded_share = len(embedded) / len(pair)
+    if shares:
+        embedded_share = count_unique_tokens(embedded) / count_unique_tokens(pair)
     return StepWorkload(
         crops=pairs * image_reads * image.crops,
         patches=image.patches,
@@ -145,7 +153,7 @@ def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample
         columns=columns,
         labels=pairs * data.caption * language,
         read=pairs * (data.caption * language + 2 * contrast),
-        embedded=count_unique_tokens(embedded) / count_unique_tokens(pair) if shares else len(embedded) / len(pair),
+        embedded=embedded_share,
         embedded_crops=contrast / image_reads,
         vectors=2 * pairs * gpus * contrast,
         micro_batches=math.ceil(pairs / together),
@@ -154,6 +162,7 @@ def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample
 
 
 def _image_cost(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample) -> ImageCost:
+    """Compute the cost of an image: from the table for a known Hub base, otherwise by the base's own processor."""
     if recipe.model.base in KNOWN_CONFIGS:
         return image_cost_from_config(lvlm, data, recipe.model.max_image_pixels, recipe.model.image_grids)
     base = resolve_checkpoint(recipe.model.base)
@@ -163,6 +172,7 @@ def _image_cost(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample) -> I
 def _pairs_per_micro_batch(recipe: Recipe, pair: list[Branch], image: ImageCost) -> int:
     """Count the pairs that go through the model at once; what "auto" will find is not known before it is measured."""
     size = recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else NO_LIMIT
+    # Both limits may be set; a pair that is larger than one goes through alone.
     pairs = recipe.batch_size
     if size.tokens:
         pairs = min(pairs, max(1, size.tokens // count_unique_tokens(pair)))
