@@ -142,14 +142,17 @@ def typical_branches(
     """Build the branches of pair number `number`: query and target if it is contrasted, dialogue if it is learned."""
     prompt, overhead = [PROMPT] * data.prompt, data.prompt_overhead_tokens
     image_tokens, caption = [-1 - number] * image.tokens, [FIRST_CAPTION + number] * data.caption
-    branches = []
+    sequences = []
     if contrast:
         instruction = [EMBEDDING_INSTRUCTION] * overhead
-        branches += [prompt + image_tokens + instruction, prompt + caption + instruction]
+        sequences += [prompt + image_tokens + instruction, prompt + caption + instruction]
     if language:
-        branches.append(prompt + image_tokens + [QUESTION] * overhead + caption)
-    no_mask = torch.zeros(0, dtype=torch.bool)
-    return [Branch(torch.tensor(tokens), no_mask, no_mask) for tokens in branches]
+        sequences.append(prompt + image_tokens + [QUESTION] * overhead + caption)
+    branches = []
+    for tokens in sequences:
+        no_mask = torch.zeros(len(tokens), dtype=torch.bool)
+        branches.append(Branch(torch.tensor(tokens), no_mask, no_mask))
+    return branches
 
 
 def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample, gpus: int) -> StepWorkload:
