@@ -107,10 +107,10 @@ def typical_branches(
     prompt, overhead = [PROMPT] * data.prompt, data.prompt_overhead_tokens
     # Each pair has an image and a caption of its own. Images take negative ids, which no other token has.
     image_tokens, caption = [-1 - number] * image.tokens, [FIRST_CAPTION + number] * data.caption
-    branches = []
+    sequences = []
     if contrast:
         instruction = [EMBEDDING_INSTRUCTION] * overhead
-        branches += [prompt + image_tokens + instruction, prompt + caption + instruction]
+        sequences += [prompt + image_tokens + instruction, prompt + caption + instruction]
     if language:
         branches.append(prompt + image_tokens + [QUESTION] * overhead + caption)
     no_masks = [torch.zeros(len(tokens), dtype=torch.bool) for tokens in branches]
