@@ -16,7 +16,7 @@ test: .venv/installed-dev browser
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-lmms: .venv-lmms/installed
-	.venv-lmms/bin/pytest tests/evaluation/test_lmms_eval.py
+	.venv-lmms/bin/pytest tests/evaluation/harnesses/test_lmms_eval.py
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/one_pass.py
