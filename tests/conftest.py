@@ -32,6 +32,11 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     processor = make_processor(corpus(0, 100))
     model = make_model(processor)
+    # Few layers, for speed: two of each kind, and the language model's last, which is a kind of its own.
+    text, vision = model.model.language_model, model.model.vision_tower.encoder
+    text.layers, vision.layers = text.layers[:3], vision.layers[:2]
+    model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers = 3, 2
+    model.config.text_config.layer_types = model.config.text_config.layer_types[:3]
     for parameter in model.parameters():
         if not parameter.any():  # layers that begin by passing on what they are given would hide what attention does
             torch.nn.init.normal_(parameter, std=0.1)
@@ -42,7 +47,7 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small world at its smallest: 48 training and 24 test images in every format."""
+    """Write the synthetic dataset at its smallest: 48 training and 24 test images in every format."""
     directory = tmp_path_factory.mktemp("scenes")
     write_scenes(directory, train=48, test=24, report=lambda line: None)
     return directory
@@ -50,7 +55,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(random_base: Path, scenes: Path, tmp_path: Path) -> Recipe:
-    """A short run on the untrained base and the smallest world."""
+    """A short run on the untrained base and the smallest dataset."""
     return Recipe(
         output=str(tmp_path / "run"),
         model=ModelConfig(base=str(random_base)),
