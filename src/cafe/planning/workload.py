@@ -112,9 +112,13 @@ def typical_branches(
         instruction = [EMBEDDING_INSTRUCTION] * overhead
         sequences += [prompt + image_tokens + instruction, prompt + caption + instruction]
     if language:
-        branches.append(prompt + image_tokens + [QUESTION] * overhead + caption)
-    no_masks = [torch.zeros(len(tokens), dtype=torch.bool) for tokens in branches]
-    return [Branch(torch.tensor(tokens), mask, mask) for tokens, mask in zip(branches, no_masks, strict=True)]
+        sequences.append(prompt + image_tokens + [QUESTION] * overhead + caption)
+    branches = []
+    for tokens in sequences:
+        # Only tokens are counted, so nothing has to be marked as supervised or as an image's.
+        no_mask = torch.zeros(len(tokens), dtype=torch.bool)
+        branches.append(Branch(torch.tensor(tokens), no_mask, no_mask))
+    return branches
 
 
 def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample, gpus: int) -> StepWorkload:

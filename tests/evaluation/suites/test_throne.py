@@ -19,9 +19,9 @@ from transformers import (
 
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.judges import QUESTIONS, LanguageModel, ask, exact, phrase, votes
 from cafe.evaluation.suite import aggregate
 from cafe.evaluation.suites.coco import vocabulary
+from cafe.evaluation.suites.judges import QUESTIONS, LanguageModel, ask, exact, phrase, votes
 from cafe.evaluation.suites.throne import agreement, class_scores, contributions, run
 
 CLASSES = ("dog", "cat", "ox")

@@ -16,9 +16,9 @@ import numpy as np
 from jaxtyping import Bool
 
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.judges import require_judges, votes
 from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.coco import describe_images, find_instances, read_instances
+from cafe.evaluation.suites.judges import require_judges, votes
 
 YEAR = "val2017"
 PROMPT = "Describe this image in detail."
