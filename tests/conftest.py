@@ -2,7 +2,8 @@
 
 import os
 
-os.environ["OMP_NUM_THREADS"] = "1"  # the tests run in several processes, as do those that they start
+# The tests run in several processes, and so do the runs that they start: threads would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from cafe.scenes.base import corpus, make_model, make_processor  # noqa: E402
 from cafe.scenes.write import write_scenes  # noqa: E402
 from cafe.training.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe  # noqa: E402
 
-torch.set_num_threads(1)  # where a plugin imported torch before
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # a plugin may have imported torch before
 
 
 @pytest.fixture(scope="session")
