@@ -52,7 +52,9 @@ def rank(recipe: Path, overrides: list[str], environment: dict[str, str], error_
                 lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())},
                 report=lambda line: print(line, file=report),
             )
-        assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])  # accelerate makes them more where OMP_NUM_THREADS is not set
+        assert torch.get_num_threads() == int(
+            os.environ["OMP_NUM_THREADS"]
+        )  # accelerate makes them more where OMP_NUM_THREADS is not set
     except BaseException:
         error_file.write_text(traceback.format_exc())
         raise

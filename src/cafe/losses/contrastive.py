@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+MIN_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature; the joint step applies it
 CHUNK_NUMEL = 2 * 2**20  # similarities computed at once: 8 MiB in float32
 
 

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from cafe.data.batch import Batch, MicroBatch
 from cafe.errors import RecipeError
 from cafe.losses import in_batch_accuracy, info_nce, linear_cross_entropy
+from cafe.losses.contrastive import MIN_TEMPERATURE
 from cafe.lvlm.families import logit_softcap
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.vision_cache import VisionCache
@@ -46,7 +47,6 @@ from cafe.utils.distributed import (
 )
 from cafe.utils.rng import get_device_rng_state, replay_rng
 
-MIN_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature
 # What dropout layers, language models and vision towers call their dropout rate.
 DROPOUT_ATTRIBUTES = ("p", "attention_dropout", "dropout")
 
