@@ -235,7 +235,15 @@ def alone(recipe, tmp_path_factory):
         (2, ("micro_batch.tokens=500",), {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.gradient_checkpointing=true"), {}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.freeze=[vision_tower]"), {}),
-        (2, ("model.shard=true", "micro_batch.tokens=500", "model.compile=true"), {}),
+        pytest.param(
+            2,
+            ("model.shard=true", "micro_batch.tokens=500", "model.compile=true"),
+            {},
+            marks=pytest.mark.xfail(
+                torch.backends.cpu.get_cpu_capability() in ("AVX2", "DEFAULT"),
+                reason="PyTorch 2.13: with FSDP2, Inductor gives NaN in AVX2 kernels, and has none without AVX",
+            ),
+        ),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.precision=bf16"), {}),
         (2, ("model.shard=true", "micro_batch.tokens=500", "model.precision=fp16", *OVERFLOW), {}),
         (
