@@ -62,7 +62,7 @@ def compare(width: int, height: int) -> float:
 
         def from_files() -> float:
             """Time it, once the worker is as far ahead as it gets; it has ended when the time is over."""
-            stream = iterate_batches(batches, 0, 2 * GROUP + WARM, workers=1)
+            stream = iterate_batches(batches, 0, 2 * GROUP + WARM, num_workers=1)
             train(islice(stream, WARM))
             return clock(lambda: train(islice(stream, GROUP)))
 

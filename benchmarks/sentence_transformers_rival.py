@@ -76,7 +76,7 @@ class Ours:
 
     def seconds(self) -> float:
         """Of some steps."""
-        stream = iterate_batches(self.batches, 0, STEPS + 1, workers=1)
+        stream = iterate_batches(self.batches, 0, STEPS + 1, num_workers=1)
 
         def train(steps: int) -> None:
             for batch in islice(stream, steps):

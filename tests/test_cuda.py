@@ -174,7 +174,7 @@ def test_training_from_files_with_workers_and_automatic_micro_batches(recipe, pr
     recipe = replace(
         recipe,
         model=replace(recipe.model, precision=precision, attention=attention),
-        data=replace(recipe.data, workers=2),
+        data=replace(recipe.data, num_workers=2),
         micro_batch="auto",
         memory=4.0,
     )
@@ -188,7 +188,7 @@ def test_training_from_files_with_workers_and_automatic_micro_batches(recipe, pr
 def test_adapter_trains_beside_4bit_weights_with_paged_8bit_optimizer(recipe):
     recipe = replace(
         recipe,
-        model=replace(recipe.model, precision="bf16", frozen_weights="4bit", adapter=LoraSettings(rank=8)),
+        model=replace(recipe.model, precision="bf16", frozen_weights_dtype="4bit", adapter=LoraSettings(rank=8)),
         optimizer=replace(recipe.optimizer, name="paged_adamw_8bit", vision_tower_learning_rate=None),
         steps=6,
     )
@@ -200,7 +200,7 @@ def test_adapter_trains_beside_4bit_weights_with_paged_8bit_optimizer(recipe):
 
 def test_oom_halves_the_micro_batch(recipe, capsys):
     """Of 24 pairs in one micro-batch, under a limit that a few of them fit."""
-    recipe = replace(recipe, batch_size=24, steps=2)
+    recipe = replace(recipe, batch_size=24, max_steps=2)
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -223,10 +223,10 @@ def test_oom_halves_the_micro_batch(recipe, capsys):
 
 def test_resume_continues_with_the_same_command(recipe, monkeypatch):
     """Broken off at its third step, it ends as a whole run, but for kernels that add in an order of their own."""
-    recipe = replace(recipe, save_every=2)
+    recipe = replace(recipe, save_steps=2)
     whole = train(replace(recipe, output=recipe.output + "-whole"))
-    clip, left = loop.clip_gradients, [True, True]
-    monkeypatch.setattr(loop, "clip_gradients", lambda *args: left.pop() and clip(*args))
+    clip, left = loop.clip_grad_norm_, [True, True]
+    monkeypatch.setattr(loop, "clip_grad_norm_", lambda *args: left.pop() and clip(*args))
     with pytest.raises(IndexError):
         train(recipe)
     monkeypatch.undo()
