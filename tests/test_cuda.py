@@ -190,7 +190,7 @@ def test_adapter_trains_beside_4bit_weights_with_paged_8bit_optimizer(recipe):
         recipe,
         model=replace(recipe.model, precision="bf16", frozen_weights_dtype="4bit", adapter=LoraSettings(rank=8)),
         optimizer=replace(recipe.optimizer, name="paged_adamw_8bit", vision_tower_learning_rate=None),
-        steps=6,
+        max_steps=6,
     )
     checkpoint = train(recipe)
     log = [json.loads(line) for line in (Path(recipe.output) / "log.jsonl").read_text().splitlines()]
