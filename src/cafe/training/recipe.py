@@ -15,7 +15,6 @@ from cafe.losses import ContrastiveConfig
 from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.families import PartName
 from cafe.lvlm.prompts import Prompts
-from cafe.training.precision import AUTOCAST_DTYPES as AUTOCAST_DTYPES
 from cafe.utils.ranges import Above, AtLeast, Below, Between, HalfOpen, check_ranges
 
 # What `model.precision` may be where frozen weights are not held in float32.
