@@ -215,14 +215,9 @@ def _has_only_full_attention(text_config: PreTrainedConfig) -> bool:
     return not getattr(text_config, "sliding_window", None)
 
 
-def uses_mrope(lvlm: PreTrainedModel) -> bool:
-    """Tell whether a model's position ids have several axes (M-RoPE), which it computes from the image grids itself."""
-    return hasattr(lvlm.base_model, "get_rope_index")
-
-
 def position_ids_fn(lvlm: PreTrainedModel) -> PositionIdsFn:
-    """Return the function that numbers the tokens of a branch: the model's own under M-RoPE."""
-    if not uses_mrope(lvlm):
+    """Return the function that numbers the tokens of a branch: the model's own under M-RoPE, which has several axes."""
+    if not hasattr(lvlm.base_model, "get_rope_index"):
         return default_position_ids
 
     def mrope_position_ids(branch: Branch) -> Int64[Tensor, "3 tokens"]:
