@@ -6,6 +6,7 @@ the family's standard ones all the same.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ class _VideoDropped(ProcessorMixin):
         super().__init__(*args, **kwargs)
 
 
+@cache
 def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """Return a processor class without its video processor, under the same name, so that it saves the same files."""
 
@@ -55,8 +57,18 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
             all_args = [loaded.get(name) for name in processor_class.get_attributes()]
             return super().from_args_and_dict(all_args, *rest, **kwargs)
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            """Pickle by the processor class: pickle would not find this one, which is made here."""
+            return _new_processor, (processor_class,), self.__dict__
+
     WithoutVideo.__name__ = processor_class.__name__
     return WithoutVideo
+
+
+def _new_processor(processor_class: type[ProcessorMixin]) -> ProcessorMixin:
+    """Make a processor without video and without its parts, which pickle restores."""
+    without = without_video(processor_class)
+    return without.__new__(without)
 
 
 def load_processor(path: str, model_type: str = "") -> ProcessorMixin:
