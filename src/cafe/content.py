@@ -128,8 +128,9 @@ def _parts_of_mapping(value: dict[str, Any]) -> Iterator[Part]:
 def warn_of_image_paths(content: Content) -> None:
     """Warn where a text is the path of an image that exists: as text, it is not opened."""
     for part in content.parts:
-        is_file = isinstance(part, str) and os.path.isfile(part)
-        if is_file and (mimetypes.guess_type(part)[0] or "").startswith("image/"):
+        if not isinstance(part, str) or not os.path.isfile(part):
+            continue
+        if (mimetypes.guess_type(part)[0] or "").startswith("image/"):
             logger.warning('"%s" is taken as text, not as the image of that path: write {"image": "%s"}.', part, part)
 
 

@@ -58,21 +58,21 @@ def _is_exact(size: SizeDict) -> bool:
 
 def with_torch_resize(image_processor: Any) -> Any:
     """Return an image processor with the same settings that resizes by PyTorch; unchanged if it is not Pillow's."""
-    family = type(image_processor)
+    family: Any = type(image_processor)
     if not issubclass(family, PilBackend) or issubclass(family, _TorchResize):
         return image_processor
     return _torch_resize_class(family).from_dict(image_processor.to_dict())
 
 
 @cache
-def _torch_resize_class(family: type) -> Any:
+def _torch_resize_class(family: Any) -> Any:
     """Make the subclass of a family's image processor that resizes by PyTorch."""
     # The new class comes last among the bases, so that a family's own `resize` still comes first, and has the same
     # name, so that the processor saves the same files.
     return type(family.__name__, (family, _TorchResize), {"__module__": family.__module__})
 
 
-def _new_image_processor(family: type) -> Any:
+def _new_image_processor(family: Any) -> Any:
     """Make an image processor without settings, which pickle restores."""
     torch_family = _torch_resize_class(family)
     return torch_family.__new__(torch_family)

@@ -65,10 +65,11 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
     return WithoutVideo
 
 
-def _new_processor(processor_class: type[ProcessorMixin]) -> ProcessorMixin:
+def _new_processor(processor_class: Any) -> ProcessorMixin:
     """Make a processor without video and without its parts, which pickle restores."""
-    without = without_video(processor_class)
-    return without.__new__(without)
+    without: Any = without_video(processor_class)
+    processor: ProcessorMixin = without.__new__(without)
+    return processor
 
 
 def load_processor(path: str, model_type: str = "") -> ProcessorMixin:
