@@ -23,7 +23,7 @@ class EncodedExample:
         query, target: the pair's branches; None without a pair.
         negatives: the branches of its hard negatives.
         negative_match_prob: for each hard negative, the probability that it matches the query after all.
-        target_id, negative_ids: hashes of these contents, to find duplicates by.
+        query_id, target_id, negative_ids: hashes of these contents, to find duplicates by.
         dialogue: the branch that the language loss is taken on; None without a dialogue.
         origin: the file and record.
     """
@@ -32,6 +32,7 @@ class EncodedExample:
     target: Branch | None
     negatives: list[Branch]
     negative_match_prob: Sequence[float]
+    query_id: int
     target_id: int
     negative_ids: list[int]
     dialogue: Branch | None
@@ -98,7 +99,7 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
         return chat_processor.encode_dialogue(messages, load_images(refs), max_tokens)
 
     # Nothing yet: each part of the example fills in its own fields.
-    encoded = EncodedExample(None, None, [], [], 0, [], None, example.origin)
+    encoded = EncodedExample(None, None, [], [], 0, 0, [], None, example.origin)
     if pair := example.pair:
         encoded = replace(
             encoded,
@@ -107,6 +108,7 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
             negatives=list(map(encode_content, pair.negatives)),
             # Without soft targets, no negative matches.
             negative_match_prob=pair.negative_scores or [0.0] * len(pair.negatives),
+            query_id=content_hash(pair.query),
             target_id=content_hash(pair.target),
             negative_ids=list(map(content_hash, pair.negatives)),
         )
@@ -120,7 +122,7 @@ def content_hash(content: Content) -> int:
     digest = hashlib.blake2b(digest_size=7)  # 56 bits, so that it fits into a signed 64-bit tensor
     for part in content.parts:
         # The end of each part is marked, so that moving text from one to the next makes another hash.
-        digest.update(str(part).encode() + b"\0")
+        digest.update(str(part).encode(errors="surrogatepass") + b"\0")
         # A path is in its name already; images in memory are told apart by what they hold.
         match part:
             case ImageRef(source=bytes() as data):

@@ -141,7 +141,7 @@ class ObjectiveConfig:
         matryoshka_weights: The weights of `matryoshka_dims` in the mean loss, where the whole embedding has weight 1;
             null for 1 each.
         hard_negatives: Use the records' hard negatives.
-        mask_duplicates: Do not contrast pairs that have the same target with each other.
+        mask_duplicates: Do not contrast pairs that have the same query or target with each other.
         gradient_scaling: "exact", or "published" to divide the contrastive gradient by the number of processes as the
             published code does, for comparison.
     """
