@@ -13,6 +13,7 @@ from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages, embedding_messages
 from cafe.packing import Branch
+from cafe.utils.terminal import escape_controls
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: 
     try:
         return _encode(example, chat_processor, max_tokens)
     except RecordError as error:
-        raise RecordError(f"{example.origin}: {error}") from None
+        raise RecordError(escape_controls(f"{example.origin}: {error}")) from None
 
 
 def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> EncodedExample:
