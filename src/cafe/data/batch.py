@@ -55,6 +55,7 @@ class Batch:
         num_supervised: the number of tokens that the language loss is taken on.
         bad_records: why records were skipped, one message each.
         record_names: the file and record of each example.
+        num_truncated: the number of examples that were cut to the longest sequence.
     """
 
     micro_batches: list[MicroBatch]
@@ -66,6 +67,7 @@ class Batch:
     num_supervised: int
     bad_records: list[str]
     record_names: list[str]
+    num_truncated: int = 0
 
     def pin_memory(self) -> "Batch":
         """Copy the tensors to page-locked memory. PyTorch's data loader calls it in a thread of its own."""
@@ -147,6 +149,7 @@ def collate_examples(
         num_supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
         bad_records=list(bad_records),
         record_names=[example.origin for example in examples],
+        num_truncated=sum(example.is_truncated for example in examples),
     )
 
 

@@ -58,6 +58,11 @@ class EncodedExample:
         """Return all branches."""
         return [*self.embedding_branches, *self.lm_branches]
 
+    @property
+    def is_truncated(self) -> bool:
+        """Return whether any branch was cut to the longest sequence."""
+        return any(branch.is_truncated for branch in self.all)
+
 
 def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: int | None = None) -> EncodedExample:
     """Encode an example. Each image is decoded and processed once for all branches that show it.

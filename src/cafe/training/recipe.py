@@ -108,12 +108,14 @@ class DataConfig:
         num_workers: The number of data-loader processes, which decode images and tokenize; 0 loads in the training
             process.
         max_bad_fraction: The fraction of bad records (0 to 1) above which the run stops.
+        allow_changes: Resume a run although its data files have changed since it was saved.
     """
 
     sources: tuple[Source, ...]
     mixture: Mixture = field(default_factory=Mixture)
     num_workers: Annotated[int, AtLeast(0)] = 1
     max_bad_fraction: Annotated[float, Between(0, 1)] = 0.01
+    allow_changes: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
