@@ -237,8 +237,8 @@ def test_plan_knows_image_cost_and_flops_of_every_family(family):
     packed = pack(branches, spoken, model.packing)
     assert seen.tokens == branches[0][0].image_mask.sum()
     micro_batch = MicroBatch(packed, packed, torch.tensor([0, 2, 1, 3]))
-    none = torch.empty(0, dtype=torch.long)
-    batch = Batch([micro_batch], torch.arange(2), none, none.float(), none, len(packed.labels), [], [""] * 2)
+    ids, none = torch.arange(2), torch.empty(0, dtype=torch.long)
+    batch = Batch([micro_batch], ids, ids, none, none.float(), none, len(packed.labels), [], [""] * 2)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         JointStep(model.lvlm.train(), ObjectiveConfig()).forward_backward(batch)
     rows, columns = packed.inputs["input_ids"].shape

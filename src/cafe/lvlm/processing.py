@@ -8,6 +8,7 @@ exactly, and an image is processed once for all branches that show it.
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -123,9 +124,10 @@ class ChatProcessor:
         """
         text = self._render_embedding(messages)
         pieces = self._split(text, iter(images.token_runs))
-        if max_tokens and _num_tokens(pieces) > max_tokens:
-            pieces = self._truncate_content(messages, text, images, max_tokens)
-        return self._join(_unsupervised(pieces), images)
+        if not max_tokens or _num_tokens(pieces) <= max_tokens:
+            return self._join(_unsupervised(pieces), images)
+        pieces = self._truncate_content(messages, text, images, max_tokens)
+        return replace(self._join(_unsupervised(pieces), images), is_truncated=True)
 
     def encode_dialogue(
         self, messages: list[Message], images: ProcessedImages, max_tokens: int | None = None

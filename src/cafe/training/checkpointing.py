@@ -46,7 +46,7 @@ class TrainerState:
     Attributes:
         step: the last step taken; the position in the data and the schedule follow from it.
         num_nonfinite: steps skipped because their loss or gradient was not finite.
-        num_bad_records, num_records: of this process, see `Quarantine`.
+        num_bad_records, num_records, num_truncated: of this process, see `Quarantine`.
         micro_batch_size: the measured size of micro-batches, if any; the recipe's holds too.
         best_metric: the best result of an evaluation so far.
         loss_scale: of the next step.
@@ -57,6 +57,7 @@ class TrainerState:
     num_nonfinite: int = 0
     num_bad_records: int = 0
     num_records: int = 0
+    num_truncated: int = 0
     micro_batch_size: MicroBatchSize | None = None
     best_metric: float | None = None
     loss_scale: LossScale = field(default_factory=LossScale)

@@ -235,6 +235,7 @@ def save_state(run: Run) -> None:
         micro_batch_size=run.feed.measured_size,
         num_bad_records=run.quarantine.num_bad,
         num_records=run.quarantine.num_records,
+        num_truncated=run.quarantine.num_truncated,
         rng_state=get_rng_state(),
     )
     checkpointing.save(run.output / STATE, run.joint, run.optimizer, run.state, run.recipe.save_total_limit)
@@ -244,8 +245,9 @@ def export_checkpoint(run: Run) -> None:
     """Write the trained model's checkpoint from the main process, and remove the state that it makes useless."""
     # Both need all processes: a sharded model's weights, and the counts of bad records.
     weights = full_state_dict(run.model.lvlm)
-    counts = torch.tensor([run.quarantine.num_bad, run.quarantine.num_records], device=run.device)
-    num_bad, num_records = all_reduce_sum_(counts).tolist()
+    own = run.quarantine
+    counts = torch.tensor([own.num_bad, own.num_records, own.num_truncated], device=run.device)
+    num_bad, num_records, num_truncated = all_reduce_sum_(counts).tolist()
     if run.log is None:
         return
     run.model.lvlm.eval()
@@ -254,4 +256,5 @@ def export_checkpoint(run: Run) -> None:
     run.model.save(run.output / CHECKPOINT, weights, **metadata)
     shutil.rmtree(run.output / STATE, ignore_errors=True)  # only an unfinished run needs it
     run.log.close()
-    run.report(f"The checkpoint is in {run.output / CHECKPOINT}; {num_bad} of {num_records} records were bad.")
+    cut = f" and {num_truncated} cut to model.max_length" if num_truncated else ""
+    run.report(f"The checkpoint is in {run.output / CHECKPOINT}; {num_bad} of {num_records} records were bad{cut}.")

@@ -34,7 +34,7 @@ from cafe.training.optimizer import (
 )
 from cafe.training.precision import loading_dtype
 from cafe.training.recipe import Recipe
-from cafe.training.run_directory import STATE, claim_run_directory
+from cafe.training.run_directory import STATE, check_data, claim_run_directory
 from cafe.training.step import JointStep
 from cafe.training.validation import Validator
 from cafe.utils.distributed import make_accelerator, mismatched_tensors, run_on_main_and_broadcast
@@ -176,6 +176,7 @@ def _load(
     config, rank = recipe.model, accelerator.process_index
     # The sources first: their files may be missing, and the model takes long.
     sources = [open_source(source) for source in recipe.data.sources]
+    run_on_main_and_broadcast(lambda: check_data(recipe, sources))
     # A sharded model goes to the GPU shard by shard: as a whole it may not fit there.
     device = torch.device("cpu") if sharded else accelerator.device
     model = Cafe.load(
@@ -266,4 +267,5 @@ def _open_quarantine(recipe: Recipe, state: TrainerState, rank: int) -> Quaranti
     """Open the file of this process's bad records."""
     suffix = f"-{rank}" if rank else ""  # each process has its own records, and its own file
     path = Path(recipe.output) / f"quarantine{suffix}.jsonl"
-    return Quarantine(path, recipe.data.max_bad_fraction, state.num_bad_records, state.num_records)
+    counts = (state.num_bad_records, state.num_records, state.num_truncated)
+    return Quarantine(path, recipe.data.max_bad_fraction, *counts)

@@ -108,12 +108,14 @@ class DataConfig:
         num_workers: The number of data-loader processes, which decode images and tokenize; 0 loads in the training
             process.
         max_bad_fraction: The fraction of bad records (0 to 1) above which the run stops.
+        allow_changes: Resume a run although its data files have changed since it was saved.
     """
 
     sources: tuple[Source, ...]
     mixture: Mixture = field(default_factory=Mixture)
     num_workers: Annotated[int, AtLeast(0)] = 1
     max_bad_fraction: Annotated[float, Between(0, 1)] = 0.01
+    allow_changes: bool = False
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
@@ -141,7 +143,7 @@ class ObjectiveConfig:
         matryoshka_weights: The weights of `matryoshka_dims` in the mean loss, where the whole embedding has weight 1;
             null for 1 each.
         hard_negatives: Use the records' hard negatives.
-        mask_duplicates: Do not contrast pairs that have the same target with each other.
+        mask_duplicates: Do not contrast pairs that have the same query or target with each other.
         gradient_scaling: "exact", or "published" to divide the contrastive gradient by the number of processes as the
             published code does, for comparison.
     """
