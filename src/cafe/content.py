@@ -12,6 +12,8 @@ from PIL import Image
 
 from cafe.errors import RecordError
 
+PILLOW_MAX_PIXELS = 178_956_970  # above these Pillow refuses an image, and above half of them it warns
+
 
 @dataclass(frozen=True)
 class ImageLimits:
@@ -23,7 +25,10 @@ class ImageLimits:
     """
 
     max_bytes: int = 256 * 2**20
-    max_pixels: int = 89_478_485
+    max_pixels: int = PILLOW_MAX_PIXELS // 2
+
+
+DEFAULT_LIMITS = ImageLimits()
 
 
 # Pillow compares images pixel by pixel and cannot hash them, so references are compared by identity.
@@ -35,7 +40,7 @@ class ImageRef:
     """
 
     source: Path | bytes | Image.Image
-    limits: ImageLimits = ImageLimits()
+    limits: ImageLimits = DEFAULT_LIMITS
 
     def __str__(self) -> str:
         # Only a path means something in a message; of the rest, the kind is named.
