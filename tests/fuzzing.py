@@ -56,7 +56,20 @@ STRANGE_VALUES: list[Any] = [
     "http://127.0.0.1/x.png", "file:///dev/zero", "zip://x::y", "data:image/png;base64,AAAA", "<image>", "<image>" * 99,
     "%s{}" * 9, "a" * 70_000, [], {}, [[]], [None], {"a": {}}, {"bytes": "x", "path": 3}, [[[[[[[["deep"]]]]]]]],
 ]  # fmt: skip
-STRANGE_BYTES = [b"", b"\0", b"\xff" * 4, b"\x7f\xff\xff\xff", b"{", b"]", b'"', b",", b"\t", b"\r\n", b"\xef\xbb\xbf", b"[" * 9_000]
+STRANGE_BYTES = [
+    b"",
+    b"\0",
+    b"\xff" * 4,
+    b"\x7f\xff\xff\xff",
+    b"{",
+    b"]",
+    b'"',
+    b",",
+    b"\t",
+    b"\r\n",
+    b"\xef\xbb\xbf",
+    b"[" * 9_000,
+]
 
 
 @dataclass(frozen=True)
@@ -86,7 +99,11 @@ def change_bytes(data: bytes, rng: Random) -> bytes:
         case 2:
             return data[:start] + rng.choice(STRANGE_BYTES) + data[stop:]
         case 3:
-            return data[:start] + bytes(byte ^ (1 << rng.randrange(8)) for byte in data[start:stop][:64]) + data[start + 64 :]
+            return (
+                data[:start]
+                + bytes(byte ^ (1 << rng.randrange(8)) for byte in data[start:stop][:64])
+                + data[start + 64 :]
+            )
     return data[:start] + rng.choice(STRANGE_BYTES) + data[start:]
 
 
@@ -158,19 +175,32 @@ def read_image(folder: Path) -> None:
 
 def record_targets(scenes: Path) -> Iterator[tuple[str, Target]]:
     """Make a target of every kind of file, each of several formats."""
-    images = {f"images/train/{path.name}": path.read_bytes() for path in sorted((scenes / "images/train").iterdir())[:2]}
+    images = {
+        f"images/train/{path.name}": path.read_bytes() for path in sorted((scenes / "images/train").iterdir())[:2]
+    }
     names = list(images)
     pairs = [
-        {"query": f"<image>\nwhat {n}?", "query_image": names[n], "positive": ["a", "b"], "negatives": ["c"], "negative_scores": [0.5]}
+        {
+            "query": f"<image>\nwhat {n}?",
+            "query_image": names[n],
+            "positive": ["a", "b"],
+            "negatives": ["c"],
+            "negative_scores": [0.5],
+        }
         for n in range(2)
     ]
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
     llava = [{"id": str(n), "image": names[n], "conversations": turns} for n in range(2)]
-    karpathy = {
-        "images": [{"filename": name, "split": "train", "sentences": [{"raw": "a thing"}]} for name in names]
-    }
+    karpathy = {"images": [{"filename": name, "split": "train", "sentences": [{"raw": "a thing"}]} for name in names]}
     mmeb = [
-        {"qry": "<|image_1|>\nq", "qry_image_path": name, "pos_text": "a", "pos_image_path": "", "neg_text": "b", "neg_image_path": ""}
+        {
+            "qry": "<|image_1|>\nq",
+            "qry_image_path": name,
+            "pos_text": "a",
+            "pos_image_path": "",
+            "neg_text": "b",
+            "neg_image_path": "",
+        }
         for name in names
     ]
     flat = [{"query_image": name, "positive": "words, and more"} for name in names]
@@ -188,7 +218,10 @@ def record_targets(scenes: Path) -> Iterator[tuple[str, Target]]:
         ("pairs.tar", "pairs", tar({"0.json": json.dumps(flat[0]).encode(), "0.png": images[names[0]], "1.png": images[names[1]], "1.txt": b"a"})),
     ]  # fmt: skip
     for name, format, data in files:
-        yield f"records {name}", Target({**images, name: data}, (name,), partial(read_records, name=name, format=format))
+        yield (
+            f"records {name}",
+            Target({**images, name: data}, (name,), partial(read_records, name=name, format=format)),
+        )
 
 
 def separated(rows: list[dict[str, str]], delimiter: str) -> bytes:
@@ -266,9 +299,17 @@ def settings_targets() -> Iterator[tuple[str, Target]]:
     """Make targets of a checkpoint's metadata and of a recipe."""
     metadata = {"prompts": {"system": "s", "frame": "chat", "chat_template": ""}, "temperature": 0.05, "recipe": {}}
     metadata_file = {METADATA_FILE: json.dumps(metadata).encode()}
-    yield "metadata", Target(metadata_file, (METADATA_FILE,), lambda folder: prompts_from_metadata(read_metadata(folder)))
+    yield (
+        "metadata",
+        Target(metadata_file, (METADATA_FILE,), lambda folder: prompts_from_metadata(read_metadata(folder))),
+    )
     # JSON is YAML, so a recipe in JSON is damaged by its values too.
-    recipe = {"output": "o", "batch_size": 2, "model": {"base": "b"}, "data": {"sources": [{"path": "p", "format": "llava"}]}}
+    recipe = {
+        "output": "o",
+        "batch_size": 2,
+        "model": {"base": "b"},
+        "data": {"sources": [{"path": "p", "format": "llava"}]},
+    }
     recipe_file = {"recipe.json": json.dumps(recipe).encode()}
     yield "recipe", Target(recipe_file, ("recipe.json",), lambda folder: read_recipe(folder / "recipe.json"))
 
@@ -276,7 +317,13 @@ def settings_targets() -> Iterator[tuple[str, Target]]:
 def make_targets(folder: Path) -> dict[str, Target]:
     """Make all targets; the folder gets a small set of scenes, whose files they hold."""
     write_scenes(folder, train=4, test=6, report=lambda line: None)
-    targets = [*image_targets(), *record_targets(folder), *evaluation_targets(folder), *result_targets(folder), *settings_targets()]
+    targets = [
+        *image_targets(),
+        *record_targets(folder),
+        *evaluation_targets(folder),
+        *result_targets(folder),
+        *settings_targets(),
+    ]
     return dict(targets)
 
 
@@ -332,7 +379,9 @@ def fuzz(targets: Mapping[str, Target], seconds: float, first: int) -> list[str]
             number += 1
             bar.set_postfix(cases=(number - first) * len(targets), findings=len(findings), refresh=False)
             bar.update(min(round(time.monotonic() - start), round(seconds)) - bar.n)
-    print(f"{(number - first) * len(targets):,} cases of {len(targets)} targets, from number {first}: {len(findings)} findings")
+    print(
+        f"{(number - first) * len(targets):,} cases of {len(targets)} targets, from number {first}: {len(findings)} findings"
+    )
     return findings
 
 

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from cafe.content import Content, ImageRef, warn_of_image_paths
+from cafe.content import Content, ImageLimits, ImageRef, warn_of_image_paths
 from cafe.errors import CafeError
 from cafe.images import decoding
 from cafe.images.decoding import decode_array, decode_image
@@ -141,7 +141,7 @@ def test_any_decoder_error_names_the_image(monkeypatch, tmp_path):
 def test_too_many_pixels_are_refused_before_decoding(tmp_path):
     Image.new("1", (300, 300)).save(tmp_path / "big.png")
     with pytest.raises(CafeError, match="300 x 300"):
-        decode_image(ImageRef(tmp_path / "big.png"), max_pixels=1000)
+        decode_image(ImageRef(tmp_path / "big.png", ImageLimits(max_pixels=1000)))
 
 
 def encoded(image: Image.Image, kind: str, **options) -> ImageRef:
@@ -187,4 +187,4 @@ def test_a_damaged_jpeg_is_named(decoder, tmp_path):
     with pytest.raises(CafeError, match=r"cut\.jpg cannot be decoded: .*truncated"):
         decode_array(ImageRef(tmp_path / "cut.jpg"))
     with pytest.raises(CafeError, match="64 x 64"):
-        decode_array(ImageRef(tmp_path / "whole.jpg"), max_pixels=1000)
+        decode_array(ImageRef(tmp_path / "whole.jpg", ImageLimits(max_pixels=1000)))

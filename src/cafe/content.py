@@ -17,13 +17,35 @@ from cafe.errors import RecordError
 
 logger = logging.getLogger(__name__)
 
+PILLOW_MAX_PIXELS = 178_956_970  # above these Pillow refuses an image, and above half of them it warns
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Limit what reading one image may cost.
+
+    Attributes:
+        max_bytes: the most bytes of an encoded image.
+        max_pixels: the most pixels; by default as many as Pillow decodes without a warning.
+    """
+
+    max_bytes: int = 256 * 2**20
+    max_pixels: int = PILLOW_MAX_PIXELS // 2
+
+
+DEFAULT_LIMITS = ImageLimits()
+
 
 # Pillow compares images pixel by pixel and cannot hash them, so references are compared by identity.
 @dataclass(frozen=True, eq=False)
 class ImageRef:
-    """Refer to an image that is not decoded yet: a file's path, encoded bytes, or a Pillow image. Equal by identity."""
+    """Refer to an image that is not decoded yet: a file's path, encoded bytes, or a Pillow image. Equal by identity.
+
+    The limits apply to files and encoded bytes, not to a Pillow image, which is in memory already.
+    """
 
     source: Path | bytes | Image.Image
+    limits: ImageLimits = DEFAULT_LIMITS
 
     def __str__(self) -> str:
         # Only a path means something in a message; of the rest, the kind is named.
@@ -120,7 +142,7 @@ def _parts_of_mapping(value: dict[str, Any]) -> Iterator[Part]:
         images = [images]
     for image in images:
         # A string is a path here, because text has a key of its own.
-        yield from _parts(Path(image) if isinstance(image, str) else image)
+        yield from _parts(_path(image) if isinstance(image, str) else image)
     if text:
         yield text
 
@@ -132,6 +154,17 @@ def warn_of_image_paths(content: Content) -> None:
             continue
         if (mimetypes.guess_type(part)[0] or "").startswith("image/"):
             logger.warning('"%s" is taken as text, not as the image of that path: write {"image": "%s"}.', part, part)
+
+
+def _path(name: str) -> Path:
+    """Return the path of an image's file.
+
+    Raises:
+        RecordError: it is a URL, which a path would mangle.
+    """
+    if "://" in name:
+        raise RecordError(f"The image {name:.200} is a URL, which is not taken here: give a path or the image's bytes.")
+    return Path(name)
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,7 @@ def load(
             "(DeepSpeed or not) or of this package: set another output, or remove that directory to start over."
         ) from None
     # Plain values and tensors alone, so `weights_only`, the default, can load it.
-    own = torch.load(saved / f"process-{rank()}.pt")
+    own = torch.load(saved / f"process-{rank()}.pt", weights_only=True)
     size = own["micro_batch_size"] and MicroBatchSize(**own["micro_batch_size"])
     loss_scale = LossScale(**own["loss_scale"])
     return TrainerState(**{**own, "micro_batch_size": size, "loss_scale": loss_scale})

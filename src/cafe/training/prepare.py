@@ -175,7 +175,7 @@ def _load(
     """Load the model and open the data; return them, the joint step on its device, and one line on what is trained."""
     config, rank = recipe.model, accelerator.process_index
     # The sources first: their files may be missing, and the model takes long.
-    sources = [open_source(source) for source in recipe.data.sources]
+    sources = [open_source(source, recipe.data.image_limits) for source in recipe.data.sources]
     run_on_main_and_broadcast(lambda: check_data(recipe, sources))
     # A sharded model goes to the GPU shard by shard: as a whole it may not fit there.
     device = torch.device("cpu") if sharded else accelerator.device

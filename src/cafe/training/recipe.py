@@ -7,6 +7,7 @@ page of recipes is generated from these. `recipe_io.py` reads recipes from files
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args
 
+from cafe.content import PILLOW_MAX_PIXELS, ImageLimits
 from cafe.data.batch import MicroBatchSize
 from cafe.data.mixture import Mixture
 from cafe.data.source import Source
@@ -109,6 +110,10 @@ class DataConfig:
             process.
         max_bad_fraction: The fraction of bad records (0 to 1) above which the run stops.
         allow_changes: Resume a run although its data files have changed since it was saved.
+        max_image_bytes: The largest image file that is read, in bytes, and the largest record of a tar; larger ones are
+            bad records.
+        max_image_pixels: The largest image that is decoded, in pixels; larger ones are bad records. Decoding takes up
+            to 15 bytes of memory per pixel.
     """
 
     sources: tuple[Source, ...]
@@ -116,11 +121,18 @@ class DataConfig:
     num_workers: Annotated[int, AtLeast(0)] = 1
     max_bad_fraction: Annotated[float, Between(0, 1)] = 0.01
     allow_changes: bool = False
+    max_image_bytes: Annotated[int, Above(0)] = ImageLimits.max_bytes
+    max_image_pixels: Annotated[int, Between(1, PILLOW_MAX_PIXELS)] = ImageLimits.max_pixels
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
         if not self.sources:
             raise RecipeError("data.sources is empty: there is nothing to train on.")
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The limits on each image, of sources that have none of their own."""
+        return ImageLimits(self.max_image_bytes, self.max_image_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -232,4 +232,4 @@ def _image_refs(image: str | bytes, data: Path, source: Path) -> list[ImageRef]:
         return [ImageRef(path)]
     # A folder holds the frames of a video.
     frames = list_frames(str(path))
-    return [frames[number] for number in evenly_spaced(len(frames), NUM_FRAMES)]
+    return [ImageRef(Path(frames[number])) for number in evenly_spaced(len(frames), NUM_FRAMES)]
