@@ -33,6 +33,7 @@ from cafe.training.loss_scale import LossScale
 from cafe.training.optimizer import trainable_parameters
 from cafe.utils.atomic import commit
 from cafe.utils.distributed import all_gather_object, rank, run_on_main_and_broadcast, world_size
+from cafe.utils.nonfinite import find_nonfinite
 
 MANIFEST = "manifest.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -69,8 +70,9 @@ def save(
     """Save the state of a run in `directory`, and remove all but the last `save_total_limit` there.
 
     Raises:
-        CheckpointError: it cannot be written; what was saved before is left as it is.
+        CheckpointError: a weight is not finite, or it cannot be written; what was saved before is left as it is.
     """
+    check_finite_weights(module, state.step)
     partial = directory / ".partial"
     reason = _save_in_stages(partial, directory, module, optimizer, state, save_total_limit)
     if not reason:
@@ -81,6 +83,21 @@ def save(
         f"Step {state.step} could not be saved in {directory} ({reason}). What was saved before is still there: free "
         "some space and run the same command to resume from it."
     )
+
+
+def check_finite_weights(module: nn.Module, step: int) -> None:
+    """Make sure, in all processes alike, that the trained weights are finite: a run cannot recover from others.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    found = all_gather_object(find_nonfinite(trainable_parameters(module).items()))
+    nonfinite = next(filter(None, found), None)
+    if nonfinite is not None:
+        raise CheckpointError(
+            f"The weight {nonfinite} holds values that are not finite at step {step}, which was not saved. What was "
+            "saved before is still there: lower the learning rate, and set another output."
+        )
 
 
 def _save_in_stages(
@@ -110,6 +127,7 @@ def _save_in_stages(
     # Last the manifest, without which the directory counts as damaged.
     def finish() -> None:
         """Write the manifest, rename the directory, and remove older ones."""
+        _check_holds_trained(partial, module)
         manifest = {"step": state.step, "processes": world_size(), "files": digests}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         commit(partial, directory / f"step-{state.step:06d}")
@@ -117,6 +135,18 @@ def _save_in_stages(
 
     _, reason = run_on_main_and_broadcast(lambda: _capture_error(finish))
     return reason
+
+
+def _check_holds_trained(partial: Path, module: nn.Module) -> None:
+    """Make sure that the written files hold every weight that is trained.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    written = dcp.FileSystemReader(partial).read_metadata().state_dict_metadata
+    for name in trainable_parameters(module):
+        if f"weights.{name}" not in written:
+            raise CheckpointError(f"the weight {name}, which is trained, is not in the files")
 
 
 def _make_empty(directory: Path) -> None:
