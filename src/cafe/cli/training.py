@@ -93,10 +93,8 @@ def merge_command(directory: Path, output: Path, dtype: str | None) -> None:
     model = Cafe.load(checkpoint, dtype=getattr(torch, dtype) if dtype else "auto", device="cpu")
     if not has_adapter(model.lvlm):
         raise CheckpointError(f"{checkpoint} has no adapter to merge: it is a plain checkpoint already.")
-    if not dtype:
-        # The adapter was trained in float32, and the base may have fewer bits.
-        model.lvlm.to(torch.promote_types(model.lvlm.dtype, torch.float32))
-    kept = merge(model.lvlm)
+    # The adapter was trained in float32, and the base may have fewer bits.
+    kept = merge(model.lvlm, None if dtype else torch.promote_types(model.lvlm.dtype, torch.float32))
     model.save(output)
     print(f"Rounded to {str(model.lvlm.dtype).removeprefix('torch.')}, {kept:.1%} of the adapter's change is kept.")
     print(f"The merged checkpoint is in {output}")

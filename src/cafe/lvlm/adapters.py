@@ -197,11 +197,15 @@ def load_adapter(lvlm: PreTrainedModel, path: str | Path, config: "PeftConfig") 
     lvlm.requires_grad_(False)
 
 
-def merge(lvlm: PreTrainedModel) -> float:
+def merge(lvlm: PreTrainedModel, dtype: torch.dtype | None = None) -> float:
     """Add the adapter to the weights, in place, and remove it.
 
     Each sum is computed in float32 or wider and rounded to the dtype of the weight. Where that has 16 bits, much of a
     small change is lost.
+
+    Args:
+        lvlm: the model.
+        dtype: convert all weights to this first; None leaves each in its own.
 
     Returns:
         How much of the adapter's change is kept: with D the change of a weight before rounding and R the one after it,
@@ -215,6 +219,8 @@ def merge(lvlm: PreTrainedModel) -> float:
             f"The weights of {lvlm.name_or_path} are quantized, and no adapter can be merged into them without loss: "
             "merge it into the model that they were quantized from."
         )
+    if dtype is not None:
+        lvlm.to(dtype)
     kept, total = 0.0, 0.0
     for name, module in _adapted_modules(lvlm):
         merged, kept_here, total_here = _merge_module(module)
@@ -223,9 +229,19 @@ def merge(lvlm: PreTrainedModel) -> float:
     # What transformers keeps of an adapter beside its layers.
     del lvlm.peft_config
     lvlm._hf_peft_config_loaded = False
+    _untie_if_different(lvlm)
     if not total:
         return 1.0
     return kept / total
+
+
+def _untie_if_different(lvlm: PreTrainedModel) -> None:
+    """Let the configuration say so where the adapter held a head of its own beside the embeddings."""
+    head = lvlm.get_output_embeddings()
+    if head is None or head.weight is lvlm.get_input_embeddings().weight:
+        return
+    for config in (lvlm.config, lvlm.config.get_text_config()):
+        config.tie_word_embeddings = False
 
 
 def _adapted_modules(lvlm: PreTrainedModel) -> list[tuple[str, nn.Module]]:
