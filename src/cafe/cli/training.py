@@ -130,5 +130,10 @@ def _read_results(directory: Path) -> dict[str, Any]:
     file = directory / "results.json"
     if not file.is_file():
         raise CafeError(f"{directory} has no results.json: `cafe evaluate` writes one.")
-    results: dict[str, Any] = json.loads(file.read_text())
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise CafeError(f"{file} is not valid JSON: `cafe evaluate` writes it again.") from None
+    if not isinstance(results, dict) or not all(isinstance(value, (int, float)) for value in results.values()):
+        raise CafeError(f"{file} is not a mapping of names to numbers: `cafe evaluate` writes it again.")
     return results

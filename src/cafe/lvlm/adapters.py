@@ -19,6 +19,7 @@ from transformers.utils import find_adapter_config_file
 
 from cafe.errors import CheckpointError, MissingPackageError, RecipeError, load_error
 from cafe.lvlm.families import PartName, model_part
+from cafe.lvlm.hub import ensure_exists
 from cafe.utils.ranges import Above, HalfOpen
 
 if TYPE_CHECKING:
@@ -149,7 +150,12 @@ def has_adapter(lvlm: PreTrainedModel) -> bool:
 
 
 def is_adapter(path: str | Path) -> bool:
-    """Tell whether a directory or Hub id holds an adapter, and no model of its own."""
+    """Tell whether a directory or Hub id holds an adapter.
+
+    Raises:
+        CheckpointError: there is no such directory, nor a model of that name on the Hub.
+    """
+    ensure_exists(path)
     return find_adapter_config_file(str(path)) is not None
 
 

@@ -5,6 +5,7 @@ minutes before the first error.
 """
 
 import difflib
+import os
 from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
@@ -25,7 +26,8 @@ def ensure_exists(name: str | Path) -> None:
         CheckpointError: it is not, or the Hub could not be reached.
     """
     name = str(name)
-    if Path(name).is_dir() or _is_cached(name):
+    # Unlike `Path.is_dir`, this takes a name that is too long for a directory.
+    if os.path.isdir(name) or _is_cached(name):
         return
     missing = f"There is no directory {name}{_suggest(name)}"
     if _is_among_runs(name):
@@ -56,7 +58,7 @@ def _is_cached(name: str) -> bool:
 def _is_among_runs(name: str) -> bool:
     """Tell whether a name's folder holds runs or checkpoints of ours, so that the name can only be a path."""
     folder = Path(name).parent
-    if folder == Path():
+    if folder == Path() or not os.path.isdir(folder):
         return False
     return any(next(folder.glob(f"*/{file}"), None) for file in OWN_FILES)
 
@@ -64,7 +66,7 @@ def _is_among_runs(name: str) -> bool:
 def _suggest(name: str) -> str:
     """Return a question with the nearest name beside a missing directory, or nothing."""
     folder = Path(name).parent
-    if folder == Path() or not folder.is_dir():
+    if folder == Path() or not os.path.isdir(folder):
         return ""
     names = [path.name for path in folder.iterdir() if path.is_dir()]
     nearest = difflib.get_close_matches(Path(name).name, names, n=1)

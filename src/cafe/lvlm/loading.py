@@ -104,7 +104,6 @@ def load_chat_processor(
         CheckpointError: no processor can be loaded from there.
         RecipeError: the limits do not fit the model, see `set_max_image_size`.
     """
-    ensure_exists(base)
     # An adapter has its base's configuration.
     model, source = _find_parts(base)
     with loading_errors("processor", source):
@@ -112,7 +111,8 @@ def load_chat_processor(
         processor = load_processor(source, config.model_type)
         lvlm = meta_model(config)
     set_max_image_size(lvlm, processor, max_pixels, grids)
-    return ChatProcessor(processor, prompts)
+    with loading_errors("processor", source):
+        return ChatProcessor(processor, prompts)
 
 
 def _find_parts(path: str | Path) -> tuple[str, str]:
@@ -156,7 +156,6 @@ def load_lvlm(
         CheckpointError: nothing can be loaded from there, or a weight is not finite.
         MissingPackageError: a package that it needs is not installed.
     """
-    ensure_exists(path)
     base, source = _find_parts(path)
     with loading_errors("vision-language model", base):
         quantization = quantization_kwargs(base, device, dtype) if four_bit else {}
@@ -166,8 +165,8 @@ def load_lvlm(
         )
     with loading_errors("processor", source):
         processor = load_processor(source, lvlm.config.model_type)
+        chat_processor = ChatProcessor(processor, prompts)
     # The processor may be an adapter's, trained with other grids than its base has.
-    chat_processor = ChatProcessor(processor, prompts)
     sync_image_grids(lvlm, processor)
     if not four_bit:  # bitsandbytes has put the weights on the device itself
         lvlm = lvlm.to(device)

@@ -184,7 +184,7 @@ def load(
     if saved is None:
         return None
     # Each process has its own part of the data, and of the optimizer state under DeepSpeed.
-    processes = json.loads((saved / MANIFEST).read_text())["processes"]
+    processes = _read_manifest(saved)["processes"]
     if processes != world_size():
         raise CheckpointError(
             f"{saved} was saved by {processes} processes, which see the data in another order than {world_size()} "
@@ -198,11 +198,26 @@ def load(
             f"{saved} holds other weights than this run trains, as after a change of the base model, of the launcher "
             "(DeepSpeed or not) or of this package: set another output, or remove that directory to start over."
         ) from None
-    # Plain values and tensors alone, so `weights_only`, the default, can load it.
-    own = torch.load(saved / f"process-{rank()}.pt")
-    size = own["micro_batch_size"] and MicroBatchSize(**own["micro_batch_size"])
-    loss_scale = LossScale(**own["loss_scale"])
-    return TrainerState(**{**own, "micro_batch_size": size, "loss_scale": loss_scale})
+    return _read_trainer_state(saved / f"process-{rank()}.pt")
+
+
+def _read_trainer_state(file: Path) -> TrainerState:
+    """Read how far this process had come.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another version.
+    """
+    try:
+        own = torch.load(file, weights_only=True)  # plain values and tensors alone: nothing is executed
+        size = own["micro_batch_size"] and MicroBatchSize(**own["micro_batch_size"])
+        loss_scale = LossScale(**own["loss_scale"])
+        return TrainerState(**{**own, "micro_batch_size": size, "loss_scale": loss_scale})
+    except Exception as error:  # whatever the file holds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{file} is damaged, or of another version of this package ({reason:.200}): set another output, or remove "
+            f"{file.parent} to resume from an earlier state."
+        ) from None
 
 
 # Why not `get_state_dict` and `set_state_dict` of `torch.distributed.checkpoint.state_dict`, with
@@ -288,7 +303,8 @@ def _empty_entry(metadata: Any, weight: Tensor) -> Tensor | None:
 
 def _saved_states(directory: Path) -> list[Path]:
     """Return the saved states in a directory, newest first."""
-    return sorted(directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    names = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(names, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _newest_complete(directory: Path, report: Callable[[str], None]) -> Path | None:
@@ -304,15 +320,31 @@ def _newest_complete(directory: Path, report: Callable[[str], None]) -> Path | N
 def find_damage(saved: Path) -> str | None:
     """Return what is wrong with a saved state, or None if it is as it was written."""
     try:
-        files = json.loads((saved / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = _read_manifest(saved)["files"]
+    except (OSError, ValueError, RecursionError):
         return f"it has no readable {MANIFEST}"
     for name, digest in files.items():
-        if not (saved / name).is_file():
+        if Path(name).name != name or not (saved / name).is_file():
             return f"{name} is missing"
         if _digest(saved / name) != digest:
             return f"{name} is not what was written"
     return None
+
+
+def _read_manifest(saved: Path) -> dict[str, Any]:
+    """Read the manifest of a saved state.
+
+    Raises:
+        ValueError: it is not what a save writes.
+    """
+    manifest = json.loads((saved / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise ValueError("not a mapping")
+    kinds = {"files": dict, "processes": int}
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name), kind):
+            raise ValueError(f"no {name}")
+    return manifest
 
 
 def _digest(path: Path) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import uuid4
 
 from cafe.checkpoint import ensure_overwritable, read_metadata
-from cafe.errors import CafeError, RecipeError
+from cafe.errors import CafeError, CheckpointError, RecipeError
 from cafe.training.recipe import Recipe, recipe_dict
 from cafe.utils.atomic import atomic_write_text
 
@@ -47,7 +47,7 @@ def claim_run_directory(recipe: Recipe) -> str:
     # Where nothing was saved yet there is nothing to lose: another recipe may take the directory over.
     has_results = (output / STATE).exists() or (output / CHECKPOINT).exists()
     if has_results and file.is_file():
-        run = json.loads(file.read_text())
+        run = _read_run(file)
         if changed := diff_recipes(run["recipe"], plain):
             raise RecipeError(
                 f"{output} holds a run of another recipe ({'; '.join(changed[:3])}): set another output, "
@@ -57,6 +57,24 @@ def claim_run_directory(recipe: Recipe) -> str:
     # Written in any case: what may differ when a run is resumed may have changed.
     atomic_write_text(file, json.dumps({"name": name, "recipe": plain}, indent=2) + "\n")
     return name
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    """Read the name and the recipe of the run that a directory holds.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        run = None
+    if not isinstance(run, dict) or not isinstance(run.get("recipe"), dict) or not isinstance(run.get("name"), str):
+        raise CheckpointError(
+            f"{file} is damaged, so it cannot be told which recipe the run in {file.parent} has: set another output, or "
+            "remove that directory to start over."
+        )
+    return run
 
 
 def _lock(output: Path) -> None:
