@@ -19,7 +19,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +35,8 @@ from tqdm import tqdm
 
 from cafe.checkpoint import METADATA_FILE, prompts_from_metadata, read_metadata
 from cafe.content import ImageRef
-from cafe.data.records import open_source
-from cafe.data.source import Columns, Source
+from cafe.data.records import OpenedSource, open_source
+from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.evaluation.report.page import write_report
 from cafe.evaluation.report.run import ReportRun
@@ -52,8 +52,8 @@ MAX_MEMORY = 8 * 2**30  # bytes; a file that takes more is a finding too
 MAX_CHANGES = 6  # of one file
 # What fields, and stretches of bytes, are replaced by.
 STRANGE_VALUES: list[Any] = [
-    None, True, -1, 0, 1e308, float("nan"), 10**400, "", " ", "\x00", "\ud800", "\x1b[2J", "\u202e", "../../x", "/dev/zero",
-    "http://127.0.0.1/x.png", "file:///dev/zero", "zip://x::y", "data:image/png;base64,AAAA", "<image>", "<image>" * 99,
+    None, True, -1, 0, 1e308, float("nan"), 10**400, "", " ", "\x00", "\ud800", "\x1b[2J", "\u202e", "../../x",
+    "/dev/zero", "http://127.0.0.1/x.png", "file:///dev/zero", "zip://x::y", "data:image/png;base64,AAAA", "<image>", "<image>" * 99,
     "%s{}" * 9, "a" * 70_000, [], {}, [[]], [None], {"a": {}}, {"bytes": "x", "path": 3}, [[[[[[[["deep"]]]]]]]],
 ]  # fmt: skip
 STRANGE_BYTES = [
@@ -150,9 +150,9 @@ def image_targets() -> Iterator[tuple[str, Target]]:
     exif[0x0112] = 6
     kinds: list[tuple[str, str, dict[str, Any]]] = [
         ("PNG", "RGB", {}), ("PNG", "P", {"transparency": 0}), ("PNG", "LA", {}), ("PNG", "I;16", {}), ("PNG", "1", {}),
-        ("JPEG", "RGB", {"exif": exif}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"progressive": True}), ("WEBP", "RGBA", {"exif": exif}),
-        ("GIF", "P", {}), ("BMP", "RGB", {}), ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("TIFF", "F", {}), ("PPM", "RGB", {}),
-        ("AVIF", "RGB", {}), ("JPEG2000", "RGB", {}),
+        ("JPEG", "RGB", {"exif": exif}), ("JPEG", "CMYK", {}), ("JPEG", "L", {"progressive": True}),
+        ("WEBP", "RGBA", {"exif": exif}), ("GIF", "P", {}), ("BMP", "RGB", {}), ("PPM", "RGB", {}),
+        ("TIFF", "RGB", {"compression": "tiff_lzw"}), ("TIFF", "F", {}), ("AVIF", "RGB", {}), ("JPEG2000", "RGB", {}),
     ]  # fmt: skip
     for kind, mode, options in kinds:
         try:
@@ -165,12 +165,21 @@ def image_targets() -> Iterator[tuple[str, Target]]:
 def read_image(folder: Path) -> None:
     """Decode an image from a file and from bytes, at full and at reduced size."""
     path = folder / "image"
-    for ref in (ImageRef(path), ImageRef(path.read_bytes())):
-        for decode in (decode_image, partial(decode_array, min_side=4)):
-            try:
-                decode(ref)
-            except CafeError:
-                continue
+    decoders = (decode_image, partial(decode_array, min_side=4))
+    read_all(partial(decode, ref) for ref in (ImageRef(path), ImageRef(path.read_bytes())) for decode in decoders)
+
+
+def read_all(reads: Iterable[Callable[[], object]]) -> None:
+    """Call all, also behind one that fails; raise the last error if all of them do."""
+    results: list[CafeError | None] = []
+    for read in reads:
+        try:
+            read()
+            results.append(None)
+        except CafeError as error:
+            results.append(error)
+    if results and all(results):
+        raise results[-1]
 
 
 def record_targets(scenes: Path) -> Iterator[tuple[str, Target]]:
@@ -206,6 +215,12 @@ def record_targets(scenes: Path) -> Iterator[tuple[str, Target]]:
     flat = [{"query_image": name, "positive": "words, and more"} for name in names]
     table = [{"query_image": {"bytes": images[name], "path": name}, "positive": ["a", "b"]} for name in names]
     lines = "\n".join(map(json.dumps, pairs)).encode()
+    members = {
+        "0.json": json.dumps(flat[0]).encode(),
+        "0.png": images[names[0]],
+        "1.png": images[names[1]],
+        "1.txt": b"words",
+    }
     files: list[tuple[str, str, bytes]] = [
         ("pairs.json", "pairs", json.dumps(pairs).encode()),
         ("pairs.jsonl", "pairs", lines),
@@ -215,7 +230,7 @@ def record_targets(scenes: Path) -> Iterator[tuple[str, Target]]:
         ("pairs.csv", "pairs", separated(flat, ",")),
         ("pairs.tsv", "pairs", separated(flat, "\t")),
         ("pairs.parquet", "pairs", parquet(table)),
-        ("pairs.tar", "pairs", tar({"0.json": json.dumps(flat[0]).encode(), "0.png": images[names[0]], "1.png": images[names[1]], "1.txt": b"a"})),
+        ("pairs.tar", "pairs", tar(members)),
     ]  # fmt: skip
     for name, format, data in files:
         yield (
@@ -251,17 +266,18 @@ def tar(members: Mapping[str, bytes]) -> bytes:
 
 def read_records(folder: Path, name: str, format: Any) -> None:
     """Read every record of a file, and its images."""
-    source = open_source(Source(path=str(folder / name), format=format, columns=Columns()))
-    for index in range(min(len(source), 50)):
-        try:
-            example = source.example(index, Random(0))
-            contents = [example.pair.query, example.pair.target, *example.pair.negatives] if example.pair else []
-            contents += [turn.content for turn in example.dialogue.turns] if example.dialogue else []
-            for content in contents:
-                for ref in content.images:
-                    decode_image(ref)
-        except CafeError:
-            continue
+    source = open_source(Source(path=str(folder / name), format=format))
+    read_all(partial(read_record, source, index) for index in range(min(len(source), 50)))
+
+
+def read_record(source: OpenedSource, index: int) -> None:
+    """Read a record and its images."""
+    example = source.example(index, Random(0))
+    contents = [example.pair.query, example.pair.target, *example.pair.negatives] if example.pair else []
+    contents += [turn.content for turn in example.dialogue.turns] if example.dialogue else []
+    for content in contents:
+        for ref in content.images:
+            decode_image(ref)
 
 
 def evaluation_targets(scenes: Path) -> Iterator[tuple[str, Target]]:
@@ -379,9 +395,8 @@ def fuzz(targets: Mapping[str, Target], seconds: float, first: int) -> list[str]
             number += 1
             bar.set_postfix(cases=(number - first) * len(targets), findings=len(findings), refresh=False)
             bar.update(min(round(time.monotonic() - start), round(seconds)) - bar.n)
-    print(
-        f"{(number - first) * len(targets):,} cases of {len(targets)} targets, from number {first}: {len(findings)} findings"
-    )
+    cases = (number - first) * len(targets)
+    print(f"{cases:,} cases of {len(targets)} targets, from number {first}: {len(findings)} findings")
     return findings
 
 

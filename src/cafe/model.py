@@ -32,6 +32,7 @@ from cafe.lvlm.loading import load_lvlm
 from cafe.lvlm.pickling import without_capturing_hooks
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import DESCRIBE_PROMPT, Prompts, dialogue_messages, embedding_messages
+from cafe.lvlm.saving import save_lvlm
 from cafe.packing import Branch, PackingConfig, pack
 from cafe.utils.atomic import commit, staging_path
 from cafe.utils.batching import check_batch_size, encode_item, length_sorted_batches
@@ -93,17 +94,18 @@ class Cafe:
             metadata: added to the checkpoint's metadata.
 
         Raises:
-            CheckpointError: there is something else at the path.
+            CheckpointError: there is something else at the path; a weight is not finite; the files lack a weight that
+                was trained.
         """
         # Everything is written beside the path first, and takes its place in one rename.
-        path = Path(path)
+        path = Path(path).expanduser()
         ensure_overwritable(path)
         partial = staging_path(path)
         shutil.rmtree(partial, ignore_errors=True)  # left by a save that was interrupted
         partial.mkdir(parents=True)
 
         # The files of transformers or PEFT.
-        self.lvlm.save_pretrained(partial, state_dict=weights)
+        save_lvlm(self.lvlm, partial, weights)
         self.chat_processor.save(partial)
         write_video_processor_config(partial, self.chat_processor.tokenizer.name_or_path, self.lvlm.config.model_type)
 

@@ -315,6 +315,23 @@ class Recipe:
         check_ranges(self)
 
 
+def no_negatives_warning(recipe: Recipe, num_processes: int) -> str:
+    """Return a warning if a contrastive batch is a single pair, or nothing.
+
+    Args:
+        recipe: the run.
+        num_processes: how many processes share it.
+    """
+    is_contrasted = recipe.objective.contrastive_weight > 0
+    if not is_contrasted or recipe.batch_size * num_processes > 1:
+        return ""
+    return (
+        "Warning: with batch_size: 1 in one process, no pair has a negative but the hard negatives of its record, and "
+        "without these the contrastive loss is 0; gradient_accumulation_steps adds none. Raise batch_size, and set "
+        "micro_batch to what fits into memory."
+    )
+
+
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as plain values, as a checkpoint records it."""
     return asdict(recipe)
