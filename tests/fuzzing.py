@@ -8,6 +8,7 @@ in `tests/fuzz_cases.txt`, which the tests run.
 """
 
 import argparse
+import atexit
 import faulthandler
 import io
 import json
@@ -20,9 +21,9 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -33,7 +34,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
 
-from cafe.checkpoint import METADATA_FILE, prompts_from_metadata, read_metadata
+from cafe.checkpoint import METADATA_FILE, prompts_from_metadata, read_metadata, resolve_checkpoint
 from cafe.content import ImageRef
 from cafe.data.records import OpenedSource, open_source
 from cafe.data.source import Source
@@ -43,6 +44,7 @@ from cafe.evaluation.report.run import ReportRun
 from cafe.evaluation.runner import NullModel, evaluate, write
 from cafe.evaluation.suites import SUITES
 from cafe.images.decoding import decode_array, decode_image
+from cafe.model import Cafe
 from cafe.scenes.write import write_scenes
 from cafe.training.recipe_io import read_recipe
 
@@ -53,8 +55,8 @@ MAX_CHANGES = 6  # of one file
 # What fields, and stretches of bytes, are replaced by.
 STRANGE_VALUES: list[Any] = [
     None, True, -1, 0, 1e308, float("nan"), 10**400, "", " ", "\x00", "\ud800", "\x1b[2J", "\u202e", "../../x",
-    "/dev/zero", "http://127.0.0.1/x.png", "file:///dev/zero", "zip://x::y", "data:image/png;base64,AAAA", "<image>", "<image>" * 99,
-    "%s{}" * 9, "a" * 70_000, [], {}, [[]], [None], {"a": {}}, {"bytes": "x", "path": 3}, [[[[[[[["deep"]]]]]]]],
+    "/dev/zero", "http://127.0.0.1/x.png", "file:///dev/zero", "zip://x::y", "data:image/png;base64,AAAA",
+    "<image>", "<image>" * 99, "%s{}" * 9, "a" * 70_000, [], {}, [[]], [None], {"a": {}}, {"bytes": "x", "path": 3}, [[[[[[[["deep"]]]]]]]],
 ]  # fmt: skip
 STRANGE_BYTES = [
     b"",
@@ -85,6 +87,19 @@ class Target:
     files: Mapping[str, bytes]
     damaged: tuple[str, ...]
     read: Callable[[Path], object]
+
+    @cached_property
+    def folder(self) -> Path:
+        """Write the files to a folder, which is there until the process ends, and return it."""
+        folder = Path(_folders.enter_context(tempfile.TemporaryDirectory()))
+        for file, data in self.files.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_bytes(data)
+        return folder
+
+
+_folders = ExitStack()
+atexit.register(_folders.close)
 
 
 def change_bytes(data: bytes, rng: Random) -> bytes:
@@ -313,7 +328,11 @@ def report_folder(folder: Path) -> None:
 
 def settings_targets() -> Iterator[tuple[str, Target]]:
     """Make targets of a checkpoint's metadata and of a recipe."""
-    metadata = {"prompts": {"system": "s", "frame": "chat", "chat_template": ""}, "temperature": 0.05, "recipe": {}}
+    metadata = {
+        "prompts": {"system": "s", "assistant_frame": "open", "chat_template": "chatml"},
+        "temperature": 0.05,
+        "recipe": {},
+    }
     metadata_file = {METADATA_FILE: json.dumps(metadata).encode()}
     yield (
         "metadata",
@@ -330,15 +349,23 @@ def settings_targets() -> Iterator[tuple[str, Target]]:
     yield "recipe", Target(recipe_file, ("recipe.json",), lambda folder: read_recipe(folder / "recipe.json"))
 
 
+def checkpoint_targets() -> Iterator[tuple[str, Target]]:
+    """Make a target of the files of a checkpoint, read by loading it."""
+    directory = Path(resolve_checkpoint("scenes"))
+    files = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    yield "checkpoint", Target(files, tuple(files), lambda folder: Cafe.load(folder).embed(["a red circle"]))
+
+
 def make_targets(folder: Path) -> dict[str, Target]:
     """Make all targets; the folder gets a small set of scenes, whose files they hold."""
-    write_scenes(folder, train=4, test=6, report=lambda line: None)
+    write_scenes(folder, train=4, test=16, report=lambda line: None)
     targets = [
         *image_targets(),
         *record_targets(folder),
         *evaluation_targets(folder),
         *result_targets(folder),
         *settings_targets(),
+        *checkpoint_targets(),
     ]
     return dict(targets)
 
@@ -346,20 +373,18 @@ def make_targets(folder: Path) -> dict[str, Target]:
 def run_case(target: Target, name: str, number: int) -> str | None:
     """Run a case and return what was found: a traceback, or None."""
     rng = Random(f"{name}:{number}")
-    with tempfile.TemporaryDirectory() as directory:
-        folder = Path(directory)
-        chosen = rng.choice(target.damaged)
-        for file, data in target.files.items():
-            path = folder / file
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(damage(file, data, rng) if file == chosen else data)
-        try:
-            with time_limit(SECONDS_PER_CASE):
-                target.read(folder)
-        except CafeError:
-            return None
-        except BaseException:
-            return f"{chosen}: {traceback.format_exc()}"
+    chosen = rng.choice(target.damaged)
+    path = target.folder / chosen
+    path.write_bytes(damage(chosen, target.files[chosen], rng))
+    try:
+        with time_limit(SECONDS_PER_CASE):
+            target.read(target.folder)
+    except CafeError:
+        return None
+    except BaseException:
+        return f"{chosen}: {traceback.format_exc()}"
+    finally:
+        path.write_bytes(target.files[chosen])
     return None
 
 

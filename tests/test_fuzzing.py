@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import fuzzing
 import pytest
 
-NUM_CASES = 12  # of each target
+NUM_CASES = 4  # of each target
 
 
 @pytest.fixture(scope="module")
@@ -28,17 +28,13 @@ def test_what_was_found_once_is_not_found_again(targets, case):
     assert fuzzing.run_case(targets[name], name, int(number)) is None
 
 
-def test_undamaged_files_are_read(targets, tmp_path):
+def test_undamaged_files_are_read(targets):
     """Or damage would go unseen: a target that fails on good files fails on all of them, with the same sentence."""
-    for name, target in targets.items():
-        folder = tmp_path / name.replace(" ", "-").replace(";", "-")
-        for file, data in target.files.items():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_bytes(data)
-        target.read(folder)
+    for target in targets.values():
+        target.read(target.folder)
 
 
-def test_a_finding_is_reported(tmp_path):
+def test_a_finding_is_reported():
     def read(folder):
         raise KeyError((folder / "a.json").read_bytes())
 
