@@ -142,7 +142,7 @@ def _has_shape(value: Any, shape: Any) -> bool:
 
 
 def _is_a(value: Any, kind: type, finite: bool = True) -> bool:
-    """Tell whether a value has a type; a number may be an integer, should fit into a float and, if so wanted, be finite."""
+    """Tell whether a value has a type. A number may be an integer, fits into a float and, if so wanted, is finite."""
     if kind is not float:
         return isinstance(value, kind)
     if isinstance(value, bool) or not isinstance(value, (int, float)):

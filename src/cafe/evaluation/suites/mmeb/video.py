@@ -314,8 +314,8 @@ def to_records(name: str, rows: Sequence[Row], data: Path, source: Path, folders
         # The formats read columns without checking them: whatever they raise means a wrong row.
         try:
             records.append(row_format.to_record(row, list_clips))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise CafeError(f"Record {number} of {source} is not a row of {name}: {error!r}.") from None
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CafeError(f"Record {number} of {source} is not a row of {name}: {error!r:.200}.") from None
     return records
 
 
