@@ -20,6 +20,7 @@ from cafe.cli.evaluation import ablate_command, bench_modes_command, evaluate_co
 from cafe.cli.scenes import quickstart_command, scenes_group
 from cafe.cli.training import merge_command, plan_command, push_command, train_command
 from cafe.errors import CafeError, RunInterrupted
+from cafe.utils.terminal import escape_controls
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's parameters, numbered as in malloc.h
 
@@ -115,8 +116,9 @@ def _is_closed_pipe(stream: TextIO) -> bool:
 
 def _fail(message: str, status: int) -> int:
     """Print an error and return the exit status."""
+    printed = escape_controls(message, keep="\n")  # messages quote records, which are strangers' words
     with contextlib.suppress(BrokenPipeError):
-        print(f"cafe: {message}", file=sys.stderr)
+        print(f"cafe: {printed}", file=sys.stderr)
     return status
 
 

@@ -17,6 +17,7 @@ from cafe.errors import CafeError, RecordError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.images.decoding import decode_image
 from cafe.images.thumbnails import thumbnail
+from cafe.utils.terminal import escape_controls
 
 NUM_SAMPLES = 12  # samples of each kind in the report
 
@@ -227,7 +228,7 @@ def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Pat
         if os.path.isfile(data / folder / name):
             return Path(folder) / name
     places = ", ".join(str(data / folder) for folder in searched)
-    raise RecordError(f"The image {name}, which {source} names, is in none of {places}.")
+    raise RecordError(f"The image {escape_controls(str(name)):.200}, which {source} names, is in none of {places}.")
 
 
 def ask_about_images(

@@ -5,6 +5,7 @@ src/data/eval_dataset), under the names that files and the leaderboard use, in t
 """
 
 import json
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -103,7 +104,7 @@ def find_in_folders(data: Path, folders: Sequence[str], name: str) -> Path | Non
     """
     for folder in folders:
         path = data / folder / name
-        if path.exists():
+        if os.path.exists(path):  # `Path.exists` raises for a text that is too long for a file name
             return path
     return None
 
