@@ -175,10 +175,10 @@ def test_any_value_in_any_field_ends_in_a_page_or_a_sentence(whole, tmp_path_fac
     write(measured(whole), folder)
     (folder / "log").write_text('{"step": 1, "loss": 0.5}\n')
     path = folder / name
-    is_lines = not path.suffix == ".json"
-    document = (
-        [json.loads(line) for line in path.read_text().splitlines()] if is_lines else json.loads(path.read_text())
-    )
+    is_lines = path.suffix != ".json"
+    parsed = [json.loads(line) for line in path.read_text().splitlines()] if is_lines else []
+    document = parsed if is_lines else json.loads(path.read_text())
+    runs = [ReportRun("a", whole / "run"), ReportRun("b", folder, folder / "log")]
 
     @settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(changed(document))
@@ -186,9 +186,7 @@ def test_any_value_in_any_field_ends_in_a_page_or_a_sentence(whole, tmp_path_fac
         rows = other if is_lines and isinstance(other, list) else [other]
         path.write_text("\n".join(map(json.dumps, rows)))
         try:
-            write_report(
-                folder / "report.html", [ReportRun("a", whole / "run"), ReportRun("b", folder, folder / "log")]
-            )
+            write_report(folder / "report.html", runs)
         except CafeError as error:
             assert "\n" not in str(error)
 

@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = _run_command(words)
-        sys.stdout.flush()  # here and not at the end of the process, where Python prints what goes wrong
+        if sys.stdout:  # not closed from the start
+            sys.stdout.flush()  # here and not at the end of the process, where Python prints what goes wrong
         return status
     except CafeError as error:
         return _fail(str(error), 1)
@@ -96,7 +97,7 @@ def _run_command(words: list[str]) -> int:
 
 def _silence_closed_pipes() -> bool:
     """Discard what is still to be written to an output whose reader has gone; return whether there is one."""
-    closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed_pipe(stream)]
+    closed = [stream for stream in (sys.stdout, sys.stderr) if stream and _is_closed_pipe(stream)]
     for stream in closed:
         # What is buffered is written once more when the process ends.
         null = os.open(os.devnull, os.O_WRONLY)

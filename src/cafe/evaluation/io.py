@@ -136,9 +136,10 @@ def require_fields(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]
     if not isinstance(rows, list) or not rows:
         raise CafeError(f"The evaluation file {path} is empty.")
     for number, row in enumerate(rows, 1):
+        # What is not an object has no field; the error names the first one that it lacks.
+        _check_record(path, number, row if isinstance(row, dict) else {}, fields)
         if not isinstance(row, dict):
             raise RecordError(f"Record {number} of the evaluation file {path} is no object with named fields.")
-        _check_record(path, number, row, fields)
     return rows
 
 

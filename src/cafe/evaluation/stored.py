@@ -82,7 +82,7 @@ def read_outputs(path: Path) -> list[dict[str, Any]]:
     rows = read_json_lines(path)
     for number, row in enumerate(rows, 1):
         try:
-            marks = [mark for _, *mark in read_marks(row)]
+            marks: list[list[Any]] = [mark for _, *mark in read_marks(row)]
         except (KeyError, TypeError, ValueError, AttributeError):
             marks = [[None]]
         if not _has_shape(marks, [[float]]):
