@@ -20,6 +20,7 @@ from cafe.cli.evaluation import ablate_command, bench_modes_command, evaluate_co
 from cafe.cli.scenes import quickstart_command, scenes_group
 from cafe.cli.training import merge_command, plan_command, push_command, train_command
 from cafe.errors import CafeError, RunInterrupted
+from cafe.utils.terminal import escape_controls
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's parameters, numbered as in malloc.h
 
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = _run_command(words)
-        sys.stdout.flush()  # here and not at the end of the process, where Python prints what goes wrong
+        if sys.stdout:  # not closed from the start
+            sys.stdout.flush()  # here and not at the end of the process, where Python prints what goes wrong
         return status
     except CafeError as error:
         return _fail(str(error), 1)
@@ -95,7 +97,7 @@ def _run_command(words: list[str]) -> int:
 
 def _silence_closed_pipes() -> bool:
     """Discard what is still to be written to an output whose reader has gone; return whether there is one."""
-    closed = [stream for stream in (sys.stdout, sys.stderr) if _is_closed_pipe(stream)]
+    closed = [stream for stream in (sys.stdout, sys.stderr) if stream and _is_closed_pipe(stream)]
     for stream in closed:
         # What is buffered is written once more when the process ends.
         null = os.open(os.devnull, os.O_WRONLY)
@@ -115,8 +117,9 @@ def _is_closed_pipe(stream: TextIO) -> bool:
 
 def _fail(message: str, status: int) -> int:
     """Print an error and return the exit status."""
+    printed = escape_controls(message, keep="\n")  # messages quote records, which are strangers' words
     with contextlib.suppress(BrokenPipeError):
-        print(f"cafe: {message}", file=sys.stderr)
+        print(f"cafe: {printed}", file=sys.stderr)
     return status
 
 

@@ -15,6 +15,8 @@ import pyarrow.parquet as pq
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError, RecordError
 from cafe.evaluation.cached_model import CachedModel
+from cafe.images.decoding import decode_image
+from cafe.images.thumbnails import thumbnail
 from cafe.utils.text import shorten
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of files whose absolute paths of images are followed
@@ -137,7 +139,28 @@ def require_fields(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]
     for number, row in enumerate(rows, 1):
         # What is not an object has no field; the error names the first one that it lacks.
         _check_record(path, number, row if isinstance(row, dict) else {}, fields)
+        if not isinstance(row, dict):
+            raise RecordError(f"Record {number} of the evaluation file {path} is no object with named fields.")
     return rows
+
+
+def require_texts(path: Path, rows: Sequence[Mapping[str, Any]], *names: str) -> None:
+    """Check that lists in some fields hold nothing but texts.
+
+    Args:
+        path: the rows' file, for the error.
+        rows: the records.
+        *names: of the fields, which are lists.
+
+    Raises:
+        RecordError: an item is no text.
+    """
+    for number, row in enumerate(rows, 1):
+        for name in names:
+            if not all(isinstance(item, str) for item in row[name]):
+                raise RecordError(
+                    f"The field {name!r} in record {number} of the evaluation file {path} should hold texts alone."
+                )
 
 
 def _check_record(path: Path, number: int, record: Mapping[str, Any], fields: Fields) -> None:
@@ -247,6 +270,18 @@ def ask_about_images(
         sample_id = row.get("question_id", number)
         outputs.append({"id": sample_id, "group": image, "image": image, "asked": row["text"], "said": answer})
     return outputs
+
+
+def sample_image(image: str | Path, data: Path) -> str:
+    """Name an image for the report, by its path in the folder of evaluation files.
+
+    The report shows no other files: an image that is elsewhere, also through a link, is kept as a thumbnail.
+    """
+    path = data / image
+    if path.resolve().is_relative_to(data.resolve()):
+        # A relative name stays valid when the folder is moved.
+        return str(path.relative_to(data)) if path.is_relative_to(data) else str(path)
+    return thumbnail(decode_image(ImageRef(path)))
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:

@@ -82,7 +82,7 @@ def read_outputs(path: Path) -> list[dict[str, Any]]:
     rows = read_json_lines(path)
     for number, row in enumerate(rows, 1):
         try:
-            marks = [mark for _, *mark in read_marks(row)]
+            marks: list[list[Any]] = [mark for _, *mark in read_marks(row)]
         except (KeyError, TypeError, ValueError, AttributeError):
             marks = [[None]]
         if not _has_shape(marks, [[float]]):
@@ -142,7 +142,7 @@ def _has_shape(value: Any, shape: Any) -> bool:
 
 
 def _is_a(value: Any, kind: type, finite: bool = True) -> bool:
-    """Tell whether a value has a type; a number may be an integer, should fit into a float and, if so wanted, be finite."""
+    """Tell whether a value has a type. A number may be an integer, fits into a float and, if so wanted, is finite."""
     if kind is not float:
         return isinstance(value, kind)
     if isinstance(value, bool) or not isinstance(value, (int, float)):

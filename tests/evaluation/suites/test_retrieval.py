@@ -343,3 +343,22 @@ def test_counting_equal_captions_once_agrees_with_counting_by_hand(data):
 def test_without_equal_captions_there_is_no_second_count(data):
     karpathy(data)
     assert not [name for name in measured(data) if "unique" in name]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"image": 5, "caption": "zero"}, "The image in record 1 of .* is neither a name nor an image"),
+        ({"image": {"bytes": None, "path": None}, "caption": "zero"}, "The image in record 1 of .* is neither"),
+        ({"image": {"bytes": "png", "path": "0.png"}, "caption": "zero"}, "The image in record 1 of .* is neither"),
+        ({"image": {"bytes": b"png", "path": 5}, "caption": "zero"}, "The image in record 1 of .* is neither"),
+        ({"image": ["0.png"], "caption": "zero"}, "The image in record 1 of .* is neither"),
+        ({"image": "0.png", "caption": 5}, "caption of image 1 of .* is not text"),
+        ({"image": "0.png", "caption": ["zero", None]}, "caption of image 1 of .* is not text"),
+        ({"image": "0.png", "caption": {"raw": "zero"}}, "caption of image 1 of .* is not text"),
+    ],
+)
+def test_columns_of_another_type_raise_one_clear_sentence(data, row, message):
+    pq.write_table(pa.Table.from_pylist([row]), data / "captions.parquet")
+    with pytest.raises(CafeError, match=message):
+        measured(data)

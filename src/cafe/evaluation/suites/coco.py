@@ -18,12 +18,11 @@ from functools import cached_property
 from importlib.resources import files
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.io import find_image, find_one
+from cafe.evaluation.io import find_image, find_one, load_json, read_text
 
 _TABLES = files("cafe.evaluation.suites")
 _WORDS = json.loads(_TABLES.joinpath("coco_words.json").read_text(encoding="utf-8"))
@@ -183,8 +182,8 @@ def read_instances(path: Path, limit: int | None = None) -> AnnotatedImages:
     Raises:
         CafeError: the file does not have COCO's format.
     """
+    parsed = load_json(path, "a COCO instances file")
     try:
-        parsed: dict[str, Any] = json.loads(path.read_text())
         classes = {row["id"]: row["name"] for row in parsed["categories"]}
         names = {row["id"]: row["file_name"] for row in parsed["images"][:limit]}
         # An image without annotations shows nothing. Annotations of images beyond the limit are left out.
@@ -192,19 +191,22 @@ def read_instances(path: Path, limit: int | None = None) -> AnnotatedImages:
         for row in parsed["annotations"]:
             if row["image_id"] in objects:
                 objects[row["image_id"]].add(classes[row["category_id"]])
-    except (ValueError, KeyError, TypeError) as error:
+        # "prompt" is not COCO's: a file of your own may say how to ask for a description.
+        prompt = (parsed.get("info") or {}).get("prompt", "")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CafeError(f"The evaluation file {path} is not a COCO instances file: {error!r}.") from None
     if not names or not classes:
         raise CafeError(f"The evaluation file {path} holds no image or no category.")
+    for text in (*names.values(), *classes.values(), prompt or " "):
+        if not isinstance(text, str) or not text:
+            raise CafeError(f"A name or the prompt in the evaluation file {path} is not text, but {text!r:.40}.")
     words = vocabulary(classes.values(), _read_synonyms(path.with_name("synonyms.txt")))
-    # "prompt" is not COCO's: a file of your own may say how to ask for a description.
-    info = parsed.get("info") or {}
-    return AnnotatedImages(path, names, objects, words, info.get("prompt", ""))
+    return AnnotatedImages(path, names, objects, words, prompt)
 
 
 def _read_synonyms(path: Path) -> str:
     """Read a file's own list of words, or take ours."""
-    return path.read_text() if path.is_file() else SYNONYMS
+    return read_text(path) if path.is_file() else SYNONYMS
 
 
 def read_captions(path: Path, images: AnnotatedImages) -> dict[int, set[str]]:
@@ -219,11 +221,12 @@ def read_captions(path: Path, images: AnnotatedImages) -> dict[int, set[str]]:
     """
     # People mention objects that have no box; CHAIR counts them as present.
     mentioned: dict[int, set[str]] = {number: set() for number in images.names}
+    parsed = load_json(path, "a COCO captions file")
     try:
-        for row in json.loads(path.read_text())["annotations"]:
+        for row in parsed["annotations"]:
             if row["image_id"] in mentioned:
                 mentioned[row["image_id"]].update(images.vocabulary.mentions(row["caption"]))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CafeError(f"The evaluation file {path} is not a COCO captions file: {error!r}.") from None
     return mentioned
 

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 
 from cafe.content import ImageRef
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.io import NUM_SAMPLES, evenly_spaced
+from cafe.evaluation.io import NUM_SAMPLES, evenly_spaced, sample_image
 from cafe.evaluation.metrics import ranks, ranks_of_pairs
 from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.captioned_images import (
@@ -159,10 +159,7 @@ def _display_image(data: Path, image: Path | ImageRef) -> str:
     """Name an image for the report; one that is not a file in the folder is shown by a thumbnail."""
     if isinstance(image, ImageRef):
         return thumbnail(decode_image(image))
-    # A relative name stays valid when the folder is moved.
-    if image.is_relative_to(data):
-        image = image.relative_to(data)
-    return str(image)
+    return sample_image(image, data)
 
 
 def _retrieval_suite(
