@@ -82,9 +82,9 @@ def _read_rows(name: str, delimiter: str) -> list[list[str]]:
 def _parse(text: str, delimiter: str, with_quotes: bool) -> list[list[str]]:
     """Split a text into rows of cells; where quotes are read, a last row shows whether all are closed."""
     if with_quotes:
-        text += f"\n{_END}\n"
-    quoting = csv.QUOTE_MINIMAL if with_quotes else csv.QUOTE_NONE
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+        rows = csv.reader(io.StringIO(f"{text}\n{_END}\n", newline=""), delimiter=delimiter)
+    else:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE)
     return [row for row in rows if len(row) > 1 or "".join(row).strip()]
 
 
