@@ -72,7 +72,7 @@ def _field(name: str, form: FieldForm, tensors: dict[str, Tensor]) -> Any:
     """Return the value of a field by its form."""
     if form is None:
         return None
-    if form == "tensor":
+    if isinstance(form, str):
         return tensors[name]
     kind, length = form
     items = [tensors.get(f"{name}.{index}") for index in range(length)]
