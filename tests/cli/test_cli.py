@@ -1,5 +1,6 @@
 """The command line: arguments and their ranges, errors and exit status, and the models that commands read with."""
 
+import os
 import subprocess
 import sys
 from random import Random
@@ -275,3 +276,30 @@ def test_an_output_that_cannot_be_written_is_named(line, small, random_base, sce
 def test_merge_names_a_missing_run(capsys):
     assert main(["merge", "runs/no", "merged"]) == 1
     assert capsys.readouterr().err == "cafe: The run runs/no does not exist.\n"
+
+
+@pytest.mark.parametrize(
+    "words", [["evaluate", "--list"], ["evaluate", "--help"], ["--help"], ["evaluate", "none", "--data", "none"]]
+)
+@pytest.mark.parametrize("closed", [["stdout"], ["stdout", "stderr"]])
+def test_a_command_into_a_closed_pipe_ends_quietly(words, closed, tmp_path):
+    read, write = os.pipe()
+    os.close(read)  # nobody reads, as after `| head` has printed its lines
+    with (tmp_path / "stderr").open("w") as stderr:
+        done = subprocess.run(
+            [sys.executable, "-m", "cafe", *words],
+            stdout=write,
+            stderr=write if "stderr" in closed else stderr,
+            check=False,
+        )
+    os.close(write)
+    mistake = ["cafe: The folder of evaluation files none does not exist."] if words[-1] == "none" else []
+    said = (tmp_path / "stderr").read_text().splitlines()
+    assert said == ([] if "stderr" in closed else mistake)
+    assert done.returncode == (1 if mistake else 141)
+
+
+def test_head_ends_the_list_of_suites():
+    command = f"{sys.executable} -m cafe evaluate --list | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("retrieval: ") and done.stderr == ""

@@ -3,6 +3,7 @@
 import base64
 import io
 import random
+import unicodedata
 
 import fsspec
 import numpy as np
@@ -151,6 +152,30 @@ def test_images_stand_at_their_tokens_and_the_others_first():
     assert place_images("", [one]) == Content((one,)) and place_images("", []) == Content(())
     with pytest.raises(CafeError, match="shows 2 images and only 1"):
         place_images("<image> <image>", [one])
+
+
+def test_images_keep_their_order_when_there_are_fewer_marks():
+    refs = [ImageRef(bytes([number])) for number in range(4)]
+    assert place_images("in <image> what happens?", refs) == Content(("in ", *refs, " what happens?"))
+    assert place_images("<image> and <image>", refs) == Content((*refs, " and "))
+
+
+def test_line_breaks_of_windows_beside_an_image_belong_to_its_mark_too():
+    ref = ImageRef(b"1")
+    assert place_images("Look:\r\n<image>\r\nWhat?", [ref]) == place_images("Look:\n<image>\nWhat?", [ref])
+    assert place_images("<image>\r\nWhat?\r\n", [ref]) == Content((ref, "What?"))
+
+
+@pytest.mark.parametrize(("stored", "named"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_in_either_form_of_unicode(tmp_path, stored, named):
+    folder, file = (unicodedata.normalize(stored, name) for name in ("Zoë", "café.png"))
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / file).write_bytes(png("red"))
+    for name in (f"Zoë/{file}", "Zoë/café.png", "Zoë"):
+        [ref] = image_refs(unicodedata.normalize(named, name), Source(path=str(tmp_path / "x.json")))
+        assert color_of(ref) == (255, 0, 0)
+    [missing] = image_refs("thé.png", Source(path=str(tmp_path / "x.json")))
+    assert missing.source == tmp_path / "thé.png"
 
 
 def test_thumbnails_are_exact_for_small_images_and_reduced_for_large_ones():

@@ -8,6 +8,7 @@ import click
 
 from cafe.cli.options import FRACTION, NON_NEGATIVE, PATH, POSITIVE, override_arguments, recipe_arguments
 from cafe.errors import RecipeError, RecordError
+from cafe.utils.terminal import escape_controls
 
 if TYPE_CHECKING:
     from cafe.content import ImageLimits
@@ -92,7 +93,7 @@ def check_command(
     )
     write_page(output, reports, chat_processor, checked.max_tokens)
     for report in reports:
-        print(report.name)
+        print(escape_controls(report.name))
         for name, value in report.table():
             print(f"  {name:20} {value}")
     print(f"The page is {output}; distributions are min / median / p95 / max.")
@@ -102,7 +103,8 @@ def check_command(
         num_bad, num_read = len(report.errors), len(report.stats)
         if num_bad > checked.max_bad_fraction * num_read:
             fraction = num_bad / num_read
-            raise RecordError(f"{fraction:.1%} of the records of {report.name} are bad. The first: {report.errors[0]}")
+            name = escape_controls(report.name)
+            raise RecordError(f"{fraction:.1%} of the records of {name} are bad. The first: {report.errors[0]}")
 
 
 def _recipe_data(path: str, overrides: tuple[str, ...], base: str | None) -> CheckedData:

@@ -67,6 +67,7 @@ def evaluate_command(
     from cafe.checkpoint import resolve_checkpoint
     from cafe.model import Cafe
     from cafe.utils.distributed import make_accelerator
+    from cafe.utils.terminal import escape_controls
 
     # Each process evaluates its part of the records on its own device; the main one writes the results.
     processes = make_accelerator()
@@ -86,7 +87,7 @@ def evaluate_command(
     if processes.is_main_process:
         write(evaluation, output)
         for name, value in evaluation.results.items():
-            print(f"{name:44} {value:9.3f}")
+            print(f"{escape_controls(name):44} {value:9.3f}")  # records name categories
         print(f"Written to {output}")
     # The process group is closed by all processes together, or PyTorch warns that it was left open.
     processes.wait_for_everyone()

@@ -4,6 +4,8 @@ import base64
 import binascii
 import os
 import re
+import unicodedata
+from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 from pathlib import Path
@@ -23,6 +25,7 @@ from cafe.utils.text import shorten
 Item = TypeVar("Item")
 
 IMAGE_TOKEN = "<image>"  # where an image stands in a text
+IMAGE_MARK = re.compile(IMAGE_TOKEN)
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".jp2", ".avif")
 _VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 # The first bytes of the kinds that are read, to tell an image in base64 from a path.
@@ -149,6 +152,8 @@ def list_frames(name: str) -> list[str]:
         RecordError: it is a folder without images.
         CafeError: it cannot be read.
     """
+    if not is_url(name):
+        name = str(find_unicode_variant(Path(name)))
     with file_errors(name):
         files = _list_store(name) if is_url(name) else _list_local(name)
     if files is None:
@@ -193,49 +198,75 @@ def _file_ref(name: str, source: Source) -> ImageRef:
     if is_url(name):
         # One byte more than the limit shows that there are too many.
         return ImageRef(read(name, 0, limits.max_bytes + 1), limits)
+    path = find_unicode_variant(Path(name))
     # A folder that a record may name can hold links to what it may not.
     if not is_trusted(source):
-        check_inside(name, source)
-    return ImageRef(Path(name), limits)
+        check_inside(path, source)
+    return ImageRef(path, limits)
 
 
-def interleave(text: str, waiting: list[ImageRef], token: str | re.Pattern[str] = IMAGE_TOKEN) -> list[Part]:
-    """Split a text at its image tokens and put images there.
+def find_unicode_variant(path: Path) -> Path:
+    """Return the path that exists under a name that looks the same, or the path itself if none does.
+
+    Unicode writes an accented letter as one character (NFC) or as two (NFD), and some systems change one to the other.
+    """
+    if str(path).isascii() or os.path.exists(path):  # not `Path.exists`, which raises for a name that is too long
+        return path
+    folder = find_unicode_variant(path.parent)
+    for form in ("NFC", "NFD"):
+        variant = folder / unicodedata.normalize(form, path.name)
+        if os.path.exists(variant):
+            return variant
+    return path
+
+
+def assign_to_marks(num_marks: int, refs: list[ImageRef]) -> tuple[list[ImageRef], list[list[ImageRef]]]:
+    """Return the images that come first and, for each mark, those that stand there. Their order stays.
+
+    One mark stands for one image, or for all of them if there is no other. Where there are fewer marks than images
+    otherwise, nothing says which image a mark is for: all come first.
+
+    Raises:
+        RecordError: there are more marks than images.
+    """
+    if num_marks > len(refs):
+        raise RecordError(f"a text shows {num_marks} images and only {len(refs)} are there.")
+    if num_marks == len(refs):
+        return [], [[ref] for ref in refs]
+    if num_marks == 1:
+        return [], [refs]
+    return refs, [[]] * num_marks
+
+
+def interleave(text: str, runs: Iterator[list[ImageRef]], mark: re.Pattern[str] = IMAGE_MARK) -> list[Part]:
+    """Split a text at its marks and put images there.
 
     Args:
         text: the text.
-        waiting: the images; those that are used are removed from its front.
-        token: the image token, or a pattern of it.
-
-    Raises:
-        RecordError: there are more tokens than images.
+        runs: for each mark, of this text and then of others, the images that stand there.
+        mark: matches a mark.
     """
-    pieces = text.split(token) if isinstance(token, str) else token.split(text)
-    num_tokens = len(pieces) - 1
-    if num_tokens > len(waiting):
-        raise RecordError(f"a text shows {num_tokens} images and only {len(waiting)} are left.")
     parts: list[Part] = []
-    for index, piece in enumerate(pieces):
-        # An image stands before every piece but the first.
+    for index, piece in enumerate(mark.split(text)):
+        # A mark stands before every piece but the first.
         if index:
-            parts.append(waiting.pop(0))
-        # Line breaks beside an image belong to the token, as in "<image>\nWhat is it?"; chat templates add their own.
+            parts += next(runs)
+        # Line breaks beside an image belong to the mark, as in "<image>\nWhat is it?"; chat templates add their own.
         if piece.strip():
-            parts.append(piece.strip("\n"))
+            parts.append(piece.strip("\r\n"))
     return parts
 
 
-def place_images(text: str, refs: list[ImageRef], token: str | re.Pattern[str] = IMAGE_TOKEN) -> Content:
-    """Put images at the image tokens of a text; those without a token come first.
+def place_images(text: str, refs: list[ImageRef], mark: re.Pattern[str] = IMAGE_MARK) -> Content:
+    """Put images at the marks of a text; those without a mark come first.
 
     Args:
         text: the text.
         refs: the images, in order.
-        token: the image token, or a pattern of it.
+        mark: matches a mark.
 
     Raises:
-        RecordError: there are more tokens than images.
+        RecordError: there are more marks than images.
     """
-    waiting = list(refs)
-    parts = interleave(text, waiting, token)
-    return Content((*waiting, *parts))
+    first, runs = assign_to_marks(len(mark.findall(text)), refs)
+    return Content((*first, *interleave(text, iter(runs), mark)))

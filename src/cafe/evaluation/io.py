@@ -2,6 +2,7 @@
 
 import json
 import os.path
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -55,25 +56,73 @@ def find_one(data: Path, *patterns: str, exclude: Sequence[str] = ()) -> list[Pa
     return list(matches)
 
 
+def read_text(path: Path, kind: str = "UTF-8 text") -> str:
+    """Read a text file in UTF-8, with or without the byte order mark that some editors write.
+
+    Args:
+        path: the file.
+        kind: what it should be, for the error.
+
+    Raises:
+        CafeError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CafeError(f"The evaluation file {path} is not {kind}: {error}.") from None
+
+
+def load_json(path: Path, kind: str = "valid JSON", **options: Any) -> Any:
+    """Load a JSON file.
+
+    Args:
+        path: the file.
+        kind: what it should be, for the error.
+        **options: of `json.loads`.
+
+    Raises:
+        CafeError: it is not JSON in UTF-8.
+    """
+    return _parse_json(read_text(path, kind), path, kind, **options)
+
+
+def _parse_json(text: str, path: Path, kind: str, **options: Any) -> Any:
+    """Parse JSON.
+
+    Args:
+        text: the JSON.
+        path: its file, for the error.
+        kind: what the file should be, for the error.
+        **options: of `json.loads`.
+    """
+    try:
+        value = json.loads(text, **options)
+        # Half of a surrogate pair, which only an escape can make, can neither be written nor be read by a tokenizer.
+        if re.search(r"\\ud[89a-f]", text, re.IGNORECASE):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CafeError(f"The evaluation file {path} holds half of a surrogate pair, which is no character.") from None
+    except RecursionError:
+        raise CafeError(f"The evaluation file {path} is nested too deeply to be read.") from None
+    except ValueError as error:
+        raise CafeError(f"The evaluation file {path} is not {kind}: {error}.") from None
+    return value
+
+
 def json_lines(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """Read the records of a JSON lines file, each of which must have the fields."""
-    try:
-        # `splitlines` would also split at characters that may occur inside a string, such as U+2028.
-        rows = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
-    except ValueError as error:
-        raise CafeError(f"The evaluation file {path} is not valid JSON lines: {error}.") from None
-    return _require_fields(path, rows, fields)
+    # `splitlines` would also split at characters that may occur inside a string, such as U+2028.
+    lines = filter(str.strip, read_text(path, "valid JSON lines").split("\n"))
+    rows = [_parse_json(line, path, "valid JSON lines") for line in lines]
+    return require_fields(path, rows, fields)
 
 
 def json_records(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """Read the records of a JSON file, a list or an object of them by number; fields that are null count as missing."""
-    try:
-        rows = json.loads(path.read_text(), object_pairs_hook=_without_nulls)
-    except ValueError as error:
-        raise CafeError(f"The evaluation file {path} is not valid JSON: {error}.") from None
+    rows = load_json(path, object_pairs_hook=_without_nulls)
     if isinstance(rows, dict):
         rows = list(rows.values())
-    return _require_fields(path, rows, fields)
+    return require_fields(path, rows, fields)
 
 
 def _without_nulls(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -81,7 +130,7 @@ def _without_nulls(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in pairs if value is not None}
 
 
-def _require_fields(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
+def require_fields(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
     """Check that a file has records and that each record has the fields; return the records."""
     if not isinstance(rows, list) or not rows:
         raise CafeError(f"The evaluation file {path} is empty.")
