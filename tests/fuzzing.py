@@ -56,7 +56,8 @@ MAX_CHANGES = 6  # of one file
 STRANGE_VALUES: list[Any] = [
     None, True, -1, 0, 1e308, float("nan"), 10**400, "", " ", "\x00", "\ud800", "\x1b[2J", "\u202e", "../../x",
     "/dev/zero", "http://127.0.0.1/x.png", "file:///dev/zero", "zip://x::y", "data:image/png;base64,AAAA",
-    "<image>", "<image>" * 99, "%s{}" * 9, "a" * 70_000, [], {}, [[]], [None], {"a": {}}, {"bytes": "x", "path": 3}, [[[[[[[["deep"]]]]]]]],
+    "<image>", "<image>" * 99, "%s{}" * 9, "a" * 70_000, [], {}, [[]], [None], {"a": {}},
+    {"bytes": "x", "path": 3}, [[[[[[[["deep"]]]]]]]],
 ]  # fmt: skip
 STRANGE_BYTES = [
     b"",
