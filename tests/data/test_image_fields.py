@@ -90,9 +90,10 @@ def test_a_folder_is_a_video_with_frames_in_numeric_order(tmp_path):
     (tmp_path / "clip").mkdir()
     for number in (10, 9, 2, 1):
         (tmp_path / "clip" / f"frame{number}.png").write_bytes(png("red"))
+    (tmp_path / "clip" / "frame²².png").write_bytes(png("red"))  # digits by their name, but of no number
     (tmp_path / "clip" / "notes.txt").write_text("no image")
     refs = image_refs("clip", Source(path=str(tmp_path / "x.json")))
-    assert [ref.source.stem for ref in refs] == ["frame1", "frame2", "frame9", "frame10"]
+    assert [ref.source.stem for ref in refs] == ["frame1", "frame2", "frame9", "frame10", "frame²²"]
     thinned = image_refs("clip", Source(path=str(tmp_path / "x.json"), max_frames=2))
     assert [ref.source.stem for ref in thinned] == ["frame2", "frame10"]
     (tmp_path / "empty").mkdir()

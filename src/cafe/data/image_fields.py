@@ -186,7 +186,7 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
     key: list[tuple[int, str]] = []
     for piece in re.split(r"(\d+)", name):
         # Pairs, since a number and a text cannot be compared. -1 sorts text before numbers.
-        key.append((int(piece), "") if piece.isdigit() else (-1, piece))
+        key.append((int(piece), "") if piece.isdecimal() else (-1, piece))
     return key
 
 
