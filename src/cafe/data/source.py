@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from cafe.data.files import folder_of
+from cafe.utils.paths import expand_home
 from cafe.utils.ranges import Above
 
 Format = Literal["llava", "karpathy", "mmeb", "pairs"]
@@ -65,6 +66,9 @@ class Source:
     use_pairs: bool = True
     weight: float = 1.0
     shuffle_window: Annotated[int, Above(0)] = 8
+
+    def __post_init__(self) -> None:
+        expand_home(self, "path", "images")
 
     @property
     def folder(self) -> str:

@@ -69,9 +69,10 @@ def _read_run(file: Path) -> dict[str, Any]:
         run = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         run = None
-    if not isinstance(run, dict) or not isinstance(run.get("recipe"), dict) or not isinstance(run.get("name"), str):
+    kinds = {"name": str, "recipe": dict}
+    if not isinstance(run, dict) or not all(isinstance(run.get(name), kind) for name, kind in kinds.items()):
         raise CheckpointError(
-            f"{file} is damaged, so it cannot be told which recipe the run in {file.parent} has: set another output, or "
+            f"{file} is damaged, so it does not say which recipe the run in {file.parent} has: set another output, or "
             "remove that directory to start over."
         )
     return run
