@@ -113,7 +113,7 @@ class Schema:
         if type(value) is not kind:
             raise RecipeError(f"{self.file}: {where} should be {SCALAR_NAMES[kind]}, not {shown(value)}.")
         if kind is str and not _is_plain_text(value):
-            raise RecipeError(f"{self.file}: {where} holds half of a character, or a null: {value!a:.{80}}.")
+            raise RecipeError(f"{self.file}: {where} holds half of a character, or a null: {value!a:.80}.")
         return value
 
 
