@@ -20,7 +20,7 @@ test-lmms: .venv-lmms/installed
 
 # Ten minutes: the property tests with many examples, then damaged files of every kind.
 fuzz: .venv/installed-dev
-	$(BIN)/pytest -m property --hypothesis-profile=fuzz
+	$(BIN)/pytest -m hypothesis --hypothesis-profile=fuzz
 	$(BIN)/python tests/fuzzing.py --minutes 7
 
 bench: .venv/installed-dev

@@ -10,6 +10,12 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+from hypothesis import settings
+
+# The same examples each time; `make fuzz` draws many, and others each time.
+settings.register_profile("tests", derandomize=True, deadline=None)
+settings.register_profile("fuzz", max_examples=1000, deadline=None, print_blob=True)
+settings.load_profile("tests")
 
 # Check the annotations of these packages, shapes included, at run time: before the first import of cafe.
 SHAPE_CHECKED = ["cafe.packing", "cafe.losses", "cafe.attention", "cafe.lvlm.forward"]

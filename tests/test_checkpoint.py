@@ -52,7 +52,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("checkpoint")
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(field=st.sampled_from([(), *fields_of(GOOD)]), value=JSON)
 def test_any_value_in_any_field_of_cafe_json_is_taken_or_refused_in_a_sentence(directory, field, value):
     tree = json.loads(json.dumps(GOOD))

@@ -8,7 +8,7 @@ import unicodedata
 import fsspec
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from samples import noise, png
@@ -128,7 +128,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(value=VALUES, kind=st.sampled_from(["json", "tar"]), folder=st.sampled_from(["nowhere", "memory://nowhere/x"]))
 def test_any_value_in_an_image_field_gives_images_or_a_bad_record(value, kind, folder):
     try:

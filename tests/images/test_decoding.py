@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import EpsImagePlugin, Image, PngImagePlugin, features
 from samples import noise
@@ -247,7 +247,6 @@ def test_no_message_holds_a_long_name_whole(tmp_path):
     assert len(str(raised.value)) < 600
 
 
-@settings(deadline=None)
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**32))
 def test_mutated_images_are_decoded_or_bad_records(kind, seed):
     rng = random.Random(seed)

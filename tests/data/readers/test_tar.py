@@ -197,7 +197,7 @@ class Runs:
         return (self.mark.touch, ())
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seed=st.integers(0, 2**32))
 def test_a_mutated_tar_has_rows_or_bad_records(tmp_path, seed):
     rng = random.Random(seed)
