@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from cafe.data.files import file_errors
 from cafe.errors import CafeError, MissingPackageError
 
 
@@ -24,7 +25,8 @@ class HFDataset:
         self.chunks = [len(dataset)]
 
     def __getitem__(self, index: int) -> Any:
-        return self.table[index].to_pylist()[0]
+        with file_errors(self.name):
+            return self.table[index].to_pylist()[0]
 
 
 def _load(name: str, subset: str) -> Any:
@@ -46,5 +48,5 @@ def _load(name: str, subset: str) -> Any:
         if is_saved:
             return datasets.load_from_disk(path)
         return datasets.load_dataset(path, subset or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the library passes on whatever its readers raise
         raise CafeError(f"{name} cannot be read as a dataset: {error}") from None
