@@ -2,11 +2,14 @@
 
 import base64
 import io
+import random
 import unicodedata
 
 import fsspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from samples import noise, png
 
@@ -14,7 +17,7 @@ from cafe.content import Content, ImageRef
 from cafe.data.image_fields import image_refs, place_images, subsample
 from cafe.data.source import Source
 from cafe.errors import CafeError
-from cafe.images.decoding import decode_image
+from cafe.images.decoding import FORMATS, decode_image
 from cafe.images.thumbnails import thumbnail
 
 
@@ -27,7 +30,7 @@ def test_every_way_to_give_an_image_gives_the_same_image(tmp_path):
     coded = base64.b64encode(data).decode()
     (tmp_path / "a.png").write_bytes(data)
     fsspec.filesystem("memory").pipe("/images/a.png", data)
-    source = Source(path=str(tmp_path / "x.json"))
+    source = Source(path=str(tmp_path / "x.json"), allow_urls=("memory",))
     ways = [
         "a.png", str(tmp_path / "a.png"), "memory://images/a.png", data, coded, f"data:image/png;base64,{coded}",
         {"bytes": data, "path": None}, {"bytes": None, "path": "a.png"}, Image.open(io.BytesIO(data)), ["a.png"],
@@ -40,19 +43,57 @@ def test_every_way_to_give_an_image_gives_the_same_image(tmp_path):
     assert [image_refs(nothing, source) for nothing in (None, "", b"", [], {"bytes": None, "path": ""})] == [[]] * 5
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP"])
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind in (Image.init(), Image.SAVE)[1] and kind != "PPM"])
 def test_base64_is_told_from_a_path_for_every_usual_kind(kind):
     [ref] = image_refs(base64.b64encode(png("red", (32, 32), kind)).decode(), Source(path="x.json"))
     assert isinstance(ref.source, bytes) and decode_image(ref).size == (32, 32)
+
+
+def test_base64_of_another_kind_is_refused_in_a_short_sentence():
+    for data in (random.Random(0).randbytes(9000), b"%!PS-Adobe-3.0 EPSF-3.0" + bytes(9000)):
+        text = base64.b64encode(data).decode()
+        for way in (text, f"data:image/png;base64,{text}", f"images/{text}.png", [text]):
+            with pytest.raises(CafeError) as raised:
+                for ref in image_refs(way, Source(path="x.json")):
+                    decode_image(ref)
+            assert len(str(raised.value)) < 700 and text[300:600] not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["QkM", "a", "train/images/0001", "9j/4AAQ"])
+def test_a_path_without_a_dot_is_no_base64(tmp_path, name):
+    [ref] = image_refs(name, Source(path=str(tmp_path / "x.json")))
+    assert ref.source == tmp_path / name
+
+
+def test_images_have_the_limits_of_their_source(tmp_path):
+    data = png("red", (32, 32))
+    (tmp_path / "a.png").write_bytes(data)
+    fsspec.filesystem("memory").pipe("/limited/a.png", data)
+    coded = base64.b64encode(data).decode()
+    bytes_limit = {"max_image_bytes": len(data) - 1}
+    for limits, field in ((bytes_limit, "data.max_image_bytes"), ({"max_image_pixels": 1023}, "data.max_image_pixels")):
+        source = Source(path=str(tmp_path / "x.json"), allow_urls=("memory",), **limits)
+        for way in (
+            "a.png",
+            "memory://limited/a.png",
+            data,
+            coded,
+            f"data:;base64,{coded}",
+            {"bytes": data},
+            ["a.png"],
+        ):
+            with pytest.raises(CafeError, match=field):
+                decode_image(image_refs(way, source)[0])
 
 
 def test_a_folder_is_a_video_with_frames_in_numeric_order(tmp_path):
     (tmp_path / "clip").mkdir()
     for number in (10, 9, 2, 1):
         (tmp_path / "clip" / f"frame{number}.png").write_bytes(png("red"))
+    (tmp_path / "clip" / "frame²².png").write_bytes(png("red"))  # digits by their name, but of no number
     (tmp_path / "clip" / "notes.txt").write_text("no image")
     refs = image_refs("clip", Source(path=str(tmp_path / "x.json")))
-    assert [ref.source.stem for ref in refs] == ["frame1", "frame2", "frame9", "frame10"]
+    assert [ref.source.stem for ref in refs] == ["frame1", "frame2", "frame9", "frame10", "frame²²"]
     thinned = image_refs("clip", Source(path=str(tmp_path / "x.json"), max_frames=2))
     assert [ref.source.stem for ref in thinned] == ["frame2", "frame10"]
     (tmp_path / "empty").mkdir()
@@ -65,7 +106,7 @@ def test_a_url_that_cannot_be_opened_is_named(name):
     """As http:// where fsspec's package for it is not installed."""
     fsspec.register_implementation("nosuch", "no_such_package.FileSystem", errtxt="install it", clobber=True)
     with pytest.raises(CafeError, match=f"{name} cannot be read: install it"):
-        image_refs(name, Source(path="x.json"))
+        image_refs(name, Source(path="x.json", images="nosuch://bucket"))
 
 
 def test_frames_are_taken_evenly():
@@ -79,6 +120,30 @@ def test_a_video_file_or_a_wrong_kind_is_named():
         image_refs(3, Source(path="x.json"))
     with pytest.raises(CafeError, match="not valid base64"):
         image_refs("data:image/png;base64,&&", Source(path="x.json"))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path", "x"]), inner),
+)
+
+
+@settings(deadline=None)
+@given(value=VALUES, kind=st.sampled_from(["json", "tar"]), folder=st.sampled_from(["nowhere", "memory://nowhere/x"]))
+def test_any_value_in_an_image_field_gives_images_or_a_bad_record(value, kind, folder):
+    try:
+        for ref in image_refs(value, Source(path=f"x.{kind}", images=folder)):
+            decode_image(ref)
+    except CafeError as error:
+        assert len(str(error)) < 1000
+
+
+def test_deeply_nested_lists_of_images_are_a_bad_record():
+    nested: list = []
+    for _ in range(10_000):
+        nested = [nested]
+    with pytest.raises(CafeError, match="in more than 8 lists"):
+        image_refs(nested, Source(path="x.json"))
 
 
 def test_images_stand_at_their_tokens_and_the_others_first():

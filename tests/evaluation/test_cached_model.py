@@ -173,3 +173,82 @@ def test_the_cache_holds_no_partial_files(tmp_path):
     CachedModel(Counting(Words(), "same"), tmp_path).generate([Content.of("ask")], 4)
     (kept,) = tmp_path.glob("*.json")
     assert json.loads(kept.read_text()) == ["ask"]
+
+
+def kept_file(folder: Path, suffix: str) -> Path:
+    """Keep an embedding or an answer and return its file."""
+    subject = CachedModel(Counting(Words(), "same"), folder)
+    subject.embed(["a", "bb"]) if suffix == "npy" else subject.generate([Content.of("ask")], 4)
+    (path,) = folder.glob(f"*.{suffix}")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "damage"),
+    [
+        ("npy", lambda whole: whole[:40]),
+        ("npy", lambda whole: whole[:-1]),
+        ("npy", lambda whole: b""),
+        ("npy", lambda whole: b"no array"),
+        ("npy", lambda whole: whole.replace(b"(2, 2)", b"(1, 4)")),
+        ("npy", lambda whole: whole.replace(b"<f4", b"|O8")),
+        ("json", lambda whole: b""),
+        ("json", lambda whole: b'["ask"'),
+        ("json", lambda whole: b"[]"),
+        ("json", lambda whole: b"[null]"),
+        ("json", lambda whole: b'{"ask": 1}'),
+        ("json", lambda whole: b"[" * 100_000),
+        ("json", lambda whole: b"\xff\xfe\xfd"),
+    ],
+)
+def test_a_damaged_cached_result_is_computed_again_with_a_line_in_the_log(tmp_path, caplog, suffix, damage):
+    path = kept_file(tmp_path, suffix)
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    again = Counting(Words(), "same")
+    assert CachedModel(again, tmp_path).embed(["a", "bb"]).tolist() == [[1, 1], [2, 1]]
+    assert CachedModel(again, tmp_path).generate([Content.of("ask")], 4) == ["ask"]
+    assert path.name in caplog.text and "damaged" in caplog.text
+    assert path.read_bytes() == whole
+
+
+def test_damaged_scores_are_computed_again(tmp_path):
+    class Scores(Counting):
+        def score_batch(self, contents, answers, **options):
+            self.answered += len(contents)
+            return [np.arange(len(some), dtype=float) for some in answers]
+
+    for text in (None, "[[null]]", '["no"]', "[[[1]]]", '[{"a": 1}]'):
+        model = Scores(Words(), "same")
+        if text:
+            (path,) = tmp_path.glob("*.json")
+            path.write_text(text)
+        (scores,) = CachedModel(model, tmp_path).score(["a"], [["x", "y"]])
+        assert scores.tolist() == [0, 1] and model.answered == 1
+
+
+RACE = """
+import sys
+from pathlib import Path
+import numpy as np
+from cafe.evaluation.cached_model import CachedModel
+
+class Length:
+    def fingerprint(self):
+        return "same"
+
+    def embed(self, contents, **options):
+        return np.float32([[len(content), 1] for content in contents])
+
+for number in range(300):
+    subject = CachedModel(Length(), Path(sys.argv[1]))
+    assert subject.embed(["a" * number]).tolist() == [[number, 1]]
+"""
+
+
+def test_two_evaluations_that_share_a_cache_do_not_disturb_each_other(tmp_path):
+    racers = [start([sys.executable, "-c", RACE, str(tmp_path)]) for _ in range(2)]
+    for racer in racers:
+        said, _ = racer.communicate(timeout=300)
+        assert racer.returncode == 0, said.decode()
+    assert len(list(tmp_path.iterdir())) == 300

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -413,3 +415,52 @@ def test_every_result_of_an_evaluation_may_be_metric_for_best_model(recipe, rand
     found = measure(Cafe.load(random_base))
     for best in (*found, "-held_out/lm_loss"):
         training_evaluator(replace(recipe, evaluation=evaluation, metric_for_best_model=best))
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from cafe.evaluation.runner import write
+from cafe.evaluation.suite import EvaluationResult
+
+name, directory = sys.argv[1:]
+for number in range(20):
+    about = {"data": "here", "limit": None, "fingerprint": "same"}
+    write(EvaluationResult(results={f"{name}/{number}": 1.0}, about=about), Path(directory))
+"""
+
+
+def test_two_evaluations_that_write_to_one_directory_lose_nothing(tmp_path):
+    writers = [
+        subprocess.Popen([sys.executable, "-c", WRITE, name, str(tmp_path)], stderr=subprocess.PIPE)
+        for name in ("pope", "vqa")
+    ]
+    for writer in writers:
+        _, said = writer.communicate(timeout=300)
+        assert writer.returncode == 0, said.decode()
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == {f"{name}/{number}": 1.0 for name in ("pope", "vqa") for number in range(20)}
+
+
+def test_a_table_without_a_test_split_is_refused_in_one_sentence(tmp_path, capsys, random_base):
+    (tmp_path / "captions.csv").write_text("image,caption,split\n0.png,a red square,val\n")
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    output = tmp_path / "out"
+    assert main(["evaluate", str(random_base), "--data", str(tmp_path), "--output", str(output)]) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.endswith("captions.csv has no complete image in its split 'test'; there are the splits 'val'.")
+    assert not (output / "results.json").exists()
+
+
+def test_words_of_records_reach_the_terminal_without_escape_sequences(tmp_path, capsys, random_base):
+    Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
+    row = {"image": "0.png", "text": "what?", "answer": "red", "category": "\x1b[2Jred"}
+    write_lines(tmp_path / "vqa_test.jsonl", [row])
+    output = str(tmp_path / "out")
+    assert main(["evaluate", str(random_base), "--data", str(tmp_path), "--output", output, "--suite", "vqa"]) == 0
+    said = capsys.readouterr().out
+    assert "\x1b" not in said and r"vqa/\x1b[2Jred" in said
+    write_lines(tmp_path / "vqa_test.jsonl", [row | {"image": "\x1b]0;x\x07.png"}])
+    assert main(["evaluate", str(random_base), "--data", str(tmp_path), "--output", output, "--suite", "vqa"]) == 1
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and r"The image \x1b]0;x\x07.png" in said

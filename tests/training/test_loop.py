@@ -164,3 +164,17 @@ def test_command_line_mistake_is_one_line_on_stderr(tmp_path, capsys):
     assert main(["train", str(tmp_path / "no.yaml")]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no.yaml does not exist" in error
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)])
+def test_training_learns_where_the_caller_switched_gradients_off(recipe, random_base, mode):
+    """As a notebook does for inference, and leaves it so."""
+    try:
+        with mode():
+            assert not torch.is_grad_enabled()
+            checkpoint = train(replace(recipe, max_steps=2), report=lambda line: None)
+            assert not torch.is_grad_enabled()  # the caller's setting is left as it was
+    finally:
+        torch.set_grad_enabled(True)
+    base, trained = load_file(random_base / "model.safetensors"), weights(checkpoint)
+    assert sum(not torch.equal(trained[name], base[name]) for name in base) > 0.9 * len(base)

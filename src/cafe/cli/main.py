@@ -1,13 +1,17 @@
 """The command `cafe`: its groups, how errors are printed, and the exit status.
 
-A user's mistake is printed in one line, without a traceback. Commands import what they call when they run, so that
+A user's mistake is printed in one line, without a traceback. A command whose output nobody reads on (`| head`) ends
+without a word. Commands import what they call when they run, so that
 `cafe --help` does not wait for PyTorch.
 """
 
 import contextlib
 import ctypes
+import os
+import select
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 import click
 
@@ -16,6 +20,7 @@ from cafe.cli.evaluation import ablate_command, bench_modes_command, evaluate_co
 from cafe.cli.scenes import quickstart_command, scenes_group
 from cafe.cli.training import merge_command, plan_command, push_command, train_command
 from cafe.errors import CafeError, RunInterrupted
+from cafe.utils.terminal import escape_controls
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's parameters, numbered as in malloc.h
 
@@ -51,14 +56,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0, or 1 for a user's mistake, 2 for a wrong command line, 128 + the signal for an interrupted
-        run, which can be resumed.
+        run, which can be resumed, or for output that nobody reads.
     """
     _tune_malloc()
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        return _run_command(words)
+        status = _run_command(words)
+        if sys.stdout:  # not closed from the start
+            sys.stdout.flush()  # here and not at the end of the process, where Python prints what goes wrong
+        return status
     except CafeError as error:
         return _fail(str(error), 1)
+    except BrokenPipeError:
+        if not _silence_closed_pipes():  # another pipe, such as that of a worker
+            raise
+        return 141  # 128 + SIGPIPE, as shells report it
     except RunInterrupted as error:
         return _fail(str(error), 128 + error.signal)
     except KeyboardInterrupt:
@@ -83,9 +95,31 @@ def _run_command(words: list[str]) -> int:
     return 0
 
 
+def _silence_closed_pipes() -> bool:
+    """Discard what is still to be written to an output whose reader has gone; return whether there is one."""
+    closed = [stream for stream in (sys.stdout, sys.stderr) if stream and _is_closed_pipe(stream)]
+    for stream in closed:
+        # What is buffered is written once more when the process ends.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+    return bool(closed)
+
+
+def _is_closed_pipe(stream: TextIO) -> bool:
+    """Tell whether nobody reads what is written to a stream."""
+    with contextlib.suppress(OSError, ValueError):  # not a file, as in a notebook
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)  # errors are always reported
+        return bool(poll.poll(0))
+    return False
+
+
 def _fail(message: str, status: int) -> int:
     """Print an error and return the exit status."""
-    print(f"cafe: {message}", file=sys.stderr)
+    printed = escape_controls(message, keep="\n")  # messages quote records, which are strangers' words
+    with contextlib.suppress(BrokenPipeError):
+        print(f"cafe: {printed}", file=sys.stderr)
     return status
 
 

@@ -18,14 +18,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cafe.content import Dialogue, Example, Pair
+from cafe.content import DEFAULT_LIMITS, Dialogue, Example, ImageLimits, Pair
 from cafe.data.files import expand_pattern, folder_of, is_url
 from cafe.data.formats.karpathy import karpathy, select_split
 from cafe.data.formats.llava import llava
 from cafe.data.formats.mmeb import mmeb
 from cafe.data.formats.pairs import pairs
 from cafe.data.readers.base import InMemoryRows, Rows, UnreadableFile, load_json, open_rows
-from cafe.data.readers.hf_datasets import HFDataset
+from cafe.data.readers.hf_datasets import HFDataset, image_folder
 from cafe.data.source import Columns, Format, Source
 from cafe.errors import CafeError, RecipeError, RecordError
 from cafe.utils.terminal import escape_controls
@@ -62,16 +62,19 @@ class OpenedSource:
     @cached_property
     def sources(self) -> list[Source]:
         """Return for each file the source with the folder of its images, by default the file's own."""
-        if self.source.images:
-            return [self.source] * len(self.files)
         # A pattern may match files in several folders, each with its images beside it.
-        folders = [folder_of(file.name) for file in self.files]
-        return [replace(self.source, images=folder) for folder in folders]
+        return [replace(self.source, path=file.name, images=self._folder(file)) for file in self.files]
 
     @cached_property
     def chunks(self) -> list[int]:
         """Return the lengths of runs of records that are best read together."""
         return list(chain.from_iterable(file.chunks for file in self.files))
+
+    def _folder(self, file: Rows) -> str:
+        """Return the folder of the images that a file's records name."""
+        if self.source.images:
+            return self.source.images
+        return image_folder(file.name) if isinstance(file, HFDataset) else folder_of(file.name)
 
     def __len__(self) -> int:
         """Return the number of records."""
@@ -140,11 +143,15 @@ def _id_suffix(row: Any) -> str:
     return ""
 
 
-def open_source(source: Source) -> OpenedSource:
+def open_source(source: Source, limits: ImageLimits = DEFAULT_LIMITS) -> OpenedSource:
     """Find a source's files and index them.
 
     If one file of several cannot be read, a warning is logged and its rows, as many as the others have on average,
     count as bad records, so that a run with too many such files stops.
+
+    Args:
+        source: the source.
+        limits: the limits on its images, where it has none of its own.
 
     Raises:
         CafeError: no file can be read, or a file does not have the source's format.
@@ -152,6 +159,11 @@ def open_source(source: Source) -> OpenedSource:
     if not source.path:
         raise RecipeError("A source's path is empty.")
     _check_columns(source)
+    source = replace(
+        source,
+        max_image_bytes=source.max_image_bytes or limits.max_bytes,
+        max_image_pixels=source.max_image_pixels or limits.max_pixels,
+    )
     opened = OpenedSource(source, _open_files(source))
     if not len(opened):
         raise CafeError(f"The data file {source.path} holds no records.")
@@ -187,7 +199,7 @@ def _open_files(source: Source) -> list[Rows]:
     if is_json and source.format == "karpathy":
         return [_open_karpathy(name, source.split) for name in names]
     if len(names) == 1:
-        return [open_rows(names[0], source.shuffle_window)]
+        return [open_rows(names[0], source.shuffle_window, source.image_limits.max_bytes)]
     return _open_several(names, source)
 
 
@@ -205,7 +217,7 @@ def _open_several(names: list[str], source: Source) -> list[Rows]:
     quiet = len(names) < MIN_FILES_FOR_PROGRESS_BAR
     for name in tqdm(names, desc=f"index {source.path}", unit="file", disable=quiet, leave=False):
         try:
-            files[name] = open_rows(name, source.shuffle_window)
+            files[name] = open_rows(name, source.shuffle_window, source.image_limits.max_bytes)
         except CafeError as error:
             errors[name] = str(error)
             logger.warning("%s Its records count as bad.", escape_controls(str(error)))

@@ -1,6 +1,5 @@
 """Compare contrastive, language and joint training: the same base and the same steps, over several seeds."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,12 +9,14 @@ from typing import Any
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.errors import RecipeError
-from cafe.evaluation.runner import measure, select_suites, training_evaluator
+from cafe.evaluation.runner import dump_json, measure, select_suites, training_evaluator
 from cafe.evaluation.suite import Suite, headline_results
 from cafe.evaluation.suites import SUITES
 from cafe.model import Cafe
 from cafe.training.loop import train
 from cafe.training.recipe import Recipe
+from cafe.utils.atomic import atomic_write_text
+from cafe.utils.terminal import escape_controls
 
 # Each arm is the recipe with these weights of its losses.
 ARMS: dict[str, dict[str, Any]] = {
@@ -55,8 +56,8 @@ def ablate(recipe: Recipe, seeds: int, suites: Sequence[str] = ()) -> str:
             runs.append(measure(trained, data, directory, suites))
         measured[arm] = runs
     table = format_table(measured)
-    (output / "ablation.json").write_text(json.dumps(measured, indent=2) + "\n")
-    print(table)
+    atomic_write_text(output / "ablation.json", dump_json(measured, indent=2) + "\n")
+    print(escape_controls(table, keep="\n"))
     return table
 
 

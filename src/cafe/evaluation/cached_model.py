@@ -1,13 +1,14 @@
 """The model under evaluation as suites see it: batched, split among processes, with its outputs cached.
 
 Inputs are processed in chunks with fixed boundaries. One process computes a whole chunk, and a chunk is cached whole or
-not at all. An interrupted evaluation therefore resumes where it stopped and ends with the same numbers, bit for bit, as
-an uninterrupted one, and several processes give the same results as one.
+not at all; a damaged one is computed again. An interrupted evaluation therefore resumes where it stopped and ends with
+the same numbers, bit for bit, as an uninterrupted one, and several processes give the same results as one.
 """
 
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import chain
@@ -21,7 +22,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from cafe.content import Content, ImageRef
-from cafe.utils.atomic import commit, staging_path
+from cafe.utils.atomic import atomic_write_bytes
+
+logger = logging.getLogger(__name__)
 
 CHUNK_SIZE = 256  # inputs per chunk, if no batch size is given
 BATCHES_PER_CHUNK = 4  # if one is
@@ -163,13 +166,13 @@ class CachedModel:
             return self._cached_in_memory(kind, key, chunk, compute)
         suffix = "npy" if kind == "embed" else "json"
         path = self.cache_dir / f"{key}.{suffix}"
-        if not path.is_file():
-            staging_path(path).write_bytes(_serialize(kind, compute(chunk)))
-            commit(staging_path(path), path)
-        # Even what was just computed is read back, so that a resumed evaluation cannot differ.
-        if kind == "embed":
-            return np.load(path)
-        return json.loads(path.read_text())
+        output = _load(kind, path, len(chunk)) if path.is_file() else None
+        if output is None:
+            encoded = _serialize(kind, compute(chunk))
+            atomic_write_bytes(path, encoded)
+            # Even what was just computed is read back, so that a resumed evaluation cannot differ.
+            output = _deserialize(kind, encoded)
+        return output
 
     def _cached_in_memory(self, kind: str, key: str, chunk: list[Any], compute: Callable[[list[Any]], Any]) -> Any:
         """Return a chunk's embeddings from memory; compute anything else."""
@@ -179,6 +182,40 @@ class CachedModel:
         if key not in self._memory:
             self._memory[key] = compute(chunk)
         return self._memory[key]
+
+
+def _load(kind: str, path: Path, count: int) -> Any:
+    """Read the output of a chunk; None, with a line in the log, if the file is damaged.
+
+    Args:
+        kind: the call.
+        path: the file.
+        count: number of inputs in the chunk.
+    """
+    # NumPy raises EOFError for an empty file, and TypeError, KeyError and SyntaxError for a damaged header.
+    try:
+        output = _deserialize(kind, path.read_bytes())
+        is_whole = len(output) == count and _has_kind(kind, output)
+    except (ValueError, TypeError, KeyError, EOFError, SyntaxError, RecursionError, MemoryError):
+        is_whole = False
+    if not is_whole:
+        logger.warning("The cached result %s is damaged; computing it again.", path)
+        return None
+    return output
+
+
+def _has_kind(kind: str, output: Any) -> bool:
+    """Tell whether a chunk's output is what the call gives: rows of numbers, texts, or lists of numbers."""
+    if kind == "embed":
+        return bool(output.ndim == 2 and np.issubdtype(output.dtype, np.floating))
+    if kind == "score":
+        return all(isinstance(score, float) for score in chain.from_iterable(output))
+    return isinstance(output, list) and all(isinstance(answer, str) for answer in output)
+
+
+def _deserialize(kind: str, encoded: bytes) -> Any:
+    """Read what `_serialize` wrote."""
+    return np.load(io.BytesIO(encoded)) if kind == "embed" else json.loads(encoded)
 
 
 def _serialize(kind: str, output: Any) -> bytes:

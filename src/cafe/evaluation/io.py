@@ -2,6 +2,7 @@
 
 import json
 import os.path
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,7 +15,11 @@ import pyarrow.parquet as pq
 from cafe.content import Content, ImageRef
 from cafe.errors import CafeError, RecordError
 from cafe.evaluation.cached_model import CachedModel
+from cafe.images.decoding import decode_image
+from cafe.images.thumbnails import thumbnail
+from cafe.utils.text import shorten
 
+TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of files whose absolute paths of images are followed
 NUM_SAMPLES = 12  # samples of each kind in the report
 
 # The fields that each record of a file must have, with their types.
@@ -53,25 +58,73 @@ def find_one(data: Path, *patterns: str, exclude: Sequence[str] = ()) -> list[Pa
     return list(matches)
 
 
+def read_text(path: Path, kind: str = "UTF-8 text") -> str:
+    """Read a text file in UTF-8, with or without the byte order mark that some editors write.
+
+    Args:
+        path: the file.
+        kind: what it should be, for the error.
+
+    Raises:
+        CafeError: it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CafeError(f"The evaluation file {path} is not {kind}: {error}.") from None
+
+
+def load_json(path: Path, kind: str = "valid JSON", **options: Any) -> Any:
+    """Load a JSON file.
+
+    Args:
+        path: the file.
+        kind: what it should be, for the error.
+        **options: of `json.loads`.
+
+    Raises:
+        CafeError: it is not JSON in UTF-8.
+    """
+    return _parse_json(read_text(path, kind), path, kind, **options)
+
+
+def _parse_json(text: str, path: Path, kind: str, **options: Any) -> Any:
+    """Parse JSON.
+
+    Args:
+        text: the JSON.
+        path: its file, for the error.
+        kind: what the file should be, for the error.
+        **options: of `json.loads`.
+    """
+    try:
+        value = json.loads(text, **options)
+        # Half of a surrogate pair, which only an escape can make, can neither be written nor be read by a tokenizer.
+        if re.search(r"\\ud[89a-f]", text, re.IGNORECASE):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CafeError(f"The evaluation file {path} holds half of a surrogate pair, which is no character.") from None
+    except RecursionError:
+        raise CafeError(f"The evaluation file {path} is nested too deeply to be read.") from None
+    except ValueError as error:
+        raise CafeError(f"The evaluation file {path} is not {kind}: {error}.") from None
+    return value
+
+
 def json_lines(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """Read the records of a JSON lines file, each of which must have the fields."""
-    try:
-        # `splitlines` would also split at characters that may occur inside a string, such as U+2028.
-        rows = [json.loads(line) for line in path.read_text().split("\n") if line.strip()]
-    except ValueError as error:
-        raise CafeError(f"The evaluation file {path} is not valid JSON lines: {error}.") from None
-    return _require_fields(path, rows, fields)
+    # `splitlines` would also split at characters that may occur inside a string, such as U+2028.
+    lines = filter(str.strip, read_text(path, "valid JSON lines").split("\n"))
+    rows = [_parse_json(line, path, "valid JSON lines") for line in lines]
+    return require_fields(path, rows, fields)
 
 
 def json_records(path: Path, fields: Fields) -> list[dict[str, Any]]:
     """Read the records of a JSON file, a list or an object of them by number; fields that are null count as missing."""
-    try:
-        rows = json.loads(path.read_text(), object_pairs_hook=_without_nulls)
-    except ValueError as error:
-        raise CafeError(f"The evaluation file {path} is not valid JSON: {error}.") from None
+    rows = load_json(path, object_pairs_hook=_without_nulls)
     if isinstance(rows, dict):
         rows = list(rows.values())
-    return _require_fields(path, rows, fields)
+    return require_fields(path, rows, fields)
 
 
 def _without_nulls(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -79,14 +132,35 @@ def _without_nulls(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in pairs if value is not None}
 
 
-def _require_fields(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
+def require_fields(path: Path, rows: Any, fields: Fields) -> list[dict[str, Any]]:
     """Check that a file has records and that each record has the fields; return the records."""
     if not isinstance(rows, list) or not rows:
         raise CafeError(f"The evaluation file {path} is empty.")
     for number, row in enumerate(rows, 1):
         # What is not an object has no field; the error names the first one that it lacks.
         _check_record(path, number, row if isinstance(row, dict) else {}, fields)
+        if not isinstance(row, dict):
+            raise RecordError(f"Record {number} of the evaluation file {path} is no object with named fields.")
     return rows
+
+
+def require_texts(path: Path, rows: Sequence[Mapping[str, Any]], *names: str) -> None:
+    """Check that lists in some fields hold nothing but texts.
+
+    Args:
+        path: the rows' file, for the error.
+        rows: the records.
+        *names: of the fields, which are lists.
+
+    Raises:
+        RecordError: an item is no text.
+    """
+    for number, row in enumerate(rows, 1):
+        for name in names:
+            if not all(isinstance(item, str) for item in row[name]):
+                raise RecordError(
+                    f"The field {name!r} in record {number} of the evaluation file {path} should hold texts alone."
+                )
 
 
 def _check_record(path: Path, number: int, record: Mapping[str, Any], fields: Fields) -> None:
@@ -148,15 +222,23 @@ def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Pat
         the path relative to `data`.
 
     Raises:
-        RecordError: it is in none of them.
+        RecordError: it is in none of them. Outside of `data`, only what a text file names by an absolute path is
+            looked at, as in training data.
     """
+    if source.suffix in TEXT_SUFFIXES and os.path.isabs(name) and os.path.isfile(name):
+        return Path(name)
     searched = ("", "images", *folders)
     for folder in searched:
         # `Path.is_file` raises for a text that is too long for a file name; this returns False.
-        if os.path.isfile(data / folder / name):
+        if is_inside(data / folder / name, data) and os.path.isfile(data / folder / name):
             return Path(folder) / name
     places = ", ".join(str(data / folder) for folder in searched)
-    raise RecordError(f"The image {name}, which {source} names, is in none of {places}.")
+    raise RecordError(f"The image {shorten(str(name))}, which {source} names, is in none of {places}.")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return whether a path stays in a folder, which an absolute name or `..` may leave; links are the user's own."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def ask_about_images(
@@ -188,6 +270,18 @@ def ask_about_images(
         sample_id = row.get("question_id", number)
         outputs.append({"id": sample_id, "group": image, "image": image, "asked": row["text"], "said": answer})
     return outputs
+
+
+def sample_image(image: str | Path, data: Path) -> str:
+    """Name an image for the report, by its path in the folder of evaluation files.
+
+    The report shows no other files: an image that is elsewhere, also through a link, is kept as a thumbnail.
+    """
+    path = data / image
+    if path.resolve().is_relative_to(data.resolve()):
+        # A relative name stays valid when the folder is moved.
+        return str(path.relative_to(data)) if path.is_relative_to(data) else str(path)
+    return thumbnail(decode_image(ImageRef(path)))
 
 
 def evenly_spaced(count: int, wanted: int) -> list[int]:

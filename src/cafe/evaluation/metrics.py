@@ -36,6 +36,28 @@ def ranks(
     return np.concatenate(parts)
 
 
+def ranks_of_pairs(
+    queries: Float[np.ndarray, "queries dim"],
+    candidates: Float[np.ndarray, "candidates dim"],
+    pairs: Int[np.ndarray, "pairs 2"],
+) -> Int[np.ndarray, " queries"]:
+    """Count as `ranks` does where a candidate may be right for several groups.
+
+    Args:
+        queries: unit rows.
+        candidates: unit rows.
+        pairs: the numbers of a query and of a candidate that is right for it.
+    """
+    result = np.zeros(len(queries), np.int64)
+    for start in range(0, len(queries), _BLOCK):
+        block = queries[start : start + _BLOCK]
+        relevant = np.zeros((len(block), len(candidates)), bool)
+        query, candidate = pairs[(pairs[:, 0] >= start) & (pairs[:, 0] < start + _BLOCK)].T
+        relevant[query - start, candidate] = True
+        result[start : start + _BLOCK] = rank_of_match(block @ candidates.T, relevant)
+    return result
+
+
 def rank_of_match(
     similarity: Float[np.ndarray, "queries candidates"], relevant: Bool[np.ndarray, "queries candidates"]
 ) -> Int[np.ndarray, " queries"]:

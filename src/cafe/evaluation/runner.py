@@ -1,9 +1,15 @@
 """Run suites on a folder of evaluation files: those that are named, or the default ones whose files exist."""
 
 import difflib
+import fcntl
+import io
 import json
+import logging
+import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +18,20 @@ from jaxtyping import Float, Float32
 
 from cafe.errors import RecipeError
 from cafe.evaluation.cached_model import CachedModel
+from cafe.evaluation.stored import (
+    read_embeddings,
+    read_means,
+    read_or_leave_out,
+    read_results,
+    read_samples,
+)
 from cafe.evaluation.suite import EvaluationResult, Suite
 from cafe.evaluation.suites import SUITES
 from cafe.training.recipe import Recipe
-from cafe.utils.atomic import atomic_write_text, commit, staging_path
+from cafe.utils.atomic import atomic_write_bytes, atomic_write_text
+from cafe.utils.terminal import escape_controls
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["EvaluationResult", "training_evaluator", "evaluate", "describe_suites", "measure", "write"]
 
@@ -60,7 +76,7 @@ def evaluate(
         if cached.is_main_process:
             # The first three of its files tell which data is measured; MMEB alone has dozens.
             files = ", ".join(str(path.relative_to(data)) for path in suite.find_files(data)[:3])
-            report(f"[{number}/{len(selected)}] {suite.name}: {files}")
+            report(f"[{number}/{len(selected)}] {suite.name}: {escape_controls(files)}")
         cached.suite = suite.name
         evaluation.add(suite.run(cached, data, limit))
     return evaluation
@@ -204,9 +220,25 @@ def _describe_suite(suite: Suite, data: Path | None) -> str:
 def write(evaluation: EvaluationResult, directory: Path) -> None:
     """Write `results.json` and what it rests on: `outputs/PART.jsonl`, samples, embeddings, means and `about.json`.
 
-    Results that an evaluation of the same model, data and limit wrote there before are kept beside the new ones.
+    Results that an evaluation of the same model, data and limit wrote there before are kept beside the new ones. Of two
+    evaluations that write at the same time, one waits for the other.
     """
     directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory):
+        _write(evaluation, directory)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    """Hold the lock of a directory, waiting for whoever holds it."""
+    with (directory / ".lock").open("w") as handle:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _write(evaluation: EvaluationResult, directory: Path) -> None:
+    """Write the files of an evaluation into a directory that no other process writes to."""
     if _continues(evaluation, directory):
         evaluation = _merge_existing(evaluation, directory)
     else:
@@ -215,12 +247,12 @@ def write(evaluation: EvaluationResult, directory: Path) -> None:
     for part, rows in evaluation.outputs.items():
         path = directory / "outputs" / f"{part.replace('/', '_')}.jsonl"
         path.parent.mkdir(exist_ok=True)
-        atomic_write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        atomic_write_text(path, "".join(dump_json(row) + "\n" for row in rows))
     for name, value in evaluation.files.items():
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         _write_json(directory / name, value)
     # What a later call merges is complete before `about.json` says that it belongs to this evaluation.
-    atomic_write_text(directory / "samples.json", json.dumps(evaluation.samples) + "\n")
+    atomic_write_text(directory / "samples.json", dump_json(evaluation.samples) + "\n")
     _write_arrays(directory / "embeddings.npz", evaluation.embeddings)
     _write_json(directory / "means.json", evaluation.means)
     _write_json(directory / "about.json", evaluation.about)
@@ -233,34 +265,53 @@ def _continues(evaluation: EvaluationResult, directory: Path) -> bool:
     # Without a cache there is no fingerprint: two models cannot be told apart.
     if not path.is_file() or not evaluation.about.get("fingerprint"):
         return False
-    about: dict[str, Any] = json.loads(path.read_text())
-    return about == evaluation.about
+    try:
+        return bool(json.loads(path.read_bytes()) == evaluation.about)
+    except (ValueError, RecursionError):  # damaged
+        return False
+
+
+def dump_json(value: Any, indent: int | None = None) -> str:
+    """Write a value as JSON; a number that is not finite, which JSON does not have, as null."""
+    try:
+        return json.dumps(value, indent=indent, allow_nan=False)
+    except ValueError:
+        return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+
+
+def _without_nan(value: Any) -> Any:
+    """Replace what is not finite by None, in lists and mappings too."""
+    match value:
+        case dict():
+            return {name: _without_nan(item) for name, item in value.items()}
+        case list() | tuple():
+            return [_without_nan(item) for item in value]
+        case float() if not math.isfinite(value):
+            return None
+    return value
 
 
 def _write_json(path: Path, value: Any) -> None:
     """Write JSON that people can read, whole or not at all."""
-    atomic_write_text(path, json.dumps(value, indent=2) + "\n")
+    atomic_write_text(path, dump_json(value, indent=2) + "\n")
 
 
 def _write_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write an `npz` file whole or not at all."""
-    # A file object, because NumPy would append ".npz" to the staging path.
-    with staging_path(path).open("wb") as out:
-        np.savez_compressed(out, **arrays)  # type: ignore[arg-type]
-    commit(staging_path(path), path)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def _merge_existing(evaluation: EvaluationResult, directory: Path) -> EvaluationResult:
-    """Add the results of other suites that a directory holds."""
-    # NumPy reads the arrays when they are asked for, so they are copied before the file is closed.
-    with np.load(directory / "embeddings.npz") as arrays:
-        embeddings = dict(arrays)
+    """Add the results of other suites that a directory holds, as far as its files are whole."""
+    read = partial(read_or_leave_out, warn=logger.warning)
     return EvaluationResult(
-        results=json.loads((directory / "results.json").read_text()) | evaluation.results,
+        results=read(read_results, directory / "results.json") | evaluation.results,
         outputs=evaluation.outputs,
-        samples=json.loads((directory / "samples.json").read_text()) | evaluation.samples,
-        embeddings=embeddings | evaluation.embeddings,
+        samples=read(read_samples, directory / "samples.json") | evaluation.samples,
+        embeddings=read(read_embeddings, directory / "embeddings.npz") | evaluation.embeddings,
         about=evaluation.about,
         files=evaluation.files,
-        means=json.loads((directory / "means.json").read_text()) | evaluation.means,
+        means=read(read_means, directory / "means.json") | evaluation.means,
     )

@@ -7,6 +7,7 @@ page of recipes is generated from these. `recipe_io.py` reads recipes from files
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args
 
+from cafe.content import PILLOW_MAX_PIXELS, ImageLimits
 from cafe.data.batch import MicroBatchSize
 from cafe.data.mixture import Mixture
 from cafe.data.source import Source
@@ -15,6 +16,7 @@ from cafe.losses import ContrastiveConfig
 from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.families import PartName
 from cafe.lvlm.prompts import Prompts
+from cafe.utils.paths import expand_home
 from cafe.utils.ranges import Above, AtLeast, Below, Between, HalfOpen, check_ranges
 
 # What `model.precision` may be where frozen weights are not held in float32.
@@ -65,6 +67,7 @@ class ModelConfig:
     image_grids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        expand_home(self, "base", "vision_cache")
         check_ranges(self, "model")
         self._check_frozen_weights_dtype()
         self._check_trainable_parts()
@@ -109,6 +112,10 @@ class DataConfig:
             process.
         max_bad_fraction: The fraction of bad records (0 to 1) above which the run stops.
         allow_changes: Resume a run although its data files have changed since it was saved.
+        max_image_bytes: The largest image file that is read, in bytes, and the largest record of a tar; larger ones are
+            bad records.
+        max_image_pixels: The largest image that is decoded, in pixels; larger ones are bad records. Decoding takes up
+            to 15 bytes of memory per pixel.
     """
 
     sources: tuple[Source, ...]
@@ -116,11 +123,18 @@ class DataConfig:
     num_workers: Annotated[int, AtLeast(0)] = 1
     max_bad_fraction: Annotated[float, Between(0, 1)] = 0.01
     allow_changes: bool = False
+    max_image_bytes: Annotated[int, Above(0)] = ImageLimits.max_bytes
+    max_image_pixels: Annotated[int, Between(1, PILLOW_MAX_PIXELS)] = ImageLimits.max_pixels
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
         if not self.sources:
             raise RecipeError("data.sources is empty: there is nothing to train on.")
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The limits on each image, of sources that have none of their own."""
+        return ImageLimits(self.max_image_bytes, self.max_image_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,6 +259,7 @@ class EvaluationConfig:
     num_samples: Annotated[int, AtLeast(0)] = 4
 
     def __post_init__(self) -> None:
+        expand_home(self, "data")
         check_ranges(self, "evaluation")
 
 
@@ -300,7 +315,25 @@ class Recipe:
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = ("tensorboard",)
 
     def __post_init__(self) -> None:
+        expand_home(self, "output")
         check_ranges(self)
+
+
+def no_negatives_warning(recipe: Recipe, num_processes: int) -> str:
+    """Return a warning if a contrastive batch is a single pair, or nothing.
+
+    Args:
+        recipe: the run.
+        num_processes: how many processes share it.
+    """
+    is_contrasted = recipe.objective.contrastive_weight > 0
+    if not is_contrasted or recipe.batch_size * num_processes > 1:
+        return ""
+    return (
+        "Warning: with batch_size: 1 in one process, no pair has a negative but the hard negatives of its record, and "
+        "without these the contrastive loss is 0; gradient_accumulation_steps adds none. Raise batch_size, and set "
+        "micro_batch to what fits into memory."
+    )
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from uuid import uuid4
 from cafe.checkpoint import ensure_overwritable, read_metadata
 from cafe.data.identity import diff_identities, identify_source
 from cafe.data.records import OpenedSource
-from cafe.errors import CafeError, RecipeError
+from cafe.errors import CafeError, CheckpointError, RecipeError
 from cafe.training.recipe import Recipe, recipe_dict
 from cafe.utils.atomic import atomic_write_text
 
@@ -52,7 +52,7 @@ def claim_run_directory(recipe: Recipe) -> str:
     # Where nothing was saved yet there is nothing to lose: another recipe may take the directory over.
     has_results = (output / STATE).exists() or (output / CHECKPOINT).exists()
     if has_results and file.is_file():
-        run = json.loads(file.read_text())
+        run = _read_run(file)
         if changed := diff_recipes(run["recipe"], plain):
             raise RecipeError(
                 f"{output} holds a run of another recipe ({'; '.join(changed[:3])}): set another output, "
@@ -72,15 +72,35 @@ def check_data(recipe: Recipe, sources: Sequence[OpenedSource]) -> None:
         RecipeError: a source has changed, and `data.allow_changes` is not set.
     """
     file = Path(recipe.output) / RUN
-    run = json.loads(file.read_text())
+    run = _read_run(file)
     identities = list(map(identify_source, sources))
-    changed = diff_identities(run["data"], identities) if run["data"] else []
+    recorded = run.get("data")
+    changed = diff_identities(recorded, identities) if recorded else []
     if changed and not recipe.data.allow_changes:
         raise RecipeError(
             f"The data of {recipe.output} has changed since the run was saved ({'; '.join(changed[:3])}): put it back, "
             "set another output, or resume with data.allow_changes=true."
         )
     atomic_write_text(file, json.dumps({**run, "data": identities}, indent=2) + "\n")
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    """Read the name and the recipe of the run that a directory holds.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        run = None
+    match run:
+        case {"name": str(), "recipe": dict(), **rest} if isinstance(rest.get("data"), list | None):
+            return run
+    raise CheckpointError(
+        f"{file} is damaged, so it does not say which recipe the run in {file.parent} has: set another output, or "
+        "remove that directory to start over."
+    )
 
 
 def _lock(output: Path) -> None:

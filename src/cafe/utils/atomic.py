@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
 
 def staging_path(path: Path) -> Path:
@@ -28,9 +29,19 @@ def commit(partial: Path, path: Path) -> None:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a text file that is complete or absent."""
-    staging_path(path).write_text(text)
-    commit(staging_path(path), path)
+    """Write a text file in UTF-8 that is complete or absent, also while another process writes the same."""
+    atomic_write_bytes(path, text.encode())
+
+
+def atomic_write_bytes(path: Path, data: bytes) -> None:
+    """Write a file that is complete or absent, also while another process writes the same."""
+    # A name of its own: a process that finds another's half-written file would finish it, or move it away.
+    partial = staging_path(path.with_name(f"{path.name}.{uuid4().hex}"))
+    try:
+        partial.write_bytes(data)
+        commit(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

@@ -220,3 +220,47 @@ def test_a_missing_or_truncated_file_is_reported_in_one_sentence(runs, tmp_path)
         write_report(tmp_path / "report.html", runs)
     with pytest.raises(CafeError, match="at least one"):
         write_report(tmp_path / "report.html", [])
+
+
+def shown(image: str, data: Path | str, tmp_path: Path) -> str:
+    """Return the `<img>` that a report has of a described image."""
+    samples = {"data": str(data), "captions": [{"image": image, "said": "a", "right": True}]}
+    write(EvaluationResult(results={"captions/exact": 1.0}, samples=samples), tmp_path / "run")
+    write_report(tmp_path / "report.html", [ReportRun("run", tmp_path / "run")])
+    [tag] = re.findall(r"<img [^>]*>", (tmp_path / "report.html").read_text())
+    return tag
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "data" / "images"):
+        Image.new("RGB", (8, 8)).save(folder / "photo.png")
+    (tmp_path / "data" / "link.png").symlink_to(tmp_path / "photo.png")
+    (tmp_path / "data" / "folder").symlink_to(tmp_path)
+    (tmp_path / "data" / "inside.png").symlink_to(tmp_path / "data" / "images" / "photo.png")
+    return tmp_path / "photo.png"
+
+
+@pytest.mark.parametrize("image", ["../photo.png", "images/../../photo.png", "link.png", "folder/photo.png", None])
+def test_a_file_outside_the_evaluations_data_is_not_embedded(secret, tmp_path, image):
+    tag = shown(image or str(secret), tmp_path / "data", tmp_path)
+    assert "src=" not in tag and "is not shown" in tag
+
+
+@pytest.mark.parametrize("image", ["images/photo.png", "inside.png", "images/../images/photo.png"])
+def test_images_of_the_evaluations_data_are_embedded(secret, tmp_path, image):
+    assert 'src="data:image/png;base64,' in shown(image, tmp_path / "data", tmp_path)
+
+
+@pytest.mark.parametrize("image", ["data:text/html,<script>", 'data:image/png;base64,"onerror=x', "javascript:x", "\0"])
+def test_other_than_a_thumbnail_is_not_taken_for_one(tmp_path, image):
+    tag = shown(image, "", tmp_path)
+    assert "src=" not in tag and "onerror=" not in re.sub(r'"[^"]*"', "", tag) and "<script" not in tag[1:]
+
+
+def test_half_of_a_surrogate_pair_is_written_as_its_escape(tmp_path):
+    samples = {"data": "", "captions": [{"image": "a.png", "said": "half \ud83d", "right": True}]}
+    write(EvaluationResult(results={"captions/exact": 1.0}, samples=samples), tmp_path)
+    write_report(tmp_path / "report.html", [ReportRun("run", tmp_path)])
+    assert r"half \ud83d" in (tmp_path / "report.html").read_text()

@@ -10,6 +10,7 @@ from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.suite import aggregate
 from cafe.evaluation.suites import chair, throne
+from cafe.evaluation.suites.coco import SYNONYMS
 
 
 class Says:
@@ -103,3 +104,31 @@ def test_on_the_scenes_a_model_that_sees_everything_invents_nothing(scenes):
     done = chair.run(CachedModel(others), scenes, None)
     wrong = sum(kind not in row["objects"] for row in rows for kind in ("ring", "star"))
     assert done.results["chair/CHAIR_i"] == pytest.approx(100 * wrong / (2 * len(rows)))
+
+
+def test_five_true_sentences_have_no_hallucination(tmp_path):
+    shown = {
+        "A baseball player stands at home plate.": ["person"],
+        "A red motor bike.": ["motorcycle"],
+        "Policemen on horses.": ["person", "horse"],
+        "Grandchildren eat cupcakes with knives.": ["person", "cake", "knife"],
+        "A football fan's man-made pond by the train tracks, where a baby elephant drinks.": ["elephant"],
+    }
+    (tmp_path / "annotations").mkdir()
+    classes = [line.split(",")[0] for line in SYNONYMS.splitlines()]
+    parsed = {
+        "images": [{"id": number, "file_name": f"{number}.png"} for number in range(len(shown))],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(classes)],
+        "annotations": [
+            {"image_id": number, "category_id": classes.index(name)}
+            for number, names in enumerate(shown.values())
+            for name in names
+        ],
+    }
+    for number in range(len(shown)):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{number}.png")
+    (tmp_path / "annotations" / "instances_val2014.json").write_text(json.dumps(parsed))
+    said = {f"{number}.png": text for number, text in enumerate(shown)}
+    results = chair.run(CachedModel(Says(said)), tmp_path, None).results
+    assert results["chair/CHAIR_i"] == results["chair/CHAIR_s"] == 0
+    assert results["chair/recall"] == 100

@@ -134,3 +134,38 @@ def test_json_lines_with_ten_answers(data):
         (data / "vqa" / "mine.jsonl").write_text(json.dumps({**row, "answers": wrong}) + "\n")
         with pytest.raises(CafeError, match=r"Record 1 of .* has no answers, or one that is not text"):
             read(data / "vqa" / "mine.jsonl")
+
+
+def write_ok_vqa(folder, images):
+    """OK-VQA's own names and fields: ten people said the raw answer, and `answer` holds its stem."""
+    images.mkdir(exist_ok=True)
+    asked, told = [], []
+    for number, (raw, stem) in enumerate([("surfing", "surf"), ("racing", "race"), ("dogs", "dog")]):
+        Image.new("RGB", (8, 8)).save(images / f"COCO_val2014_{number:012}.jpg")
+        asked.append({"image_id": number, "question": f"what is {raw}?", "question_id": 10 * number})
+        answers = [{"answer_id": n, "raw_answer": raw, "answer": stem, "answer_confidence": "yes"} for n in range(10)]
+        told.append({"question_id": 10 * number, "question_type": "one", "answer_type": "other", "answers": answers})
+    (folder / "OpenEnded_mscoco_val2014_questions.json").write_text(json.dumps({"questions": asked}))
+    (folder / "mscoco_val2014_annotations.json").write_text(json.dumps({"annotations": told}))
+
+
+@pytest.mark.parametrize("folder", ["", "vqa"])
+def test_ok_vqa_is_found_by_its_own_names_and_scored_by_the_raw_answers(tmp_path, folder):
+    (tmp_path / folder).mkdir(exist_ok=True)
+    write_ok_vqa(tmp_path / folder, tmp_path / "val2014")
+    part = "vqav2/OpenEnded_mscoco_val2014"
+    assert run(CachedModel(Parrot()), tmp_path, None).results == {f"{part}/all": 100, f"{part}/other": 100}
+
+
+def test_annotations_renamed_after_their_questions_are_found(tmp_path):
+    write_ok_vqa(tmp_path, tmp_path / "val2014")
+    (tmp_path / "mscoco_val2014_annotations.json").rename(tmp_path / "OpenEnded_mscoco_val2014_annotations.json")
+    assert run(CachedModel(Parrot()), tmp_path, None).results["vqav2/OpenEnded_mscoco_val2014/all"] == 100
+
+
+def test_the_same_questions_twice_are_refused(tmp_path):
+    (tmp_path / "vqa").mkdir()
+    for folder in (tmp_path, tmp_path / "vqa"):
+        write_ok_vqa(folder, tmp_path / "val2014")
+    with pytest.raises(CafeError, match="measure the same"):
+        find(tmp_path)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cafe.content import ImageLimits
 from cafe.data.files import read
 from cafe.data.readers.delimited import DelimitedRows
 from cafe.data.readers.json_lines import JsonLines
@@ -40,12 +41,13 @@ class Rows(Protocol):
         """
 
 
-def open_rows(name: str, max_cached: int) -> Rows:
+def open_rows(name: str, max_cached: int, max_bytes: int = ImageLimits.max_bytes) -> Rows:
     """Open a file by its kind.
 
     Args:
         name: a path or URL.
         max_cached: the number of chunks to keep in memory.
+        max_bytes: the most bytes of a tar's row.
 
     Raises:
         CafeError: it is missing, damaged or of unknown kind.
@@ -56,7 +58,7 @@ def open_rows(name: str, max_cached: int) -> Rows:
         case ".parquet":
             return Parquet(name, max_cached)
         case ".tar":
-            return Tar(name)
+            return Tar(name, max_bytes)
         case ".json":
             return InMemoryRows(name, load_json(name))
         case ".csv":

@@ -1,9 +1,12 @@
 """Datasets of the Hugging Face `datasets` library, an optional dependency."""
 
+import os
 from pathlib import Path
 from typing import Any
 
-from cafe.data.files import file_errors
+from huggingface_hub.constants import HF_HOME
+
+from cafe.data.files import file_errors, folder_of
 from cafe.errors import CafeError, MissingPackageError
 
 
@@ -29,6 +32,12 @@ class HFDataset:
             return self.table[index].to_pylist()[0]
 
 
+def image_folder(name: str) -> str:
+    """Return the folder that a dataset's images are in: beside its own, or the cache of what is on the Hub."""
+    path = name.removeprefix("dataset:")
+    return folder_of(path) if Path(path).is_dir() else HF_HOME
+
+
 def _load(name: str, subset: str) -> Any:
     """Load a dataset, or a mapping of its splits to datasets.
 
@@ -40,7 +49,7 @@ def _load(name: str, subset: str) -> Any:
         import datasets
     except ImportError:
         raise MissingPackageError(f"{name} needs the datasets library: pip install 'cafe-lvlm[datasets]'.") from None
-    path = name.removeprefix("dataset:")
+    path = os.path.expanduser(name.removeprefix("dataset:"))
     # The library reads what it saved itself by another function than everything else.
     saved_files = Path(path) / "state.json", Path(path) / "dataset_dict.json"
     is_saved = any(map(Path.is_file, saved_files))

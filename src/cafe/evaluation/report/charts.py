@@ -141,6 +141,7 @@ def embedding_maps(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
     # The origin is the center of every map. A margin keeps the outermost points off the frame.
     all_points = np.concatenate(list(chain.from_iterable(planes)))
     width, height = 1.06 * np.abs(all_points).max(axis=0)
+    width, height = max(width, 1e-6), max(height, 1e-6)  # all embeddings may be equal
     svg_height = min(4.2, 4.2 * height / width + 0.1)
     charts = []
     for run, (images, texts) in zip(mapped, planes, strict=True):
@@ -202,6 +203,8 @@ def similarity_histograms(runs: Sequence[LoadedRun]) -> list[dict[str, Any]]:
     if not counted:
         return []
     edges = list(chain.from_iterable(_filled_edges(counts) for _, counts in counted))
+    if not edges:  # all bins are empty
+        return []
     xlim = (min(edges) - 0.05, max(edges) + 0.05)
     charts = []
     for name, counts in counted:

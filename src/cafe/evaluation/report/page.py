@@ -1,6 +1,8 @@
 """Write one self-contained HTML page that compares evaluations: no script, no network, images and charts inside."""
 
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
@@ -29,6 +31,8 @@ from cafe.images.decoding import decode_image
 from cafe.images.thumbnails import thumbnail
 
 __all__ = ["ReportRun", "write_report"]
+
+_THUMBNAIL = re.compile(r"data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*")
 
 
 @dataclass(frozen=True)
@@ -115,10 +119,11 @@ def write_report(path: Path, runs: Sequence[ReportRun], suites: Sequence[Suite] 
         captions=_align_samples(shown, "captions", ("image",)),
         answers=_align_samples(shown, "answers", ("image", "asked")),
         # An image may be shown many times.
-        image=cache(partial(_image_tag, folder=last.samples.get("data", "."))),
+        image=cache(partial(_image_tag, folder=last.samples.get("data", ""))),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(html, encoding="utf-8")
+    # Half of a surrogate pair, as a text may hold, cannot be written.
+    path.write_text(html, encoding="utf-8", errors="backslashreplace")
 
 
 def _describe(name: str, suites: Sequence[Suite]) -> Metric:
@@ -261,16 +266,26 @@ def _align_samples(runs: Sequence[LoadedRun], kind: str, key: tuple[str, ...]) -
 
 
 def _image_tag(path: str, folder: str) -> Markup:
-    """Make an `<img>` that contains an image.
+    """Make an `<img>` that contains an image of the evaluation's data; of another file, its name alone.
 
     Args:
         path: the image's, or a thumbnail as a data URI.
-        folder: the folder of evaluation files, where the path begins.
+        folder: the folder of evaluation files, where the path begins; empty if it is not known.
     """
-    if path.startswith("data:"):
+    if _THUMBNAIL.fullmatch(path):
         name, uri = "", path
-    else:
+    elif folder and _is_inside(Path(folder) / path, Path(folder)):
         name, uri = path, thumbnail(decode_image(ImageRef(Path(folder) / path)))
+    else:
+        # A page is passed on: it should show no file that its maker did not mean to show.
+        return Markup('<img alt="{} is not shown: it is not in the folder of evaluation files">').format(path[:200])
     # Thumbnails of tiny images are PNG; the page enlarges them without smoothing.
     style = "pixels" if uri.startswith("data:image/png") else ""
     return Markup('<img alt="{}" class="{}" src="{}">').format(name, style, uri)
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    """Tell whether a file is in a folder, links resolved."""
+    with suppress(OSError, ValueError, RuntimeError):  # no name that the file system takes, or a loop of links
+        return path.resolve().is_relative_to(folder.resolve())
+    return False

@@ -1,16 +1,25 @@
 """Read what `cafe evaluate` and a training run wrote about a checkpoint."""
 
-import json
+import logging
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 
 from cafe.errors import CafeError
 from cafe.evaluation.report.significance import SampleTally, bootstrap_interval, tally_results
+from cafe.evaluation.stored import (
+    read_embeddings,
+    read_log,
+    read_means,
+    read_outputs,
+    read_results,
+    read_samples,
+)
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,21 +64,34 @@ def load_run(run: ReportRun) -> LoadedRun:
         return _load_run(run)
     except FileNotFoundError as error:
         raise CafeError(f"The run {run.name!r} lacks the file {error.filename}.") from None
-    except (ValueError, EOFError, BadZipFile) as error:  # NumPy raises the last two for a truncated embeddings.npz
+    except ValueError as error:
         raise CafeError(f"A file of the run {run.name!r} in {run.directory} cannot be read: {error}.") from None
 
 
 def _load_run(run: ReportRun) -> LoadedRun:
     """Read a run's files; errors are those of the readers."""
-    # NumPy reads the arrays when they are asked for, so they are copied before the file is closed.
-    with np.load(run.directory / "embeddings.npz") as arrays:
-        embeddings = dict(arrays)
-    results = json.loads((run.directory / "results.json").read_text())
-    samples = json.loads((run.directory / "samples.json").read_text())
-    log = _read_json_lines(run.log) if run.log else []
-    tallies = _load_tallies(run.directory)
+    embeddings = read_embeddings(run.directory / "embeddings.npz")
+    if not _can_be_mapped(embeddings):
+        logger.warning("The embeddings of the run %r are not finite, or of one kind alone: no map is drawn.", run.name)
+        embeddings = {}
+    results = read_results(run.directory / "results.json")
+    samples = read_samples(run.directory / "samples.json")
+    log = read_log(run.log) if run.log else []
+    # A result without a value, such as one that is not a number, has no interval either.
+    tallies = {name: parts for name, parts in _load_tallies(run.directory).items() if name in results}
     intervals = {name: bootstrap_interval(parts) for name, parts in tallies.items()}
     return LoadedRun(run.name, results, samples, embeddings, log, tallies, intervals)
+
+
+def _can_be_mapped(embeddings: dict[str, np.ndarray]) -> bool:
+    """Tell whether embeddings of images and texts can be drawn on two axes, or there are none to draw."""
+    if "images" not in embeddings:
+        return True
+    images, texts = embeddings["images"], embeddings.get("texts", np.zeros(0))
+    if images.ndim != 2 or texts.ndim != 2 or images.shape[1] != texts.shape[1]:
+        return False
+    is_large_enough = len(images) > 0 and len(texts) > 0 and images.shape[1] > 1
+    return bool(is_large_enough and np.isfinite(images).all() and np.isfinite(texts).all())
 
 
 def _load_tallies(directory: Path) -> dict[str, list[SampleTally]]:
@@ -77,23 +99,10 @@ def _load_tallies(directory: Path) -> dict[str, list[SampleTally]]:
     # A result of its own has one tally, a mean those of all its parts.
     tallies: dict[str, list[SampleTally]] = {}
     for path in sorted((directory / "outputs").glob("*.jsonl")):
-        for name, tally in tally_results(_read_json_lines(path)).items():
+        for name, tally in tally_results(read_outputs(path)).items():
             tallies[name] = [tally]
     # A mean has no marks of its own: it is resampled as the mean of its parts, which may be means themselves.
-    for name, parts in _read_means(directory / "means.json").items():
-        if tallies.keys() >= set(parts):
+    for name, parts in read_means(directory / "means.json").items():
+        if parts and tallies.keys() >= set(parts):
             tallies[name] = list(chain.from_iterable(tallies[part] for part in parts))
     return tallies
-
-
-def _read_means(path: Path) -> dict[str, list[str]]:
-    """Read which results are means of which; a directory need not have that file."""
-    if not path.is_file():
-        return {}
-    means: dict[str, list[str]] = json.loads(path.read_text())
-    return means
-
-
-def _read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file with a JSON object on each line."""
-    return [json.loads(line) for line in path.read_text().splitlines()]

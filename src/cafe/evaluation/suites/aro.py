@@ -27,6 +27,7 @@ from cafe.evaluation.suites.word_order import Tagger, candidates, spacy_tags
 from cafe.images.decoding import decode_image
 
 PARTS = ("relation", "attribution")
+MAX_COORDINATE = 10_000  # pixels; what Pillow crops beyond an image is black, but takes memory
 MIN_RECORDS = {"relation": 1, "attribution": 25}  # of a kind that enters the mean over kinds
 FIELDS: Fields = {
     **dict.fromkeys(("image_path", "true_caption", "false_caption"), str),
@@ -88,7 +89,8 @@ def _judge_records(
     images = [find_image(record["image_path"], data, path, "aro/images", "aro") for record in records]
     captions = [(record["true_caption"], record["false_caption"]) for record in records]
     for number, record in enumerate(records, start + 1):
-        if min(record["bbox_w"], record["bbox_h"]) < 1:
+        sides = [record[name] for name in ("bbox_x", "bbox_y", "bbox_w", "bbox_h")]
+        if not all(abs(side) <= MAX_COORDINATE for side in sides) or min(sides[2:]) < 1:  # NaN is not below either
             raise CafeError(f"The box of record {number} of {path} holds nothing of the image.")
     crops = [crop(data / image, record) for image, record in zip(images, records, strict=True)]
     scores = score(model, crops, captions)
@@ -145,7 +147,8 @@ def kind(record: dict[str, Any]) -> str:
     """Name the relation, or the pair of attributes, that a record is about."""
     if "relation_name" in record:
         return str(record["relation_name"])
-    return "_".join(record.get("attributes", ()))
+    attributes = record.get("attributes", ())
+    return "_".join(map(str, attributes if isinstance(attributes, list) else [attributes]))
 
 
 def macro(rows: list[dict[str, Any]], result: str, min_records: int) -> float | None:

@@ -5,12 +5,17 @@
 | `dataset_*.json` | Karpathy's split file; its split "test" is read |
 | `*.csv`, `*.jsonl` | an image's name under `image` or `filename`; one caption or a list under `caption` or `raw` |
 | `*.parquet`, the folder of a saved dataset | as on the Hub: columns `image` and `caption` |
+
+An image may have several rows, with a caption each. Rows are of one image if they have its name; of images inside a
+file, also its bytes.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +26,7 @@ from cafe.content import ImageRef
 from cafe.data.readers.base import open_rows
 from cafe.data.readers.hf_datasets import HFDataset
 from cafe.errors import CafeError
-from cafe.evaluation.io import find_image, find_one
+from cafe.evaluation.io import find_image, find_one, load_json
 
 CAPTIONS_PER_IMAGE = 5  # the first ones, in the 1K and 5K protocols of Flickr30K and COCO
 # A row may have several of these columns; the first with a value counts.
@@ -98,6 +103,8 @@ class RetrievalDataset:
         texts: list[str] = []
         owner: list[int] = []
         for number, (image, captions) in enumerate(_group_by_image(paths, limit)):
+            if not captions:
+                raise CafeError(f"Image {number + 1} of the evaluation file {source} has no caption.")
             if not all(map(_is_text, captions)):
                 raise CafeError(f"A caption of image {number + 1} of the evaluation file {source} is not text.")
             if isinstance(image, str):
@@ -111,6 +118,8 @@ class RetrievalDataset:
             used = captions[: self.captions]
             texts += used
             owner += [number] * len(used)
+        if not images:
+            raise _no_test_image(source, _splits_of(paths))
         return CaptionedImages(images, names, texts, np.array(owner))
 
     def _image_folders(self, data: Path, path: Path) -> list[str]:
@@ -123,8 +132,11 @@ class RetrievalDataset:
 
 
 def _is_text(caption: Any) -> bool:
-    """Tell whether a caption is a text with at least one character that is not a space."""
-    return isinstance(caption, str) and bool(caption.strip())
+    """Tell whether a caption is a text that can be written, with at least one character that is not a space."""
+    if not isinstance(caption, str) or not caption.strip():
+        return False
+    # In JSON, an escape may stand for half of a surrogate pair, which is no character.
+    return not any("\ud800" <= character <= "\udfff" for character in caption)
 
 
 def _is_saved_dataset(path: Path) -> bool:
@@ -141,18 +153,27 @@ def _group_by_image(paths: Sequence[Path], limit: int | None) -> list[tuple[Imag
         paths: the dataset's files.
         limit: the number of images; all of them if None.
     """
-    # An image without a name is its own key: its number.
-    by_key: dict[str | int, tuple[Image, list[str]]] = {}
-    for number, (image, captions) in enumerate(_read_records(paths)):
-        key = image if isinstance(image, str) else number
+    by_key: dict[str | tuple[str | None, str], tuple[Image, list[str]]] = {}
+    for image, captions in _read_records(paths):
+        key = image if isinstance(image, str) else (image.get("path"), hashlib.sha256(image["bytes"]).hexdigest())
         if key in by_key:
             by_key[key][1].extend(captions)
         elif limit is None or len(by_key) < limit:
             by_key[key] = (image, captions)
-        elif key == number:
-            # Images without a name cannot come again. A named one may have captions further down.
-            break
+        # Beyond the limit, rows are still read: images within it may have captions further down.
     return list(by_key.values())
+
+
+def _no_test_image(path: Path, splits: list[str]) -> CafeError:
+    """Make the error of a file without any image to test on, which names the splits that it has instead."""
+    there = f"; there are the splits {', '.join(map(repr, splits))}" if splits else ""
+    return CafeError(f"The evaluation file {path} has no complete image in its split 'test'{there}.")
+
+
+def _splits_of(paths: Sequence[Path]) -> list[str]:
+    """List the splits that the rows of tables name."""
+    rows = chain.from_iterable(map(_read_rows, paths))
+    return sorted({str(row["split"]) for row in rows if row.get("split")})
 
 
 def _read_records(paths: Sequence[Path]) -> Iterator[tuple[Image, list[str]]]:
@@ -168,10 +189,10 @@ def _read_table(path: Path) -> Iterator[tuple[Image, list[str]]]:
     """Read the image and the captions of each row of a table, those of the test split if its rows name a split."""
     number = 0  # stays 0 if there is no row
     for number, row in enumerate(_read_rows(path), 1):
-        # Some files on the Hub have all splits in one table.
-        if row.get("split", "test") not in ("test", None):
+        # Some files on the Hub have all splits in one table. An empty cell names none.
+        if row.get("split") not in ("test", None, ""):
             continue
-        image = _to_image(_first_field(row, IMAGE_COLUMNS, path, number))
+        image = _to_image(_first_field(row, IMAGE_COLUMNS, path, number), path, number)
         yield image, _to_captions(_first_field(row, CAPTION_COLUMNS, path, number))
     if not number:
         raise CafeError(f"The evaluation file {path} is empty.")
@@ -188,10 +209,15 @@ def _read_rows(path: Path) -> Iterator[dict[str, Any]]:
     for number in range(sum(rows.chunks)):
         try:
             row = rows[number]
-        except CafeError as error:
+        except (CafeError, RecursionError) as error:
             raise CafeError(f"Record {number + 1} of the evaluation file {path} is damaged: {error}") from None
         if not isinstance(row, dict):
             raise CafeError(f"Record {number + 1} of the evaluation file {path} should be an object with named fields.")
+        if None in row:  # where the csv library puts what has no column
+            raise CafeError(
+                f"Record {number + 1} of the evaluation file {path} has more cells than the header has columns: "
+                "put a text with commas in quotes."
+            )
         yield row
 
 
@@ -210,20 +236,31 @@ def _first_field(row: dict[str, Any], names: tuple[str, ...], path: Path, number
     raise CafeError(f"The evaluation file {path} lacks the field {names[0]!r} in record {number}.")
 
 
-def _to_image(value: Any) -> Image:
-    """Take an image by its name, or as bytes, which may come without a name."""
+def _to_image(value: Any, path: Path, number: int) -> Image:
+    """Take an image by its name, or as bytes, which may come without a name.
+
+    Args:
+        value: of the row's field.
+        path: the row's file, for the error.
+        number: the row's number, from 1, for the error.
+    """
     if isinstance(value, bytes):
         return {"bytes": value}
-    if not isinstance(value, dict):
-        return str(value)
-    # The datasets library leaves the bytes out of images that it was told not to embed.
-    return value if value.get("bytes") else str(value.get("path"))
+    if isinstance(value, dict):
+        name, encoded = value.get("path"), value.get("bytes")
+        # The datasets library leaves the bytes out of images that it was told not to embed.
+        if isinstance(encoded, bytes) and encoded and isinstance(name, str | None):
+            return {"bytes": encoded, "path": name}
+        value = None if encoded else name
+    if not isinstance(value, str):
+        raise CafeError(f"The image in record {number} of the evaluation file {path} is neither a name nor an image.")
+    return value
 
 
 def _to_captions(value: Any) -> list[str]:
     """Take one caption or several; in a CSV file, several are a list in JSON."""
     if isinstance(value, str) and value.startswith("["):
-        with suppress(json.JSONDecodeError):  # then it is a caption that begins with a bracket
+        with suppress(ValueError, RecursionError):  # then it is a caption that begins with a bracket
             value = json.loads(value)
     if isinstance(value, (list, tuple)):
         return list(value)
@@ -231,25 +268,26 @@ def _to_captions(value: Any) -> list[str]:
 
 
 def _read_karpathy(path: Path) -> Iterator[tuple[Image, list[str]]]:
-    """Read the images and captions of a Karpathy file's split "test", all of which must be complete."""
-    for row in _read_karpathy_test(path):
-        # COCO's images are in a folder for each split, which `filepath` names.
-        name = str(Path(row.get("filepath", "")) / row["filename"])
-        yield name, [sentence["raw"] for sentence in row["sentences"]]
+    """Read the images and captions of a Karpathy file's split "test", all of which must be complete.
 
-
-def _read_karpathy_test(path: Path) -> list[dict[str, Any]]:
-    """Read the records of a Karpathy file's split "test" and check that each has an image and a caption."""
+    Raises:
+        CafeError: the file has another format, an image or a caption is missing, or the split has no image.
+    """
+    parsed = load_json(path, "a Karpathy file")
     # Any of these errors means a file of another kind; it is reported before anything is embedded.
     try:
-        rows = [row for row in json.loads(path.read_text())["images"] if row["split"] == "test"]
-        has_image = [bool(row["filename"]) for row in rows]
-        has_caption = [bool(row["sentences"][0]["raw"]) for row in rows]
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+        splits = [row["split"] for row in parsed["images"]]
+        rows = [row for row in parsed["images"] if row["split"] == "test"]
+        # COCO's images are in a folder for each split, which `filepath` names.
+        names = [str(Path(row.get("filepath", "")) / row["filename"]) for row in rows if row["filename"]]
+        captions = [[sentence["raw"] for sentence in row["sentences"]] for row in rows]
+    except (KeyError, TypeError, AttributeError) as error:
         raise CafeError(f"The evaluation file {path} is not a Karpathy file: {error!r}.") from None
-    if not rows or not all(has_image + has_caption):
-        raise CafeError(f"The evaluation file {path} has no complete image in its split 'test'.")
-    return rows
+    if not rows:
+        raise _no_test_image(path, sorted(set(map(str, splits))))
+    if len(names) < len(rows) or not all(texts and texts[0] for texts in captions):
+        raise CafeError(f"An image of the split 'test' of the evaluation file {path} lacks its name or its captions.")
+    yield from zip(names, captions, strict=True)
 
 
 USER_DATASET = RetrievalDataset(

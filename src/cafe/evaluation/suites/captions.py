@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.io import NUM_SAMPLES, ask_about_images, by_pattern, json_lines
+from cafe.evaluation.io import NUM_SAMPLES, ask_about_images, by_pattern, json_lines, require_texts, sample_image
 from cafe.evaluation.metrics import mentioned_objects
 from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
@@ -16,6 +16,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     """Ask for a description of each image."""
     (path,) = find(data)
     records = json_lines(path, FIELDS)
+    require_texts(path, records, "answers", "objects")
     # Of all records: an object that no image within the limit shows can still be hallucinated.
     vocabulary = {term for record in records for term in record["objects"]}
     records = records[:limit]
@@ -28,7 +29,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
         outputs.append({**row, "mentioned": sorted(mentioned), "objects": sorted(present), "marks": marks})
     # For the report: the first captions, with whether they are right.
     samples = [
-        {"image": row["image"], "said": row["said"], "right": bool(row["marks"]["captions/exact"])}
+        {"image": sample_image(row["image"], data), "said": row["said"], "right": bool(row["marks"]["captions/exact"])}
         for row in outputs[:NUM_SAMPLES]
     ]
     return EvaluationResult(aggregate(outputs), {"captions": outputs}, {"captions": samples})

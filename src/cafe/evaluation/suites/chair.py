@@ -68,7 +68,7 @@ CHAIR = Suite(
     files=(
         "annotations/instances_val2014.json: COCO's objects, or a file of your own in this format",
         "annotations/captions_val2014.json: COCO's captions, which name objects too (optional)",
-        "annotations/synonyms.txt: CHAIR's own list of words (optional)",
+        "annotations/synonyms.txt: words for each class in place of the authors' (optional)",
         "the images, in the folder itself, images/ or val2014/",
     ),
     download="cocodataset.org (2014 Train/Val annotations, 2014 Val images); "

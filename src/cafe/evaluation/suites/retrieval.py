@@ -2,6 +2,10 @@
 
 A query's rank is the number of wrong candidates before its best right one, plus 1; ties count against the model. R@k is
 the fraction of queries whose rank is at most k: an image finds any of its captions, a caption its one image.
+
+Where two images have an equal caption, the literature counts it against the model: one of them is wrong, although
+nothing tells which. `unique_R@k` counts equal captions once, as MMEB counts equal candidates: an image finds any of its
+texts among distinct ones, a caption any image that has it. It is reported where a dataset has such captions.
 """
 
 from functools import partial
@@ -13,8 +17,8 @@ from jaxtyping import Float, Int
 
 from cafe.content import ImageRef
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.io import NUM_SAMPLES, evenly_spaced
-from cafe.evaluation.metrics import ranks
+from cafe.evaluation.io import NUM_SAMPLES, evenly_spaced, sample_image
+from cafe.evaluation.metrics import ranks, ranks_of_pairs
 from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.captioned_images import (
     COCO_DATASET,
@@ -42,13 +46,14 @@ def run(dataset: RetrievalDataset, model: CachedModel, data: Path, limit: int | 
         samples=_samples(data, captioned, images, texts),
         embeddings={"images": images[:MAP_IMAGES], "texts": texts[:MAP_TEXTS], "owner": owner[:MAP_TEXTS]},
     )
+    unique = _unique_ranks(captioned, images, texts)
     # In the other direction, queries and candidates change places.
     for direction, rank in (
         ("image_to_text", ranks(images, texts, numbers, owner)),
         ("text_to_image", ranks(texts, images, owner, numbers)),
     ):
         part = f"{dataset.name}/{direction}"
-        rows = _output_rows(captioned, part, rank)
+        rows = _output_rows(captioned, part, rank, unique.get(direction))
         result.outputs[part] = rows
         result.results |= aggregate(rows)
         # Ranks are counted from 1 in results, from 0 in `metrics`.
@@ -57,13 +62,40 @@ def run(dataset: RetrievalDataset, model: CachedModel, data: Path, limit: int | 
     return result
 
 
-def _output_rows(captioned: CaptionedImages, part: str, rank: Int[np.ndarray, " queries"]) -> list[dict[str, Any]]:
+def _unique_ranks(
+    captioned: CaptionedImages, images: Float[np.ndarray, "images dim"], texts: Float[np.ndarray, "texts dim"]
+) -> dict[str, Int[np.ndarray, " queries"]]:
+    """Rank with equal captions counted once, by direction; nothing if no two images have an equal caption."""
+    first = {text: number for number, text in reversed(list(enumerate(captioned.texts)))}
+    column = {text: number for number, text in enumerate(first)}
+    text_of = np.array([column[text] for text in captioned.texts])
+    # Which image has which text, each pair once.
+    pairs = np.unique(np.stack([captioned.owner, text_of], axis=1), axis=0)
+    if len(pairs) == len(first):
+        return {}
+    owners: dict[int, list[int]] = {}
+    for image, text in pairs.tolist():
+        owners.setdefault(text, []).append(image)
+    queries = [(number, image) for number, text in enumerate(text_of.tolist()) for image in owners[text]]
+    return {
+        "image_to_text": ranks_of_pairs(images, texts[list(first.values())], pairs),
+        "text_to_image": ranks_of_pairs(texts, images, np.array(queries)),
+    }
+
+
+def _output_rows(
+    captioned: CaptionedImages,
+    part: str,
+    rank: Int[np.ndarray, " queries"],
+    unique_rank: Int[np.ndarray, " queries"] | None,
+) -> list[dict[str, Any]]:
     """Make the output row of each query of one direction.
 
     Args:
         captioned: the images and captions.
         part: names the direction.
         rank: of each query's match, from 0.
+        unique_rank: the same with equal captions counted once; None if there are none.
     """
     rows = []
     for number, value in enumerate(rank):
@@ -75,6 +107,8 @@ def _output_rows(captioned: CaptionedImages, part: str, rank: Int[np.ndarray, " 
             group = captioned.names[captioned.owner[number]]
             query = {"text": captioned.texts[number]}
         marks = {f"{part}/R@{k}": int(value < k) for k in KS}
+        if unique_rank is not None:
+            marks |= {f"{part}/unique_R@{k}": int(unique_rank[number] < k) for k in KS}
         rows.append({"id": number, "group": group, **query, "rank": int(value) + 1, "marks": marks})
     return rows
 
@@ -125,10 +159,7 @@ def _display_image(data: Path, image: Path | ImageRef) -> str:
     """Name an image for the report; one that is not a file in the folder is shown by a thumbnail."""
     if isinstance(image, ImageRef):
         return thumbnail(decode_image(image))
-    # A relative name stays valid when the folder is moved.
-    if image.is_relative_to(data):
-        image = image.relative_to(data)
-    return str(image)
+    return sample_image(image, data)
 
 
 def _retrieval_suite(

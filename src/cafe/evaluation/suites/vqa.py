@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.io import NUM_SAMPLES, ask_about_images, by_pattern, json_lines
+from cafe.evaluation.io import NUM_SAMPLES, ask_about_images, by_pattern, json_lines, sample_image
 from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
 MAX_NEW_TOKENS = 16
@@ -27,6 +27,7 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     samples = []
     for row in outputs[: 2 * NUM_SAMPLES : 2]:  # neighboring questions are often about the same image
         sample = {key: row[key] for key in ("image", "asked", "said", "answer")}
+        sample["image"] = sample_image(row["image"], data)
         samples.append({**sample, "right": bool(row["marks"]["vqa/all"])})
     return EvaluationResult(results, {"vqa": outputs}, {"answers": samples})
 

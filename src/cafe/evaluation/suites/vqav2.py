@@ -5,6 +5,10 @@ the mean over the ten ways to leave one out is its score: 0, 0.3, 0.6, 0.9 and 1
 Answers are compared after the official normalization: lower case, no punctuation, no articles, number words as digits,
 apostrophes restored; `vqav2_normalization.json` has its words. (The official code leaves answers as they are if all
 ten people agree; here they are always normalized, as in EvalAI's evaluation.)
+
+OK-VQA (arXiv 1906.00067) comes in files of the same form, whose annotations have each answer twice: as it was given
+(`raw_answer`) and by its stem (`answer`, "surf" for "surfing"). Answers are compared with the raw ones, without a
+stemmer, as lmms-eval's task `ok_vqa` compares whole words; OpenFlamingo instead stems what the model says.
 """
 
 import json
@@ -16,7 +20,7 @@ from typing import Any
 
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.io import ask_about_images, json_lines
+from cafe.evaluation.io import ask_about_images, json_lines, load_json, require_fields
 from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
 MAX_NEW_TOKENS = 16
@@ -120,20 +124,28 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def _read_json_lines(path: Path) -> list[dict[str, Any]]:
     """Read records whose answers are texts, or objects with a text as in VQA's annotations."""
-    rows = json_lines(path, {"image": str, "text": str, "answers": list})
+    return _check_answers(path, json_lines(path, {"image": str, "text": str, "answers": list}))
+
+
+def _check_answers(path: Path, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Take the answers of each record by their texts; raise if there are none."""
     for number, row in enumerate(rows, 1):
         answers = list(map(_answer_text, row["answers"]))
         row["answers"] = answers
         # Without a text to compare with, no answer could be right.
         if not answers or None in answers:
             raise CafeError(f"Record {number} of the evaluation file {path} has no answers, or one that is not text.")
+        # What is optional is text if it is there.
+        for name in ("prompt", "kind"):
+            if not isinstance(row.get(name, ""), str):
+                raise CafeError(f"The field {name!r} in record {number} of the evaluation file {path} is not text.")
     return rows
 
 
 def _answer_text(answer: Any) -> str | None:
-    """Get the text of an answer; None if it has none."""
+    """Get the text of an answer, of OK-VQA's the one that is no stem; None if it has none."""
     if isinstance(answer, dict):
-        answer = answer.get("answer")
+        answer = answer.get("raw_answer", answer.get("answer"))
     return answer if isinstance(answer, str) else None
 
 
@@ -143,28 +155,31 @@ def _read_vqa_files(path: Path) -> list[dict[str, Any]]:
     `info.prompt`, which VQA's files do not have, replaces the request for a short answer; the scenes' file has it.
     """
     annotations = _annotations_beside(path)
+    parsed, given = load_json(path), load_json(annotations)
     try:
-        parsed = json.loads(path.read_text())
         # The two files need not have their rows in the same order.
-        by_question = {row["question_id"]: row for row in json.loads(annotations.read_text())["annotations"]}
+        by_question = {row["question_id"]: row for row in given["annotations"]}
         split = parsed.get("data_subtype", "val2014")
         prompt = (parsed.get("info") or {}).get("prompt", SHORT_ANSWER_PROMPT)
-        if not parsed["questions"]:
-            raise CafeError(f"The evaluation file {path} is empty.")
-        return [_to_record(row, by_question[row["question_id"]], split, prompt) for row in parsed["questions"]]
-    except FileNotFoundError:
-        raise CafeError(f"The evaluation file {path} has no {annotations.name} beside it.") from None
+        rows = [_to_record(row, by_question[row["question_id"]], split, prompt) for row in parsed["questions"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CafeError(f"{path} and {annotations.name} are not VQA's files: {error!r}.") from None
+    return _check_answers(path, require_fields(path, rows, {"text": str, "answers": list}))
 
 
 def _annotations_beside(path: Path) -> Path:
-    """Name the file of annotations that belongs to a file of questions."""
+    """Find the file of annotations that belongs to a file of questions.
+
+    Raises:
+        CafeError: it is not there.
+    """
     name = path.name.removesuffix(QUESTIONS_SUFFIX) + ANNOTATIONS_SUFFIX
-    # VQA v2 has this word in the names of its questions alone.
-    if "_OpenEnded_" in path.name:
-        name = name.replace("_OpenEnded", "")
-    return path.with_name(name)
+    # VQA v2 and OK-VQA have this word in the names of their questions alone.
+    candidates = [path.with_name(name.replace("OpenEnded_", "")), path.with_name(name)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise CafeError(f"The evaluation file {path} has no {candidates[0].name} beside it.")
 
 
 def _to_record(question: Mapping[str, Any], annotation: Mapping[str, Any], split: str, prompt: str) -> dict[str, Any]:
@@ -181,27 +196,37 @@ def _to_record(question: Mapping[str, Any], annotation: Mapping[str, Any], split
         "image": f"COCO_{split}_{question['image_id']:012}.jpg",
         "text": question["question"],
         "prompt": prompt,
-        "answers": [answer["answer"] for answer in annotation["answers"]],
+        "answers": annotation["answers"],
         "kind": annotation.get("answer_type", ""),
     }
 
 
 def find(data: Path) -> list[Path]:
-    """Find the files of questions."""
-    return sorted([*data.glob("vqa/*.jsonl"), *data.glob(f"vqa/*{QUESTIONS_SUFFIX}")])
+    """Find the files of questions: any in `vqa`, and those that have VQA's own names in the folder itself.
+
+    Raises:
+        CafeError: two have the same name.
+    """
+    paths = [*data.glob("vqa/*.jsonl"), *data.glob(f"vqa/*{QUESTIONS_SUFFIX}")]
+    paths += data.glob(f"*OpenEnded_*{QUESTIONS_SUFFIX}")
+    by_name: dict[str, Path] = {}
+    for path in sorted(paths):
+        if by_name.setdefault(path.name, path) != path:
+            raise CafeError(f"{path} and {by_name[path.name]} measure the same: keep only one of them in the folder.")
+    return list(by_name.values())
 
 
 VQAV2 = Suite(
     name="vqav2",
     measures="short answers, each as right as ten people agree with it",
     files=(
-        "vqa/*_questions.json and vqa/*_annotations.json: VQA's own files, as of VQA v2 and OK-VQA",
+        "vqa/*_questions.json and vqa/*_annotations.json: VQA's own files, as of VQA v2 and OK-VQA, by their own names",
         "or vqa/NAME.jsonl: image, text (the question), answers (ten of them)",
         "the images, in the folder itself, images/ or val2014/",
     ),
     download="visualqa.org (questions and annotations); okvqa.allenai.org; cocodataset.org (2014 Val images); "
     "a small version is written by `cafe scenes write DIR`",
-    sources=("arXiv 1505.00468", "arXiv 1612.00837"),
+    sources=("arXiv 1505.00468", "arXiv 1612.00837", "arXiv 1906.00067 (OK-VQA)"),
     find_files=find,
     run=run,
     default=False,

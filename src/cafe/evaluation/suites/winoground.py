@@ -11,8 +11,9 @@ from jaxtyping import Float
 from numpy import ndarray
 
 from cafe.content import ImageRef
+from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.io import find_image, find_one, json_lines, parquet_rows
+from cafe.evaluation.io import find_image, find_one, json_lines, parquet_rows, require_fields
 from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 from cafe.evaluation.suites.choices import MARGINS, METHODS, Scores, score
 
@@ -82,7 +83,8 @@ def read(path: Path) -> list[dict[str, Any]]:
     """
     if path.suffix == ".jsonl":
         return json_lines(path, FIELDS)
-    return parquet_rows([path], path, FIELDS)
+    rows = parquet_rows([path], path, FIELDS)
+    return require_fields(path, rows, {"caption_0": str, "caption_1": str})
 
 
 def _image_ref(value: Any, data: Path, source: Path) -> ImageRef:
@@ -96,9 +98,11 @@ def _image_ref(value: Any, data: Path, source: Path) -> ImageRef:
     name = value
     if isinstance(value, dict):
         # The datasets library leaves the bytes out of images that it was told not to embed.
-        if value.get("bytes"):
+        if isinstance(value.get("bytes"), bytes) and value["bytes"]:
             return ImageRef(value["bytes"])
-        name = value["path"]
+        name = value.get("path")
+    if not isinstance(name, str):
+        raise CafeError(f"An image in the evaluation file {source} is neither a name nor an image.")
     # `examples.jsonl` has "ex_0_img_0" for ex_0_img_0.png.
     if not Path(name).suffix:
         name = f"{name}.png"

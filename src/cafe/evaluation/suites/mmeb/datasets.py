@@ -5,6 +5,7 @@ src/data/eval_dataset), under the names that files and the leaderboard use, in t
 """
 
 import json
+import os.path
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from cafe.errors import CafeError
+from cafe.evaluation.io import is_inside
 
 Modality = Literal["image", "video", "visdoc"]
 
@@ -99,11 +101,11 @@ def find_in_folders(data: Path, folders: Sequence[str], name: str) -> Path | Non
     Args:
         data: the folder of evaluation files.
         folders: the folders, under `data`.
-        name: the name to look for.
+        name: the name to look for, which does not leave `data`.
     """
     for folder in folders:
         path = data / folder / name
-        if path.exists():
+        if is_inside(path, data) and os.path.exists(path):
             return path
     return None
 

@@ -10,9 +10,10 @@ from cafe.content import Content, ImageRef
 from cafe.data.formats.mmeb import MARK
 from cafe.data.image_fields import list_frames, place_images
 from cafe.errors import CafeError
-from cafe.evaluation.io import evenly_spaced, json_lines, parquet_rows
+from cafe.evaluation.io import evenly_spaced, json_lines, parquet_rows, read_text
 from cafe.evaluation.suites.mmeb.datasets import find_in_folders, list_folders, parquet_files
 from cafe.evaluation.suites.mmeb.video import VIDEO_FORMATS, to_records
+from cafe.utils.terminal import escape_controls
 
 NUM_FRAMES = 8  # of a video, evenly spaced, as in VLM2Vec
 PAGE_QUERY = "Find a document image that matches the given query: "
@@ -69,7 +70,7 @@ def _read_labels(path: Path) -> list[Side]:
     """Read the names of classes, one a line; a dataset need not have this file."""
     if not path.is_file():
         return []
-    names = map(str.strip, path.read_text().splitlines())
+    names = map(str.strip, read_text(path).splitlines())
     return list(map(Side, filter(None, names)))
 
 
@@ -93,6 +94,16 @@ def _to_query(row: dict[str, Any], number: int, path: Path) -> Query:
     Raises:
         CafeError: it has no candidate, or lists of different lengths.
     """
+    try:
+        query = _parse_query(row, number, path)
+        hash(query.side)  # which a list in place of a text does not have
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CafeError(f"Record {number} of {path} is not a record of MMEB: {error!r:.200}.") from None
+    return query
+
+
+def _parse_query(row: dict[str, Any], number: int, path: Path) -> Query:
+    """Make a query of a record whose fields may have any types; errors are those of Python."""
     texts = row["tgt_text"]
     if not isinstance(texts, (list, tuple)):
         texts = []  # a text is not a list of its letters
@@ -120,6 +131,8 @@ def _to_side(text: str | None, images: str | Sequence[str] | None, instruction: 
     if isinstance(images, str):
         images = [images]
     names = tuple(filter(None, images or ()))
+    if not all(isinstance(name, (str, bytes)) for name in names):
+        raise TypeError("an image is not named by a text")
     # Spaces alone are cut: a line break after an image's mark belongs to the text.
     stripped = [(part or "").strip(" ") for part in (instruction, text)]
     texts = filter(str.strip, stripped)
@@ -155,6 +168,14 @@ def read_corpus(path: Path, limit: int | None = None) -> list[Query]:
     Raises:
         CafeError: a column is missing, or a query has no relevant page in the corpus.
     """
+    try:
+        return _parse_corpus(path, limit)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CafeError(f"The corpus of {path} is not one of MMEB: {error!r:.200}.") from None
+
+
+def _parse_corpus(path: Path, limit: int | None) -> list[Query]:
+    """Read the queries of a corpus whose columns may have any types; errors are those of Python."""
     pages = _read_part(path, "corpus", "corpus-id", "image")
     candidates = [Side(PAGE, (_page_image(row["image"], path),)) for row in pages]
     number_of = {row["corpus-id"]: number for number, row in enumerate(pages)}
@@ -227,9 +248,9 @@ def _image_refs(image: str | bytes, data: Path, source: Path) -> list[ImageRef]:
     path = find_in_folders(data, FOLDERS, image)
     if path is None:
         places = list_folders(data, FOLDERS)
-        raise CafeError(f"The image {image}, which {source} names, is in none of {places}.")
+        raise CafeError(f"The image {escape_controls(image):.200}, which {source} names, is in none of {places}.")
     if path.is_file():
         return [ImageRef(path)]
     # A folder holds the frames of a video.
     frames = list_frames(str(path))
-    return [frames[number] for number in evenly_spaced(len(frames), NUM_FRAMES)]
+    return [ImageRef(Path(frames[number])) for number in evenly_spaced(len(frames), NUM_FRAMES)]

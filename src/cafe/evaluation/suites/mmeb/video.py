@@ -13,6 +13,7 @@ from typing import Any
 
 from cafe.errors import CafeError
 from cafe.evaluation.suites.mmeb.datasets import find_in_folders, list_folders
+from cafe.utils.terminal import escape_controls
 
 WATCH = "Understand the content of the provided video."
 WATCH_CLIP = "Understand the content of the provided video clip."
@@ -145,7 +146,9 @@ def _moment_record(row: Row, list_clips: ListClips, folder: str) -> Row:
     clips = sorted(set(list_clips(frames)) - {"query"})
     clips.sort(key=lambda clip: not clip.startswith("positive"))
     if not clips or not clips[0].startswith("positive"):
-        raise CafeError(f"The frames in {frames} have no folder of the clip that is right (positive...).")
+        raise CafeError(
+            f"The frames in {escape_controls(frames):.200} have no folder of the clip that is right (positive...)."
+        )
     candidates = [(WATCH, f"{frames}/{clip}") for clip in clips]
     return _record(f"{FIND_MOMENT} {row['query']}", f"{frames}/query", candidates)
 
@@ -314,9 +317,14 @@ def to_records(name: str, rows: Sequence[Row], data: Path, source: Path, folders
         # The formats read columns without checking them: whatever they raise means a wrong row.
         try:
             records.append(row_format.to_record(row, list_clips))
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise CafeError(f"Record {number} of {source} is not a row of {name}: {error!r}.") from None
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CafeError(f"Record {number} of {source} is not a row of {name}: {error!r:.200}.") from None
     return records
+
+
+def _shortened(name: str) -> str:
+    """Write a name that a row gives for an error, in one line that is not too long."""
+    return escape_controls(name)[:200]
 
 
 def _list_clips(frames: str, data: Path, source: Path, folders: Sequence[str]) -> list[str]:
@@ -324,5 +332,7 @@ def _list_clips(frames: str, data: Path, source: Path, folders: Sequence[str]) -
     path = find_in_folders(data, folders, frames)
     if path is None or not path.is_dir():
         places = list_folders(data, folders)
-        raise CafeError(f"The folder of frames {frames}, which {source} names, is in none of {places}.")
+        raise CafeError(
+            f"The folder of frames {escape_controls(frames):.200}, which {source} names, is in none of {places}."
+        )
     return [clip.name for clip in path.iterdir() if clip.is_dir()]
