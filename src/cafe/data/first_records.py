@@ -13,6 +13,7 @@ from cafe.utils.terminal import escape_controls
 logger = logging.getLogger(__name__)
 
 NUM_CHECKED_RECORDS = 100  # of each source
+MAX_DESCRIBED = 3  # sources in an error
 
 
 def check_first_records(
@@ -71,7 +72,7 @@ def _report_missing(
     if missing == ["dialogue"] and len(wanted) > 1:
         logger.warning("%s A source of pairs makes dialogues of them with answer_prompt.", sentence)
         return
-    hints = list(map(_describe_fields, sources))
+    hints = list(map(_describe_fields, sources[:MAX_DESCRIBED]))
     if "pair" in missing:
         hints.append("To train on dialogues alone, set objective.contrastive_weight to 0.")
     raise RecipeError(" ".join([sentence, *hints]))

@@ -37,13 +37,13 @@ logger = logging.getLogger(__name__)
 # A row, its source and a generator for choices within it -> what the row holds. Raises RecordError for a bad one.
 RecordParser = Callable[[Any, Source, Random], tuple[Pair | None, Dialogue | None]]
 FORMATS: dict[Format, RecordParser] = {"llava": llava, "karpathy": karpathy, "mmeb": mmeb, "pairs": pairs}
+MIN_FILES_FOR_PROGRESS_BAR = 8
 # The columns that a format reads, where it does not read all.
 READ_COLUMNS: dict[Format, tuple[str, ...]] = {
     "llava": ("image", "conversations", "negatives", "negative_scores"),
     "karpathy": (),
     "mmeb": (),
 }
-MIN_FILES_FOR_PROGRESS_BAR = 8
 
 
 @dataclass(frozen=True)

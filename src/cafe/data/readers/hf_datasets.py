@@ -6,7 +6,7 @@ from typing import Any
 
 from huggingface_hub.constants import HF_HOME
 
-from cafe.data.files import folder_of
+from cafe.data.files import file_errors, folder_of
 from cafe.errors import CafeError, MissingPackageError
 
 
@@ -28,7 +28,8 @@ class HFDataset:
         self.chunks = [len(dataset)]
 
     def __getitem__(self, index: int) -> Any:
-        return self.table[index].to_pylist()[0]
+        with file_errors(self.name):
+            return self.table[index].to_pylist()[0]
 
 
 def image_folder(name: str) -> str:
@@ -56,5 +57,5 @@ def _load(name: str, subset: str) -> Any:
         if is_saved:
             return datasets.load_from_disk(path)
         return datasets.load_dataset(path, subset or None)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except Exception as error:  # the library passes on whatever its readers raise
         raise CafeError(f"{name} cannot be read as a dataset: {error}") from None
