@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv quickstart test test-lmms bench docs browser clean
+.PHONY: venv quickstart test test-lmms fuzz bench docs browser clean
 
 venv: .venv/installed
 
@@ -17,6 +17,11 @@ test: .venv/installed-dev browser
 
 test-lmms: .venv-lmms/installed
 	.venv-lmms/bin/pytest tests/evaluation/harnesses/test_lmms_eval.py
+
+# Ten minutes: the property tests with many examples, then damaged files of every kind.
+fuzz: .venv/installed-dev
+	$(BIN)/pytest -m property --hypothesis-profile=fuzz
+	$(BIN)/python tests/fuzzing.py --minutes 7
 
 bench: .venv/installed-dev
 	$(BIN)/python benchmarks/one_pass.py

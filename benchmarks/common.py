@@ -145,6 +145,7 @@ def make_batch(sides: Sides, packing: PackingConfig, size: MicroBatchSize = NO_L
         micro_batches.append(MicroBatch(joint, alone, torch.tensor(slots)))
     return Batch(
         micro_batches,
+        query_ids=torch.arange(pairs),
         target_ids=torch.arange(pairs),
         negative_owner=torch.empty(0, dtype=torch.long),
         negative_match_prob=torch.empty(0),

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from cafe.content import Content, ImageRef
+from cafe.content import Content, ImageLimits, ImageRef, warn_of_image_paths
 from cafe.errors import CafeError
 from cafe.images import decoding
 from cafe.images.decoding import decode_array, decode_image
@@ -25,6 +25,39 @@ def test_content_takes_text_images_and_both():
         Content.of({"txt": "a"})
     with pytest.raises(CafeError, match="text should be a str, not a int"):
         Content.of({"image": image, "text": 3})
+
+
+def test_null_stands_for_nothing_in_a_mapping():
+    for mapping in (
+        {"image": None, "text": "a"},
+        {"images": None, "text": "a"},
+        {"image": None, "images": None, "text": "a"},
+    ):
+        assert Content.of(mapping) == Content.of("a")
+    assert [str(ref) for ref in Content.of({"image": None, "images": ["a.png"]}).images] == ["a.png"]
+    with pytest.raises(CafeError, match="image or the key images, not both"):
+        Content.of({"image": "a.png", "images": ["b.png"]})
+
+
+def test_content_nested_too_deeply_is_refused():
+    nested = ["a"]
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(CafeError, match="nested too deeply"):
+        Content.of(nested)
+    while isinstance(nested[0], list):  # or its destruction would be recursive too
+        nested = nested[0]
+
+
+def test_a_text_that_is_the_path_of_an_image_is_warned_of(tmp_path, caplog, monkeypatch):
+    Image.new("RGB", (4, 4)).save(tmp_path / "cat.png")
+    (tmp_path / "notes.txt").write_text("words")
+    monkeypatch.chdir(tmp_path)
+    for silent in ("a cat", "dog.png", "notes.txt", {"image": "cat.png"}, "nul\0.png", "long " * 10_000):
+        warn_of_image_paths(Content.of(silent))
+    assert not caplog.records
+    warn_of_image_paths(Content.of("cat.png"))
+    assert caplog.messages == ['"cat.png" is taken as text, not as the image of that path: write {"image": "cat.png"}.']
 
 
 @pytest.mark.parametrize("key", ["image", "images"])
@@ -108,7 +141,7 @@ def test_any_decoder_error_names_the_image(monkeypatch, tmp_path):
 def test_too_many_pixels_are_refused_before_decoding(tmp_path):
     Image.new("1", (300, 300)).save(tmp_path / "big.png")
     with pytest.raises(CafeError, match="300 x 300"):
-        decode_image(ImageRef(tmp_path / "big.png"), max_pixels=1000)
+        decode_image(ImageRef(tmp_path / "big.png", ImageLimits(max_pixels=1000)))
 
 
 def encoded(image: Image.Image, kind: str, **options) -> ImageRef:
@@ -154,4 +187,4 @@ def test_a_damaged_jpeg_is_named(decoder, tmp_path):
     with pytest.raises(CafeError, match=r"cut\.jpg cannot be decoded: .*truncated"):
         decode_array(ImageRef(tmp_path / "cut.jpg"))
     with pytest.raises(CafeError, match="64 x 64"):
-        decode_array(ImageRef(tmp_path / "whole.jpg"), max_pixels=1000)
+        decode_array(ImageRef(tmp_path / "whole.jpg", ImageLimits(max_pixels=1000)))

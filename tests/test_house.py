@@ -171,3 +171,52 @@ def test_only_lvlm_names_a_model_family():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_search_for_family_names_knows_every_family(family):
     assert FAMILY_NAME.search(family) or FORMAT_NAME.search(family)
+
+
+# What runs code that a file holds, unless it is called with the arguments behind it.
+UNSAFE_CALLS = {
+    "torch.load": {"weights_only": True},
+    "pickle.load": None,
+    "pickle.loads": None,
+    "pickle.Unpickler": None,
+    "marshal.loads": None,
+    "joblib.load": None,
+    "yaml.load": None,
+    "yaml.unsafe_load": None,
+    "yaml.full_load": None,
+    "eval": None,
+    "exec": None,
+}
+
+
+def unsafe_calls(tree: ast.Module) -> Iterator[str]:
+    """The calls of a module that could run what is in a file."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        given = {
+            keyword.arg: keyword.value.value for keyword in node.keywords if isinstance(keyword.value, ast.Constant)
+        }
+        if given.get("allow_pickle"):
+            yield called
+        wanted = UNSAFE_CALLS.get(called, {})
+        if wanted is None or any(given.get(name) is not value for name, value in wanted.items()):
+            yield called
+
+
+def test_no_file_that_is_read_can_run_code():
+    wrong = [
+        f"{file.relative_to(SRC)} calls {called}"
+        for file in FILES
+        for called in unsafe_calls(ast.parse(file.read_text()))
+    ]
+    assert not wrong
+
+
+def test_the_search_for_unsafe_calls_finds_them():
+    source = (
+        "torch.load(a)\ntorch.load(a, weights_only=False)\nnp.load(a, allow_pickle=True)\npickle.loads(a)\neval('1')"
+    )
+    assert len(list(unsafe_calls(ast.parse(source)))) == 5
+    assert not list(unsafe_calls(ast.parse("torch.load(a, weights_only=True)\nnp.load(a)\nmodel.eval()")))

@@ -1,11 +1,13 @@
 """The public face, on a tiny random model of the real family."""
 
 import json
+import pickle
 
+import families
 import numpy as np
 import pytest
 import torch
-from model_samples import make
+from model_samples import TALL, make
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -44,6 +46,42 @@ def test_a_single_content_is_not_iterated_over(model, image):
             model.embed(single)
     with pytest.raises(CafeError, match="Expected a list of contents, not a str"):
         model.embed_and_generate_batch("image.png")
+
+
+def test_an_error_says_which_item_is_bad(model, image, tmp_path):
+    gone = {"image": tmp_path / "gone.png"}
+    for call in (
+        lambda: model.embed(["a", image, gone]),
+        lambda: model.score_batch(["a", image, gone], [["b"]] * 3, batch_size=2),
+        lambda: model.generate_batch([Content.of(each) for each in ("a", image, gone)]),
+        lambda: model.embed_and_generate_batch([image, image, tmp_path / "gone.png"]),
+    ):
+        with pytest.raises(CafeError, match=r"^(contents|prompts|images)\[2\]: The image .*gone.png does not exist"):
+            call()
+
+
+def test_strings_are_text_in_contents_and_paths_where_images_are_expected(model, image, tmp_path, caplog):
+    image.save(tmp_path / "cat.png")
+    path = str(tmp_path / "cat.png")
+    as_text, as_image, expected = model.embed([path, {"image": path}, image])
+    np.testing.assert_allclose(as_image, expected, atol=1e-5)
+    assert as_text @ expected < 0.999
+    assert [record.getMessage().startswith(f'"{path}" is taken as text') for record in caplog.records] == [True]
+    for given in (path, [path], tmp_path / "cat.png"):
+        assert model.generate(given, "What?", 4) == model.generate(image, "What?", 4)
+        np.testing.assert_allclose(model.embed_and_generate(given, "What?", 1)[0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_a_pickled_model_embeds_and_generates_the_same(family):
+    model = make(family)
+    contents = [{"image": TALL, "text": "what?"}, "words"]
+    vectors, answer = model.embed(contents), model.generate(TALL, "What?", 4)
+    again = pickle.loads(pickle.dumps(model))
+    np.testing.assert_array_equal(again.embed(contents), vectors)
+    assert again.generate(TALL, "What?", 4) == answer
+    assert again.metadata == model.metadata and again.fingerprint() == model.fingerprint()
+    np.testing.assert_array_equal(model.embed(contents), vectors)  # the hooks of this one still work
 
 
 def test_a_batch_size_below_one_is_refused(model):
@@ -204,7 +242,10 @@ def test_prompts_of_another_version_are_reported(model, tmp_path):
     file = tmp_path / "checkpoint" / "cafe.json"
     record = json.loads(file.read_text())
     file.write_text(json.dumps(record | {"prompts": record["prompts"] | {"unheard": "of"}}))
-    with pytest.raises(CafeError, match=r"does not know the prompts of the checkpoint's cafe\.json: .*'unheard'"):
+    with pytest.raises(
+        CafeError,
+        match=r"does not know the prompts of the checkpoint's cafe\.json: the key prompts\.unheard is unknown",
+    ):
         Cafe.load(tmp_path / "checkpoint")
 
 

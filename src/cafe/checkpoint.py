@@ -9,11 +9,23 @@ from typing import Any
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
-from cafe.errors import CheckpointError
-from cafe.lvlm.prompts import Prompts
+from cafe.errors import CheckpointError, RecipeError
+from cafe.lvlm.hub import ensure_exists
+from cafe.lvlm.prompts import RENAMED_PROMPTS, Prompts
 from cafe.utils.hashing import iter_tensor_bytes
+from cafe.utils.ranges import shown
+from cafe.utils.schema import Schema
 
 METADATA_FILE = "cafe.json"  # what a checkpoint records about itself, beside the Hugging Face files
+
+# What a checkpoint of ours records, and of which type; whoever saves one may add to it.
+METADATA_FIELDS: dict[str, tuple[Any, str]] = {
+    "prompts": (dict, "a mapping"),
+    "temperature": ((int, float), "a number"),
+    "recipe": (dict, "a mapping"),
+    "results": (dict, "a mapping"),
+    "versions": (dict, "a mapping"),
+}
 
 
 def checkpoint_dir(run: Path) -> Path:
@@ -30,18 +42,30 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     """
     file = Path(path) / METADATA_FILE
     try:
-        metadata = json.loads(file.read_text()) if file.is_file() else {}
+        metadata = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except RecursionError:
+        raise CheckpointError(f"The checkpoint's {file} is nested too deeply.") from None
     except ValueError as error:
         raise CheckpointError(f"The checkpoint's {file} is not valid JSON: {error}.") from None
     if not isinstance(metadata, dict):
         raise CheckpointError(f"The checkpoint's {file} is not a mapping of names to values.")
+    for name, (kind, description) in METADATA_FIELDS.items():
+        if name in metadata and not isinstance(metadata[name], kind):
+            raise CheckpointError(
+                f"The checkpoint's {file} cannot be used: {name} should be {description}, not {shown(metadata[name])}."
+            )
     return metadata
 
 
 def load_metadata(path: str | Path) -> dict[str, Any]:
-    """Read the metadata of a local checkpoint or of one on the Hub; empty if it has none."""
+    """Read the metadata of a local checkpoint or of one on the Hub; empty if it has none.
+
+    Raises:
+        CheckpointError: it is damaged, or there is no such checkpoint.
+    """
     if Path(path).exists():
         return read_metadata(path)
+    ensure_exists(path)
     # A model on the Hub need not have the file, and the machine need not reach the Hub if the model is cached.
     # Either gives None instead of an error.
     tolerated = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -58,14 +82,14 @@ def prompts_from_metadata(metadata: dict[str, Any]) -> Prompts:
     """Return the prompts that a checkpoint was trained with; the published ones if it does not say.
 
     Raises:
-        CheckpointError: they have a field that this version does not know.
+        CheckpointError: they have a field that this version does not know, or a value that is none.
     """
+    schema = Schema(f"the checkpoint's {METADATA_FILE}", {Prompts: RENAMED_PROMPTS})
     try:
-        return Prompts(**metadata.get("prompts", {}))
-    except TypeError as error:
-        raise CheckpointError(
-            f"This version does not know the prompts of the checkpoint's {METADATA_FILE}: {error}."
-        ) from None
+        prompts: Prompts = schema.build(Prompts, metadata.get("prompts", {}), "prompts.")
+    except RecipeError as error:
+        raise CheckpointError(f"This version does not know the prompts of {error}") from None
+    return prompts
 
 
 def ensure_overwritable(path: Path) -> None:
@@ -108,7 +132,7 @@ def resolve_checkpoint(base: str) -> str:
     path = Path(base).expanduser()
     if path.is_dir():
         return str(checkpoint_dir(path))
-    # What is left could only be a Hub id, which is "name" or "owner/name".
+    # What is left could only be a Hub id, which is "name" or "owner/name"; whether there is one, loading finds out.
     looks_like_path = base.startswith(("/", "./", "../", "~"))
     if looks_like_path or base.count("/") > 1:
         raise CheckpointError(f"The model's directory {base} does not exist.")

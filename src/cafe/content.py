@@ -3,6 +3,9 @@
 Images are references (a path, bytes, or an image already in memory), which `cafe.images.decoding` decodes when needed.
 """
 
+import logging
+import mimetypes
+import os.path
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +15,37 @@ from PIL import Image
 
 from cafe.errors import RecordError
 
+logger = logging.getLogger(__name__)
+
+PILLOW_MAX_PIXELS = 178_956_970  # above these Pillow refuses an image, and above half of them it warns
+
+
+@dataclass(frozen=True)
+class ImageLimits:
+    """Limit what reading one image may cost.
+
+    Attributes:
+        max_bytes: the most bytes of an encoded image.
+        max_pixels: the most pixels; by default as many as Pillow decodes without a warning.
+    """
+
+    max_bytes: int = 256 * 2**20
+    max_pixels: int = PILLOW_MAX_PIXELS // 2
+
+
+DEFAULT_LIMITS = ImageLimits()
+
 
 # Pillow compares images pixel by pixel and cannot hash them, so references are compared by identity.
 @dataclass(frozen=True, eq=False)
 class ImageRef:
-    """Refer to an image that is not decoded yet: a file's path, encoded bytes, or a Pillow image. Equal by identity."""
+    """Refer to an image that is not decoded yet: a file's path, encoded bytes, or a Pillow image. Equal by identity.
+
+    The limits apply to files and encoded bytes, not to a Pillow image, which is in memory already.
+    """
 
     source: Path | bytes | Image.Image
+    limits: ImageLimits = DEFAULT_LIMITS
 
     def __str__(self) -> str:
         # Only a path means something in a message; of the rest, the kind is named.
@@ -44,12 +71,17 @@ class Content:
             value: text (`str`), an image (`PIL.Image`, `bytes`, `Path`), a mapping with "image" (or "images") and
                 "text", or a sequence of these.
 
+        A string is text; within "image" or "images" it is a path.
+
         Raises:
             RecordError: the value is none of these.
         """
         if isinstance(value, Content):
             return value
-        return cls(tuple(_parts(value)))
+        try:
+            return cls(tuple(_parts(value)))
+        except RecursionError:
+            raise RecordError("Content is nested too deeply: give a flat list of texts and images.") from None
 
     @property
     def images(self) -> list[ImageRef]:
@@ -89,7 +121,7 @@ def _parts_of_mapping(value: dict[str, Any]) -> Iterator[Part]:
     """Yield the parts of a mapping of "image" or "images" and "text": the images come first.
 
     Raises:
-        RecordError: the mapping has other keys or none, or its text is not a string.
+        RecordError: the mapping has other keys, none or both "image" and "images", or its text is not a string.
     """
     unknown = sorted(set(value) - {"image", "images", "text"})
     if unknown or not value:
@@ -100,15 +132,39 @@ def _parts_of_mapping(value: dict[str, Any]) -> Iterator[Part]:
     if not isinstance(text, str | None):
         raise RecordError(f"Content's text should be a str, not a {type(text).__name__}.")
 
-    # Either key takes one image or several.
-    images = value["image"] if "image" in value else value.get("images", [])
+    # Either key takes one image or several, and null where a record has none.
+    image, images = value.get("image"), value.get("images")
+    if image is not None and images is not None:
+        raise RecordError("Content takes the key image or the key images, not both.")
+    if images is None:
+        images = [] if image is None else image
     if not isinstance(images, (list, tuple)):
         images = [images]
     for image in images:
         # A string is a path here, because text has a key of its own.
-        yield from _parts(Path(image) if isinstance(image, str) else image)
+        yield from _parts(_path(image) if isinstance(image, str) else image)
     if text:
         yield text
+
+
+def warn_of_image_paths(content: Content) -> None:
+    """Warn where a text is the path of an image that exists: as text, it is not opened."""
+    for part in content.parts:
+        if not isinstance(part, str) or not os.path.isfile(part):
+            continue
+        if (mimetypes.guess_type(part)[0] or "").startswith("image/"):
+            logger.warning('"%s" is taken as text, not as the image of that path: write {"image": "%s"}.', part, part)
+
+
+def _path(name: str) -> Path:
+    """Return the path of an image's file.
+
+    Raises:
+        RecordError: it is a URL, which a path would mangle.
+    """
+    if "://" in name:
+        raise RecordError(f"The image {name:.200} is a URL, which is not taken here: give a path or the image's bytes.")
+    return Path(name)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+MAX_REASON = 300  # characters of another library's message
+
 
 class CafeError(Exception):
     """Report a user's mistake. The command line prints the message alone and exits with status 1."""
@@ -31,7 +33,11 @@ def load_error(what: str, name: str | Path, error: Exception) -> CheckpointError
         name: the directory or Hub id.
         error: what went wrong.
     """
-    reason = str(error).strip().splitlines()[0]
+    # Some errors have no words, and a KeyError has nothing but the key.
+    words = str(error).strip().splitlines()
+    reason = words[0][:MAX_REASON] if words else ""
+    if not reason or isinstance(error, LookupError):
+        reason = f"{type(error).__name__} {reason}".strip()
     if Path(name).is_dir():
         return CheckpointError(f"No {what} can be loaded from {name}: {reason}")
     return CheckpointError(

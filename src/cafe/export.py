@@ -67,7 +67,10 @@ def write_sentence_transformers(directory: Path, chat_processor: ChatProcessor, 
 
     The modules are sentence-transformers' own: the model's last hidden states, the last token's, unit length.
     """
-    template = embedding_template(chat_processor.processor.chat_template, chat_processor.prompts)
+    chat_template = chat_processor.processor.chat_template
+    if isinstance(chat_template, dict):  # a processor may have several, by name
+        chat_template = chat_template["default"]
+    template = embedding_template(chat_template, chat_processor.prompts)
     (directory / TEMPLATE_FILE).write_text(template, encoding="utf-8")
     files: dict[str, Any] = {
         # The module names of sentence-transformers before 6: it still reads them, and servers look for them.

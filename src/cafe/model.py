@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
-from transformers import PreTrainedModel, TextIteratorStreamer
+from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
 
 from cafe.checkpoint import METADATA_FILE, ensure_overwritable, fingerprint, load_metadata, prompts_from_metadata
-from cafe.content import Content, Dialogue, Turn
+from cafe.content import Content, Dialogue, Turn, warn_of_image_paths
 from cafe.errors import CafeError
 from cafe.export import detect_library, model_card, write_sentence_transformers, write_video_processor_config
 from cafe.lvlm.adapters import has_adapter
@@ -29,11 +29,13 @@ from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing
 from cafe.lvlm.generation import generate_texts, generation_kwargs, prefill_embed_and_generate, stream_text
 from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.loading import load_lvlm
+from cafe.lvlm.pickling import without_capturing_hooks
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import DESCRIBE_PROMPT, Prompts, dialogue_messages, embedding_messages
+from cafe.lvlm.saving import save_lvlm
 from cafe.packing import Branch, PackingConfig, pack
 from cafe.utils.atomic import commit, staging_path
-from cafe.utils.batching import check_batch_size, length_sorted_batches
+from cafe.utils.batching import check_batch_size, encode_item, length_sorted_batches
 
 
 @dataclass
@@ -92,17 +94,18 @@ class Cafe:
             metadata: added to the checkpoint's metadata.
 
         Raises:
-            CheckpointError: there is something else at the path.
+            CheckpointError: there is something else at the path; a weight is not finite; the files lack a weight that
+                was trained.
         """
         # Everything is written beside the path first, and takes its place in one rename.
-        path = Path(path)
+        path = Path(path).expanduser()
         ensure_overwritable(path)
         partial = staging_path(path)
         shutil.rmtree(partial, ignore_errors=True)  # left by a save that was interrupted
         partial.mkdir(parents=True)
 
         # The files of transformers or PEFT.
-        self.lvlm.save_pretrained(partial, state_dict=weights)
+        save_lvlm(self.lvlm, partial, weights)
         self.chat_processor.save(partial)
         write_video_processor_config(partial, self.chat_processor.tokenizer.name_or_path, self.lvlm.config.model_type)
 
@@ -119,6 +122,11 @@ class Cafe:
         (partial / "README.md").write_text(model_card(self.metadata, library=detect_library(partial)))
         (partial / METADATA_FILE).write_text(json.dumps(self.metadata, indent=2) + "\n")
         commit(partial, path)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the parts; a chat processor, which memoizes, is made anew of its own."""
+        processor, prompts = self.chat_processor.processor, self.chat_processor.prompts
+        return _restore, (without_capturing_hooks(self.lvlm), processor, prompts, self.packing, self.metadata)
 
     def fingerprint(self) -> str:
         """Compute a digest of what decides the answers: weights, precision, device, prompts and image processing."""
@@ -138,13 +146,15 @@ class Cafe:
         """Embed contents as unit vectors, in the order given.
 
         Args:
-            contents: a sequence of whatever `Content.of` takes: texts, images, or both together.
+            contents: a sequence of whatever `Content.of` takes: texts, images, or both together. A string is text; the
+                path of an image is a `Path`, or a string in `{"image": "cat.png"}`.
             batch_size: inputs per forward pass; inputs of similar length go together.
             dim: keep this many first dimensions, for a model trained with them; see `recipe.objective.matryoshka_dims`
                 in its metadata.
 
         Raises:
             CafeError: embeddings do not have that many dimensions, or `contents` is a single content.
+            RecordError: a content cannot be read; the message has its index.
         """
         if dim is not None and not 0 < dim <= self._embedding_dim:
             raise CafeError(f"dim should be between 1 and the embedding's {self._embedding_dim}, not {dim}.")
@@ -153,9 +163,9 @@ class Cafe:
 
         def encode(content: Any) -> Branch:
             """Encode one content."""
-            return self.encode_embedding(Content.of(content))
+            return self.encode_embedding(_content_of(content))
 
-        for indices, branches in length_sorted_batches(contents, encode, batch_size):
+        for indices, branches in length_sorted_batches(contents, encode, batch_size, "contents"):
             # Each content is an example by itself, without a dialogue.
             batch = pack([[branch] for branch in branches], [[]] * len(branches), self.packing)
             hidden, _ = forward_packed(self.lvlm, batch)
@@ -200,7 +210,7 @@ class Cafe:
         """Answer each content as a user's turn, in the order given; greedily unless sampled."""
         answers = [""] * len(prompts)
         kwargs = generation_kwargs(max_new_tokens, temperature, top_p)
-        for indices, branches in length_sorted_batches(prompts, self.encode_prompt, batch_size):
+        for indices, branches in length_sorted_batches(prompts, self.encode_prompt, batch_size, "prompts"):
             for index, answer in zip(indices, self._generate(branches, **kwargs), strict=True):
                 answers[index] = answer
         return answers
@@ -245,7 +255,7 @@ class Cafe:
         vectors = np.zeros((len(images), self._embedding_dim), np.float32)
         answers = [""] * len(images)
         kwargs = generation_kwargs(max_new_tokens)
-        for indices, pairs in length_sorted_batches(images, encode, batch_size, lambda pair: len(pair[0])):
+        for indices, pairs in length_sorted_batches(images, encode, batch_size, "images", lambda pair: len(pair[0])):
             hidden, texts = self._embed_and_generate(pairs, kwargs)
             vectors[indices] = F.normalize(hidden.float(), dim=-1).cpu().numpy()
             for index, answer in zip(indices, texts, strict=True):
@@ -282,11 +292,17 @@ class Cafe:
             batch_size: contents per forward pass.
         """
         check_batch_size(batch_size)
+
+        def encode(pair: tuple[Any, Sequence[str]]) -> list[Branch]:
+            """Encode the answers to one content."""
+            content, texts = pair
+            return self._encode_answers(_content_of(content), texts)
+
+        pairs = list(zip(contents, answers, strict=True))
         scores: list[Float[np.ndarray, " answers"]] = []
-        for start in range(0, len(contents), batch_size):
-            window = slice(start, start + batch_size)
-            pairs = zip(contents[window], answers[window], strict=True)
-            scores += self._score([self._encode_answers(Content.of(content), texts) for content, texts in pairs])
+        for start in range(0, len(pairs), batch_size):
+            window = range(start, min(start + batch_size, len(pairs)))
+            scores += self._score([encode_item(pairs, index, encode, "contents") for index in window])
         return scores
 
     def _score(self, dialogues: Sequence[Sequence[Branch]]) -> list[Float[np.ndarray, " answers"]]:
@@ -345,6 +361,13 @@ class Cafe:
         return dim
 
 
+def _restore(
+    lvlm: PreTrainedModel, processor: ProcessorMixin, prompts: Prompts, packing: PackingConfig, metadata: dict[str, Any]
+) -> Cafe:
+    """Restore a model from its pickled parts."""
+    return Cafe(lvlm, ChatProcessor(processor, prompts), packing, metadata)
+
+
 def _as_list(contents: Any) -> list[Any]:
     """Return a sequence as a list; a single content would be taken apart, a text into its letters."""
     if isinstance(contents, (str, bytes, dict)) or not isinstance(contents, Iterable):
@@ -353,9 +376,12 @@ def _as_list(contents: Any) -> list[Any]:
 
 
 def _prompt_content(image: Any, prompt: str) -> Content:
-    """Make the content of a user's turn: an image, or several, before the words."""
-    if image is None:
-        return Content.of(prompt)
-    if isinstance(image, str):  # a path: the text is in the prompt
-        image = Path(image)
-    return Content.of([image, prompt])
+    """Make the content of a user's turn: an image, or several, before the words. Strings are paths: words follow."""
+    return Content.of({"images": image, "text": prompt})
+
+
+def _content_of(value: Any) -> Content:
+    """Make content of a value, and warn where a text is the path of an image."""
+    content = Content.of(value)
+    warn_of_image_paths(content)
+    return content

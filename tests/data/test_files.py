@@ -3,7 +3,7 @@
 import fsspec
 import pytest
 
-from cafe.data.files import expand_pattern, file_version, folder_of, join, read
+from cafe.data.files import expand_pattern, file_version, folder_of, local_path, read
 from cafe.errors import CafeError
 
 
@@ -51,11 +51,10 @@ def test_a_version_changes_with_the_file(tmp_path):
     assert first != file_version(str(file))
 
 
-def test_names_inside_folders():
-    assert join("images", "a/b.jpg") == "images/a/b.jpg" and join("images", "/x/b.jpg") == "/x/b.jpg"
-    assert join("s3://bucket/x/", "b.jpg") == "s3://bucket/x/b.jpg" and join("images", "s3://b/c") == "s3://b/c"
-    assert join("s3://bucket/x", "/y/b.jpg") == "/y/b.jpg"
+def test_the_folder_of_a_file_and_the_path_of_a_local_one():
     assert folder_of("s3://bucket/a.json") == "s3://bucket" and folder_of("x/a.json") == "x"
+    assert str(local_path("x/a.json")) == "x/a.json" and str(local_path("file:///x/a.json")) == "/x/a.json"
+    assert local_path("s3://bucket/a.json") is None
 
 
 @pytest.mark.parametrize("name", ["none.txt", "memory://none/none.txt", "nosuchprotocol://bucket/a"])

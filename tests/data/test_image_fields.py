@@ -2,6 +2,8 @@
 
 import base64
 import io
+import random
+import unicodedata
 
 import fsspec
 import numpy as np
@@ -13,7 +15,7 @@ from cafe.content import Content, ImageRef
 from cafe.data.image_fields import image_refs, place_images, subsample
 from cafe.data.source import Source
 from cafe.errors import CafeError
-from cafe.images.decoding import decode_image
+from cafe.images.decoding import FORMATS, decode_image
 from cafe.images.thumbnails import thumbnail
 
 
@@ -26,7 +28,7 @@ def test_every_way_to_give_an_image_gives_the_same_image(tmp_path):
     coded = base64.b64encode(data).decode()
     (tmp_path / "a.png").write_bytes(data)
     fsspec.filesystem("memory").pipe("/images/a.png", data)
-    source = Source(path=str(tmp_path / "x.json"))
+    source = Source(path=str(tmp_path / "x.json"), allow_urls=("memory",))
     ways = [
         "a.png", str(tmp_path / "a.png"), "memory://images/a.png", data, coded, f"data:image/png;base64,{coded}",
         {"bytes": data, "path": None}, {"bytes": None, "path": "a.png"}, Image.open(io.BytesIO(data)), ["a.png"],
@@ -39,10 +41,47 @@ def test_every_way_to_give_an_image_gives_the_same_image(tmp_path):
     assert [image_refs(nothing, source) for nothing in (None, "", b"", [], {"bytes": None, "path": ""})] == [[]] * 5
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "GIF", "WEBP"])
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind in (Image.init(), Image.SAVE)[1] and kind != "PPM"])
 def test_base64_is_told_from_a_path_for_every_usual_kind(kind):
     [ref] = image_refs(base64.b64encode(png("red", (32, 32), kind)).decode(), Source(path="x.json"))
     assert isinstance(ref.source, bytes) and decode_image(ref).size == (32, 32)
+
+
+def test_base64_of_another_kind_is_refused_in_a_short_sentence():
+    for data in (random.Random(0).randbytes(9000), b"%!PS-Adobe-3.0 EPSF-3.0" + bytes(9000)):
+        text = base64.b64encode(data).decode()
+        for way in (text, f"data:image/png;base64,{text}", f"images/{text}.png", [text]):
+            with pytest.raises(CafeError) as raised:
+                for ref in image_refs(way, Source(path="x.json")):
+                    decode_image(ref)
+            assert len(str(raised.value)) < 700 and text[300:600] not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["QkM", "a", "train/images/0001", "9j/4AAQ"])
+def test_a_path_without_a_dot_is_no_base64(tmp_path, name):
+    [ref] = image_refs(name, Source(path=str(tmp_path / "x.json")))
+    assert ref.source == tmp_path / name
+
+
+def test_images_have_the_limits_of_their_source(tmp_path):
+    data = png("red", (32, 32))
+    (tmp_path / "a.png").write_bytes(data)
+    fsspec.filesystem("memory").pipe("/limited/a.png", data)
+    coded = base64.b64encode(data).decode()
+    bytes_limit = {"max_image_bytes": len(data) - 1}
+    for limits, field in ((bytes_limit, "data.max_image_bytes"), ({"max_image_pixels": 1023}, "data.max_image_pixels")):
+        source = Source(path=str(tmp_path / "x.json"), allow_urls=("memory",), **limits)
+        for way in (
+            "a.png",
+            "memory://limited/a.png",
+            data,
+            coded,
+            f"data:;base64,{coded}",
+            {"bytes": data},
+            ["a.png"],
+        ):
+            with pytest.raises(CafeError, match=field):
+                decode_image(image_refs(way, source)[0])
 
 
 def test_a_folder_is_a_video_with_frames_in_numeric_order(tmp_path):
@@ -64,7 +103,7 @@ def test_a_url_that_cannot_be_opened_is_named(name):
     """As http:// where fsspec's package for it is not installed."""
     fsspec.register_implementation("nosuch", "no_such_package.FileSystem", errtxt="install it", clobber=True)
     with pytest.raises(CafeError, match=f"{name} cannot be read: install it"):
-        image_refs(name, Source(path="x.json"))
+        image_refs(name, Source(path="x.json", images="nosuch://bucket"))
 
 
 def test_frames_are_taken_evenly():
@@ -87,6 +126,30 @@ def test_images_stand_at_their_tokens_and_the_others_first():
     assert place_images("", [one]) == Content((one,)) and place_images("", []) == Content(())
     with pytest.raises(CafeError, match="shows 2 images and only 1"):
         place_images("<image> <image>", [one])
+
+
+def test_images_keep_their_order_when_there_are_fewer_marks():
+    refs = [ImageRef(bytes([number])) for number in range(4)]
+    assert place_images("in <image> what happens?", refs) == Content(("in ", *refs, " what happens?"))
+    assert place_images("<image> and <image>", refs) == Content((*refs, " and "))
+
+
+def test_line_breaks_of_windows_beside_an_image_belong_to_its_mark_too():
+    ref = ImageRef(b"1")
+    assert place_images("Look:\r\n<image>\r\nWhat?", [ref]) == place_images("Look:\n<image>\nWhat?", [ref])
+    assert place_images("<image>\r\nWhat?\r\n", [ref]) == Content((ref, "What?"))
+
+
+@pytest.mark.parametrize(("stored", "named"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_is_found_in_either_form_of_unicode(tmp_path, stored, named):
+    folder, file = (unicodedata.normalize(stored, name) for name in ("Zoë", "café.png"))
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / file).write_bytes(png("red"))
+    for name in (f"Zoë/{file}", "Zoë/café.png", "Zoë"):
+        [ref] = image_refs(unicodedata.normalize(named, name), Source(path=str(tmp_path / "x.json")))
+        assert color_of(ref) == (255, 0, 0)
+    [missing] = image_refs("thé.png", Source(path=str(tmp_path / "x.json")))
+    assert missing.source == tmp_path / "thé.png"
 
 
 def test_thumbnails_are_exact_for_small_images_and_reduced_for_large_ones():

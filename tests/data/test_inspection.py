@@ -40,7 +40,7 @@ def test_counts_are_those_of_the_file(messy, chat_processor):
     table = dict(report.table())
     expected = {
         "records": "9", "read": "9", "bad": "3", "pairs": "6", "dialogues": "6", "hard negatives": "0", "images": "6",
-        "images seen before": "2", "pairs seen before": "1", "targets seen before": "1",
+        "cut to max_length": "0", "images seen before": "2", "pairs seen before": "1", "targets seen before": "1",
     }  # fmt: skip
     assert {name: table[name] for name in expected} == expected
     assert all(f"record {number}" in error for number, error in zip((6, 7, 8), report.errors, strict=True))
@@ -51,6 +51,13 @@ def test_counts_are_those_of_the_file(messy, chat_processor):
         encode_example(open_source(messy).example(index, None), chat_processor).dialogue.loss_mask.sum()
         for index in range(6)
     )
+
+
+def test_records_that_are_cut_are_counted(messy, chat_processor):
+    longest = max(inspect([open_source(messy)], chat_processor)[0].lengths("dialogue"))
+    [report] = inspect([open_source(messy)], chat_processor, max_tokens=longest - 1)
+    cut = sum(length == longest - 1 for kind in ("target", "dialogue") for length in report.lengths(kind))
+    assert int(dict(report.table())["cut to max_length"]) == cut >= 1
 
 
 def test_a_sample_is_as_large_as_asked(messy, chat_processor):

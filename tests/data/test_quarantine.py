@@ -37,7 +37,7 @@ def test_bad_records_are_quarantined_and_too_many_stop_the_run(llava_dataset, sc
 def test_a_run_stops_if_all_first_records_are_bad(tmp_path):
     def batch(bad, good):
         empty = torch.empty(0, dtype=torch.long)
-        return Batch([], empty, empty, torch.empty(0), empty, 0, ["broken"] * bad, ["fine"] * good)
+        return Batch([], empty, empty, empty, torch.empty(0), empty, 0, ["broken"] * bad, ["fine"] * good)
 
     quarantine = Quarantine(tmp_path / "one.jsonl", max_bad_fraction=0.5)
     for bad, good in ((0, 1), (1, 0), (1, 0)):

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from samples import png
 
+from cafe.data.encoding import content_hash
 from cafe.data.records import open_source
 from cafe.data.source import Columns, Source
 from cafe.errors import CafeError
@@ -76,6 +77,48 @@ def test_csv_cells_hold_lists_as_json_or_one_negative(tmp_path):
     assert [negative.text for negative in one.negatives] == ["a dog"]
 
 
+def test_a_list_of_captions_in_a_csv_cell_gives_one_of_them(tmp_path):
+    """Flickr30K's CSV on the Hub."""
+    captions = ["A red square.", "A square that is red."]
+    with (tmp_path / "flickr.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["raw", "filename"], [json.dumps(captions), "0.png"]])
+    columns = Columns(query_image="filename", positive="raw")
+    records = open_source(Source(path=str(tmp_path / "flickr.csv"), format="pairs", columns=columns))
+    assert {records.example(0, Random(seed)).pair.target.text for seed in range(20)} == set(captions)
+
+
+def test_parquet_with_a_caption_per_row_pairs_each_with_its_images_bytes(tmp_path):
+    rows = [(color, f"{way} {color} square") for color in ("red", "green") for way in ("a", "one")]
+    images = [{"bytes": png(color), "path": f"{color}.png"} for color, _ in rows]
+    pq.write_table(pa.table({"image": images, "caption": [text for _, text in rows]}), tmp_path / "a.parquet")
+    columns = Columns(query_image="image", positive="caption")
+    records = open_source(Source(path=str(tmp_path / "a.parquet"), format="pairs", columns=columns))
+    pairs = [records.example(index, Random(0)).pair for index in range(len(records))]
+    assert [(pair.query.images[0].source, pair.target.text) for pair in pairs] == [(png(c), text) for c, text in rows]
+    ids = [content_hash(pair.query) for pair in pairs]
+    assert ids[0] == ids[1] != ids[2] == ids[3]  # equal queries, which are not contrasted
+
+
+def test_columns_that_the_format_does_not_read_are_an_error(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": turns("a", "b")}]))
+    with pytest.raises(CafeError, match=r"format llava of .* does not read columns\.query_image"):
+        open_source(Source(path=str(tmp_path / "a.json"), columns=Columns(query_image="picture")))
+    with pytest.raises(CafeError, match=r"format mmeb of .* does not read columns\.image: of columns, it takes none"):
+        open_source(Source(path=str(tmp_path / "a.json"), format="mmeb", columns=Columns(image="picture")))
+
+
+def test_a_records_words_reach_messages_escaped(tmp_path):
+    row = {"id": "\x1b[2J\ud800\u202e", "image": "a.png", "conversations": turns("a", "")}
+    with pytest.raises(CafeError, match="turn 1") as error:
+        write(tmp_path / "a.json", [row]).example(0, Random(0))
+    assert r"(id \x1b[2J\ud800\u202e)" in str(error.value) and str(error.value).isprintable()
+    names = {"\x9b31m": 1}
+    (tmp_path / "b.json").write_text(json.dumps([names]))
+    with pytest.raises(CafeError, match=r"there are \\x9b31m") as error:
+        open_source(Source(path=str(tmp_path / "b.json"), format="pairs")).example(0, Random(0))
+    assert str(error.value).isprintable()
+
+
 def test_several_images_stand_where_their_tokens_do(tmp_path):
     row = {"image": ["a.png", "b.png"], "conversations": turns("from <image> to <image>?", "yes")}
     parts = write(tmp_path / "a.json", [row]).example(0, Random(0)).dialogue.turns[0].content.parts
@@ -118,6 +161,12 @@ def test_a_karpathy_image_takes_a_random_caption(tmp_path):
     said = {records.example(0, Random(seed)).pair.target.text for seed in range(20)}
     assert said == {"one", "two"}
     assert str(records.example(0, Random(0)).pair.query.images[0]) == "/images/val/a.jpg"
+
+
+def test_a_karpathy_image_without_sentences_says_so(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps({"images": [{"filename": "a.jpg", "split": "train", "sentences": []}]}))
+    with pytest.raises(CafeError, match="it has no sentences"):
+        open_source(Source(path=str(tmp_path / "a.json"), format="karpathy")).example(0, Random(0))
 
 
 def test_no_image_of_another_split_is_trained_on_in_json_lines_either(tmp_path):

@@ -128,6 +128,53 @@ def test_a_hard_negative_that_duplicates_a_target_is_masked_for_its_query():
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits, torch.arange(3)).item(), rel=1e-9)
 
 
+def numpy_masked_info_nce(q, t, temperature, hard, query_ids, ids):
+    """Compute the formula over the dense matrix, without the negatives that any pair of the batch holds."""
+    pairs = set(zip(query_ids.tolist(), ids[: len(q)].tolist(), strict=True))
+    logits = normalize(q) @ normalize(np.concatenate([t, hard])).T / temperature
+    for i, j in np.ndindex(logits.shape):
+        if i != j and (query_ids[i], ids[j]) in pairs:
+            logits[i, j] = -np.inf
+    match = np.diag(logits)
+    forward = np.log(np.exp(logits).sum(1)) - match
+    backward = np.log(np.exp(logits[:, : len(q)]).sum(0)) - match
+    return (forward.mean() + backward.mean()) / 2
+
+
+@pytest.mark.parametrize("chunk_numel", [1, 20, 10**6])
+def test_equal_queries_are_no_negatives_of_each_other_in_either_direction(chunk_numel):
+    rng = np.random.default_rng(0)
+    q, t, hard = rng.normal(size=(6, 5)), rng.normal(size=(6, 5)), rng.normal(size=(3, 5))
+    query_ids = np.array([7, 8, 7, 9, 8, 5])
+    # The fourth target is that of the third pair; a hard negative is another target of its own query.
+    ids = np.array([0, 1, 2, 2, 4, 5, 4, 8, 0])
+    rows = [torch.tensor(each, requires_grad=True) for each in (q, t, hard)]
+    tensors = {"query_ids": torch.tensor(query_ids), "target_ids": torch.tensor(ids)}
+    loss = info_nce(*rows[:2], 0.07, rows[2], **tensors, chunk_numel=chunk_numel)
+    loss.backward()
+
+    def formula(a=q, b=t, c=hard):
+        return numpy_masked_info_nce(a, b, 0.07, c, query_ids, ids)
+
+    assert loss.item() == pytest.approx(formula(), abs=1e-9)
+    for name, row in zip("abc", rows, strict=True):
+        numeric = numpy_gradient(lambda moved, name=name: formula(**{name: moved}), row.detach().numpy())
+        np.testing.assert_allclose(row.grad.numpy(), numeric, atol=1e-6)
+    unmasked = info_nce(*rows[:2], 0.07, rows[2], **tensors, config=ContrastiveConfig(mask_duplicates=False))
+    assert unmasked.item() == pytest.approx(numpy_info_nce(q, t, 0.07, hard), abs=1e-9)
+
+
+def test_a_caption_of_the_same_image_masks_as_the_formula_says():
+    """Four images with two captions each, a row a caption: each row has six negatives in each direction, not seven."""
+    rng = np.random.default_rng(1)
+    q, t = np.repeat(rng.normal(size=(4, 5)), 2, axis=0), rng.normal(size=(8, 5))
+    logits = normalize(q) @ normalize(t).T / 0.05
+    logits[np.arange(8), np.arange(8) ^ 1] = -np.inf
+    both = [np.log(np.exp(logits).sum(axis)) - np.diag(logits) for axis in (0, 1)]
+    loss = info_nce(torch.tensor(q), torch.tensor(t), 0.05, query_ids=torch.arange(8) // 2)
+    assert loss.item() == pytest.approx(np.mean(both), abs=1e-9)
+
+
 def test_false_negative_margin_masks_only_negatives_above_it():
     rng = np.random.default_rng(0)
     q, t = rng.normal(size=(2, 6, 5))
@@ -211,3 +258,7 @@ def test_in_batch_accuracy_counts_rows_nearest_to_their_own_match():
     rows = torch.eye(4)
     assert in_batch_accuracy(rows, rows).item() == 1.0
     assert in_batch_accuracy(rows, rows[[1, 0, 2, 3]]).item() == 0.5
+    # The second query is the first one's equal: the target that it is nearest to is its match as well.
+    equal = torch.tensor([0, 0, 1, 2])
+    assert in_batch_accuracy(rows, rows[[1, 0, 2, 3]], query_ids=equal).item() == 1.0
+    assert in_batch_accuracy(rows, rows[[1, 0, 2, 3]], target_ids=equal).item() == 1.0

@@ -289,3 +289,52 @@ def test_a_missing_package_is_named(random_base, tmp_path, monkeypatch, capsys):
         Cafe.load(random_base, four_bit=True)
     assert main(["merge", str(random_base), str(tmp_path / "merged")]) == 1
     assert "has no adapter to merge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2])
+def test_merging_into_a_bfloat16_base_keeps_float32_and_says_what_16_bits_would_lose(
+    random_base, tmp_path, capsys, scale
+):
+    """A small learning rate teaches less than bfloat16 can tell from the base's weight."""
+    Cafe.load(random_base, dtype=torch.bfloat16).save(tmp_path / "base")
+    model = Cafe.load(tmp_path / "base", dtype=torch.bfloat16)
+    add_adapter(model.lvlm, LoraSettings(rank=4))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.lvlm.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=scale)
+    model.save(tmp_path / "adapter")
+
+    # The weights and their change by the formula, in float64.
+    settings, matrices = LoraSettings(rank=4), load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    weights, changes = {}, {}
+    for key, a in matrices.items():
+        if key.endswith("lora_A.weight"):
+            b = matrices[key.replace("lora_A", "lora_B")]
+            layer = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+            weights[layer] = model.lvlm.get_submodule(layer).get_base_layer().weight.detach().double()
+            changes[layer] = settings.alpha / settings.rank * b.double() @ a.double()
+
+    def merged_by(*options: str) -> tuple[dict[str, torch.Tensor], str]:
+        output = tmp_path / f"merged{len(options)}"
+        assert main(["merge", str(tmp_path / "adapter"), str(output), *options]) == 0
+        lvlm = AutoModelForImageTextToText.from_pretrained(output, dtype="auto")
+        return {layer: lvlm.get_submodule(layer).weight.detach() for layer in weights}, capsys.readouterr().out
+
+    found, said = merged_by()
+    assert "Rounded to float32, 100.0% of the adapter's change is kept." in said
+    for layer, weight in found.items():
+        assert weight.dtype == torch.float32
+        assert torch.allclose(weight.double(), weights[layer] + changes[layer], atol=1e-7)
+
+    found, said = merged_by("--dtype", "bfloat16")
+    kept = total = 0.0
+    for layer, weight in found.items():
+        assert weight.dtype == torch.bfloat16
+        rounded = (weights[layer] + changes[layer]).float().bfloat16()
+        assert (weight == rounded).double().mean() > 0.999  # but for ties that float32 and float64 break otherwise
+        kept += float(((rounded.double() - weights[layer]) * changes[layer]).sum())
+        total += float(changes[layer].square().sum())
+    assert f"Rounded to bfloat16, {kept / total:.1%} of the adapter's change is kept." in said
+    assert kept / total < 0.9 if scale < 1e-3 else kept / total > 0.9

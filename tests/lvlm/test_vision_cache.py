@@ -1,7 +1,10 @@
 """A frozen tower encodes each crop once per step, or once ever with a directory, and nothing else changes."""
 
+import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
+from pathlib import Path
 from threading import Barrier
 
 import pytest
@@ -9,6 +12,8 @@ import torch
 from families import FAMILIES, WIDTH
 from model_samples import SMALL, TALL, WIDE, Listed, examples, make
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import LlavaConfig, PixtralVisionConfig, PixtralVisionModel
@@ -18,6 +23,7 @@ from cafe.data.batch import Batch, MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import open_source
 from cafe.data.source import Source
+from cafe.lvlm import vision_cache
 from cafe.lvlm.families import find_vision_tower
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.prompts import Prompts
@@ -151,8 +157,8 @@ def test_vision_cache_of_other_weights_is_not_used(model, batch, tmp_path):
 
 def test_processes_can_fill_a_vision_cache_directory_at_once(model, tmp_path, monkeypatch):
     """Each writes the same image before either renames its file."""
-    save, both = torch.save, Barrier(2, timeout=60)
-    monkeypatch.setattr(torch, "save", lambda made, file: (save(made, file), both.wait()))
+    save, both = vision_cache.save_output, Barrier(2, timeout=60)
+    monkeypatch.setattr(vision_cache, "save_output", lambda made, file: (save(made, file), both.wait()))
     crops = torch.randn(1, 3, 32, 32)
 
     def fill(tower: torch.nn.Module) -> Tensor:
@@ -162,7 +168,79 @@ def test_processes_can_fill_a_vision_cache_directory_at_once(model, tmp_path, mo
     tower = find_vision_tower(model.lvlm)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(fill, [tower, deepcopy(tower)])
-    assert torch.equal(one, other) and [file.suffix for file in tmp_path.rglob("*.*")] == [".pt"]
+    assert torch.equal(one, other) and [file.suffix for file in tmp_path.rglob("*.*")] == [".safetensors"]
+
+
+class Runs:
+    """A pickle that leaves a mark where it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (self.mark.touch, ())
+
+
+def damage(file: Path, how: str) -> None:
+    """Damage a file of features."""
+    with safe_open(file, "pt") as saved:
+        metadata = saved.metadata()
+    tensors = load(file.read_bytes())
+    first = next(iter(tensors))
+    match how:
+        case "pickle":
+            torch.save(Runs(file.parent / "ran"), file)
+        case "cut":
+            file.write_bytes(file.read_bytes()[:-7])
+        case "empty":
+            file.write_bytes(b"")
+        case "integers":
+            save_file(tensors | {first: tensors[first].long()}, file, metadata)
+        case "rows":
+            save_file({name: tensor.repeat_interleave(3, 0) for name, tensor in tensors.items()}, file, metadata)
+        case "narrow":
+            save_file({name: tensor[..., :-1].contiguous() for name, tensor in tensors.items()}, file, metadata)
+        case "fields":
+            save_file(tensors, file, metadata | {"fields": json.dumps({"os": ["tuple", 3]})})
+        case "class":
+            save_file(tensors, file, metadata | {"class": "Popen"})
+        case _:
+            save_file(tensors, file)
+
+
+KINDS_OF_DAMAGE = ["pickle", "cut", "empty", "integers", "rows", "narrow", "fields", "class", "no metadata"]
+
+
+@pytest.mark.parametrize("how", KINDS_OF_DAMAGE)
+def test_damaged_features_are_made_again_and_run_nothing(model, tmp_path, caplog, how):
+    tower = find_vision_tower(model.lvlm)
+    crops = torch.randn(3, 3, 32, 32)
+
+    def encode() -> Tensor:
+        with VisionCache(tower, model.lvlm.config, tmp_path).enabled(), torch.no_grad():
+            return tower(crops).last_hidden_state
+
+    expected = encode()
+    files = sorted(tmp_path.rglob("*.safetensors"))
+    whole = [load(file.read_bytes()) for file in files]
+    damage(files[1], how)
+    counted = Counted(tower)
+    torch.testing.assert_close(encode(), expected)
+    assert counted.crops in (1, 3) and "made again" in caplog.text and not list(tmp_path.rglob("ran"))
+    torch.testing.assert_close([load(file.read_bytes()) for file in files], whole)
+    counted.crops = 0
+    torch.testing.assert_close(encode(), expected)
+    assert counted.crops == 0 and sorted(tmp_path.rglob("*.*")) == files
+
+
+def test_a_pipe_in_the_place_of_features_is_not_waited_for(model, tmp_path):
+    tower = find_vision_tower(model.lvlm)
+    for _ in range(2):
+        with VisionCache(tower, model.lvlm.config, tmp_path).enabled(), torch.no_grad():
+            tower(torch.ones(1, 3, 32, 32))
+        [file] = tmp_path.rglob("*.safetensors")
+        file.unlink()
+        os.mkfifo(file)
 
 
 @pytest.mark.parametrize("every", [False, True])  # hidden states, which older versions of transformers return

@@ -57,6 +57,16 @@ def test_a_row_holds_each_prefix_once_and_at_most_max_tokens(groups, max_tokens)
     assert layout.subtree_end.shape[1] <= (max_tokens if largest <= max_tokens else largest + largest // 8)
 
 
+def test_a_tree_may_be_deeper_than_pythons_stack():
+    """Each branch is a prefix of the next, so each is a node below the one before."""
+    text = torch.arange(1200)
+    chain = [Branch(text[:length], text[:length] < 0, text[:length] < 0) for length in range(1, len(text) + 1)]
+    layout = build_layout([chain], PackingConfig(max_row_tokens=len(text)))
+    assert count_unique_tokens(chain) == layout.valid.sum() == len(text)
+    assert torch.equal(layout.input_ids[0], text)
+    assert all(torch.equal(coords[:, 1], text[: len(coords)]) for coords in layout.coords)
+
+
 def test_an_image_is_packed_once_in_the_order_of_its_tokens():
     first, second = random_image(), random_image()
     queries = [branch([1, IMAGE, IMAGE, 2], first), branch([1, IMAGE, IMAGE, 5], second)]

@@ -237,8 +237,8 @@ def test_plan_knows_image_cost_and_flops_of_every_family(family):
     packed = pack(branches, spoken, model.packing)
     assert seen.tokens == branches[0][0].image_mask.sum()
     micro_batch = MicroBatch(packed, packed, torch.tensor([0, 2, 1, 3]))
-    none = torch.empty(0, dtype=torch.long)
-    batch = Batch([micro_batch], torch.arange(2), none, none.float(), none, len(packed.labels), [], [""] * 2)
+    ids, none = torch.arange(2), torch.empty(0, dtype=torch.long)
+    batch = Batch([micro_batch], ids, ids, none, none.float(), none, len(packed.labels), [], [""] * 2)
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         JointStep(model.lvlm.train(), ObjectiveConfig()).forward_backward(batch)
     rows, columns = packed.inputs["input_ids"].shape
@@ -459,3 +459,19 @@ def test_plan_command_prints_and_names_an_unknown_base(tmp_path, capsys):
     assert "The sizes of some/one are not known" in capsys.readouterr().err
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), f"model.base={tmp_path}"]) == 1
     assert f"The sizes of {tmp_path} are not known: it has no config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "warns"),
+    [
+        ("batch_size=1", True),
+        ("batch_size=1 optimizer.gradient_accumulation_steps=16", True),
+        ("batch_size=1 --gpus 2", False),
+        ("batch_size=1 objective.contrastive_weight=0", False),
+        ("batch_size=2", False),
+    ],
+)
+def test_the_plan_warns_of_a_contrastive_batch_of_one_pair(words, warns, capsys):
+    assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), *words.split()]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: with batch_size: 1")]
+    assert len(lines) == warns and all("Raise batch_size, and set micro_batch" in line for line in lines)

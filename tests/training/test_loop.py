@@ -16,6 +16,7 @@ from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
+from cafe.training import loop
 from cafe.training.loop import train
 from cafe.training.optimizer import cosine_schedule_with_warmup, make_optimizer
 from cafe.training.recipe import DataConfig, EvaluationConfig, ObjectiveConfig, OptimizerConfig
@@ -92,6 +93,40 @@ def test_gradient_checkpointing_with_micro_batches_runs_and_warns(recipe, precis
     assert [line.split()[0] for line in lines[3:]] == ["Training", "The"]
 
 
+def test_a_run_is_not_resumed_on_other_data(recipe, scenes, tmp_path, monkeypatch):
+    rows = json.loads((scenes / "llava_train.json").read_text())
+    source = Source(path=str(tmp_path / "a.json"), images=str(scenes))
+    recipe = replace(recipe, save_steps=1, max_steps=2, data=replace(recipe.data, sources=(source,)))
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(loop, "export_checkpoint", raise_interrupt)
+        train(recipe, report=lambda line: None)
+    (tmp_path / "a.json").write_text(json.dumps(rows[:-8]))
+    with pytest.raises(CafeError, match=r"a\.json had 48 records and has 40"):
+        train(recipe, report=lambda line: None)
+    lines: list[str] = []
+    train(replace(recipe, data=replace(recipe.data, allow_changes=True)), report=lines.append)
+    assert "Resuming from step 2." in lines
+
+
+def raise_interrupt(run):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(("max_length", "words"), [(None, ""), (90, " and 12 cut to model.max_length")])
+def test_the_last_line_counts_records_that_were_cut(recipe, scenes, tmp_path, max_length, words):
+    rows = json.loads((scenes / "llava_train.json").read_text())[:16]
+    for row in rows[:12]:
+        row["conversations"][1]["value"] *= 20
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    source = Source(path=str(tmp_path / "long.json"), images=str(scenes))
+    model = replace(recipe.model, max_length=max_length or recipe.model.max_length)
+    lines: list[str] = []
+    data = replace(recipe.data, sources=(source,))
+    train(replace(recipe, model=model, data=data, max_steps=2), report=lines.append)
+    assert lines[-1].endswith(f"; 0 of 16 records were bad{words}.")
+
+
 def test_schedule_warms_up_and_falls_to_zero():
     factor = cosine_schedule_with_warmup(100, 0.1)
     assert factor(0) == pytest.approx(0.1) and factor(9) == 1.0
@@ -129,3 +164,17 @@ def test_command_line_mistake_is_one_line_on_stderr(tmp_path, capsys):
     assert main(["train", str(tmp_path / "no.yaml")]) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "no.yaml does not exist" in error
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, lambda: torch.set_grad_enabled(False)])
+def test_training_learns_where_the_caller_switched_gradients_off(recipe, random_base, mode):
+    """As a notebook does for inference, and leaves it so."""
+    try:
+        with mode():
+            assert not torch.is_grad_enabled()
+            checkpoint = train(replace(recipe, max_steps=2), report=lambda line: None)
+            assert not torch.is_grad_enabled()  # the caller's setting is left as it was
+    finally:
+        torch.set_grad_enabled(True)
+    base, trained = load_file(random_base / "model.safetensors"), weights(checkpoint)
+    assert sum(not torch.equal(trained[name], base[name]) for name in base) > 0.9 * len(base)

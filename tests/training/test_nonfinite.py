@@ -13,11 +13,14 @@ from transformers import PreTrainedModel
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import open_source
 from cafe.errors import CafeError
+from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.loading import load_processor
 from cafe.lvlm.processing import ChatProcessor
 from cafe.packing import PackedBatch
-from cafe.training.loop import train
+from cafe.training.loop import StepGradient, optimizer_step, train
+from cafe.training.optimizer import trainable_parameters
+from cafe.training.prepare import Run
 from cafe.training.recipe import OptimizerConfig, Recipe
 
 
@@ -65,3 +68,45 @@ def test_too_many_nonfinite_steps_stop_the_run(recipe, monkeypatch):
     name = poison(recipe, 2, monkeypatch)
     with pytest.raises(CafeError, match=rf"not finite in 1 steps, most recently in step 2 on .*{name}"):
         train(replace(recipe, max_nonfinite_steps=1), report=lambda line: None)
+
+
+def always_nonfinite(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(lvlm: PreTrainedModel, pack: PackedBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        embeddings, hidden = forward_packed(lvlm, pack)
+        return embeddings, hidden * torch.nan
+
+    monkeypatch.setattr("cafe.training.step.forward_packed", broken)
+
+
+@pytest.mark.parametrize("save_steps", [0, 1])
+def test_a_run_whose_every_step_was_skipped_ends_in_an_error_without_a_checkpoint(recipe, monkeypatch, save_steps):
+    always_nonfinite(monkeypatch)
+    run = replace(recipe, max_steps=2, save_steps=save_steps)  # fewer than max_nonfinite_steps
+    sentence = "not finite in any of the 2 steps, so nothing was learned and no checkpoint was written"
+    for _ in range(2):  # the same command again, too
+        with pytest.raises(CafeError, match=sentence):
+            train(run, report=lambda line: None)
+        assert not Path(run.output, "checkpoint").exists()
+        AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize(("save_steps", "step"), [(1, 1), (0, 4)], ids=["state", "checkpoint"])
+@pytest.mark.parametrize("adapter", [None, LoraSettings(rank=2)], ids=["full", "adapter"])
+def test_weights_that_an_update_made_infinite_are_never_saved(recipe, monkeypatch, save_steps, step, adapter):
+    run = replace(recipe, save_steps=save_steps, model=replace(recipe.model, adapter=adapter))
+    spoiled: list[str] = []
+
+    def spoil(trained: Run, gradient: StepGradient, number: int) -> float:
+        rate = optimizer_step(trained, gradient, number)
+        if number == step:
+            name, parameter = list(trainable_parameters(trained.joint).items())[-1]
+            parameter.data.view(-1)[0] = torch.inf
+            spoiled.append(name)
+        return rate
+
+    monkeypatch.setattr("cafe.training.loop.optimizer_step", spoil)
+    with pytest.raises(CafeError) as error:
+        train(run, report=lambda line: None)
+    assert str(error.value).startswith(f"The weight {spoiled[0]} holds values that are not finite at step {step}")
+    assert not Path(run.output, "checkpoint").exists()
+    assert not list(Path(run.output).glob("state/*"))

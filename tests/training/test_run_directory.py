@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from cafe.data.records import open_source
 from cafe.data.source import Source
 from cafe.errors import CafeError
 from cafe.training.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe
-from cafe.training.run_directory import claim_run_directory, is_finished
+from cafe.training.run_directory import check_data, claim_run_directory, is_finished
 
 
 @pytest.fixture
@@ -44,6 +45,29 @@ def test_run_directory_is_locked_by_one_process(recipe, tmp_path):
             claim_run_directory(recipe)
         assert pool.apply(claim_run_directory, (recipe,)) != name  # the same process may again
     assert claim_run_directory(recipe)
+
+
+def test_data_that_changed_since_the_run_was_saved_is_refused_unless_allowed(recipe, tmp_path):
+    file = tmp_path / "a.jsonl"
+    sources = (Source(path=str(file)),)
+    recipe = replace(recipe, data=DataConfig(sources=sources))
+    allowed = replace(recipe, data=DataConfig(sources=sources, allow_changes=True))
+
+    def start(recipe, text):
+        file.write_text(text)
+        claim_run_directory(recipe)
+        check_data(recipe, [open_source(source) for source in recipe.data.sources])
+
+    start(recipe, "1\n2\n")
+    start(recipe, "1\n")  # nothing was saved yet
+    (tmp_path / "run" / "state").mkdir()
+    start(recipe, "1\n")
+    with pytest.raises(CafeError, match=r"a\.jsonl had 1 records and has 2\).*data\.allow_changes=true"):
+        start(recipe, "1\n2\n")
+    with pytest.raises(CafeError, match=r"a\.jsonl has other content"):
+        start(recipe, "3\n")
+    start(allowed, "1\n2\n")
+    start(recipe, "1\n2\n")  # which it is from now on
 
 
 def test_run_is_finished_once_its_checkpoint_has_the_same_recipe(recipe, tmp_path):

@@ -1,5 +1,7 @@
 """The joint step against the plain computation: one graph, every branch by itself, dense losses, in float64."""
 
+import json
+from itertools import product
 from pathlib import Path
 from random import Random
 
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from cafe.content import Content, Dialogue, Example, Pair, Turn
-from cafe.data.batch import MicroBatchSize, split_micro_batches
+from cafe.data.batch import NO_LIMIT, MicroBatchSize, split_micro_batches
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.encoding import EncodedExample, encode_example
 from cafe.data.records import open_source
@@ -113,6 +115,31 @@ def test_gradient_is_the_plain_one_however_the_batch_is_cut(model, scenes, way, 
     assert losses.lm.item() == pytest.approx(lm.item(), rel=1e-12)
     assert losses.contrastive.item() == pytest.approx(contrastive.item(), rel=1e-12)
     assert (gradient(model.lvlm) - expected).norm() <= 1e-10 * expected.norm()
+
+
+@pytest.mark.parametrize("size", [NO_LIMIT, MicroBatchSize(crops=4)])
+def test_captions_of_one_image_are_no_negatives_of_each_other(model, scenes, tmp_path, size):
+    """COCO flattened, a row a caption; the formula is over the model's own embeddings."""
+    images = [row["image"] for row in json.loads((scenes / "llava_train.json").read_text())[:3]]
+    rows = [{"query_image": name, "positive": f"{way} caption of {name}"} for name in images for way in ("a", "one")]
+    (tmp_path / "flat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = open_source(Source(path=str(tmp_path / "flat.jsonl"), format="pairs", images=str(scenes)))
+    dataset = ContrastiveBatchDataset(
+        [source], model.chat_processor, PAIRS, seed=0, language=False, micro_batch_size=size
+    )
+    batch = dataset[0]
+    step = JointStep(model.lvlm, ObjectiveConfig())
+    losses = step.forward_backward(batch)
+
+    embeddings = F.normalize(step.embed_without_grad(batch, batch.micro_batches).embeddings.detach(), dim=-1)
+    logits = embeddings[:PAIRS] @ embeddings[PAIRS:].T / 0.05
+    shown = [rows[int(index)]["query_image"] for index in dataset.order(0).records]
+    for i, j in product(range(PAIRS), repeat=2):
+        if i != j and shown[i] == shown[j]:
+            logits[i, j] = -torch.inf
+    matches = torch.arange(PAIRS)
+    expected = (F.cross_entropy(logits, matches) + F.cross_entropy(logits.T, matches)) / 2
+    assert losses.contrastive.item() == pytest.approx(expected.item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("way", WAYS)

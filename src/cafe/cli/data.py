@@ -8,8 +8,10 @@ import click
 
 from cafe.cli.options import FRACTION, NON_NEGATIVE, PATH, POSITIVE, override_arguments, recipe_arguments
 from cafe.errors import RecipeError, RecordError
+from cafe.utils.terminal import escape_controls
 
 if TYPE_CHECKING:
+    from cafe.content import ImageLimits
     from cafe.data.source import Source
     from cafe.lvlm.prompts import Prompts
     from cafe.model import Cafe
@@ -34,6 +36,7 @@ class CheckedData:
         model: the limits on images.
         max_tokens: the maximum length of a sequence; None for no limit.
         max_bad_fraction: the fraction of bad records above which the check fails.
+        image_limits: the limits on images of sources that have none of their own.
     """
 
     sources: tuple["Source", ...]
@@ -42,6 +45,7 @@ class CheckedData:
     model: "ModelConfig"
     max_tokens: int | None
     max_bad_fraction: float
+    image_limits: "ImageLimits"
 
 
 @data_group.command("check")
@@ -80,7 +84,7 @@ def check_command(
     checked = _recipe_data(path, overrides, base) if is_recipe else _source_data(path, overrides, base)
     chat_processor = build_chat_processor(checked.base, checked.prompts, checked.model)
     reports = inspect(
-        [open_source(source) for source in checked.sources],
+        [open_source(source, checked.image_limits) for source in checked.sources],
         chat_processor,
         max_tokens=checked.max_tokens,
         sample=sample,
@@ -89,7 +93,7 @@ def check_command(
     )
     write_page(output, reports, chat_processor, checked.max_tokens)
     for report in reports:
-        print(report.name)
+        print(escape_controls(report.name))
         for name, value in report.table():
             print(f"  {name:20} {value}")
     print(f"The page is {output}; distributions are min / median / p95 / max.")
@@ -99,7 +103,8 @@ def check_command(
         num_bad, num_read = len(report.errors), len(report.stats)
         if num_bad > checked.max_bad_fraction * num_read:
             fraction = num_bad / num_read
-            raise RecordError(f"{fraction:.1%} of the records of {report.name} are bad. The first: {report.errors[0]}")
+            name = escape_controls(report.name)
+            raise RecordError(f"{fraction:.1%} of the records of {name} are bad. The first: {report.errors[0]}")
 
 
 def _recipe_data(path: str, overrides: tuple[str, ...], base: str | None) -> CheckedData:
@@ -116,12 +121,14 @@ def _recipe_data(path: str, overrides: tuple[str, ...], base: str | None) -> Che
         model=recipe.model,
         max_tokens=recipe.model.max_length,
         max_bad_fraction=recipe.data.max_bad_fraction,
+        image_limits=recipe.data.image_limits,
     )
 
 
 def _source_data(path: str, overrides: tuple[str, ...], base: str | None) -> CheckedData:
     """Collect what a source says about itself, and a checkpoint about its prompts."""
     from cafe.checkpoint import prompts_from_metadata, read_metadata, resolve_checkpoint
+    from cafe.content import ImageLimits
     from cafe.training.recipe import DataConfig, ModelConfig
     from cafe.training.recipe_io import read_source
 
@@ -137,6 +144,7 @@ def _source_data(path: str, overrides: tuple[str, ...], base: str | None) -> Che
         model=ModelConfig(base=checkpoint),
         max_tokens=None,
         max_bad_fraction=DataConfig.max_bad_fraction,
+        image_limits=ImageLimits(),
     )
 
 
@@ -209,7 +217,7 @@ def mine_command(
         batch_size=batch_size,
         workers=run.data.num_workers,
     )
-    sources = [open_source(source) for source in run.data.sources]
+    sources = [open_source(source, run.data.image_limits) for source in run.data.sources]
     mine(model, sources, output, mining, run.seed, run.model.max_length)
 
 

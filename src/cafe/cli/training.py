@@ -64,12 +64,20 @@ def _parse_size(text: str) -> tuple[int, int]:
 @click.command("merge")
 @click.argument("directory", metavar="RUN", type=PATH)
 @click.argument("output", type=PATH)
-def merge_command(directory: Path, output: Path) -> None:
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "bfloat16", "float16"]),
+    show_default="float32, or the base's if that is wider",
+    help="Precision of the merged weights. In 16 bits, part of what the adapter learned is lost.",
+)
+def merge_command(directory: Path, output: Path, dtype: str | None) -> None:
     """Merge a run's adapter into its base model.
 
     RUN is the output directory of a run, or a checkpoint in it. OUTPUT is the directory for the merged checkpoint,
-    which needs no PEFT to load.
+    which needs no PEFT to load. How much of the adapter's change of the weights is left after rounding is printed.
     """
+    import torch
+
     from cafe.checkpoint import checkpoint_dir, ensure_overwritable
     from cafe.lvlm.adapters import has_adapter, merge
     from cafe.model import Cafe
@@ -81,12 +89,14 @@ def merge_command(directory: Path, output: Path) -> None:
     if output.resolve() == checkpoint.resolve():
         raise CafeError(f"The merged checkpoint would take the place of the adapter {checkpoint}: name another output.")
     ensure_overwritable(output)
-    # In the dtype that the weights were saved in, and on the CPU, where any model fits that can be saved.
-    model = Cafe.load(checkpoint, dtype="auto", device="cpu")
+    # On the CPU, where any model fits that can be saved.
+    model = Cafe.load(checkpoint, dtype=getattr(torch, dtype) if dtype else "auto", device="cpu")
     if not has_adapter(model.lvlm):
         raise CheckpointError(f"{checkpoint} has no adapter to merge: it is a plain checkpoint already.")
-    merge(model.lvlm)
+    # The adapter was trained in float32, and the base may have fewer bits.
+    kept = merge(model.lvlm, None if dtype else torch.promote_types(model.lvlm.dtype, torch.float32))
     model.save(output)
+    print(f"Rounded to {str(model.lvlm.dtype).removeprefix('torch.')}, {kept:.1%} of the adapter's change is kept.")
     print(f"The merged checkpoint is in {output}")
 
 
@@ -120,5 +130,10 @@ def _read_results(directory: Path) -> dict[str, Any]:
     file = directory / "results.json"
     if not file.is_file():
         raise CafeError(f"{directory} has no results.json: `cafe evaluate` writes one.")
-    results: dict[str, Any] = json.loads(file.read_text())
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        raise CafeError(f"{file} is not valid JSON: `cafe evaluate` writes it again.") from None
+    if not isinstance(results, dict) or not all(isinstance(value, (int, float)) for value in results.values()):
+        raise CafeError(f"{file} is not a mapping of names to numbers: `cafe evaluate` writes it again.")
     return results

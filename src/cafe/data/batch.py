@@ -48,16 +48,18 @@ class Batch:
 
     Attributes:
         micro_batches: what goes through the model at once.
-        target_ids: hashes of the targets; pairs with equal targets have equal numbers.
+        query_ids, target_ids: hashes of the queries and of the targets; equal contents have equal numbers.
         negative_owner: for each hard negative, the index of its pair.
         negative_match_prob: for each hard negative, the probability that it matches its pair's query after all.
         negative_ids: hashes of the hard negatives, comparable with `target_ids`.
         num_supervised: the number of tokens that the language loss is taken on.
         bad_records: why records were skipped, one message each.
         record_names: the file and record of each example.
+        num_truncated: the number of examples that were cut to the longest sequence.
     """
 
     micro_batches: list[MicroBatch]
+    query_ids: Int64[Tensor, " pairs"]
     target_ids: Int64[Tensor, " pairs"]
     negative_owner: Int64[Tensor, " negatives"]
     negative_match_prob: Float32[Tensor, " negatives"]
@@ -65,12 +67,14 @@ class Batch:
     num_supervised: int
     bad_records: list[str]
     record_names: list[str]
+    num_truncated: int = 0
 
     def pin_memory(self) -> "Batch":
         """Copy the tensors to page-locked memory. PyTorch's data loader calls it in a thread of its own."""
         return replace(
             self,
             micro_batches=[micro_batch.pin_memory() for micro_batch in self.micro_batches],
+            query_ids=self.query_ids.pin_memory(),
             target_ids=self.target_ids.pin_memory(),
             negative_owner=self.negative_owner.pin_memory(),
             negative_match_prob=self.negative_match_prob.pin_memory(),
@@ -122,6 +126,7 @@ def collate_examples(
     micro_batches = _make_micro_batches(examples, packing, size, blank)
 
     # What the contrastive loss needs to know of each pair and each hard negative, in the order of the embeddings.
+    query_ids: list[int] = []
     target_ids: list[int] = []
     owners: list[int] = []
     match_prob: list[float] = []
@@ -131,9 +136,11 @@ def collate_examples(
             owners += [len(target_ids)] * len(example.negatives)
             match_prob += example.negative_match_prob
             negative_ids += example.negative_ids
+            query_ids.append(example.query_id)
             target_ids.append(example.target_id)
     return Batch(
         micro_batches,
+        query_ids=torch.tensor(query_ids, dtype=torch.long),
         target_ids=torch.tensor(target_ids, dtype=torch.long),
         negative_owner=torch.tensor(owners, dtype=torch.long),
         negative_match_prob=torch.tensor(match_prob, dtype=torch.float32),
@@ -142,6 +149,7 @@ def collate_examples(
         num_supervised=sum(len(micro_batch.joint.labels) for micro_batch in micro_batches),
         bad_records=list(bad_records),
         record_names=[example.origin for example in examples],
+        num_truncated=sum(example.is_truncated for example in examples),
     )
 
 

@@ -7,21 +7,22 @@ import copy
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import compress
 from random import Random
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from cafe.content import Example
 from cafe.data.batch import NO_LIMIT, Batch, MicroBatch, MicroBatchSize, blank_branch, collate_examples, pack_with_blank
 from cafe.data.encoding import EncodedExample, encode_example
+from cafe.data.first_records import NUM_CHECKED_RECORDS, check_first_records
 from cafe.data.mixture import PROPORTIONAL, EpochOrder, Mixture, epoch_order
 from cafe.data.records import OpenedSource
-from cafe.errors import RecipeError, RecordError
+from cafe.errors import RecordError
 from cafe.lvlm.processing import ChatProcessor
 from cafe.packing import DEFAULT_PACKING, PackingConfig, count_unique_tokens
-
-NUM_CHECKED_RECORDS = 100  # at the start of the data, for a pair or dialogue to train on
 
 
 class ContrastiveBatchDataset(Dataset[Batch]):
@@ -147,23 +148,11 @@ class ContrastiveBatchDataset(Dataset[Batch]):
         )
 
     def _check_first_records(self) -> None:
-        """Make sure that the first records hold something to train on.
-
-        Raises:
-            RecipeError: all that can be read hold nothing.
-        """
-        num_untrained = 0
-        num_checked = min(NUM_CHECKED_RECORDS, len(self.order(0).records))
-        for position in range(num_checked):
-            with suppress(RecordError):  # reported when its batch is made
-                example = self._example_at(0, position)
-                if example.pair or example.dialogue:
-                    return
-                num_untrained += 1
-        if num_untrained:
-            trained = {"pair": self.contrast, "dialogue": self.language}
-            parts = " or a ".join(name for name, is_trained in trained.items() if is_trained)
-            raise RecipeError(f"None of the first {num_untrained} records holds a {parts} to train on.")
+        """Make sure that the first records of each source hold what is trained on: see `check_first_records`."""
+        drawn_from = self.order(0).sources
+        positions = [np.flatnonzero(drawn_from == number)[:NUM_CHECKED_RECORDS] for number in range(len(self.sources))]
+        wanted = compress(("pair", "dialogue"), (self.contrast, self.language))
+        check_first_records(self.sources, positions, lambda position: self._example_at(0, position), list(wanted))
 
     def _encode_at(self, epoch: int, position: int) -> EncodedExample | None:
         """Encode the record at a position of an epoch's order; None if nothing of it is trained.

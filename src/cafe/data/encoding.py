@@ -13,6 +13,7 @@ from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages, embedding_messages
 from cafe.packing import Branch
+from cafe.utils.terminal import escape_controls
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class EncodedExample:
         query, target: the pair's branches; None without a pair.
         negatives: the branches of its hard negatives.
         negative_match_prob: for each hard negative, the probability that it matches the query after all.
-        target_id, negative_ids: hashes of these contents, to find duplicates by.
+        query_id, target_id, negative_ids: hashes of these contents, to find duplicates by.
         dialogue: the branch that the language loss is taken on; None without a dialogue.
         origin: the file and record.
     """
@@ -32,6 +33,7 @@ class EncodedExample:
     target: Branch | None
     negatives: list[Branch]
     negative_match_prob: Sequence[float]
+    query_id: int
     target_id: int
     negative_ids: list[int]
     dialogue: Branch | None
@@ -56,6 +58,11 @@ class EncodedExample:
         """Return all branches."""
         return [*self.embedding_branches, *self.lm_branches]
 
+    @property
+    def is_truncated(self) -> bool:
+        """Return whether any branch was cut to the longest sequence."""
+        return any(branch.is_truncated for branch in self.all)
+
 
 def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: int | None = None) -> EncodedExample:
     """Encode an example. Each image is decoded and processed once for all branches that show it.
@@ -71,7 +78,7 @@ def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: 
     try:
         return _encode(example, chat_processor, max_tokens)
     except RecordError as error:
-        raise RecordError(f"{example.origin}: {error}") from None
+        raise RecordError(escape_controls(f"{example.origin}: {error}")) from None
 
 
 def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> EncodedExample:
@@ -98,7 +105,7 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
         return chat_processor.encode_dialogue(messages, load_images(refs), max_tokens)
 
     # Nothing yet: each part of the example fills in its own fields.
-    encoded = EncodedExample(None, None, [], [], 0, [], None, example.origin)
+    encoded = EncodedExample(None, None, [], [], 0, 0, [], None, example.origin)
     if pair := example.pair:
         encoded = replace(
             encoded,
@@ -107,6 +114,7 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
             negatives=list(map(encode_content, pair.negatives)),
             # Without soft targets, no negative matches.
             negative_match_prob=pair.negative_scores or [0.0] * len(pair.negatives),
+            query_id=content_hash(pair.query),
             target_id=content_hash(pair.target),
             negative_ids=list(map(content_hash, pair.negatives)),
         )
@@ -120,7 +128,7 @@ def content_hash(content: Content) -> int:
     digest = hashlib.blake2b(digest_size=7)  # 56 bits, so that it fits into a signed 64-bit tensor
     for part in content.parts:
         # The end of each part is marked, so that moving text from one to the next makes another hash.
-        digest.update(str(part).encode() + b"\0")
+        digest.update(str(part).encode(errors="surrogatepass") + b"\0")
         # A path is in its name already; images in memory are told apart by what they hold.
         match part:
             case ImageRef(source=bytes() as data):

@@ -14,6 +14,7 @@ from pathlib import Path
 import fsspec
 
 from cafe.errors import CafeError
+from cafe.utils.text import shorten
 
 
 def is_url(name: str) -> bool:
@@ -21,13 +22,17 @@ def is_url(name: str) -> bool:
     return "://" in name
 
 
-def join(folder: str, name: str) -> str:
-    """Join a folder and a name; an absolute path or a URL stays as it is."""
-    if is_url(name) or Path(name).is_absolute():
-        return name
-    if is_url(folder):
-        return f"{folder.rstrip('/')}/{name}"
-    return str(Path(folder) / name)
+def is_web(name: str) -> bool:
+    """Return whether a name is a URL of a web server."""
+    return name.lower().startswith(("http://", "https://"))
+
+
+def local_path(name: str) -> Path | None:
+    """Return the path of a local file, which may be named by a URL with `file://`; None for another URL."""
+    if not is_url(name):
+        return Path(name)
+    scheme, _, path = name.partition("://")
+    return Path(path) if scheme.lower() in ("file", "local") else None
 
 
 def folder_of(name: str) -> str:
@@ -94,7 +99,7 @@ def _brace_choices(piece: str) -> list[str]:
 
 
 def read(name: str, start: int | None = None, stop: int | None = None) -> bytes:
-    """Read a file's bytes, or only those from `start` to `stop`.
+    """Read a file's bytes, or only those from `start` to `stop`, which may be beyond its end.
 
     Raises:
         CafeError: it is missing or cannot be read.
@@ -123,6 +128,6 @@ def file_errors(name: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise CafeError(f"The data file {name} does not exist.") from None
+        raise CafeError(f"The data file {shorten(name)} does not exist.") from None
     except (OSError, ValueError, ImportError) as error:  # ValueError: unknown protocol; ImportError: its package
-        raise CafeError(f"The data file {name} cannot be read: {error}.") from None
+        raise CafeError(f"The data file {shorten(name)} cannot be read: {shorten(str(error))}.") from None

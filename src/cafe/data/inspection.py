@@ -32,6 +32,7 @@ class RecordStats:
         error: why it cannot be used; empty if it can.
         tokens: the lengths of its branches in tokens, by kind.
         num_supervised: the number of tokens that the language loss is taken on.
+        is_truncated: whether it was cut to the longest sequence.
         image_sizes: width and height of its images, in pixels.
         image_digests: a digest of each image's pixels.
         pair_digest, target_digest: digests of the pair and of its target; empty without a pair.
@@ -40,6 +41,7 @@ class RecordStats:
     error: str = ""
     tokens: dict[str, list[int]] = field(default_factory=dict)
     num_supervised: int = 0
+    is_truncated: bool = False
     image_sizes: tuple[tuple[int, int], ...] = ()
     image_digests: tuple[bytes, ...] = ()
     pair_digest: bytes = b""
@@ -97,6 +99,7 @@ class SourceReport:
             "records": self.num_records,
             "read": len(self.stats),
             "bad": len(self.errors),
+            "cut to max_length": sum(record.is_truncated for record in self.stats),
             "pairs": len(self.pair_digests),
             "dialogues": len(self.lengths("dialogue")),
             "hard negatives": len(self.lengths("negative")),
@@ -194,6 +197,7 @@ def _record_stats(example: Example, chat_processor: ChatProcessor, max_tokens: i
 
     stats = RecordStats(
         tokens=_branch_lengths(encoded),
+        is_truncated=encoded.is_truncated,
         num_supervised=sum(int(branch.loss_mask.sum()) for branch in encoded.lm_branches),
         image_sizes=tuple(image.size for image in images.values()),
         image_digests=tuple(image_digests.values()),

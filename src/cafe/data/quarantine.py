@@ -5,6 +5,7 @@ from pathlib import Path
 
 from cafe.data.batch import Batch
 from cafe.errors import CafeError
+from cafe.utils.terminal import escape_controls
 
 MIN_ALL_BAD = 8  # records; a run whose first ones are all bad stops at so many
 MIN_RECORDS_FOR_FRACTION = 100  # before the fraction of bad ones means much
@@ -16,12 +17,15 @@ class Quarantine:
     Args:
         file: gets one JSON line per bad record.
         max_bad_fraction: the fraction of bad records (0 to 1) above which the run stops.
-        num_bad, num_records: counts of the steps that are already done; lines of later steps are dropped from the file.
+        num_bad, num_records, num_truncated: counts of the steps that are already done, of which the last is of records
+            that were cut to the longest sequence. Lines of later steps are dropped from the file.
     """
 
-    def __init__(self, file: Path, max_bad_fraction: float, num_bad: int = 0, num_records: int = 0) -> None:
+    def __init__(
+        self, file: Path, max_bad_fraction: float, num_bad: int = 0, num_records: int = 0, num_truncated: int = 0
+    ) -> None:
         self.file, self.max_bad_fraction = file, max_bad_fraction
-        self.num_bad, self.num_records = num_bad, num_records
+        self.num_bad, self.num_records, self.num_truncated = num_bad, num_records, num_truncated
         if file.is_file():
             # A resumed run meets the records after its last saved step again.
             lines = file.read_text().splitlines(keepends=True)
@@ -35,12 +39,13 @@ class Quarantine:
         """
         self.num_bad += len(batch.bad_records)
         self.num_records += len(batch.bad_records) + len(batch.record_names)
+        self.num_truncated += batch.num_truncated
         # Opened for each batch, so that a killed run loses no line.
         if batch.bad_records:
             with self.file.open("a") as out:
                 out.writelines(json.dumps({"reason": reason}) + "\n" for reason in batch.bad_records)
         last_reason = batch.bad_records[-1] if batch.bad_records else "none"
-        self._check_counts(last_reason)
+        self._check_counts(escape_controls(last_reason))
         return batch
 
     def _check_counts(self, last_reason: str) -> None:

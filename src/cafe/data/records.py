@@ -8,7 +8,8 @@ references. A record that cannot become an Example raises `RecordError`, which n
 import logging
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
@@ -17,16 +18,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from cafe.content import Dialogue, Example, Pair
+from cafe.content import DEFAULT_LIMITS, Dialogue, Example, ImageLimits, Pair
 from cafe.data.files import expand_pattern, folder_of, is_url
 from cafe.data.formats.karpathy import karpathy, select_split
 from cafe.data.formats.llava import llava
 from cafe.data.formats.mmeb import mmeb
 from cafe.data.formats.pairs import pairs
 from cafe.data.readers.base import InMemoryRows, Rows, UnreadableFile, load_json, open_rows
-from cafe.data.readers.hf_datasets import HFDataset
+from cafe.data.readers.hf_datasets import HFDataset, image_folder
 from cafe.data.source import Columns, Format, Source
 from cafe.errors import CafeError, RecipeError, RecordError
+from cafe.utils.terminal import escape_controls
 
 __all__ = ["Columns", "OpenedSource", "Source", "open_source"]
 
@@ -35,6 +37,12 @@ logger = logging.getLogger(__name__)
 # A row, its source and a generator for choices within it -> what the row holds. Raises RecordError for a bad one.
 RecordParser = Callable[[Any, Source, Random], tuple[Pair | None, Dialogue | None]]
 FORMATS: dict[Format, RecordParser] = {"llava": llava, "karpathy": karpathy, "mmeb": mmeb, "pairs": pairs}
+# The columns that a format reads, where it does not read all.
+READ_COLUMNS: dict[Format, tuple[str, ...]] = {
+    "llava": ("image", "conversations", "negatives", "negative_scores"),
+    "karpathy": (),
+    "mmeb": (),
+}
 MIN_FILES_FOR_PROGRESS_BAR = 8
 
 
@@ -54,20 +62,31 @@ class OpenedSource:
     @cached_property
     def sources(self) -> list[Source]:
         """Return for each file the source with the folder of its images, by default the file's own."""
-        if self.source.images:
-            return [self.source] * len(self.files)
         # A pattern may match files in several folders, each with its images beside it.
-        folders = [folder_of(file.name) for file in self.files]
-        return [replace(self.source, images=folder) for folder in folders]
+        return [replace(self.source, path=file.name, images=self._folder(file)) for file in self.files]
 
     @cached_property
     def chunks(self) -> list[int]:
         """Return the lengths of runs of records that are best read together."""
         return list(chain.from_iterable(file.chunks for file in self.files))
 
+    def _folder(self, file: Rows) -> str:
+        """Return the folder of the images that a file's records name."""
+        if self.source.images:
+            return self.source.images
+        return image_folder(file.name) if isinstance(file, HFDataset) else folder_of(file.name)
+
     def __len__(self) -> int:
         """Return the number of records."""
         return self.starts[-1]
+
+    def field_names(self) -> list[str]:
+        """Return the names of the fields of the first record; none if it cannot be read."""
+        with suppress(CafeError):
+            row = self.files[0][0]
+            if isinstance(row, dict):
+                return list(map(str, row))
+        return []
 
     def example(self, index: int, rng: Random) -> Example:
         """Read a record and make an Example of it.
@@ -90,10 +109,13 @@ class OpenedSource:
             pair, dialogue = _parse_row(row, self.sources[file_number], rng)
         except CafeError as error:
             # Also where the row's file or its image on an object store cannot be read: other records may be fine.
-            raise RecordError(f"{origin}: {error}") from None
+            raise RecordError(escape_controls(f"{origin}: {error}")) from None
         # The parsers take for granted that fields are there and of the right type, which keeps them short.
-        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-            raise RecordError(f"{origin}: a field is missing or of the wrong kind ({error}).") from None
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError, ArithmeticError) as error:
+            reason = escape_controls(str(error))
+            raise RecordError(f"{origin}: a field is missing or of the wrong kind ({reason}).") from None
+        except RecursionError:
+            raise RecordError(f"{origin}: a field is nested too deeply to be read.") from None
         return Example(pair, dialogue, origin)
 
 
@@ -117,25 +139,54 @@ def _id_suffix(row: Any) -> str:
         return ""
     for key in ("id", "__key__"):  # the second is a tar's
         if key in row:
-            return f" (id {row[key]})"
+            return escape_controls(f" (id {row[key]!s:.100})")
     return ""
 
 
-def open_source(source: Source) -> OpenedSource:
+def open_source(source: Source, limits: ImageLimits = DEFAULT_LIMITS) -> OpenedSource:
     """Find a source's files and index them.
 
     If one file of several cannot be read, a warning is logged and its rows, as many as the others have on average,
     count as bad records, so that a run with too many such files stops.
+
+    Args:
+        source: the source.
+        limits: the limits on its images, where it has none of its own.
 
     Raises:
         CafeError: no file can be read, or a file does not have the source's format.
     """
     if not source.path:
         raise RecipeError("A source's path is empty.")
+    _check_columns(source)
+    source = replace(
+        source,
+        max_image_bytes=source.max_image_bytes or limits.max_bytes,
+        max_image_pixels=source.max_image_pixels or limits.max_pixels,
+    )
     opened = OpenedSource(source, _open_files(source))
     if not len(opened):
         raise CafeError(f"The data file {source.path} holds no records.")
     return opened
+
+
+def _check_columns(source: Source) -> None:
+    """Make sure that the source's format reads the columns that were renamed.
+
+    Raises:
+        RecipeError: it does not, so their values would be left out without a word.
+    """
+    read = READ_COLUMNS.get(source.format)
+    if read is None:
+        return
+    renamed = [each.name for each in fields(Columns) if getattr(source.columns, each.name) != each.default]
+    for name in renamed:
+        if name not in read:
+            known = f"only {', '.join(read)}" if read else "none"
+            raise RecipeError(
+                f"The format {source.format} of {source.path} does not read columns.{name}: of columns, it takes "
+                f"{known}."
+            )
 
 
 def _open_files(source: Source) -> list[Rows]:
@@ -148,7 +199,7 @@ def _open_files(source: Source) -> list[Rows]:
     if is_json and source.format == "karpathy":
         return [_open_karpathy(name, source.split) for name in names]
     if len(names) == 1:
-        return [open_rows(names[0], source.shuffle_window)]
+        return [open_rows(names[0], source.shuffle_window, source.image_limits.max_bytes)]
     return _open_several(names, source)
 
 
@@ -166,10 +217,10 @@ def _open_several(names: list[str], source: Source) -> list[Rows]:
     quiet = len(names) < MIN_FILES_FOR_PROGRESS_BAR
     for name in tqdm(names, desc=f"index {source.path}", unit="file", disable=quiet, leave=False):
         try:
-            files[name] = open_rows(name, source.shuffle_window)
+            files[name] = open_rows(name, source.shuffle_window, source.image_limits.max_bytes)
         except CafeError as error:
             errors[name] = str(error)
-            logger.warning("%s Its records count as bad.", error)
+            logger.warning("%s Its records count as bad.", escape_controls(str(error)))
     if not files:
         raise CafeError(f"None of the {len(names)} files of {source.path} can be read. The last: {errors[names[-1]]}")
 

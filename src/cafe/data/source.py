@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
+from cafe.content import DEFAULT_LIMITS, PILLOW_MAX_PIXELS, ImageLimits
 from cafe.data.files import folder_of
-from cafe.utils.ranges import Above
+from cafe.utils.ranges import Above, Between
 
 Format = Literal["llava", "karpathy", "mmeb", "pairs"]
 
@@ -48,6 +49,11 @@ class Source:
         answer_prompt: in the formats mmeb and pairs, what the user says after the query so that the positive, if it is
             text alone, is what the assistant answers. "" adds nothing; null makes no dialogue.
         max_frames: the most images taken from one list or folder, evenly spaced: frames of a video; null for all.
+        allow_urls: the schemes of URLs that records may name images by, such as [s3, gs]. Those of the store that the
+            images are on need no entry.
+        allow_outside: let records name images outside of the folder of images: by `..`, and where the records come from
+            elsewhere (tar, parquet, a dataset, an object store) by absolute paths and links.
+        max_image_bytes, max_image_pixels: the largest image that is read; null for the limits of `data`.
         use_pairs: train on the pairs of its records. false reads dialogues alone, as of instruction data whose answers
             ("yes") are not captions.
         weight: how often the source is drawn, relative to its share by size.
@@ -62,6 +68,10 @@ class Source:
     columns: Columns = field(default_factory=Columns)
     answer_prompt: str | None = None
     max_frames: Annotated[int | None, Above(0)] = None
+    allow_urls: tuple[str, ...] = ()
+    allow_outside: bool = False
+    max_image_bytes: Annotated[int | None, Above(0)] = None
+    max_image_pixels: Annotated[int | None, Between(1, PILLOW_MAX_PIXELS)] = None
     use_pairs: bool = True
     weight: float = 1.0
     shuffle_window: Annotated[int, Above(0)] = 8
@@ -70,3 +80,9 @@ class Source:
     def folder(self) -> str:
         """Return the folder that image paths are relative to."""
         return self.images or folder_of(self.path)
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """Return the limits on each image; the defaults where the source has none."""
+        max_bytes = self.max_image_bytes or DEFAULT_LIMITS.max_bytes
+        return ImageLimits(max_bytes, self.max_image_pixels or DEFAULT_LIMITS.max_pixels)

@@ -18,7 +18,9 @@ from cafe.evaluation.cached_model import CachedModel
 from cafe.images.decoding import decode_image
 from cafe.images.thumbnails import thumbnail
 from cafe.utils.terminal import escape_controls
+from cafe.utils.text import shorten
 
+TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of files whose absolute paths of images are followed
 NUM_SAMPLES = 12  # samples of each kind in the report
 
 # The fields that each record of a file must have, with their types.
@@ -221,15 +223,23 @@ def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Pat
         the path relative to `data`.
 
     Raises:
-        RecordError: it is in none of them.
+        RecordError: it is in none of them. Outside of `data`, only what a text file names by an absolute path is
+            looked at, as in training data.
     """
+    if source.suffix in TEXT_SUFFIXES and os.path.isabs(name) and os.path.isfile(name):
+        return Path(name)
     searched = ("", "images", *folders)
     for folder in searched:
         # `Path.is_file` raises for a text that is too long for a file name; this returns False.
-        if os.path.isfile(data / folder / name):
+        if is_inside(data / folder / name, data) and os.path.isfile(data / folder / name):
             return Path(folder) / name
     places = ", ".join(str(data / folder) for folder in searched)
-    raise RecordError(f"The image {escape_controls(str(name)):.200}, which {source} names, is in none of {places}.")
+    raise RecordError(f"The image {shorten(escape_controls(str(name)))}, which {source} names, is in none of {places}.")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Return whether a path stays in a folder, which an absolute name or `..` may leave; links are the user's own."""
+    return Path(os.path.abspath(path)).is_relative_to(os.path.abspath(folder))
 
 
 def ask_about_images(

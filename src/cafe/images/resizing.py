@@ -3,6 +3,7 @@
 Its values equal Pillow's except for an occasional difference of one level in 255.
 """
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,11 @@ class _TorchResize(PilBackend):
         resized: NDArray[Any] = super().resize(image=image, size=size, resample=resample, **kwargs)
         return resized
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the family's class: pickle would look for this one, which is made here, under the same name."""
+        family = type(self).__bases__[0]
+        return _new_image_processor, (family,), self.__dict__
+
 
 def _is_exact(size: SizeDict) -> bool:
     """Return whether a size is a height and a width; with a shortest edge, these depend on the image."""
@@ -52,10 +58,21 @@ def _is_exact(size: SizeDict) -> bool:
 
 def with_torch_resize(image_processor: Any) -> Any:
     """Return an image processor with the same settings that resizes by PyTorch; unchanged if it is not Pillow's."""
-    family = type(image_processor)
+    family: Any = type(image_processor)
     if not issubclass(family, PilBackend) or issubclass(family, _TorchResize):
         return image_processor
+    return _torch_resize_class(family).from_dict(image_processor.to_dict())
+
+
+@cache
+def _torch_resize_class(family: Any) -> Any:
+    """Make the subclass of a family's image processor that resizes by PyTorch."""
     # The new class comes last among the bases, so that a family's own `resize` still comes first, and has the same
     # name, so that the processor saves the same files.
-    torch_family: Any = type(family.__name__, (family, _TorchResize), {"__module__": family.__module__})
-    return torch_family.from_dict(image_processor.to_dict())
+    return type(family.__name__, (family, _TorchResize), {"__module__": family.__module__})
+
+
+def _new_image_processor(family: Any) -> Any:
+    """Make an image processor without settings, which pickle restores."""
+    torch_family = _torch_resize_class(family)
+    return torch_family.__new__(torch_family)

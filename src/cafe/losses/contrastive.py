@@ -3,13 +3,13 @@
 Everything is computed in float32, or in float64 where the input is, whatever precision the model ran in.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 MIN_TEMPERATURE = 0.01  # CLIP's bound on a learned temperature; the joint step applies it
@@ -32,7 +32,7 @@ class ContrastiveConfig:
             all negatives.
         dim_weights: for each number of leading dimensions, the weight of the loss on these dimensions alone
             (Matryoshka, Kusupati et al., arXiv 2205.13147). The whole embedding has weight 1.
-        mask_duplicates: do not count targets with equal ids as negatives of each other's queries.
+        mask_duplicates: do not count a query and a target that any pair of the batch holds as each other's negatives.
     """
 
     symmetric: bool = True
@@ -51,6 +51,7 @@ def info_nce(
     temperature: float | Float[Tensor, ""] = 0.05,
     negatives: Float[Tensor, "negatives dim"] | None = None,
     *,
+    query_ids: Int64[Tensor, " pairs"] | None = None,
     target_ids: Int64[Tensor, " targets"] | None = None,
     negative_owner: Int64[Tensor, " negatives"] | None = None,
     negative_match_prob: Float[Tensor, " negatives"] | None = None,
@@ -70,8 +71,10 @@ def info_nce(
         targets: the matches of the queries.
         temperature: divides the cosine; 0.05 as published.
         negatives: hard negatives, used in the query-to-target direction.
-        target_ids: ids of the targets, optionally followed by those of the hard negatives. Equal ids mean equal
-            content, which is not a negative of its own query.
+        query_ids: ids of the queries; None if all differ. Equal ids mean equal content: the target of one is a match
+            of the others too, in both directions.
+        target_ids: ids of the targets, optionally followed by those of the hard negatives; None if all differ. What
+            equals a match of a query is not a negative of it.
         negative_owner: the query that each hard negative was mined for.
         negative_match_prob: the probability that a hard negative matches its query after all. It is the weight of the
             negative among the query's targets, where the match has weight 1; the loss is the cross-entropy with this
@@ -85,7 +88,7 @@ def info_nce(
     if negatives is None:
         negatives = targets[:0]
     if not config.mask_duplicates:
-        target_ids = None
+        query_ids = target_ids = None
     # The whole embedding is one of the prefixes, so without `dim_weights` this is a single loss.
     weights = {**config.dim_weights, queries.shape[1]: 1.0}
     losses = []
@@ -96,6 +99,7 @@ def info_nce(
             _normalize(targets[:, :dim]),
             _normalize(negatives[:, :dim]),
             temperature,
+            query_ids,
             target_ids,
             negative_owner,
             negative_match_prob,
@@ -111,6 +115,7 @@ def _single_info_nce(
     targets: Float[Tensor, "pairs dim"],
     negatives: Float[Tensor, "negatives dim"],
     temperature: float | Float[Tensor, ""],
+    query_ids: Int64[Tensor, " pairs"] | None,
     target_ids: Int64[Tensor, " targets"] | None,
     negative_owner: Int64[Tensor, " negatives"] | None,
     negative_match_prob: Float[Tensor, " negatives"] | None,
@@ -121,7 +126,7 @@ def _single_info_nce(
     if len(negatives):
         targets = torch.cat([targets, negatives])
     scale = queries.new_ones(()) / temperature
-    loss: Tensor = _InfoNCE.apply(queries, targets, scale, target_ids, config, chunk_numel)
+    loss: Tensor = _InfoNCE.apply(queries, targets, scale, query_ids, target_ids, config, chunk_numel)
     if negative_owner is None or negative_match_prob is None:
         return loss
 
@@ -146,6 +151,7 @@ class _InfoNCE(torch.autograd.Function):
         queries: Float[Tensor, "pairs dim"],
         targets: Float[Tensor, "targets dim"],
         scale: Float[Tensor, ""],
+        query_ids: Int64[Tensor, " pairs"] | None,
         target_ids: Int64[Tensor, " ids"] | None,
         config: ContrastiveConfig,
         chunk_numel: int,
@@ -154,7 +160,8 @@ class _InfoNCE(torch.autograd.Function):
         pairs = len(queries)
         positive_logits, row_logsumexp = queries.new_empty(pairs), queries.new_empty(pairs)
         column_logsumexp = queries.new_full((pairs,), float("-inf"))
-        for rows, logits, column_logits in _iter_logits(queries, targets, scale, target_ids, config, chunk_numel):
+        chunks = _iter_logits(queries, targets, scale, query_ids, target_ids, config, chunk_numel)
+        for rows, logits, column_logits in chunks:
             positive_logits[rows] = logits.diagonal(rows.start)
             # A chunk holds whole rows, so the denominator of a query is complete; that of a target is accumulated.
             row_logsumexp[rows] = logits.logsumexp(1)
@@ -162,7 +169,7 @@ class _InfoNCE(torch.autograd.Function):
                 torch.logaddexp(column_logsumexp, column_logits.logsumexp(0), out=column_logsumexp)
 
         # The backward pass computes the logits again from these; it needs the denominators only.
-        ctx.save_for_backward(queries, targets, scale, target_ids, row_logsumexp, column_logsumexp)
+        ctx.save_for_backward(queries, targets, scale, query_ids, target_ids, row_logsumexp, column_logsumexp)
         ctx.config, ctx.chunk_numel = config, chunk_numel
         loss = (row_logsumexp - positive_logits).mean()
         if not config.symmetric:
@@ -172,12 +179,12 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of the embeddings and, if it is learned, of the temperature."""
-        queries, targets, scale, target_ids, row_logsumexp, column_logsumexp = ctx.saved_tensors
+        queries, targets, scale, query_ids, target_ids, row_logsumexp, column_logsumexp = ctx.saved_tensors
         pairs = len(queries)
         directions = 2 if ctx.config.symmetric else 1
         grad_queries, grad_targets = torch.empty_like(queries), torch.zeros_like(targets)
         grad_scale = torch.zeros_like(scale)
-        chunks = _iter_logits(queries, targets, scale, target_ids, ctx.config, ctx.chunk_numel)
+        chunks = _iter_logits(queries, targets, scale, query_ids, target_ids, ctx.config, ctx.chunk_numel)
         for rows, logits, column_logits in chunks:
             # The gradient of a logsumexp is a softmax; that of the loss subtracts 1 at the match, once per direction.
             # `column_logits` may be a view of `logits`: it is read before these are overwritten.
@@ -192,13 +199,14 @@ class _InfoNCE(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             # A logit is cosine * scale, so the gradient of the scale is the sum of probs * cosine.
             grad_scale = (grad_queries * queries).sum() / scale
-        return grad_queries, grad_targets.mul_(scale), grad_scale, None, None, None
+        return grad_queries, grad_targets.mul_(scale), grad_scale, None, None, None, None
 
 
 def _iter_logits(
     queries: Float[Tensor, "pairs dim"],
     targets: Float[Tensor, "targets dim"],
     scale: Float[Tensor, ""],
+    query_ids: Int64[Tensor, " pairs"] | None = None,
     target_ids: Int64[Tensor, " ids"] | None = None,
     config: ContrastiveConfig = DEFAULT_CONFIG,
     chunk_numel: int = CHUNK_NUMEL,
@@ -220,15 +228,16 @@ def _iter_logits(
         # The largest cosine of a negative, as a logit: compared as they are, the logits need no division.
         positive_cosine = (queries * targets[:pairs]).sum(1)
         bounds = (positive_cosine + config.false_negative_margin) * negative_scale
+    match_mask = _make_match_mask(queries, query_ids, target_ids)
     for start in range(0, pairs, step):
         rows = slice(start, min(start + step, pairs))
         logits = (queries[rows] * negative_scale) @ targets.T
         positive_logits = logits.diagonal(start) * (scale / negative_scale)
 
-        # Duplicates of the match. This also masks the match itself, which is put back below.
-        if target_ids is not None:
-            same = target_ids[rows, None] == target_ids[None, :]
-            logits[:, : len(target_ids)].masked_fill_(same, float("-inf"))
+        # Known matches. This also masks each query's own, which is put back below.
+        if match_mask is not None:
+            is_match = match_mask(rows)
+            logits[:, : is_match.shape[1]].masked_fill_(is_match, float("-inf"))
 
         # Unlabeled matches. Each direction has its own bound: only here do the two need separate memory.
         column_logits = logits[:, :pairs]
@@ -241,6 +250,35 @@ def _iter_logits(
         yield rows, logits, column_logits
 
 
+def _make_match_mask(
+    queries: Float[Tensor, "pairs dim"],
+    query_ids: Int64[Tensor, " pairs"] | None,
+    target_ids: Int64[Tensor, " ids"] | None,
+) -> Callable[[slice], Bool[Tensor, "rows ids"]] | None:
+    """Return a function that says, for some queries, which targets they are paired with anywhere in the batch.
+
+    A query and a target are paired if any pair holds an equal query and an equal target, by their ids. None if no ids
+    are given: then all contents differ.
+    """
+    if query_ids is None and target_ids is None:
+        return None
+    pairs = len(queries)
+    distinct = torch.arange(pairs, device=queries.device)
+    queries_by_id = distinct if query_ids is None else query_ids
+    # The ids of targets become small numbers, so that they can index a table.
+    groups = distinct if target_ids is None else target_ids.unique(return_inverse=True)[1]
+    if len(queries_by_id.unique()) == pairs:  # each query has its own match alone
+        return lambda rows: groups[rows, None] == groups[None, :]
+
+    def match_mask(rows: slice) -> Bool[Tensor, "rows ids"]:
+        """Count the pairs of each equal query by their groups of targets, and look the targets up in that."""
+        is_same_query = (queries_by_id[:, None] == queries_by_id[None, rows]).to(queries)
+        counts = queries.new_zeros(len(groups), is_same_query.shape[1]).index_add_(0, groups[:pairs], is_same_query)
+        return (counts.index_select(0, groups) > 0).T
+
+    return match_mask
+
+
 def _normalize(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
     """Scale rows to unit length, in float32 or, where the input is, in float64."""
     precise = rows if rows.dtype == torch.float64 else rows.float()
@@ -250,18 +288,21 @@ def _normalize(rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
 def in_batch_accuracy(
     queries: Float[Tensor, "pairs dim"],
     targets: Float[Tensor, "pairs dim"],
+    query_ids: Int64[Tensor, " pairs"] | None = None,
     target_ids: Int64[Tensor, " pairs"] | None = None,
     chunk_numel: int = CHUNK_NUMEL,
 ) -> Float[Tensor, ""]:
     """Compute the fraction of pairs whose match is the nearest in the batch, averaged over both directions (0 to 1).
 
-    Targets with equal `target_ids` do not compete with each other.
+    Contents that are paired anywhere in the batch, by equal ids, do not compete with each other's matches.
     """
     queries, targets = _normalize(queries), _normalize(targets)
     matches = torch.arange(len(queries), device=queries.device)
     correct = queries.new_zeros(())
-    for anchors, candidates in ((queries, targets), (targets, queries)):
-        unit_scale = anchors.new_ones(())
-        for rows, logits, _ in _iter_logits(anchors, candidates, unit_scale, target_ids, chunk_numel=chunk_numel):
+    unit_scale = queries.new_ones(())
+    directions = ((queries, targets, query_ids, target_ids), (targets, queries, target_ids, query_ids))
+    for anchors, candidates, anchor_ids, candidate_ids in directions:
+        chunks = _iter_logits(anchors, candidates, unit_scale, anchor_ids, candidate_ids, chunk_numel=chunk_numel)
+        for rows, logits, _ in chunks:
             correct += (logits.argmax(1) == matches[rows]).sum()
     return correct / (2 * len(queries))

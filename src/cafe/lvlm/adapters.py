@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
@@ -18,6 +19,7 @@ from transformers.utils import find_adapter_config_file
 
 from cafe.errors import CheckpointError, MissingPackageError, RecipeError, load_error
 from cafe.lvlm.families import PartName, model_part
+from cafe.lvlm.hub import ensure_exists
 from cafe.utils.ranges import Above, HalfOpen
 
 if TYPE_CHECKING:
@@ -147,18 +149,32 @@ def has_adapter(lvlm: PreTrainedModel) -> bool:
     return bool(getattr(lvlm, "_hf_peft_config_loaded", False))
 
 
+def is_adapter(path: str | Path) -> bool:
+    """Tell whether a directory or Hub id holds an adapter.
+
+    Raises:
+        CheckpointError: there is no such directory, nor a model of that name on the Hub.
+    """
+    ensure_exists(path)
+    return find_adapter_config_file(str(path)) is not None
+
+
 def read_adapter_config(path: str | Path) -> "PeftConfig | None":
     """Read the configuration of the adapter in a directory or under a Hub id; None if there is something else.
 
     Raises:
         MissingPackageError: there is an adapter and PEFT is not installed.
+        CheckpointError: its configuration is damaged.
     """
-    if not find_adapter_config_file(str(path)):
+    if not is_adapter(path):
         return None
     _require_peft()
     from peft import PeftConfig
 
-    return PeftConfig.from_pretrained(str(path))
+    try:
+        return PeftConfig.from_pretrained(str(path))
+    except Exception as error:  # the file may hold anything, and PEFT raises whatever it runs into
+        raise load_error("adapter", path, error) from error
 
 
 def load_adapter(lvlm: PreTrainedModel, path: str | Path, config: "PeftConfig") -> None:
@@ -180,24 +196,98 @@ def load_adapter(lvlm: PreTrainedModel, path: str | Path, config: "PeftConfig") 
     unprefixed = {name.removeprefix(SAVED_PREFIX): tensor for name, tensor in weights.items()}
     result = set_peft_model_state_dict(lvlm, unprefixed, ADAPTER_NAME)
     # The base's own weights count as missing too: a file holds the adapter's alone.
-    missing = [name for name in result.missing_keys if "lora_" in name]
+    missing = [name for name in result.missing_keys if "lora_" in name or ADAPTER_NAME in name.split(".")]
     if missing or result.unexpected_keys:
         name = (missing or result.unexpected_keys)[0]
         raise CheckpointError(f"The adapter {path} does not fit {lvlm.name_or_path}: {name}.")
     lvlm.requires_grad_(False)
 
 
-def merge(lvlm: PreTrainedModel) -> None:
-    """Add the adapter to the weights, in place, and remove it."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def merge(lvlm: PreTrainedModel, dtype: torch.dtype | None = None) -> float:
+    """Add the adapter to the weights, in place, and remove it.
 
-    for name, module in list(lvlm.named_modules()):
-        if isinstance(module, BaseTunerLayer):
-            module.merge()
-            lvlm.set_submodule(name, module.get_base_layer())
+    Each sum is computed in float32 or wider and rounded to the dtype of the weight. Where that has 16 bits, much of a
+    small change is lost.
+
+    Args:
+        lvlm: the model.
+        dtype: convert all weights to this first; None leaves each in its own.
+
+    Returns:
+        How much of the adapter's change is kept: with D the change of a weight before rounding and R the one after it,
+        the sum of <R, D> over all weights, divided by that of <D, D>. 1 is all of it.
+
+    Raises:
+        CheckpointError: the model's weights are quantized.
+    """
+    if getattr(lvlm, "is_quantized", False):
+        raise CheckpointError(
+            f"The weights of {lvlm.name_or_path} are quantized, and no adapter can be merged into them without loss: "
+            "merge it into the model that they were quantized from."
+        )
+    if dtype is not None:
+        lvlm.to(dtype)
+    kept, total = 0.0, 0.0
+    for name, module in _adapted_modules(lvlm):
+        merged, kept_here, total_here = _merge_module(module)
+        kept, total = kept + kept_here, total + total_here
+        lvlm.set_submodule(name, merged)
     # What transformers keeps of an adapter beside its layers.
     del lvlm.peft_config
     lvlm._hf_peft_config_loaded = False
+    _untie_if_different(lvlm)
+    if not total:
+        return 1.0
+    return kept / total
+
+
+def _untie_if_different(lvlm: PreTrainedModel) -> None:
+    """Let the configuration say so where the adapter held a head of its own beside the embeddings."""
+    head = lvlm.get_output_embeddings()
+    if head is None or head.weight is lvlm.get_input_embeddings().weight:
+        return
+    for config in (lvlm.config, lvlm.config.get_text_config()):
+        config.tie_word_embeddings = False
+
+
+def _adapted_modules(lvlm: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Return PEFT's modules, the outermost ones, with their names.
+
+    They are layers with matrices beside them, and wrappers of modules that the adapter holds as a whole
+    (`modules_to_save`) or of some rows of an embedding.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    found: list[tuple[str, nn.Module]] = []
+    # Modules come from the outside in.
+    for name, module in lvlm.named_modules():
+        is_inner = found and name.startswith(f"{found[-1][0]}.")
+        if not is_inner and isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            found.append((name, module))
+    return found
+
+
+def _merge_module(module: Any) -> tuple[nn.Module, float, float]:
+    """Merge one of PEFT's modules; return the plain module, and the sums of <R, D> and <D, D> (see `merge`)."""
+    is_wrapper = hasattr(module, "original_module")
+    base = module.original_module if is_wrapper else module.get_base_layer()
+    dtype = next(base.parameters()).dtype
+    module.to(torch.promote_types(dtype, torch.float32))
+    before = {name: parameter.detach().clone() for name, parameter in base.named_parameters()}
+    if hasattr(module, "unload_and_optionally_merge_module"):
+        merged: nn.Module = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+    else:
+        module.merge()
+        merged = module.get_base_layer()
+
+    change = {name: parameter.detach() - before[name] for name, parameter in merged.named_parameters()}
+    merged.to(dtype)
+    kept, total = 0.0, 0.0
+    for name, parameter in merged.named_parameters():
+        kept += float(((parameter.detach() - before[name]) * change[name]).sum())
+        total += float(change[name].square().sum())
+    return merged, kept, total
 
 
 def _inject(lvlm: PreTrainedModel, config: "PeftConfig") -> None:

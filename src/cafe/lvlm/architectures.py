@@ -125,8 +125,8 @@ def load_config(base: str) -> PreTrainedConfig:
         return AutoConfig.for_model(fields.pop("model_type"), **fields)
     # Nothing is downloaded: a Hub model outside the table is not known, even where it could be fetched.
     try:
-        return AutoConfig.from_pretrained(base, local_files_only=True)
-    except (OSError, ValueError):
+        return AutoConfig.from_pretrained(base, local_files_only=True, trust_remote_code=False)
+    except Exception:  # the file may hold anything, and transformers raises whatever it runs into
         advice = f"give a local directory, or one of {', '.join(KNOWN_CONFIGS)}."
         if Path(base).is_dir():
             advice = "it has no config.json that transformers reads; for an adapter, plan with its base."
@@ -137,7 +137,7 @@ def meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     """Build a model without weights: its parameters have names and shapes, on the meta device."""
     # The constructor allocates its parameters on the default device.
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config)
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
 
 
 def is_mixture_of_experts(text_config: PreTrainedConfig) -> bool:

@@ -5,6 +5,7 @@ works as well: its parts are found by the usual names, and the rest is detected 
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 from jaxtyping import Int64
@@ -215,27 +216,21 @@ def _has_only_full_attention(text_config: PreTrainedConfig) -> bool:
     return not getattr(text_config, "sliding_window", None)
 
 
-def uses_mrope(lvlm: PreTrainedModel) -> bool:
-    """Tell whether a model's position ids have several axes (M-RoPE), which it computes from the image grids itself."""
-    return hasattr(lvlm.base_model, "get_rope_index")
-
-
 def position_ids_fn(lvlm: PreTrainedModel) -> PositionIdsFn:
-    """Return the function that numbers the tokens of a branch: the model's own under M-RoPE."""
-    if not uses_mrope(lvlm):
+    """Return the function that numbers the tokens of a branch: the model's own under M-RoPE, which has several axes."""
+    if not hasattr(lvlm.base_model, "get_rope_index"):
         return default_position_ids
 
-    def mrope_position_ids(branch: Branch) -> Int64[Tensor, "3 tokens"]:
-        """Number the tokens of a branch by the time, row and column of its images' patches."""
-        # The model takes a batch, here of one row, and returns (axes, rows, tokens) with the rows' offsets.
-        grids = {name: grid for name, grid in branch.image_inputs.items() if name.endswith("_grid_thw")}
-        token_types = branch.image_mask.long()[None].int()
-        position_ids: Tensor = lvlm.base_model.get_rope_index(
-            branch.input_ids[None], mm_token_type_ids=token_types, **grids
-        )[0]
-        return position_ids[:, 0]
+    return partial(_mrope_position_ids, lvlm.base_model)
 
-    return mrope_position_ids
+
+def _mrope_position_ids(base_model: PreTrainedModel, branch: Branch) -> Int64[Tensor, "3 tokens"]:
+    """Number the tokens of a branch by the time, row and column of its images' patches."""
+    # The model takes a batch, here of one row, and returns (axes, rows, tokens) with the rows' offsets.
+    grids = {name: grid for name, grid in branch.image_inputs.items() if name.endswith("_grid_thw")}
+    token_types = branch.image_mask.long()[None].int()
+    position_ids: Tensor = base_model.get_rope_index(branch.input_ids[None], mm_token_type_ids=token_types, **grids)[0]
+    return position_ids[:, 0]
 
 
 def logit_softcap(lvlm: PreTrainedModel) -> float | None:

@@ -1,16 +1,18 @@
 """Generate text, whole or streamed, and from one prefill both embeddings and text."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from threading import Thread
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel, TextIteratorStreamer
 
 from cafe.attention.last_layer import restrict_last_layer
-from cafe.lvlm.families import uses_mrope
+from cafe.lvlm.families import position_ids_fn
 from cafe.lvlm.forward import to_device
 from cafe.lvlm.processing import ChatProcessor
 from cafe.packing import Branch
@@ -24,10 +26,21 @@ def generation_kwargs(max_new_tokens: int, temperature: float = 0.0, top_p: floa
 
 
 def collate_to_device(
-    lvlm: PreTrainedModel, chat_processor: ChatProcessor, branches: Sequence[Branch], left: bool = False
+    lvlm: PreTrainedModel, chat_processor: ChatProcessor, branches: Sequence[Branch]
 ) -> dict[str, Tensor]:
-    """Collate branches into inputs on the model's device, padded on the left for generation."""
-    return to_device(chat_processor.collate(branches, left=left), lvlm.device, lvlm.dtype)
+    """Collate branches into inputs on the model's device, padded on the left, with their position ids."""
+    inputs = chat_processor.collate(branches, left=True)
+    # Given, not left to the model: under M-RoPE it would keep the offset of each row on itself for the next token
+    # (`rope_deltas`), where another thread overwrites it.
+    inputs["position_ids"] = _pad_position_ids(map(position_ids_fn(lvlm), branches))
+    return to_device(inputs, lvlm.device, lvlm.dtype)
+
+
+def _pad_position_ids(position_ids: Iterable[Int64[Tensor, "axes _tokens"]]) -> Int64[Tensor, "*axes rows columns"]:
+    """Stack the position ids of rows, padded on the left; the axes come first only where there are several of them."""
+    by_token = [ids.T for ids in position_ids]
+    padded = pad_sequence(by_token, batch_first=True, padding_side="left")
+    return padded.movedim(2, 0).squeeze(0)
 
 
 @torch.inference_mode()
@@ -35,7 +48,7 @@ def generate_texts(
     lvlm: PreTrainedModel, chat_processor: ChatProcessor, prompts: Sequence[Branch], kwargs: dict[str, Any]
 ) -> list[str]:
     """Generate the continuation of each prompt."""
-    inputs = collate_to_device(lvlm, chat_processor, prompts, left=True)
+    inputs = collate_to_device(lvlm, chat_processor, prompts)
     output = lvlm.generate(**inputs, **kwargs)
     return _decode_new_tokens(chat_processor, output, inputs["input_ids"].shape[1])
 
@@ -86,63 +99,47 @@ def prefill_embed_and_generate(
         The last hidden state of each embedding branch's readout, and the text generated from each prompt.
     """
     embeddings, prompts = zip(*pairs, strict=True)
-    lengths = [_common_prefix_length(embedding.input_ids, prompt.input_ids) for embedding, prompt in pairs]
-    prefixes = [embedding.truncate(length) for embedding, length in zip(embeddings, lengths, strict=True)]
-    # Padded on the left, so that what follows the prefixes begins in the same column for all.
-    prefix = collate_to_device(lvlm, chat_processor, prefixes, left=True)
+    embedding_inputs = collate_to_device(lvlm, chat_processor, embeddings)
+    prompt_inputs = collate_to_device(lvlm, chat_processor, prompts)
+    # What follows the images is the same text in all rows, so the prefixes end in the same column in all of them.
+    prefix_length = _common_prefix_length(embeddings[0].input_ids, prompts[0].input_ids)
+    suffix_length = len(embeddings[0]) - prefix_length
+    token_inputs = {"input_ids", "attention_mask", "position_ids", *chat_processor.token_type_fns}
+    prefix = {
+        name: tensor[..., :-suffix_length] if name in token_inputs else tensor
+        for name, tensor in embedding_inputs.items()
+    }
     cache = DynamicCache(config=lvlm.config.get_text_config())
     _prefill(lvlm, prefix, cache)
 
     # Both continue from the same prefix: the embedding from a copy of the cache, the text from the cache itself.
-    suffix = _stack_suffixes(embeddings, lengths).to(lvlm.device)
-    hidden = _continue_embedding(lvlm, prefix, suffix, copy.deepcopy(cache))
-
-    suffix = _stack_suffixes(prompts, lengths).to(lvlm.device)
-    input_ids = torch.cat([prefix["input_ids"], suffix], dim=1)
-    output = lvlm.generate(
-        input_ids=input_ids, attention_mask=_extend_mask(prefix, suffix), past_key_values=cache, **kwargs
-    )
-    return hidden, _decode_new_tokens(chat_processor, output, input_ids.shape[1])
-
-
-def _stack_suffixes(branches: Sequence[Branch], lengths: Sequence[int]) -> Tensor:
-    """Stack what follows the prefix of each branch: the same instruction or question, so of the same length."""
-    suffixes = [branch.input_ids[length:] for branch, length in zip(branches, lengths, strict=True)]
-    return torch.stack(suffixes)
+    hidden = _continue_embedding(lvlm, embedding_inputs, suffix_length, copy.deepcopy(cache))
+    continued = {name: prompt_inputs[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    output = lvlm.generate(**continued, past_key_values=cache, **kwargs)
+    return hidden, _decode_new_tokens(chat_processor, output, prompt_inputs["input_ids"].shape[1])
 
 
 def _prefill(lvlm: PreTrainedModel, prefix: dict[str, Tensor], cache: DynamicCache) -> None:
     """Fill the cache with the prefix."""
-    position_ids = {}
-    # Under M-RoPE the model counts the tokens of images itself, and keeps their offset in `rope_deltas`.
-    if not uses_mrope(lvlm):
-        position_ids["position_ids"] = (prefix["attention_mask"].cumsum(1) - 1).clamp(min=0)
     # Nothing but the cache is read, so the last layer computes no token's output.
     no_tokens = torch.empty(0, 2, dtype=torch.long)
     with restrict_last_layer(lvlm, no_tokens):
-        lvlm.base_model(**prefix, **position_ids, past_key_values=cache, use_cache=True)
+        lvlm.base_model(**prefix, past_key_values=cache, use_cache=True)
 
 
 def _continue_embedding(
-    lvlm: PreTrainedModel, prefix: dict[str, Tensor], suffix: Tensor, cache: DynamicCache
-) -> Tensor:
-    """Return the hidden state of the last token behind a prefix in the cache."""
-    base = lvlm.base_model
-    # A position is the number of tokens before it in its row, padding left out.
-    mask = _extend_mask(prefix, suffix)
-    position_ids = mask.cumsum(1)[:, -suffix.shape[1] :] - 1
-    if uses_mrope(lvlm):
-        position_ids = (position_ids + base.rope_deltas).expand(3, -1, -1)
-    output = base(
-        input_ids=suffix, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True
+    lvlm: PreTrainedModel, inputs: dict[str, Tensor], suffix_length: int, cache: DynamicCache
+) -> Float[Tensor, "rows dim"]:
+    """Return the hidden state of the last token, of rows whose tokens before the suffix are in the cache."""
+    output = lvlm.base_model(
+        input_ids=inputs["input_ids"][:, -suffix_length:],
+        attention_mask=inputs["attention_mask"],
+        position_ids=inputs["position_ids"][..., -suffix_length:],
+        past_key_values=cache,
+        use_cache=True,
     )
     hidden: Tensor = output.last_hidden_state[:, -1]
     return hidden
-
-
-def _extend_mask(prefix: dict[str, Tensor], suffix: Tensor) -> Tensor:
-    """Return the attention mask of a prefix and a suffix, which has no padding."""
-    return torch.cat([prefix["attention_mask"], torch.ones_like(suffix)], dim=1)
 
 
 def _decode_new_tokens(chat_processor: ChatProcessor, output: Tensor, prompt_length: int) -> list[str]:

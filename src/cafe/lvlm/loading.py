@@ -5,26 +5,30 @@ torchvision, and with torchvision it expects video settings that a checkpoint ma
 the family's standard ones all the same.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
+from transformers.utils import cached_file
 
-from cafe.errors import CheckpointError, load_error
+from cafe.errors import CafeError, CheckpointError, load_error
 from cafe.lvlm.adapters import load_adapter, read_adapter_config
 from cafe.lvlm.architectures import meta_model
 from cafe.lvlm.families import attention_kwargs
+from cafe.lvlm.hub import ensure_exists
 from cafe.lvlm.image_size import set_max_image_size, sync_image_grids
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.quantization import quantization_kwargs
+from cafe.utils.nonfinite import find_nonfinite
 
-if TYPE_CHECKING:
-    from peft import PeftConfig
+# A directory with one of these has a processor of images, and not merely a tokenizer.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 class _VideoDropped(ProcessorMixin):
@@ -34,6 +38,7 @@ class _VideoDropped(ProcessorMixin):
         super().__init__(*args, **kwargs)
 
 
+@cache
 def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]:
     """Return a processor class without its video processor, under the same name, so that it saves the same files."""
 
@@ -55,8 +60,33 @@ def without_video(processor_class: type[ProcessorMixin]) -> type[ProcessorMixin]
             all_args = [loaded.get(name) for name in processor_class.get_attributes()]
             return super().from_args_and_dict(all_args, *rest, **kwargs)
 
+        def __reduce__(self) -> tuple[Any, ...]:
+            """Pickle by the processor class: pickle would not find this one, which is made here."""
+            return _new_processor, (processor_class,), self.__dict__
+
     WithoutVideo.__name__ = processor_class.__name__
     return WithoutVideo
+
+
+def _new_processor(processor_class: Any) -> ProcessorMixin:
+    """Make a processor without video and without its parts, which pickle restores."""
+    without: Any = without_video(processor_class)
+    processor: ProcessorMixin = without.__new__(without)
+    return processor
+
+
+@contextmanager
+def loading_errors(what: str, name: str | Path) -> Iterator[None]:
+    """Turn whatever goes wrong in loading into an error that names the model.
+
+    A file may hold anything, and transformers, tokenizers and PEFT raise whatever they run into when they read it.
+    """
+    try:
+        yield
+    except (CafeError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise load_error(what, name, error) from error
 
 
 def load_processor(path: str, model_type: str = "") -> ProcessorMixin:
@@ -69,12 +99,13 @@ def load_processor(path: str, model_type: str = "") -> ProcessorMixin:
     Raises:
         CheckpointError: the model's family has no processor.
     """
-    model_type = model_type or AutoConfig.from_pretrained(path).model_type
+    model_type = model_type or AutoConfig.from_pretrained(path, trust_remote_code=False).model_type
     if model_type not in PROCESSOR_MAPPING_NAMES:
         raise CheckpointError(
             f"{path} is a {model_type} model, for which transformers has no processor of images and text."
         )
-    return without_video(processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type])).from_pretrained(path)
+    processor_class = without_video(processor_class_from_name(PROCESSOR_MAPPING_NAMES[model_type]))
+    return processor_class.from_pretrained(path, trust_remote_code=False)
 
 
 def load_chat_processor(
@@ -86,22 +117,34 @@ def load_chat_processor(
         CheckpointError: no processor can be loaded from there.
         RecipeError: the limits do not fit the model, see `set_max_image_size`.
     """
-    # An adapter has a processor of its own, but its base's configuration.
-    try:
-        adapter = read_adapter_config(base)
-        config = AutoConfig.from_pretrained(_model_to_load(adapter, base))
-        processor = load_processor(base, config.model_type)
-    except (ImportError, OSError, ValueError) as error:
-        raise load_error("processor", base, error) from error
-    set_max_image_size(meta_model(config), processor, max_pixels, grids)
-    return ChatProcessor(processor, prompts)
+    # An adapter has its base's configuration.
+    model, source = _find_parts(base)
+    with loading_errors("processor", source):
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        processor = load_processor(source, config.model_type)
+        lvlm = meta_model(config)
+    set_max_image_size(lvlm, processor, max_pixels, grids)
+    with loading_errors("processor", source):
+        return ChatProcessor(processor, prompts)
 
 
-def _model_to_load(adapter: "PeftConfig | None", path: str) -> str:
-    """Return the directory or Hub id of the weights: an adapter's base, or the path itself."""
+def _find_parts(path: str | Path) -> tuple[str, str]:
+    """Return the directories or Hub ids of a model's weights and of its processor, which an adapter's base may have."""
+    adapter = read_adapter_config(path)
     if adapter is None:
-        return path
-    return adapter.base_model_name_or_path or path
+        return str(path), str(path)
+    base = str(adapter.base_model_name_or_path or path)
+    ensure_exists(base)
+    has_processor = any(_has_file(path, name) for name in PROCESSOR_FILES)
+    return base, str(path) if has_processor else base
+
+
+def _has_file(path: str | Path, name: str) -> bool:
+    """Tell whether a directory or Hub id has a file."""
+    if Path(path).is_dir():
+        return (Path(path) / name).is_file()
+    tolerated = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return cached_file(str(path), name, **tolerated) is not None
 
 
 def load_lvlm(
@@ -123,26 +166,27 @@ def load_lvlm(
         four_bit: hold the language model's matrices in 4 bits.
 
     Raises:
-        CheckpointError: nothing can be loaded from there.
+        CheckpointError: nothing can be loaded from there, or a weight is not finite.
         MissingPackageError: a package that it needs is not installed.
     """
-    base = str(path)  # named in the error, until the adapter says which model it is
-    try:
-        adapter = read_adapter_config(path)
-        base = _model_to_load(adapter, base)
+    base, source = _find_parts(path)
+    with loading_errors("vision-language model", base):
         quantization = quantization_kwargs(base, device, dtype) if four_bit else {}
-        implementation = attention_kwargs(AutoConfig.from_pretrained(base), attention)
+        implementation = attention_kwargs(AutoConfig.from_pretrained(base, trust_remote_code=False), attention)
         lvlm = AutoModelForImageTextToText.from_pretrained(
-            base, dtype=dtype, attn_implementation=implementation, **quantization
+            base, dtype=dtype, attn_implementation=implementation, trust_remote_code=False, **quantization
         )
-        processor = load_processor(str(path), lvlm.config.model_type)
-    except (ImportError, OSError, ValueError, SafetensorError) as error:  # ImportError: a processor needs a package
-        raise load_error("vision-language model", base, error) from error
+    with loading_errors("processor", source):
+        processor = load_processor(source, lvlm.config.model_type)
+        chat_processor = ChatProcessor(processor, prompts)
     # The processor may be an adapter's, trained with other grids than its base has.
-    chat_processor = ChatProcessor(processor, prompts)
     sync_image_grids(lvlm, processor)
     if not four_bit:  # bitsandbytes has put the weights on the device itself
         lvlm = lvlm.to(device)
-    if adapter:
-        load_adapter(lvlm, path, adapter)
+    if adapter := read_adapter_config(path):
+        with loading_errors("adapter", path):
+            load_adapter(lvlm, path, adapter)
+    nonfinite = find_nonfinite(lvlm.named_parameters())
+    if nonfinite is not None:
+        raise CheckpointError(f"The weight {nonfinite} of {path} holds values that are not finite: it is damaged.")
     return lvlm.eval(), chat_processor

@@ -8,6 +8,7 @@ exactly, and an image is processed once for all branches that show it.
 import copy
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from cafe.lvlm.images import FamilyImages, FastImages, ProcessedImages, make_fas
 from cafe.lvlm.prompts import CHATML, Message, Prompts
 from cafe.packing import Branch, TokenTypeFn, collate_vision, image_token_type_ids, prefix_lm_token_type_ids
 
+MAX_TEMPLATE_CHARACTERS = 1_000_000  # of a template's own around a chat
 MAX_MEMOIZED = 4096  # texts whose tokens are kept, and chats whose prompts are
 
 # A chat with hashable parts: (role, ((type, text), ...)) of each message.
@@ -75,9 +77,12 @@ class ChatProcessor:
         self._tokenize = lru_cache(MAX_MEMOIZED)(self._tokenize_text)
         self._apply_template = lru_cache(MAX_MEMOIZED)(self._render_frozen)
 
-        self.placeholder = self._find_placeholder(placeholders)
-        self._special_tokens = self._compile_special_tokens()
-        self._assistant_prefix, self._assistant_suffix = self._probe_assistant_frame()
+        try:
+            self.placeholder = self._find_placeholder(placeholders)
+            self._special_tokens = self._compile_special_tokens()
+            self._assistant_prefix, self._assistant_suffix = self._probe_assistant_frame()
+        except RecordError as error:  # of the template, which no record has been put into yet
+            raise CheckpointError(f"{error} Set prompts.chat_template to chatml for another.") from None
 
         family_images = FamilyImages(processor, self.placeholder, image_tokens_only=self.prefix_lm)
         self.images: FamilyImages | FastImages = family_images
@@ -123,9 +128,10 @@ class ChatProcessor:
         """
         text = self._render_embedding(messages)
         pieces = self._split(text, iter(images.token_runs))
-        if max_tokens and _num_tokens(pieces) > max_tokens:
-            pieces = self._truncate_content(messages, text, images, max_tokens)
-        return self._join(_unsupervised(pieces), images)
+        if not max_tokens or _num_tokens(pieces) <= max_tokens:
+            return self._join(_unsupervised(pieces), images)
+        pieces = self._truncate_content(messages, text, images, max_tokens)
+        return replace(self._join(_unsupervised(pieces), images), is_truncated=True)
 
     def encode_dialogue(
         self, messages: list[Message], images: ProcessedImages, max_tokens: int | None = None
@@ -208,7 +214,12 @@ class ChatProcessor:
         before, _, after = self._render([*chat, _ASSISTANT_PROBE], False).partition(_SENTINEL)
         # A template may write more behind the generation prompt when the answer is there, as an empty thought.
         prefix = before.removeprefix(prompt) if before.startswith(prompt) else ""
-        return prefix, after.rstrip() or self.tokenizer.eos_token
+        suffix = after.rstrip() or self.tokenizer.eos_token
+        if not suffix:
+            raise CheckpointError(
+                "Neither the model's chat template nor its tokenizer, which has no eos_token, says how an answer ends."
+            )
+        return prefix, suffix
 
     def _render_embedding(self, messages: list[Message]) -> str:
         """Render the prompt whose last token is the readout."""
@@ -264,12 +275,23 @@ class ChatProcessor:
         messages = []
         for role, parts in chat:
             messages.append({"role": role, "content": [self._thaw(*part) for part in parts]})
-        return self.processor.apply_chat_template(
-            messages,
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        # A template is a program that comes with the model. It may refuse a chat, as one whose roles do not alternate,
+        # and it may be broken; transformers runs it in a sandbox, where it can do no more than that.
+        try:
+            text = self.processor.apply_chat_template(
+                messages,
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:
+            words = str(error).strip().splitlines()
+            reason = words[0].rstrip(".") if words else type(error).__name__
+            raise RecordError(f"The model's chat template cannot render a chat: {reason:.200}.") from None
+        num_written = len(text) - sum(len(part) for _, parts in chat for _, part in parts)
+        if num_written > MAX_TEMPLATE_CHARACTERS:
+            raise RecordError(f"The model's chat template writes {num_written:,} characters around a chat.")
+        return text
 
     def _thaw(self, kind: str, text: str) -> dict[str, str]:
         """Return a part of a frozen chat as templates take it."""

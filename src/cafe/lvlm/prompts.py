@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from cafe.content import Content, Dialogue, ImageRef
+from cafe.utils.ranges import check_ranges
 
 DESCRIBE_PROMPT = "Describe the image."
 """The default request for a caption."""
@@ -23,6 +24,10 @@ CHATML = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 """The published prompt format of LLaVA-OneVision's Qwen2 models, as a chat template; `<image>` stands for an image."""
+
+
+RENAMED_PROMPTS = {"frame": "assistant_frame"}
+"""Fields of `Prompts` that had another name before the first release, and their name today."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +52,9 @@ class Prompts:
     text_instruction: str = "Compress this sentence in one word:"
     assistant_frame: Literal["closed", "open"] = "closed"
     chat_template: Literal["chatml", "family"] = "family"
+
+    def __post_init__(self) -> None:
+        check_ranges(self, "prompts")
 
 
 Message = dict[str, Any]  # a turn of a chat as transformers' templates take it, with "role" and "content"

@@ -22,7 +22,7 @@ def quantization_kwargs(path: str, device: torch.device, dtype: torch.dtype | st
     if not find_spec("bitsandbytes"):
         raise MissingPackageError("4-bit weights need the package bitsandbytes: pip install 'cafe-lvlm[4bit]'.")
     # bitsandbytes takes regular expressions of module names, where a fragment's dot ends a name.
-    family = family_of(AutoConfig.from_pretrained(path).model_type)
+    family = family_of(AutoConfig.from_pretrained(path, trust_remote_code=False).model_type)
     unquantized = [*family.vision_tower, *family.projector, "lm_head"]
     # As QLoRA: normal-float values in blocks, whose scales are quantized too.
     config = BitsAndBytesConfig(

@@ -6,6 +6,7 @@ a tower of another kind is called as usual.
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +18,16 @@ from uuid import uuid4
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from transformers import PreTrainedConfig
 from transformers.utils import ModelOutput
 
 from cafe.lvlm.families import contains_projector, feature_layers, packed_patch_size
+from cafe.lvlm.vision_files import DAMAGE, load_output, save_output
+from cafe.utils.atomic import commit
 from cafe.utils.hashing import iter_tensor_bytes
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,23 +136,41 @@ class VisionCache:
         crops = parse_tower_inputs(pixels, kwargs, self.patch_size)
         if crops is None:
             return forward(*args, **kwargs)
-        missing = self._find_missing(crops.hashes, pixels.device)
+        missing = self._find_missing(crops, pixels.device)
         if missing:
             all_missing = len(missing) == len(crops.hashes)
+            chosen_args, chosen_kwargs = args, kwargs
             if not all_missing:
-                args, kwargs = _select_crops(crops, list(missing.values()), len(pixels), args, kwargs)
-            output = forward(*args, **kwargs)
+                chosen_args, chosen_kwargs = _select_crops(crops, list(missing.values()), len(pixels), args, kwargs)
+            output = forward(*chosen_args, **chosen_kwargs)
             self._drop_unread_outputs(output)
             self._store(output, crops, missing)
             if all_missing:
                 return output  # the cache holds views of it, so a step of one micro-batch keeps nothing twice
-        return _concatenate([self.cached[key] for key in crops.hashes], crops.dim)
+        outputs = [self.cached[key] for key in crops.hashes]
+        if _fit_together(outputs, crops.dim):
+            return _concatenate(outputs, crops.dim)
+        return self._encode_again(forward, args, kwargs, crops)
 
-    def _find_missing(self, hashes: Sequence[int], device: torch.device) -> dict[int, int]:
+    def _encode_again(
+        self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], crops: TowerInputs
+    ) -> Any:
+        """Encode all crops, because their features in the directory are not of one shape."""
+        logger.warning("Cached features in %s are of other shapes and are made again.", self.directory)
+        output = forward(*args, **kwargs)
+        self._drop_unread_outputs(output)
+        # Each occurrence of a crop has rows of its own in the output.
+        stops = list(accumulate(crops.output_rows))
+        for key, start, stop in zip(crops.hashes, [0, *stops], stops, strict=False):
+            self.cached[key] = _slice_output(output, start, stop, stops[-1], crops.dim)
+            self._save(key)
+        return output
+
+    def _find_missing(self, crops: TowerInputs, device: torch.device) -> dict[int, int]:
         """Return the hash of each crop that has to be encoded, with the index of its last occurrence."""
         missing: dict[int, int] = {}
-        for index, key in enumerate(hashes):
-            is_cached = key in self.cached or self._load(key, device)
+        for index, (key, num_rows) in enumerate(zip(crops.hashes, crops.output_rows, strict=True)):
+            is_cached = key in self.cached or self._load(key, device, num_rows, crops.dim)
             if not is_cached:
                 missing[key] = index
         return missing
@@ -176,32 +199,34 @@ class VisionCache:
         if self.layers:
             output["last_hidden_state"] = None
 
-    def _load(self, key: int, device: torch.device) -> bool:
+    def _load(self, key: int, device: torch.device, num_rows: int, dim: int) -> bool:
         """Load a crop's features from the directory, and tell whether they were there."""
         file = self._file(key)
         if file is None or not file.is_file():
             return False
-        # The tower's output is an object of transformers, which `weights_only` refuses; the files are our own.
-        self.cached[key] = torch.load(file, map_location=device, weights_only=False)
+        try:
+            self.cached[key] = load_output(file, self.tower, device, num_rows, dim)
+        except DAMAGE as error:
+            logger.warning("The cached features in %s are damaged and are made again: %s.", file, error)
+            return False
         return True
 
     def _save(self, key: int) -> None:
         """Save a crop's features to the directory, if there is one."""
-        file = self._file(key)
-        if file is None:
+        file, output = self._file(key), self.cached[key]
+        if file is None or not isinstance(output, ModelOutput):
             return
         file.parent.mkdir(parents=True, exist_ok=True)
-        # Another process may be writing the same crop. Views are cloned, or their whole storage would be saved.
-        partial = file.with_suffix(f".{uuid4().hex}.partial")
-        torch.save(tree_map_only(Tensor, Tensor.clone, self.cached[key]), partial)
-        partial.replace(file)
+        partial = file.with_suffix(f".{uuid4().hex}.partial")  # another process may be writing the same crop
+        save_output(output, partial)
+        commit(partial, file)
 
     def _file(self, key: int) -> Path | None:
         """Return the file of a crop; None without a directory."""
         if self.directory is None:
             return None
         unsigned = key % 2**64  # a hash may be negative
-        return self.directory / f"{unsigned:016x}.pt"
+        return self.directory / f"{unsigned:016x}.safetensors"
 
 
 def _select_crops(
@@ -242,6 +267,19 @@ def _slice_output(output: Any, start: int, stop: int, total: int, dim: int) -> A
         return tensor.narrow(dim, first, last - first)
 
     return tree_map_only(Tensor, slice_tensor, output)
+
+
+def _fit_together(outputs: Sequence[Any], dim: int) -> bool:
+    """Return whether outputs have the same fields, and tensors of the same shape but for their rows along `dim`."""
+    leaves, structures = zip(*map(tree_flatten, outputs), strict=True)
+    if any(structure != structures[0] for structure in structures):
+        return False
+    return all(len({_shape_beside(tensor, dim) for tensor in tensors}) == 1 for tensors in zip(*leaves, strict=True))
+
+
+def _shape_beside(tensor: Tensor | None, dim: int) -> tuple[int, ...] | None:
+    """Return a tensor's shape without one dimension."""
+    return None if tensor is None else (*tensor.shape[:dim], *tensor.shape[dim + 1 :])
 
 
 def _concatenate(outputs: Sequence[Any], dim: int) -> Any:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from cafe.content import Content, Dialogue, Example, ImageRef, Pair
 from cafe.data.image_fields import IMAGE_TOKEN
 from cafe.errors import RecordError
-from cafe.images.decoding import image_errors
+from cafe.images.decoding import open_encoded
 from cafe.mining.embed import EmbeddedPairs, Examples, RecordKey
 
 
@@ -123,7 +123,7 @@ def _image_file(ref: ImageRef, output: Path) -> str:
         return str(ref.source.absolute())
     data = _encode_png(ref.source) if isinstance(ref.source, Image.Image) else ref.source
     # Bytes are kept as they are; only the header is read, for the suffix.
-    with image_errors(ref), Image.open(io.BytesIO(data)) as image:
+    with open_encoded(replace(ref, source=data)) as (image, _):
         suffix = (image.format or "image").lower()
     # Named by its content, so that an image of several records is written once.
     name = f"images/{hashlib.blake2b(data, digest_size=16).hexdigest()}.{suffix}"

@@ -22,12 +22,14 @@ class Branch:
         image_mask: which tokens are image tokens.
         image_inputs: the tensors of the image processor by name; empty without images. Branches with the same images
             hold the same mapping object: images are compared by identity.
+        is_truncated: whether tokens were cut off to keep within a limit.
     """
 
     input_ids: Int64[Tensor, " tokens"]
     loss_mask: Bool[Tensor, " tokens"]
     image_mask: Bool[Tensor, " tokens"]
     image_inputs: dict[str, Tensor] = field(default_factory=dict)
+    is_truncated: bool = False
 
     def __len__(self) -> int:
         """Return the number of tokens."""
@@ -35,7 +37,8 @@ class Branch:
 
     def truncate(self, length: int) -> "Branch":
         """Keep the first `length` tokens, which must include all image tokens."""
-        return Branch(self.input_ids[:length], self.loss_mask[:length], self.image_mask[:length], self.image_inputs)
+        masks = self.loss_mask[:length], self.image_mask[:length]
+        return Branch(self.input_ids[:length], *masks, self.image_inputs, is_truncated=True)
 
 
 def default_position_ids(branch: Branch) -> Int64[Tensor, "1 tokens"]:

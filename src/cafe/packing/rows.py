@@ -21,8 +21,8 @@ from cafe.packing.tree import (
     SharingKeys,
     common_prefix_length,
     compute_sharing_keys,
-    iter_tree,
     split_subtrees,
+    tree_nodes,
     tree_size,
 )
 
@@ -165,7 +165,7 @@ def _build_row(members: Sequence[int], keys: Sequence[SharingKeys]) -> _Row:
     columns: dict[int, SharingKeys] = {member: np.empty(len(keys[member]), np.int64) for member in members}
     ends: list[SharingKeys] = []
     column = 0
-    for node in iter_tree(members, keys):
+    for node in tree_nodes(members, keys):
         for member in node.members:
             columns[member][node.start : node.stop] = np.arange(column, column + node.length)
         # Depth first, all that is below a node follows it directly: the subtrees of its tokens end at the same column.

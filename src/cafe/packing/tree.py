@@ -3,7 +3,7 @@
 Branches are compared by sharing keys: integers that are equal exactly where tokens may be computed once for both.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ from cafe.packing.branch import Branch
 
 SharingKeys = NDArray[np.int64]
 
+NO_PARENT = -1  # of the root
 NO_TOKEN = -(2**62)  # stands for the next key of a branch that ends; no token or image has this key
 
 
@@ -72,24 +73,34 @@ def common_prefix_length(keys: Sequence[SharingKeys], start: int = 0) -> int:
     return length
 
 
-def iter_tree(members: Sequence[int], keys: Sequence[SharingKeys], start: int = 0) -> Iterator[Node]:
-    """Iterate over the nodes of the tree that some branches form, depth first."""
-    stop = common_prefix_length([keys[member] for member in members], start)
-    # Branches that continue below this node, grouped by their next key: one child for each.
-    next_key = {member: keys[member][stop] for member in members if len(keys[member]) > stop}
-    longer = sorted(next_key, key=next_key.__getitem__)
-    # All of them before the node itself is yielded, because it holds the size of its whole tree.
-    below: list[Node] = []
-    for _, child_members in groupby(longer, next_key.__getitem__):
-        below += iter_tree(list(child_members), keys, stop)
-    size = stop - start + sum(node.length for node in below)
-    yield Node(start, stop, list(members), size)
-    yield from below
+def tree_nodes(members: Sequence[int], keys: Sequence[SharingKeys]) -> list[Node]:
+    """List the nodes of the tree that some branches form, depth first."""
+    nodes: list[Node] = []
+    parents: list[int] = []
+    # A list of what is still to do, not recursion: a tree may be deeper than Python's stack. Each entry has branches
+    # that pass through a node, the depth where the node begins, and the index of its parent.
+    pending = [(list(members), 0, NO_PARENT)]
+    while pending:
+        passing, start, parent = pending.pop()
+        stop = common_prefix_length([keys[member] for member in passing], start)
+        # Branches that continue below this node, grouped by their next key: one child for each, the first one on top.
+        next_key = {member: keys[member][stop] for member in passing if len(keys[member]) > stop}
+        longer = sorted(next_key, key=next_key.__getitem__)
+        children = [list(below) for _, below in groupby(longer, next_key.__getitem__)]
+        pending += [(below, stop, len(nodes)) for below in reversed(children)]
+        nodes.append(Node(start, stop, passing, stop - start))
+        parents.append(parent)
+
+    # From the last node to the first, each adds its size, complete by then, to its parent's.
+    sizes = [node.size for node in nodes]
+    for index in range(len(nodes) - 1, 0, -1):
+        sizes[parents[index]] += sizes[index]
+    return [node._replace(size=size) for node, size in zip(nodes, sizes, strict=True)]
 
 
 def tree_size(members: Sequence[int], keys: Sequence[SharingKeys]) -> int:
     """Count the tokens of the tree that some branches form."""
-    return next(iter_tree(members, keys)).size
+    return tree_nodes(members, keys)[0].size
 
 
 def count_unique_tokens(branches: Sequence[Branch]) -> int:

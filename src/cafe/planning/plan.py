@@ -14,7 +14,7 @@ from cafe.planning.memory import estimate_memory
 from cafe.planning.sizes import ModelSizes, measure_model
 from cafe.planning.workload import StepWorkload, TypicalSample, estimate_workload
 from cafe.training.optimizer import configure_trainable_parameters
-from cafe.training.recipe import Recipe
+from cafe.training.recipe import Recipe, no_negatives_warning
 
 PAIRS = 100_000  # pairs of a run whose recipe does not say how many
 
@@ -31,6 +31,7 @@ class Plan:
         gpus: the number of GPUs.
         batch: pairs of a step.
         pairs: pairs of the whole run.
+        warning: what is likely to be a mistake in the recipe; empty for nothing.
     """
 
     sizes: ModelSizes
@@ -40,6 +41,7 @@ class Plan:
     gpus: int
     batch: int
     pairs: int
+    warning: str = ""
 
     @property
     def peak(self) -> float:
@@ -79,6 +81,7 @@ def plan(recipe: Recipe, gpus: int = 1, data: TypicalSample | None = None, pairs
         gpus=gpus,
         batch=batch,
         pairs=_pairs_of_run(recipe, batch, pairs),
+        warning=no_negatives_warning(recipe, gpus),
     )
 
 
@@ -109,7 +112,10 @@ def format_plan(plan: Plan, mfu: float = MFU) -> str:
         "hours": f"for {plan.pairs:,} pairs, at {mfu:.0%} of the peak bfloat16 FLOPs (assumed)",
     }
     lines = [f"{name:14} {text}" for name, text in rows.items()]
-    return "\n".join(lines + [_hardware_row(plan, hardware, mfu) for hardware in HARDWARE])
+    lines += [_hardware_row(plan, hardware, mfu) for hardware in HARDWARE]
+    if plan.warning:
+        lines.append(plan.warning)
+    return "\n".join(lines)
 
 
 def _hardware_row(plan: Plan, hardware: Hardware, mfu: float) -> str:

@@ -148,7 +148,7 @@ def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample
     # The gradient cache reads queries and targets once more: as a share of the pair's distinct tokens, or of its rows.
     embedded = pair[: 2 * contrast]
     embedded_share = len(embedded) / len(pair)
-    if shares:
+    if shares and embedded:
         embedded_share = count_unique_tokens(embedded) / count_unique_tokens(pair)
     return StepWorkload(
         crops=pairs * image_reads * image.crops,

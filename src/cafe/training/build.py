@@ -52,7 +52,7 @@ def build_dataset(
     # A size that is measured is found later, and `BatchFeed` applies it.
     micro_batch_size = recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else NO_LIMIT
     return ContrastiveBatchDataset(
-        sources or [open_source(source) for source in recipe.data.sources],
+        sources or [open_source(source, recipe.data.image_limits) for source in recipe.data.sources],
         chat_processor,
         recipe.batch_size,
         recipe.seed,

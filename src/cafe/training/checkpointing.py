@@ -33,6 +33,7 @@ from cafe.training.loss_scale import LossScale
 from cafe.training.optimizer import trainable_parameters
 from cafe.utils.atomic import commit
 from cafe.utils.distributed import all_gather_object, rank, run_on_main_and_broadcast, world_size
+from cafe.utils.nonfinite import find_nonfinite
 
 MANIFEST = "manifest.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -46,7 +47,7 @@ class TrainerState:
     Attributes:
         step: the last step taken; the position in the data and the schedule follow from it.
         num_nonfinite: steps skipped because their loss or gradient was not finite.
-        num_bad_records, num_records: of this process, see `Quarantine`.
+        num_bad_records, num_records, num_truncated: of this process, see `Quarantine`.
         micro_batch_size: the measured size of micro-batches, if any; the recipe's holds too.
         best_metric: the best result of an evaluation so far.
         loss_scale: of the next step.
@@ -57,6 +58,7 @@ class TrainerState:
     num_nonfinite: int = 0
     num_bad_records: int = 0
     num_records: int = 0
+    num_truncated: int = 0
     micro_batch_size: MicroBatchSize | None = None
     best_metric: float | None = None
     loss_scale: LossScale = field(default_factory=LossScale)
@@ -69,8 +71,9 @@ def save(
     """Save the state of a run in `directory`, and remove all but the last `save_total_limit` there.
 
     Raises:
-        CheckpointError: it cannot be written; what was saved before is left as it is.
+        CheckpointError: a weight is not finite, or it cannot be written; what was saved before is left as it is.
     """
+    check_finite_weights(module, state.step)
     partial = directory / ".partial"
     reason = _save_in_stages(partial, directory, module, optimizer, state, save_total_limit)
     if not reason:
@@ -81,6 +84,21 @@ def save(
         f"Step {state.step} could not be saved in {directory} ({reason}). What was saved before is still there: free "
         "some space and run the same command to resume from it."
     )
+
+
+def check_finite_weights(module: nn.Module, step: int) -> None:
+    """Make sure, in all processes alike, that the trained weights are finite: a run cannot recover from others.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    found = all_gather_object(find_nonfinite(trainable_parameters(module).items()))
+    nonfinite = next(filter(None, found), None)
+    if nonfinite is not None:
+        raise CheckpointError(
+            f"The weight {nonfinite} holds values that are not finite at step {step}, which was not saved. What was "
+            "saved before is still there: lower the learning rate, and set another output."
+        )
 
 
 def _save_in_stages(
@@ -110,6 +128,7 @@ def _save_in_stages(
     # Last the manifest, without which the directory counts as damaged.
     def finish() -> None:
         """Write the manifest, rename the directory, and remove older ones."""
+        _check_holds_trained(partial, module)
         manifest = {"step": state.step, "processes": world_size(), "files": digests}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
         commit(partial, directory / f"step-{state.step:06d}")
@@ -117,6 +136,18 @@ def _save_in_stages(
 
     _, reason = run_on_main_and_broadcast(lambda: _capture_error(finish))
     return reason
+
+
+def _check_holds_trained(partial: Path, module: nn.Module) -> None:
+    """Make sure that the written files hold every weight that is trained.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    written = dcp.FileSystemReader(partial).read_metadata().state_dict_metadata
+    for name in trainable_parameters(module):
+        if f"weights.{name}" not in written:
+            raise CheckpointError(f"the weight {name}, which is trained, is not in the files")
 
 
 def _make_empty(directory: Path) -> None:
@@ -154,7 +185,7 @@ def load(
     if saved is None:
         return None
     # Each process has its own part of the data, and of the optimizer state under DeepSpeed.
-    processes = json.loads((saved / MANIFEST).read_text())["processes"]
+    processes = _read_manifest(saved)["processes"]
     if processes != world_size():
         raise CheckpointError(
             f"{saved} was saved by {processes} processes, which see the data in another order than {world_size()} "
@@ -168,11 +199,26 @@ def load(
             f"{saved} holds other weights than this run trains, as after a change of the base model, of the launcher "
             "(DeepSpeed or not) or of this package: set another output, or remove that directory to start over."
         ) from None
-    # Plain values and tensors alone, so `weights_only`, the default, can load it.
-    own = torch.load(saved / f"process-{rank()}.pt")
-    size = own["micro_batch_size"] and MicroBatchSize(**own["micro_batch_size"])
-    loss_scale = LossScale(**own["loss_scale"])
-    return TrainerState(**{**own, "micro_batch_size": size, "loss_scale": loss_scale})
+    return _read_trainer_state(saved / f"process-{rank()}.pt")
+
+
+def _read_trainer_state(file: Path) -> TrainerState:
+    """Read how far this process had come.
+
+    Raises:
+        CheckpointError: the file is damaged, or of another version.
+    """
+    try:
+        own = torch.load(file, weights_only=True)  # plain values and tensors alone: nothing is executed
+        size = own["micro_batch_size"] and MicroBatchSize(**own["micro_batch_size"])
+        loss_scale = LossScale(**own["loss_scale"])
+        return TrainerState(**{**own, "micro_batch_size": size, "loss_scale": loss_scale})
+    except Exception as error:  # whatever the file holds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(
+            f"{file} is damaged, or of another version of this package ({reason:.200}): set another output, or remove "
+            f"{file.parent} to resume from an earlier state."
+        ) from None
 
 
 # Why not `get_state_dict` and `set_state_dict` of `torch.distributed.checkpoint.state_dict`, with
@@ -258,7 +304,8 @@ def _empty_entry(metadata: Any, weight: Tensor) -> Tensor | None:
 
 def _saved_states(directory: Path) -> list[Path]:
     """Return the saved states in a directory, newest first."""
-    return sorted(directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    names = [path for path in directory.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(names, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def _newest_complete(directory: Path, report: Callable[[str], None]) -> Path | None:
@@ -274,15 +321,31 @@ def _newest_complete(directory: Path, report: Callable[[str], None]) -> Path | N
 def find_damage(saved: Path) -> str | None:
     """Return what is wrong with a saved state, or None if it is as it was written."""
     try:
-        files = json.loads((saved / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
+        files = _read_manifest(saved)["files"]
+    except (OSError, ValueError, RecursionError):
         return f"it has no readable {MANIFEST}"
     for name, digest in files.items():
-        if not (saved / name).is_file():
+        if Path(name).name != name or not (saved / name).is_file():
             return f"{name} is missing"
         if _digest(saved / name) != digest:
             return f"{name} is not what was written"
     return None
+
+
+def _read_manifest(saved: Path) -> dict[str, Any]:
+    """Read the manifest of a saved state.
+
+    Raises:
+        ValueError: it is not what a save writes.
+    """
+    manifest = json.loads((saved / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict):
+        raise ValueError("not a mapping")
+    kinds = {"files": dict, "processes": int}
+    for name, kind in kinds.items():
+        if not isinstance(manifest.get(name), kind):
+            raise ValueError(f"no {name}")
+    return manifest
 
 
 def _digest(path: Path) -> str:

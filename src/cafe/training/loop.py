@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cafe.data.batch import Batch
-from cafe.errors import RunInterrupted
+from cafe.errors import CafeError, RunInterrupted
 from cafe.model import Cafe
 from cafe.training import checkpointing
 from cafe.training.checkpointing import disk_full_errors
@@ -55,6 +55,9 @@ class StepGradient:
     loss_scale: LossScale
 
 
+# A notebook may have switched gradients off for all that follows.
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     recipe: Recipe,
     evaluate: Callable[[Cafe], dict[str, float]] | None = None,
@@ -62,7 +65,8 @@ def train(
 ) -> Path:
     """Train by a recipe, write the checkpoint and return its directory.
 
-    An interrupted run is resumed, and a finished one is left as it is.
+    An interrupted run is resumed, and a finished one is left as it is. Gradients are computed even where the caller
+    has switched them off.
 
     Args:
         recipe: the run.
@@ -100,9 +104,23 @@ def train(
                     f"Stopped after step {step} of {run.num_steps}, which is saved; run the same command to resume.",
                     stop_signal,
                 )
+        _check_learned(run)
         export_checkpoint(run)
     run.accelerator.wait_for_everyone()
     return checkpoint
+
+
+def _check_learned(run: Run) -> None:
+    """Make sure that at least one step was taken.
+
+    Raises:
+        CafeError: every step was skipped.
+    """
+    if run.state.num_nonfinite >= run.num_steps:
+        raise CafeError(
+            f"The loss or its gradient was not finite in any of the {run.num_steps} steps, so nothing was learned and "
+            "no checkpoint was written; log.jsonl names the records of each step."
+        )
 
 
 def progress_bar(run: Run) -> "tqdm[int]":
@@ -235,6 +253,7 @@ def save_state(run: Run) -> None:
         micro_batch_size=run.feed.measured_size,
         num_bad_records=run.quarantine.num_bad,
         num_records=run.quarantine.num_records,
+        num_truncated=run.quarantine.num_truncated,
         rng_state=get_rng_state(),
     )
     checkpointing.save(run.output / STATE, run.joint, run.optimizer, run.state, run.recipe.save_total_limit)
@@ -242,10 +261,12 @@ def save_state(run: Run) -> None:
 
 def export_checkpoint(run: Run) -> None:
     """Write the trained model's checkpoint from the main process, and remove the state that it makes useless."""
+    checkpointing.check_finite_weights(run.joint, run.num_steps)
     # Both need all processes: a sharded model's weights, and the counts of bad records.
     weights = full_state_dict(run.model.lvlm)
-    counts = torch.tensor([run.quarantine.num_bad, run.quarantine.num_records], device=run.device)
-    num_bad, num_records = all_reduce_sum_(counts).tolist()
+    own = run.quarantine
+    counts = torch.tensor([own.num_bad, own.num_records, own.num_truncated], device=run.device)
+    num_bad, num_records, num_truncated = all_reduce_sum_(counts).tolist()
     if run.log is None:
         return
     run.model.lvlm.eval()
@@ -254,4 +275,5 @@ def export_checkpoint(run: Run) -> None:
     run.model.save(run.output / CHECKPOINT, weights, **metadata)
     shutil.rmtree(run.output / STATE, ignore_errors=True)  # only an unfinished run needs it
     run.log.close()
-    run.report(f"The checkpoint is in {run.output / CHECKPOINT}; {num_bad} of {num_records} records were bad.")
+    cut = f" and {num_truncated} cut to model.max_length" if num_truncated else ""
+    run.report(f"The checkpoint is in {run.output / CHECKPOINT}; {num_bad} of {num_records} records were bad{cut}.")

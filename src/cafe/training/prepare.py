@@ -15,6 +15,7 @@ from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.quarantine import Quarantine
 from cafe.data.records import open_source
 from cafe.errors import CheckpointError, RecipeError
+from cafe.lvlm.adapters import has_adapter, is_adapter, merge
 from cafe.lvlm.image_size import set_max_image_size
 from cafe.model import Cafe
 from cafe.training import checkpointing
@@ -33,12 +34,14 @@ from cafe.training.optimizer import (
     trainable_parameters,
 )
 from cafe.training.precision import loading_dtype
-from cafe.training.recipe import Recipe
-from cafe.training.run_directory import STATE, claim_run_directory
+from cafe.training.recipe import ModelConfig, Recipe, no_negatives_warning
+from cafe.training.run_directory import STATE, check_data, claim_run_directory
 from cafe.training.step import JointStep
 from cafe.training.validation import Validator
 from cafe.utils.distributed import make_accelerator, mismatched_tensors, run_on_main_and_broadcast
 from cafe.utils.rng import get_rng_state, set_rng_state
+
+NUM_CHECKED_BATCHES = 8  # in which a batch of one pair is to have a hard negative
 
 Evaluate = Callable[[Cafe], dict[str, float]]
 Report = Callable[[str], None]
@@ -110,7 +113,7 @@ def prepare_run(recipe: Recipe, evaluate: Evaluate | None, report: Report) -> Ru
     name = run_on_main_and_broadcast(lambda: claim_run_directory(recipe))
 
     # The batches, in an order fixed by the seed; the step over the model; its optimizer.
-    model, dataset, joint, summary = _load(recipe, accelerator, sharded=asks_for_shards and several)
+    model, dataset, joint, summary = _load(recipe, accelerator, asks_for_shards and several, report)
     trained = list(trainable_parameters(joint).values())
     optimizer = make_optimizer(joint, model.lvlm.config.model_type, config)
     zero = None
@@ -119,6 +122,7 @@ def prepare_run(recipe: Recipe, evaluate: Evaluate | None, report: Report) -> Ru
     num_steps = _count_steps(recipe, dataset)
     schedule = cosine_schedule_with_warmup(num_steps, config.warmup_ratio)
     report(f"{summary}; {num_steps} steps of {recipe.batch_size * accelerator.num_processes} pairs.")
+    _warn_of_no_negatives(recipe, dataset, accelerator.num_processes, report)
 
     # Where the run was last saved, and what depends on that.
     state = _restore_state(recipe, joint, optimizer, report)
@@ -170,22 +174,30 @@ def _check_attention(recipe: Recipe, device: torch.device) -> None:
 
 
 def _load(
-    recipe: Recipe, accelerator: Accelerator, sharded: bool
+    recipe: Recipe, accelerator: Accelerator, sharded: bool, report: Report
 ) -> tuple[Cafe, ContrastiveBatchDataset, JointStep, str]:
     """Load the model and open the data; return them, the joint step on its device, and one line on what is trained."""
     config, rank = recipe.model, accelerator.process_index
     # The sources first: their files may be missing, and the model takes long.
-    sources = [open_source(source) for source in recipe.data.sources]
+    sources = [open_source(source, recipe.data.image_limits) for source in recipe.data.sources]
+    run_on_main_and_broadcast(lambda: check_data(recipe, sources))
     # A sharded model goes to the GPU shard by shard: as a whole it may not fit there.
     device = torch.device("cpu") if sharded else accelerator.device
+    base = resolve_checkpoint(config.base)
+    if is_adapter(base):
+        _check_can_merge(config, base)
     model = Cafe.load(
-        resolve_checkpoint(config.base),
+        base,
         recipe.prompts,
         loading_dtype(config),
         device,
         config.attention,
         config.frozen_weights_dtype == "4bit",
     )
+    if has_adapter(model.lvlm):
+        # Its matrices would stay frozen, and a model with an adapter saves that alone.
+        merge(model.lvlm)
+        report(f"{base} is an adapter: it was merged into its base model, and the sum is trained.")
     model.metadata.clear()  # it describes the base model, which training changes
     set_max_image_size(model.lvlm, model.chat_processor.processor, config.max_image_pixels, config.image_grids)
     dataset = build_dataset(recipe, model, rank, accelerator.num_processes, sharded, sources)
@@ -194,6 +206,19 @@ def _load(
     summary = summarize_trainable(model.lvlm)  # while the weights are whole
     _move_to_device(joint, recipe, accelerator.device, sharded)
     return model, dataset, joint, summary
+
+
+def _check_can_merge(config: ModelConfig, base: str) -> None:
+    """Check that an adapter can be merged into its base before training.
+
+    Raises:
+        RecipeError: the base is quantized, or another adapter is to be trained on top.
+    """
+    advice = f"run `cafe merge {base} DIRECTORY` and set model.base to that directory."
+    if config.adapter:
+        raise RecipeError(f"model.base {base} has an adapter already, and model.adapter would train another: {advice}")
+    if config.frozen_weights_dtype == "4bit":
+        raise RecipeError(f"model.base {base} is an adapter, which 4-bit weights cannot take in: {advice}")
 
 
 def _check_same_weights(joint: JointStep, recipe: Recipe, device: torch.device) -> None:
@@ -225,6 +250,16 @@ def _count_steps(recipe: Recipe, dataset: ContrastiveBatchDataset) -> int:
     # At least one: the data may be smaller than what a step accumulates.
     num_batches = recipe.num_train_epochs * len(dataset)
     return max(1, num_batches // recipe.optimizer.gradient_accumulation_steps)
+
+
+def _warn_of_no_negatives(recipe: Recipe, dataset: ContrastiveBatchDataset, num_processes: int, report: Report) -> None:
+    """Report it if pairs have nothing to be contrasted with, as far as the first batches show."""
+    warning = no_negatives_warning(recipe, num_processes)
+    if not warning:
+        return
+    first = [dataset[number] for number in range(min(NUM_CHECKED_BATCHES, len(dataset)))]
+    if not any(len(batch.negative_owner) for batch in first):
+        report(warning)
 
 
 def _restore_state(recipe: Recipe, joint: JointStep, optimizer: torch.optim.Optimizer, report: Report) -> TrainerState:
@@ -266,4 +301,5 @@ def _open_quarantine(recipe: Recipe, state: TrainerState, rank: int) -> Quaranti
     """Open the file of this process's bad records."""
     suffix = f"-{rank}" if rank else ""  # each process has its own records, and its own file
     path = Path(recipe.output) / f"quarantine{suffix}.jsonl"
-    return Quarantine(path, recipe.data.max_bad_fraction, state.num_bad_records, state.num_records)
+    counts = (state.num_bad_records, state.num_records, state.num_truncated)
+    return Quarantine(path, recipe.data.max_bad_fraction, *counts)

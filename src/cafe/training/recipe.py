@@ -7,6 +7,7 @@ page of recipes is generated from these. `recipe_io.py` reads recipes from files
 from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any, Literal, get_args
 
+from cafe.content import PILLOW_MAX_PIXELS, ImageLimits
 from cafe.data.batch import MicroBatchSize
 from cafe.data.mixture import Mixture
 from cafe.data.source import Source
@@ -108,17 +109,30 @@ class DataConfig:
         num_workers: The number of data-loader processes, which decode images and tokenize; 0 loads in the training
             process.
         max_bad_fraction: The fraction of bad records (0 to 1) above which the run stops.
+        allow_changes: Resume a run although its data files have changed since it was saved.
+        max_image_bytes: The largest image file that is read, in bytes, and the largest record of a tar; larger ones are
+            bad records.
+        max_image_pixels: The largest image that is decoded, in pixels; larger ones are bad records. Decoding takes up
+            to 15 bytes of memory per pixel.
     """
 
     sources: tuple[Source, ...]
     mixture: Mixture = field(default_factory=Mixture)
     num_workers: Annotated[int, AtLeast(0)] = 1
     max_bad_fraction: Annotated[float, Between(0, 1)] = 0.01
+    allow_changes: bool = False
+    max_image_bytes: Annotated[int, Above(0)] = ImageLimits.max_bytes
+    max_image_pixels: Annotated[int, Between(1, PILLOW_MAX_PIXELS)] = ImageLimits.max_pixels
 
     def __post_init__(self) -> None:
         check_ranges(self, "data")
         if not self.sources:
             raise RecipeError("data.sources is empty: there is nothing to train on.")
+
+    @property
+    def image_limits(self) -> ImageLimits:
+        """The limits on each image, of sources that have none of their own."""
+        return ImageLimits(self.max_image_bytes, self.max_image_pixels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +155,7 @@ class ObjectiveConfig:
         matryoshka_weights: The weights of `matryoshka_dims` in the mean loss, where the whole embedding has weight 1;
             null for 1 each.
         hard_negatives: Use the records' hard negatives.
-        mask_duplicates: Do not contrast pairs that have the same target with each other.
+        mask_duplicates: Do not contrast pairs that have the same query or target with each other.
         gradient_scaling: "exact", or "published" to divide the contrastive gradient by the number of processes as the
             published code does, for comparison.
     """
@@ -299,6 +313,23 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_ranges(self)
+
+
+def no_negatives_warning(recipe: Recipe, num_processes: int) -> str:
+    """Return a warning if a contrastive batch is a single pair, or nothing.
+
+    Args:
+        recipe: the run.
+        num_processes: how many processes share it.
+    """
+    is_contrasted = recipe.objective.contrastive_weight > 0
+    if not is_contrasted or recipe.batch_size * num_processes > 1:
+        return ""
+    return (
+        "Warning: with batch_size: 1 in one process, no pair has a negative but the hard negatives of its record, and "
+        "without these the contrastive loss is 0; gradient_accumulation_steps adds none. Raise batch_size, and set "
+        "micro_batch to what fits into memory."
+    )
 
 
 def recipe_dict(recipe: Recipe) -> dict[str, Any]:

@@ -3,12 +3,15 @@
 import fcntl
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 from cafe.checkpoint import ensure_overwritable, read_metadata
-from cafe.errors import CafeError, RecipeError
+from cafe.data.identity import diff_identities, identify_source
+from cafe.data.records import OpenedSource
+from cafe.errors import CafeError, CheckpointError, RecipeError
 from cafe.training.recipe import Recipe, recipe_dict
 from cafe.utils.atomic import atomic_write_text
 
@@ -28,6 +31,7 @@ RESUMABLE_FIELDS = (
     "evaluation",
     "data.num_workers",
     "data.max_bad_fraction",
+    "data.allow_changes",
 )
 
 
@@ -44,19 +48,59 @@ def claim_run_directory(recipe: Recipe) -> str:
     file = output / RUN  # it says which recipe the directory's state and checkpoint are of
     plain = as_json(recipe)
     name = f"{output.resolve().name}-{uuid4().hex[:8]}"
+    data = None  # what identifies it, see `check_data`
     # Where nothing was saved yet there is nothing to lose: another recipe may take the directory over.
     has_results = (output / STATE).exists() or (output / CHECKPOINT).exists()
     if has_results and file.is_file():
-        run = json.loads(file.read_text())
+        run = _read_run(file)
         if changed := diff_recipes(run["recipe"], plain):
             raise RecipeError(
                 f"{output} holds a run of another recipe ({'; '.join(changed[:3])}): set another output, "
                 "or remove that directory to start over."
             )
         name = run["name"]  # trackers continue the run of this name
+        data = run.get("data")
     # Written in any case: what may differ when a run is resumed may have changed.
-    atomic_write_text(file, json.dumps({"name": name, "recipe": plain}, indent=2) + "\n")
+    atomic_write_text(file, json.dumps({"name": name, "recipe": plain, "data": data}, indent=2) + "\n")
     return name
+
+
+def check_data(recipe: Recipe, sources: Sequence[OpenedSource]) -> None:
+    """Make sure that a resumed run reads the data that it began with, and record what identifies it.
+
+    Raises:
+        RecipeError: a source has changed, and `data.allow_changes` is not set.
+    """
+    file = Path(recipe.output) / RUN
+    run = _read_run(file)
+    identities = list(map(identify_source, sources))
+    recorded = run.get("data")
+    changed = diff_identities(recorded, identities) if recorded else []
+    if changed and not recipe.data.allow_changes:
+        raise RecipeError(
+            f"The data of {recipe.output} has changed since the run was saved ({'; '.join(changed[:3])}): put it back, "
+            "set another output, or resume with data.allow_changes=true."
+        )
+    atomic_write_text(file, json.dumps({**run, "data": identities}, indent=2) + "\n")
+
+
+def _read_run(file: Path) -> dict[str, Any]:
+    """Read the name and the recipe of the run that a directory holds.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        run = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        run = None
+    match run:
+        case {"name": str(), "recipe": dict(), **rest} if isinstance(rest.get("data"), list | None):
+            return run
+    raise CheckpointError(
+        f"{file} is damaged, so it cannot be told which recipe the run in {file.parent} has: set another output, or "
+        "remove that directory to start over."
+    )
 
 
 def _lock(output: Path) -> None:

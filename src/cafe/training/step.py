@@ -273,14 +273,17 @@ class JointStep(nn.Module):
         """Return the contrastive loss of all processes' pairs, and their in-batch accuracy or 0."""
         pairs = len(batch.target_ids)
         queries, targets, negatives = embeddings.split([pairs, pairs, len(batch.negative_owner)])
-        target_ids, negative_owner, match_prob, negative_ids = (
+        query_ids, target_ids, negative_owner, match_prob, negative_ids = (
             each.to(embeddings.device, non_blocking=True)
-            for each in (batch.target_ids, batch.negative_owner, batch.negative_match_prob, batch.negative_ids)
+            for each in (
+                *(batch.query_ids, batch.target_ids),
+                *(batch.negative_owner, batch.negative_match_prob, batch.negative_ids),
+            )
         )
         # Owners are counted within the process: shift them to where its pairs are among all.
         negative_owner = negative_owner + exclusive_prefix_sum(pairs, embeddings.device)
         # Pairs and negatives apart: a process has more or fewer of each than another.
-        queries, targets, target_ids = all_gather_rows(queries, targets, target_ids)
+        queries, targets, query_ids, target_ids = all_gather_rows(queries, targets, query_ids, target_ids)
         negatives, negative_owner, match_prob, negative_ids = all_gather_rows(
             negatives, negative_owner, match_prob, negative_ids
         )
@@ -294,6 +297,7 @@ class JointStep(nn.Module):
                 targets,
                 temperature,
                 negatives,
+                query_ids=query_ids,
                 target_ids=torch.cat([target_ids, negative_ids]),
                 negative_owner=negative_owner,
                 negative_match_prob=match_prob,
@@ -301,8 +305,8 @@ class JointStep(nn.Module):
             )
             if not log_accuracy:
                 return loss, embeddings.new_zeros(())
-            own = target_ids if config.mask_duplicates else None
-            return loss, in_batch_accuracy(queries.detach(), targets.detach(), own)
+            ids = (query_ids, target_ids) if config.mask_duplicates else (None, None)
+            return loss, in_batch_accuracy(queries.detach(), targets.detach(), *ids)
 
     def backward_micro_batches(
         self,

@@ -104,7 +104,13 @@ class Validator:
         state.best_metric = run_on_main_and_broadcast(lambda: results[name.removeprefix("-")])
         weights = full_state_dict(model.lvlm)
         if log:
-            metadata = {"recipe": recipe_dict(self.recipe), "steps": state.step, "results": results}
+            temperature = self.joint.log_temperature.exp().item()
+            metadata = {
+                "temperature": temperature,
+                "recipe": recipe_dict(self.recipe),
+                "steps": state.step,
+                "results": results,
+            }
             model.save(Path(self.recipe.output) / BEST, weights, **metadata)
 
 

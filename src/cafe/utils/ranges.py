@@ -1,14 +1,20 @@
 """Declare the range of a number where its field is declared, and check it when the dataclass is made.
 
+The words of a `Literal` and text are checked too: a dataclass that is made in Python is held to what one is held to
+that is read from a file.
+
 A range is metadata of the field's type: `rank: Annotated[int, Above(0)] = 16`. None is in every range. For a tuple, the
 range holds for each of its values.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cafe.errors import RecipeError
+
+MAX_SHOWN = 80  # characters of a value in an error
 
 
 @dataclass(frozen=True)
@@ -93,31 +99,61 @@ def ranges_of(cls: type) -> dict[str, list[Range]]:
 
 
 def check_ranges(config: Any, path: str = "") -> None:
-    """Check the numbers of a dataclass, and of the dataclasses in its fields, against the ranges declared there.
+    """Check the values of a dataclass, and of the dataclasses in its fields, against what is declared there.
 
     Args:
         config: the dataclass instance.
         path: where a recipe has it, such as "optimizer"; errors name fields by it.
 
     Raises:
-        RecipeError: a number is out of its range.
+        RecipeError: a number is out of its range or not finite, a word is none of those allowed, or a text is none.
     """
     ranges = ranges_of(type(config))
+    hints = get_type_hints(type(config))
     for field in fields(config):
         name = f"{path}.{field.name}".lstrip(".")
-        for where, value in _flatten(getattr(config, field.name), name):
+        value = getattr(config, field.name)
+        _check_kind(value, hints[field.name], name)
+        for where, item in _flatten(value, name):
             # A nested dataclass has ranges of its own.
-            if is_dataclass(value):
-                check_ranges(value, where)
+            if is_dataclass(item):
+                check_ranges(item, where)
             else:
-                _check_value(value, ranges.get(field.name, []), name)
+                _check_value(item, ranges.get(field.name, []), name)
 
 
 def _check_value(value: Any, ranges: list[Range], name: str) -> None:
     """Check one number against all ranges of its field."""
+    if ranges and not isinstance(value, (int, float)):
+        raise RecipeError(f"{name} should be a number, not {shown(value)}.")
     for allowed in ranges:
         if value not in allowed:
             raise RecipeError(f"{name} should be {allowed}, not {value}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RecipeError(f"{name} should be finite, not {value}.")
+
+
+def _check_kind(value: Any, hint: Any, name: str) -> None:
+    """Check a value against a type that is text or words, or a tuple of words; others are left to who reads it."""
+    if hint is str and not isinstance(value, str):
+        raise RecipeError(f"{name} should be text, not {shown(value)}.")
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        raise RecipeError(f"{name} should be one of {', '.join(get_args(hint))}, not {shown(value)}.")
+    if get_origin(hint) is tuple and isinstance(value, tuple):
+        item_hint, *_ = get_args(hint)
+        for index, item in enumerate(value):
+            _check_kind(item, item_hint, f"{name}[{index}]")
+
+
+def shown(value: Any) -> str:
+    """Return a value as an error shows it, however large or deep it is."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # ValueError: a whole number of thousands of digits
+        return f"a {type(value).__name__}"
+    if len(text) <= MAX_SHOWN:
+        return text
+    return f"{text[:MAX_SHOWN]}..."
 
 
 def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:

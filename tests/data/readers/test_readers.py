@@ -61,6 +61,8 @@ def test_a_file_of_the_wrong_kind_is_named(tmp_path):
         ("a.tar", b"no tar" * 200, "cannot be read"),
         ("a.parquet", b"no parquet", "cannot be read"),
         ("a.json", b"{", "not valid JSON"),
+        ("a.json", b'{"id": 1}\n{"id": 2}\n', r"on each line: give it a name that ends in \.jsonl"),
+        ("a.json", b"[" * 100_000, "nested too deeply"),
         ("a.json", b"3", "not a list of records"),
         ("a.json", b'"text"', "not a list of records"),
         ("a.csv", b"\xff\xfe", "not UTF-8"),
@@ -81,8 +83,10 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path, kind):
 
 
 def test_a_damaged_line_spoils_no_other(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": \n{"id": 3}\n')
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\n{"id": \n{"id": 3}\n' + "[" * 100_000)
     rows = open_rows(str(tmp_path / "a.jsonl"), 1)
     assert [rows[0], rows[2]] == [{"id": 1}, {"id": 3}]
     with pytest.raises(CafeError, match="not valid JSON"):
         rows[1]
+    with pytest.raises(CafeError, match="nested too deeply"):
+        rows[3]

@@ -17,13 +17,16 @@ def karpathy(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialog
     """Parse a record: a randomly chosen caption is both the target and what the assistant says.
 
     Raises:
-        RecordError: a caption is empty; or the image is of another split, in a file that `select_split` did not filter.
+        RecordError: there is no caption, or an empty one; or the image is of another split, in a file that
+            `select_split` did not filter.
     """
     # JSON lines of such records hold all splits: training must not read the test images.
     if row.get("split") and not select_split([row], source.split):
         raise RecordError(f"it is of the split {row['split']!r}, and {source.split!r} is read.")
     captions = [sentence["raw"].strip() for sentence in row["sentences"]]
-    if not captions or not all(captions):
+    if not captions:
+        raise RecordError("it has no sentences, so there is no caption to train on.")
+    if not all(captions):
         raise RecordError("a caption is empty.")
     # COCO's images are spread over folders, Flickr30K's are not.
     file = row["filename"]

@@ -14,12 +14,11 @@ from random import Random
 from typing import Any
 
 from cafe.content import Content, Dialogue, Pair, Turn
-from cafe.data.formats.llava import as_list, parse_conversation
+from cafe.data.formats.fields import as_list, get_field, get_images, get_scores, missing_column
+from cafe.data.formats.llava import parse_conversation
 from cafe.data.image_fields import image_refs, place_images
-from cafe.data.source import Columns, Source
+from cafe.data.source import Source
 from cafe.errors import RecordError
-
-_DEFAULT = Columns()
 
 
 def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue | None]:
@@ -28,23 +27,21 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     Raises:
         RecordError: a column is missing, a side is empty or of the wrong kind, or negatives do not go together.
     """
-    # One of several captions.
-    positive = _field(row, source, "positive")
+    # One of several captions, which in a CSV file are a list as JSON.
+    positive = get_field(row, source, "positive")
     if isinstance(positive, (list, tuple)) and positive:
         positive = rng.choice(positive)
     # An empty side is no mistake yet: a record may hold a dialogue alone.
-    query = _content(_field(row, source, "query"), _field(row, source, "query_image"), source)
-    target = _content(positive, _field(row, source, "positive_image"), source)
+    query = _content(get_field(row, source, "query"), get_field(row, source, "query_image"), source)
+    target = _content(positive, get_field(row, source, "positive_image"), source)
     dialogue = _conversation(row, source, query)
     if dialogue and not query.parts and not target.parts:
         return None, dialogue
     _check_side(row, source, "query", query)
     _check_side(row, source, "positive", target)
     negatives = _negatives(row, source)
-    # CSV holds numbers as texts.
-    scores = [float(score) for score in as_list(_field(row, source, "negative_scores"))]
     # Dropped only now, so that scores are checked beside what they were given for.
-    pair = _drop_empty_negatives(Pair(query, target, tuple(negatives), tuple(scores)))
+    pair = _drop_empty_negatives(Pair(query, target, tuple(negatives), get_scores(row, source)))
     return pair, dialogue or answer_dialogue(pair, source.answer_prompt)
 
 
@@ -65,20 +62,6 @@ def answer_dialogue(pair: Pair, answer_prompt: str | None) -> Dialogue | None:
     return Dialogue((Turn("user", question), Turn("assistant", answer)))
 
 
-def _field(row: Any, source: Source, name: str) -> Any:
-    """Return a field; only one that the source renamed must be there."""
-    column = getattr(source.columns, name)
-    is_required = column != getattr(_DEFAULT, name)
-    if is_required and column not in row:
-        raise _missing_column(repr(column), row)
-    return row.get(column)
-
-
-def _missing_column(wanted: str, row: Any) -> RecordError:
-    """Return the error for a column that is not there, which lists those that are."""
-    return RecordError(f"there is no column {wanted}; there are {', '.join(map(str, row))}.")
-
-
 def _check_side(row: Any, source: Source, name: str, side: Content) -> None:
     """Make sure that the query or the positive has a column and is not empty.
 
@@ -88,21 +71,21 @@ def _check_side(row: Any, source: Source, name: str, side: Content) -> None:
     # A missing column is more often a wrong name than an empty side, and gets another message.
     columns = [getattr(source.columns, name), getattr(source.columns, f"{name}_image")]
     if not any(column in row for column in columns):
-        raise _missing_column(" or ".join(map(repr, columns)), row)
+        raise missing_column(" or ".join(map(repr, columns)), row)
     if not side.parts:
         raise RecordError(f"the {name} is empty.")
 
 
 def _conversation(row: Any, source: Source, query: Content) -> Dialogue | None:
     """Parse the conversation of a record that has one, about the record's images."""
-    turns = _field(row, source, "conversations")
+    turns = as_list(get_field(row, source, "conversations"))
     if not turns:
         return None
     # An image that both show is the same reference, so that it is decoded and encoded once.
-    image = row.get(source.columns.image)
-    if image == row.get(source.columns.query_image):
+    is_same = get_field(row, source, "image") == row.get(source.columns.query_image)
+    if is_same and query.images:
         return parse_conversation(turns, query.images)
-    return parse_conversation(turns, image_refs(image, source))
+    return parse_conversation(turns, get_images(row, source))
 
 
 def _negatives(row: Any, source: Source) -> list[Content]:
@@ -111,8 +94,8 @@ def _negatives(row: Any, source: Source) -> list[Content]:
     Raises:
         RecordError: there are texts and images, but not as many.
     """
-    texts = as_list(_field(row, source, "negatives"))
-    images = as_list(_field(row, source, "negative_images"))
+    texts = as_list(get_field(row, source, "negatives"))
+    images = as_list(get_field(row, source, "negative_images"))
     if texts and images and len(texts) != len(images):
         raise RecordError(f"there are {len(texts)} negatives and {len(images)} images of negatives.")
     # Where one of the two columns is empty, its values are missing one by one.

@@ -4,19 +4,20 @@ A row is a mapping of names to values. Of files that may be large (JSON lines, p
 memory; a row is read where it is needed, in a worker.
 """
 
-import csv
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cafe.content import ImageLimits
 from cafe.data.files import read
+from cafe.data.readers.delimited import DelimitedRows
 from cafe.data.readers.json_lines import JsonLines
 from cafe.data.readers.parquet import Parquet
 from cafe.data.readers.tar import Tar
 from cafe.errors import CafeError, RecordError
 
+MAX_SNIFFED = 2**20  # bytes at the beginning of a file that may tell its kind
 KINDS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".tar")
 
 
@@ -40,12 +41,13 @@ class Rows(Protocol):
         """
 
 
-def open_rows(name: str, max_cached: int) -> Rows:
+def open_rows(name: str, max_cached: int, max_bytes: int = ImageLimits.max_bytes) -> Rows:
     """Open a file by its kind.
 
     Args:
         name: a path or URL.
         max_cached: the number of chunks to keep in memory.
+        max_bytes: the most bytes of a tar's row.
 
     Raises:
         CafeError: it is missing, damaged or of unknown kind.
@@ -56,13 +58,13 @@ def open_rows(name: str, max_cached: int) -> Rows:
         case ".parquet":
             return Parquet(name, max_cached)
         case ".tar":
-            return Tar(name)
+            return Tar(name, max_bytes)
         case ".json":
             return InMemoryRows(name, load_json(name))
         case ".csv":
-            return InMemoryRows(name, _load_csv(name, ","))
+            return DelimitedRows(name, ",")
         case ".tsv":
-            return InMemoryRows(name, _load_csv(name, "\t"))
+            return DelimitedRows(name, "\t")
     raise CafeError(f"The data file {name} is of no kind that is read: {', '.join(KINDS)}.")
 
 
@@ -70,27 +72,28 @@ def load_json(name: str) -> Any:
     """Load a JSON file.
 
     Raises:
-        CafeError: it is missing or not JSON.
+        CafeError: it is missing, not JSON, or nested too deeply.
     """
+    data = read(name)
     try:
-        return json.loads(read(name))
+        return json.loads(data)
     except ValueError as error:
+        if holds_json_lines(data):
+            raise CafeError(
+                f"The data file {name} holds a JSON value on each line: give it a name that ends in .jsonl."
+            ) from None
         raise CafeError(f"The data file {name} is not valid JSON: {error}.") from None
+    except RecursionError:
+        raise CafeError(f"The data file {name} is nested too deeply to be read.") from None
 
 
-def _load_csv(name: str, delimiter: str) -> list[dict[str, str]]:
-    """Load a table of text, whose first line names the columns.
-
-    Raises:
-        CafeError: it is missing or not UTF-8.
-    """
-    # A cell may hold an image in base64; the default limit is 128 KiB.
-    csv.field_size_limit(2**31 - 1)
+def holds_json_lines(data: bytes) -> bool:
+    """Return whether the first two lines that are not empty are a JSON value each."""
+    lines = list(filter(bytes.strip, data[:MAX_SNIFFED].splitlines()))
     try:
-        text = read(name).decode("utf-8-sig")  # spreadsheets write a byte order mark before the first column's name
-    except UnicodeDecodeError as error:
-        raise CafeError(f"The data file {name} is not UTF-8 text: {error}.") from None
-    return list(csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter))
+        return len(list(map(json.loads, lines[:2]))) == 2
+    except (ValueError, RecursionError):
+        return False
 
 
 class InMemoryRows:

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
+
+from cafe.data.files import folder_of
 from cafe.errors import CafeError, MissingPackageError
 
 
@@ -25,6 +28,12 @@ class HFDataset:
 
     def __getitem__(self, index: int) -> Any:
         return self.table[index].to_pylist()[0]
+
+
+def image_folder(name: str) -> str:
+    """Return the folder that a dataset's images are in: beside its own, or the cache of what is on the Hub."""
+    path = name.removeprefix("dataset:")
+    return folder_of(path) if Path(path).is_dir() else HF_HOME
 
 
 def _load(name: str, subset: str) -> Any:

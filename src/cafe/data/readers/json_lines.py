@@ -36,6 +36,8 @@ class JsonLines:
             return json.loads(line)
         except ValueError as error:
             raise RecordError(f"the line is not valid JSON: {error}.") from None
+        except RecursionError:
+            raise RecordError("the line is nested too deeply to be read.") from None
 
 
 def _byte_ranges(lines: Iterable[bytes]) -> Iterator[tuple[int, int]]:

@@ -7,6 +7,7 @@
 | a directory or Hub id | a language model, text-to-text (FLAN-T5 in THRONE) or causal; one vote per question |
 """
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -19,10 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from cafe.checkpoint import fingerprint
 from cafe.content import Content
-from cafe.errors import CheckpointError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.evaluation.suites.coco import Vocabulary
 from cafe.evaluation.suites.pope import parse_strictly
+from cafe.lvlm.hub import ensure_exists
+from cafe.lvlm.loading import loading_errors
 
 QUESTIONS = (
     "Does the text say that there is {} in the picture?",
@@ -44,20 +46,14 @@ def require_judges(judges: Sequence[str]) -> None:
     """
     for name in judges:
         if name not in ("exact", "self"):
-            _is_encoder_decoder(name)
+            _is_encoder_decoder(os.path.expanduser(name))
 
 
 def _is_encoder_decoder(path: str) -> bool:
     """Tell whether a language model has an encoder; raises if there is no such model."""
-    try:
-        return bool(AutoConfig.from_pretrained(path).is_encoder_decoder)
-    except (ImportError, OSError, ValueError) as error:
-        raise _load_error(path, error) from error
-
-
-def _load_error(path: str, error: Exception) -> CheckpointError:
-    """Make the error of a judge that cannot be loaded, with the first line of transformers' own."""
-    return CheckpointError(f"No judge can be loaded from {path}: {str(error).strip().splitlines()[0]}")
+    ensure_exists(path)
+    with loading_errors("judge", path):
+        return bool(AutoConfig.from_pretrained(path, trust_remote_code=False).is_encoder_decoder)
 
 
 def votes(model: CachedModel, texts: Sequence[str], vocabulary: Vocabulary) -> Bool[np.ndarray, "votes texts classes"]:
@@ -133,17 +129,16 @@ class LanguageModel:
         Raises:
             CheckpointError: there is no language model.
         """
+        path = os.path.expanduser(path)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         encoder_decoder = _is_encoder_decoder(path)
         auto = AutoModelForSeq2SeqLM if encoder_decoder else AutoModelForCausalLM
         # A decoder continues the last token, which must not be padding.
         padding_side = "right" if encoder_decoder else "left"
-        try:
-            lm = auto.from_pretrained(path, dtype=dtype)
-            tokenizer = AutoTokenizer.from_pretrained(path, padding_side=padding_side)
-        except (ImportError, OSError, ValueError) as error:
-            raise _load_error(path, error) from error
+        with loading_errors("judge", path):
+            lm = auto.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(path, padding_side=padding_side, trust_remote_code=False)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return cls(lm.to(device).eval(), tokenizer)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from cafe.errors import CafeError
+from cafe.evaluation.io import is_inside
 
 Modality = Literal["image", "video", "visdoc"]
 
@@ -100,11 +101,11 @@ def find_in_folders(data: Path, folders: Sequence[str], name: str) -> Path | Non
     Args:
         data: the folder of evaluation files.
         folders: the folders, under `data`.
-        name: the name to look for.
+        name: the name to look for, which does not leave `data`.
     """
     for folder in folders:
         path = data / folder / name
-        if os.path.exists(path):  # `Path.exists` raises for a text that is too long for a file name
+        if is_inside(path, data) and os.path.exists(path):
             return path
     return None
 
