@@ -205,3 +205,47 @@ def test_push_of_what_is_no_checkpoint_is_reported(hub, tmp_path, capsys):
         assert main(arguments) == 1
         said = capsys.readouterr().err
         assert sentence in said and said.count("\n") == 1
+
+
+EVIL = "x`\n<script>alert(1)</script>\n---\n# Title\n[a](http://e)|``` \x1b[31m"
+
+
+def spans_removed(text: str) -> str:
+    """A Markdown text without its code blocks and inline code, by CommonMark's rule for both."""
+    text = re.sub(r"^(`{3,})yaml\n.*?\n\1$", "", text, flags=re.S | re.M)
+    return re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", text, flags=re.S)
+
+
+def test_the_model_card_shows_what_a_checkpoint_tells_as_code_alone():
+    """A base's name, a data path, a prompt, a result's name and a recipe's text may be a stranger's."""
+    prompts = asdict(Prompts()) | {"system": EVIL, "image_instruction": EVIL, "text_instruction": EVIL}
+    recipe = {
+        "model": {"base": EVIL},
+        "data": {"sources": [{"path": EVIL}, "no source", {}]},
+        "objective": {"matryoshka_dims": [64, "<b>"]},
+        "seed": "```\n<script>",
+    }
+    card = model_card({"prompts": prompts, "recipe": recipe, "results": {EVIL: 1.0, "a/b": 2.0, "c": "<i>"}})
+    _, about, text = card.split("---\n", 2)
+    assert yaml.safe_load(about).keys() == {"library_name", "pipeline_tag", "tags"}
+    plain = spans_removed(text)
+    for mark in ("<", "# Title", "](http", "\x1b", "`"):
+        assert mark not in plain.replace("](https://arxiv.org", ""), mark
+    assert "\x1b" not in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [len(re.findall(r"(?<!\\)\|", row)) for row in rows] == [3, 3, 3]  # of two cells each
+    assert "| a/b | 2.000 |" in text and "first 64 dimensions" in text
+
+
+def test_a_card_is_written_from_what_little_a_checkpoint_tells():
+    for metadata in ({"steps": 1}, {"recipe": {"model": 5, "data": []}}, {"prompts": {"system": None}}):
+        assert "# A model that retrieves and generates" in model_card(metadata)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"a": "b"}', "[" * 100_000])
+def test_broken_results_are_told_in_a_sentence(tmp_path, text, capsys):
+    (tmp_path / "cafe.json").write_text(json.dumps(RECORD))
+    (tmp_path / "results.json").write_text(text)
+    assert main(["push", str(tmp_path), "owner/name", "--results", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/results.json is not " in said and said.count("\n") == 1

@@ -7,6 +7,8 @@ the embedding instruction behind it and the frame around it, and renders the res
 
 import json
 import re
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,25 +153,69 @@ def model_card(
             metadata of a best checkpoint has.
         library: see `detect_library`.
     """
-    # A checkpoint that was not trained by a recipe has none in its metadata.
+    # A checkpoint that was not trained by a recipe has none in its metadata, and one by a stranger may hold anything.
     recipe: dict[str, Any] = metadata.get("recipe", {})
-    base = str(recipe.get("model", {}).get("base", "")) or "an unrecorded base model"
+    base = str(_field(recipe, "model", "base") or "")
+    sources = _field(recipe, "data", "sources") or []
+    dims = _field(recipe, "objective", "matryoshka_dims") or []
+    numbers = results or metadata.get("results") or {}
     run = {name: metadata[name] for name in ("steps", "temperature", "versions") if name in metadata}
     plain_recipe = json.loads(json.dumps(recipe))  # tuples become lists
     # With `ChainableUndefined`, fields that a recipe does not have are empty and no error.
     environment = Environment(
         undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
+    environment.filters |= {"code": code_span, "cell": _table_cell, "fence": _yaml_block}
     template = (Path(__file__).parent / "model_card.md.jinja").read_text()
     return environment.from_string(template).render(
         about=yaml.safe_dump(_card_header(base, library), sort_keys=False),
         library=library,
-        base=base,
-        prompts=metadata["prompts"],
-        recipe=plain_recipe,
-        results=results or metadata.get("results"),
+        base=code_span(base) if base else "an unrecorded base model",
+        prompts=asdict(Prompts()) | metadata.get("prompts", {}),
+        matryoshka_dims=[dim for dim in _as_list(dims) if isinstance(dim, int)],
+        sources=[str(_field(source, "path")) for source in _as_list(sources)],
+        results={name: value for name, value in numbers.items() if isinstance(value, (int, float))},
         training=[yaml.safe_dump(part, sort_keys=False) for part in (run, plain_recipe) if part],
     )
+
+
+def _field(tree: Any, *names: str) -> Any:
+    """Return what stands under nested names; None if there is nothing."""
+    for name in names:
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(name)
+    return tree
+
+
+def _as_list(value: Any) -> list[Any]:
+    """Return a list or tuple as a list, and an empty one for anything else."""
+    return list(value) if isinstance(value, (list, tuple)) else []
+
+
+def code_span(text: Any) -> str:
+    """Quote a text as Markdown's inline code, within which nothing is markup, on one line."""
+    # Control characters would end the line, or move a terminal's cursor.
+    plain = "".join(character if character.isprintable() else " " for character in str(text))
+    longest = max(map(len, re.findall("`+", plain)), default=0)
+    fence = "`" * (longest + 1)
+    # A space keeps a backtick of the text apart from those around it; Markdown drops one on each side.
+    pad = " " if longest or not plain.strip() else ""
+    return f"{fence}{pad}{plain}{pad}{fence}"
+
+
+def _table_cell(text: Any) -> str:
+    """Quote a text for a cell of a table: as it is if it is a plain name, as code otherwise."""
+    if re.fullmatch(r"[\w./@ -]+", str(text)):
+        return str(text)
+    return code_span(text).replace("|", "\\|")
+
+
+def _yaml_block(text: str) -> str:
+    """Put YAML into a code block that no line of it can end."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}yaml\n{text}{fence}"
 
 
 def _card_header(base: str, library: Library) -> dict[str, Any]:

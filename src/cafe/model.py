@@ -6,6 +6,7 @@ It wraps a Hugging Face LVLM and its processor. The checkpoint's `cafe.json` rec
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -80,6 +81,7 @@ class Cafe:
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+        path = os.path.expanduser(path)
         metadata = load_metadata(path)
         prompts = prompts or prompts_from_metadata(metadata)
         lvlm, chat_processor = load_lvlm(path, prompts, dtype, device, attention, four_bit)
@@ -119,7 +121,7 @@ class Cafe:
         # An adapter lies beside no base, and the processor of a prefix-LM takes no text without an image.
         if not has_adapter(self.lvlm) and not self.chat_processor.prefix_lm:
             write_sentence_transformers(partial, self.chat_processor, self._embedding_dim)
-        (partial / "README.md").write_text(model_card(self.metadata, library=detect_library(partial)))
+        (partial / "README.md").write_text(model_card(self.metadata, library=detect_library(partial)), encoding="utf-8")
         (partial / METADATA_FILE).write_text(json.dumps(self.metadata, indent=2) + "\n")
         commit(partial, path)
 

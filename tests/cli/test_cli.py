@@ -8,7 +8,7 @@ from random import Random
 import click
 import pytest
 
-from cafe.cli.evaluation import ablate_command
+from cafe.cli.evaluation import _parse_evaluation, ablate_command
 from cafe.cli.main import cli, main
 from cafe.data.encoding import encode_example
 from cafe.data.inspection import percentiles
@@ -303,3 +303,39 @@ def test_head_ends_the_list_of_suites():
     command = f"{sys.executable} -m cafe evaluate --list | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)
     assert done.stdout.startswith("retrieval: ") and done.stderr == ""
+
+
+def path_parameters() -> list[tuple[str, click.Command, click.Parameter]]:
+    """Every path argument and option of every command."""
+    commands = {name: command for name, command in cli.commands.items() if not isinstance(command, click.Group)}
+    for group in (command for command in cli.commands.values() if isinstance(command, click.Group)):
+        commands |= {f"{group.name} {name}": command for name, command in group.commands.items()}
+    found = []
+    for name, command in commands.items():
+        for parameter in command.params:
+            if isinstance(parameter.type, click.Path):
+                found.append((f"{name} {parameter.name}", command, parameter))
+    return found
+
+
+def test_a_leading_tilde_is_the_home_directory_in_every_path_of_the_command_line(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    parameters = path_parameters()
+    assert len(parameters) >= 18
+    for name, command, parameter in parameters:
+        context = click.Context(command)
+        assert str(parameter.type_cast_value(context, "~/a/~b")) == "/home/someone/a/~b", name
+        assert str(parameter.type_cast_value(context, "a/~")) == "a/~", name
+
+
+def test_a_tilde_leads_home_where_a_path_is_a_part_of_a_word(tmp_path, monkeypatch, random_base, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json").write_text("{}")
+    for word in ("~/run", "named=~/run"):
+        assert _parse_evaluation(word) == (word.partition("=")[0].rpartition("/")[2], tmp_path / "run")
+    model = Cafe.load(random_base)
+    model.save("~/saved")
+    assert (tmp_path / "saved" / "cafe.json").is_file() and not (tmp_path / "~").exists()
+    assert Cafe.load("~/saved").metadata["prompts"] == model.metadata["prompts"]

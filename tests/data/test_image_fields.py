@@ -8,6 +8,8 @@ import unicodedata
 import fsspec
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from samples import noise, png
 
@@ -88,9 +90,10 @@ def test_a_folder_is_a_video_with_frames_in_numeric_order(tmp_path):
     (tmp_path / "clip").mkdir()
     for number in (10, 9, 2, 1):
         (tmp_path / "clip" / f"frame{number}.png").write_bytes(png("red"))
+    (tmp_path / "clip" / "frame²².png").write_bytes(png("red"))  # digits by their name, but of no number
     (tmp_path / "clip" / "notes.txt").write_text("no image")
     refs = image_refs("clip", Source(path=str(tmp_path / "x.json")))
-    assert [ref.source.stem for ref in refs] == ["frame1", "frame2", "frame9", "frame10"]
+    assert [ref.source.stem for ref in refs] == ["frame1", "frame2", "frame9", "frame10", "frame²²"]
     thinned = image_refs("clip", Source(path=str(tmp_path / "x.json"), max_frames=2))
     assert [ref.source.stem for ref in thinned] == ["frame2", "frame10"]
     (tmp_path / "empty").mkdir()
@@ -117,6 +120,30 @@ def test_a_video_file_or_a_wrong_kind_is_named():
         image_refs(3, Source(path="x.json"))
     with pytest.raises(CafeError, match="not valid base64"):
         image_refs("data:image/png;base64,&&", Source(path="x.json"))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["bytes", "path", "x"]), inner),
+)
+
+
+@settings(deadline=None)
+@given(value=VALUES, kind=st.sampled_from(["json", "tar"]), folder=st.sampled_from(["nowhere", "memory://nowhere/x"]))
+def test_any_value_in_an_image_field_gives_images_or_a_bad_record(value, kind, folder):
+    try:
+        for ref in image_refs(value, Source(path=f"x.{kind}", images=folder)):
+            decode_image(ref)
+    except CafeError as error:
+        assert len(str(error)) < 1000
+
+
+def test_deeply_nested_lists_of_images_are_a_bad_record():
+    nested: list = []
+    for _ in range(10_000):
+        nested = [nested]
+    with pytest.raises(CafeError, match="in more than 8 lists"):
+        image_refs(nested, Source(path="x.json"))
 
 
 def test_images_stand_at_their_tokens_and_the_others_first():

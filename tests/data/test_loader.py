@@ -1,11 +1,13 @@
 """Workers make batches ahead, and are restarted when one dies."""
 
+import json
 import os
 import signal
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import get_worker_info
 
 from cafe.data.batch import Batch
@@ -23,6 +25,18 @@ def test_the_order_depends_on_the_seed_and_not_on_workers(llava_dataset):
     assert alone == with_workers
     assert sorted(name for batch in alone[:6] for name in batch) == sorted(set(name for b in alone[:6] for name in b))
     assert alone[:2] != alone[6:8]  # the second epoch has its own order
+
+
+def test_no_worker_waits_for_a_pipe_or_a_device(llava_dataset, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
+    turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "a square"}]
+    names = ["pipe.png", "/dev/zero", "/dev/tty", "folder.png", "good.png"]
+    (tmp_path / "a.json").write_text(json.dumps([{"image": name, "conversations": turns} for name in names]))
+    [batch] = iterate_batches(llava_dataset(tmp_path / "a.json", batch_size=5), 0, 1, 1)
+    assert len(batch.record_names) == 1 and len(batch.bad_records) == 4
+    assert sum("a pipe or a device, not a regular file" in reason for reason in batch.bad_records) == 3
 
 
 class Dies(ContrastiveBatchDataset):

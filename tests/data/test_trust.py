@@ -268,6 +268,12 @@ def test_whatever_a_downloaded_record_names_is_in_its_folder_or_store(name, fold
         assert os.path.commonpath([root, os.path.realpath(found)]) == root
 
 
+@pytest.mark.parametrize("name", ["dataset:someone/data.json", "dataset:data.csv"])
+def test_a_dataset_that_is_called_like_a_text_file_is_not_trusted(name):
+    with pytest.raises(RecordError, match="is outside of"):
+        resolve_image("/etc/hostname", Source(path=name, images="/data"))
+
+
 def test_columns_of_images_in_a_hub_dataset_do_not_read_the_machine(tmp_path):
     """As a parquet of the Hub may have them: a path without bytes."""
     row = {"img": {"bytes": None, "path": "/etc/hostname"}, "positive": "x"}

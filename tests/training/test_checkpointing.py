@@ -272,3 +272,65 @@ def test_saved_weights_and_optimizer_state_are_restored_exactly(tmp_path, traine
         step(one, two)
     for name, value in module.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
+
+
+def saved_state(directory: Path) -> tuple[torch.nn.Module, torch.optim.Optimizer, Path]:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    module[0].weight.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in module.parameters() if p.requires_grad])
+    checkpointing.save(directory, module, optimizer, checkpointing.TrainerState(step=1), save_total_limit=1)
+    return module, optimizer, directory / "step-000001"
+
+
+def test_a_state_that_would_lack_a_trained_weight_is_not_saved(tmp_path, monkeypatch):
+    module, optimizer, _ = saved_state(tmp_path / "whole")
+    whole = checkpointing._state_tensors
+
+    def partial(*args: object) -> dict[str, object]:
+        tensors = whole(*args)
+        del tensors["weights"]["1.bias"]
+        return tensors
+
+    monkeypatch.setattr(checkpointing, "_state_tensors", partial)
+    with pytest.raises(
+        CafeError, match=r"could not be saved .*the weight 1\.bias, which is trained, is not in the files"
+    ):
+        checkpointing.save(tmp_path / "partial", module, optimizer, checkpointing.TrainerState(step=1), 1)
+    assert not list((tmp_path / "partial").iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "5", "[]", '{"files": 5, "processes": 1}', '{"files": {}}', "[" * 100_000])
+def test_a_broken_manifest_is_damage(tmp_path, text):
+    module, optimizer, saved = saved_state(tmp_path)
+    (saved / "manifest.json").write_text(text)
+    lines: list[str] = []
+    assert checkpointing.load(tmp_path, module, optimizer, lines.append) is None
+    assert len(lines) == 1 and "it has no readable manifest.json" in lines[0]
+
+
+class Runs:
+    """What a pickle can do: write a file when it is loaded."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return open, (str(self.mark), "w")
+
+
+@pytest.mark.parametrize("kind", ["text", "list", "other fields", "code"])
+def test_a_broken_trainer_state_ends_in_a_sentence_and_runs_nothing(tmp_path, kind):
+    module, optimizer, saved = saved_state(tmp_path)
+    mark = tmp_path / "was-run"
+    objects = {"list": [1], "other fields": {"micro_batch_size": None, "loss_scale": {}, "more": 1}, "code": Runs(mark)}
+    file = saved / "process-0.pt"
+    if kind == "text":
+        file.write_text("no state")
+    else:
+        torch.save(objects[kind], file)
+    manifest = json.loads((saved / "manifest.json").read_text())
+    manifest["files"]["process-0.pt"] = checkpointing._digest(file)
+    (saved / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CafeError, match=rf"{file} is damaged, or of another version") as error:
+        checkpointing.load(tmp_path, module, optimizer, print)
+    assert "\n" not in str(error.value) and not mark.exists()

@@ -1,12 +1,16 @@
 """Recipes: every shipped one builds, and an error names the key that is wrong with its nearest or its new name."""
 
 import json
+import math
 import re
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import (
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
@@ -310,3 +314,103 @@ def test_a_config_made_in_python_is_checked_against_its_ranges(make, sentence):
 def test_every_field_of_the_recipe_is_documented_in_order(cls):
     documented = re.findall(r"^        (\w+): ", cls.__doc__.partition("Attributes:\n")[2], re.M)
     assert documented == [field.name for field in fields(cls)]
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (
+            lambda: ModelConfig(base="a", precision="fp8"),
+            "model.precision should be one of fp32, bf16, fp16, not 'fp8'.",
+        ),
+        (lambda: ModelConfig(base="a", freeze=("tower",)), "model.freeze[0] should be one of vision_tower, projector,"),
+        (lambda: OptimizerConfig(name="adam"), "optimizer.name should be one of adamw, adafactor, muon,"),
+        (lambda: OptimizerConfig(learning_rate=math.inf), "optimizer.learning_rate should be finite, not inf."),
+        (lambda: OptimizerConfig(learning_rate="1e-5"), "optimizer.learning_rate should be a number, not '1e-5'."),
+        (lambda: EvaluationConfig(data=5), "evaluation.data should be text, not 5."),
+        (
+            lambda: DataConfig(sources=(replace(SOURCE, format="LLaVA"),)),
+            "data.sources[0].format should be one of llava, karpathy, mmeb, pairs, not 'LLaVA'.",
+        ),
+    ],
+)
+def test_a_config_made_in_python_is_checked_against_its_words_and_types(make, sentence):
+    """`precision="fp8"` trained in float32."""
+    with pytest.raises(RecipeError) as error:
+        make()
+    assert str(error.value).startswith(sentence)
+
+
+def test_a_leading_tilde_is_the_home_directory_in_every_path_of_a_recipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/someone")
+    file = tmp_path / "tilde.yaml"
+    file.write_text(
+        "output: ~/runs/a~b\nmodel: {base: ~/base, vision_cache: ~/cache}\nevaluation: {data: ~/eval, sources: "
+        "[{path: '~/held.json'}]}\ndata: {sources: [{path: '~/{0..1}.tar', images: ~/images}, {path: 's3://b/~/a.json'},"
+        " {path: a/~/b.json}]}\n"
+    )
+    recipe = read_recipe(file)
+    home = "/home/someone"
+    assert (recipe.output, recipe.model.base) == (f"{home}/runs/a~b", f"{home}/base")
+    assert (recipe.model.vision_cache, recipe.evaluation.data) == (f"{home}/cache", f"{home}/eval")
+    assert recipe.evaluation.sources[0].path == f"{home}/held.json"
+    first, second, third = recipe.data.sources
+    assert (first.path, first.images) == (f"{home}/{{0..1}}.tar", f"{home}/images")
+    assert (second.path, third.path) == ("s3://b/~/a.json", "a/~/b.json")  # only where a path begins
+    assert replace(recipe, output="~/x").output == f"{home}/x"  # in Python, and as an override
+    assert read_recipe(file, ["output=~/y"]).output == f"{home}/y"
+    assert read_source("~/a.json").path == f"{home}/a.json"
+    assert read_recipe(file, ["output=~nobody-of-that-name/y"]).output == "~nobody-of-that-name/y"
+
+
+def recipe_fields(cls: type = Recipe, where: str = "") -> list[str]:
+    """The key of every field of a recipe, as overrides name it."""
+    keys = []
+    for name, hint in get_type_hints(cls).items():
+        keys.append(where + name)
+        if is_dataclass(hint):
+            keys += recipe_fields(hint, f"{where}{name}.")
+    return keys
+
+
+ANY_VALUE = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text(st.characters(codec=None), max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = [*recipe_fields(), "model.adapter.rank", "micro_batch.tokens", "objective.unheard"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(key=st.sampled_from(KEYS), value=ANY_VALUE)
+def test_any_value_in_any_field_of_a_recipe_is_taken_or_refused_in_a_sentence(key, value):
+    try:
+        recipe = read_recipe(SCENES, [f"{key}={json.dumps(value)}"])
+    except RecipeError as error:
+        assert "\n" not in str(error)
+    else:
+        json.dumps(as_json(recipe)).encode()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("seed: " + "[" * 100_000, "is nested too deeply"),
+        ("seed: 2026-13-45", "is not valid YAML: month must be in 1..12"),
+        (f"seed: {'9' * 5000}", "is not valid YAML"),
+        ("prompts: {system: 5}", "prompts.system should be text, not 5"),
+        ('prompts: {system: "\\ud800"}', r"prompts.system holds half of a character, or a null: '.ud800'"),
+        ('output: "a\\0b"', "output holds half of a character, or a null"),
+    ],
+)
+def test_a_recipe_that_yaml_cannot_hold_is_told_in_a_sentence(tmp_path, text, sentence):
+    file = tmp_path / "odd.yaml"
+    file.write_text("output: a\nmodel: {base: a}\ndata: {sources: [{path: a.json}]}\n" + text)
+    with pytest.raises(RecipeError, match=sentence) as error:
+        read_recipe(file)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400

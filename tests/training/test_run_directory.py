@@ -79,3 +79,12 @@ def test_run_is_finished_once_its_checkpoint_has_the_same_recipe(recipe, tmp_pat
     (checkpoint / "cafe.json").write_text(json.dumps({"recipe": written}))
     assert is_finished(recipe) and is_finished(replace(recipe, save_steps=1))
     assert not is_finished(replace(recipe, seed=1))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"name": "a"}', '{"name": 5, "recipe": {}}', "[" * 100_000])
+def test_a_broken_run_json_is_told_in_a_sentence(recipe, tmp_path, text):
+    (tmp_path / "run" / "state").mkdir(parents=True)
+    (tmp_path / "run" / "run.json").write_text(text)
+    with pytest.raises(CafeError, match=r"run\.json is damaged.*set another output, or remove that directory") as error:
+        claim_run_directory(recipe)
+    assert "\n" not in str(error.value)

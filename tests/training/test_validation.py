@@ -135,3 +135,17 @@ def test_is_better_means_higher_or_lower_with_a_minus_sign():
 def test_recipe_without_anything_to_evaluate_is_rejected(recipe, changes, sentence):
     with pytest.raises(CafeError, match=sentence):
         train(replace(recipe, **changes), report=lambda line: None)
+
+
+def test_the_best_checkpoint_records_the_temperature_that_was_learned(recipe, tmp_path):
+    wanted = replace(recipe.evaluation, data=str(tmp_path), eval_steps=2)
+    learned = replace(
+        recipe,
+        evaluation=wanted,
+        metric_for_best_model="a",
+        objective=replace(recipe.objective, learn_temperature=True),
+        max_steps=2,
+    )
+    checkpoint = train(learned, lambda model: {"a": 1.0}, report=lambda line: None)
+    best, last = (Cafe.load(path).metadata["temperature"] for path in (tmp_path / "run" / "best", checkpoint))
+    assert best == last != pytest.approx(0.05, abs=1e-6)

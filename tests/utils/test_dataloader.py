@@ -1,8 +1,12 @@
 """Loader workers are forked, also where Python would start processes in another way."""
 
 import multiprocessing
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 
+import psutil
 import pytest
 from torch.utils.data import Dataset
 
@@ -33,6 +37,36 @@ def test_loader_keeps_the_order_of_a_dataset_that_cannot_be_pickled(workers):
             return index**2
 
     assert list(make_loader(Squares(), [3, 1, 2], workers)) == [9, 1, 4]
+
+
+WAITS = """
+import os, sys, time
+from torch.utils.data import Dataset
+from cafe.utils.dataloader import make_loader
+
+class Waits(Dataset):
+    def __getitem__(self, index):
+        print(os.getpid(), flush=True)
+        time.sleep(600)
+
+next(iter(make_loader(Waits(), [0, 1], 2)))
+"""
+
+
+def test_workers_that_wait_end_when_their_parent_is_killed():
+    run = subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE, text=True)
+    workers = [int(run.stdout.readline()) for _ in range(2)]
+    run.kill()
+    run.wait()
+    deadline = time.monotonic() + 30
+    while any(map(is_running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(is_running, workers))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there that has not ended, also where nobody has waited for it."""
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_inspection_mining_and_base_model_load_with_workers(random_base, scenes, tmp_path):

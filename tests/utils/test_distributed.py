@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +290,22 @@ def test_parameters_unused_in_every_process_do_not_move(alone, recipe, random_ba
     assert not run(recipe, tmp_path / "run", 2, *source)
     several, _ = results(tmp_path / "run")
     assert_moved_alike(one, several, random_base)
+
+
+def test_equal_queries_of_two_processes_are_no_negatives_of_each_other(alone, recipe, random_base, scenes, tmp_path):
+    """Each image is shown twice in a batch, once in either process."""
+    shown = [record["image"] for record in json.loads((scenes / "llava_train.json").read_text())]
+    images = cycle(shown[: GLOBAL_BATCH // 2])
+    again = changed(
+        scenes, random_base, tmp_path / "data.json", slice(None), lambda record: record.update(image=next(images))
+    )
+    one, its_log = alone(f"data.sources={again}")
+    _, unmasked = alone(f"data.sources={again}", "objective.mask_duplicates=false")
+    assert not run(recipe, tmp_path / "run", 2, f"data.sources={again}")
+    several, log = results(tmp_path / "run")
+    assert_moved_alike(one, several, random_base)
+    losses = [each[0]["contrastive_loss"] for each in (its_log, log, unmasked)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5) and losses[2] > losses[0] + 0.01
 
 
 @pytest.mark.parametrize("overrides", [(), ("model.shard=true",)], ids=str)

@@ -49,7 +49,7 @@ class CheckedData:
 
 
 @data_group.command("check")
-@click.argument("path", metavar="SOURCE|RECIPE")
+@click.argument("path", metavar="SOURCE|RECIPE")  # not PATH: a source may be a URL
 @override_arguments
 @click.option(
     "--base",

@@ -97,7 +97,7 @@ def evaluate_command(
 def _default_output(checkpoint: str, limit: int | None) -> Path:
     """Name the directory of an evaluation after its checkpoint and limit."""
     # A path becomes one name: runs/a/checkpoint is runs-a-checkpoint.
-    name = checkpoint.strip("./").replace("/", "-")
+    name = checkpoint.strip("./~").replace("/", "-")
     if limit:
         name += f"-limit-{limit}"
     return Path("runs/evaluations") / name
@@ -164,11 +164,11 @@ def report_command(evaluations: tuple[str, ...], log: Path | None, output: Path)
 
 def _parse_evaluation(text: str) -> tuple[str, Path]:
     """Parse a directory of results, or NAME=DIRECTORY, to a name and a directory."""
-    name, directory = Path(text).name, Path(text)
+    name, directory = Path(text).name, Path(text).expanduser()
     # The name of a directory may itself contain "=", as those of sweeps do.
     if "=" in text and not directory.is_dir():
         name, _, path = text.partition("=")
-        directory = Path(path)
+        directory = Path(path).expanduser()
     if not (directory / "results.json").is_file():
         raise CafeError(f"{text!r} is no directory, nor NAME=DIRECTORY, with a results.json in it.")
     return name, directory

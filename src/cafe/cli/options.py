@@ -1,5 +1,6 @@
 """Types and arguments that several commands share."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,8 +13,23 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 POSITIVE = click.IntRange(min=1)
 NON_NEGATIVE = click.IntRange(min=0)
 FRACTION = click.FloatRange(0, 1)
-# Whether a path exists is checked by what reads it, which knows what it should be.
-PATH = click.Path(path_type=Path)
+
+
+class HomePath(click.Path):
+    """Convert to a path, with a leading `~` or `~user` expanded, which a shell leaves as it is after `--option=`.
+
+    Whether the path exists is checked by what reads it, which knows what it should be.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path)
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> Any:
+        """Convert a word of the command line."""
+        return super().convert(os.path.expanduser(value), parameter, context)
+
+
+PATH = HomePath()
 
 
 def _check_overrides(context: click.Context, parameter: click.Parameter, words: tuple[str, ...]) -> tuple[str, ...]:

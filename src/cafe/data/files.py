@@ -129,5 +129,7 @@ def file_errors(name: str) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise CafeError(f"The data file {shorten(name)} does not exist.") from None
-    except (OSError, ValueError, ImportError) as error:  # ValueError: unknown protocol; ImportError: its package
+    except CafeError:
+        raise
+    except Exception as error:  # each file system has errors of its own, as zip:// has for a file that is none
         raise CafeError(f"The data file {shorten(name)} cannot be read: {shorten(str(error))}.") from None

@@ -35,6 +35,7 @@ _MAGIC = re.compile(
     re.DOTALL,
 )
 _BASE64 = re.compile(r"[A-Za-z0-9+/=\s]+")
+_MAX_DEPTH = 8  # of lists within lists
 _LONGEST_PATH = 300  # characters; a longer text without a dot, a hyphen or the like is no path
 
 
@@ -43,22 +44,25 @@ def is_image_name(name: str) -> bool:
     return name.lower().endswith(_SUFFIXES)
 
 
-def image_refs(value: Any, source: Source) -> list[ImageRef]:
+def image_refs(value: Any, source: Source, depth: int = 0) -> list[ImageRef]:
     """Return the images that a record's field stands for.
 
     It may be a path or URL (relative to the source's folder of images), base64 with or without `data:` before it,
     encoded bytes, a mapping of "bytes" and "path" (as the datasets library keeps them), a folder of frames, or a list
     of these. Lists and folders are subsampled to `source.max_frames`. Images on an object store are downloaded here,
-    that is, in a worker.
+    that is, in a worker. `cafe.data.trust` says which paths and URLs a record may name.
 
     Args:
         value: the field.
-        source: the folder of its images and how many frames of a video to take.
+        source: the folder of its images, what its records may name, and how many frames of a video to take.
+        depth: the number of lists and mappings around the value.
 
     Raises:
         RecordError: it is none of these.
         CafeError: it cannot be downloaded.
     """
+    if depth > _MAX_DEPTH:
+        raise RecordError(f"images are in more than {_MAX_DEPTH} lists.")
     match value:
         case None:
             return []
@@ -67,9 +71,9 @@ def image_refs(value: Any, source: Source) -> list[ImageRef]:
         case bytes() | Image.Image():
             return [ImageRef(value, source.image_limits)]
         case dict():
-            return image_refs(value.get("bytes") or value.get("path"), source)
+            return image_refs(value.get("bytes") or value.get("path"), source, depth + 1)
         case list() | tuple():
-            refs = chain.from_iterable(image_refs(item, source) for item in value)
+            refs = chain.from_iterable(image_refs(item, source, depth + 1) for item in value)
             return subsample(list(refs), source.max_frames)
         case str():
             return _refs_from_text(value, source)
@@ -182,7 +186,7 @@ def _natural_key(name: str) -> list[tuple[int, str]]:
     key: list[tuple[int, str]] = []
     for piece in re.split(r"(\d+)", name):
         # Pairs, since a number and a text cannot be compared. -1 sorts text before numbers.
-        key.append((int(piece), "") if piece.isdigit() else (-1, piece))
+        key.append((int(piece), "") if piece.isdecimal() else (-1, piece))
     return key
 
 

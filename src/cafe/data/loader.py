@@ -62,7 +62,7 @@ def _start_workers(dataset: ContrastiveBatchDataset, numbers: range, num_workers
             numbers,
             num_workers,
             pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_reset_signal_handlers,
+            init_worker=_reset_signal_handlers,
             generator=torch.Generator(),  # otherwise the loader would draw from the run's own random numbers
         )
     )

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from cafe.content import DEFAULT_LIMITS, PILLOW_MAX_PIXELS, ImageLimits
 from cafe.data.files import folder_of
+from cafe.utils.paths import expand_home
 from cafe.utils.ranges import Above, Between
 
 Format = Literal["llava", "karpathy", "mmeb", "pairs"]
@@ -75,6 +76,9 @@ class Source:
     use_pairs: bool = True
     weight: float = 1.0
     shuffle_window: Annotated[int, Above(0)] = 8
+
+    def __post_init__(self) -> None:
+        expand_home(self, "path", "images")
 
     @property
     def folder(self) -> str:

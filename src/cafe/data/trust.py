@@ -71,7 +71,10 @@ def check_inside(path: str | Path, source: Source) -> None:
 def is_trusted(source: Source) -> bool:
     """Return whether absolute paths in a source's records are followed: those of a local file that is plain text."""
     path = local_path(source.path)
-    return path is not None and path.suffix.lower() in _TRUSTED_SUFFIXES
+    if path is None or path.suffix.lower() not in _TRUSTED_SUFFIXES:
+        return False
+    # A dataset may be called so, or a folder.
+    return not source.path.startswith("dataset:") and not os.path.isdir(path)
 
 
 def check_public(host: str, port: int | None = None) -> list[str]:

@@ -54,7 +54,7 @@ def _read(url: str, max_bytes: int, connect: Any) -> bytes:
     request = Request(url, headers={"User-Agent": "cafe"})
     deadline = time.monotonic() + MAX_SECONDS
     pieces: list[bytes] = []
-    with _opener(connect).open(request, timeout=TIMEOUT) as response:  # type: ignore[union-attr]  # None for no handler
+    with _opener(connect).open(request, timeout=TIMEOUT) as response:
         while piece := response.read(_CHUNK):
             pieces.append(piece)
             check_size(url, sum(map(len, pieces)), max_bytes)
@@ -74,11 +74,11 @@ def _opener(connect: Any) -> OpenerDirector:
 
     class PublicHTTP(HTTPHandler):
         def http_open(self, req: Request) -> Any:
-            return self.do_open(partial(connection, http.client.HTTPConnection), req)  # type: ignore[arg-type]
+            return self.do_open(partial(connection, http.client.HTTPConnection), req)
 
     class PublicHTTPS(HTTPSHandler):
         def https_open(self, req: Request) -> Any:
-            return self.do_open(partial(connection, http.client.HTTPSConnection), req)  # type: ignore[arg-type]
+            return self.do_open(partial(connection, http.client.HTTPSConnection), req)
 
     opener = OpenerDirector()
     for handler in (PublicHTTP, PublicHTTPS, HTTPRedirectHandler, HTTPDefaultErrorHandler, HTTPErrorProcessor):

@@ -25,7 +25,8 @@ def transparent_color(image: Image.Image) -> Any:
     if kind is None or not isinstance(color, kind):
         return None
     # Only an image that is not decoded yet tells its depth.
-    depth = image.tile[0][3] if getattr(image, "tile", None) else image.mode
+    tiles = getattr(image, "tile", None)
+    depth = tiles[0][3] if tiles else image.mode
     scale = _TO_8_BITS.get(str(depth))
     if scale is None:
         return color

@@ -12,7 +12,9 @@ from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-DAMAGE = (SafetensorError, OSError, ValueError, LookupError, TypeError)  # what reading a damaged file raises
+# What reading a damaged file raises.
+DAMAGE = (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
+MAX_LAYERS = 1000  # of a tower whose hidden states are kept
 
 # How a field of an output is stored: null, "tensor", or the type and length of a sequence of tensors and nulls.
 FieldForm = str | list[Any] | None
@@ -45,7 +47,7 @@ def load_output(file: Path, tower: nn.Module, device: torch.device, num_rows: in
         dim: the dimension of the rows.
 
     Raises:
-        SafetensorError, OSError, ValueError, LookupError, TypeError: it is damaged.
+        one of `DAMAGE`: it is damaged.
     """
     # Read as a whole: a file that is mapped into memory and then cut would end the process.
     data = file.read_bytes()
@@ -72,9 +74,11 @@ def _field(name: str, form: FieldForm, tensors: dict[str, Tensor]) -> Any:
     """Return the value of a field by its form."""
     if form is None:
         return None
-    if form == "tensor":
+    if isinstance(form, str):
         return tensors[name]
     kind, length = form
+    if length > MAX_LAYERS:
+        raise ValueError(f"{name} has {length} parts")
     items = [tensors.get(f"{name}.{index}") for index in range(length)]
     return tuple(items) if kind == "tuple" else items
 

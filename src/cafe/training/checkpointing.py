@@ -8,7 +8,6 @@ The files are written to a staging directory, which is renamed once they are all
 manifest, or with a file whose hash is not the manifest's, is damaged: it is reported, and the previous one is used.
 """
 
-import errno
 import hashlib
 import json
 import re
@@ -28,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cafe.data.batch import MicroBatchSize
-from cafe.errors import CafeError, CheckpointError
+from cafe.errors import CheckpointError
 from cafe.training.loss_scale import LossScale
 from cafe.training.optimizer import trainable_parameters
 from cafe.utils.atomic import commit
@@ -36,7 +35,6 @@ from cafe.utils.distributed import all_gather_object, rank, run_on_main_and_broa
 from cafe.utils.nonfinite import find_nonfinite
 
 MANIFEST = "manifest.json"
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 T = TypeVar("T")
 
 
@@ -378,32 +376,6 @@ def _first_cause(error: BaseException) -> BaseException:
     while cause := error.__cause__ or error.__context__:
         error = cause
     return error
-
-
-@contextmanager
-def disk_full_errors(output: Path) -> Iterator[None]:
-    """Turn the error that a full disk raises anywhere into a `CafeError`, and remove what was half written."""
-    try:
-        yield
-    except Exception as error:
-        if not _is_disk_full(error):
-            raise
-        # The staging paths of `cafe.utils.atomic`.
-        for partial in output.glob(".*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CafeError(
-            f"{output} cannot be written to ({error}): free some space and run the same command to resume from the "
-            "last saved state."
-        ) from None
-
-
-def _is_disk_full(error: Exception) -> bool:
-    """Return whether an error is the system's, of a full disk, a full quota or a file too large for its disk."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        return True
-    # safetensors is written in Rust: it has the number in its message alone.
-    message = str(error)
-    return any(f"os error {number}" in message for number in DISK_FULL)
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from cafe.data.batch import Batch
 from cafe.errors import CafeError, RunInterrupted
 from cafe.model import Cafe
 from cafe.training import checkpointing
-from cafe.training.checkpointing import disk_full_errors
 from cafe.training.device_memory import free_step_memory
+from cafe.training.disk_full import disk_full_errors
 from cafe.training.fsdp import full_state_dict
 from cafe.training.gradients import unscale
 from cafe.training.loss_scale import LossScale

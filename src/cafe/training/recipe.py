@@ -16,6 +16,7 @@ from cafe.losses import ContrastiveConfig
 from cafe.lvlm.adapters import LoraSettings
 from cafe.lvlm.families import PartName
 from cafe.lvlm.prompts import Prompts
+from cafe.utils.paths import expand_home
 from cafe.utils.ranges import Above, AtLeast, Below, Between, HalfOpen, check_ranges
 
 # What `model.precision` may be where frozen weights are not held in float32.
@@ -66,6 +67,7 @@ class ModelConfig:
     image_grids: tuple[tuple[int, ...], ...] = ()
 
     def __post_init__(self) -> None:
+        expand_home(self, "base", "vision_cache")
         check_ranges(self, "model")
         self._check_frozen_weights_dtype()
         self._check_trainable_parts()
@@ -257,6 +259,7 @@ class EvaluationConfig:
     num_samples: Annotated[int, AtLeast(0)] = 4
 
     def __post_init__(self) -> None:
+        expand_home(self, "data")
         check_ranges(self, "evaluation")
 
 
@@ -312,6 +315,7 @@ class Recipe:
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] | None = ("tensorboard",)
 
     def __post_init__(self) -> None:
+        expand_home(self, "output")
         check_ranges(self)
 
 

@@ -98,7 +98,7 @@ def _read_run(file: Path) -> dict[str, Any]:
         case {"name": str(), "recipe": dict(), **rest} if isinstance(rest.get("data"), list | None):
             return run
     raise CheckpointError(
-        f"{file} is damaged, so it cannot be told which recipe the run in {file.parent} has: set another output, or "
+        f"{file} is damaged, so it does not say which recipe the run in {file.parent} has: set another output, or "
         "remove that directory to start over."
     )
 

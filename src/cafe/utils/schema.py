@@ -112,8 +112,8 @@ class Schema:
         # Not by isinstance: True is an int to Python, but no number to a person.
         if type(value) is not kind:
             raise RecipeError(f"{self.file}: {where} should be {SCALAR_NAMES[kind]}, not {shown(value)}.")
-        if kind is str and not _is_plain_text(value):
-            raise RecipeError(f"{self.file}: {where} holds half of a character, or a null: {value!a:.{80}}.")
+        if kind is str and not _is_plain_text(str(value)):
+            raise RecipeError(f"{self.file}: {where} holds half of a character, or a null: {value!a:.80}.")
         return value
 
 

@@ -42,5 +42,5 @@ def karpathy(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialog
 
 def select_split(rows: list[Any], split: str) -> list[Any]:
     """Return the records of a split; "train" includes "restval", as is usual with COCO."""
-    wanted = {"train", "restval"} if split == "train" else {split}
+    wanted = ("train", "restval") if split == "train" else (split,)  # no set, in which a list could not be looked up
     return [row for row in rows if row.get("split") in wanted]

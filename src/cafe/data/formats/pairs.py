@@ -27,10 +27,10 @@ def pairs(row: Any, source: Source, rng: Random) -> tuple[Pair | None, Dialogue 
     Raises:
         RecordError: a column is missing, a side is empty or of the wrong kind, or negatives do not go together.
     """
-    # One of several captions, which in a CSV file are a list as JSON.
+    # One of several captions.
     positive = get_field(row, source, "positive")
-    if isinstance(positive, (list, tuple)) and positive:
-        positive = rng.choice(positive)
+    if isinstance(positive, (list, tuple)):
+        positive = rng.choice(positive) if positive else None
     # An empty side is no mistake yet: a record may hold a dialogue alone.
     query = _content(get_field(row, source, "query"), get_field(row, source, "query_image"), source)
     target = _content(positive, get_field(row, source, "positive_image"), source)

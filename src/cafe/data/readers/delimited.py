@@ -63,13 +63,13 @@ def _read_rows(name: str, delimiter: str) -> list[list[str]]:
     except UnicodeDecodeError as error:
         raise CafeError(f"The data file {name} is not UTF-8 text: {error}.") from None
     if delimiter == "\t":
-        literal = _parse(text, delimiter, csv.QUOTE_NONE)
+        literal = _parse(text, delimiter, with_quotes=False)
         if _is_rectangular(literal) or '"' not in text:
             return literal
-        quoted = _parse(text, delimiter, csv.QUOTE_MINIMAL)
+        quoted = _parse(text, delimiter, with_quotes=True)
         is_quoted = quoted[-1:] == [[_END]] and _is_rectangular(quoted[:-1])
         return quoted[:-1] if is_quoted else literal
-    *rows, last = _parse(text, delimiter, csv.QUOTE_MINIMAL)
+    *rows, last = _parse(text, delimiter, with_quotes=True)
     if last != [_END]:
         begins = escape_controls(" ".join(last)[:40])
         raise CafeError(
@@ -79,11 +79,12 @@ def _read_rows(name: str, delimiter: str) -> list[list[str]]:
     return rows
 
 
-def _parse(text: str, delimiter: str, quoting: int) -> list[list[str]]:
+def _parse(text: str, delimiter: str, with_quotes: bool) -> list[list[str]]:
     """Split a text into rows of cells; where quotes are read, a last row shows whether all are closed."""
-    if quoting != csv.QUOTE_NONE:
-        text += f"\n{_END}\n"
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting)
+    if with_quotes:
+        rows = csv.reader(io.StringIO(f"{text}\n{_END}\n", newline=""), delimiter=delimiter)
+    else:
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, quoting=csv.QUOTE_NONE)
     return [row for row in rows if len(row) > 1 or "".join(row).strip()]
 
 

@@ -1,5 +1,6 @@
 """Datasets of the Hugging Face `datasets` library, an optional dependency."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def _load(name: str, subset: str) -> Any:
         import datasets
     except ImportError:
         raise MissingPackageError(f"{name} needs the datasets library: pip install 'cafe-lvlm[datasets]'.") from None
-    path = name.removeprefix("dataset:")
+    path = os.path.expanduser(name.removeprefix("dataset:"))
     # The library reads what it saved itself by another function than everything else.
     saved_files = Path(path) / "state.json", Path(path) / "dataset_dict.json"
     is_saved = any(map(Path.is_file, saved_files))

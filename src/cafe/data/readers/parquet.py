@@ -28,7 +28,8 @@ class Parquet:
         start = int(self.ends[number]) - self.chunks[number]
         within = index - start
         # To Python objects only now, one row of the group: a whole one would take much more memory than the table.
-        return self._row_group(number).slice(within, 1).to_pylist()[0]
+        with file_errors(self.name):
+            return self._row_group(number).slice(within, 1).to_pylist()[0]
 
     def _row_group(self, number: int) -> pa.Table:
         """Return a row group, from the cache or from the file."""

@@ -184,7 +184,7 @@ def _read_index(path: Path) -> np.ndarray | None:
     try:
         index = np.load(path, allow_pickle=False)
         if _is_index(index):
-            return index  # type: ignore[no-any-return]
+            return index
     except Exception as error:  # NumPy raises ValueError, EOFError, SyntaxError and others
         logger.debug("%s", error)
     logger.warning("The index %s in the cache is damaged and is built again.", path)
