@@ -464,3 +464,19 @@ def test_words_of_records_reach_the_terminal_without_escape_sequences(tmp_path, 
     assert main(["evaluate", str(random_base), "--data", str(tmp_path), "--output", output, "--suite", "vqa"]) == 1
     said = capsys.readouterr().err
     assert "\x1b" not in said and r"The image \x1b]0;x\x07.png" in said
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_without_numbers_is_measured_and_written_as_json(data, tmp_path, value):
+    class Broken(ColorModel):
+        def embed(self, contents: Any, batch_size: int = 32) -> np.ndarray:
+            return np.full((len(contents), 4), value, np.float32)
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    with np.errstate(invalid="ignore"):
+        done = evaluate(Broken(), data, report=silent, suites=["retrieval", "geometry"])
+    write(done, tmp_path / "out")
+    results = json.loads((tmp_path / "out" / "results.json").read_text(), parse_constant=refuse)
+    assert results["retrieval/text_to_image/R@1"] == 0 and results["geometry/effective_rank_images"] is None

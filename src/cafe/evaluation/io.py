@@ -17,6 +17,7 @@ from cafe.errors import CafeError, RecordError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.images.decoding import decode_image
 from cafe.images.thumbnails import thumbnail
+from cafe.utils.terminal import escape_controls
 from cafe.utils.text import shorten
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of files whose absolute paths of images are followed
@@ -233,7 +234,7 @@ def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Pat
         if is_inside(data / folder / name, data) and os.path.isfile(data / folder / name):
             return Path(folder) / name
     places = ", ".join(str(data / folder) for folder in searched)
-    raise RecordError(f"The image {shorten(str(name))}, which {source} names, is in none of {places}.")
+    raise RecordError(f"The image {shorten(escape_controls(str(name)))}, which {source} names, is in none of {places}.")
 
 
 def is_inside(path: Path, folder: Path) -> bool:

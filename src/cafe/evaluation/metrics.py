@@ -113,7 +113,12 @@ def separability(
 
 
 def effective_rank(rows: Float[np.ndarray, "rows dim"]) -> float:
-    """Compute how many dimensions are used: exp of the entropy of the normalized singular values (Roy & Vetterli)."""
+    """Compute how many dimensions are used: exp of the entropy of the normalized singular values (Roy & Vetterli).
+
+    It is NaN for rows that are not finite, whose singular values LAPACK does not find.
+    """
+    if not np.isfinite(rows).all():
+        return float("nan")
     exact = rows.astype(np.float64)
     # The smaller of the two Gram matrices has the same nonzero eigenvalues: the squared singular values.
     gram = exact.T @ exact if len(exact) >= exact.shape[1] else exact @ exact.T

@@ -272,11 +272,12 @@ def _continues(evaluation: EvaluationResult, directory: Path) -> bool:
 
 
 def dump_json(value: Any, indent: int | None = None) -> str:
-    """Write a value as JSON; a number that is not finite, which JSON does not have, as null."""
+    """Write a value as JSON: a number that is not finite, which JSON does not have, as null, other kinds as text."""
+    write_finite = partial(json.dumps, indent=indent, allow_nan=False, default=str)  # the id of a table may be a date
     try:
-        return json.dumps(value, indent=indent, allow_nan=False)
+        return write_finite(value)
     except ValueError:
-        return json.dumps(_without_nan(value), indent=indent, allow_nan=False)
+        return write_finite(_without_nan(value))
 
 
 def _without_nan(value: Any) -> Any:

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -217,3 +219,31 @@ def test_a_byte_order_mark_changes_nothing(folder, suite, file, document):
         except CafeError as error:  # of videos, whose frames are not there
             results.append(str(error))
     assert results[0] == results[1]
+
+
+WINOGROUND = {"id": 1, "caption_0": "a", "caption_1": "b", "image_0": {"path": "0.png"}, "image_1": {"path": "1.png"}}
+RECORD = {"qry_text": "a", "qry_img_path": "0.png", "tgt_text": ["a", "b"], "tgt_img_path": ["0.png", ""]}
+PARTS = {
+    "queries": {"query-id": 1, "query": "a"},
+    "corpus": {"corpus-id": 1, "image": {"path": "0.png"}},
+    "qrels": {"query-id": 1, "corpus-id": 1, "score": 1},
+}
+TABLES = [
+    *(("winoground", "winoground/test.parquet", WINOGROUND, column) for column in WINOGROUND),
+    *(("mmeb", "mmeb_eval/Table.parquet", RECORD, column) for column in RECORD),
+    *(("mmeb", f"mmeb_eval/Pages/{part}/0.parquet", row, column) for part, row in PARTS.items() for column in row),
+]
+
+
+@pytest.mark.parametrize("value", [None, 5, 0.5, "a", b"a", [], [5], ["a", None], {"path": 5}, {"bytes": b""}, [["a"]]])
+@pytest.mark.parametrize(("suite", "file", "row", "column"), TABLES)
+def test_any_type_of_a_column_ends_in_results_or_a_sentence(tmp_path, suite, file, row, column, value):
+    for name in ("0.png", "1.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    if "Pages" in file:
+        for part, whole in PARTS.items():
+            (tmp_path / "mmeb_eval" / "Pages" / part).mkdir(parents=True)
+            pq.write_table(pa.Table.from_pylist([whole]), tmp_path / "mmeb_eval" / "Pages" / part / "0.parquet")
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist([row | {column: value}]), tmp_path / file)
+    check(tmp_path, suite)

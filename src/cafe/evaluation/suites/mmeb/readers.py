@@ -14,6 +14,7 @@ from cafe.evaluation.io import evenly_spaced, json_lines, parquet_rows, read_tex
 from cafe.evaluation.suites.mmeb.datasets import find_in_folders, list_folders, parquet_files
 from cafe.evaluation.suites.mmeb.video import VIDEO_FORMATS, to_records
 from cafe.utils.terminal import escape_controls
+from cafe.utils.text import shorten
 
 NUM_FRAMES = 8  # of a video, evenly spaced, as in VLM2Vec
 PAGE_QUERY = "Find a document image that matches the given query: "
@@ -248,7 +249,7 @@ def _image_refs(image: str | bytes, data: Path, source: Path) -> list[ImageRef]:
     path = find_in_folders(data, FOLDERS, image)
     if path is None:
         places = list_folders(data, FOLDERS)
-        raise CafeError(f"The image {escape_controls(image):.200}, which {source} names, is in none of {places}.")
+        raise CafeError(f"The image {shorten(escape_controls(image))}, which {source} names, is in none of {places}.")
     if path.is_file():
         return [ImageRef(path)]
     # A folder holds the frames of a video.

@@ -14,6 +14,7 @@ from typing import Any
 from cafe.errors import CafeError
 from cafe.evaluation.suites.mmeb.datasets import find_in_folders, list_folders
 from cafe.utils.terminal import escape_controls
+from cafe.utils.text import shorten
 
 WATCH = "Understand the content of the provided video."
 WATCH_CLIP = "Understand the content of the provided video clip."
@@ -147,7 +148,7 @@ def _moment_record(row: Row, list_clips: ListClips, folder: str) -> Row:
     clips.sort(key=lambda clip: not clip.startswith("positive"))
     if not clips or not clips[0].startswith("positive"):
         raise CafeError(
-            f"The frames in {escape_controls(frames):.200} have no folder of the clip that is right (positive...)."
+            f"The frames in {shorten(escape_controls(frames))} have no folder of the clip that is right (positive...)."
         )
     candidates = [(WATCH, f"{frames}/{clip}") for clip in clips]
     return _record(f"{FIND_MOMENT} {row['query']}", f"{frames}/query", candidates)
@@ -322,17 +323,12 @@ def to_records(name: str, rows: Sequence[Row], data: Path, source: Path, folders
     return records
 
 
-def _shortened(name: str) -> str:
-    """Write a name that a row gives for an error, in one line that is not too long."""
-    return escape_controls(name)[:200]
-
-
 def _list_clips(frames: str, data: Path, source: Path, folders: Sequence[str]) -> list[str]:
     """List the names of the folders in a folder of frames, which is under one of some folders of `data`."""
     path = find_in_folders(data, folders, frames)
     if path is None or not path.is_dir():
         places = list_folders(data, folders)
         raise CafeError(
-            f"The folder of frames {escape_controls(frames):.200}, which {source} names, is in none of {places}."
+            f"The folder of frames {shorten(escape_controls(frames))}, which {source} names, is in none of {places}."
         )
     return [clip.name for clip in path.iterdir() if clip.is_dir()]
