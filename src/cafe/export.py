@@ -6,6 +6,7 @@ the embedding instruction behind it and the frame around it, and renders the res
 """
 
 import json
+import sys
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -174,7 +175,7 @@ def model_card(
         prompts=asdict(Prompts()) | metadata.get("prompts", {}),
         matryoshka_dims=[dim for dim in _as_list(dims) if isinstance(dim, int)],
         sources=[str(_field(source, "path")) for source in _as_list(sources)],
-        results={name: value for name, value in numbers.items() if isinstance(value, (int, float))},
+        results={name: value for name, value in numbers.items() if _fits_float(value)},
         training=[yaml.safe_dump(part, sort_keys=False) for part in (run, plain_recipe) if part],
     )
 
@@ -186,6 +187,11 @@ def _field(tree: Any, *names: str) -> Any:
             return None
         tree = tree.get(name)
     return tree
+
+
+def _fits_float(value: Any) -> bool:
+    """Return whether a value is a number that a float can hold: JSON's integers have no limit."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) <= sys.float_info.max)
 
 
 def _as_list(value: Any) -> list[Any]:

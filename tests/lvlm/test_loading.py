@@ -99,6 +99,17 @@ def test_an_adapters_broken_processor_is_told_by_the_adapters_name(adapter, tmp_
         Cafe.load(tmp_path / "broken")
 
 
+def test_an_adapters_missing_base_is_told_with_the_adapters_name(adapter, tmp_path):
+    shutil.copytree(adapter, tmp_path / "moved")
+    file = tmp_path / "moved" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "/no/longer/here"}))
+    with pytest.raises(CheckpointError) as error:
+        Cafe.load(tmp_path / "moved")
+    assert str(error.value) == (
+        f"The base model of the adapter {tmp_path}/moved is missing. There is no directory /no/longer/here."
+    )
+
+
 BROKEN = [  # file, field and value that it is given, or the whole file's text
     ("config.json", None, "["),
     ("config.json", None, "[1]"),

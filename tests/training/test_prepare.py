@@ -128,3 +128,20 @@ def test_a_batch_of_one_pair_warns_once_and_points_to_batch_size(recipe, tmp_pat
         assert "Raise batch_size, and set micro_batch" in line and "gradient_accumulation_steps" in line
         log = json.loads(Path(run.output, "log.jsonl").read_text().splitlines()[0])
         assert log["contrastive_loss"] == 0 and log["accuracy"] == 1  # which the warning explains
+
+
+@pytest.mark.parametrize("bits", ["float32", "bfloat16"])
+def test_frozen_weights_that_lose_bits_in_the_checkpoint_are_told(recipe, tmp_path, bits):
+    """What an earlier stage taught them may be too little for 16 bits."""
+    Cafe.load(recipe.model.base, dtype=getattr(torch, bits)).save(tmp_path / "base")
+    model = replace(
+        recipe.model,
+        base=str(tmp_path / "base"),
+        precision="bf16",
+        frozen_weights_dtype="bf16",
+        freeze=("language_model",),
+    )
+    lines: list[str] = []
+    train(replace(recipe, model=model, max_steps=1), report=lines.append)
+    told = [line for line in lines if "rounds the frozen weights" in line]
+    assert len(told) == (bits == "float32")

@@ -30,7 +30,8 @@ def ensure_exists(name: str | Path) -> None:
     if os.path.isdir(name) or _is_cached(name):
         return
     missing = f"There is no directory {name}{_suggest(name)}"
-    if _is_among_runs(name):
+    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+    if is_path or _is_among_runs(name):
         raise CheckpointError(f"{missing}.")
     if constants.is_offline_mode():
         raise CheckpointError(

@@ -134,7 +134,10 @@ def _find_parts(path: str | Path) -> tuple[str, str]:
     if adapter is None:
         return str(path), str(path)
     base = str(adapter.base_model_name_or_path or path)
-    ensure_exists(base)
+    try:
+        ensure_exists(base)
+    except CheckpointError as error:
+        raise CheckpointError(f"The base model of the adapter {path} is missing. {error}") from None
     has_processor = any(_has_file(path, name) for name in PROCESSOR_FILES)
     return base, str(path) if has_processor else base
 

@@ -16,6 +16,7 @@ from cafe.data.quarantine import Quarantine
 from cafe.data.records import open_source
 from cafe.errors import CheckpointError, RecipeError
 from cafe.lvlm.adapters import has_adapter, is_adapter, merge
+from cafe.lvlm.families import model_part
 from cafe.lvlm.image_size import set_max_image_size
 from cafe.model import Cafe
 from cafe.training import checkpointing
@@ -33,7 +34,7 @@ from cafe.training.optimizer import (
     summarize_trainable,
     trainable_parameters,
 )
-from cafe.training.precision import loading_dtype
+from cafe.training.precision import AUTOCAST_DTYPES, loading_dtype
 from cafe.training.recipe import ModelConfig, Recipe, no_negatives_warning
 from cafe.training.run_directory import STATE, check_data, claim_run_directory
 from cafe.training.step import JointStep
@@ -200,6 +201,7 @@ def _load(
         report(f"{base} is an adapter: it was merged into its base model, and the sum is trained.")
     model.metadata.clear()  # it describes the base model, which training changes
     set_max_image_size(model.lvlm, model.chat_processor.processor, config.max_image_pixels, config.image_grids)
+    _warn_of_rounding(config, model, report)
     dataset = build_dataset(recipe, model, rank, accelerator.num_processes, sharded, sources)
     joint = build_step(recipe, model, dataset.blank_micro_batch())
     _check_same_weights(joint, recipe, accelerator.device)
@@ -219,6 +221,21 @@ def _check_can_merge(config: ModelConfig, base: str) -> None:
         raise RecipeError(f"model.base {base} has an adapter already, and model.adapter would train another: {advice}")
     if config.frozen_weights_dtype == "4bit":
         raise RecipeError(f"model.base {base} is an adapter, which 4-bit weights cannot take in: {advice}")
+
+
+def _warn_of_rounding(config: ModelConfig, model: Cafe, report: Report) -> None:
+    """Report it if frozen weights lose bits, and the checkpoint with them; that of an adapter does not hold them."""
+    dtype = AUTOCAST_DTYPES.get(config.frozen_weights_dtype)
+    if dtype is None or config.adapter:
+        return
+    for name, weight in model.lvlm.named_parameters():
+        is_frozen = model_part(name, model.lvlm.config.model_type) in config.freeze
+        if is_frozen and not torch.equal(weight, weight.to(dtype).to(weight.dtype)):
+            report(
+                f"Warning: model.frozen_weights_dtype: {config.frozen_weights_dtype} rounds the frozen weights of "
+                f"{config.base}, which have more bits, in the checkpoint too; fp32 keeps them."
+            )
+            return
 
 
 def _check_same_weights(joint: JointStep, recipe: Recipe, device: torch.device) -> None:
