@@ -6,8 +6,8 @@ the embedding instruction behind it and the frame around it, and renders the res
 """
 
 import json
-import sys
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
