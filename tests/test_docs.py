@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GENERATED = {"recipe.md", "commands.md"}  # by docs/hooks.py
 EXTENDING = (ROOT / "docs" / "extending.md").read_text()
 EXAMPLES = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", EXTENDING, re.MULTILINE | re.DOTALL))
@@ -25,6 +25,19 @@ def test_files_and_links_that_a_page_names_exist(page):
     missing = [link for link in links if not (page.parent / link).exists() and Path(link).name not in GENERATED]
     assert missing == []
     assert set(re.findall(r"\]\[([\w-]+)\]", text)) <= set(re.findall(r"^\[([\w-]+)\]:", text, re.M))
+
+
+def test_every_line_on_robustness_names_tests_that_exist():
+    rows = [row for row in (ROOT / "docs" / "robustness.md").read_text().splitlines() if row.startswith("| ")]
+    lines = [row for row in rows if not row.endswith("| test |")]
+    assert len(lines) > 50
+    for line in lines:
+        names = re.findall(r"`([\w/.]*)::(test_\w+)`", line)
+        assert names, line
+        file = ""
+        for named, test in names:
+            file = named or file  # a name without a file is of the one before it
+            assert f"def {test}(" in (ROOT / "tests" / file).read_text(), f"{file}::{test}"
 
 
 def test_site_builds_without_warnings(tmp_path):

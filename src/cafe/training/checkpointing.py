@@ -30,6 +30,7 @@ from cafe.data.batch import MicroBatchSize
 from cafe.errors import CheckpointError
 from cafe.training.loss_scale import LossScale
 from cafe.training.optimizer import trainable_parameters
+from cafe.training.state_reader import StatePlanner, StateReader
 from cafe.utils.atomic import commit
 from cafe.utils.distributed import all_gather_object, rank, run_on_main_and_broadcast, world_size
 from cafe.utils.nonfinite import find_nonfinite
@@ -142,7 +143,7 @@ def _check_holds_trained(partial: Path, module: nn.Module) -> None:
     Raises:
         CheckpointError: one is missing.
     """
-    written = dcp.FileSystemReader(partial).read_metadata().state_dict_metadata
+    written = StateReader(partial).read_metadata().state_dict_metadata
     for name in trainable_parameters(module):
         if f"weights.{name}" not in written:
             raise CheckpointError(f"the weight {name}, which is trained, is not in the files")
@@ -257,7 +258,7 @@ def _load_tensors(saved: Path, module: nn.Module, optimizer: torch.optim.Optimiz
     # An optimizer makes its state at its first step, so there is none to load into: make what the files hold.
     entries = _saved_optimizer_entries(saved, weights)
     tensors |= {f"optimizer.{name}.{entry}": empty for (name, entry), empty in entries.items()}
-    dcp.load(tensors, checkpoint_id=saved, no_dist=world_size() == 1)
+    dcp.load(tensors, storage_reader=StateReader(saved), planner=StatePlanner(), no_dist=world_size() == 1)
 
     # The weights are loaded in place; the optimizer's state is handed over.
     state: dict[Tensor, dict[str, Any]] = {}
@@ -279,7 +280,7 @@ def _saved_optimizer_entries(saved: Path, weights: dict[str, Tensor]) -> dict[tu
     """Return empty tensors for the optimizer state that was saved, by weight and entry; None for what is no tensor."""
     entries: dict[tuple[str, str], Tensor | None] = {}
     others = tuple(_partition_prefix(process) for process in range(world_size()) if process != rank())
-    for key, metadata in dcp.FileSystemReader(saved).read_metadata().state_dict_metadata.items():
+    for key, metadata in StateReader(saved).read_metadata().state_dict_metadata.items():
         kind, _, rest = key.partition(".")
         if kind != "optimizer" or rest.startswith(others):
             continue
