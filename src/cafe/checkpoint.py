@@ -13,8 +13,8 @@ from cafe.errors import CheckpointError, RecipeError
 from cafe.lvlm.hub import ensure_exists
 from cafe.lvlm.prompts import RENAMED_PROMPTS, Prompts
 from cafe.utils.hashing import iter_tensor_bytes
-from cafe.utils.ranges import shown
 from cafe.utils.schema import Schema
+from cafe.utils.text import format_value
 
 METADATA_FILE = "cafe.json"  # what a checkpoint records about itself, beside the Hugging Face files
 
@@ -51,8 +51,9 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"The checkpoint's {file} is not a mapping of names to values.")
     for name, (kind, description) in METADATA_FIELDS.items():
         if name in metadata and not isinstance(metadata[name], kind):
+            value = format_value(metadata[name])
             raise CheckpointError(
-                f"The checkpoint's {file} cannot be used: {name} should be {description}, not {shown(metadata[name])}."
+                f"The checkpoint's {file} cannot be used: {name} should be {description}, not {value}."
             )
     return metadata
 

@@ -17,7 +17,7 @@ from cafe.data.encoding import encode_example
 from cafe.data.records import open_source
 from cafe.data.source import Source
 from cafe.errors import CafeError
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 # The files of a test's examples take turns in one directory.
 files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)

@@ -8,7 +8,7 @@ import click
 
 from cafe.cli.options import FRACTION, NON_NEGATIVE, PATH, POSITIVE, override_arguments, recipe_arguments
 from cafe.errors import RecipeError, RecordError
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 if TYPE_CHECKING:
     from cafe.content import ImageLimits

@@ -67,7 +67,7 @@ def evaluate_command(
     from cafe.checkpoint import resolve_checkpoint
     from cafe.model import Cafe
     from cafe.utils.distributed import make_accelerator
-    from cafe.utils.terminal import escape_controls
+    from cafe.utils.text import escape_controls
 
     # Each process evaluates its part of the records on its own device; the main one writes the results.
     processes = make_accelerator()

@@ -20,7 +20,7 @@ from cafe.cli.evaluation import ablate_command, bench_modes_command, evaluate_co
 from cafe.cli.scenes import quickstart_command, scenes_group
 from cafe.cli.training import merge_command, plan_command, push_command, train_command
 from cafe.errors import CafeError, RunInterrupted
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's parameters, numbered as in malloc.h
 

@@ -13,7 +13,7 @@ from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages, embedding_messages
 from cafe.packing import Branch
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from cafe.data.quarantine import MIN_ALL_BAD
 from cafe.data.records import OpenedSource
 from cafe.data.source import Columns, Source
 from cafe.errors import CafeError, RecipeError, RecordError
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 logger = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from cafe.data.batch import Batch
 from cafe.errors import CafeError
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 MIN_ALL_BAD = 8  # records; a run whose first ones are all bad stops at so many
 MIN_RECORDS_FOR_FRACTION = 100  # before the fraction of bad ones means much

@@ -28,7 +28,7 @@ from cafe.data.readers.base import InMemoryRows, Rows, UnreadableFile, load_json
 from cafe.data.readers.hf_datasets import HFDataset, image_folder
 from cafe.data.source import Columns, Format, Source
 from cafe.errors import CafeError, RecipeError, RecordError
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 __all__ = ["Columns", "OpenedSource", "Source", "open_source"]
 

@@ -73,11 +73,17 @@ def _opener(connect: Any) -> OpenerDirector:
         return made
 
     class PublicHTTP(HTTPHandler):
+        """Open http:// by such a connection."""
+
         def http_open(self, req: Request) -> Any:
+            """Open a request."""
             return self.do_open(partial(connection, http.client.HTTPConnection), req)
 
     class PublicHTTPS(HTTPSHandler):
+        """Open https:// by such a connection."""
+
         def https_open(self, req: Request) -> Any:
+            """Open a request."""
             return self.do_open(partial(connection, http.client.HTTPSConnection), req)
 
     opener = OpenerDirector()

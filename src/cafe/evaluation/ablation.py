@@ -16,7 +16,7 @@ from cafe.model import Cafe
 from cafe.training.loop import train
 from cafe.training.recipe import Recipe
 from cafe.utils.atomic import atomic_write_text
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 # Each arm is the recipe with these weights of its losses.
 ARMS: dict[str, dict[str, Any]] = {

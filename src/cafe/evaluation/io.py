@@ -17,8 +17,7 @@ from cafe.errors import CafeError, RecordError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.images.decoding import decode_image
 from cafe.images.thumbnails import thumbnail
-from cafe.utils.terminal import escape_controls
-from cafe.utils.text import shorten
+from cafe.utils.text import escape_controls, shorten
 
 TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of files whose absolute paths of images are followed
 NUM_SAMPLES = 12  # samples of each kind in the report

@@ -29,7 +29,7 @@ from cafe.evaluation.suite import EvaluationResult, Suite
 from cafe.evaluation.suites import SUITES
 from cafe.training.recipe import Recipe
 from cafe.utils.atomic import atomic_write_bytes, atomic_write_text
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 logger = logging.getLogger(__name__)
 

@@ -71,10 +71,8 @@ def info_nce(
         targets: the matches of the queries.
         temperature: divides the cosine; 0.05 as published.
         negatives: hard negatives, used in the query-to-target direction.
-        query_ids: ids of the queries; None if all differ. Equal ids mean equal content: the target of one is a match
-            of the others too, in both directions.
-        target_ids: ids of the targets, optionally followed by those of the hard negatives; None if all differ. What
-            equals a match of a query is not a negative of it.
+        query_ids, target_ids: equal ids mean equal content; None if all differ. Those of the hard negatives may follow
+            the targets'. A query and a target that any pair of the batch holds are no negatives of each other.
         negative_owner: the query that each hard negative was mined for.
         negative_match_prob: the probability that a hard negative matches its query after all. It is the weight of the
             negative among the query's targets, where the match has weight 1; the loss is the cross-entropy with this
@@ -85,8 +83,7 @@ def info_nce(
     Returns:
         The mean loss in nats, or the weighted mean of several where `config.dim_weights` is set.
     """
-    if negatives is None:
-        negatives = targets[:0]
+    negatives = targets[:0] if negatives is None else negatives
     if not config.mask_duplicates:
         query_ids = target_ids = None
     # The whole embedding is one of the prefixes, so without `dim_weights` this is a single loss.

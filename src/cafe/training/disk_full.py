@@ -1,4 +1,4 @@
-"""A full disk, wherever a run writes: one sentence, and nothing half written."""
+"""A full disk, wherever a run writes: a clear error, and nothing half written."""
 
 import errno
 import shutil

@@ -20,8 +20,9 @@ from cafe.training.recipe import (
     OptimizerConfig,
     Recipe,
 )
-from cafe.utils.ranges import check_ranges, shown
+from cafe.utils.ranges import check_ranges
 from cafe.utils.schema import Schema
+from cafe.utils.text import format_value
 
 # Fields that were called otherwise before the first release: the old name, and the name today.
 OLD_NAMES: dict[type, Mapping[str, str]] = {
@@ -129,7 +130,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         tree = tree.setdefault(parent, {})
         if not isinstance(tree, dict):
             raise RecipeError(f"The override {override!r} goes into {parent}, which is a value and holds no keys.")
-    tree[last] = _parse_yaml(value, f"The override {shown(override)}")
+    tree[last] = _parse_yaml(value, f"The override {format_value(override)}")
 
 
 def _parse_yaml(text: str, name: str) -> Any:

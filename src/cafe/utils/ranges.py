@@ -13,8 +13,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cafe.errors import RecipeError
-
-MAX_SHOWN = 80  # characters of a value in an error
+from cafe.utils.text import format_value
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ def check_ranges(config: Any, path: str = "") -> None:
 def _check_value(value: Any, ranges: list[Range], name: str) -> None:
     """Check one number against all ranges of its field."""
     if ranges and not isinstance(value, (int, float)):
-        raise RecipeError(f"{name} should be a number, not {shown(value)}.")
+        raise RecipeError(f"{name} should be a number, not {format_value(value)}.")
     for allowed in ranges:
         if value not in allowed:
             raise RecipeError(f"{name} should be {allowed}, not {value}.")
@@ -136,24 +135,13 @@ def _check_value(value: Any, ranges: list[Range], name: str) -> None:
 def _check_kind(value: Any, hint: Any, name: str) -> None:
     """Check a value against a type that is text or words, or a tuple of words; others are left to who reads it."""
     if hint is str and not isinstance(value, str):
-        raise RecipeError(f"{name} should be text, not {shown(value)}.")
+        raise RecipeError(f"{name} should be text, not {format_value(value)}.")
     if get_origin(hint) is Literal and value not in get_args(hint):
-        raise RecipeError(f"{name} should be one of {', '.join(get_args(hint))}, not {shown(value)}.")
+        raise RecipeError(f"{name} should be one of {', '.join(get_args(hint))}, not {format_value(value)}.")
     if get_origin(hint) is tuple and isinstance(value, tuple):
         item_hint, *_ = get_args(hint)
         for index, item in enumerate(value):
             _check_kind(item, item_hint, f"{name}[{index}]")
-
-
-def shown(value: Any) -> str:
-    """Return a value as an error shows it, however large or deep it is."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # ValueError: a whole number of thousands of digits
-        return f"a {type(value).__name__}"
-    if len(text) <= MAX_SHOWN:
-        return text
-    return f"{text[:MAX_SHOWN]}..."
 
 
 def _flatten(value: Any, name: str) -> Iterator[tuple[str, Any]]:

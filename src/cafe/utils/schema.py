@@ -1,6 +1,6 @@
 """Make dataclasses from what a YAML or JSON file holds, and convert its values to the fields' types.
 
-Whatever the file holds, an error is one sentence that names the key that is wrong, with its nearest or its new name.
+Whatever the file holds, an error names the key that is wrong, with its nearest or its new name.
 """
 
 import builtins
@@ -12,7 +12,7 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import Any, get_args, get_origin, get_type_hints
 
 from cafe.errors import RecipeError
-from cafe.utils.ranges import shown
+from cafe.utils.text import format_value
 
 # What a person calls the types that a value can have.
 SCALAR_NAMES = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
@@ -42,7 +42,9 @@ class Schema:
             RecipeError: a key is unknown or missing, or a value has the wrong type or is out of range.
         """
         if not isinstance(tree, dict):
-            raise RecipeError(f"{self.file}: {where.rstrip('.') or 'it'} should be a mapping, not {shown(tree)}.")
+            raise RecipeError(
+                f"{self.file}: {where.rstrip('.') or 'it'} should be a mapping, not {format_value(tree)}."
+            )
         self._check_keys(cls, tree, where)
         hints = get_type_hints(cls)  # without the ranges, which the class checks itself
         values = {key: self._convert(hints[key], value, where + key) for key, value in tree.items()}
@@ -85,7 +87,7 @@ class Schema:
     def _convert_list(self, kind: Any, value: Any, where: str) -> tuple[Any, ...]:
         """Convert a list to a tuple of values of one type."""
         if not isinstance(value, list):
-            raise RecipeError(f"{self.file}: {where} should be a list, not {shown(value)}.")
+            raise RecipeError(f"{self.file}: {where} should be a list, not {format_value(value)}.")
         return tuple(self._convert(kind, item, f"{where}[{index}]") for index, item in enumerate(value))
 
     def _convert_union(self, kinds: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -102,7 +104,7 @@ class Schema:
         """Check that a value is one of the choices."""
         if value not in choices:
             known = ", ".join(map(str, choices))
-            raise RecipeError(f"{self.file}: {where} should be one of {known}, not {shown(value)}.")
+            raise RecipeError(f"{self.file}: {where} should be one of {known}, not {format_value(value)}.")
         return value
 
     def _convert_scalar(self, kind: type, value: Any, where: str) -> Any:
@@ -111,7 +113,7 @@ class Schema:
             value = _as_float(value)
         # Not by isinstance: True is an int to Python, but no number to a person.
         if type(value) is not kind:
-            raise RecipeError(f"{self.file}: {where} should be {SCALAR_NAMES[kind]}, not {shown(value)}.")
+            raise RecipeError(f"{self.file}: {where} should be {SCALAR_NAMES[kind]}, not {format_value(value)}.")
         if kind is str and not _is_plain_text(str(value)):
             raise RecipeError(f"{self.file}: {where} holds half of a character, or a null: {value!a:.80}.")
         return value

@@ -8,7 +8,7 @@ from typing import Any
 
 from cafe.data.files import read
 from cafe.errors import CafeError, RecordError
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 # Added as a last row, to see whether an open quote swallows it. No text holds the control character.
 _END = "\x04end"

@@ -13,8 +13,7 @@ from cafe.errors import CafeError
 from cafe.evaluation.io import evenly_spaced, json_lines, parquet_rows, read_text
 from cafe.evaluation.suites.mmeb.datasets import find_in_folders, list_folders, parquet_files
 from cafe.evaluation.suites.mmeb.video import VIDEO_FORMATS, to_records
-from cafe.utils.terminal import escape_controls
-from cafe.utils.text import shorten
+from cafe.utils.text import escape_controls, shorten
 
 NUM_FRAMES = 8  # of a video, evenly spaced, as in VLM2Vec
 PAGE_QUERY = "Find a document image that matches the given query: "

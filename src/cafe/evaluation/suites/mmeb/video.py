@@ -13,8 +13,7 @@ from typing import Any
 
 from cafe.errors import CafeError
 from cafe.evaluation.suites.mmeb.datasets import find_in_folders, list_folders
-from cafe.utils.terminal import escape_controls
-from cafe.utils.text import shorten
+from cafe.utils.text import escape_controls, shorten
 
 WATCH = "Understand the content of the provided video."
 WATCH_CLIP = "Understand the content of the provided video clip."

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cafe.utils.terminal import escape_controls
+from cafe.utils.text import escape_controls
 
 
 @pytest.mark.parametrize(
