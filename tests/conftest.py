@@ -14,7 +14,7 @@ from hypothesis import settings
 
 # The same examples each time; `make fuzz` draws many, and others each time.
 settings.register_profile("tests", derandomize=True, deadline=None)
-settings.register_profile("fuzz", max_examples=1000, deadline=None, print_blob=True)
+settings.register_profile("fuzz", max_examples=300, deadline=None, print_blob=True)
 settings.load_profile("tests")
 
 # Check the annotations of these packages, shapes included, at run time: before the first import of cafe.

@@ -59,3 +59,16 @@ def test_a_number_out_of_its_range_is_named_with_its_path(value, path, sentence)
     with pytest.raises(RecipeError) as error:
         check_ranges(value, path)
     assert str(error.value) == sentence
+
+
+def test_infinity_is_refused_unless_it_means_something():
+    @dataclass
+    class Settings:
+        rate: Annotated[float, Above(0)] = 1.0
+        bound: Annotated[float, Above(0, finite=False)] = 1.0
+
+    check_ranges(Settings(bound=inf))
+    with pytest.raises(RecipeError, match="rate should be finite, not inf"):
+        check_ranges(Settings(rate=inf))
+    with pytest.raises(RecipeError, match="bound should be above 0, not nan"):
+        check_ranges(Settings(bound=nan))

@@ -219,7 +219,7 @@ class OptimizerConfig:
         beta2: The decay rate of AdamW's second moment.
         epsilon: The term that is added to AdamW's denominator for numerical stability.
         warmup_ratio: The fraction of all steps (0 to 1) spent on warm-up.
-        max_grad_norm: The maximum gradient norm, to which larger gradients are clipped.
+        max_grad_norm: The maximum gradient norm, to which larger gradients are clipped; .inf clips nothing.
         gradient_accumulation_steps: The number of contrastive batches whose gradients are averaged for each optimizer
             step.
     """
@@ -233,7 +233,7 @@ class OptimizerConfig:
     beta2: Annotated[float, HalfOpen(0, 1)] = 0.999
     epsilon: Annotated[float, Above(0)] = 1e-8
     warmup_ratio: Annotated[float, Between(0, 1)] = 0.03
-    max_grad_norm: Annotated[float, Above(0)] = 1.0
+    max_grad_norm: Annotated[float, Above(0, finite=False)] = 1.0
     gradient_accumulation_steps: Annotated[int, Above(0)] = 1
 
     def __post_init__(self) -> None:

@@ -18,9 +18,10 @@ from cafe.utils.text import format_value
 
 @dataclass(frozen=True)
 class Above:
-    """Allow numbers greater than a limit."""
+    """Allow numbers greater than a limit; infinity only if it means something there."""
 
     limit: float
+    finite: bool = True
 
     def __contains__(self, value: float) -> bool:
         return value > self.limit
@@ -128,7 +129,8 @@ def _check_value(value: Any, ranges: list[Range], name: str) -> None:
     for allowed in ranges:
         if value not in allowed:
             raise RecipeError(f"{name} should be {allowed}, not {value}.")
-    if isinstance(value, float) and not math.isfinite(value):
+    may_be_infinite = any(isinstance(allowed, Above) and not allowed.finite for allowed in ranges)
+    if isinstance(value, float) and not math.isfinite(value) and not may_be_infinite:
         raise RecipeError(f"{name} should be finite, not {value}.")
 
 
