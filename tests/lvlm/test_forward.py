@@ -1,8 +1,10 @@
 """Forward passes over packs by a tiny random model of a real family."""
 
+import pytest
 import torch
 
 from cafe.content import Content
+from cafe.errors import CheckpointError
 from cafe.lvlm.forward import forward_packed
 from cafe.model import Cafe
 from cafe.packing import pack
@@ -24,3 +26,17 @@ def test_flex_attention_gives_the_embeddings_of_sdpa(random_base):
             embeddings.append(forward_packed(model.lvlm, packed)[0])
     assert packed.inputs["input_ids"].shape == (1, 512)
     torch.testing.assert_close(embeddings[0], embeddings[1], atol=1e-10, rtol=1e-10)
+
+
+def test_a_token_without_an_embedding_is_named_before_the_model_fails(random_base):
+    model = Cafe.load(random_base)
+    num_embeddings = model.lvlm.get_input_embeddings().num_embeddings
+    model.chat_processor.tokenizer.add_tokens([f"<extra{number}>" for number in range(num_embeddings)])
+    for call in (
+        lambda: model.embed(["a <extra9999999> word", f"<extra{num_embeddings - 1}>"]),
+        lambda: model.generate(None, f"<extra{num_embeddings - 1}>", 2),
+        lambda: model.score("a", f"<extra{num_embeddings - 1}>"),
+    ):
+        with pytest.raises(CheckpointError, match=f"makes token .*, and the model has {num_embeddings} embeddings"):
+            call()
+    assert model.embed(["a red circle"]).shape[0] == 1

@@ -5,14 +5,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from cafe.attention.tree import tree_attention
 from cafe.content import Content, Dialogue, Turn
-from cafe.errors import RecipeError
+from cafe.errors import CheckpointError, RecipeError
 from cafe.lvlm.families import MASKED_ATTENTION, logit_softcap, position_ids_fn, supports_prefix_sharing
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import dialogue_messages, embedding_messages
@@ -31,8 +31,12 @@ def forward_packed(
 
     Returns:
         The last hidden states (after the final norm) of the readouts, and those that predict the supervised tokens.
+
+    Raises:
+        CheckpointError: the model has no embedding of a token.
     """
     device = lvlm.device
+    check_token_ids(lvlm, packed.inputs["input_ids"])
     inputs: dict[str, Any] = {**to_device(packed.inputs, device, lvlm.dtype)}
     if packed.pixel_decoder:
         inputs["pixel_values"] = packed.pixel_decoder.normalize(inputs["pixel_values"]).to(lvlm.dtype)
@@ -46,6 +50,27 @@ def forward_packed(
     readouts = hidden[embedding_index[:, 0], embedding_index[:, 1]]
     predictors = hidden[logits_index[:, 0], logits_index[:, 1]]
     return readouts, predictors
+
+
+def check_token_ids(lvlm: PreTrainedModel, input_ids: Int64[Tensor, "rows columns"]) -> None:
+    """Make sure that the model has an embedding of every token, as it may not with a damaged or another's tokenizer.
+
+    A GPU would fail without a word about the reason. Image tokens, which need no embedding, are left out.
+
+    Raises:
+        CheckpointError: a token has none.
+    """
+    num_embeddings = getattr(lvlm.get_input_embeddings(), "num_embeddings", None)
+    image_token = getattr(lvlm.config, "image_token_id", None)
+    words = input_ids if image_token is None else input_ids[input_ids != image_token]
+    if num_embeddings is None or not words.numel():
+        return
+    largest = int(words.max())
+    if largest >= num_embeddings:
+        raise CheckpointError(
+            f"The tokenizer of {lvlm.name_or_path} makes token {largest}, and the model has {num_embeddings} "
+            "embeddings: the files belong to different models, or are damaged."
+        )
 
 
 def compute_logits(lvlm: PreTrainedModel, hidden: Float[Tensor, "tokens dim"]) -> Float[Tensor, "tokens vocabulary"]:

@@ -13,7 +13,7 @@ from transformers import DynamicCache, PreTrainedModel, TextIteratorStreamer
 
 from cafe.attention.last_layer import restrict_last_layer
 from cafe.lvlm.families import position_ids_fn
-from cafe.lvlm.forward import to_device
+from cafe.lvlm.forward import check_token_ids, to_device
 from cafe.lvlm.processing import ChatProcessor
 from cafe.packing import Branch
 
@@ -30,6 +30,7 @@ def collate_to_device(
 ) -> dict[str, Tensor]:
     """Collate branches into inputs on the model's device, padded on the left, with their position ids."""
     inputs = chat_processor.collate(branches, left=True)
+    check_token_ids(lvlm, inputs["input_ids"])
     # Given, not left to the model: under M-RoPE it would keep the offset of each row on itself for the next token
     # (`rope_deltas`), where another thread overwrites it.
     inputs["position_ids"] = _pad_position_ids(map(position_ids_fn(lvlm), branches))
