@@ -20,6 +20,7 @@ from transformers.utils import VIDEO_PROCESSOR_NAME
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from cafe.cli.main import main
+from cafe.cli.training import _read_results
 from cafe.content import Content
 from cafe.export import model_card
 from cafe.images.resizing import with_torch_resize
@@ -249,3 +250,9 @@ def test_broken_results_are_told_in_a_sentence(tmp_path, text, capsys):
     assert main(["push", str(tmp_path), "owner/name", "--results", str(tmp_path)]) == 1
     said = capsys.readouterr().err
     assert f"{tmp_path}/results.json is not " in said and said.count("\n") == 1
+
+
+def test_results_without_a_value_are_left_out_of_the_card(tmp_path):
+    """`cafe evaluate` writes null for what is not a number."""
+    (tmp_path / "results.json").write_text('{"vqa/all": 50.0, "geometry/modality_gap": null}')
+    assert _read_results(tmp_path) == {"vqa/all": 50.0}

@@ -1,8 +1,6 @@
 """The commands train, plan, merge and push: from a recipe to a checkpoint on the Hub."""
 
-import json
 from pathlib import Path
-from typing import Any
 
 import click
 
@@ -125,15 +123,14 @@ def push_command(directory: Path, repository: str, results: Path | None, public:
     print(push_to_hub(checkpoint, repository, card, private=not public))
 
 
-def _read_results(directory: Path) -> dict[str, Any]:
+def _read_results(directory: Path) -> dict[str, float]:
     """Read the results that an evaluation wrote into a directory."""
+    from cafe.evaluation.stored import read_results
+
     file = directory / "results.json"
     if not file.is_file():
         raise CafeError(f"{directory} has no results.json: `cafe evaluate` writes one.")
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        raise CafeError(f"{file} is not valid JSON: `cafe evaluate` writes it again.") from None
-    if not isinstance(results, dict) or not all(isinstance(value, (int, float)) for value in results.values()):
-        raise CafeError(f"{file} is not a mapping of names to numbers: `cafe evaluate` writes it again.")
-    return results
+        return read_results(file)
+    except ValueError as error:
+        raise CafeError(f"{file} is not as `cafe evaluate` writes it: {error}.") from None
