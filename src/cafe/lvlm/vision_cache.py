@@ -24,7 +24,6 @@ from transformers.utils import ModelOutput
 
 from cafe.lvlm.families import contains_projector, feature_layers, packed_patch_size
 from cafe.lvlm.vision_files import DAMAGE, load_output, save_output
-from cafe.utils.atomic import commit
 from cafe.utils.hashing import iter_tensor_bytes
 
 logger = logging.getLogger(__name__)
@@ -219,7 +218,7 @@ class VisionCache:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{uuid4().hex}.partial")  # another process may be writing the same crop
         save_output(output, partial)
-        commit(partial, file)
+        partial.replace(file)  # not synced to disk, which a step would wait for: a file that is cut is made again
 
     def _file(self, key: int) -> Path | None:
         """Return the file of a crop; None without a directory."""

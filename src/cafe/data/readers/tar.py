@@ -13,7 +13,6 @@ import tarfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import fsspec
 import numpy as np
@@ -22,7 +21,7 @@ from cafe.content import ImageLimits
 from cafe.data.files import file_errors, file_version, read
 from cafe.data.image_fields import is_image_name
 from cafe.errors import CafeError, RecordError
-from cafe.utils.atomic import commit
+from cafe.utils.atomic import atomic_write_bytes
 from cafe.utils.text import shorten
 
 logger = logging.getLogger(__name__)
@@ -227,7 +226,6 @@ def _build_index(name: str) -> tuple[np.ndarray, str]:
 def _write_index(path: Path, index: np.ndarray) -> None:
     """Write an index that is there complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.stem}.{uuid4().hex}.partial")  # several workers may write it at the same time
-    with partial.open("wb") as out:
-        np.save(out, index)
-    commit(partial, path)
+    buffer = io.BytesIO()
+    np.save(buffer, index)
+    atomic_write_bytes(path, buffer.getvalue())
