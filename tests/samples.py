@@ -1,9 +1,29 @@
 """Small things to put into files."""
 
 import io
+from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 from PIL import Image
+
+# Any value that a JSON file can hold, with half characters, numbers too large for a float, and NaN.
+ANY_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.just(10**400)
+    | st.floats()
+    | st.text(st.characters(codec=None), max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def paths_in(value: Any) -> list[list[Any]]:
+    """List the way to every value inside a document, by keys and numbers."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [[], *([key, *rest] for key, inner in items for rest in paths_in(inner))]
 
 
 def png(color: str, size: tuple[int, int] = (8, 6), kind: str = "PNG") -> bytes:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from samples import ANY_JSON
 
 from cafe.checkpoint import METADATA_FILE, prompts_from_metadata, read_metadata
 from cafe.errors import CafeError, CheckpointError
@@ -15,17 +16,6 @@ from cafe.export import model_card
 from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
 
-# Any value that a JSON file can hold, with half characters, numbers too large for a float, and NaN.
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.just(10**400)
-    | st.floats()
-    | st.text(st.characters(codec=None), max_size=8),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
-    max_leaves=6,
-)
 GOOD: dict[str, Any] = {
     "prompts": asdict(Prompts()),
     "temperature": 0.05,
@@ -53,7 +43,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow])
-@given(field=st.sampled_from([(), *fields_of(GOOD)]), value=JSON)
+@given(field=st.sampled_from([(), *fields_of(GOOD)]), value=ANY_JSON)
 def test_any_value_in_any_field_of_cafe_json_is_taken_or_refused_in_a_sentence(directory, field, value):
     tree = json.loads(json.dumps(GOOD))
     inner = tree

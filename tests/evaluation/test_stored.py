@@ -12,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from samples import paths_in
 
 from cafe.errors import CafeError
 from cafe.evaluation.report.page import write_report
@@ -151,17 +152,11 @@ VALUES = st.recursive(
 )
 
 
-def ways(value: Any) -> list[list[Any]]:
-    """List the way to every value inside a document."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [[], *([key, *rest] for key, inner in items for rest in ways(inner))]
-
-
 @st.composite
 def changed(draw: Any, document: Any) -> Any:
     """Replace a value of a document, or the whole of it."""
     result = [copy.deepcopy(document)]
-    *way, last = [0, *draw(st.sampled_from(ways(document)))]
+    *way, last = [0, *draw(st.sampled_from(paths_in(document)))]
     target: Any = result
     for key in way:
         target = target[key]

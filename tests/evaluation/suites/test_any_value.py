@@ -11,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from samples import paths_in
 
 from cafe.errors import CafeError
 from cafe.evaluation.report.significance import tally_results
@@ -125,12 +126,6 @@ VALUES = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=5,
 )
-
-
-def paths_in(value: Any) -> list[list[Any]]:
-    """List the way to every value inside a document, by keys and numbers."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return [[], *([key, *rest] for key, inner in items for rest in paths_in(inner))]
 
 
 @st.composite
