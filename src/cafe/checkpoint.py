@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.utils import cached_file
 
 from cafe.errors import CheckpointError, RecipeError
-from cafe.lvlm.hub import ensure_exists
+from cafe.lvlm.hub import ensure_exists, find_file, looks_like_path
 from cafe.lvlm.prompts import RENAMED_PROMPTS, Prompts
 from cafe.utils.hashing import iter_tensor_bytes
 from cafe.utils.schema import Schema
@@ -67,16 +66,13 @@ def load_metadata(path: str | Path) -> dict[str, Any]:
     if Path(path).exists():
         return read_metadata(path)
     ensure_exists(path)
-    # A model on the Hub need not have the file, and the machine need not reach the Hub if the model is cached.
-    # Either gives None instead of an error.
-    tolerated = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
     try:
-        file = cached_file(str(path), METADATA_FILE, **tolerated)
+        file = find_file(path, METADATA_FILE)  # a model on the Hub need not have it
     except OSError:  # there is no such repository, which loading the model reports
         return {}
     if file is None:
         return {}
-    return read_metadata(Path(file).parent)
+    return read_metadata(file.parent)
 
 
 def prompts_from_metadata(metadata: dict[str, Any]) -> Prompts:
@@ -133,8 +129,7 @@ def resolve_checkpoint(base: str) -> str:
     path = Path(base).expanduser()
     if path.is_dir():
         return str(checkpoint_dir(path))
-    # What is left could only be a Hub id, which is "name" or "owner/name"; whether there is one, loading finds out.
-    looks_like_path = base.startswith(("/", "./", "../", "~"))
-    if looks_like_path or base.count("/") > 1:
+    # What is left could only be a Hub id; whether there is one, loading finds out.
+    if looks_like_path(base):
         raise CheckpointError(f"The model's directory {base} does not exist.")
     return base

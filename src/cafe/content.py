@@ -65,13 +65,11 @@ class Content:
 
     @classmethod
     def of(cls, value: Any) -> "Content":
-        """Make content of common values.
+        """Make content of common values. A string is text; within "image" or "images" it is a path.
 
         Args:
             value: text (`str`), an image (`PIL.Image`, `bytes`, `Path`), a mapping with "image" (or "images") and
                 "text", or a sequence of these.
-
-        A string is text; within "image" or "images" it is a path.
 
         Raises:
             RecordError: the value is none of these.

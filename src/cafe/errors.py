@@ -25,6 +25,11 @@ class CheckpointError(CafeError):
     """Report a model, checkpoint or saved state that is missing, damaged or does not fit."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its type if it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_error(what: str, name: str | Path, error: Exception) -> CheckpointError:
     """Make the error of a model that cannot be loaded by its name, which may be a directory or a Hub id.
 
@@ -33,11 +38,9 @@ def load_error(what: str, name: str | Path, error: Exception) -> CheckpointError
         name: the directory or Hub id.
         error: what went wrong.
     """
-    # Some errors have no words, and a KeyError has nothing but the key.
-    words = str(error).strip().splitlines()
-    reason = words[0][:MAX_REASON] if words else ""
-    if not reason or isinstance(error, LookupError):
-        reason = f"{type(error).__name__} {reason}".strip()
+    reason = first_line(error)[:MAX_REASON]
+    if isinstance(error, LookupError) and str(error):  # a KeyError has nothing but the key
+        reason = f"{type(error).__name__} {reason}"
     if Path(name).is_dir():
         return CheckpointError(f"No {what} can be loaded from {name}: {reason}")
     return CheckpointError(

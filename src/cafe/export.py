@@ -23,7 +23,7 @@ from transformers.utils import PROCESSOR_NAME, VIDEO_PROCESSOR_NAME
 from transformers.video_processing_utils import BaseVideoProcessor
 
 from cafe.content import Content
-from cafe.errors import CafeError
+from cafe.errors import CafeError, first_line
 from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts, embedding_messages
@@ -257,6 +257,6 @@ def push_to_hub(checkpoint: Path, repository: str, card: str, private: bool = Tr
         api.upload_folder(repo_id=repository, folder_path=checkpoint, ignore_patterns=["README.md"])
         api.upload_file(repo_id=repository, path_or_fileobj=card.encode(), path_in_repo="README.md")
     except (HTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise CafeError(f"{checkpoint} cannot be pushed to {repository}: {reason}") from error
     return str(address)

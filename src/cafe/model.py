@@ -126,7 +126,7 @@ class Cafe:
         commit(partial, path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the parts; a chat processor, which memoizes, is made anew of its own."""
+        """Pickle the parts. The chat processor, whose caches cannot be pickled, is built again from its own parts."""
         processor, prompts = self.chat_processor.processor, self.chat_processor.prompts
         return _restore, (without_capturing_hooks(self.lvlm), processor, prompts, self.packing, self.metadata)
 
@@ -378,7 +378,7 @@ def _as_list(contents: Any) -> list[Any]:
 
 
 def _prompt_content(image: Any, prompt: str) -> Content:
-    """Make the content of a user's turn: an image, or several, before the words. Strings are paths: words follow."""
+    """Make the content of a user's turn: images, of which a string is the path of one, before the words."""
     return Content.of({"images": image, "text": prompt})
 
 

@@ -1,8 +1,7 @@
 """The command `cafe`: its groups, how errors are printed, and the exit status.
 
-A user's mistake is printed in one line, without a traceback. A command whose output nobody reads on (`| head`) ends
-without a word. Commands import what they call when they run, so that
-`cafe --help` does not wait for PyTorch.
+A user's mistake is printed in one line, without a traceback. A command whose output is no longer read (`| head`) ends
+quietly. Commands import what they call when they run, so that `cafe --help` does not wait for PyTorch.
 """
 
 import contextlib

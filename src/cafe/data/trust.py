@@ -21,9 +21,10 @@ from urllib.parse import unquote, urlsplit
 from cafe.data.files import is_url, is_web, local_path
 from cafe.data.source import Source
 from cafe.errors import RecordError
+from cafe.utils.paths import is_within
 from cafe.utils.text import shorten
 
-_TRUSTED_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")  # of local files whose absolute paths are followed
+TRUSTED_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv")  # of local files whose absolute paths are followed
 _STORE_DEPTH = {"hf": 3}  # folders that name a store where the first alone does not: hf://datasets/ORG/NAME
 # Schemes whose first part names a bucket, which is no host that could be a private one.
 _BUCKETS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "hf", "memory")
@@ -64,14 +65,14 @@ def check_inside(path: str | Path, source: Source) -> None:
     if source.allow_outside:
         return
     folder = local_path(source.folder)
-    if folder is None or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+    if folder is None or not is_within(path, folder):
         raise _outside(str(path), source)
 
 
 def is_trusted(source: Source) -> bool:
     """Return whether absolute paths in a source's records are followed: those of a local file that is plain text."""
     path = local_path(source.path)
-    if path is None or path.suffix.lower() not in _TRUSTED_SUFFIXES:
+    if path is None or path.suffix.lower() not in TRUSTED_SUFFIXES:
         return False
     # A dataset may be called so, or a folder.
     return not source.path.startswith("dataset:") and not os.path.isdir(path)

@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cafe.content import Content, ImageRef
+from cafe.data.trust import TRUSTED_SUFFIXES
 from cafe.errors import CafeError, RecordError
 from cafe.evaluation.cached_model import CachedModel
 from cafe.images.decoding import decode_image
 from cafe.images.thumbnails import thumbnail
+from cafe.utils.paths import is_within
 from cafe.utils.text import escape_controls, shorten
 
-TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")  # of files whose absolute paths of images are followed
 NUM_SAMPLES = 12  # samples of each kind in the report
 
 # The fields that each record of a file must have, with their types.
@@ -225,7 +226,7 @@ def find_image(name: str | Path, data: Path, source: Path, *folders: str) -> Pat
         RecordError: it is in none of them. Outside of `data`, only what a text file names by an absolute path is
             looked at, as in training data.
     """
-    if source.suffix in TEXT_SUFFIXES and os.path.isabs(name) and os.path.isfile(name):
+    if source.suffix in TRUSTED_SUFFIXES and os.path.isabs(name) and os.path.isfile(name):
         return Path(name)
     searched = ("", "images", *folders)
     for folder in searched:
@@ -278,7 +279,7 @@ def sample_image(image: str | Path, data: Path) -> str:
     The report shows no other files: an image that is elsewhere, also through a link, is kept as a thumbnail.
     """
     path = data / image
-    if path.resolve().is_relative_to(data.resolve()):
+    if is_within(path, data):
         # A relative name stays valid when the folder is moved.
         return str(path.relative_to(data)) if path.is_relative_to(data) else str(path)
     return thumbnail(decode_image(ImageRef(path)))

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, HFValidationError, HTTPError, RepositoryNotFoundError
+from transformers.utils import cached_file
 
-from cafe.errors import CheckpointError
+from cafe.errors import CheckpointError, first_line
 
 TIMEOUT = 5  # seconds that the Hub may take to answer
 CONFIG_FILES = ("config.json", "adapter_config.json")  # a model has the first, an adapter the second
@@ -30,8 +31,7 @@ def ensure_exists(name: str | Path) -> None:
     if os.path.isdir(name) or _is_cached(name):
         return
     missing = f"There is no directory {name}{_suggest(name)}"
-    is_path = name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
-    if is_path or _is_among_runs(name):
+    if looks_like_path(name) or _is_among_runs(name):
         raise CheckpointError(f"{missing}.")
     if constants.is_offline_mode():
         raise CheckpointError(
@@ -44,8 +44,29 @@ def ensure_exists(name: str | Path) -> None:
     except (RepositoryNotFoundError, HFValidationError):
         raise CheckpointError(f"{missing}, and the Hugging Face Hub has no model of that name.") from None
     except (HTTPError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(f"{missing}, and the Hugging Face Hub could not be reached: {reason}") from None
+
+
+def looks_like_path(name: str) -> bool:
+    """Tell whether a name can only be a path: a Hub id is "name" or "owner/name"."""
+    return name.startswith(("/", "./", "../", "~")) or name.count("/") > 1
+
+
+def find_file(name: str | Path, file: str) -> Path | None:
+    """Return the path of a file in a directory or under a Hub id, from where it is downloaded; None if it has none.
+
+    Where the Hub cannot be reached, what is not in its cache is not there.
+
+    Raises:
+        OSError: there is no such model on the Hub.
+    """
+    if os.path.isdir(name):
+        path = Path(name) / file
+        return path if path.is_file() else None
+    tolerated = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    downloaded = cached_file(str(name), file, **tolerated)
+    return None if downloaded is None else Path(downloaded)
 
 
 def _is_cached(name: str) -> bool:

@@ -9,23 +9,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
-from transformers.utils import cached_file
 
 from cafe.errors import CafeError, CheckpointError, load_error
 from cafe.lvlm.adapters import load_adapter, read_adapter_config
 from cafe.lvlm.architectures import meta_model
 from cafe.lvlm.families import attention_kwargs
-from cafe.lvlm.hub import ensure_exists
+from cafe.lvlm.hub import ensure_exists, find_file
 from cafe.lvlm.image_size import set_max_image_size, sync_image_grids
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.quantization import quantization_kwargs
 from cafe.utils.nonfinite import find_nonfinite
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 # A directory with one of these has a processor of images, and not merely a tokenizer.
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
@@ -118,7 +120,7 @@ def load_chat_processor(
         RecipeError: the limits do not fit the model, see `set_max_image_size`.
     """
     # An adapter has its base's configuration.
-    model, source = _find_parts(base)
+    _, model, source = _find_parts(base)
     with loading_errors("processor", source):
         config = AutoConfig.from_pretrained(model, trust_remote_code=False)
         processor = load_processor(source, config.model_type)
@@ -128,26 +130,21 @@ def load_chat_processor(
         return ChatProcessor(processor, prompts)
 
 
-def _find_parts(path: str | Path) -> tuple[str, str]:
-    """Return the directories or Hub ids of a model's weights and of its processor, which an adapter's base may have."""
+def _find_parts(path: str | Path) -> tuple["PeftConfig | None", str, str]:
+    """Return a model's adapter, if it is one, and the directories or Hub ids of its weights and its processor.
+
+    An adapter's weights are its base's, and so is the processor where the adapter has none.
+    """
     adapter = read_adapter_config(path)
     if adapter is None:
-        return str(path), str(path)
+        return None, str(path), str(path)
     base = str(adapter.base_model_name_or_path or path)
     try:
         ensure_exists(base)
     except CheckpointError as error:
         raise CheckpointError(f"The base model of the adapter {path} is missing. {error}") from None
-    has_processor = any(_has_file(path, name) for name in PROCESSOR_FILES)
-    return base, str(path) if has_processor else base
-
-
-def _has_file(path: str | Path, name: str) -> bool:
-    """Tell whether a directory or Hub id has a file."""
-    if Path(path).is_dir():
-        return (Path(path) / name).is_file()
-    tolerated = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-    return cached_file(str(path), name, **tolerated) is not None
+    has_processor = any(find_file(path, name) for name in PROCESSOR_FILES)
+    return adapter, base, str(path) if has_processor else base
 
 
 def load_lvlm(
@@ -172,7 +169,7 @@ def load_lvlm(
         CheckpointError: nothing can be loaded from there, or a weight is not finite.
         MissingPackageError: a package that it needs is not installed.
     """
-    base, source = _find_parts(path)
+    adapter, base, source = _find_parts(path)
     with loading_errors("vision-language model", base):
         quantization = quantization_kwargs(base, device, dtype) if four_bit else {}
         implementation = attention_kwargs(AutoConfig.from_pretrained(base, trust_remote_code=False), attention)
@@ -186,7 +183,7 @@ def load_lvlm(
     sync_image_grids(lvlm, processor)
     if not four_bit:  # bitsandbytes has put the weights on the device itself
         lvlm = lvlm.to(device)
-    if adapter := read_adapter_config(path):
+    if adapter:
         with loading_errors("adapter", path):
             load_adapter(lvlm, path, adapter)
     nonfinite = find_nonfinite(lvlm.named_parameters())

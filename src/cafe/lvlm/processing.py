@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import ProcessorMixin
 
 from cafe.content import ImageRef
-from cafe.errors import CheckpointError, RecordError
+from cafe.errors import CheckpointError, RecordError, first_line
 from cafe.images.normalization import Normalization
 from cafe.images.resizing import with_torch_resize
 from cafe.lvlm.families import family_of_processor
@@ -285,8 +285,7 @@ class ChatProcessor:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:
-            words = str(error).strip().splitlines()
-            reason = words[0].rstrip(".") if words else type(error).__name__
+            reason = first_line(error).rstrip(".")
             raise RecordError(f"The model's chat template cannot render a chat: {reason:.200}.") from None
         num_written = len(text) - sum(len(part) for _, parts in chat for _, part in parts)
         if num_written > MAX_TEMPLATE_CHARACTERS:

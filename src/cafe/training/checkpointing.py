@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from cafe.data.batch import MicroBatchSize
-from cafe.errors import CheckpointError
+from cafe.errors import CheckpointError, first_line
 from cafe.training.loss_scale import LossScale
 from cafe.training.optimizer import trainable_parameters
 from cafe.training.state_reader import StatePlanner, StateReader
@@ -213,10 +213,9 @@ def _read_trainer_state(file: Path) -> TrainerState:
         loss_scale = LossScale(**own["loss_scale"])
         return TrainerState(**{**own, "micro_batch_size": size, "loss_scale": loss_scale})
     except Exception as error:  # whatever the file holds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{file} is damaged, or of another version of this package ({reason:.200}): set another output, or remove "
-            f"{file.parent} to resume from an earlier state."
+            f"{file} is damaged, or of another version of this package ({first_line(error):.200}): set another output, "
+            f"or remove {file.parent} to resume from an earlier state."
         ) from None
 
 

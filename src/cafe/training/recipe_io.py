@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from cafe.data.source import Source
-from cafe.errors import RecipeError
+from cafe.errors import RecipeError, first_line
 from cafe.lvlm.prompts import RENAMED_PROMPTS, Prompts
 from cafe.training.recipe import (
     DataConfig,
@@ -141,4 +141,4 @@ def _parse_yaml(text: str, name: str) -> Any:
         raise RecipeError(f"{name} is nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none, such as 2026-13-01
         # YAML's messages go on with a copy of the text.
-        raise RecipeError(f"{name} is not valid YAML: {str(error).splitlines()[0]}.") from None
+        raise RecipeError(f"{name} is not valid YAML: {first_line(error)}.") from None

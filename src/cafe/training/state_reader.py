@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import ReadItem
 
-from cafe.errors import CheckpointError
+from cafe.errors import CheckpointError, first_line
 
 INDEX = ".metadata"
 # What describes tensors and where they lie in files, besides dtypes.
@@ -73,8 +73,7 @@ class StatePlanner(DefaultLoadPlanner):
         try:
             torch.load(value, weights_only=True)
         except Exception as error:  # a pickle can end in anything
-            reason = str(error).strip().splitlines()[0]
-            raise CheckpointError(f"{read_item.dest_index.fqn} is no plain value: {reason:.200}") from None
+            raise CheckpointError(f"{read_item.dest_index.fqn} is no plain value: {first_line(error):.200}") from None
         value.seek(0)
         super().load_bytes(read_item, value)
 

@@ -1,7 +1,16 @@
-"""Paths as people write them."""
+"""Paths as people write them, and where they lead."""
 
 import os
+from pathlib import Path
 from typing import Any
+
+
+def is_within(path: str | Path, folder: str | Path) -> bool:
+    """Tell whether a path leads into a folder, links resolved; False for what no file can be called."""
+    try:
+        return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+    except ValueError:  # a NUL or half a character
+        return False
 
 
 def expand_home(config: Any, *names: str) -> None:

@@ -1,11 +1,10 @@
 """The fields of a record, by the names that the source's columns give them."""
 
-import json
-from contextlib import suppress
 from typing import Any
 
 from cafe.content import ImageRef
 from cafe.data.image_fields import image_refs
+from cafe.data.readers.delimited import parse_list
 from cafe.data.source import Columns, Source
 from cafe.errors import RecordError
 
@@ -51,9 +50,8 @@ def get_scores(row: Any, source: Source) -> tuple[float, ...]:
 
 def as_list(value: Any) -> list[Any]:
     """Return a field's values: it may be a list, a single value or, in a CSV file, a list as JSON."""
-    if isinstance(value, str) and value.startswith("["):
-        with suppress(ValueError, RecursionError):  # then it is a text that begins with a bracket
-            value = json.loads(value)
+    if isinstance(value, str):
+        value = parse_list(value)
     # A CSV file has no null: an empty cell is no value.
     match value:
         case None | "":

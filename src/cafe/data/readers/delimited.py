@@ -41,11 +41,11 @@ class DelimitedRows:
                 f"the row has {len(row)} cells and the header {len(self.header)}: a text with {self.separator} or line "
                 "breaks should be in quotes."
             )
-        return {column: _cell(text) for column, text in zip(self.header, row, strict=True)}
+        return {column: parse_list(text) for column, text in zip(self.header, row, strict=True)}
 
 
-def _cell(text: str) -> Any:
-    """Return a cell's list if it holds one as JSON, and otherwise its text."""
+def parse_list(text: str) -> Any:
+    """Return the list that a text holds as JSON, and otherwise the text."""
     if not text.startswith("["):
         return text
     try:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib.resources import files
@@ -29,6 +28,7 @@ from cafe.evaluation.suite import Suite, direction_of, headline_results, is_perc
 from cafe.evaluation.suites import SUITES
 from cafe.images.decoding import decode_image
 from cafe.images.thumbnails import thumbnail
+from cafe.utils.paths import is_within
 
 __all__ = ["ReportRun", "write_report"]
 
@@ -274,7 +274,7 @@ def _image_tag(path: str, folder: str) -> Markup:
     """
     if _THUMBNAIL.fullmatch(path):
         name, uri = "", path
-    elif folder and _is_inside(Path(folder) / path, Path(folder)):
+    elif folder and is_within(Path(folder) / path, folder):
         name, uri = path, thumbnail(decode_image(ImageRef(Path(folder) / path)))
     else:
         # A page is passed on: it should show no file that its maker did not mean to show.
@@ -282,10 +282,3 @@ def _image_tag(path: str, folder: str) -> Markup:
     # Thumbnails of tiny images are PNG; the page enlarges them without smoothing.
     style = "pixels" if uri.startswith("data:image/png") else ""
     return Markup('<img alt="{}" class="{}" src="{}">').format(name, style, uri)
-
-
-def _is_inside(path: Path, folder: Path) -> bool:
-    """Tell whether a file is in a folder, links resolved."""
-    with suppress(OSError, ValueError, RuntimeError):  # no name that the file system takes, or a loop of links
-        return path.resolve().is_relative_to(folder.resolve())
-    return False

@@ -11,9 +11,7 @@ file, also its bytes.
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -24,6 +22,7 @@ from jaxtyping import Int
 
 from cafe.content import ImageRef
 from cafe.data.readers.base import open_rows
+from cafe.data.readers.delimited import parse_list
 from cafe.data.readers.hf_datasets import HFDataset
 from cafe.errors import CafeError
 from cafe.evaluation.io import find_image, find_one, load_json
@@ -254,9 +253,8 @@ def _to_image(value: Any, path: Path, number: int) -> Image:
 
 def _to_captions(value: Any) -> list[str]:
     """Take one caption or several; in a CSV file, several are a list in JSON."""
-    if isinstance(value, str) and value.startswith("["):
-        with suppress(ValueError, RecursionError):  # then it is a caption that begins with a bracket
-            value = json.loads(value)
+    if isinstance(value, str):
+        value = parse_list(value)
     if isinstance(value, (list, tuple)):
         return list(value)
     return [value]
