@@ -5,16 +5,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from cafe.content import Content
+    from cafe.index.collection import Collection
     from cafe.losses import info_nce
     from cafe.model import Cafe
     from cafe.training.loop import train
     from cafe.training.recipe import Recipe
 
 __version__ = "0.1.0"
-__all__ = ["Cafe", "Content", "Recipe", "__version__", "info_nce", "train"]
+__all__ = ["Cafe", "Collection", "Content", "Recipe", "__version__", "info_nce", "train"]
 
 _MODULES = {
     "Cafe": "cafe.model",
+    "Collection": "cafe.index.collection",
     "Content": "cafe.content",
     "Recipe": "cafe.training.recipe",
     "info_nce": "cafe.losses",

@@ -41,13 +41,17 @@ DEFAULT_LIMITS = ImageLimits()
 class ImageRef:
     """Refer to an image that is not decoded yet: a file's path, encoded bytes, or a Pillow image. Equal by identity.
 
-    The limits apply to files and encoded bytes, not to a Pillow image, which is in memory already.
+    The limits apply to files and encoded bytes, not to a Pillow image, which is in memory already. The name is what
+    messages call the image, if it is not a file.
     """
 
     source: Path | bytes | Image.Image
     limits: ImageLimits = DEFAULT_LIMITS
+    name: str = ""
 
     def __str__(self) -> str:
+        if self.name:
+            return self.name
         # Only a path means something in a message; of the rest, the kind is named.
         if isinstance(self.source, Path):
             return str(self.source)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin, TextIteratorStreamer
+from transformers import PreTrainedModel, TextIteratorStreamer
 
 from cafe.checkpoint import METADATA_FILE, ensure_overwritable, fingerprint, load_metadata, prompts_from_metadata
 from cafe.content import Content, Dialogue, Turn, warn_of_image_paths
@@ -48,12 +48,14 @@ class Cafe:
         chat_processor: its tokenizer, image processor and prompts.
         packing: how its branches are laid out in rows.
         metadata: what the checkpoint records about its training: temperature, recipe, data, versions.
+        name: the directory or Hub id that it was loaded from.
     """
 
     lvlm: PreTrainedModel
     chat_processor: ChatProcessor
     packing: PackingConfig
     metadata: dict[str, Any] = field(default_factory=dict)
+    name: str = ""
 
     @classmethod
     def load(
@@ -85,7 +87,7 @@ class Cafe:
         metadata = load_metadata(path)
         prompts = prompts or prompts_from_metadata(metadata)
         lvlm, chat_processor = load_lvlm(path, prompts, dtype, device, attention, four_bit)
-        return cls(lvlm, chat_processor, infer_packing(lvlm, chat_processor), metadata)
+        return cls(lvlm, chat_processor, infer_packing(lvlm, chat_processor), metadata, str(path))
 
     def save(self, path: str | Path, weights: dict[str, Tensor] | None = None, **metadata: Any) -> None:
         """Write the checkpoint: complete or not at all.
@@ -126,9 +128,9 @@ class Cafe:
         commit(partial, path)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the parts. The chat processor, whose caches cannot be pickled, is built again from its own parts."""
-        processor, prompts = self.chat_processor.processor, self.chat_processor.prompts
-        return _restore, (without_capturing_hooks(self.lvlm), processor, prompts, self.packing, self.metadata)
+        """Pickle the parts, of the model without what cannot be pickled."""
+        lvlm = without_capturing_hooks(self.lvlm)
+        return Cafe, (lvlm, self.chat_processor, self.packing, self.metadata, self.name)
 
     def fingerprint(self) -> str:
         """Compute a digest of what decides the answers: weights, precision, device, prompts and image processing."""
@@ -141,7 +143,7 @@ class Cafe:
         processor = copy.copy(self.chat_processor.processor)
         processor.tokenizer = copy.copy(processor.tokenizer)
         chat_processor = ChatProcessor(processor, replace(self.chat_processor.prompts, **changes))
-        return Cafe(self.lvlm, chat_processor, self.packing, self.metadata)
+        return replace(self, chat_processor=chat_processor)
 
     @torch.inference_mode()
     def embed(self, contents: Any, batch_size: int = 32, dim: int | None = None) -> Float32[np.ndarray, "contents dim"]:
@@ -168,11 +170,18 @@ class Cafe:
             return self.encode_embedding(_content_of(content))
 
         for indices, branches in length_sorted_batches(contents, encode, batch_size, "contents"):
-            # Each content is an example by itself, without a dialogue.
-            batch = pack([[branch] for branch in branches], [[]] * len(branches), self.packing)
-            hidden, _ = forward_packed(self.lvlm, batch)
-            vectors[indices] = F.normalize(hidden[:, :dim].float(), dim=-1).cpu().numpy()
+            vectors[indices] = self.embed_branches(branches, dim)
         return vectors
+
+    @torch.inference_mode()
+    def embed_branches(
+        self, branches: Sequence[Branch], dim: int | None = None, packing: PackingConfig | None = None
+    ) -> Float32[np.ndarray, "contents dim"]:
+        """Embed encoded contents in one forward pass; `packing` packs them in another way than the model's own."""
+        # Each content is an example by itself, without a dialogue.
+        batch = pack([[branch] for branch in branches], [[]] * len(branches), packing or self.packing)
+        hidden, _ = forward_packed(self.lvlm, batch)
+        return F.normalize(hidden[:, :dim].float(), dim=-1).cpu().numpy()
 
     def generate(
         self,
@@ -186,8 +195,8 @@ class Cafe:
         """Answer a prompt about an image.
 
         Args:
-            image: an image, a path, or several; None for text alone.
-            prompt: the user's words.
+            image: an image, a path, or several; None for text alone; or a `Content` of images and words.
+            prompt: the user's words, which follow.
             max_new_tokens: maximum length of the answer, in tokens.
             temperature: 0 takes the likeliest token each time; above 0, tokens are sampled.
             top_p: sample among the likeliest tokens that together have this probability.
@@ -258,23 +267,28 @@ class Cafe:
         answers = [""] * len(images)
         kwargs = generation_kwargs(max_new_tokens)
         for indices, pairs in length_sorted_batches(images, encode, batch_size, "images", lambda pair: len(pair[0])):
-            hidden, texts = self._embed_and_generate(pairs, kwargs)
-            vectors[indices] = F.normalize(hidden.float(), dim=-1).cpu().numpy()
+            vectors[indices], texts = self.embed_and_generate_branches(pairs, kwargs)
             for index, answer in zip(indices, texts, strict=True):
                 answers[index] = answer
         return vectors, answers
 
-    def _embed_and_generate(
+    @torch.inference_mode()
+    def embed_and_generate_branches(
         self, pairs: Sequence[tuple[Branch, Branch]], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, list[str]]:
-        """Return the readouts of embedding branches and the answers to prompts about the same images."""
-        if not self.chat_processor.prefix_lm:
-            return prefill_embed_and_generate(self.lvlm, self.chat_processor, pairs, kwargs)
-        # A prefix-LM's image tokens attend to the words behind them, so nothing can be shared. Each branch is read by
-        # itself: first all embeddings, then all prompts.
-        batch = pack([[embedding] for embedding, _ in pairs], [[]] * len(pairs), self.packing)
-        hidden, _ = forward_packed(self.lvlm, batch)
-        return hidden, self._generate([prompt for _, prompt in pairs], **kwargs)
+    ) -> tuple[Float32[np.ndarray, "images dim"], list[str]]:
+        """Embed encoded images and answer encoded prompts about the same images, in one forward pass.
+
+        Args:
+            pairs: an embedding branch and a prompt that begins with the same images.
+            kwargs: arguments of transformers' `generate`.
+        """
+        if self.chat_processor.prefix_lm:
+            # A prefix-LM's image tokens attend to the words behind them, so nothing can be shared. Each branch is read
+            # by itself: first all embeddings, then all prompts.
+            vectors = self.embed_branches([embedding for embedding, _ in pairs])
+            return vectors, self._generate([prompt for _, prompt in pairs], **kwargs)
+        hidden, texts = prefill_embed_and_generate(self.lvlm, self.chat_processor, pairs, kwargs)
+        return F.normalize(hidden.float(), dim=-1).cpu().numpy(), texts
 
     def score(self, content: Any, answer: str) -> float:
         """Compute the log-likelihood, in nats, of an answer and its end, given the content as a user's turn."""
@@ -363,13 +377,6 @@ class Cafe:
         return dim
 
 
-def _restore(
-    lvlm: PreTrainedModel, processor: ProcessorMixin, prompts: Prompts, packing: PackingConfig, metadata: dict[str, Any]
-) -> Cafe:
-    """Restore a model from its pickled parts."""
-    return Cafe(lvlm, ChatProcessor(processor, prompts), packing, metadata)
-
-
 def _as_list(contents: Any) -> list[Any]:
     """Return a sequence as a list; a single content would be taken apart, a text into its letters."""
     if isinstance(contents, (str, bytes, dict)) or not isinstance(contents, Iterable):
@@ -379,6 +386,8 @@ def _as_list(contents: Any) -> list[Any]:
 
 def _prompt_content(image: Any, prompt: str) -> Content:
     """Make the content of a user's turn: images, of which a string is the path of one, before the words."""
+    if isinstance(image, Content):
+        return Content((*image.parts, prompt))
     return Content.of({"images": image, "text": prompt})
 
 

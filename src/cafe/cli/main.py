@@ -16,7 +16,9 @@ import click
 
 from cafe.cli.data import data_group, mine_command
 from cafe.cli.evaluation import ablate_command, bench_modes_command, evaluate_command, report_command
+from cafe.cli.index import collections_group, index_command
 from cafe.cli.scenes import quickstart_command, scenes_group
+from cafe.cli.search import ask_command, duplicates_command, search_command
 from cafe.cli.training import merge_command, plan_command, push_command, train_command
 from cafe.errors import CafeError, RunInterrupted
 from cafe.utils.text import escape_controls
@@ -41,6 +43,11 @@ for command in (
     ablate_command,
     data_group,
     mine_command,
+    index_command,
+    search_command,
+    ask_command,
+    duplicates_command,
+    collections_group,
     scenes_group,
     quickstart_command,
 ):

@@ -3,15 +3,21 @@
 import re
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
+from torch.utils.data import Dataset
 
 from cafe.data.batch import Batch
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.errors import CafeError
 from cafe.utils.dataloader import make_loader
 
+Item = TypeVar("Item")
+
+# What a loader raises when a worker died; see `is_worker_crash`.
+WORKER_ERRORS = (RuntimeError, EOFError, ConnectionError, FileNotFoundError)
 MIN_BATCHES_BETWEEN_CRASHES = 10  # more than the workers are ahead of the run
 
 
@@ -36,13 +42,13 @@ def iterate_batches(
     number = start
     last_crash = start - MIN_BATCHES_BETWEEN_CRASHES  # the first crash is forgiven, wherever it is
     while number < stop:
-        stream = _start_workers(dataset, range(number, stop), num_workers)
+        stream = start_workers(dataset, range(number, stop), num_workers)
         try:
             for batch in stream:
                 yield batch
                 number += 1  # after a restart, it is not made again
-        except (RuntimeError, EOFError, ConnectionError, FileNotFoundError) as error:
-            if not _is_worker_crash(error):
+        except WORKER_ERRORS as error:
+            if not is_worker_crash(error):
                 raise
             if number - last_crash < MIN_BATCHES_BETWEEN_CRASHES:
                 raise CafeError(
@@ -53,14 +59,17 @@ def iterate_batches(
             report(f"A data-loader worker died near batch {number}; restarting workers from there.")
 
 
-def _start_workers(dataset: ContrastiveBatchDataset, numbers: range, num_workers: int) -> Iterator[Batch]:
-    """Start worker processes that make the given batches, in order."""
+def start_workers(
+    dataset: Dataset[Item], indices: Iterable[Any], num_workers: int, start_method: str = "fork"
+) -> Iterator[Item]:
+    """Start worker processes that make the given items of a dataset, in order; see `make_loader`."""
     handler = signal.getsignal(signal.SIGCHLD)
     stream = iter(
         make_loader(
             dataset,
-            numbers,
+            indices,
             num_workers,
+            start_method=start_method,
             pin_memory=torch.cuda.is_available(),
             init_worker=_reset_signal_handlers,
             generator=torch.Generator(),  # otherwise the loader would draw from the run's own random numbers
@@ -72,7 +81,7 @@ def _start_workers(dataset: ContrastiveBatchDataset, numbers: range, num_workers
     return stream
 
 
-def _is_worker_crash(error: Exception) -> bool:
+def is_worker_crash(error: Exception) -> bool:
     """Return whether a loader's error means that a worker died, also while its last tensors were fetched."""
     if isinstance(error, RuntimeError):
         return bool(re.search("DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)))

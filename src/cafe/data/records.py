@@ -88,6 +88,20 @@ class OpenedSource:
                 return list(map(str, row))
         return []
 
+    def row(self, index: int) -> tuple[Any, Source]:
+        """Read a record as it is stored, and return it with the source of its file.
+
+        Raises:
+            CafeError: its file cannot be read.
+        """
+        file_number, row_number = self._locate(index)
+        return self.files[file_number][row_number], self.sources[file_number]
+
+    def _locate(self, index: int) -> tuple[int, int]:
+        """Return which file a record is in, and which of its rows."""
+        file_number = bisect_right(self.starts, index) - 1
+        return file_number, index - self.starts[file_number]
+
     def example(self, index: int, rng: Random) -> Example:
         """Read a record and make an Example of it.
 
@@ -98,10 +112,8 @@ class OpenedSource:
         Raises:
             RecordError: the record is bad.
         """
-        # Which file the record is in, and which of its rows.
-        file_number = bisect_right(self.starts, index) - 1
+        file_number, row_number = self._locate(index)
         file = self.files[file_number]
-        row_number = index - self.starts[file_number]
         origin = f"{file.name}, record {row_number}"
         try:
             row = file[row_number]

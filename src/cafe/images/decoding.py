@@ -29,6 +29,7 @@ except ImportError:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "HEIF", "JXL")
 _FORMAT_NAMES = "JPEG, PNG, WebP, GIF, BMP, TIFF, AVIF, JPEG 2000 or PPM"
 _UPRIGHT = 1
+_FIRST_TURNED = 5  # of the orientations in which width and height change places
 _EXIF_TRANSPOSES = {  # what turns an image upright, by its EXIF orientation
     2: Transpose.FLIP_LEFT_RIGHT,
     3: Transpose.ROTATE_180,
@@ -215,6 +216,12 @@ def _apply_exif_orientation(image: Image.Image) -> Image.Image:
     # Without the EXIF data, so that nobody turns it again.
     upright.info = {key: value for key, value in image.info.items() if key == "transparency"}
     return upright
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height that an opened image has once it is turned upright."""
+    width, height = image.size
+    return (height, width) if _orientation(image) >= _FIRST_TURNED else (width, height)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -143,11 +143,13 @@ class FastImages:
 
     def process(self, images: Sequence[Image.Image]) -> ProcessedImages:
         """Process the images of one content together, as the family does for one prompt."""
-        return self.family.process(images)
+        # Several images together may be padded with values that are no byte's.
+        if len(images) != 1:
+            return self.family.process(images)
+        return self.process_array(np.array(images[0]))
 
     def load(self, refs: Sequence[ImageRef]) -> ProcessedImages:
         """Decode and process the images of one content."""
-        # Several images together may be padded with values that are no byte's.
         if len(refs) != 1:
             return self.family.load(refs)
         return self.process_array(decode_array(refs[0], min_side=self.family.min_decode_side))

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -92,6 +93,10 @@ class ChatProcessor:
             self.token_type_fns["token_type_ids"] = prefix_lm_token_type_ids
         elif family_images.token_types:
             self.token_type_fns[family_images.token_types[0]] = image_token_type_ids
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the parts, from which it is built again, because its caches cannot be pickled."""
+        return _restore, (self.processor, self.prompts, isinstance(self.images, FastImages))
 
     def with_images(self, images: FamilyImages | FastImages) -> "ChatProcessor":
         """Return the same chat processor with something else that processes its images."""
@@ -334,6 +339,12 @@ class ChatProcessor:
         # Special tokens in the text were broken up, so every image token is an image's.
         input_ids = torch.tensor(tokens)
         return Branch(input_ids, torch.tensor(supervised), input_ids == self.image_token_id, images.inputs)
+
+
+def _restore(processor: ProcessorMixin, prompts: Prompts, fast: bool) -> ChatProcessor:
+    """Restore a chat processor from its pickled parts."""
+    chat_processor = ChatProcessor(processor, prompts)
+    return with_fast_images(chat_processor)[0] if fast else chat_processor
 
 
 def _freeze(parts: Sequence[dict[str, str]]) -> tuple[tuple[str, str], ...]:

@@ -19,6 +19,7 @@ def make_loader(
     indices: Iterable[Any],
     num_workers: int,
     init_worker: Callable[[int], None] | None = None,
+    start_method: str = "fork",
     **options: Any,
 ) -> DataLoader[Item]:
     """Load items of a dataset by index, in order, ahead of their use.
@@ -28,10 +29,12 @@ def make_loader(
         indices: which to load.
         num_workers: worker processes, which end when this process does, however that ends; 0 loads in this process.
         init_worker: called in each worker with its number.
+        start_method: how workers start, by multiprocessing's name. "fork", whatever Python's default is, because other
+            ways pickle the dataset, and some processors cannot be; "spawn" where this process has threads of a library
+            that do not survive a fork.
         options: passed to `DataLoader`.
     """
-    # Workers are forked, whatever Python's default is: other ways pickle the dataset, and some processors cannot be.
-    context = "fork" if num_workers else None
+    context = start_method if num_workers else None
     return DataLoader(
         dataset,
         batch_size=None,

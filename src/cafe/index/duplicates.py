@@ -1,0 +1,58 @@
+"""Find images that look the same: copies, and what was resized, compressed or retouched."""
+
+import numpy as np
+from jaxtyping import Int64
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from cafe.images.appearance import num_differing_bits
+from cafe.index.searching import Hit, make_hit
+from cafe.index.snapshot import Snapshot
+from cafe.search import search
+
+MIN_SIMILARITY = 0.95  # of embeddings
+MAX_DIFFERING_BITS = 10  # of 64, between perceptual hashes: embeddings alone find what shows the same
+NEIGHBORS = 32  # that an image is compared with
+
+
+def find_duplicates(snapshot: Snapshot, min_similarity: float = MIN_SIMILARITY) -> list[list[Hit]]:
+    """Return groups of places whose images look the same, the largest groups first.
+
+    Two images belong together if their embeddings are similar and their perceptual hashes nearly equal.
+
+    Args:
+        snapshot: the collection.
+        min_similarity: the least cosine similarity of two images.
+    """
+    if not len(snapshot):
+        return []
+    labels = _connect(snapshot, min_similarity)
+    members: dict[int, list[int]] = {}
+    for number, label in enumerate(labels.tolist()):
+        members.setdefault(label, []).append(number)
+    groups = [_hits_of(snapshot, numbers) for numbers in members.values()]
+    return sorted((group for group in groups if len(group) > 1), key=lambda group: (-len(group), group[0].id))
+
+
+def _connect(snapshot: Snapshot, min_similarity: float) -> Int64[np.ndarray, " images"]:
+    """Return the number of the group of each image."""
+    appearances = snapshot.images["appearance"].to_numpy()
+    similarities, neighbors = search(snapshot.vectors, snapshot.vectors, min(NEIGHBORS, len(snapshot)))
+    rows = np.repeat(np.arange(len(snapshot)), neighbors.shape[1])
+    columns = neighbors.reshape(-1)
+    similar = similarities.reshape(-1) >= min_similarity
+    alike = num_differing_bits(appearances[rows], appearances[columns]) <= MAX_DIFFERING_BITS
+    kept = similar & alike
+    pairs = coo_array((np.ones(kept.sum()), (rows[kept], columns[kept])), shape=(len(snapshot), len(snapshot)))
+    labels: Int64[np.ndarray, " images"] = connected_components(pairs, directed=False)[1].astype(np.int64)
+    return labels
+
+
+def _hits_of(snapshot: Snapshot, numbers: list[int]) -> list[Hit]:
+    """Return all places of some images; their similarity is that with the first image."""
+    vectors = snapshot.vectors[numbers]
+    hits = []
+    for number, similarity in zip(numbers, (vectors @ vectors[0]).tolist(), strict=True):
+        for place in snapshot.places[number]:
+            hits.append(make_hit(snapshot, number, place, similarity, similarity))
+    return hits

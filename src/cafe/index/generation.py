@@ -1,0 +1,134 @@
+"""Make and fill one generation of a collection: its tables, and its manifest."""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from cafe.data.records import open_source
+from cafe.errors import CafeError
+from cafe.index.calibration import NUM_SAMPLES, calibrate, needs_calibration
+from cafe.index.golden import MIN_COSINE, golden_vectors, lowest_cosine
+from cafe.index.indexing import IndexConfig, IndexReport, index_folder, index_source
+from cafe.index.manifest import Calibration, Manifest, Root, read_manifest, write_manifest
+from cafe.index.pixels import load_image
+from cafe.index.snapshot import MAX_EXACT, Snapshot
+from cafe.index.store import Store
+from cafe.index.vector_index import build_vector_index, needs_vector_index
+from cafe.index.walk import IMAGE_SUFFIXES, PDF_SUFFIX
+from cafe.model import Cafe
+from cafe.training.recipe_io import read_source
+
+
+def open_store(generation: Path) -> tuple[Store, Manifest]:
+    """Open the tables of a generation, and read its manifest."""
+    manifest = read_manifest(generation)
+    return Store(generation, manifest.dim), manifest
+
+
+def make_generation(generation: Path, model: Cafe, model_name: str) -> None:
+    """Make an empty generation, unless one of the same model was begun there already.
+
+    Args:
+        generation: its directory.
+        model: the model whose vectors it will hold.
+        model_name: what the manifest calls it, so that it can be loaded again.
+    """
+    golden = golden_vectors(model)
+    if generation.exists():
+        if _is_begun(generation, golden):
+            return
+        shutil.rmtree(generation)
+    generation.mkdir()
+    Store.create(generation, golden.shape[1])
+    manifest = Manifest(
+        model=model_name,
+        fingerprint=model.fingerprint(),
+        prompts=model.chat_processor.prompts,
+        dim=golden.shape[1],
+        golden=tuple(tuple(map(float, row)) for row in golden),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+    write_manifest(generation, manifest)
+
+
+def _is_begun(generation: Path, golden: np.ndarray) -> bool:
+    """Return whether a generation can be gone on with: it was interrupted after it was made, with the same model."""
+    try:
+        _, manifest = open_store(generation)
+    except CafeError:
+        return False
+    return lowest_cosine(golden, np.array(manifest.golden)) >= MIN_COSINE
+
+
+def make_root(what: str | Path, overrides: Sequence[str], **options: object) -> Root:
+    """Describe what is to be indexed.
+
+    Args:
+        what: a folder, an image or a PDF file, or a source of records.
+        overrides: the fields of a source, as `key=value`.
+        **options: fields of `Root`.
+
+    Raises:
+        CafeError: fields of a source are given with a folder.
+    """
+    path = Path(what).expanduser()
+    is_file = path.suffix.lower() in (*IMAGE_SUFFIXES, PDF_SUFFIX)
+    if path.is_dir() or is_file:
+        if overrides:
+            raise CafeError(f"{what} is no source of records, so that {overrides[0]} has no meaning.")
+        return Root(str(path.absolute()), **options)  # type: ignore[arg-type]
+    # What does not exist locally may be on an object store, or a dataset; opening it will tell.
+    name = str(path.absolute()) if path.exists() else str(what)
+    return Root(name, is_source=True, overrides=tuple(overrides), **options)  # type: ignore[arg-type]
+
+
+def index_root(generation: Path, model: Cafe, root: Root, config: IndexConfig) -> IndexReport:
+    """Index one root into a generation, and bring its indices and its manifest up to date."""
+    store, manifest = open_store(generation)
+    source = open_source(read_source(root.path, root.overrides), config.limits) if root.is_source else None
+    # Recorded first, so that indexing again goes on with it when this is interrupted.
+    others = tuple(other for other in manifest.roots if other.path != root.path)
+    manifest = replace(manifest, roots=(*others, root))
+    write_manifest(generation, manifest)
+    if source is not None:
+        report = index_source(store, model, root, config, source)
+    else:
+        sources = [other.path for other in manifest.roots if other.is_source]
+        report = index_folder(store, model, root, config, sources)
+    write_manifest(generation, _finish(store, model, manifest))
+    return report
+
+
+def _finish(store: Store, model: Cafe, manifest: Manifest) -> Manifest:
+    """Build what is missing of indices and calibration, and return the manifest that says so."""
+    store.index_words()
+    store.compact()
+    snapshot = Snapshot.read(store)
+    if needs_vector_index(manifest.vector_index, len(snapshot), MAX_EXACT):
+        manifest = replace(manifest, vector_index=build_vector_index(store, len(snapshot)))
+    if needs_calibration(manifest.calibration, len(snapshot)):
+        manifest = replace(manifest, calibration=_calibrate(snapshot, model, manifest))
+    return manifest
+
+
+def _calibrate(snapshot: Snapshot, model: Cafe, manifest: Manifest) -> Calibration:
+    """Calibrate a collection on some of its images: the first ones by their keys, which are as good as random."""
+    numbers: list[int] = []
+    images: list[Image.Image] = []
+    for number, places in enumerate(snapshot.places):
+        if len(images) == NUM_SAMPLES:
+            break
+        # Pages take long to render, and are not what is mostly searched for.
+        if places[0].page is not None:
+            continue
+        try:
+            images.append(load_image(places[0].id, places[0].path, None, manifest.roots))
+        except CafeError:  # changed or gone since it was indexed
+            continue
+        numbers.append(number)
+    return calibrate(model, images, snapshot.vectors_of(np.array(numbers, np.int64)), len(snapshot))

@@ -1,0 +1,53 @@
+"""The model of a collection: what it is called, and golden contents, whose embeddings tell it from any other."""
+
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float, Float32
+from PIL import Image
+
+from cafe.checkpoint import resolve_checkpoint
+from cafe.content import Content
+from cafe.model import Cafe
+
+MIN_COSINE = 0.999  # between embeddings of one model in different precisions, or on different machines
+_SIDE = 64  # pixels
+
+_TEXTS = ("a dog runs on the beach", "two red boats in front of a house", "a page with a table of numbers")
+
+
+def golden_contents() -> list[Content]:
+    """Return the contents: three texts, two images, and one with both."""
+    ramp = np.linspace(0, 255, _SIDE).astype(np.uint8)
+    slope = np.stack([np.tile(ramp, (_SIDE, 1)), np.tile(ramp[:, None], (1, _SIDE)), np.full((_SIDE, _SIDE), 128)], 2)
+    # Rings of two colors; the integer arithmetic gives the same bytes on every machine.
+    distance = (np.arange(_SIDE) - _SIDE // 2) ** 2
+    inside = (distance[:, None] + distance[None]) // 100 % 2 == 0
+    rings = np.where(inside[..., None], np.array([200, 40, 40]), np.array([240, 240, 220]))
+    images = [Image.fromarray(pixels.astype(np.uint8)) for pixels in (slope, rings)]
+    return [Content.of(value) for value in (*_TEXTS, *images, [images[1], "what is in the middle?"])]
+
+
+def golden_vectors(model: Cafe) -> Float32[np.ndarray, "contents dim"]:
+    """Embed the golden contents."""
+    return model.embed(golden_contents())
+
+
+def lowest_cosine(first: Float[np.ndarray, "contents dim"], second: Float[np.ndarray, "contents dim"]) -> float:
+    """Return the lowest cosine similarity of the same contents' embeddings by two models; -1 of different widths."""
+    if first.shape != second.shape:
+        return -1.0
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return float(((first * second).sum(1) / norms).min())
+
+
+def load_model(model: Cafe | str | Path) -> Cafe:
+    """Return a model, or load it by what it is called: a run, a directory or a Hub id."""
+    return model if isinstance(model, Cafe) else Cafe.load(resolve_checkpoint(str(model)))
+
+
+def model_name(model: Cafe | str | Path) -> str:
+    """Return what a model is called wherever it is loaded from next time: a directory by its absolute path."""
+    name = model.name if isinstance(model, Cafe) else str(model)
+    path = Path(name).expanduser()
+    return str(path.absolute()) if name and path.is_dir() else name

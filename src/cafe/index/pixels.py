@@ -1,0 +1,64 @@
+"""The pixels of an image that a search found, wherever it is: in a file, on a page, or in a source's record."""
+
+import multiprocessing
+import re
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+from PIL import Image
+
+from cafe.content import DEFAULT_LIMITS, ImageRef
+from cafe.data.records import open_source
+from cafe.errors import RecordError
+from cafe.images.decoding import decode_image
+from cafe.images.files import read_image_file
+from cafe.index.manifest import Root
+from cafe.index.pdf import read_pages
+from cafe.index.reading import record_images
+from cafe.index.workers import without_main_module
+from cafe.training.recipe_io import read_source
+
+_RECORD = re.compile(r".*#record=(\d+)(?:\.(\d+))?", re.DOTALL)
+
+
+def load_image(id: str, path: str, page: int | None, roots: Sequence[Root]) -> Image.Image:
+    """Load the image of a place, upright and in RGB.
+
+    Args:
+        id: of the place, see `Place`.
+        path: of its file or source.
+        page: the number of the page; None for an image.
+        roots: what the collection was made of.
+
+    Raises:
+        CafeError: it cannot be read.
+    """
+    if page is not None:
+        return _load_page(path, page)
+    record = _RECORD.fullmatch(id)
+    if record and id != path:
+        return _load_record(path, int(record[1]), int(record[2] or 0), roots)
+    return decode_image(ImageRef(Path(path)))
+
+
+def _load_page(path: str, page: int) -> Image.Image:
+    """Render a page, in a process of its own: pdfium may end it."""
+    data = read_image_file(Path(path), DEFAULT_LIMITS.max_bytes)
+    context = multiprocessing.get_context("spawn")
+    with without_main_module(), ProcessPoolExecutor(1, context) as pool:
+        try:
+            _, [(image, _)] = pool.submit(read_pages, data, page, 1, path).result()
+        except (BrokenProcessPool, ValueError):  # ValueError: it has fewer pages now
+            raise RecordError(f"Page {page} of {path} cannot be read.") from None
+    return image
+
+
+def _load_record(path: str, number: int, index: int, roots: Sequence[Root]) -> Image.Image:
+    """Load an image of a source's record."""
+    overrides = next((root.overrides for root in roots if root.is_source and root.path == path), ())
+    refs, _ = record_images(open_source(read_source(path, overrides)), number)
+    if index >= len(refs):
+        raise RecordError(f"Record {number} of {path} has changed: index it again.")
+    return decode_image(refs[index])

@@ -1,0 +1,32 @@
+"""Show images inline, in terminals that can."""
+
+from collections.abc import Callable, Sequence
+
+from PIL import Image
+from rich.console import Console
+from textual_image.renderable import Image as InlineImage
+from textual_image.renderable import SixelImage, TGPImage
+
+from cafe.errors import CafeError
+from cafe.index.searching import Hit
+
+MAX_SHOWN = 8
+WIDTH = 24  # columns of the terminal
+
+
+def show_images(hits: Sequence[Hit], load_image: Callable[[Hit], Image.Image], anywhere: bool) -> None:
+    """Show the first images of a search.
+
+    Args:
+        hits: what was found.
+        load_image: loads the image of a hit.
+        anywhere: show them in coarse blocks of color where the terminal cannot show images.
+    """
+    if not anywhere and InlineImage not in (SixelImage, TGPImage):
+        return
+    console = Console()
+    for hit in hits[:MAX_SHOWN]:
+        try:
+            console.print(InlineImage(load_image(hit), width=WIDTH))
+        except CafeError:  # gone since it was indexed
+            continue
