@@ -1,8 +1,8 @@
 """Indexing a folder beside plain loops over the same images, and captions from one prefill beside two.
 
-The images are scenes, as JPEG files of 256 x 256 pixels; the model is the small one that comes with the package. Indexing
-starts workers, hashes, decodes, embeds and writes, and at its end builds indices and calibrates scores. Its rate is
-that of an image more: of the whole folder less that of a fifth of it, so that what it does once does not count; the
+The images are scenes, as JPEG files of 256 x 256 pixels; the model is the small one that comes with the package.
+Indexing starts workers, hashes, decodes, embeds and writes, and at its end builds indices and calibrates scores. Its
+rate is that of further images: of the whole folder less a fifth of it, so that what it does once does not count; the
 whole rate is printed too. The loops only embed: by transformers alone, one file at a time; and in batches as large as
 those of indexing, from images that were decoded and encoded beforehand. They are measured on some of the images.
 
