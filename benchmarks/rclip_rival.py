@@ -75,7 +75,7 @@ def measure_ours(model: str, folder: Path, scratch: Path) -> list[str]:
         timed([*cafe, "search", *QUERY.split()], folder, **data),
     )
     return [
-        f"cafe: its command starts in {_shown(timed([*cafe, '--version'], folder))}",
+        f"cafe: its command starts in {_shown(timed([*cafe, '--help'], folder))}",
         f"cafe: indexed in {_shown(index)}, then searched in {_shown(search)}",
         f"cafe: indexed again, with nothing changed, in {_shown(again)}, then searched in {_shown(second)}",
     ]
