@@ -124,7 +124,7 @@ def exact(directory: Path, vectors: Vectors) -> list[Row]:
     memory, scanned = p95(search, queries), p95(scan, queries)
     print(f"p95: {memory:.1f} ms in memory, {scanned:.1f} ms by a scan; they agree in {agreement:.1%} of the hits")
     assert snapshot.is_exact and agreement > 0.99
-    name = f"22: {vectors.rows:,} x {vectors.dim}: p95, in memory / LanceDB'sscan"
+    name = f"22: {vectors.rows:,} x {vectors.dim}: p95, in memory / LanceDB's scan"
     return [Row(name, memory / scanned, 0.25, 0.25, at_least=False)]
 
 
