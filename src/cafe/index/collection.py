@@ -31,7 +31,7 @@ from cafe.index.manifest import (
 )
 from cafe.index.pixels import load_image
 from cafe.index.query import Query
-from cafe.index.reranking import rerank_hits
+from cafe.index.reranking import NUM_RERANKED, rerank_hits
 from cafe.index.searching import Hit, Sort, search, sort_hits
 from cafe.index.snapshot import Snapshot
 from cafe.index.verification import verify_files, verify_tables
@@ -199,7 +199,7 @@ class Collection:
             after, before, folder, min_width, min_height, where: see `Filters`.
             min_score: the least score of an image.
             sort: the order of the images found.
-            rerank: ask the model of the best images whether they match, and put those first of which it says so.
+            rerank: put those of the best images first that the model would most likely describe in the query's words.
 
         Raises:
             CafeError: the query or a filter cannot be read, or the model is not the one that made the collection.
@@ -215,10 +215,11 @@ class Collection:
         )
         manifest, snapshot, model = self.manifest, self._read(), self.model
         vector = parsed.embed(model)
-        hits = search(snapshot, parsed, vector, k, filters, min_score, manifest.calibration, manifest.vector_index)
+        count = max(k, NUM_RERANKED) if rerank else k
+        hits = search(snapshot, parsed, vector, count, filters, min_score, manifest.calibration, manifest.vector_index)
         if rerank:
-            hits = rerank_hits(model, parsed, hits, manifest.roots)
-        return sort_hits(hits, sort)
+            hits = rerank_hits(model, parsed.words, hits, manifest.roots)
+        return sort_hits(hits[:k], sort)
 
     def ask(
         self,
