@@ -49,10 +49,12 @@ def _load_page(path: str, page: int) -> Image.Image:
     context = multiprocessing.get_context("spawn")
     with without_main_module(), ProcessPoolExecutor(1, context) as pool:
         try:
-            _, [(image, _)] = pool.submit(read_pages, data, page, 1, path).result()
+            _, [read] = pool.submit(read_pages, data, page, 1, path).result()
         except (BrokenProcessPool, ValueError):  # ValueError: it has fewer pages now
             raise RecordError(f"Page {page} of {path} cannot be read.") from None
-    return image
+    if isinstance(read, RecordError):
+        raise read
+    return read[0]
 
 
 def _load_record(path: str, number: int, index: int, roots: Sequence[Root]) -> Image.Image:
