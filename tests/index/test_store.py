@@ -15,7 +15,7 @@ from cafe.index import store as store_module
 from cafe.index.store import Store
 
 DIM = 8
-STRANGE = ["ünï 日本", "a\nb", "it's \"it\"", "<img src=x onerror=alert(1)>", "\\'; DROP TABLE--", "\x1b[2J", "'", ""]
+STRANGE = ["ünï 日本", "a\nb", 'it\'s "it"', "<img src=x onerror=alert(1)>", "\\'; DROP TABLE--", "\x1b[2J", "'", ""]
 
 
 @pytest.fixture
