@@ -72,11 +72,13 @@ def stream_text(generate: Callable[[], Any], streamer: TextIteratorStreamer) -> 
     def iterate() -> Iterator[str]:
         """Yield the text; only at its end is it known whether the thread failed."""
         yield from streamer
+        thread.join()  # it has little left to do; Python aborts if it exits meanwhile
         if errors:
             raise errors[0]
 
     # Started here and not in the iterator, so that the text is generated while the caller does other things.
-    Thread(target=run, daemon=True).start()
+    thread = Thread(target=run, daemon=True)
+    thread.start()
     return iterate()
 
 
