@@ -31,7 +31,7 @@ from cafe.index.manifest import (
 )
 from cafe.index.pixels import load_image
 from cafe.index.query import Query
-from cafe.index.reranking import rerank_hits
+from cafe.index.reranking import NUM_RERANKED, rerank_hits
 from cafe.index.searching import Hit, Sort, search, sort_hits
 from cafe.index.snapshot import Snapshot
 from cafe.index.verification import verify_files, verify_tables
@@ -186,7 +186,7 @@ class Collection:
         min_width: int = 0,
         min_height: int = 0,
         where: Sequence[str] = (),
-        min_score: float = 0.0,
+        min_score: float | None = None,
         sort: Sort = "score",
         rerank: bool = False,
     ) -> list[Hit]:
@@ -197,7 +197,7 @@ class Collection:
                 or a `Query`, a weighted sum.
             k: the most images to return.
             after, before, folder, min_width, min_height, where: see `Filters`.
-            min_score: the least score of an image.
+            min_score: the least score of an image; None for any.
             sort: the order of the images found.
             rerank: ask the model of the best images whether they match, and put those first of which it says so.
 
@@ -215,9 +215,11 @@ class Collection:
         )
         manifest, snapshot, model = self.manifest, self._read(), self.model
         vector = parsed.embed(model)
-        hits = search(snapshot, parsed, vector, k, filters, min_score, manifest.calibration, manifest.vector_index)
+        # Reranking a few would leave out the best of those behind them.
+        count = max(k, NUM_RERANKED) if rerank else k
+        hits = search(snapshot, parsed, vector, count, filters, min_score, manifest.calibration, manifest.vector_index)
         if rerank:
-            hits = rerank_hits(model, parsed, hits, manifest.roots)
+            hits = rerank_hits(model, parsed, hits, manifest.roots)[:k]
         return sort_hits(hits, sort)
 
     def ask(
@@ -227,7 +229,7 @@ class Collection:
         find: Any = None,
         k: int = MAX_SOURCES,
         each: bool = False,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         max_new_tokens: int = 256,
         stream: bool = False,
         **filters: Any,
@@ -239,7 +241,7 @@ class Collection:
             find: what to search for, as `search` takes it; by default the question.
             k: the most images to ask about.
             each: ask about each image by itself, and answer in a line for each, instead of once about all.
-            min_score: the least score of an image.
+            min_score: the least score of an image; None for any.
             max_new_tokens: the maximum length of an answer, in tokens.
             stream: return before the answer is there, which is iterated over as it comes.
             **filters: as `search` takes them.
@@ -320,14 +322,22 @@ class Collection:
         self._given_model, self._model, self._snapshot = model, other, None
         return reports
 
+    def ensure_removable(self) -> None:
+        """Make sure that there is a collection, sound or damaged.
+
+        Raises:
+            CafeError: there is none.
+        """
+        if not (self.directory / CURRENT_FILE).is_file():
+            raise no_collection(self.directory)
+
     def remove(self) -> None:
         """Delete the collection; the images that were indexed are not touched.
 
         Raises:
-            CafeError: another process writes to it.
+            CafeError: there is none, or another process writes to it.
         """
-        if not (self.directory / CURRENT_FILE).is_file():
-            raise no_collection(self.directory)
+        self.ensure_removable()
         with writer_lock(self.directory):
             shutil.rmtree(self.directory)
 

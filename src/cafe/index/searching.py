@@ -19,7 +19,8 @@ from cafe.index.snapshot import PlaceOfImage, Snapshot
 Sort = Literal["score", "newest", "oldest", "name"]
 Numbers = Int64[np.ndarray, " _images"]
 MIN_RANKED = 200  # images of each ranking that are fused
-FIRST_CANDIDATES = 1000  # of the vector index, where filters leave only some of them
+MAX_COMPARED = 1000  # images that filters leave of a large collection and that are compared without its vector index
+MAX_FILTERED_WORDS = 10_000  # images of a ranking by words before filters
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def search(
     vector: Float32[np.ndarray, " dim"],
     k: int,
     filters: Filters,
-    min_score: float,
+    min_score: float | None,
     calibration: Calibration | None,
     vector_index: VectorIndex | None,
 ) -> list[Hit]:
@@ -72,7 +73,7 @@ def search(
         vector: its embedding.
         k: the most images to return.
         filters: which images may be returned.
-        min_score: the least score of an image.
+        min_score: the least score of an image; None for any.
         calibration: how similarities become scores.
         vector_index: the index of a large collection.
     """
@@ -92,7 +93,7 @@ def search(
     for row in order.tolist():
         if len(hits) == k:
             break
-        if scores[row] >= min_score:
+        if min_score is None or scores[row] >= min_score:
             number = int(numbers[row])
             place = snapshot.place_of(number, predicate)
             hits.append(make_hit(snapshot, number, place, float(similarities[row]), float(scores[row])))
@@ -149,9 +150,10 @@ def _rankings(
         if allowed is not None:
             vectors, numbers = vectors[allowed[numbers]], numbers[allowed[numbers]]
         rankings.append(numbers[top_rows(vectors @ vector, count)])
-    for keys in snapshot.store.search_words(query.words, count):
+    for keys in snapshot.store.search_words(query.words, count if allowed is None else MAX_FILTERED_WORDS):
         found = [snapshot.numbers[key] for key in keys if key in snapshot.numbers]
-        rankings.append(np.array([number for number in found if allowed is None or allowed[number]], np.int64))
+        kept = [number for number in found if allowed is None or allowed[number]]
+        rankings.append(np.array(kept[:count], np.int64))
     return rankings
 
 
@@ -169,19 +171,22 @@ def _nearest_images(
             return top_rows(similarities, count)
         rows = np.flatnonzero(allowed)
         return rows[top_rows(similarities[rows], count)]
+    if allowed is not None and allowed.sum() <= MAX_COMPARED:
+        rows = np.flatnonzero(allowed)
+        return rows[top_rows(snapshot.vectors_of(rows) @ vector, count)]
     num_probes = vector_index.num_probes if vector_index else None
     candidates = count
     while True:
-        keys = snapshot.store.nearest(vector, candidates, num_probes)
+        # The index reads some of its partitions alone, so the last resort is to compare all.
+        is_last = candidates >= len(snapshot)
+        keys = snapshot.store.nearest(vector, candidates, num_probes, exact=allowed is not None and is_last)
         found = np.array([snapshot.numbers[key] for key in keys if key in snapshot.numbers], np.int64)
-        if allowed is not None:
-            found = found[allowed[found]]
-        # More candidates, until enough of them pass the filters or all were looked at.
-        if len(found) >= count or allowed is None or candidates >= len(snapshot):
+        if allowed is None:
+            return found
+        found = found[allowed[found]]
+        # More candidates, until enough of them pass the filters.
+        if len(found) >= count or is_last:
             return found[:count]
-        if allowed.sum() <= FIRST_CANDIDATES:
-            rows = np.flatnonzero(allowed)
-            return rows[top_rows(snapshot.vectors_of(rows) @ vector, count)]
         candidates *= 8
 
 

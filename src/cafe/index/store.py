@@ -48,7 +48,7 @@ class ImageRow:
         text: the words on a page of a PDF file.
         width, height: in pixels, upright.
         taken_at: when it was taken, by its EXIF data, in the local time of the camera.
-        appearance: a perceptual hash, see `cafe.images.appearance`.
+        appearance: what it looks like, see `cafe.images.appearance`.
     """
 
     key: str
@@ -59,7 +59,7 @@ class ImageRow:
     width: int
     height: int
     taken_at: datetime | None
-    appearance: int
+    appearance: bytes
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _images_schema(dim: int) -> pa.Schema:
             "width": pa.int32(),
             "height": pa.int32(),
             "taken_at": pa.timestamp("us"),
-            "appearance": pa.uint64(),
+            "appearance": pa.binary(),
         }
     )
 
