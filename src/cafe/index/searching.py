@@ -1,7 +1,7 @@
 """Search a collection: by vectors, exactly or by an index, and by words; fused where a query is words."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -20,7 +20,8 @@ Sort = Literal["score", "newest", "oldest", "name"]
 Numbers = Int64[np.ndarray, " _images"]
 MIN_RANKED = 200  # images of each ranking that are fused
 MAX_COMPARED = 1000  # images that filters leave of a large collection and that are compared without its vector index
-MAX_FILTERED_WORDS = 10_000  # images of a ranking by words before filters
+MAX_WORD_MATCHES = 10_000  # images in which words are looked for, before filters
+MIN_RELEVANCE = 0.5  # of the most relevant image's: in IMG_3551, the number counts and not what all names have
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,36 @@ def _rankings(
         if allowed is not None:
             vectors, numbers = vectors[allowed[numbers]], numbers[allowed[numbers]]
         rankings.append(numbers[top_rows(vectors @ vector, count)])
-    for keys in snapshot.store.search_words(query.words, count if allowed is None else MAX_FILTERED_WORDS):
-        found = [snapshot.numbers[key] for key in keys if key in snapshot.numbers]
-        kept = [number for number in found if allowed is None or allowed[number]]
-        rankings.append(np.array(kept[:count], np.int64))
+    for relevances in snapshot.store.search_words(query.words, MAX_WORD_MATCHES):
+        rankings.append(_rank_words(snapshot, vector, relevances, allowed)[:count])
     return rankings
+
+
+def _rank_words(
+    snapshot: Snapshot,
+    vector: Float32[np.ndarray, " dim"],
+    relevances: Mapping[str, float],
+    allowed: Bool[np.ndarray, " images"] | None,
+) -> Numbers:
+    """Rank the images in which words were found, the most relevant first; equal ones by their vectors.
+
+    Args:
+        snapshot: the collection.
+        vector: the query's embedding.
+        relevances: of images by their keys, the most relevant first.
+        allowed: which images pass the filters.
+    """
+    found = {snapshot.numbers[key]: relevance for key, relevance in relevances.items() if key in snapshot.numbers}
+    numbers = np.array([number for number in found if allowed is None or allowed[number]], np.int64)
+    if not len(numbers):
+        return numbers
+    relevance = np.array([found[number] for number in numbers.tolist()])
+    numbers = numbers[relevance >= MIN_RELEVANCE * relevance[0]]
+    if not snapshot.is_exact:  # reading vectors takes time
+        numbers = numbers[:MAX_COMPARED]
+    # Many captions have the same words, so that without this their order would be as good as random.
+    similarities = snapshot.vectors_of(numbers) @ vector
+    return numbers[np.lexsort((-similarities, -relevance[: len(numbers)]))]
 
 
 def _nearest_images(

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,9 @@ def _render_png(title: str, summary: str, hits: Sequence[Hit], load_image: LoadI
     height = 2 * _MARGIN + _TITLE_HEIGHT + num_rows * (_CARD_HEIGHT + _GAP) - (_GAP if num_rows else 0)
     sheet = Image.new("RGB", (width, height), _PAGE)
     draw = ImageDraw.Draw(sheet)
-    title_font = ImageFont.load_default(_TITLE_SIZE)
+    title_font = _font(_TITLE_SIZE, title)
     draw.text((_MARGIN, _MARGIN), _fit(title, title_font, width - 2 * _MARGIN), _INK, title_font)
-    draw.text((_MARGIN, _MARGIN + _TITLE_SIZE + 16), summary, _SOFT, ImageFont.load_default(_TEXT_SIZE))
+    draw.text((_MARGIN, _MARGIN + _TITLE_SIZE + 16), summary, _SOFT, _font(_TEXT_SIZE, summary))
     for number, hit in enumerate(hits):
         row, column = divmod(number, num_columns)
         left = _MARGIN + column * (_CARD_WIDTH + _GAP)
@@ -134,7 +135,8 @@ def _draw_card(sheet: Image.Image, left: int, top: int, hit: Hit, image: Image.I
     """Draw a hit at a place of the sheet."""
     card = Image.new("RGB", (_CARD_WIDTH, _CARD_HEIGHT), _CARD)
     draw = ImageDraw.Draw(card)
-    font, small = ImageFont.load_default(_TEXT_SIZE), ImageFont.load_default(_SMALL_SIZE)
+    name = file_name(hit)
+    font, small, name_font = _font(_TEXT_SIZE), _font(_SMALL_SIZE), _font(_SMALL_SIZE, name)
     draw.rectangle((0, 0, _IMAGE_WIDTH, _IMAGE_HEIGHT - 1), _WELL)
     if image is None:
         draw.text((_IMAGE_WIDTH // 2, _IMAGE_HEIGHT // 2), UNREADABLE, _SOFT, small, anchor="mm")
@@ -149,8 +151,8 @@ def _draw_card(sheet: Image.Image, left: int, top: int, hit: Hit, image: Image.I
     date = f"{hit.taken_at:%Y-%m-%d}"
     draw.text((_PADDING, first_line), f"{hit.score:.3f}", _INK, font, anchor="ls")
     draw.text((_CARD_WIDTH - _PADDING, first_line), date, _SOFT, small, anchor="rs")
-    name = _fit(file_name(hit), small, _CARD_WIDTH - 2 * _PADDING)
-    draw.text((_PADDING, second_line), name, _SOFT, small, anchor="ls")
+    shown_name = _fit(name, name_font, _CARD_WIDTH - 2 * _PADDING)
+    draw.text((_PADDING, second_line), shown_name, _SOFT, name_font, anchor="ls")
     # A card in the color of lines, and the card itself on it, smaller by the width of a line.
     for layer, inset in ((Image.new("RGB", card.size, _LINE), 0), (card, _LINE_WIDTH)):
         box = (inset, inset, _CARD_WIDTH - inset, _CARD_HEIGHT - inset)
@@ -173,6 +175,21 @@ def _scale(image: Image.Image) -> Image.Image:
         return image.convert("RGB").resize((factor * image.width, factor * image.height), Image.Resampling.NEAREST)
     size = (max(1, round(fitting * image.width)), max(1, round(fitting * image.height)))
     return image.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+@cache
+def _load_font(size: int, is_ascii: bool) -> Any:
+    """Load Pillow's own font, or for other letters than English ones that of matplotlib, which has more."""
+    if is_ascii:
+        return ImageFont.load_default(size)
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+
+
+def _font(size: int, text: str = "") -> Any:
+    """Return a font that has the letters of a text, so far as there is one without installing fonts."""
+    return _load_font(size, text.isascii())
 
 
 def _fit(text: str, font: Any, width: int) -> str:
