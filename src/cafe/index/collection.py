@@ -210,7 +210,7 @@ class Collection:
         min_width: int = 0,
         min_height: int = 0,
         where: Sequence[str] = (),
-        min_score: float = 0.0,
+        min_score: float | None = None,
         sort: Sort = "score",
         rerank: bool = False,
     ) -> list[Hit]:
@@ -221,7 +221,7 @@ class Collection:
                 or a `Query`, a weighted sum.
             k: the most images to return.
             after, before, folder, min_width, min_height, where: see `Filters`.
-            min_score: the least score of an image.
+            min_score: the least score of an image; None for any.
             sort: the order of the images found.
             rerank: put those of the best images first that the model would most likely describe in the query's words.
 
@@ -239,6 +239,7 @@ class Collection:
         )
         manifest, snapshot, model = self.manifest, self._read(), self.model
         vector = parsed.embed(model)
+        # Reranking a few would leave out the best of those behind them.
         count = max(k, NUM_RERANKED) if rerank else k
         hits = search(snapshot, parsed, vector, count, filters, min_score, manifest.calibration, manifest.vector_index)
         if rerank:
@@ -252,7 +253,7 @@ class Collection:
         find: Any = None,
         k: int = MAX_SOURCES,
         each: bool = False,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         max_new_tokens: int = 256,
         stream: bool = False,
         **filters: Any,
@@ -264,7 +265,7 @@ class Collection:
             find: what to search for, as `search` takes it; by default the question.
             k: the most images to ask about.
             each: ask about each image by itself, and answer in a line for each, instead of once about all.
-            min_score: the least score of an image.
+            min_score: the least score of an image; None for any.
             max_new_tokens: the maximum length of an answer, in tokens.
             stream: return before the answer is there, which is iterated over as it comes.
             **filters: as `search` takes them.
@@ -346,14 +347,22 @@ class Collection:
         self._model, self._model_generation = other, generation
         return reports
 
+    def ensure_removable(self) -> None:
+        """Make sure that there is a collection, sound or damaged.
+
+        Raises:
+            CafeError: there is none.
+        """
+        if not (self.directory / CURRENT_FILE).is_file():
+            raise no_collection(self.directory)
+
     def remove(self) -> None:
         """Delete the collection; the images that were indexed, and other files in its directory, are not touched.
 
         Raises:
-            CafeError: another process writes to it.
+            CafeError: there is none, or another process writes to it.
         """
-        if not (self.directory / CURRENT_FILE).is_file():
-            raise no_collection(self.directory)
+        self.ensure_removable()
         with writer_lock(self.directory):
             delete_collection(self.directory)
         self._snapshot = None

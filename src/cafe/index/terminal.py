@@ -4,18 +4,20 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 from rich.console import Console
+from rich.text import Text
 from textual_image.renderable import Image as InlineImage
 from textual_image.renderable import SixelImage, TGPImage
 
 from cafe.errors import CafeError
 from cafe.index.searching import Hit
+from cafe.utils.text import escape_controls
 
 MAX_SHOWN = 8
 WIDTH = 24  # columns of the terminal
 
 
 def show_images(hits: Sequence[Hit], load_image: Callable[[Hit], Image.Image], anywhere: bool) -> None:
-    """Show the first images of a search.
+    """Show the first images of a search, each below its path.
 
     Args:
         hits: what was found.
@@ -27,6 +29,8 @@ def show_images(hits: Sequence[Hit], load_image: Callable[[Hit], Image.Image], a
     console = Console()
     for hit in hits[:MAX_SHOWN]:
         try:
-            console.print(InlineImage(load_image(hit), width=WIDTH))
+            image = load_image(hit)
         except CafeError:  # gone since it was indexed
             continue
+        console.print(Text(escape_controls(hit.id)))
+        console.print(InlineImage(image, width=WIDTH))
