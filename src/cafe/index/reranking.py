@@ -32,9 +32,7 @@ def rerank_hits(model: Cafe, words: str, hits: Sequence[Hit], roots: Sequence[Ro
         CafeError: the query has no words, or excludes something.
     """
     if not words.strip():
-        raise CafeError(
-            "Only the images found for words can be reranked: the query has an image, or excludes something."
-        )
+        raise CafeError("Only a query of words can be reranked, not one with an image or with words that it excludes.")
     contents, read, unread = [], [], []
     for hit in hits[:NUM_RERANKED]:
         try:
