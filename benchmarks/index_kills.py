@@ -217,9 +217,8 @@ def main() -> None:
                 wrong = problems(Store(tables, DIM if kind != "folder" else _dim(tables)), log)
             if was_killed:
                 kills += 1
-                tqdm.write(
-                    f"kill {kills:2}, {kind}: {len(committed(log)):6,} rows committed, {wrong[:3] or 'all there'}"
-                )
+                left = ", ".join(wrong[:3]) or "all there"
+                print(f"kill {kills:2}, {kind}: {len(committed(log)):6,} rows committed, {left}", flush=True)
             else:  # the folder is indexed: begin another collection
                 wrong += check_folder(tables.parent, folder)
                 collections += 1

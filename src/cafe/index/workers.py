@@ -99,23 +99,24 @@ def _start(reader: Reader, batches: Sequence[Sequence[Item]], num_workers: int) 
     with without_main_module():
         pickled = start_workers(_PicklingReader(reader), batches, num_workers, start_method="spawn")
     for data in pickled:
-        yield pickle.loads(data)
+        yield pickle.loads(data.numpy())
 
 
 @dataclass
-class _PicklingReader(Dataset[bytes]):
-    """Read lists of items, and return the readings as bytes.
+class _PicklingReader(Dataset[Tensor]):
+    """Read lists of items, and return the readings as the bytes of one tensor.
 
-    PyTorch would send each tensor by a file descriptor of its own, which takes the receiving process about as long as
-    a small model takes for an image.
+    PyTorch sends each tensor by a file descriptor of its own, and those of many images would take the receiving process
+    about as long as a small model takes for the images. A tensor all the same, because of it only the descriptor goes
+    through the pipe: of bytes, a worker that dies could leave a part there, and the rest would be waited for forever.
     """
 
     reader: Reader
 
-    def __getitem__(self, items: Sequence[Item]) -> bytes:
+    def __getitem__(self, items: Sequence[Item]) -> Tensor:
         buffer = io.BytesIO()
         _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(self.reader[items])
-        return buffer.getvalue()
+        return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
 
 
 class _Pickler(pickle.Pickler):
