@@ -5,8 +5,10 @@ import shutil
 
 import pytest
 from collection_samples import add, images_of, keys_of, store_of, write_images, write_pdf
+from samples import noise
 
-from cafe.index import indexing, reading
+from cafe.errors import RecordError
+from cafe.index import indexing, pdf, reading
 from cafe.index.indexing import IndexConfig
 
 
@@ -15,7 +17,8 @@ def pages_of(collection, path):
 
 
 @pytest.fixture
-def report(photos, fast_start):
+def report(photos, fast_start, monkeypatch):
+    monkeypatch.setattr(pdf, "PAGE_SIDE", 100)  # for speed
     return write_pdf(photos / "report.pdf", [f"page {number}" for number in range(1, 12)])
 
 
@@ -85,6 +88,25 @@ def test_a_file_that_ends_its_worker_is_bad_and_all_others_are_read(collection, 
     path = photos / "crash.pdf"
     assert collection.failures() == {str(path): f"Reading {path} ended the process that did it."}
     assert add(collection, photos) == {"unchanged": 16, "failed": 1}
+
+
+def test_a_part_of_a_file_that_cannot_be_read_leaves_the_pages_behind_it(collection, report, monkeypatch):
+    def read_pages(data, first, count, name):
+        if first == 9 and broken:
+            raise RecordError("broken")
+        return 20, [(noise(page, 20, 30), "") for page in range(first, min(first + count, 21))]
+
+    monkeypatch.setattr(reading, "read_pages", read_pages)
+    broken = False
+    assert add(collection, report) == {"added": 20}
+    assert add(collection, report) == {"unchanged": 20}
+    os.utime(report, ns=(1, 1))
+    broken = True
+    assert add(collection, report) == {"failed": 1, "removed": 8, "unchanged": 12}
+    assert pages_of(collection, report) == [*range(1, 9), *range(17, 21)]
+    broken = False
+    assert add(collection, report, IndexConfig(num_workers=0, retry=True)) == {"added": 8, "unchanged": 12}
+    assert add(collection, report) == {"unchanged": 20}
 
 
 def test_a_collection_with_pages_verifies_by_the_bytes_of_the_file(collection, report):
