@@ -3,11 +3,14 @@
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import pytest
 from collection_samples import write_images
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
-from cafe.index import indexing
+from cafe.data.loader import start_workers
+from cafe.index import indexing, workers
 from cafe.index.collection import Collection
 from cafe.model import Cafe
 
@@ -60,3 +63,15 @@ def open_tmp_path() -> Iterator[Path]:
     with TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         yield Path(name)
+
+
+@pytest.fixture
+def fast_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start workers by forks, and look often whether they are alive: both take seconds otherwise."""
+
+    def start(*arguments: Any, start_method: str = "spawn") -> Iterator[Any]:
+        assert start_method == "spawn"
+        return start_workers(*arguments, start_method="fork")
+
+    monkeypatch.setattr(workers, "start_workers", start)
+    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))

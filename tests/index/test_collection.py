@@ -31,7 +31,7 @@ def change_manifest(collection, **changes):
 
 
 def test_a_collection_is_made_when_something_is_added(own_folders, photos, tiny, random_base):
-    with pytest.raises(CafeError, match="There is no collection .*: make one by `cafe index FOLDER --model"):
+    with pytest.raises(CafeError, match=r"There is no collection .*: make one by `cafe index FOLDER --model"):
         Collection.open("mine")
     collection = Collection.open("mine", tiny)
     assert not collection.exists and not collection.directory.exists() and collection.name == "mine"
@@ -117,7 +117,7 @@ def test_reindexing_builds_beside_and_swaps_while_readers_go_on(collection, phot
     [path] = [Path(id) for id, key in keys_of(collection).items() if key == row["key"]]
     assert np.array(row["vector"]) @ other.embed([path])[0] > 0.9999 and vector.shape == (160,)
     # The reader's model is not the one of the collection any more; one that names no model takes the new one.
-    with pytest.raises(CafeError, match="gives other embeddings|has changed"):
+    with pytest.raises(CafeError, match=r"gives other embeddings|has changed"):
         reader.search("x")
     assert len(collection.search("x", k=9)) == 5
 
@@ -225,7 +225,7 @@ def test_a_damaged_collection_is_one_clear_error_and_can_be_removed(collection, 
 def test_a_collection_of_a_newer_version_is_left_as_it_is(collection, photos, tiny):
     add(collection, photos)
     change_manifest(collection, format=2)
-    with pytest.raises(CafeError, match="was made by a newer version of cafe .*: upgrade cafe"):
+    with pytest.raises(CafeError, match=r"was made by a newer version of cafe .*: upgrade cafe"):
         Collection.open(collection.directory, tiny)
     for write in (lambda: add(collection, photos), lambda: collection.reindex(tiny)):
         with pytest.raises(CafeError, match="upgrade cafe"):

@@ -221,7 +221,7 @@ def test_an_empty_or_missing_folder_is_refused_unless_allowed(collection, photos
     with pytest.raises(CafeError, match="does not exist: if it is on a drive that is not mounted, mount it"):
         add(collection, photos)
     photos.mkdir()  # as where nothing is mounted
-    with pytest.raises(CafeError, match="Nothing is found in .*, but 5 images of it are in the collection"):
+    with pytest.raises(CafeError, match=r"Nothing is found in .*, but 5 images of it are in the collection"):
         add(collection, photos)
     assert len(collection) == 5
     allowed = IndexConfig(num_workers=0, allow_empty=True)
@@ -348,7 +348,7 @@ def test_a_source_whose_images_cannot_be_read_any_more_loses_nothing(collection,
     table.write_text("image,caption\nimages/0.png,zero\nimages/1.png,one\n")
     add(collection, table)
     (tmp_path / "images").rename(tmp_path / "elsewhere")
-    with pytest.raises(CafeError, match="No image of .* can be read any more: .* If a drive is not mounted, mount it"):
+    with pytest.raises(CafeError, match=r"No image of .* can be read any more: .* If a drive is not mounted, mount it"):
         add(collection, table)
     assert len(collection) == 2 and not collection.failures()
     assert add(collection, table, IndexConfig(num_workers=0, allow_empty=True)) == {"failed": 2}

@@ -25,7 +25,7 @@ def test_a_name_is_in_the_users_data_folder_and_a_path_where_it_says(own_folders
     "name", ["", ".", "..", "-x", " x", ".hidden", "a\nb", "a\n", "x" * 256, "日" * 86, "<b>", "~no"]
 )
 def test_what_is_no_name_is_refused(name):
-    with pytest.raises(CafeError, match="A collection cannot be called .*: a name has letters"):
+    with pytest.raises(CafeError, match=r"A collection cannot be called .*: a name has letters"):
         locate_collection(name)
 
 

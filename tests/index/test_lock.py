@@ -32,6 +32,6 @@ def test_two_names_of_a_directory_have_one_lock(tmp_path):
 
 
 def test_a_directory_that_may_not_be_written_is_one_error(open_tmp_path):
-    with as_nobody(), pytest.raises(CafeError, match="cannot be written to: permission denied"):
-        with writer_lock(open_tmp_path):
-            pass
+    refused = pytest.raises(CafeError, match="cannot be written to: permission denied")
+    with as_nobody(), refused, writer_lock(open_tmp_path):
+        pass

@@ -39,5 +39,5 @@ def test_a_page_is_rendered_in_a_process_of_its_own(tmp_path):
 
 def test_a_page_that_a_file_has_no_more_is_one_error(tmp_path):
     path = str(write_pdf(tmp_path / "a.pdf", ["one"]))
-    with pytest.raises(RecordError, match="Page 2 of .* cannot be read"):
+    with pytest.raises(RecordError, match=r"Page 2 of .* cannot be read"):
         load_image(f"{path}#page=2", path, 2, ())

@@ -169,4 +169,4 @@ def test_a_page_that_is_damaged_is_bad_alone(make_reader, tmp_path, monkeypatch)
     first, second, end = make_reader()[[item]]
     assert first.place.error == "Page 1 is bad." and first.place.page == 1 and first.encoded is None
     assert second.encoded.text == "words" and second.place.id == f"{tmp_path / 'a.pdf'}#page=2"
-    assert end.place.id == item.place.id and end.next_page == 0 and end.place.key is None
+    assert end.place.id == item.place.id and not end.next_pages and end.place.key is None

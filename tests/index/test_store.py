@@ -116,7 +116,7 @@ def test_nearest_is_the_order_of_a_plain_product(store):
 
 def test_a_full_disk_is_one_clear_error_and_what_was_written_stays(store):
     store.write([image_row("a", unit(1, DIM, 0)[0])], [place("/a", "a")])
-    with full_disk(), pytest.raises(CafeError, match="The disk of the collection .* is full: free some space"):
+    with full_disk(), pytest.raises(CafeError, match=r"The disk of the collection .* is full: free some space"):
         store.write([image_row("b", unit(1, DIM, 1)[0])], [place("/b", "b")])
     assert keys(store) == ["a"]
     store.write([image_row("b", unit(1, DIM, 1)[0])], [place("/b", "b")])

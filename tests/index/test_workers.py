@@ -1,15 +1,11 @@
 """Items are read in order, and one that ends its worker is bad alone."""
 
-import multiprocessing
 import sys
 
 import numpy as np
-import pytest
 from collection_samples import CrashingReader, place, write_images
 
 from cafe.content import ImageLimits
-from cafe.data.loader import start_workers
-from cafe.index import workers
 from cafe.index.reading import FileItem, RecordItem
 from cafe.index.workers import _split, read_ahead, without_main_module
 from cafe.lvlm.processing import with_fast_images
@@ -21,18 +17,6 @@ def make(tiny, folder, count):
     paths[2] = paths[2].rename(folder / "crash.png")
     reader = CrashingReader(with_fast_images(tiny.chat_processor)[0], np.array([b""]), "", ImageLimits())
     return reader, [FileItem(place(str(path), None)) for path in paths]
-
-
-@pytest.fixture
-def fast_start(monkeypatch):
-    """Start workers by a server that has imported all, in a fraction of a second instead of several."""
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["cafe.index.workers", "cafe.training.loop"])
-
-    def start(*arguments, start_method):
-        assert start_method == "spawn"
-        return start_workers(*arguments, start_method="forkserver")
-
-    monkeypatch.setattr(workers, "start_workers", start)
 
 
 def test_an_image_that_ends_its_worker_is_bad_and_all_others_are_read(tiny, tmp_path, fast_start):

@@ -272,14 +272,13 @@ class _Run:
         next_items: list[Item] = []
         for reading in readings:
             self._note(reading)
-            if reading.next_page:
-                next_items.append(FileItem(reading.place, reading.next_page))
+            next_items += [FileItem(reading.place, page) for page in reading.next_pages]
         return next_items
 
     def _note(self, reading: Reading) -> None:
         """Count a place, and have it written with the next commit."""
         place = reading.place
-        if reading.next_page:  # a PDF file counts as changed until its last page was read
+        if reading.next_pages:  # a PDF file counts as changed until its last page was read
             return
         if place.id in self.seen:  # several records of one image
             return
@@ -310,8 +309,6 @@ class _Run:
             self._moved_keys.add(place.key)
         else:
             self._report.added += 1
-        if place.page is None:  # the end of a file: pages that it had before and has no more
-            self.gone |= set(self.known.pages.get(place.path, ())) - self.seen
 
     def fail(self, id: str, reason: str) -> None:
         """Count a place that cannot be read."""
@@ -327,6 +324,9 @@ class _Run:
 
     def finish(self) -> IndexReport:
         """Write what cannot be read any more, remove what is gone, and return the report."""
+        # Pages that a file had before and has no more.
+        ended = self.seen & self.known.pages.keys()
+        self.gone |= {id for path in ended for id in self.known.pages[path]} - self.seen
         self._places = self.broken
         self._commit()
         self.store.remove(self.gone)

@@ -101,12 +101,12 @@ class Reading:
     Attributes:
         place: with the key of its content, or with an error. That of a PDF file has neither.
         encoded: the image; None if there is none or its content is known.
-        next_page: of a PDF file, the number of the page to go on with; 0 after the last one.
+        next_pages: of a PDF file, the numbers of the pages with which further items begin.
     """
 
     place: Place
     encoded: Encoded | None = None
-    next_page: int = 0
+    next_pages: Sequence[int] = ()
 
 
 @dataclass
@@ -160,7 +160,7 @@ class Reader(Dataset[list[Reading]]):
             return Reading(_failed(place, error))
 
     def _read_pages(self, place: Place, first: int) -> Iterator[Reading]:
-        """Read some pages of a PDF file, and say last how it goes on."""
+        """Read some pages of a PDF file, and return with its own place the items that are left, or its end."""
         try:
             data = self._read_file(place)
             num_pages, pages = read_pages(data, first, PAGES_AT_ONCE, place.path)
@@ -179,7 +179,10 @@ class Reader(Dataset[list[Reading]]):
             except READ_ERRORS as error:
                 yield Reading(_failed(page_place, error))
         after = first + len(pages)
-        yield Reading(place, next_page=after if after <= num_pages else 0)
+        if after > num_pages:
+            yield Reading(place)
+        elif first == 1:  # all further items at once, so that workers are started once for them
+            yield Reading(place, next_pages=range(after, num_pages + 1, PAGES_AT_ONCE))
 
     def place_of(self, item: Item) -> Place:
         """Return the place of an item, as far as it is known before it is read."""
