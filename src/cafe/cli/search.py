@@ -1,6 +1,7 @@
 """The commands search, ask and duplicates: what a collection of images is for."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,8 +94,7 @@ def search_command(
         for hit in hits:
             click.echo(json.dumps(_json_row(hit)))
     elif filepath_only:
-        for path in dict.fromkeys(hit.path for hit in hits):  # once, also of a file with several pages
-            click.echo(path + ("\0" if null else "\n"), nl=False)
+        _print_paths(hits, null)
     else:
         print_hits(hits)
         _show(hits, opened.load_image, show)
@@ -169,6 +169,15 @@ def duplicates_command(collection: str, min_similarity: float, as_json: bool) ->
             click.echo()
         for hit in group:
             click.echo(f"{hit.similarity:5.3f}  {hit.width:>5} x {hit.height:<5}  {escape_controls(hit.id)}")
+
+
+def _print_paths(hits: "Sequence[Hit]", null: bool) -> None:
+    """Print the path of each file once, as it is for other programs, and safely for a terminal."""
+    is_safe = not null and sys.stdout.isatty()
+    for path in dict.fromkeys(hit.path for hit in hits):  # a file may have several pages
+        shown = escape_controls(path) if is_safe else path
+        # As bytes: click would leave out of a text what looks like a terminal's color.
+        click.echo(os.fsencode(shown) + (b"\0" if null else b"\n"), nl=False)
 
 
 def print_hits(hits: "Sequence[Hit]") -> None:

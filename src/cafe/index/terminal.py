@@ -13,7 +13,7 @@ from cafe.index.searching import Hit
 from cafe.utils.text import escape_controls
 
 MAX_SHOWN = 8
-WIDTH = 24  # columns of the terminal
+WIDTH, MAX_HEIGHT = 24, 24  # columns and lines of the terminal
 
 
 def show_images(hits: Sequence[Hit], load_image: Callable[[Hit], Image.Image], anywhere: bool) -> None:
@@ -33,4 +33,6 @@ def show_images(hits: Sequence[Hit], load_image: Callable[[Hit], Image.Image], a
         except CafeError:  # gone since it was indexed
             continue
         console.print(Text(escape_controls(hit.id)))
-        console.print(InlineImage(image, width=WIDTH))
+        # Lines are about twice as high as characters are wide; a panorama has one line at least.
+        height = max(1, round(WIDTH * image.height / image.width / 2))
+        console.print(InlineImage(image, width=WIDTH, height=min(height, MAX_HEIGHT)))
