@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from cafe.errors import CafeError
+from cafe.index.faults import storage_errors
 from cafe.index.manifest import LOCK_FILE
 
 
@@ -15,8 +16,10 @@ def writer_lock(directory: Path) -> Iterator[None]:
     """Hold the lock of a collection's directory, which the system releases however this process ends.
 
     Raises:
-        CafeError: another process holds it.
+        CafeError: another process holds it, or the directory cannot be written to.
     """
+    with storage_errors(directory):
+        (directory / LOCK_FILE).touch()
     with open(directory / LOCK_FILE, "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
