@@ -99,7 +99,7 @@ def _start(reader: Reader, batches: Sequence[Sequence[Item]], num_workers: int) 
     with without_main_module():
         pickled = start_workers(_PicklingReader(reader), batches, num_workers, start_method="spawn")
     for data in pickled:
-        yield pickle.loads(memoryview(data.numpy()))
+        yield pickle.loads(data.numpy().data)
 
 
 @dataclass
