@@ -313,7 +313,7 @@ class Collection:
         }
 
     def verify(self, progress: bool = False) -> list[str]:
-        """Check rows, hashes of files and golden vectors, and return what is wrong, one sentence each."""
+        """Check rows, hashes of files and golden vectors, and return a message for each problem."""
         store, manifest = open_store(self._generation())
         problems = verify_tables(store)
         problems += verify_files(store, progress)
@@ -325,7 +325,7 @@ class Collection:
     def reindex(self, model: Cafe | str | Path, config: IndexConfig | None = None) -> dict[str, IndexReport]:
         """Build the collection anew with another model, beside the one in use, and then put it in its place.
 
-        Searches go on meanwhile. When it is interrupted, the same call goes on with it.
+        Searches continue meanwhile. When it is interrupted, the same call resumes it.
 
         Args:
             model: the other model, or what it is called.
