@@ -2,6 +2,7 @@
 
 import io
 import struct
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 from cafe.content import Content, ImageLimits, ImageRef, warn_of_image_paths
-from cafe.errors import CafeError
+from cafe.errors import CafeError, RecordError
 from cafe.images import decoding
 from cafe.images.decoding import decode_array, decode_image
 
@@ -65,6 +66,13 @@ def test_a_mapping_takes_one_image_or_a_list_and_strings_are_paths(key):
     for value, expected in (("a.png", ["a.png"]), (["a.png", "b.png"], ["a.png", "b.png"])):
         content = Content.of({key: value, "text": "words"})
         assert [str(ref) for ref in content.images] == expected and content.text == "words"
+
+
+def test_an_image_that_is_no_file_is_called_by_its_name_in_messages():
+    assert str(ImageRef(b"nonsense", name="photos/boat.jpg")) == "photos/boat.jpg"
+    assert str(ImageRef(b"nonsense")) == "<bytes>" and str(ImageRef(Path("a/b.png"))) == "a/b.png"
+    with pytest.raises(RecordError, match=r"photos/boat\.jpg"):
+        decode_image(ImageRef(b"nonsense", name="photos/boat.jpg"))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])

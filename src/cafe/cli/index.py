@@ -203,7 +203,7 @@ def verify_command(name: str) -> None:
     for problem in problems:
         click.echo(problem)
     if problems:
-        raise CafeError(f"The collection {name} has {len(problems):,} problems.")
+        raise CafeError(f"The collection {name} has {len(problems):,} problem{'s' if len(problems) > 1 else ''}.")
     click.echo(f"The collection {name} is sound.")
 
 
@@ -217,9 +217,9 @@ def remove_command(name: str, yes: bool) -> None:
 
     # Not by `open`, which refuses a damaged one.
     collection = Collection(locate_collection(name))
-    if not yes:
-        click.confirm(f"Delete the collection {collection.directory}?", abort=True)
-    collection.remove()
+    collection.ensure_removable()
+    if yes or click.confirm(f"Delete the collection {collection.directory}?"):
+        collection.remove()
 
 
 @collections_group.command("reindex")

@@ -95,6 +95,8 @@ def _run_command(words: list[str]) -> int:
             cli.invoke(context)
     except click.exceptions.Exit as request:  # after --help
         return request.exit_code
+    except click.Abort:  # a question was not answered
+        return _fail("stopped.", 1)
     except click.ClickException as error:
         error.show()
         return error.exit_code

@@ -1,6 +1,7 @@
 """The commands search, ask and duplicates: what a collection of images is for."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import click
 
 from cafe.cli.index import collection_option, model_option
 from cafe.cli.options import PATH, POSITIVE
+from cafe.errors import MissingPackageError
 from cafe.utils.text import escape_controls, shorten
 
 if TYPE_CHECKING:
@@ -30,14 +32,14 @@ def filter_options(command: Command) -> Command:
         click.option(
             "--where", multiple=True, metavar="COLUMN=VALUE", help="A column that came along; also != < > <= >=."
         ),
-        click.option("--min-score", type=float, default=0.0, help="Least score."),
+        click.option("--min-score", type=float, help="Least score.", show_default="any"),
     ]
     for option in reversed(options):
         command = option(command)
     return command
 
 
-@click.command("search", context_settings={"ignore_unknown_options": False})
+@click.command("search")
 @click.argument("query", nargs=-1, required=True)
 @collection_option
 @model_option
@@ -51,7 +53,7 @@ def filter_options(command: Command) -> Command:
 )
 @click.option("--rerank", is_flag=True, help="Ask the model of the best images whether they match.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per line.")
-@click.option("-f", "--filepath-only", is_flag=True, help="Print paths alone.")
+@click.option("-f", "--filepath-only", is_flag=True, help="Print the paths of files alone.")
 @click.option("-0", "null", is_flag=True, help="With -f, end each path with a NUL character instead of a newline.")
 @click.option("--sheet", type=PATH, metavar="FILE", help="Write a contact sheet, .png or .html.")
 @click.option("--show/--no-show", default=None, show_default="if the terminal can", help="Show the images inline.")
@@ -73,24 +75,27 @@ def search_command(
 
     QUERY is words, or the path of an image (./boat.jpg). Terms are combined by + and -, each with a weight if it begins
     with one: cafe search ./boat.jpg + "at night" - 0.5:people
+
+    The score, from 0 to 1, is the probability that image and query match; below 0.5 most images do not. With fewer than
+    8 images it is the cosine similarity instead. Searches by words also look at captions, texts and file names, so an
+    image may come before others with a higher score.
     """
     from cafe.index.collection import Collection
     from cafe.index.query import Query
+    from cafe.index.sheet import check_suffix, write_sheet
 
     parsed = Query.parse(query)
+    if sheet:
+        check_suffix(sheet)
     opened = Collection.open(collection, model)
     hits = opened.search(parsed, count, sort=sort, rerank=rerank, **filters)
     if sheet:
-        from cafe.index.sheet import write_sheet
-
         write_sheet(sheet, " ".join(query), hits, opened.load_image)
     if as_json:
         for hit in hits:
             click.echo(json.dumps(_json_row(hit)))
     elif filepath_only:
-        for hit in hits:
-            click.echo(hit.id, nl=False)
-            click.echo(b"\0" if null else b"\n", nl=False)
+        _print_paths(hits, null)
     else:
         print_hits(hits)
         _show(hits, opened.load_image, show)
@@ -167,12 +172,21 @@ def duplicates_command(collection: str, min_similarity: float, as_json: bool) ->
             click.echo(f"{hit.similarity:5.3f}  {hit.width:>5} x {hit.height:<5}  {escape_controls(hit.id)}")
 
 
+def _print_paths(hits: "Sequence[Hit]", null: bool) -> None:
+    """Print the path of each file once, as it is for other programs, and safely for a terminal."""
+    is_safe = not null and sys.stdout.isatty()
+    for path in dict.fromkeys(hit.path for hit in hits):  # a file may have several pages
+        shown = escape_controls(path) if is_safe else path
+        # As bytes: click would leave out of a text what looks like a terminal's color.
+        click.echo(os.fsencode(shown) + (b"\0" if null else b"\n"), nl=False)
+
+
 def print_hits(hits: "Sequence[Hit]") -> None:
-    """Print hits as a table: score, date, path, and the beginning of the caption."""
+    """Print hits as a table: score, date, path, and the beginning of the caption or of the page's text."""
     if not hits:
         click.echo("Nothing was found.")
     for hit in hits:
-        caption = shorten(hit.caption or "", CAPTION_WIDTH)
+        caption = shorten(" ".join((hit.caption or hit.text).split()), CAPTION_WIDTH)
         line = f"{hit.score:5.3f}  {hit.taken_at:%Y-%m-%d}  {hit.id}  {caption}"
         click.echo(escape_controls(line.rstrip()))
 
@@ -180,6 +194,7 @@ def print_hits(hits: "Sequence[Hit]") -> None:
 def _json_row(hit: "Hit") -> dict[str, Any]:
     """Return a hit as JSON has it."""
     row = {
+        "id": hit.id,
         "path": hit.path,
         "page": hit.page,
         "score": hit.score,
@@ -199,5 +214,9 @@ def _show(hits: "Sequence[Hit]", load_image: Callable[["Hit"], Any], wanted: boo
     try:
         from cafe.index.terminal import show_images
     except ImportError:
+        if wanted:
+            raise MissingPackageError(
+                "Showing images needs the package textual-image: pip install 'cafe-lvlm[terminal]'."
+            ) from None
         return
-    show_images(hits, load_image, wanted)
+    show_images(hits, load_image, anywhere=bool(wanted))

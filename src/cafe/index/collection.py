@@ -17,7 +17,7 @@ from cafe.index.duplicates import MIN_SIMILARITY, find_duplicates
 from cafe.index.faults import storage_errors
 from cafe.index.filters import Filters
 from cafe.index.generation import index_root, make_generation, make_root, open_store
-from cafe.index.golden import MIN_COSINE, golden_vectors, load_model, lowest_cosine, model_name
+from cafe.index.golden import MIN_COSINE, check_model, golden_vectors, load_model, lowest_cosine, model_name
 from cafe.index.indexing import IndexConfig, IndexReport
 from cafe.index.locations import DEFAULT_NAME, locate_collection, no_collection
 from cafe.index.lock import writer_lock
@@ -33,7 +33,7 @@ from cafe.index.manifest import (
 )
 from cafe.index.pixels import load_image
 from cafe.index.query import Query
-from cafe.index.reranking import rerank_hits
+from cafe.index.reranking import NUM_RERANKED, rerank_hits
 from cafe.index.searching import Hit, Sort, search, sort_hits
 from cafe.index.snapshot import Snapshot
 from cafe.index.verification import verify_files, verify_tables
@@ -106,7 +106,7 @@ class Collection:
             manifest = read_manifest(generation) if generation else None
             model = self._load_model(manifest)
             if manifest is not None:
-                self._check_model(model, manifest, self._given_model or manifest.model)
+                check_model(model, model_name(self._given_model or manifest.model), manifest, self.name)
             self._model, self._model_generation = model, generation
         return self._model
 
@@ -118,21 +118,6 @@ class Collection:
         if not given:  # it was made in memory
             raise CafeError(f"The collection {self.name} does not say where its model is: open it with the model.")
         return load_model(given)
-
-    def _check_model(self, model: Cafe, manifest: Manifest, given: Cafe | str | Path) -> None:
-        """Make sure that a model is the one that made the collection."""
-        if lowest_cosine(golden_vectors(model), np.array(manifest.golden)) >= MIN_COSINE:
-            return
-        name = model_name(given)
-        if name == manifest.model:
-            raise CafeError(
-                f"The model {name} has changed since it made the collection {self.name}, and gives other embeddings: "
-                f"build the collection anew by `cafe collections reindex {self.name} --model {name}`."
-            )
-        raise CafeError(
-            f"The collection {self.name} was made with {manifest.model}, and {name} gives other embeddings: leave out "
-            f"--model, or build the collection anew by `cafe collections reindex {self.name} --model {name}`."
-        )
 
     def __len__(self) -> int:
         """Return the number of images, each content once."""
@@ -210,7 +195,7 @@ class Collection:
         min_width: int = 0,
         min_height: int = 0,
         where: Sequence[str] = (),
-        min_score: float = 0.0,
+        min_score: float | None = None,
         sort: Sort = "score",
         rerank: bool = False,
     ) -> list[Hit]:
@@ -221,7 +206,7 @@ class Collection:
                 or a `Query`, a weighted sum.
             k: the most images to return.
             after, before, folder, min_width, min_height, where: see `Filters`.
-            min_score: the least score of an image.
+            min_score: the least score of an image; None for any.
             sort: the order of the images found.
             rerank: ask the model of the best images whether they match, and put those first of which it says so.
 
@@ -239,9 +224,11 @@ class Collection:
         )
         manifest, snapshot, model = self.manifest, self._read(), self.model
         vector = parsed.embed(model)
-        hits = search(snapshot, parsed, vector, k, filters, min_score, manifest.calibration, manifest.vector_index)
+        # Reranking a few would leave out the best of those behind them.
+        count = max(k, NUM_RERANKED) if rerank else k
+        hits = search(snapshot, parsed, vector, count, filters, min_score, manifest.calibration, manifest.vector_index)
         if rerank:
-            hits = rerank_hits(model, parsed, hits, manifest.roots)
+            hits = rerank_hits(model, parsed, hits, manifest.roots)[:k]
         return sort_hits(hits, sort)
 
     def ask(
@@ -251,7 +238,7 @@ class Collection:
         find: Any = None,
         k: int = MAX_SOURCES,
         each: bool = False,
-        min_score: float = 0.0,
+        min_score: float | None = None,
         max_new_tokens: int = 256,
         stream: bool = False,
         **filters: Any,
@@ -263,7 +250,7 @@ class Collection:
             find: what to search for, as `search` takes it; by default the question.
             k: the most images to ask about.
             each: ask about each image by itself, and answer in a line for each, instead of once about all.
-            min_score: the least score of an image.
+            min_score: the least score of an image; None for any.
             max_new_tokens: the maximum length of an answer, in tokens.
             stream: return before the answer is there, which is iterated over as it comes.
             **filters: as `search` takes them.
@@ -345,14 +332,22 @@ class Collection:
         self._model, self._model_generation = other, generation
         return reports
 
+    def ensure_removable(self) -> None:
+        """Make sure that there is a collection, sound or damaged.
+
+        Raises:
+            CafeError: there is none.
+        """
+        if not (self.directory / CURRENT_FILE).is_file():
+            raise no_collection(self.directory)
+
     def remove(self) -> None:
         """Delete the collection; the images that were indexed, and other files in its directory, are not touched.
 
         Raises:
-            CafeError: another process writes to it.
+            CafeError: there is none, or another process writes to it.
         """
-        if not (self.directory / CURRENT_FILE).is_file():
-            raise no_collection(self.directory)
+        self.ensure_removable()
         with writer_lock(self.directory):
             delete_collection(self.directory)
         self._snapshot = None

@@ -5,20 +5,21 @@ from jaxtyping import Int64
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from cafe.images.appearance import num_differing_bits
+from cafe.images.appearance import appearance_distance
 from cafe.index.searching import Hit, make_hit
 from cafe.index.snapshot import Snapshot
 from cafe.search import search
 
 MIN_SIMILARITY = 0.95  # of embeddings
-MAX_DIFFERING_BITS = 10  # of 64, between perceptual hashes: embeddings alone find what shows the same
+MAX_DISTANCE = 6.0  # between appearances: embeddings alone find what shows the same, and need not look the same
 NEIGHBORS = 32  # that an image is compared with
+PAIRS_AT_ONCE = 65_536
 
 
 def find_duplicates(snapshot: Snapshot, min_similarity: float = MIN_SIMILARITY) -> list[list[Hit]]:
     """Return groups of places whose images look the same, the largest groups first.
 
-    Two images belong together if their embeddings are similar and their perceptual hashes nearly equal.
+    Two images belong together if their embeddings are similar and their colors nearly equal.
 
     Args:
         snapshot: the collection.
@@ -36,15 +37,17 @@ def find_duplicates(snapshot: Snapshot, min_similarity: float = MIN_SIMILARITY) 
 
 def _connect(snapshot: Snapshot, min_similarity: float) -> Int64[np.ndarray, " images"]:
     """Return the number of the group of each image."""
-    appearances = snapshot.images["appearance"].to_numpy()
     similarities, neighbors = search(snapshot.vectors, snapshot.vectors, min(NEIGHBORS, len(snapshot)))
-    rows = np.repeat(np.arange(len(snapshot)), neighbors.shape[1])
-    columns = neighbors.reshape(-1)
-    similar = similarities.reshape(-1) >= min_similarity
-    alike = num_differing_bits(appearances[rows], appearances[columns]) <= MAX_DIFFERING_BITS
-    kept = similar & alike
-    pairs = coo_array((np.ones(kept.sum()), (rows[kept], columns[kept])), shape=(len(snapshot), len(snapshot)))
-    labels: Int64[np.ndarray, " images"] = connected_components(pairs, directed=False)[1].astype(np.int64)
+    rows, places = np.nonzero(similarities >= min_similarity)
+    columns = neighbors[rows, places]
+    appearances = snapshot.appearances
+    alike = np.empty(len(rows), bool)
+    for start in range(0, len(rows), PAIRS_AT_ONCE):
+        pairs = slice(start, start + PAIRS_AT_ONCE)
+        alike[pairs] = appearance_distance(appearances[rows[pairs]], appearances[columns[pairs]]) <= MAX_DISTANCE
+    edges = (np.ones(alike.sum()), (rows[alike], columns[alike]))
+    graph = coo_array(edges, shape=(len(snapshot), len(snapshot)))
+    labels: Int64[np.ndarray, " images"] = connected_components(graph, directed=False)[1].astype(np.int64)
     return labels
 
 

@@ -4,6 +4,7 @@ import json
 import operator
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
@@ -13,15 +14,19 @@ from typing import Any
 from cafe.errors import CafeError
 
 _DATE = re.compile(r"(\d{4})(?:-(\d{1,2})(?:-(\d{1,2}))?)?")
-_CONDITION = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|=|<|>)\s*(.*?)\s*", re.DOTALL)
+_CONDITION = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|==?|<|>)\s*(.*?)\s*", re.DOTALL)
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
+    "==": operator.eq,
     "!=": operator.ne,
     "<": operator.lt,
     ">": operator.gt,
     "<=": operator.le,
     ">=": operator.ge,
 }
+
+
+_BOOLS = ("true", "false")
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Condition:
         if self.column not in columns:
             return False
         actual, value = columns[self.column], self.value
+        if isinstance(actual, bool) and value.lower() in _BOOLS:
+            value = str(value.lower() == "true")
         # As numbers where both are, otherwise as text.
         try:
             return _OPERATORS[self.comparison](float(actual), float(value))
@@ -63,7 +70,8 @@ class Filters:
     Attributes:
         after: taken at this time or later: a year, a month, a day (2024, 2024-05, 2024-05-31) or a time in ISO format.
         before: taken before the beginning of this year, month or day, or before this time.
-        folder: in a folder whose name has this in it, in any case; or below this path, if it has a slash in it.
+        folder: in a folder whose name has this in it, in any case; or below this path, if it has a slash in it or is
+            "." or "~".
         min_width, min_height: at least so many pixels.
         where: conditions on the columns of records, all of which hold.
     """
@@ -132,30 +140,41 @@ class Predicate:
 
 def _is_in(path: str, folder: str) -> bool:
     """Return whether a file is in a folder, by a part of the folder's name or by its path."""
-    if os.sep in folder:
+    if os.sep in folder or folder in (".", "..", "~"):
         below = os.path.abspath(os.path.expanduser(folder))
         return path.startswith(below.rstrip(os.sep) + os.sep)
-    return any(folder.lower() in part.lower() for part in Path(path).parent.parts)
+    # Names are composed, because macOS writes "é" as two characters where keyboards give one.
+    name = unicodedata.normalize("NFC", folder).casefold()
+    return any(name in unicodedata.normalize("NFC", part).casefold() for part in Path(path).parent.parts)
 
 
 def _parse_date(value: str | date | None) -> datetime | None:
     """Return the beginning of a year, a month or a day, or a point in time, in local time."""
-    if value is None or isinstance(value, datetime):
-        return value
+    if value is None:
+        return None
+    try:
+        point = value if isinstance(value, datetime) else _parse_day_or_time(value)
+        # Dates of images have no time zone: they are in local time.
+        return point.astimezone().replace(tzinfo=None) if point.tzinfo else point
+    except (ValueError, OverflowError):
+        raise CafeError(
+            f"The date {str(value)!r} is not of the form 2024, 2024-05, 2024-05-31 or 2024-05-31T18:00."
+        ) from None
+
+
+def _parse_day_or_time(value: str | date) -> datetime:
+    """Return the beginning of a year, a month or a day, or a point in time.
+
+    Raises:
+        ValueError: it is none of these.
+    """
     if isinstance(value, date):
         return datetime(value.year, value.month, value.day)
     parts = _DATE.fullmatch(value.strip())
-    try:
-        if parts:
-            year, month, day = parts.groups()
-            return datetime(int(year), int(month or 1), int(day or 1))
-        point = datetime.fromisoformat(value)
-    except ValueError:
-        raise CafeError(
-            f"The date {value!r} is not of the form 2024, 2024-05, 2024-05-31 or 2024-05-31T18:00."
-        ) from None
-    # Dates of images have no time zone: they are in local time.
-    return point.astimezone().replace(tzinfo=None) if point.tzinfo else point
+    if not parts:
+        return datetime.fromisoformat(value.strip())
+    year, month, day = parts.groups()
+    return datetime(int(year), int(month or 1), int(day or 1))
 
 
 def local_time(seconds: float) -> datetime:

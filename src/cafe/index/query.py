@@ -14,10 +14,14 @@ from cafe.content import Content
 from cafe.errors import CafeError
 from cafe.index.walk import IMAGE_SUFFIXES
 from cafe.model import Cafe
+from cafe.utils.text import shorten
 
-_PATH_BEGINNINGS = ("./", "../", "/", "~")
-_WEIGHTED = re.compile(r"(\d+(?:\.\d+)?):(.+)", re.DOTALL)
+_PATH_BEGINNINGS = ("./", "../", "/", "~/")  # of terms that are paths whatever follows
+_URL_BEGINNINGS = ("http://", "https://")
+# Not "10:30" or "16:9", which are words.
+_WEIGHTED = re.compile(r"(\d+\.?\d*|\.\d+):(?!\d)(.+)", re.DOTALL)
 _SIGNS = {"+": 1.0, "-": -1.0}
+_MIN_NORM = 1e-3  # of the sum of terms, relative to their weights; below is what rounding leaves of nothing
 
 
 @dataclass(frozen=True)
@@ -53,14 +57,15 @@ class Query:
         """Parse the words of a command line.
 
         Terms are joined by "+" and "-", each a word by itself. A term is the path of an image or words, and may begin
-        with its weight and a colon: `./boat.jpg + "at night" - 0.5:people`.
+        with its weight and a colon: `./boat.jpg + "at night" - 0.5:people`. A colon between digits, as in "16:9", is
+        part of the words.
 
         Raises:
             CafeError: a term is empty, or an image does not exist.
         """
         groups: list[tuple[float, list[str]]] = [(1.0, [])]
         for word in words:
-            if word in _SIGNS and (groups[-1][1] or len(groups) == 1):
+            if word in _SIGNS:
                 groups.append((_SIGNS[word], []))
             else:
                 groups[-1][1].append(word)
@@ -85,13 +90,13 @@ class Query:
         """Embed the terms, and return their weighted sum as a unit vector.
 
         Raises:
-            CafeError: the terms cancel out.
+            CafeError: the terms cancel out, or an image cannot be read.
         """
         vectors = model.embed([term.content for term in self.terms])
         weights = np.array([term.weight for term in self.terms], np.float32)
         total = weights @ vectors
         norm = float(np.linalg.norm(total))
-        if not norm > 0:
+        if not norm > _MIN_NORM * np.abs(weights).sum():
             raise CafeError("The terms of the query cancel out, so that nothing is searched for.")
         unit: Float32[np.ndarray, " dim"] = total / norm
         return unit
@@ -105,13 +110,24 @@ def _parse_term(text: str, sign: float) -> Term:
         weight, text = float(weighted[1]), weighted[2]
     if not text.strip():
         raise CafeError("A term of the query is empty: write words or the path of an image beside each + and -.")
+    return Term(Content.of(_parse_path(text) or text), sign * weight)
+
+
+def _parse_path(text: str) -> Path | None:
+    """Return the path of an image that a term is; None if it is words.
+
+    Raises:
+        CafeError: the image does not exist.
+    """
     path = Path(os.path.expanduser(text))
     is_image = path.suffix.lower() in IMAGE_SUFFIXES
-    if text.startswith(_PATH_BEGINNINGS) and (is_image or path.exists()):
-        if not path.is_file():
-            raise CafeError(f"The image {text} does not exist.")
-        return Term(Content.of(path), sign * weight)
+    if text.startswith(_URL_BEGINNINGS) and is_image:
+        raise CafeError(f"The image {shorten(text)} is not on this machine: download it first.")
+    if text.startswith(_PATH_BEGINNINGS):
+        if os.path.isdir(path):
+            raise CafeError(f"{shorten(text)} is a folder: search by an image in it.")
+        if not os.path.exists(path):
+            raise CafeError(f"The image {shorten(text)} does not exist.")
+        return path
     # The name of a file in this folder, which need not begin with ./
-    if is_image and path.is_file():
-        return Term(Content.of(path), sign * weight)
-    return Term(Content.of(text), sign * weight)
+    return path if is_image and os.path.isfile(path) else None

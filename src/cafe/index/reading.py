@@ -5,6 +5,7 @@ This runs in worker processes, ahead of the model; see `cafe.index.workers`.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -21,7 +22,7 @@ from cafe.content import Content, Dialogue, Example, ImageLimits, ImageRef, Turn
 from cafe.data.image_fields import image_refs
 from cafe.data.records import OpenedSource
 from cafe.errors import CafeError, RecordError
-from cafe.images.appearance import appearance_hash
+from cafe.images.appearance import appearance_of
 from cafe.images.dates import date_taken
 from cafe.images.decoding import open_encoded, upright_size
 from cafe.images.files import read_image_file
@@ -80,7 +81,7 @@ class Encoded:
         prompt: the branch that asks for a caption; None if none is wanted.
         width, height: in pixels, upright.
         taken_at: when it was taken; None if it does not say.
-        appearance: its perceptual hash.
+        appearance: what it looks like, see `cafe.images.appearance`.
         text: the words on a page, or those that came with a record.
     """
 
@@ -89,7 +90,7 @@ class Encoded:
     width: int
     height: int
     taken_at: datetime | None
-    appearance: int
+    appearance: bytes
     text: str
 
 
@@ -235,7 +236,7 @@ class Reader(Dataset[list[Reading]]):
         if self.describe_prompt:
             question = Turn("user", Content((*content.parts, self.describe_prompt)))
             prompt = processor.encode_prompt(dialogue_messages(Dialogue((question,)), processor.prompts), images)
-        return Encoded(embedding, prompt, *size, taken_at, appearance_hash(image), text)
+        return Encoded(embedding, prompt, *size, taken_at, appearance_of(image), text)
 
     def _is_known(self, place: Place) -> bool:
         """Return whether a place's content is known."""
@@ -312,6 +313,7 @@ def _columns(row: Any) -> str | None:
     kept = {}
     for name, value in row.items():
         is_short_text = isinstance(value, str) and len(value) <= MAX_COLUMN
-        if is_short_text or isinstance(value, (bool, int, float)):
+        # JSON has no NaN and no infinity.
+        if is_short_text or isinstance(value, (bool, int)) or (isinstance(value, float) and math.isfinite(value)):
             kept[str(name)] = value
     return json.dumps(kept) if kept else None

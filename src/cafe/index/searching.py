@@ -1,7 +1,7 @@
 """Search a collection: by vectors, exactly or by an index, and by words; fused where a query is words."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
@@ -19,7 +19,9 @@ from cafe.index.snapshot import PlaceOfImage, Snapshot
 Sort = Literal["score", "newest", "oldest", "name"]
 Numbers = Int64[np.ndarray, " _images"]
 MIN_RANKED = 200  # images of each ranking that are fused
-FIRST_CANDIDATES = 1000  # of the vector index, where filters leave only some of them
+MAX_COMPARED = 1000  # images that filters leave of a large collection and that are compared without its vector index
+MAX_WORD_MATCHES = 10_000  # images in which words are looked for, before filters
+MIN_RELEVANCE = 0.5  # of the most relevant image's: in IMG_3551, the number counts and not what all names have
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ def search(
     vector: Float32[np.ndarray, " dim"],
     k: int,
     filters: Filters,
-    min_score: float,
+    min_score: float | None,
     calibration: Calibration | None,
     vector_index: VectorIndex | None,
 ) -> list[Hit]:
@@ -72,7 +74,7 @@ def search(
         vector: its embedding.
         k: the most images to return.
         filters: which images may be returned.
-        min_score: the least score of an image.
+        min_score: the least score of an image; None for any.
         calibration: how similarities become scores.
         vector_index: the index of a large collection.
     """
@@ -92,7 +94,7 @@ def search(
     for row in order.tolist():
         if len(hits) == k:
             break
-        if scores[row] >= min_score:
+        if min_score is None or scores[row] >= min_score:
             number = int(numbers[row])
             place = snapshot.place_of(number, predicate)
             hits.append(make_hit(snapshot, number, place, float(similarities[row]), float(scores[row])))
@@ -149,10 +151,36 @@ def _rankings(
         if allowed is not None:
             vectors, numbers = vectors[allowed[numbers]], numbers[allowed[numbers]]
         rankings.append(numbers[top_rows(vectors @ vector, count)])
-    for keys in snapshot.store.search_words(query.words, count):
-        found = [snapshot.numbers[key] for key in keys if key in snapshot.numbers]
-        rankings.append(np.array([number for number in found if allowed is None or allowed[number]], np.int64))
+    for relevances in snapshot.store.search_words(query.words, MAX_WORD_MATCHES):
+        rankings.append(_rank_words(snapshot, vector, relevances, allowed)[:count])
     return rankings
+
+
+def _rank_words(
+    snapshot: Snapshot,
+    vector: Float32[np.ndarray, " dim"],
+    relevances: Mapping[str, float],
+    allowed: Bool[np.ndarray, " images"] | None,
+) -> Numbers:
+    """Rank the images in which words were found, the most relevant first; equal ones by their vectors.
+
+    Args:
+        snapshot: the collection.
+        vector: the query's embedding.
+        relevances: of images by their keys, the most relevant first.
+        allowed: which images pass the filters.
+    """
+    found = {snapshot.numbers[key]: relevance for key, relevance in relevances.items() if key in snapshot.numbers}
+    numbers = np.array([number for number in found if allowed is None or allowed[number]], np.int64)
+    if not len(numbers):
+        return numbers
+    relevance = np.array([found[number] for number in numbers.tolist()])
+    numbers = numbers[relevance >= MIN_RELEVANCE * relevance[0]]
+    if not snapshot.is_exact:  # reading vectors takes time
+        numbers = numbers[:MAX_COMPARED]
+    # Many captions have the same words, so that without this their order would be as good as random.
+    similarities = snapshot.vectors_of(numbers) @ vector
+    return numbers[np.lexsort((-similarities, -relevance[: len(numbers)]))]
 
 
 def _nearest_images(
@@ -169,19 +197,22 @@ def _nearest_images(
             return top_rows(similarities, count)
         rows = np.flatnonzero(allowed)
         return rows[top_rows(similarities[rows], count)]
+    if allowed is not None and allowed.sum() <= MAX_COMPARED:
+        rows = np.flatnonzero(allowed)
+        return rows[top_rows(snapshot.vectors_of(rows) @ vector, count)]
     num_probes = vector_index.num_probes if vector_index else None
     candidates = count
     while True:
-        keys = snapshot.store.nearest(vector, candidates, num_probes)
+        # The index reads some of its partitions alone, so the last resort is to compare all.
+        is_last = candidates >= len(snapshot)
+        keys = snapshot.store.nearest(vector, candidates, num_probes, exact=allowed is not None and is_last)
         found = np.array([snapshot.numbers[key] for key in keys if key in snapshot.numbers], np.int64)
-        if allowed is not None:
-            found = found[allowed[found]]
-        # More candidates, until enough of them pass the filters or all were looked at.
-        if len(found) >= count or allowed is None or candidates >= len(snapshot):
+        if allowed is None:
+            return found
+        found = found[allowed[found]]
+        # More candidates, until enough of them pass the filters.
+        if len(found) >= count or is_last:
             return found[:count]
-        if allowed.sum() <= FIRST_CANDIDATES:
-            rows = np.flatnonzero(allowed)
-            return rows[top_rows(snapshot.vectors_of(rows) @ vector, count)]
         candidates *= 8
 
 

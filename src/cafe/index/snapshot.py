@@ -8,14 +8,15 @@ from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
+from cafe.images.appearance import NUM_BYTES
 from cafe.index.filters import Predicate, local_time
 from cafe.index.store import Store
 
 MAX_EXACT = 200_000  # images that are searched exactly; beyond, the vector index is
 NANOSECONDS = 1_000_000_000
-_IMAGE_COLUMNS = ("key", "caption", "text", "width", "height", "taken_at", "appearance")
+_IMAGE_COLUMNS = ("key", "caption", "text", "width", "height", "taken_at")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ class Snapshot:
     def _heights(self) -> Int32[np.ndarray, " images"]:
         """Return the height of each image, in pixels."""
         return self.images["height"].to_numpy()
+
+    @cached_property
+    def appearances(self) -> UInt8[np.ndarray, "images bytes"]:
+        """Return what each image looks like; see `cafe.images.appearance`."""
+        table = self.store.read_images(["key", "appearance"])
+        appearances = dict(zip(table["key"].to_pylist(), table["appearance"].to_pylist(), strict=True))
+        joined = b"".join(appearances[key] for key in self.images["key"].to_pylist())
+        return np.frombuffer(joined, np.uint8).reshape(len(self), NUM_BYTES)
 
     @cached_property
     def vectors(self) -> Float32[np.ndarray, "images dim"]:

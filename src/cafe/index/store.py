@@ -47,7 +47,7 @@ class ImageRow:
         text: the words on a page of a PDF file.
         width, height: in pixels, upright.
         taken_at: when it was taken, by its EXIF data, in the local time of the camera.
-        appearance: a perceptual hash, see `cafe.images.appearance`.
+        appearance: what it looks like, see `cafe.images.appearance`.
     """
 
     key: str
@@ -58,7 +58,7 @@ class ImageRow:
     width: int
     height: int
     taken_at: datetime | None
-    appearance: int
+    appearance: bytes
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ def _images_schema(dim: int) -> pa.Schema:
             "width": pa.int32(),
             "height": pa.int32(),
             "taken_at": pa.timestamp("us"),
-            "appearance": pa.uint64(),
+            "appearance": pa.binary(),
         }
     )
 
@@ -203,22 +203,26 @@ class Store:
                 self.images.delete(condition)
         return len(orphans)
 
-    def search_words(self, words: str, count: int) -> list[list[str]]:
-        """Rank images by words, the best first: by captions, by texts, and by the names of their files.
+    def search_words(self, words: str, count: int) -> list[dict[str, float]]:
+        """Search images by words: in captions, in texts, and in the names of their files.
 
         Args:
-            words: what is searched for; a part in quotes is searched as a phrase.
-            count: the most images in each ranking.
+            words: what is searched for; in quotes, it is a phrase.
+            count: the most images to find in each of these.
 
         Returns:
-            The keys of images, each at most once, by each column of words that the collection has.
+            For each column of words in which something was found, the relevance of each image by its key, the most
+            relevant first.
         """
-        rankings = []
+        found = []
         with storage_errors(self.directory.parent):
             for table, column in WORD_COLUMNS:
-                rows = _search_words(getattr(self, table), column, words, count)
-                rankings.append(list(dict.fromkeys(key for key in rows if key is not None)))
-        return [ranking for ranking in rankings if ranking]
+                relevances: dict[str, float] = {}
+                for key, relevance in _search_words(getattr(self, table), column, words, count):
+                    if key is not None:
+                        relevances.setdefault(key, relevance)
+                found.append(relevances)
+        return [relevances for relevances in found if relevances]
 
     def index_words(self) -> None:
         """Build the indices of words, or bring them up to date."""
@@ -298,15 +302,16 @@ def _index_key(table: Any, key: str) -> None:
         table.create_index(key, config=BTree())
 
 
-def _search_words(table: Any, column: str, words: str, count: int) -> list[str | None]:
-    """Return the keys of the rows in which words occur, the best first; none without an index."""
+def _search_words(table: Any, column: str, words: str, count: int) -> list[tuple[str | None, float]]:
+    """Return the keys and relevances of the rows in which words occur, the best first; none without an index."""
     if not _has_index(table, column):
         return []
     # What cannot be read as a query, as with a quote that is not closed, is searched as plain words.
     for text in (words, re.sub(r"\W+", " ", words)):
         try:
             rows = table.search(text, query_type="fts", fts_columns=column).select(["key", "_score"])
-            return rows.limit(count).to_arrow()["key"].to_pylist()
+            found = rows.limit(count).to_arrow()
+            return list(zip(found["key"].to_pylist(), found["_score"].to_pylist(), strict=True))
         except (RuntimeError, ValueError):
             continue
     return []

@@ -4,18 +4,20 @@ from collections.abc import Callable, Sequence
 
 from PIL import Image
 from rich.console import Console
+from rich.text import Text
 from textual_image.renderable import Image as InlineImage
 from textual_image.renderable import SixelImage, TGPImage
 
 from cafe.errors import CafeError
 from cafe.index.searching import Hit
+from cafe.utils.text import escape_controls
 
 MAX_SHOWN = 8
-WIDTH = 24  # columns of the terminal
+WIDTH, MAX_HEIGHT = 24, 24  # columns and lines of the terminal
 
 
 def show_images(hits: Sequence[Hit], load_image: Callable[[Hit], Image.Image], anywhere: bool) -> None:
-    """Show the first images of a search.
+    """Show the first images of a search, each below its path.
 
     Args:
         hits: what was found.
@@ -27,6 +29,10 @@ def show_images(hits: Sequence[Hit], load_image: Callable[[Hit], Image.Image], a
     console = Console()
     for hit in hits[:MAX_SHOWN]:
         try:
-            console.print(InlineImage(load_image(hit), width=WIDTH))
+            image = load_image(hit)
         except CafeError:  # gone since it was indexed
             continue
+        console.print(Text(escape_controls(hit.id)))
+        # Lines are about twice as high as characters are wide; a panorama has one line at least.
+        height = max(1, round(WIDTH * image.height / image.width / 2))
+        console.print(InlineImage(image, width=WIDTH, height=min(height, MAX_HEIGHT)))
