@@ -29,6 +29,7 @@ from cafe.index.manifest import (
     ensure_usable,
     next_generation,
     read_manifest,
+    size_on_disk,
     switch_generation,
 )
 from cafe.index.pixels import load_image
@@ -283,7 +284,6 @@ class Collection:
     def info(self) -> dict[str, Any]:
         """Return what there is to know about the collection."""
         manifest, snapshot = self.manifest, self._read()
-        files = [file for file in self.directory.rglob("*") if file.is_file()]
         return {
             "directory": str(self.directory),
             "model": manifest.model,
@@ -294,7 +294,7 @@ class Collection:
             "places": sum(map(len, snapshot.places)),
             "failures": len(self.failures()),
             "roots": [root.path for root in manifest.roots],
-            "bytes": sum(file.stat().st_size for file in files),
+            "bytes": size_on_disk(self.directory),
             "calibration": asdict(manifest.calibration) if manifest.calibration else None,
             "vector_index": asdict(manifest.vector_index) if manifest.vector_index else None,
         }
