@@ -120,7 +120,7 @@ def test_collections_are_listed_described_verified_and_removed(run, photos, rand
     assert run("collections", "verify", "photos")[:2] == (0, "The collection photos is sound.\n")
     (photos / "0.png").unlink()
     status, out, errors = run("collections", "verify", "photos")
-    assert status == 1 and "0.png" in out and "1 problems" in errors[0]
+    assert status == 1 and "0.png" in out and errors == ["cafe: The collection photos has 1 problem."]
 
     for directory, answer, remains in (("damaged", "n\n", True), ("damaged", "y\n", False)):
         monkeypatch.setattr("click.termui.visible_prompt_func", lambda text, answer=answer: answer.strip())

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from datetime import datetime
 
 import pytest
@@ -66,6 +67,14 @@ def test_the_table_has_score_date_path_and_caption_in_a_line_each(run, collectio
         if "break" not in hit.path:
             assert hit.path in line
     assert "\x1b" not in out and r"line\nbreak \x1b[2J 日本.png" in out
+
+
+def test_a_page_without_a_caption_is_shown_with_the_beginning_of_its_text(run, monkeypatch):
+    search = Collection.search
+    page = dict(caption=None, text="Invoice 17\nof the  harbour " + "x" * 1000)
+    monkeypatch.setattr(Collection, "search", lambda *args, **options: [replace(search(*args, **options)[0], **page)])
+    out = run("search", "a red star")[1]
+    assert "  Invoice 17 of the harbour xxx" in out and len(out.splitlines()) == 1
 
 
 def test_json_is_an_object_a_line(run, paths):

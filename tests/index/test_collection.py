@@ -7,7 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from collection_samples import FAST, add, as_nobody, image_row, images_of, keys_of, place, store_of, write_images
+from collection_samples import (
+    FAST,
+    add,
+    as_nobody,
+    full_disk,
+    image_row,
+    images_of,
+    keys_of,
+    place,
+    store_of,
+    write_images,
+)
 from samples import noise, png
 
 from cafe.errors import CafeError
@@ -236,6 +247,19 @@ def test_a_folder_that_may_not_be_written_is_one_clear_error(open_tmp_path, phot
     collection = Collection.open(open_tmp_path / "new" / "collection", tiny)
     with as_nobody(), pytest.raises(CafeError, match="cannot be written to: permission denied"):
         collection._writing().__enter__()
+
+
+def test_a_full_disk_is_one_clear_error_and_loses_nothing(collection, photos, tmp_path, tiny):
+    refused = pytest.raises(CafeError, match=r"The disk of the collection .* is full: free some space and run the same")
+    with full_disk(), refused:
+        add(collection, photos)
+    assert add(collection, photos) == {"added": 5}
+    write_images(photos / "more", 3, seed=20)
+    (photos / "0.png").unlink()
+    with full_disk(), pytest.raises(CafeError, match=r"is full: free some space"):
+        add(collection, photos)
+    assert len(Collection.open(collection.directory, tiny)) == 5
+    assert add(collection, photos) == {"added": 3, "removed": 1, "unchanged": 4} and collection.verify() == []
 
 
 def test_all_paths_are_refreshed_although_one_of_them_is_gone(collection, photos, tmp_path):

@@ -351,8 +351,24 @@ def test_a_source_whose_images_cannot_be_read_any_more_loses_nothing(collection,
     with pytest.raises(CafeError, match=r"No image of .* can be read any more: .* If a drive is not mounted, mount it"):
         add(collection, table)
     assert len(collection) == 2 and not collection.failures()
-    assert add(collection, table, IndexConfig(num_workers=0, allow_empty=True)) == {"failed": 2}
+    allowed = IndexConfig(num_workers=0, allow_empty=True)
+    assert add(collection, table, allowed) == {"failed": 2}
     assert len(collection) == 0
+
+
+def test_a_source_that_is_gone_is_forgotten_when_allowed(collection, photos, tmp_path):
+    write_images(tmp_path / "images", 3, seed=20)
+    table = tmp_path / "t.csv"
+    table.write_text("image,caption\nimages/0.png,zero\nimages/1.png,one\n")
+    add(collection, table)
+    add(collection, photos)
+    table.unlink()
+    with pytest.raises(CafeError, match="does not exist: if it is on a drive"):
+        collection.refresh(FAST)
+    assert len(collection) == 7
+    allowed = IndexConfig(num_workers=0, allow_empty=True)
+    assert add(collection, table, allowed) == {"removed": 2} and len(collection) == 5
+    assert [root.path for root in collection.manifest.roots] == [str(photos)]
 
 
 def test_images_in_parquet_and_tar_have_no_files(collection, tmp_path, tiny):

@@ -14,7 +14,7 @@ from cafe.index import indexing
 from cafe.index import store as store_module
 from cafe.index.collection import Collection
 
-KILLS = 4
+KILLS = 3
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["cafe.index.collection", "cafe.training.loop"])
 

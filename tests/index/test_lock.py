@@ -3,7 +3,7 @@
 import os
 
 import pytest
-from collection_samples import as_nobody
+from collection_samples import as_nobody, full_disk
 
 from cafe.errors import CafeError
 from cafe.index.lock import writer_lock
@@ -34,4 +34,9 @@ def test_two_names_of_a_directory_have_one_lock(tmp_path):
 def test_a_directory_that_may_not_be_written_is_one_error(open_tmp_path):
     refused = pytest.raises(CafeError, match="cannot be written to: permission denied")
     with as_nobody(), refused, writer_lock(open_tmp_path):
+        pass
+
+
+def test_a_full_disk_is_locked_all_the_same(tmp_path):
+    with full_disk(), writer_lock(tmp_path), pytest.raises(CafeError, match="another process"), writer_lock(tmp_path):
         pass

@@ -41,6 +41,16 @@ def test_a_file_that_cannot_be_read_is_one_error(worker, data):
             worker(damaged, 1, 8, "b.pdf")
 
 
+def test_a_file_with_a_password_is_one_error(worker, data):
+    lock = b"/Encrypt << /Filter /Standard /V 1 /R 2 /O <%s> /U <%s> /P -44 >> /ID [<00> <00>]" % (
+        b"11" * 32,
+        b"22" * 32,
+    )
+    assert data.count(b"trailer\n<< ") == 1
+    with pytest.raises(RecordError, match=r"The PDF file b\.pdf cannot be read: .*[Pp]assword"):
+        worker(data.replace(b"trailer\n<< ", b"trailer\n<< " + lock), 1, 8, "b.pdf")
+
+
 def test_a_page_that_cannot_be_read_leaves_the_others(worker, data):
     start = data.index(b"/Kids [") + len(b"/Kids [")
     kids = data[start : data.index(b"]", start)].split(b" R")

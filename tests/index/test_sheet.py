@@ -142,6 +142,13 @@ def test_a_shortened_text_fits_and_keeps_its_ends(text, width):
         assert font.getlength(fitted) <= width or fitted == "…"
 
 
+def test_a_page_without_a_caption_shows_the_beginning_of_its_text(tmp_path):
+    hits = [replace(HIT, caption=None, text="Invoice 17 " + "and so on " * 1000), replace(HIT, text="not shown")]
+    write_sheet(tmp_path / "out.html", "", hits, load_gray)
+    page = (tmp_path / "out.html").read_text()
+    assert "Invoice 17" in page and "a red boat" in page and "not shown" not in page and len(page) < 20_000
+
+
 def test_the_page_links_files_and_pages_but_not_records(tmp_path):
     hits = [
         hit_of("a b#.jpg"),

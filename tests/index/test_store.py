@@ -1,13 +1,11 @@
 """The tables: rows come back as they were written, by key, whatever is in their texts."""
 
-import resource
 import shutil
-from contextlib import contextmanager
 from dataclasses import asdict
 
 import numpy as np
 import pytest
-from collection_samples import as_nobody, image_row, place
+from collection_samples import as_nobody, full_disk, image_row, place
 from samples import unit
 
 from cafe.errors import CafeError
@@ -22,17 +20,6 @@ STRANGE = ["ünï 日本", "a\nb", 'it\'s "it"', "<img src=x onerror=alert(1)>",
 def store(tmp_path):
     (tmp_path / "1").mkdir()
     return Store.create(tmp_path / "1", DIM)
-
-
-@contextmanager
-def full_disk():
-    """Let no file grow, as on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def keys(store):

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from search_samples import unit_vectors, write_store
+from search_samples import index, unit_vectors, write_store
 
+from cafe.index import generation, snapshot
 from cafe.index import vector_index as module
 from cafe.index.manifest import VectorIndex
 from cafe.index.vector_index import build_vector_index, needs_vector_index, sample_queries
@@ -43,3 +44,15 @@ def test_more_partitions_are_read_until_the_recall_is_high(tmp_path, monkeypatch
     monkeypatch.setattr(module, "NUM_PROBES", (1, 20, 64))
     index = build_vector_index(write_store(tmp_path / "1", unit_vectors(600)), 600)
     assert index.num_probes == 20 and index.recall >= module.MIN_RECALL
+
+
+def test_a_large_collection_records_its_index_and_is_searched_by_it(tmp_path, scenes, random_base, monkeypatch):
+    for place in (generation, snapshot):
+        monkeypatch.setattr(place, "MAX_EXACT", 10)
+    collection = index(tmp_path / "collection", random_base, scenes / "images" / "test")
+    told = collection.info()["vector_index"]
+    assert told["num_images"] == 24 and told["recall"] >= 0.9
+    by_index = [hit.id for hit in collection.search("a red star", 5)]
+    wide = collection.search("a red star", 5, min_width=64)
+    monkeypatch.setattr(snapshot, "MAX_EXACT", 100)
+    assert by_index == [hit.id for hit in collection.search("a red star", 5)] == [hit.id for hit in wide]

@@ -25,6 +25,7 @@ def test_images_and_pdf_files_are_found_in_order_with_size_and_time(tmp_path):
     status = (tmp_path / "a.png").stat()
     assert (found.files[0].size, found.files[0].mtime_ns) == (status.st_size, status.st_mtime_ns)
     assert names_in(walk(str(tmp_path / "a.png")), tmp_path) == ["a.png"]
+    assert walk(str(tmp_path / "none" / "none")).files == []
 
 
 def test_hidden_folders_and_those_of_tools_are_left_out_unless_asked(tmp_path):

@@ -203,7 +203,7 @@ def verify_command(name: str) -> None:
     for problem in problems:
         click.echo(problem)
     if problems:
-        raise CafeError(f"The collection {name} has {len(problems):,} problems.")
+        raise CafeError(f"The collection {name} has {len(problems):,} problem{'s' if len(problems) > 1 else ''}.")
     click.echo(f"The collection {name} is sound.")
 
 

@@ -76,8 +76,9 @@ def search_command(
     QUERY is words, or the path of an image (./boat.jpg). Terms are combined by + and -, each with a weight if it begins
     with one: cafe search ./boat.jpg + "at night" - 0.5:people
 
-    The score, from 0 to 1, is the probability that image and query match; below 0.5 most images do not. Searches by
-    words also look at captions, texts and file names, so an image may stand before others of a higher score.
+    The score, from 0 to 1, is the probability that image and query match; below 0.5 most images do not. With fewer than
+    8 images it is the cosine similarity instead. Searches by words also look at captions, texts and file names, so an
+    image may come before others with a higher score.
     """
     from cafe.index.collection import Collection
     from cafe.index.query import Query
@@ -181,11 +182,11 @@ def _print_paths(hits: "Sequence[Hit]", null: bool) -> None:
 
 
 def print_hits(hits: "Sequence[Hit]") -> None:
-    """Print hits as a table: score, date, path, and the beginning of the caption."""
+    """Print hits as a table: score, date, path, and the beginning of the caption or of the page's text."""
     if not hits:
         click.echo("Nothing was found.")
     for hit in hits:
-        caption = shorten(hit.caption or "", CAPTION_WIDTH)
+        caption = shorten(" ".join((hit.caption or hit.text).split()), CAPTION_WIDTH)
         line = f"{hit.score:5.3f}  {hit.taken_at:%Y-%m-%d}  {hit.id}  {caption}"
         click.echo(escape_controls(line.rstrip()))
 

@@ -17,7 +17,7 @@ from cafe.index.duplicates import MIN_SIMILARITY, find_duplicates
 from cafe.index.faults import storage_errors
 from cafe.index.filters import Filters
 from cafe.index.generation import index_root, make_generation, make_root, open_store
-from cafe.index.golden import MIN_COSINE, golden_vectors, load_model, lowest_cosine, model_name
+from cafe.index.golden import MIN_COSINE, check_model, golden_vectors, load_model, lowest_cosine, model_name
 from cafe.index.indexing import IndexConfig, IndexReport
 from cafe.index.locations import DEFAULT_NAME, locate_collection, no_collection
 from cafe.index.lock import writer_lock
@@ -29,6 +29,7 @@ from cafe.index.manifest import (
     ensure_usable,
     next_generation,
     read_manifest,
+    size_on_disk,
     switch_generation,
 )
 from cafe.index.pixels import load_image
@@ -106,7 +107,7 @@ class Collection:
             manifest = read_manifest(generation) if generation else None
             model = self._load_model(manifest)
             if manifest is not None:
-                self._check_model(model, manifest, self._given_model or manifest.model)
+                check_model(model, model_name(self._given_model or manifest.model), manifest, self.name)
             self._model, self._model_generation = model, generation
         return self._model
 
@@ -118,21 +119,6 @@ class Collection:
         if not given:  # it was made in memory
             raise CafeError(f"The collection {self.name} does not say where its model is: open it with the model.")
         return load_model(given)
-
-    def _check_model(self, model: Cafe, manifest: Manifest, given: Cafe | str | Path) -> None:
-        """Make sure that a model is the one that made the collection."""
-        if lowest_cosine(golden_vectors(model), np.array(manifest.golden)) >= MIN_COSINE:
-            return
-        name = model_name(given)
-        if name == manifest.model:
-            raise CafeError(
-                f"The model {name} has changed since it made the collection {self.name}, and gives other embeddings: "
-                f"build the collection anew by `cafe collections reindex {self.name} --model {name}`."
-            )
-        raise CafeError(
-            f"The collection {self.name} was made with {manifest.model}, and {name} gives other embeddings: leave out "
-            f"--model, or build the collection anew by `cafe collections reindex {self.name} --model {name}`."
-        )
 
     def __len__(self) -> int:
         """Return the number of images, each content once."""
@@ -298,7 +284,6 @@ class Collection:
     def info(self) -> dict[str, Any]:
         """Return what there is to know about the collection."""
         manifest, snapshot = self.manifest, self._read()
-        files = [file for file in self.directory.rglob("*") if file.is_file()]
         return {
             "directory": str(self.directory),
             "model": manifest.model,
@@ -309,13 +294,13 @@ class Collection:
             "places": sum(map(len, snapshot.places)),
             "failures": len(self.failures()),
             "roots": [root.path for root in manifest.roots],
-            "bytes": sum(file.stat().st_size for file in files),
+            "bytes": size_on_disk(self.directory),
             "calibration": asdict(manifest.calibration) if manifest.calibration else None,
             "vector_index": asdict(manifest.vector_index) if manifest.vector_index else None,
         }
 
     def verify(self, progress: bool = False) -> list[str]:
-        """Check rows, hashes of files and golden vectors, and return what is wrong, one sentence each."""
+        """Check rows, hashes of files and golden vectors, and return a message for each problem."""
         store, manifest = open_store(self._generation())
         problems = verify_tables(store)
         problems += verify_files(store, progress)
@@ -327,7 +312,7 @@ class Collection:
     def reindex(self, model: Cafe | str | Path, config: IndexConfig | None = None) -> dict[str, IndexReport]:
         """Build the collection anew with another model, beside the one in use, and then put it in its place.
 
-        Searches go on meanwhile. When it is interrupted, the same call goes on with it.
+        Searches continue meanwhile. When it is interrupted, the same call resumes it.
 
         Args:
             model: the other model, or what it is called.

@@ -1,5 +1,6 @@
 """Make and fill one generation of a collection: its tables, and its manifest."""
 
+import glob
 import os
 import shutil
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from cafe.errors import CafeError
 from cafe.index.calibration import NUM_SAMPLES, calibrate, needs_calibration
 from cafe.index.faults import storage_errors
 from cafe.index.golden import MIN_COSINE, golden_vectors, lowest_cosine
-from cafe.index.indexing import IndexConfig, IndexReport, index_folder, index_source
+from cafe.index.indexing import IndexConfig, IndexReport, drop_source, index_folder, index_source
 from cafe.index.manifest import Calibration, Manifest, Root, read_manifest, write_manifest
 from cafe.index.pixels import load_image
 from cafe.index.snapshot import MAX_EXACT, Snapshot
@@ -98,13 +99,13 @@ def index_root(generation: Path, model: Cafe, root: Root, config: IndexConfig) -
     """
     store, manifest = open_store(generation)
     others = tuple(other for other in manifest.roots if other.path != root.path)
-    if not root.is_source and not os.path.exists(root.path):
+    if _is_missing(root):
         if root not in manifest.roots or not config.allow_empty:
             raise CafeError(
                 f"{root.path} does not exist: if it is on a drive that is not mounted, mount it; to drop its images, "
                 "index it with --allow-empty."
             )
-        report = index_folder(store, model, root, config, others)
+        report = drop_source(store, root) if root.is_source else index_folder(store, model, root, config, others)
         write_manifest(generation, _finish(store, model, replace(manifest, roots=others)))
         return report
     source = open_source(read_source(root.path, root.overrides), config.limits) if root.is_source else None
@@ -117,6 +118,12 @@ def index_root(generation: Path, model: Cafe, root: Root, config: IndexConfig) -
         report = index_folder(store, model, root, config, others)
     write_manifest(generation, _finish(store, model, manifest))
     return report
+
+
+def _is_missing(root: Root) -> bool:
+    """Return whether a root was a file or a folder of this machine that does not exist any more."""
+    is_pattern = root.is_source and (glob.has_magic(root.path) or "{" in root.path)
+    return os.path.isabs(root.path) and not is_pattern and not os.path.exists(root.path)
 
 
 def _finish(store: Store, model: Cafe, manifest: Manifest) -> Manifest:

@@ -8,6 +8,8 @@ from PIL import Image
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.content import Content
+from cafe.errors import CafeError
+from cafe.index.manifest import Manifest
 from cafe.model import Cafe
 
 MIN_COSINE = 0.999  # between embeddings of one model in different precisions, or on different machines
@@ -39,6 +41,32 @@ def lowest_cosine(first: Float[np.ndarray, "contents dim"], second: Float[np.nda
         return -1.0
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return float(((first * second).sum(1) / norms).min())
+
+
+def check_model(model: Cafe, name: str, manifest: Manifest, collection: str) -> None:
+    """Make sure that a model is the one that made a collection.
+
+    Args:
+        model: the model.
+        name: what it is called, see `model_name`.
+        manifest: of the collection.
+        collection: the collection's name.
+
+    Raises:
+        CafeError: it gives other embeddings; the message has the command that helps.
+    """
+    if lowest_cosine(golden_vectors(model), np.array(manifest.golden)) >= MIN_COSINE:
+        return
+    command = f"`cafe collections reindex {collection} --model {name}`"
+    if name == manifest.model:
+        raise CafeError(
+            f"The model {name} has changed since it made the collection {collection}, and gives other embeddings: "
+            f"build the collection anew by {command}."
+        )
+    raise CafeError(
+        f"The collection {collection} was made with {manifest.model}, and {name} gives other embeddings: leave out "
+        f"--model, or build the collection anew by {command}."
+    )
 
 
 def load_model(model: Cafe | str | Path) -> Cafe:

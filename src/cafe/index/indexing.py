@@ -157,6 +157,15 @@ def index_source(store: Store, model: Cafe, root: Root, config: IndexConfig, sou
     return run.finish()
 
 
+def drop_source(store: Store, root: Root) -> IndexReport:
+    """Remove the images of a source that does not exist any more, and return the report."""
+    places = store.read_places(["id", "root"]).to_pylist()
+    gone = [place["id"] for place in places if place["root"] == root.path]
+    store.remove(gone)
+    store.remove_images_without_places()
+    return IndexReport(removed=len(gone))
+
+
 class _Run:
     """Read, embed and write the items of one run, and count what became of them.
 

@@ -6,6 +6,7 @@ tables; building with another model makes a new generation beside the old one an
 
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -161,6 +162,15 @@ def is_generation(directory: Path) -> bool:
     if not directory.name.isdecimal() or not directory.is_dir():
         return False
     return all(entry.suffix == TABLE_SUFFIX or MANIFEST_FILE in entry.name for entry in directory.iterdir())
+
+
+def size_on_disk(collection: Path) -> int:
+    """Return the number of bytes in a collection's files, while another process may write and delete some."""
+    size = 0
+    for file in collection.rglob("*"):
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size if file.is_file() else 0
+    return size
 
 
 def ensure_usable(collection: Path) -> None:

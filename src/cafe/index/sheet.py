@@ -15,10 +15,11 @@ from cafe.errors import CafeError
 from cafe.images.thumbnails import PIXEL_ART_SIDE, thumbnail
 from cafe.index.searching import Hit
 from cafe.utils.atomic import atomic_write_bytes
-from cafe.utils.text import escape_controls
+from cafe.utils.text import escape_controls, shorten
 
 SUFFIXES = (".png", ".html")
 MAX_SHOWN = 400  # images on a sheet
+MAX_CAPTION = 300  # characters of a caption, or of the text on a page
 UNREADABLE = "cannot be read"
 
 LoadImage = Callable[[Hit], Image.Image]
@@ -105,7 +106,7 @@ def _card(hit: Hit, image: Image.Image | None) -> dict[str, Any]:
         "percent": round(100 * _fraction(hit.score)),
         "date": f"{hit.taken_at:%Y-%m-%d}",
         "size": f"{hit.width} × {hit.height}",
-        "caption": hit.caption or "",
+        "caption": shorten(hit.caption or hit.text, MAX_CAPTION),
     }
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -55,15 +56,18 @@ def walk(root: str, hidden: bool = False, exclude: tuple[str, ...] = ()) -> Walk
         _add_file(found, root)
         return found
     # Links may lead in circles, also by way of the folders that the root is in.
-    visited = {_identity(folder) for folder in Path(os.path.realpath(root)).parents}
+    visited: set[tuple[int, int]] = set()
+    for parent in Path(os.path.realpath(root)).parents:
+        with suppress(OSError):  # they may be gone
+            visited.add(_device_and_inode(parent))
     folders = [root]
     while folders:
         folder = folders.pop()
         try:
-            identity = _identity(folder)
-            if identity in visited:
+            inode = _device_and_inode(folder)
+            if inode in visited:
                 continue
-            visited.add(identity)
+            visited.add(inode)
             entries = sorted(_entries(folder, hidden, exclude), key=lambda entry: entry.name)
         except FileNotFoundError:  # deleted while its parent was listed
             continue
@@ -89,7 +93,7 @@ def _entries(folder: str, hidden: bool, exclude: tuple[str, ...]) -> Iterator["o
         yield from (entry for entry in entries if not is_left_out(entry.name, hidden, exclude))
 
 
-def _identity(folder: str | Path) -> tuple[int, int]:
+def _device_and_inode(folder: str | Path) -> tuple[int, int]:
     """Return what a folder is the same by, whatever its path is."""
     status = os.stat(folder)
     return status.st_dev, status.st_ino
