@@ -1,6 +1,6 @@
 """`Collection`: images that can be searched and asked, by the model that made their vectors."""
 
-import shutil
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -14,6 +14,7 @@ from PIL import Image
 from cafe.errors import CafeError
 from cafe.index.asking import Answer, ask
 from cafe.index.duplicates import MIN_SIMILARITY, find_duplicates
+from cafe.index.faults import storage_errors
 from cafe.index.filters import Filters
 from cafe.index.generation import index_root, make_generation, make_root, open_store
 from cafe.index.golden import MIN_COSINE, golden_vectors, load_model, lowest_cosine, model_name
@@ -24,6 +25,7 @@ from cafe.index.manifest import (
     CURRENT_FILE,
     Manifest,
     current_generation,
+    delete_collection,
     ensure_usable,
     next_generation,
     read_manifest,
@@ -54,6 +56,7 @@ class Collection:
         self.directory = directory
         self._given_model = model
         self._model: Cafe | None = None
+        self._model_generation: Path | None = None  # the one that the model was compared with
         self._snapshot: Snapshot | None = None
 
     @classmethod
@@ -97,16 +100,24 @@ class Collection:
         Raises:
             CafeError: it is not the one that made the collection.
         """
-        if self._model is None:
-            manifest = self.manifest if self.exists else None
-            given = self._given_model or (manifest.model if manifest else "")
-            if not given:  # it was made in memory
-                raise CafeError(f"The collection {self.name} does not say where its model is: open it with the model.")
-            model = load_model(given)
+        generation = current_generation(self.directory)
+        if self._model is None or self._model_generation != generation:
+            # Another process may have put another model's vectors into use meanwhile.
+            manifest = read_manifest(generation) if generation else None
+            model = self._load_model(manifest)
             if manifest is not None:
-                self._check_model(model, manifest, given)
-            self._model = model
+                self._check_model(model, manifest, self._given_model or manifest.model)
+            self._model, self._model_generation = model, generation
         return self._model
+
+    def _load_model(self, manifest: Manifest | None) -> Cafe:
+        """Load the model that was given, or else the one that a manifest names; it need not fit the collection."""
+        if self._model is not None and self._given_model is not None:
+            return self._model
+        given = self._given_model or (manifest.model if manifest else "")
+        if not given:  # it was made in memory
+            raise CafeError(f"The collection {self.name} does not say where its model is: open it with the model.")
+        return load_model(given)
 
     def _check_model(self, model: Cafe, manifest: Manifest, given: Cafe | str | Path) -> None:
         """Make sure that a model is the one that made the collection."""
@@ -155,9 +166,10 @@ class Collection:
             CafeError: there is nothing at the path, or another process writes to the collection.
         """
         root = make_root(what, overrides)
-        if self.exists:
-            # What is not said now is as it was.
-            root = next((known for known in self.manifest.roots if known.path == root.path), root)
+        # What is not said now is as it was. A folder that has gone is still known by its absolute path.
+        paths = (root.path, os.path.abspath(os.path.expanduser(what)))
+        known = self.manifest.roots if self.exists else ()
+        root = next((known_root for known_root in known if known_root.path in paths), root)
         changes = {
             "describe": describe,
             "describe_prompt": describe_prompt,
@@ -170,10 +182,22 @@ class Collection:
             return index_root(generation, self.model, root, config or IndexConfig())
 
     def refresh(self, config: IndexConfig | None = None) -> dict[str, IndexReport]:
-        """Index again all that was indexed, and return the report of each path."""
+        """Index again all that was indexed, and return the report of each path.
+
+        Raises:
+            CafeError: one of the paths cannot be indexed, which is said after the others were.
+        """
+        reports: dict[str, IndexReport] = {}
+        errors: list[CafeError] = []
         with self._writing() as generation:
-            roots = self.manifest.roots
-            return {root.path: index_root(generation, self.model, root, config or IndexConfig()) for root in roots}
+            for root in self.manifest.roots:
+                try:
+                    reports[root.path] = index_root(generation, self.model, root, config or IndexConfig())
+                except CafeError as error:
+                    errors.append(error)
+        if errors:
+            raise errors[0]
+        return reports
 
     def search(
         self,
@@ -295,9 +319,8 @@ class Collection:
         store, manifest = open_store(self._generation())
         problems = verify_tables(store)
         problems += verify_files(store, progress)
-        model = self._model or load_model(self._given_model or manifest.model)
-        cosine = lowest_cosine(golden_vectors(model), np.array(manifest.golden))
-        if cosine < MIN_COSINE:
+        cosine = lowest_cosine(golden_vectors(self._load_model(manifest)), np.array(manifest.golden))
+        if not cosine >= MIN_COSINE:  # also of NaN
             problems.append(f"The model {manifest.model} gives other embeddings now (cosine {cosine:.3f}).")
         return problems
 
@@ -313,13 +336,15 @@ class Collection:
         Raises:
             CafeError: something that was indexed does not exist any more, or another process writes to the collection.
         """
+        self._generation()  # of a collection that exists
         other = load_model(model)
         with writer_lock(self.directory):
             roots, generation = self.manifest.roots, next_generation(self.directory)
             make_generation(generation, other, model_name(model))
             reports = {root.path: index_root(generation, other, root, config or IndexConfig()) for root in roots}
             switch_generation(self.directory, generation)
-        self._given_model, self._model, self._snapshot = model, other, None
+        self._given_model, self._snapshot = model, None
+        self._model, self._model_generation = other, generation
         return reports
 
     def ensure_removable(self) -> None:
@@ -332,42 +357,48 @@ class Collection:
             raise no_collection(self.directory)
 
     def remove(self) -> None:
-        """Delete the collection; the images that were indexed are not touched.
+        """Delete the collection; the images that were indexed, and other files in its directory, are not touched.
 
         Raises:
             CafeError: there is none, or another process writes to it.
         """
         self.ensure_removable()
         with writer_lock(self.directory):
-            shutil.rmtree(self.directory)
+            delete_collection(self.directory)
+        self._snapshot = None
 
     @contextmanager
     def _writing(self) -> Iterator[Path]:
         """Hold the lock, and make the collection if there is none; give the generation in use."""
         model = self.model  # first, because loading it takes time and may fail
         ensure_usable(self.directory)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with storage_errors(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
         with writer_lock(self.directory):
             if not self.exists:
                 generation = next_generation(self.directory)
                 make_generation(generation, model, model_name(self._given_model or model))
                 switch_generation(self.directory, generation)
+                self._model_generation = generation
             yield self._generation()
 
     def _generation(self) -> Path:
         """Return the directory of the generation in use."""
         generation = current_generation(self.directory)
         if generation is None:
-            raise CafeError(
-                f"There is no collection {self.directory}: make one by `cafe index FOLDER --model CHECKPOINT`."
-            )
+            raise no_collection(self.directory)
         return generation
 
     def _read(self) -> Snapshot:
         """Return what searching needs, read again if another process has written since."""
         generation = self._generation()
         snapshot = self._snapshot
-        if snapshot is None or snapshot.store.directory != generation or snapshot.version != snapshot.store.version:
-            store, _ = open_store(generation)
-            self._snapshot = snapshot = Snapshot.read(store)
+        try:
+            if snapshot is None or snapshot.store.directory != generation or snapshot.version != snapshot.store.version:
+                store, _ = open_store(generation)
+                self._snapshot = snapshot = Snapshot.read(store)
+        except CafeError:
+            if self._generation() == generation:
+                raise
+            return self._read()  # another process has just put another generation into use, and deleted this one
         return snapshot

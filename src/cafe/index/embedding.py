@@ -30,6 +30,9 @@ def embed_rows(
 ) -> dict[str, ImageRow]:
     """Embed images, and return the row of each by its key; one whose embedding is not finite has none.
 
+    Images in one pass share rows of tokens, in which NaN spreads from one to all: those that are not finite are
+    embedded again, each by itself.
+
     Args:
         model: embeds them, and captions those that were encoded with a prompt.
         images: by their keys.
@@ -39,22 +42,35 @@ def embed_rows(
     if not images:
         return {}
     embedded = _embed_or_halve(model, list(images.values()), normalization, max_new_tokens)
-    rows = {}
-    for index, (key, image) in enumerate(images.items()):
-        if not np.isfinite(embedded.vectors[index]).all():
-            continue
-        rows[key] = ImageRow(
-            key=key,
-            vector=embedded.vectors[index],
-            caption=embedded.captions[index] if embedded.captions is not None else None,
-            caption_vector=embedded.caption_vectors[index] if embedded.caption_vectors is not None else None,
-            text=image.text,
-            width=image.width,
-            height=image.height,
-            taken_at=image.taken_at,
-            appearance=image.appearance,
-        )
+    is_finite = np.isfinite(embedded.vectors).all(1)
+    rows = {key: _row(key, image, embedded, index) for index, (key, image) in enumerate(images.items())}
+    for key, finite in zip(images, is_finite.tolist(), strict=True):
+        if not finite:
+            del rows[key]
+            if len(images) > 1:
+                rows |= embed_rows(model, {key: images[key]}, normalization, max_new_tokens)
     return rows
+
+
+def _row(key: str, image: Encoded, embedded: Embedded, index: int) -> ImageRow:
+    """Make the row of an image, which is number `index` of those that were embedded."""
+    caption = caption_vector = None
+    if embedded.captions is not None and embedded.caption_vectors is not None:
+        caption = embedded.captions[index]
+        # An empty caption describes nothing, so that no query should come near to it.
+        if caption and np.isfinite(embedded.caption_vectors[index]).all():
+            caption_vector = embedded.caption_vectors[index]
+    return ImageRow(
+        key=key,
+        vector=embedded.vectors[index],
+        caption=caption,
+        caption_vector=caption_vector,
+        text=image.text,
+        width=image.width,
+        height=image.height,
+        taken_at=image.taken_at,
+        appearance=image.appearance,
+    )
 
 
 def _embed_or_halve(

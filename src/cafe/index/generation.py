@@ -1,5 +1,6 @@
 """Make and fill one generation of a collection: its tables, and its manifest."""
 
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,6 +13,7 @@ from PIL import Image
 from cafe.data.records import open_source
 from cafe.errors import CafeError
 from cafe.index.calibration import NUM_SAMPLES, calibrate, needs_calibration
+from cafe.index.faults import storage_errors
 from cafe.index.golden import MIN_COSINE, golden_vectors, lowest_cosine
 from cafe.index.indexing import IndexConfig, IndexReport, index_folder, index_source
 from cafe.index.manifest import Calibration, Manifest, Root, read_manifest, write_manifest
@@ -43,7 +45,8 @@ def make_generation(generation: Path, model: Cafe, model_name: str) -> None:
         if _is_begun(generation, golden):
             return
         shutil.rmtree(generation)
-    generation.mkdir()
+    with storage_errors(generation.parent):
+        generation.mkdir()
     Store.create(generation, golden.shape[1])
     manifest = Manifest(
         model=model_name,
@@ -57,7 +60,7 @@ def make_generation(generation: Path, model: Cafe, model_name: str) -> None:
 
 
 def _is_begun(generation: Path, golden: np.ndarray) -> bool:
-    """Return whether a generation can be gone on with: it was interrupted after it was made, with the same model."""
+    """Return whether a generation can be continued: it was interrupted after it was made, with the same model."""
     try:
         _, manifest = open_store(generation)
     except CafeError:
@@ -76,7 +79,7 @@ def make_root(what: str | Path, overrides: Sequence[str], **options: object) -> 
     Raises:
         CafeError: fields of a source are given with a folder.
     """
-    path = Path(what).expanduser()
+    path = Path(os.path.expanduser(what))
     is_file = path.suffix.lower() in (*IMAGE_SUFFIXES, PDF_SUFFIX)
     if path.is_dir() or is_file:
         if overrides:
@@ -88,18 +91,30 @@ def make_root(what: str | Path, overrides: Sequence[str], **options: object) -> 
 
 
 def index_root(generation: Path, model: Cafe, root: Root, config: IndexConfig) -> IndexReport:
-    """Index one root into a generation, and bring its indices and its manifest up to date."""
+    """Index one root into a generation, and bring its indices and its manifest up to date.
+
+    Raises:
+        CafeError: the root does not exist. With `config.allow_empty`, one that was indexed before is forgotten instead.
+    """
     store, manifest = open_store(generation)
-    source = open_source(read_source(root.path, root.overrides), config.limits) if root.is_source else None
-    # Recorded first, so that indexing again goes on with it when this is interrupted.
     others = tuple(other for other in manifest.roots if other.path != root.path)
+    if not root.is_source and not os.path.exists(root.path):
+        if root not in manifest.roots or not config.allow_empty:
+            raise CafeError(
+                f"{root.path} does not exist: if it is on a drive that is not mounted, mount it; to drop its images, "
+                "index it with --allow-empty."
+            )
+        report = index_folder(store, model, root, config, others)
+        write_manifest(generation, _finish(store, model, replace(manifest, roots=others)))
+        return report
+    source = open_source(read_source(root.path, root.overrides), config.limits) if root.is_source else None
+    # Recorded first, so that indexing again includes it when this is interrupted.
     manifest = replace(manifest, roots=(*others, root))
     write_manifest(generation, manifest)
     if source is not None:
         report = index_source(store, model, root, config, source)
     else:
-        sources = [other.path for other in manifest.roots if other.is_source]
-        report = index_folder(store, model, root, config, sources)
+        report = index_folder(store, model, root, config, others)
     write_manifest(generation, _finish(store, model, manifest))
     return report
 

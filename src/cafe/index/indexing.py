@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from tqdm import tqdm
@@ -15,9 +16,9 @@ from cafe.index.embedding import embed_rows
 from cafe.index.known import Known
 from cafe.index.manifest import Root
 from cafe.index.pdf import has_pdfium
-from cafe.index.reading import Encoded, FileItem, Item, Reader, Reading, RecordItem
+from cafe.index.reading import Encoded, FileItem, Item, Reader, Reading, RecordItem, is_text
 from cafe.index.store import ImageRow, Place, Store
-from cafe.index.walk import File, Walk, walk
+from cafe.index.walk import File, Walk, is_left_out, walk
 from cafe.index.workers import read_ahead
 from cafe.lvlm.processing import with_fast_images
 from cafe.model import Cafe
@@ -88,7 +89,7 @@ class IndexReport:
         return {name: value for name, value in asdict(self).items() if isinstance(value, int)}
 
 
-def index_folder(store: Store, model: Cafe, root: Root, config: IndexConfig, sources: Sequence[str]) -> IndexReport:
+def index_folder(store: Store, model: Cafe, root: Root, config: IndexConfig, others: Sequence[Root]) -> IndexReport:
     """Bring a collection up to date with a folder, or with one file.
 
     Args:
@@ -96,28 +97,37 @@ def index_folder(store: Store, model: Cafe, root: Root, config: IndexConfig, sou
         model: embeds the images.
         root: the folder.
         config: how images are read and embedded.
-        sources: the paths of the collection's sources, whose images in the folder are left to them.
+        others: what else the collection was made of: images of a source are left to it, and so are those that this
+            folder leaves out by their names and another one does not.
 
     Raises:
-        CafeError: the folder does not exist, or nothing is found in it although images of it are in the collection.
+        CafeError: nothing is found in the folder, or it has vanished, although images of it are in the collection.
     """
-    if not os.path.exists(root.path):
-        raise CafeError(f"{root.path} does not exist.")
     run = _Run(store, model, root, config)
     found = walk(root.path, root.hidden, root.exclude)
-    _leave_out_pdf_files(found)
+    sources = {other.path for other in others if other.is_source}
+    folders = [other for other in others if not other.is_source]
     before = {
-        place.id for place in run.known.places.values() if is_below(place.path, root.path) and place.root not in sources
+        place.id
+        for place in run.known.places.values()
+        if is_below(place.path, root.path)
+        and place.root not in sources
+        and (_covers(root, place.path) or not any(_covers(other, place.path) for other in folders))
     }
     if before and not found.files and not config.allow_empty:
         raise CafeError(
             f"Nothing is found in {root.path}, but {len(before):,} images of it are in the collection: if a drive is "
             "not mounted, mount it; to drop the images, index with --allow-empty."
         )
-    run.read([item for file in found.files for item in run.items_of(file)])
+    paths = {file.path for file in found.files}
+    _leave_out_pdf_files(found)
+    for folder, reason in found.unreadable.items():
+        run.fail(folder, reason)
+    run.read([item for file in found.files for item in run.items_of(file, sources)])
+    if before and not config.allow_empty and not os.path.exists(root.path):
+        raise CafeError(f"{root.path} has vanished while it was read: index it again when it is back.")
 
     # What could not be listed may still be there.
-    paths = {file.path for file in found.files}
     for id in before:
         path = run.known.places[id].path
         if path not in paths and not any(is_below(path, folder) for folder in found.unreadable):
@@ -131,10 +141,19 @@ def index_source(store: Store, model: Cafe, root: Root, config: IndexConfig, sou
     Args:
         store, model, root, config: see `index_folder`.
         source: the source.
+
+    Raises:
+        CafeError: no image can be read, although images of the source are in the collection.
     """
     run = _Run(store, model, root, config, source)
+    before = {place.id for place in run.known.places.values() if place.root == root.path}
     run.read([RecordItem(number) for number in range(len(source))])
-    run.gone |= {place.id for place in run.known.places.values() if place.root == root.path} - run.seen
+    if run.broken and not run.has_read and not config.allow_empty:
+        raise CafeError(
+            f"No image of {root.path} can be read any more: {next(iter(run.broken.values())).error} If a drive is not "
+            "mounted, mount it; to drop the images, index with --allow-empty."
+        )
+    run.gone |= before - run.seen
     return run.finish()
 
 
@@ -144,6 +163,9 @@ class _Run:
     Attributes:
         known: what was in the collection before.
         seen: the ids of the places that were read.
+        has_read: whether an image was read.
+        broken: places that had an image before and cannot be read now. They are written last, because the reason may
+            be a drive that has gone.
         gone: the ids of the places to remove.
     """
 
@@ -153,6 +175,8 @@ class _Run:
         self.store, self.model, self.root, self.config = store, model, root, config
         self.known = Known.read(store, captioned=root.describe)
         self.seen: set[str] = set()
+        self.has_read = False
+        self.broken: dict[str, Place] = {}
         self.gone: set[str] = set()
         self._report = IndexReport()
         self._started = self._last_commit = time.monotonic()
@@ -169,10 +193,14 @@ class _Run:
         self._images: dict[str, ImageRow] = {}
         self._places: dict[str, Place] = {}
 
-    def items_of(self, file: File) -> Iterator[Item]:
-        """Yield what is to be read of a file: nothing if it has not changed."""
-        if not _is_text(file.path):
-            self._fail(file.path, "Its name is not UTF-8: rename the file.")
+    def items_of(self, file: File, sources: Collection[str]) -> Iterator[Item]:
+        """Yield what is to be read of a file: nothing if it has not changed, or belongs to one of the sources."""
+        if not is_text(file.path):
+            self.fail(file.path, "Its name is not UTF-8: rename the file.")
+            return
+        known = self.known.places.get(file.path)
+        if known and known.root in sources:
+            self._report.unchanged += 1
             return
         if self.known.is_current(file) and not self._is_retried(file):
             ids = self.known.ids_of(file.path)
@@ -195,6 +223,16 @@ class _Run:
 
     def read(self, items: list[Item]) -> None:
         """Read items, embed those that are new, and write what became of each."""
+        try:
+            self._read(items)
+        except BaseException:  # Ctrl-C too: what was embedded is kept
+            with suppress(CafeError):  # such as a full disk, of which the first error says enough
+                self._commit()
+            raise
+        self._commit()
+
+    def _read(self, items: list[Item]) -> None:
+        """Read items, and write every second or two."""
         with tqdm(total=len(items), desc="index", unit="image", disable=not self.config.progress, leave=False) as bar:
             while items:
                 next_items: list[Item] = []
@@ -206,7 +244,6 @@ class _Run:
                 # The next pages of PDF files: only their first ones say how many there are.
                 items = next_items
                 bar.total = bar.n + len(items)
-        self._commit()
 
     def _read_ahead(self, items: list[Item]) -> Iterator[tuple[int, list[Reading]]]:
         """Yield the readings of items, and measure how long the model waits for them."""
@@ -225,7 +262,7 @@ class _Run:
         images: dict[str, Encoded] = {}
         for reading in readings:
             key = reading.place.key
-            if key and reading.encoded and key not in self._new_keys | self._unusable_keys:
+            if key and reading.encoded and key not in self._new_keys and key not in self._unusable_keys:
                 images[key] = reading.encoded
         rows = embed_rows(self.model, images, self._normalization, self.config.max_new_tokens)
         self._images |= rows
@@ -235,22 +272,32 @@ class _Run:
         next_items: list[Item] = []
         for reading in readings:
             self._note(reading)
-            if reading.next_page:
-                next_items.append(FileItem(reading.place, reading.next_page))
+            next_items += [FileItem(reading.place, page) for page in reading.next_pages]
         return next_items
 
     def _note(self, reading: Reading) -> None:
         """Count a place, and have it written with the next commit."""
         place = reading.place
-        if reading.next_page:  # a PDF file counts as changed until its last page was read
+        if reading.next_pages:  # a PDF file counts as changed until its last page was read
+            return
+        if place.id in self.seen:  # several records of one image
+            return
+        before = self.known.places.get(place.id)
+        if place.error and not self.root.is_source and not os.path.lexists(place.path):
+            # Deleted since the folder was walked.
+            ids = {place.id, *self.known.pages.get(place.path, ())}
+            self.gone |= ids & self.known.places.keys()
             return
         if place.key in self._unusable_keys:
             place = replace(place, key=None, error="The model's embedding of it is not finite.")
         self.seen.add(place.id)
-        self._places[place.id] = place
-        before = self.known.places.get(place.id)
+        self.has_read |= place.key is not None
+        if place.error and before and before.key:
+            self.broken[place.id] = place
+        else:
+            self._places[place.id] = place
         if place.error:
-            self._fail(place.id, place.error)
+            self.fail(place.id, place.error)
         elif place.key is None:  # a PDF file, whose pages are counted
             pass
         elif before and before.key == place.key:
@@ -262,10 +309,8 @@ class _Run:
             self._moved_keys.add(place.key)
         else:
             self._report.added += 1
-        if place.page is None:  # the end of a file: pages that it had before and has no more
-            self.gone |= set(self.known.pages.get(place.path, ())) - self.seen
 
-    def _fail(self, id: str, reason: str) -> None:
+    def fail(self, id: str, reason: str) -> None:
         """Count a place that cannot be read."""
         self._report.failed += 1
         self._report.failures[id] = reason
@@ -278,7 +323,12 @@ class _Run:
         self._last_commit = time.monotonic()
 
     def finish(self) -> IndexReport:
-        """Remove what is gone, and return the report."""
+        """Write what cannot be read any more, remove what is gone, and return the report."""
+        # Pages that a file had before and has no more.
+        ended = self.seen & self.known.pages.keys()
+        self.gone |= {id for path in ended for id in self.known.pages[path]} - self.seen
+        self._places = self.broken
+        self._commit()
         self.store.remove(self.gone)
         self.store.remove_images_without_places()
         # The old place of a content that was found at a new one was moved, not removed. PDF files have no key.
@@ -295,13 +345,12 @@ def is_below(path: str, folder: str) -> bool:
     return path == folder or path.startswith(folder.rstrip(os.sep) + os.sep)
 
 
-def _is_text(path: str) -> bool:
-    """Return whether a path is UTF-8; of a system that was not, Python keeps the bytes in a form that is not."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
+def _covers(root: Root, path: str) -> bool:
+    """Return whether a path is in a folder and not left out of it by a name."""
+    if not is_below(path, root.path):
         return False
-    return True
+    names = path[len(root.path) :].split(os.sep)
+    return not any(is_left_out(name, root.hidden, root.exclude) for name in names)
 
 
 def _leave_out_pdf_files(found: Walk) -> None:

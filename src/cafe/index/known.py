@@ -31,7 +31,7 @@ class Known:
     Attributes:
         places: by their ids.
         pages: the ids of the pages of each PDF file, by its path.
-        keys: of all images.
+        keys: of all images that have a place.
         complete_keys: of those that need not be read again: all, or where captions are wanted those that have one.
     """
 
@@ -52,11 +52,10 @@ class Known:
                 pages[place.path].append(place.id)
 
         images = store.read_images(["key", "caption"])
-        keys = frozenset(images["key"].to_pylist())
-        complete = keys
         if captioned:
-            complete = frozenset(images.filter(images["caption"].is_valid())["key"].to_pylist())
-        return cls(places, pages, keys, complete)
+            images = images.filter(images["caption"].is_valid())
+        keys = frozenset(place.key for place in places.values() if place.key)
+        return cls(places, pages, keys, frozenset(images["key"].to_pylist()))
 
     def is_current(self, file: File) -> bool:
         """Return whether a file is as it was when it was read, successfully or not."""
@@ -70,8 +69,9 @@ class Known:
         return all(key is None or key in self.complete_keys for key in keys)
 
     def ids_of(self, path: str) -> list[str]:
-        """Return the ids of a file's places: its own, or those of its pages."""
-        return self.pages.get(path) or [path]
+        """Return the ids of a file's places: its own, or those of its pages, with its own if it has an error."""
+        pages, own = self.pages.get(path, []), self.places.get(path)
+        return [path, *pages] if not pages or (own and own.error) else pages
 
     def sorted_keys(self) -> KnownKeys:
         """Return the keys that need not be read again, as a `Reader` takes them."""

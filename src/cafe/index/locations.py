@@ -8,6 +8,7 @@ from cafe.errors import CafeError
 from cafe.index.manifest import CURRENT_FILE
 
 DEFAULT_NAME = "default"
+MAX_NAME = 255  # bytes, of a directory
 
 
 def collections_home() -> Path:
@@ -25,13 +26,13 @@ def locate_collection(name: str | Path) -> Path:
     Raises:
         CafeError: no collection can be called so.
     """
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if isinstance(name, Path) or path.is_absolute() or os.sep in str(name):
         return path.absolute()
-    if not re.fullmatch(r"\w[\w. -]*", str(name)):
+    if not re.fullmatch(r"\w[\w. -]*", str(name)) or len(os.fsencode(name)) > MAX_NAME:
         raise CafeError(
-            f"A collection cannot be called {str(name)!r}: a name has letters, digits, spaces, dots and dashes; the "
-            "path of a directory has a slash in it."
+            f"A collection cannot be called {str(name)!r}: a name has letters, digits, spaces, dots and dashes, "
+            f"and at most {MAX_NAME} bytes; the path of a directory has a slash in it."
         )
     return collections_home() / str(name)
 

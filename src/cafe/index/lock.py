@@ -3,10 +3,11 @@
 import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cafe.errors import CafeError
+from cafe.index.faults import storage_errors
 from cafe.index.manifest import LOCK_FILE
 
 
@@ -15,19 +16,28 @@ def writer_lock(directory: Path) -> Iterator[None]:
     """Hold the lock of a collection's directory, which the system releases however this process ends.
 
     Raises:
-        CafeError: another process holds it.
+        CafeError: another process holds it, or the directory cannot be written to.
     """
-    with open(directory / LOCK_FILE, "a+") as file:
+    with storage_errors(directory):
+        handle = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        _lock(handle, directory)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _lock(handle: int, directory: Path) -> None:
+    """Lock an open file, and write into it which process holds it."""
+    with storage_errors(directory):
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            file.seek(0)
-            owner = file.read(20).strip()
+            owner = os.read(handle, 20).decode(errors="replace").strip()
             raise CafeError(
                 f"The collection {directory} is being written by another process ({owner}): wait until it has ended."
             ) from None
-        # Who it is, for the message above.
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+    # For the message above alone: on a full disk, a collection can be removed all the same.
+    with suppress(OSError):
+        os.ftruncate(handle, 0)
+        os.write(handle, str(os.getpid()).encode())

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from cafe.errors import CafeError, RecipeError
+from cafe.index.faults import storage_errors
 from cafe.lvlm.prompts import DESCRIBE_PROMPT, RENAMED_PROMPTS, Prompts
 from cafe.utils.atomic import atomic_write_text
 from cafe.utils.schema import Schema
@@ -17,6 +18,7 @@ from cafe.utils.schema import Schema
 FORMAT = 1  # of the manifest and the tables; a newer one is refused
 CURRENT_FILE = "current"
 MANIFEST_FILE = "collection.json"
+TABLE_SUFFIX = ".lance"  # of the directory that LanceDB makes for a table
 LOCK_FILE = "writer.lock"  # see `cafe.index.lock`
 
 
@@ -113,12 +115,13 @@ def current_generation(collection: Path) -> Path | None:
     """Return the directory of a collection's generation in use; None if there is no collection.
 
     Raises:
-        CafeError: the collection is damaged.
+        CafeError: the collection is damaged or cannot be read.
     """
     file = collection / CURRENT_FILE
-    if not file.is_file():
-        return None
-    name = file.read_text(encoding="utf-8", errors="replace").strip()
+    with storage_errors(collection):
+        if not file.is_file():
+            return None
+        name = file.read_text(encoding="utf-8", errors="replace").strip()
     # A number: any other name could lead out of the collection.
     if not name.isdecimal():
         raise CafeError(f"The collection {collection} is damaged: its file {CURRENT_FILE} names no generation.")
@@ -133,10 +136,31 @@ def next_generation(collection: Path) -> Path:
 
 def switch_generation(collection: Path, generation: Path) -> None:
     """Put a generation into use, and delete the others."""
-    atomic_write_text(collection / CURRENT_FILE, generation.name + "\n")
+    with storage_errors(collection):
+        atomic_write_text(collection / CURRENT_FILE, generation.name + "\n")
     for other in collection.iterdir():
-        if other.name.isdecimal() and other != generation:
+        if other != generation and is_generation(other):
             shutil.rmtree(other, ignore_errors=True)
+
+
+def delete_collection(collection: Path) -> None:
+    """Delete a collection, but nothing else that its directory holds."""
+    with storage_errors(collection):
+        for entry in collection.iterdir():
+            if is_generation(entry):
+                shutil.rmtree(entry)
+        # Last, so that what an interruption leaves is still a collection that can be removed.
+        for name in (CURRENT_FILE, LOCK_FILE):
+            (collection / name).unlink(missing_ok=True)
+        if not any(collection.iterdir()):
+            collection.rmdir()
+
+
+def is_generation(directory: Path) -> bool:
+    """Return whether a directory holds what a generation holds and nothing else, however far its making came."""
+    if not directory.name.isdecimal() or not directory.is_dir():
+        return False
+    return all(entry.suffix == TABLE_SUFFIX or MANIFEST_FILE in entry.name for entry in directory.iterdir())
 
 
 def ensure_usable(collection: Path) -> None:
@@ -150,14 +174,15 @@ def ensure_usable(collection: Path) -> None:
     if not collection.is_dir() or (collection / CURRENT_FILE).is_file():
         return
     # What an interrupted attempt may have left.
-    others = [entry.name for entry in collection.iterdir() if entry.name != LOCK_FILE and not entry.name.isdecimal()]
+    others = [entry.name for entry in collection.iterdir() if entry.name != LOCK_FILE and not is_generation(entry)]
     if others:
         raise CafeError(f"{collection} holds something that is not a collection ({others[0]}); nothing was written.")
 
 
 def write_manifest(generation: Path, manifest: Manifest) -> None:
     """Write a generation's manifest."""
-    atomic_write_text(generation / MANIFEST_FILE, json.dumps(asdict(manifest), indent=2) + "\n")
+    with storage_errors(generation.parent):
+        atomic_write_text(generation / MANIFEST_FILE, json.dumps(asdict(manifest), indent=2) + "\n")
 
 
 def read_manifest(generation: Path) -> Manifest:

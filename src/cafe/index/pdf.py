@@ -23,7 +23,10 @@ def has_pdfium() -> bool:
     return find_spec("pypdfium2") is not None
 
 
-def read_pages(data: bytes, first: int, count: int, name: str) -> tuple[int, list[tuple[Image.Image, str]]]:
+Page = tuple[Image.Image, str] | RecordError  # its image and its text, or what is wrong with it
+
+
+def read_pages(data: bytes, first: int, count: int, name: str) -> tuple[int, list[Page]]:
     """Read some pages of a PDF file.
 
     Args:
@@ -33,7 +36,7 @@ def read_pages(data: bytes, first: int, count: int, name: str) -> tuple[int, lis
         name: what the file is called in errors.
 
     Returns:
-        The number of pages in the file, and the image and the text of each page that was read.
+        The number of pages in the file, and the pages that were read.
 
     Raises:
         RecordError: the file is damaged, needs a password, or has too many pages.
@@ -49,13 +52,24 @@ def read_pages(data: bytes, first: int, count: int, name: str) -> tuple[int, lis
             if num_pages > MAX_PAGES:
                 raise RecordError(f"The PDF file {name} has {num_pages:,} pages, over the limit of {MAX_PAGES:,}.")
             numbers = range(first - 1, min(first - 1 + count, num_pages))
-            return num_pages, [_read_page(document[number]) for number in numbers]
+            return num_pages, [_read_page(document, number, name) for number in numbers]
     except pypdfium2.PdfiumError as error:
         raise RecordError(f"The PDF file {name} cannot be read: {first_line(error).rstrip('.')}.") from None
 
 
-def _read_page(page: Any) -> tuple[Image.Image, str]:
-    """Render a page, and return its text layer."""
+def _read_page(document: Any, number: int, name: str) -> Page:
+    """Read a page by its number, from 0; one that is damaged leaves the others as they are."""
+    import pypdfium2
+
+    try:
+        return _render(document[number])
+    except pypdfium2.PdfiumError as error:
+        reason = first_line(error).rstrip(".")
+        return RecordError(f"Page {number + 1} of the PDF file {name} cannot be read: {reason}.")
+
+
+def _render(page: Any) -> tuple[Image.Image, str]:
+    """Render a page, and return it with its text layer."""
     with closing(page):
         # By its longer side, so that a poster costs no more than a letter.
         scale = PAGE_SIDE / max(*page.get_size(), 1)

@@ -49,16 +49,19 @@ def _load_page(path: str, page: int) -> Image.Image:
     context = multiprocessing.get_context("spawn")
     with without_main_module(), ProcessPoolExecutor(1, context) as pool:
         try:
-            _, [(image, _)] = pool.submit(read_pages, data, page, 1, path).result()
+            _, [read] = pool.submit(read_pages, data, page, 1, path).result()
         except (BrokenProcessPool, ValueError):  # ValueError: it has fewer pages now
             raise RecordError(f"Page {page} of {path} cannot be read.") from None
-    return image
+    if isinstance(read, RecordError):
+        raise read
+    return read[0]
 
 
 def _load_record(path: str, number: int, index: int, roots: Sequence[Root]) -> Image.Image:
     """Load an image of a source's record."""
     overrides = next((root.overrides for root in roots if root.is_source and root.path == path), ())
-    refs, _ = record_images(open_source(read_source(path, overrides)), number)
+    source = open_source(read_source(path, overrides))
+    refs = record_images(source, number)[0] if number < len(source) else []
     if index >= len(refs):
         raise RecordError(f"Record {number} of {path} has changed: index it again.")
     return decode_image(refs[index])

@@ -37,6 +37,9 @@ PAGES_AT_ONCE = 8
 CAPTION_COLUMNS = ("caption", "text", "txt")  # of records that are no examples to train on
 MAX_COLUMN = 1000  # characters of a value that comes along with a record
 
+# What a bad image raises, or a bad disk, or a lack of memory.
+READ_ERRORS = (RecordError, OSError, MemoryError)
+
 KnownKeys = Shaped[np.ndarray, " keys"]  # sorted byte strings, which take less memory than a set
 
 
@@ -98,14 +101,12 @@ class Reading:
     Attributes:
         place: with the key of its content, or with an error. That of a PDF file has neither.
         encoded: the image; None if there is none or its content is known.
-        num_pages: of a PDF file; 0 for all else.
-        next_page: of a PDF file, the number of the page to go on with; 0 after the last one.
+        next_pages: of a PDF file, the numbers of the pages with which further items begin.
     """
 
     place: Place
     encoded: Encoded | None = None
-    num_pages: int = 0
-    next_page: int = 0
+    next_pages: Sequence[int] = ()
 
 
 @dataclass
@@ -143,7 +144,7 @@ class Reader(Dataset[list[Reading]]):
         return read_image_file(Path(place.path), self.limits.max_bytes)
 
     def _read_image(self, place: Place, read: Callable[[], bytes], text: str = "") -> Reading:
-        """Read an image by a function that returns its bytes; whatever is wrong with it is said in its place."""
+        """Read an image by a function that returns its bytes; what is wrong with it becomes its place's error."""
         try:
             data = read()
             place = replace(place, key=_digest(data))
@@ -155,28 +156,33 @@ class Reader(Dataset[list[Reading]]):
             # At the size that the model needs, which is less than that of a photograph.
             [image] = self.chat_processor.decode_images([ref])
             return Reading(place, self._encode(image, size, taken_at, text))
-        except (RecordError, OSError) as error:
-            return Reading(replace(place, key=None, error=_reason(error)))
+        except READ_ERRORS as error:
+            return Reading(_failed(place, error))
 
     def _read_pages(self, place: Place, first: int) -> Iterator[Reading]:
-        """Read some pages of a PDF file, and say last how it goes on."""
+        """Read some pages of a PDF file, and return with its own place the items that are left, or its end."""
         try:
             data = self._read_file(place)
             num_pages, pages = read_pages(data, first, PAGES_AT_ONCE, place.path)
-        except (RecordError, OSError) as error:
-            yield Reading(replace(place, error=_reason(error)))
+        except READ_ERRORS as error:
+            yield Reading(_failed(place, error))
             return
         digest = _digest(data)
         numbered = iter_page_ids(place.path, first, len(pages))
-        for (page, page_id), (image, text) in zip(numbered, pages, strict=True):
-            page_place = replace(place, id=page_id, page=page, key=f"{digest}#{page}")
+        for (number, id), page in zip(numbered, pages, strict=True):
+            page_place = replace(place, id=id, page=number, key=f"{digest}#{number}")
             try:
+                if isinstance(page, RecordError):
+                    raise page
                 known = self._is_known(page_place)
-                yield Reading(page_place, None if known else self._encode(image, image.size, None, text))
-            except RecordError as error:
-                yield Reading(replace(page_place, key=None, error=_reason(error)))
+                yield Reading(page_place, None if known else self._encode(page[0], page[0].size, None, page[1]))
+            except READ_ERRORS as error:
+                yield Reading(_failed(page_place, error))
         after = first + len(pages)
-        yield Reading(place, num_pages=num_pages, next_page=after if after <= num_pages else 0)
+        if after > num_pages:
+            yield Reading(place)
+        elif first == 1:  # all further items at once, so that workers are started once for them
+            yield Reading(place, next_pages=range(after, num_pages + 1, PAGES_AT_ONCE))
 
     def place_of(self, item: Item) -> Place:
         """Return the place of an item, as far as it is known before it is read."""
@@ -194,7 +200,7 @@ class Reader(Dataset[list[Reading]]):
             refs, text = record_images(self.source, item.number)
             place = replace(place, columns=_columns(self.source.row(item.number)[0]))
         except CafeError as error:
-            yield Reading(replace(place, error=_reason(error)))
+            yield Reading(_failed(place, error))
             return
         for index, ref in enumerate(refs):
             yield self._read_ref(ref, place, index, text)
@@ -203,6 +209,8 @@ class Reader(Dataset[list[Reading]]):
         """Read one of the images of a record."""
         if isinstance(ref.source, Path):
             path = str(ref.source.absolute())
+            if not is_text(path):
+                return Reading(_failed(place, RecordError("The image's name is not UTF-8: rename the file.")))
             file = replace(place, id=path, path=path, name=ref.source.name)
             return self._read_image(file, lambda: self._read_file(file), text)
         data = ref.source
@@ -242,11 +250,25 @@ def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:DIGEST_CHARACTERS]
 
 
-def _reason(error: Exception) -> str:
-    """Return why something could not be read."""
+def is_text(path: str) -> bool:
+    """Return whether a path is UTF-8; of one that is not, Python keeps the bytes in a form that is not either."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _failed(place: Place, error: Exception) -> Place:
+    """Return a place with the reason why its image could not be read."""
+    reason = str(error)
     if isinstance(error, OSError):
-        return f"The file cannot be read: {error.strerror or error}."
-    return str(error)
+        reason = f"The file cannot be read: {error.strerror or error}."
+    elif isinstance(error, MemoryError):
+        reason = "There is not enough memory to read it."
+    if not isinstance(error, CafeError):
+        place = replace(place, mtime_ns=-1)  # the file may be sound, so that it is read again next time
+    return replace(place, key=None, error=reason)
 
 
 def record_images(opened: OpenedSource, number: int) -> tuple[list[ImageRef], str]:

@@ -10,7 +10,6 @@ which no search shows and the next run finds again.
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -20,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float32
 
-from cafe.errors import CafeError, MissingPackageError, first_line
-from cafe.utils.disk import is_disk_full
+from cafe.errors import MissingPackageError
+from cafe.index.faults import storage_errors
 
 IMAGES, PLACES = "images", "places"
 KEYS_PER_DELETE = 500  # in one SQL condition
@@ -140,14 +139,14 @@ class Store:
     def __init__(self, directory: Path, dim: int) -> None:
         self.directory, self.dim = directory, dim
         self._commits = 0
-        with store_errors(directory):
+        with storage_errors(directory.parent):
             database = _connect(directory)
             self.images, self.places = database.open_table(IMAGES), database.open_table(PLACES)
 
     @classmethod
     def create(cls, directory: Path, dim: int) -> "Store":
         """Create empty tables; those that are there already are kept."""
-        with store_errors(directory):
+        with storage_errors(directory.parent):
             database = _connect(directory)
             database.create_table(IMAGES, schema=_images_schema(dim), exist_ok=True)
             database.create_table(PLACES, schema=_PLACES_SCHEMA, exist_ok=True)
@@ -156,14 +155,14 @@ class Store:
     @property
     def version(self) -> tuple[int, int]:
         """Return numbers that change with every write, also by another process."""
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             for table in (self.images, self.places):
                 table.checkout_latest()
             return self.images.version, self.places.version
 
     def read_images(self, columns: Sequence[str], keys: Iterable[str] | None = None) -> pa.Table:
         """Read some columns of all images, or of those with some keys."""
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             if keys is None:
                 return self.images.search().select(list(columns)).to_arrow()
             parts = [
@@ -174,16 +173,16 @@ class Store:
 
     def read_places(self, columns: Sequence[str] = tuple(_PLACES_SCHEMA.names)) -> pa.Table:
         """Read some columns of all places."""
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             return self.places.search().select(list(columns)).to_arrow()
 
     def write(self, images: Sequence[ImageRow], places: Sequence[Place]) -> None:
         """Write images and places; those with the same key or id are replaced. No key and no id may come twice."""
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             if images:
                 _upsert(self.images, "key", _images_table(images, self.dim))
             if places:
-                rows = [asdict(place) for place in places]
+                rows = [{**asdict(place), "error": _replace_surrogates(place.error)} for place in places]
                 _upsert(self.places, "id", pa.Table.from_pylist(rows, schema=_PLACES_SCHEMA))
             self._commits += 1
             if self._commits % COMMITS_BETWEEN_COMPACTIONS == 0:
@@ -191,7 +190,7 @@ class Store:
 
     def remove(self, ids: Iterable[str]) -> None:
         """Delete places."""
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             for condition in _conditions("id", ids):
                 self.places.delete(condition)
 
@@ -199,7 +198,7 @@ class Store:
         """Delete the images that no place names, and return how many there were."""
         placed = set(self.read_places(["key"])["key"].to_pylist())
         orphans = [key for key in self.read_images(["key"])["key"].to_pylist() if key not in placed]
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             for condition in _conditions("key", orphans):
                 self.images.delete(condition)
         return len(orphans)
@@ -216,7 +215,7 @@ class Store:
             relevant first.
         """
         found = []
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             for table, column in WORD_COLUMNS:
                 relevances: dict[str, float] = {}
                 for key, relevance in _search_words(getattr(self, table), column, words, count):
@@ -227,7 +226,7 @@ class Store:
 
     def index_words(self) -> None:
         """Build the indices of words, or bring them up to date."""
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             for table, column in WORD_COLUMNS:
                 _index_words(getattr(self, table), column)
 
@@ -242,7 +241,7 @@ class Store:
             num_probes: the number of partitions of the vector index to read.
             exact: compare all vectors, without the index.
         """
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             query = self.images.search(vector, vector_column_name="vector").distance_type("cosine")
             if exact:
                 query = query.bypass_vector_index()
@@ -253,14 +252,14 @@ class Store:
 
     def index_vectors(self, num_partitions: int) -> None:
         """Build the index of vectors, in place of an older one."""
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             from lancedb.index import IvfSq
 
             self.images.create_index("vector", config=IvfSq("cosine", num_partitions=num_partitions))
 
     def read_sample_vectors(self, count: int) -> Float32[np.ndarray, "images dim"]:
         """Return the embeddings of some images, evenly spaced."""
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             num_rows = self.images.count_rows()
             rows = np.unique(np.linspace(0, num_rows - 1, min(count, num_rows)).astype(int)).tolist()
             table = self.images.take_offsets(rows).select(["vector"]).to_arrow()
@@ -269,36 +268,10 @@ class Store:
 
     def compact(self) -> None:
         """Merge small files, bring the indices up to date, and drop old versions."""
-        with store_errors(self.directory):
+        with storage_errors(self.directory.parent):
             for table, key in ((self.images, "key"), (self.places, "id")):
                 _index_key(table, key)
                 table.optimize(cleanup_older_than=KEPT_VERSIONS)
-
-
-@contextmanager
-def store_errors(directory: Path) -> Iterator[None]:
-    """Turn the errors of LanceDB into one that names the collection.
-
-    Raises:
-        CafeError: the disk is full, the directory cannot be written to, or the tables are damaged.
-    """
-    try:
-        yield
-    except CafeError:
-        raise
-    except (RuntimeError, ValueError, OSError, pa.ArrowException) as error:
-        collection = directory.parent
-        if is_disk_full(error):
-            raise CafeError(
-                f"The disk of the collection {collection} is full: free some space and run the same command; what was "
-                "written before is kept."
-            ) from None
-        if "ermission denied" in str(error) or "Read-only file system" in str(error):
-            raise CafeError(f"The collection {collection} cannot be written to: permission denied.") from None
-        raise CafeError(
-            f"The collection {collection} is damaged or cannot be read: {first_line(error):.300} Index into a new "
-            "collection, or restore this one from a backup."
-        ) from error
 
 
 def _connect(directory: Path) -> Any:
@@ -377,9 +350,16 @@ def _images_table(images: Sequence[ImageRow], dim: int) -> pa.Table:
     columns: dict[str, pa.Array] = {}
     for column in schema:
         values = [getattr(image, column.name) for image in images]
+        if column.type == pa.string():
+            values = [_replace_surrogates(value) for value in values]
         is_vector = column.name in ("vector", "caption_vector")
         columns[column.name] = _vectors(values, dim) if is_vector else pa.array(values, column.type)
     return pa.table(columns, schema=schema)
+
+
+def _replace_surrogates(text: str | None) -> str | None:
+    """Replace half characters, which a record may hold and no table can."""
+    return None if text is None else text.encode(errors="replace").decode()
 
 
 def _vectors(vectors: Sequence[Float32[np.ndarray, " dim"] | None], dim: int) -> pa.Array:

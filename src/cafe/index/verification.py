@@ -6,6 +6,8 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from tqdm import tqdm
 
 from cafe.index.reading import DIGEST_CHARACTERS
@@ -31,11 +33,20 @@ def verify_tables(store: Store) -> list[str]:
         if key is not None and key not in known:
             problems.append(f"The image of {escape_controls(id)} is missing: index it again.")
 
+    missing = images["vector"].is_null()
+    problems += [f"The image {key} has no vector: index it again." for key in images.filter(missing)["key"].to_pylist()]
+    return problems + _wrong_norms(images.filter(pc.invert(missing)), store.dim)
+
+
+def _wrong_norms(images: pa.Table, dim: int) -> list[str]:
+    """Check that vectors are unit vectors."""
     flat = images["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    norms = np.linalg.norm(flat.astype(np.float32).reshape(-1, store.dim), axis=1)
-    for row in np.flatnonzero(~(np.abs(norms - 1) <= _TOLERANCE)):
-        problems.append(f"The vector of the image {keys[row]} has the norm {norms[row]:.3f} instead of 1.")
-    return problems
+    norms = np.linalg.norm(flat.astype(np.float32).reshape(-1, dim), axis=1)
+    keys = images["key"].to_pylist()
+    return [
+        f"The vector of the image {keys[row]} has the norm {norms[row]:.3f} instead of 1."
+        for row in np.flatnonzero(~(np.abs(norms - 1) <= _TOLERANCE))
+    ]
 
 
 def verify_files(store: Store, progress: bool = False) -> list[str]:

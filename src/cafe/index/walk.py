@@ -35,11 +35,11 @@ class Walk:
 
     Attributes:
         files: the files, in order.
-        unreadable: folders that could not be listed: what is in them is neither found nor gone.
+        unreadable: folders that could not be listed, with the reasons: what is in them is neither found nor gone.
     """
 
     files: list[File] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    unreadable: dict[str, str] = field(default_factory=dict)
 
 
 def walk(root: str, hidden: bool = False, exclude: tuple[str, ...] = ()) -> Walk:
@@ -54,21 +54,21 @@ def walk(root: str, hidden: bool = False, exclude: tuple[str, ...] = ()) -> Walk
     if os.path.isfile(root):
         _add_file(found, root)
         return found
-    excluded = {*EXCLUDED_NAMES, *exclude}
-    folders, visited = [root], set[tuple[int, int]]()
+    # Links may lead in circles, also by way of the folders that the root is in.
+    visited = {_identity(folder) for folder in Path(os.path.realpath(root)).parents}
+    folders = [root]
     while folders:
         folder = folders.pop()
         try:
-            status = os.stat(folder)
-            identity = (status.st_dev, status.st_ino)
-            if identity in visited:  # links may lead in circles
+            identity = _identity(folder)
+            if identity in visited:
                 continue
             visited.add(identity)
-            entries = sorted(_entries(folder, hidden, excluded), key=lambda entry: entry.name)
+            entries = sorted(_entries(folder, hidden, exclude), key=lambda entry: entry.name)
         except FileNotFoundError:  # deleted while its parent was listed
             continue
-        except OSError:
-            found.unreadable.append(folder)
+        except OSError as error:
+            found.unreadable[folder] = f"The folder cannot be listed: {error.strerror or error}."
             continue
         # The last one is visited first.
         folders += [entry.path for entry in reversed(entries) if _is_folder(entry)]
@@ -78,13 +78,21 @@ def walk(root: str, hidden: bool = False, exclude: tuple[str, ...] = ()) -> Walk
     return found
 
 
-def _entries(folder: str, hidden: bool, excluded: set[str]) -> Iterator["os.DirEntry[str]"]:
+def is_left_out(name: str, hidden: bool, exclude: tuple[str, ...]) -> bool:
+    """Return whether a walk leaves out files and folders of a name; the arguments are those of `walk`."""
+    return (name.startswith(".") and not hidden) or name in EXCLUDED_NAMES or name in exclude
+
+
+def _entries(folder: str, hidden: bool, exclude: tuple[str, ...]) -> Iterator["os.DirEntry[str]"]:
     """Yield what is in a folder and not left out."""
     with os.scandir(folder) as entries:
-        for entry in entries:
-            is_hidden = entry.name.startswith(".") and not hidden
-            if not is_hidden and entry.name not in excluded:
-                yield entry
+        yield from (entry for entry in entries if not is_left_out(entry.name, hidden, exclude))
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """Return what a folder is the same by, whatever its path is."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

@@ -1,0 +1,46 @@
+"""Items are read in order, and one that ends its worker is bad alone."""
+
+import sys
+
+import numpy as np
+from collection_samples import CrashingReader, place, write_images
+
+from cafe.content import ImageLimits
+from cafe.index.reading import FileItem, RecordItem
+from cafe.index.workers import _split, read_ahead, without_main_module
+from cafe.lvlm.processing import with_fast_images
+
+
+def make(tiny, folder, count):
+    """Make a reader and items of some images, of which one is called so that reading it ends the process."""
+    paths = write_images(folder, count)
+    paths[2] = paths[2].rename(folder / "crash.png")
+    reader = CrashingReader(with_fast_images(tiny.chat_processor)[0], np.array([b""]), "", ImageLimits())
+    return reader, [FileItem(place(str(path), None)) for path in paths]
+
+
+def test_an_image_that_ends_its_worker_is_bad_and_all_others_are_read(tiny, tmp_path, fast_start):
+    reader, items = make(tiny, tmp_path / "photos", 6)
+    counts, readings = zip(*read_ahead(reader, items, batch_size=2, num_workers=1), strict=True)
+    assert sum(counts) == 6
+    flat = [reading for batch in readings for reading in batch]
+    assert [reading.place.path for reading in flat] == [item.place.path for item in items]
+    bad = flat.pop(2)
+    assert bad.place.error == f"Reading {items[2].place.path} ended the process that did it."
+    assert bad.place.key is None and bad.encoded is None
+    assert all(reading.encoded and reading.place.error is None for reading in flat)
+
+
+def test_items_are_split_by_the_images_that_they_may_have(tmp_path):
+    image, pages = FileItem(place("/a", None)), FileItem(place("/b", None), first_page=9)
+    split = _split([image, image, pages, image, pages, RecordItem(0)], 10)
+    assert split == [[image, image, pages], [image, pages, RecordItem(0)]]
+    assert _split([pages, pages], 2) == [[pages], [pages]] and _split([], 2) == []
+
+
+def test_the_users_script_is_hidden_from_new_processes_for_a_moment():
+    main = sys.modules["__main__"]
+    before = dict(vars(main))
+    with without_main_module():
+        assert main.__spec__ is None and "__file__" not in vars(main)
+    assert vars(main) == before
