@@ -315,7 +315,7 @@ class Collection:
         }
 
     def verify(self, progress: bool = False) -> list[str]:
-        """Check rows, hashes of files and golden vectors, and return what is wrong, one sentence each."""
+        """Check rows, hashes of files and golden vectors, and return the problems, a sentence each."""
         store, manifest = open_store(self._generation())
         problems = verify_tables(store)
         problems += verify_files(store, progress)
@@ -327,7 +327,7 @@ class Collection:
     def reindex(self, model: Cafe | str | Path, config: IndexConfig | None = None) -> dict[str, IndexReport]:
         """Build the collection anew with another model, beside the one in use, and then put it in its place.
 
-        Searches go on meanwhile. When it is interrupted, the same call goes on with it.
+        Searches continue meanwhile. The same call resumes an interrupted one.
 
         Args:
             model: the other model, or what it is called.
@@ -347,22 +347,14 @@ class Collection:
         self._model, self._model_generation = other, generation
         return reports
 
-    def ensure_removable(self) -> None:
-        """Make sure that there is a collection, sound or damaged.
-
-        Raises:
-            CafeError: there is none.
-        """
-        if not (self.directory / CURRENT_FILE).is_file():
-            raise no_collection(self.directory)
-
     def remove(self) -> None:
         """Delete the collection; the images that were indexed, and other files in its directory, are not touched.
 
         Raises:
             CafeError: there is none, or another process writes to it.
         """
-        self.ensure_removable()
+        if not (self.directory / CURRENT_FILE).is_file():
+            raise no_collection(self.directory)
         with writer_lock(self.directory):
             delete_collection(self.directory)
         self._snapshot = None
