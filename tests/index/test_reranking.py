@@ -40,12 +40,17 @@ def test_the_best_20_are_ordered_by_the_product_of_both_odds(collection, random_
     reranked = rerank_hits(model, Query.of("a red star"), hits, roots)
     assert reranked[20:] == hits[20:] and {hit.id for hit in reranked} == {hit.id for hit in hits}
     odds = {}
-    for hit in hits[:20]:
-        yes, score = yes_of(model, hit, "a red star"), min(max(hit.score, 1e-6), 1 - 1e-6)
-        odds[hit.id] = np.log(yes / (1 - yes)) + np.log(score / (1 - score))
-    values = [odds[hit.id] for hit in reranked[:20]]
-    assert (np.diff(values) <= 1e-3).all()
-    assert reranked[:20] != hits[:20]
+    for rank, hit in enumerate(hits[:20], 1):
+        yes = yes_of(model, hit, "a red star")
+        odds[hit.id] = yes / (1 - yes) / rank
+    values = np.array([odds[hit.id] for hit in reranked[:20]])
+    assert (values[1:] <= values[:-1] * 1.001).all()
+
+
+def test_a_model_that_always_says_the_same_changes_nothing(collection, random_base, monkeypatch):
+    monkeypatch.setattr(module, "_ask", lambda model, contents: np.full(len(contents), 0.9))
+    hits = collection.search("a red star", 24)
+    assert rerank_hits(load(random_base), Query.of("a red star"), hits, collection.manifest.roots) == hits
 
 
 def test_excluded_terms_are_not_asked_about(collection, random_base, monkeypatch):

@@ -26,7 +26,8 @@ _SMALLEST = 1e-6  # probability, so that its logarithm is finite
 def rerank_hits(model: Cafe, query: Query, hits: Sequence[Hit], roots: Sequence[Root]) -> list[Hit]:
     """Put those of the best hits first that the model says match the query.
 
-    The odds of a match by the search, which a calibrated score gives, are multiplied by the odds of "yes" against "no".
+    The odds of "yes" against "no" are multiplied by odds of a match by the search, which fall as 1 / rank. By rank and
+    not by score, because the order comes from captions and names too, of which the score knows nothing.
 
     Args:
         model: answers.
@@ -45,7 +46,7 @@ def rerank_hits(model: Cafe, query: Query, hits: Sequence[Hit], roots: Sequence[
         judged.append(hit)
     if not judged:
         return list(hits)
-    odds = _log_odds(np.array([hit.score for hit in judged])) + _log_odds(_ask(model, contents))
+    odds = _log_odds(_ask(model, contents)) - np.log(np.arange(1, len(judged) + 1))
     best_first = [judged[row] for row in np.argsort(-odds, kind="stable")]
     ids = {hit.id for hit in judged}
     return best_first + [hit for hit in hits if hit.id not in ids]
