@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import pyarrow as pa
@@ -373,7 +374,7 @@ def test_a_source_that_is_gone_is_forgotten_when_allowed(collection, photos, tmp
 
 def test_images_in_parquet_and_tar_have_no_files(collection, tmp_path, tiny):
     pq.write_table(pa.Table.from_pylist([{"image": png("red"), "caption": "red"}]), tmp_path / "t.parquet")
-    with __import__("tarfile").open(tmp_path / "t.tar", "w") as tar:
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
         for name, data in (("a.png", png("blue")), ("a.txt", b"a blue thing"), ("b.txt", b"no image")):
             (tmp_path / name).write_bytes(data)
             tar.add(tmp_path / name, name)
@@ -386,6 +387,19 @@ def test_images_in_parquet_and_tar_have_no_files(collection, tmp_path, tiny):
         [vector] = tiny.embed([tmp_path / "x.png"])
         assert found[f"{tmp_path}/t.{kind}#record=0"] @ vector > 0.9999
     assert sorted(images_of(collection)["text"].to_pylist()) == ["a blue thing", "red"]
+
+
+def test_images_of_records_are_as_old_as_their_file_or_their_source(collection, tmp_path):
+    [path] = write_images(tmp_path / "images", 1)
+    (tmp_path / "t.csv").write_text("image,caption\nimages/0.png,zero\n")
+    pq.write_table(pa.Table.from_pylist([{"image": png("red"), "caption": "red"}]), tmp_path / "t.parquet")
+    for file, seconds in ((path, 1e9), (tmp_path / "t.csv", 5e8), (tmp_path / "t.parquet", 1.1e9)):
+        os.utime(file, (seconds, seconds))
+    for name in ("t.csv", "t.parquet"):
+        add(collection, tmp_path / name)
+    years = {hit.id: hit.taken_at.year for hit in collection.search("x")}
+    assert years == {str(path): 2001, f"{tmp_path}/t.parquet#record=0": 2004}
+    assert collection.verify() == []
 
 
 def test_folders_are_compared_by_their_whole_names():

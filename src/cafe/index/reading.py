@@ -6,6 +6,7 @@ This runs in worker processes, ahead of the model; see `cafe.index.workers`.
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -196,7 +197,8 @@ class Reader(Dataset[list[Reading]]):
             return item.place
         assert self.source is not None  # records come from one
         path = self.source.source.path
-        return Place(f"{path}#record={item.number}", path, None, f"{Path(path).name} {item.number}", path, 0, 0)
+        _, mtime_ns = _status_of(path)
+        return Place(f"{path}#record={item.number}", path, None, f"{Path(path).name} {item.number}", path, 0, mtime_ns)
 
     def _read_record(self, item: RecordItem) -> Iterator[Reading]:
         """Read the images of a record."""
@@ -217,7 +219,8 @@ class Reader(Dataset[list[Reading]]):
             path = str(ref.source.absolute())
             if not is_text(path):
                 return Reading(_failed(place, RecordError("The image's name is not UTF-8: rename the file.")))
-            file = replace(place, id=path, path=path, name=ref.source.name)
+            size, mtime_ns = _status_of(path)
+            file = replace(place, id=path, path=path, name=ref.source.name, size=size, mtime_ns=mtime_ns)
             return self._read_image(file, lambda: self._read_file(file), text)
         data = ref.source
         assert isinstance(data, bytes)  # records hold no decoded images
@@ -254,6 +257,15 @@ class Reader(Dataset[list[Reading]]):
 def _digest(data: bytes) -> str:
     """Return the key of a file's bytes."""
     return hashlib.sha256(data).hexdigest()[:DIGEST_CHARACTERS]
+
+
+def _status_of(path: str) -> tuple[int, int]:
+    """Return the size of a file and when it was changed; zeros for what is no local file."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):  # ValueError: a NUL, as in no file's name
+        return 0, 0
+    return status.st_size, status.st_mtime_ns
 
 
 def is_text(path: str) -> bool:

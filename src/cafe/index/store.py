@@ -72,8 +72,8 @@ class Place:
         page: the number of the page, from 1; None for an image.
         name: the path within what was indexed, whose words are searched.
         root: what was indexed, see `Root`.
-        size: of the file, in bytes.
-        mtime_ns: when the file was changed, in nanoseconds.
+        size: of the file, in bytes; 0 for a record that holds its image.
+        mtime_ns: when the file was changed, or the source that the record is in, in nanoseconds.
         key: of the image; None if it could not be read.
         error: why it could not be read.
         columns: what came along with a record, as a JSON object.

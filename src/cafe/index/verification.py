@@ -58,8 +58,8 @@ def verify_files(store: Store, progress: bool = False) -> list[str]:
     """
     problems: list[str] = []
     rows = store.read_places(["path", "size", "mtime_ns", "key", "page"]).to_pylist()
-    # Pages share a file, and records without a file have none.
-    files = {row["path"]: row for row in rows if row["key"] is not None and row["mtime_ns"] > 0}
+    # Pages share a file; a record that holds its image has none, and the size 0.
+    files = {row["path"]: row for row in rows if row["key"] is not None and row["size"] > 0}
     for path, row in tqdm(files.items(), desc="verify", unit="file", disable=not progress, leave=False):
         name = escape_controls(path)
         try:
