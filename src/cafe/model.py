@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float32
 from torch import Tensor
-from transformers import PreTrainedModel, TextIteratorStreamer
+from transformers import PreTrainedModel
 
 from cafe.checkpoint import METADATA_FILE, ensure_overwritable, fingerprint, load_metadata, prompts_from_metadata
 from cafe.content import Content, Dialogue, Turn, warn_of_image_paths
@@ -207,8 +207,10 @@ class Cafe:
         if not stream:
             return self._generate([self.encode_prompt(content)], **kwargs)[0]
         # The prompt is encoded in the thread too, so that an image that cannot be read ends the stream with its error.
-        streamer = TextIteratorStreamer(self.chat_processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        return stream_text(lambda: self._generate([self.encode_prompt(content)], **kwargs, streamer=streamer), streamer)
+        return stream_text(
+            lambda streamer: self._generate([self.encode_prompt(content)], **kwargs, streamer=streamer),
+            self.chat_processor.tokenizer,
+        )
 
     def generate_batch(
         self,

@@ -1,15 +1,26 @@
 """The commands scenes write, scenes train-base and quickstart: the small synthetic world and the first run on it."""
 
 import os
+import shlex
+import shutil
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from cafe.cli.options import NON_NEGATIVE, PATH
+from cafe.errors import MissingPackageError
 
 if TYPE_CHECKING:
+    from cafe.model import Cafe
     from cafe.training.recipe import Recipe
+
+# Of the commands that the quickstart ends with: a test image, and another one that differs in its triangle alone.
+EXAMPLE_IMAGE = "test-0-000023.png"
+EXAMPLE_WORDS = "a small cyan ring at the top right and a large red triangle at the bottom right"
+EXAMPLE_LESS, EXAMPLE_MORE = "a large red triangle at the bottom right", "a small red triangle at the bottom right"
+EXAMPLE_QUESTION = "What is the object at the top right?"
 
 
 @click.group("scenes")
@@ -49,7 +60,7 @@ def train_base_command(directory: Path, seed: int) -> None:
 @click.option("--directory", type=PATH, default=Path("runs/quickstart"), help="Directory for data, run and results.")
 @click.option("--recipe", type=PATH, default=Path("recipes/scenes.yaml"), help="Recipe of the run.")
 def quickstart_command(directory: Path, recipe: Path) -> None:
-    """Train, evaluate and report on generated scenes."""
+    """Train, evaluate and report on generated scenes, and index them."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything reads it: all that is needed is in the package
     from cafe.checkpoint import resolve_checkpoint
     from cafe.evaluation.report.page import write_report
@@ -66,11 +77,31 @@ def quickstart_command(directory: Path, recipe: Path) -> None:
         write_scenes(data)
     # The base is measured too, so that the report compares with it.
     measure(Cafe.load(resolve_checkpoint(run.model.base)), data, before)
-    checkpoint = train(run, training_evaluator(run))
-    measure(Cafe.load(checkpoint), data, after)
+    trained = Cafe.load(train(run, training_evaluator(run)))
+    measure(trained, data, after)
     runs = [ReportRun("base", before, None), ReportRun("joint", after, directory / "run" / "log.jsonl")]
     write_report(directory / "report.html", runs)
     print(f"Open {directory / 'report.html'}")
+    _index_test_images(trained, data / "images" / "test", directory / "collection")
+
+
+def _index_test_images(model: "Cafe", images: Path, directory: Path) -> None:
+    """Index and caption the test images, and print commands to try; without LanceDB, print how to install it."""
+    from cafe.index.collection import Collection
+    from cafe.index.indexing import IndexConfig
+
+    try:
+        # Decoded in this process: starting others takes longer than reading images this small.
+        Collection.open(directory, model).add(images, describe=True, config=IndexConfig(num_workers=0))
+    except MissingPackageError as error:
+        print(f"The test images can also be searched and asked about. {error}")
+        return
+    program = "cafe" if shutil.which("cafe") else f"{shlex.quote(sys.executable)} -m cafe"
+    collection, image = (shlex.quote(os.path.join(".", path)) for path in (directory, images / EXAMPLE_IMAGE))
+    print("Search the test images by words, by an image with changes, and ask about what is found:")
+    print(f'  {program} search "{EXAMPLE_WORDS}" -k 3 --collection {collection}')
+    print(f'  {program} search {image} - "{EXAMPLE_LESS}" + "{EXAMPLE_MORE}" -k 3 --collection {collection}')
+    print(f'  {program} ask "{EXAMPLE_QUESTION}" --find "{EXAMPLE_WORDS}" -k 3 --each --collection {collection}')
 
 
 def _quickstart_recipe(path: Path, directory: Path, data: Path) -> "Recipe":

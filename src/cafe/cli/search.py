@@ -51,7 +51,7 @@ def filter_options(command: Command) -> Command:
     default="score",
     help="Order of the images found.",
 )
-@click.option("--rerank", is_flag=True, help="Ask the model of the best images whether they match.")
+@click.option("--rerank", is_flag=True, help="Order the best images by how likely the model is to describe them so.")
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON object per line.")
 @click.option("-f", "--filepath-only", is_flag=True, help="Print the paths of files alone.")
 @click.option("-0", "null", is_flag=True, help="With -f, end each path with a NUL character instead of a newline.")

@@ -2,9 +2,9 @@
 
 A model's similarities lie where its training left them: 0.3 may be a match for one and nothing for another. So the
 model is asked once, about a sample of the collection's own images: how similar are texts to the image that they
-describe, and to others? The texts are the model's own captions. For queries by images alone, an image is compared with
-the middle of itself. A logistic curve between both (linear discriminant analysis with equal variances) gives the
-probability that query and image match, if before a match were as likely as none.
+describe, and to the most similar of the others? The texts are the model's own captions. For queries by images alone, an
+image is compared with the middle of itself. A logistic curve between both (linear discriminant analysis with equal
+variances) gives the score: 0.5 is as similar as is as often a match as the best of 63 images that are none.
 """
 
 from collections.abc import Sequence
@@ -49,15 +49,16 @@ def calibrate(
 
 
 def fit_logistic(similarities: Float[np.ndarray, "queries queries"]) -> Logistic | None:
-    """Fit the curve that tells matches, on the diagonal, from all others; None if matches are no more similar.
+    """Fit the curve that tells matches, on the diagonal, from the best of the others; None if these are as similar.
 
     Args:
         similarities: of each query with the image of each.
     """
-    is_match = np.eye(len(similarities), dtype=bool)
-    matches, others = similarities[is_match].astype(np.float64), similarities[~is_match].astype(np.float64)
+    matches = np.diagonal(similarities).astype(np.float64)
+    # Of the others, the one that a search would find.
+    others = np.where(np.eye(len(similarities), dtype=bool), -np.inf, similarities).max(1).astype(np.float64)
     difference = matches.mean() - others.mean()
-    variance = (matches.var() + others.var()) / 2  # both count alike, although there are more others
+    variance = (matches.var() + others.var()) / 2
     if not difference > 0:
         return None
     slope = min(difference / max(variance, 1e-12), _MAX_SLOPE)

@@ -209,7 +209,7 @@ class Collection:
             after, before, folder, min_width, min_height, where: see `Filters`.
             min_score: the least score of an image; None for any.
             sort: the order of the images found.
-            rerank: ask the model of the best images whether they match, and put those first of which it says so.
+            rerank: put those of the best images first that the model would most likely describe in the query's words.
 
         Raises:
             CafeError: the query or a filter cannot be read, or the model is not the one that made the collection.
@@ -229,8 +229,8 @@ class Collection:
         count = max(k, NUM_RERANKED) if rerank else k
         hits = search(snapshot, parsed, vector, count, filters, min_score, manifest.calibration, manifest.vector_index)
         if rerank:
-            hits = rerank_hits(model, parsed, hits, manifest.roots)[:k]
-        return sort_hits(hits, sort)
+            hits = rerank_hits(model, parsed.words, hits, manifest.roots)
+        return sort_hits(hits[:k], sort)
 
     def ask(
         self,

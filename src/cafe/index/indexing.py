@@ -375,7 +375,7 @@ def _leave_out_pdf_files(found: Walk) -> None:
 
 def _num_workers(items: Sequence[Item], wanted: int | None) -> int:
     """Return the number of processes that read items, of which PDF files need at least one."""
-    has_pages = any(isinstance(item, FileItem) and item.first_page for item in items)
+    has_pages = any(item.is_pdf for item in items)
     if wanted is None:
         wanted = 0
         if len(items) >= MIN_ITEMS_FOR_WORKERS:

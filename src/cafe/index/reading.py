@@ -56,9 +56,14 @@ class FileItem:
     first_page: int = 0
 
     @property
+    def is_pdf(self) -> bool:
+        """Return whether it asks for pages."""
+        return self.first_page > 0
+
+    @property
     def num_images(self) -> int:
         """Return how many images it gives at most."""
-        return PAGES_AT_ONCE if self.first_page else 1
+        return PAGES_AT_ONCE if self.is_pdf else 1
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class RecordItem:
 
     number: int
     num_images = 1  # of nearly all records
+    is_pdf = False
 
 
 Item = FileItem | RecordItem
@@ -134,7 +140,7 @@ class Reader(Dataset[list[Reading]]):
         """Read an item."""
         if isinstance(item, RecordItem):
             yield from self._read_record(item)
-        elif item.first_page:
+        elif item.is_pdf:
             yield from self._read_pages(item.place, item.first_page)
         else:
             yield self._read_image(item.place, lambda: self._read_file(item.place))

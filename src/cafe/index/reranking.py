@@ -1,68 +1,47 @@
-"""Rerank what a search found, by asking the same model of each image whether it matches the query."""
+"""Rerank what a search found for words, by how likely the same model is to describe each image in these words.
+
+An embedding compresses an image into one vector before it knows the query; here the model reads the query with the
+image before it. Likelihoods of one text are compared across images, so it does not matter how common its words are.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
-import torch
-from jaxtyping import Float
 
 from cafe.content import Content
 from cafe.errors import CafeError
 from cafe.index.manifest import Root
 from cafe.index.pixels import load_image
-from cafe.index.query import Query
 from cafe.index.searching import Hit
-from cafe.lvlm.forward import forward_packed
-from cafe.mining.judge import yes_probability
+from cafe.lvlm.prompts import DESCRIBE_PROMPT
 from cafe.model import Cafe
-from cafe.packing import pack
 
-NUM_RERANKED = 20  # images that the model is asked about
-BATCH_SIZE = 8  # images per forward pass
-QUESTION = "\nDo these match? Answer yes or no."
-_SMALLEST = 1e-6  # probability, so that its logarithm is finite
+NUM_RERANKED = 20  # images that the model reads again
 
 
-def rerank_hits(model: Cafe, query: Query, hits: Sequence[Hit], roots: Sequence[Root]) -> list[Hit]:
-    """Put those of the best hits first that the model says match the query.
-
-    The odds of a match by the search, which a calibrated score gives, are multiplied by the odds of "yes" against "no".
+def rerank_hits(model: Cafe, words: str, hits: Sequence[Hit], roots: Sequence[Root]) -> list[Hit]:
+    """Put those of the best hits first whose images the model would most likely describe in the words of the query.
 
     Args:
-        model: answers.
-        query: what is searched for; terms that exclude something are not asked about.
-        hits: what was found, the best first.
+        model: the model.
+        words: the query.
+        hits: what was found, the best first. Images that cannot be read any more are put behind those that can.
         roots: what the collection was made of.
+
+    Raises:
+        CafeError: the query has no words, or excludes something.
     """
-    wanted = [part for term in query.terms if term.weight > 0 for part in term.content.parts]
-    contents, judged = [], []
+    if not words.strip():
+        raise CafeError("Only a query of words can be reranked, not one with an image or with words that it excludes.")
+    contents, read, unread = [], [], []
     for hit in hits[:NUM_RERANKED]:
         try:
             image = load_image(hit.id, hit.path, hit.page, roots)
-        except CafeError:  # gone since it was indexed: it stays behind those that can be judged
+        except CafeError:  # gone or changed since it was indexed
+            unread.append(hit)
             continue
-        contents.append(Content((*Content.of(image).parts, "\n", *wanted, QUESTION)))
-        judged.append(hit)
-    if not judged:
-        return list(hits)
-    odds = _log_odds(np.array([hit.score for hit in judged])) + _log_odds(_ask(model, contents))
-    best_first = [judged[row] for row in np.argsort(-odds, kind="stable")]
-    ids = {hit.id for hit in judged}
-    return best_first + [hit for hit in hits if hit.id not in ids]
-
-
-@torch.inference_mode()
-def _ask(model: Cafe, contents: Sequence[Content]) -> Float[np.ndarray, " contents"]:
-    """Return the probability that the model says yes to each prompt."""
-    probabilities = []
-    for start in range(0, len(contents), BATCH_SIZE):
-        prompts = [[model.encode_prompt(content)] for content in contents[start : start + BATCH_SIZE]]
-        hidden, _ = forward_packed(model.lvlm, pack(prompts, [[]] * len(prompts), model.packing))
-        probabilities.append(yes_probability(model, hidden).float().cpu().numpy())
-    return np.concatenate(probabilities)
-
-
-def _log_odds(probabilities: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-    """Return the logarithm of the odds of probabilities."""
-    clipped = np.clip(probabilities.astype(np.float64), _SMALLEST, 1 - _SMALLEST)
-    return np.log(clipped) - np.log1p(-clipped)
+        contents.append(Content.of([image, DESCRIBE_PROMPT]))
+        read.append(hit)
+    likelihoods = [float(scores[0]) for scores in model.score_batch(contents, [[words]] * len(contents))]
+    best_first = [read[row] for row in np.argsort(-np.array(likelihoods), kind="stable")]
+    return [*best_first, *unread, *hits[NUM_RERANKED:]]

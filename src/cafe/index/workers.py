@@ -3,24 +3,33 @@
 Workers are spawned and not forked, because neither LanceDB nor pdfium survives a fork.
 """
 
+import io
+import pickle
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from cafe.data.loader import WORKER_ERRORS, is_worker_crash, start_workers
 from cafe.index.reading import Item, Reader, Reading
-
-BATCHES_AHEAD = 2  # of each worker, as PyTorch's loader has it
 
 
 def read_ahead(
     reader: Reader, items: Sequence[Item], batch_size: int, num_workers: int
 ) -> Iterator[tuple[int, list[Reading]]]:
-    """Yield the readings of items, in order and some at a time, with the number of items they belong to.
+    """Yield the readings of items, some at a time, with the number of items they belong to.
 
-    An image that ends its worker, as a decoder written in C may, is found by reading those that were under way one at
-    a time, and is a bad one if it ends another worker by itself.
+    Workers take seconds to start; meanwhile this process reads images itself. An image that ends its worker, as a
+    decoder written in C may, is found by reading those that were under way one at a time, and is a bad one if it ends
+    another worker by itself.
 
     Args:
         reader: reads them.
@@ -28,19 +37,37 @@ def read_ahead(
         batch_size: the number of images that are read together.
         num_workers: the number of processes; 0 reads in this one.
     """
-    batches = _split(items, batch_size)
-    number = 0
-    while number < len(batches):
+    waiting = deque(_split(items, batch_size))
+    if not num_workers:
+        yield from ((len(batch), reader[batch]) for batch in waiting)
+        return
+    while waiting:
+        taken: list[list[Item]] = []
+        num_read = 0
         try:
-            for readings in _start(reader, batches[number:], num_workers):
-                yield len(batches[number]), readings
-                number += 1
+            stream = _start(reader, _take(waiting, taken), num_workers)
+            with ThreadPoolExecutor(1) as thread:
+                first = thread.submit(next, stream)
+                # pdfium may end its process.
+                while waiting and not first.done() and not any(item.is_pdf for item in waiting[0]):
+                    batch = waiting.popleft()
+                    yield len(batch), reader[batch]
+            for readings in chain([first.result()], stream):
+                num_read += 1
+                yield len(taken[num_read - 1]), readings
         except WORKER_ERRORS as error:
             if not is_worker_crash(error):
                 raise
-            under_way = batches[number : number + BATCHES_AHEAD * num_workers]
+            under_way = taken[num_read:]
             yield from _read_one_by_one(reader, [item for batch in under_way for item in batch])
-            number += len(under_way)
+
+
+def _take(waiting: deque[list[Item]], taken: list[list[Item]]) -> Iterator[list[Item]]:
+    """Yield batches as workers become free, and note in `taken` which they have."""
+    with suppress(IndexError):  # none is left
+        while True:
+            taken.append(waiting.popleft())
+            yield taken[-1]
 
 
 def _split(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
@@ -84,10 +111,36 @@ def _read_alone(reader: Reader, item: Item) -> list[Reading]:
         return [Reading(replace(place, error=f"Reading {place.id} ended the process that did it."))]
 
 
-def _start(reader: Reader, batches: Sequence[Sequence[Item]], num_workers: int) -> Iterator[list[Reading]]:
-    """Start workers that read batches of items."""
+def _start(reader: Reader, batches: Iterable[Sequence[Item]], num_workers: int) -> Iterator[list[Reading]]:
+    """Start workers that read batches of items, in order."""
     with without_main_module():
-        return start_workers(reader, batches, num_workers, start_method="spawn")
+        pickled = start_workers(_PicklingReader(reader), batches, num_workers, start_method="spawn")
+    return (pickle.loads(data.numpy().data) for data in pickled)
+
+
+@dataclass
+class _PicklingReader(Dataset[Tensor]):
+    """Read lists of items, and return the readings as the bytes of one tensor.
+
+    PyTorch sends each tensor by a file descriptor of its own, and those of many images would take the receiving process
+    about as long as a small model takes for the images. A tensor all the same, because of it only the descriptor goes
+    through the pipe: of bytes, a worker that dies could leave a part there, and the rest would be waited for forever.
+    """
+
+    reader: Reader
+
+    def __getitem__(self, items: Sequence[Item]) -> Tensor:
+        buffer = io.BytesIO()
+        _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(self.reader[items])
+        return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
+
+
+class _Pickler(pickle.Pickler):
+    """Pickle tensors as NumPy arrays, which is many times faster than PyTorch's own way."""
+
+    def reducer_override(self, value: Any) -> Any:
+        """Return how to rebuild a tensor; all else is pickled as usual."""
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
 
 
 @contextmanager

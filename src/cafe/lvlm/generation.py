@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from threading import Thread
+from threading import Event, Thread
 from typing import Any
 
 import torch
@@ -54,29 +54,54 @@ def generate_texts(
     return _decode_new_tokens(chat_processor, output, inputs["input_ids"].shape[1])
 
 
-def stream_text(generate: Callable[[], Any], streamer: TextIteratorStreamer) -> Iterator[str]:
+class StoppableStreamer(TextIteratorStreamer):
+    """Pass generated text on to another thread, which may stop the generation."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stopped = Event()
+
+    def put(self, value: Tensor) -> None:
+        """Take the next tokens.
+
+        Raises:
+            InterruptedError: nobody reads them any more.
+        """
+        if self.stopped.is_set():
+            raise InterruptedError("The stream was closed.")
+        super().put(value)
+
+
+def stream_text(generate: Callable[[StoppableStreamer], Any], tokenizer: Any) -> Iterator[str]:
     """Run `generate` in a thread and yield the text that it puts into a streamer.
 
-    An error of the thread is raised once the text before it was yielded.
+    An error of the thread is raised once the text before it was yielded. Closing the iterator ends the thread.
     """
+    streamer = StoppableStreamer(tokenizer)
     errors: list[BaseException] = []
 
     def run() -> None:
         """Generate in the thread, and end the stream whatever happens: its reader would wait forever."""
         try:
-            generate()
+            generate(streamer)
         except BaseException as error:
             errors.append(error)
             streamer.end()
 
     def iterate() -> Iterator[str]:
         """Yield the text; only at its end is it known whether the thread failed."""
-        yield from streamer
+        try:
+            yield from streamer
+        finally:
+            # However reading ends: Python aborts if it exits while the thread is in PyTorch.
+            streamer.stopped.set()
+            thread.join()
         if errors:
             raise errors[0]
 
     # Started here and not in the iterator, so that the text is generated while the caller does other things.
-    Thread(target=run, daemon=True).start()
+    thread = Thread(target=run, daemon=True)
+    thread.start()
     return iterate()
 
 
