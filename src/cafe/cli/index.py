@@ -213,11 +213,13 @@ def verify_command(name: str) -> None:
 def remove_command(name: str, yes: bool) -> None:
     """Delete a collection; the images that were indexed are not touched."""
     from cafe.index.collection import Collection
-    from cafe.index.locations import locate_collection
+    from cafe.index.locations import locate_collection, no_collection
+    from cafe.index.manifest import CURRENT_FILE
 
     # Not by `open`, which refuses a damaged one.
     collection = Collection(locate_collection(name))
-    collection.ensure_removable()
+    if not (collection.directory / CURRENT_FILE).is_file():
+        raise no_collection(collection.directory)
     if yes or click.confirm(f"Delete the collection {collection.directory}?"):
         collection.remove()
 

@@ -312,7 +312,7 @@ class Collection:
     def reindex(self, model: Cafe | str | Path, config: IndexConfig | None = None) -> dict[str, IndexReport]:
         """Build the collection anew with another model, beside the one in use, and then put it in its place.
 
-        Searches continue meanwhile. When it is interrupted, the same call resumes it.
+        Searches continue meanwhile. The same call resumes an interrupted one.
 
         Args:
             model: the other model, or what it is called.
@@ -332,22 +332,14 @@ class Collection:
         self._model, self._model_generation = other, generation
         return reports
 
-    def ensure_removable(self) -> None:
-        """Make sure that there is a collection, sound or damaged.
-
-        Raises:
-            CafeError: there is none.
-        """
-        if not (self.directory / CURRENT_FILE).is_file():
-            raise no_collection(self.directory)
-
     def remove(self) -> None:
         """Delete the collection; the images that were indexed, and other files in its directory, are not touched.
 
         Raises:
             CafeError: there is none, or another process writes to it.
         """
-        self.ensure_removable()
+        if not (self.directory / CURRENT_FILE).is_file():
+            raise no_collection(self.directory)
         with writer_lock(self.directory):
             delete_collection(self.directory)
         self._snapshot = None
