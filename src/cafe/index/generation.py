@@ -100,7 +100,7 @@ def index_root(generation: Path, model: Cafe, root: Root, config: IndexConfig) -
     store, manifest = open_store(generation)
     others = tuple(other for other in manifest.roots if other.path != root.path)
     if _is_missing(root):
-        if root not in manifest.roots or not config.allow_empty:
+        if len(others) == len(manifest.roots) or not config.allow_empty:
             raise CafeError(
                 f"{root.path} does not exist: if it is on a drive that is not mounted, mount it; to drop its images, "
                 "index it with --allow-empty."
