@@ -76,9 +76,9 @@ def search_command(
     QUERY is words, or the path of an image (./boat.jpg). Terms are combined by + and -, each with a weight if it begins
     with one: cafe search ./boat.jpg + "at night" - 0.5:people
 
-    The score, from 0 to 1, is the probability that image and query match; below 0.5 most images do not. With fewer than
-    8 images it is the cosine similarity instead. Searches by words also look at captions, texts and file names, so an
-    image may come before others with a higher score.
+    The score, from 0 to 1, is by the image's embedding: above 0.5, a match is more likely than a similar image that is
+    none. With fewer than 8 images it is the cosine similarity instead. Searches by words also look at captions, texts
+    and file names, so an image may come before others with a higher score.
     """
     from cafe.index.collection import Collection
     from cafe.index.query import Query
