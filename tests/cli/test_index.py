@@ -165,6 +165,21 @@ def test_watching_prints_what_has_changed_until_ctrl_c(run, photos, monkeypatch)
     assert len(slept) == 4 and all(seconds >= module.SECONDS_BETWEEN_LOOKS for seconds in slept)
 
 
+def test_watching_waits_for_a_folder_that_has_gone_and_says_so_once(run, photos, tmp_path, monkeypatch):
+    looks = iter([lambda: photos.rename(tmp_path / "gone"), lambda: None, lambda: (tmp_path / "gone").rename(photos)])
+
+    def sleep(seconds):
+        look = next(looks, None)
+        if look is None:
+            raise KeyboardInterrupt
+        look()
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    status, out, errors = run("index", photos, "--watch", "--json", model=True)
+    assert (status, len(out.splitlines())) == (130, 1)
+    assert [error.partition(": if")[0] for error in errors] == [f"cafe: {photos} does not exist", "cafe: stopped."]
+
+
 def test_without_lancedb_the_pip_command_is_printed(run, photos, monkeypatch):
     monkeypatch.setitem(sys.modules, "lancedb", None)
     status, out, errors = run("index", photos, model=True)

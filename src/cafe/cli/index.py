@@ -103,10 +103,19 @@ def _watch(collection: "Collection", config: "IndexConfig", as_json: bool) -> No
 
     quiet = replace(config, progress=False)
     seconds = 0.0
+    last_error = ""
     while True:
         time.sleep(max(SECONDS_BETWEEN_LOOKS, 10 * seconds))
         started = time.monotonic()
-        reports = list(collection.refresh(quiet).values())
+        try:
+            reports = list(collection.refresh(quiet).values())
+        except CafeError as error:
+            # A drive may come back, and another process end; until then it is said once.
+            if str(error) != last_error:
+                click.echo(f"cafe: {escape_controls(str(error))}", err=True)
+            last_error = str(error)
+            continue
+        last_error = ""
         seconds = time.monotonic() - started
         if any(report.has_changes for report in reports):
             _print_reports(collection, reports, as_json)
@@ -114,10 +123,12 @@ def _watch(collection: "Collection", config: "IndexConfig", as_json: bool) -> No
 
 def _print_reports(collection: "Collection", reports: "list[IndexReport]", as_json: bool) -> None:
     """Print what could not be read, and the counts of all reports in one line."""
+    # One line for all paths.
     counts: dict[str, int] = {}
     for report in reports:
         for name, value in report.counts().items():
             counts[name] = counts.get(name, 0) + value
+    # A folder of damaged files would fill the screen.
     failures = [item for report in reports for item in report.failures.items()]
     for id, reason in failures[:NUM_FAILURES_SHOWN]:
         click.echo(f"cafe: {escape_controls(id)}: {escape_controls(reason)}", err=True)

@@ -96,6 +96,7 @@ def _index_test_images(model: "Cafe", images: Path, directory: Path) -> None:
     except MissingPackageError as error:
         print(f"The test images can also be searched and asked about. {error}")
         return
+    # As they can be pasted, whether or not the environment is activated.
     program = "cafe" if shutil.which("cafe") else f"{shlex.quote(sys.executable)} -m cafe"
     collection, image = (shlex.quote(os.path.join(".", path)) for path in (directory, images / EXAMPLE_IMAGE))
     print("Search the test images by words, by an image with changes, and ask about what is found:")

@@ -84,6 +84,7 @@ def search_command(
     from cafe.index.query import Query
     from cafe.index.sheet import check_suffix, write_sheet
 
+    # What is wrong with the command line is said before the model is loaded.
     parsed = Query.parse(query)
     if sheet:
         check_suffix(sheet)
@@ -142,10 +143,12 @@ def ask_command(
     if as_json:
         click.echo(json.dumps({"text": answer.text, "sources": [_json_row(hit) for hit in answer.sources]}))
         return
+    # As it comes; a model may have been trained to write escape sequences.
     for piece in answer:
         click.echo(escape_controls(piece, keep="\n"), nl=False)
         sys.stdout.flush()
     click.echo()
+    # Only the images that the answer names, or all if it names none.
     cited = {hit.id for hit in answer.cited}
     for number, hit in enumerate(answer.sources, 1):
         if hit.id in cited:

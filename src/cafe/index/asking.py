@@ -83,6 +83,7 @@ def ask(
     """
     if not question.strip():
         raise CafeError("There is no question to answer.")
+    # Numbers in the answer count the images that the model was shown.
     images: list[Image.Image] = []
     sources: list[Hit] = []
     for hit in hits:
@@ -99,7 +100,7 @@ def ask(
         pieces = iter(model.generate(prompt_content(question, sources, images), "", max_new_tokens, stream=True))
     answer = Answer(sources, pieces)
     if not stream:
-        _ = answer.text
+        _ = answer.text  # waits for the end
     return answer
 
 

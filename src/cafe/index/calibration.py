@@ -57,6 +57,7 @@ def fit_logistic(similarities: Float[np.ndarray, "queries queries"]) -> Logistic
     matches = np.diagonal(similarities).astype(np.float64)
     # Of the others, the one that a search would find.
     others = np.where(np.eye(len(similarities), dtype=bool), -np.inf, similarities).max(1).astype(np.float64)
+    # Linear discriminant analysis in one dimension.
     difference = matches.mean() - others.mean()
     variance = (matches.var() + others.var()) / 2
     if not difference > 0:
@@ -88,6 +89,7 @@ def _prompts(images: Sequence[Image.Image]) -> list[Content]:
 
 def _middle(image: Image.Image) -> Image.Image:
     """Return an image without its margins."""
+    # As much on each side, so that what is in the middle stays there.
     width, height = image.size
     left, top = int(width * _MARGIN), int(height * _MARGIN)
     return image.crop((left, top, width - left, height - top))

@@ -214,6 +214,7 @@ class Collection:
         Raises:
             CafeError: the query or a filter cannot be read, or the model is not the one that made the collection.
         """
+        # All that can be wrong with a query is said before the model is loaded.
         parsed = Query.of(query)
         filters = Filters(
             after=after,
@@ -322,6 +323,7 @@ class Collection:
             CafeError: something that was indexed does not exist any more, or another process writes to the collection.
         """
         self._generation()  # of a collection that exists
+        # Loaded before the lock is taken, because it takes time and may fail.
         other = load_model(model)
         with writer_lock(self.directory):
             roots, generation = self.manifest.roots, next_generation(self.directory)

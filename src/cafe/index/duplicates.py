@@ -27,6 +27,7 @@ def find_duplicates(snapshot: Snapshot, min_similarity: float = MIN_SIMILARITY) 
     """
     if not len(snapshot):
         return []
+    # Images that are connected by others belong together: a copy of a copy.
     labels = _connect(snapshot, min_similarity)
     members: dict[int, list[int]] = {}
     for number, label in enumerate(labels.tolist()):
@@ -53,6 +54,7 @@ def _connect(snapshot: Snapshot, min_similarity: float) -> Int64[np.ndarray, " i
 
 def _hits_of(snapshot: Snapshot, numbers: list[int]) -> list[Hit]:
     """Return all places of some images; their similarity is that with the first image."""
+    # An image may be at several places, which are copies.
     vectors = snapshot.vectors[numbers]
     hits = []
     for number, similarity in zip(numbers, (vectors @ vectors[0]).tolist(), strict=True):

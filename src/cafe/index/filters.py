@@ -124,6 +124,7 @@ class Predicate:
             width, height: its size in pixels.
             columns: what came along with it, as a JSON object.
         """
+        # The cheap ones first: the columns have to be parsed.
         if self.after and taken_at < self.after:
             return False
         if self.before and taken_at >= self.before:

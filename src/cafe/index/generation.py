@@ -41,6 +41,7 @@ def make_generation(generation: Path, model: Cafe, model_name: str) -> None:
         model: the model whose vectors it will hold.
         model_name: what the manifest calls it, so that it can be loaded again.
     """
+    # What an interrupted `reindex` left is used, unless it was by another model.
     golden = golden_vectors(model)
     if generation.exists():
         if _is_begun(generation, golden):
@@ -128,6 +129,7 @@ def _is_missing(root: Root) -> bool:
 
 def _finish(store: Store, model: Cafe, manifest: Manifest) -> Manifest:
     """Build what is missing of indices and calibration, and return the manifest that says so."""
+    # Indices first, which `compact` brings up to date.
     store.index_words()
     store.compact()
     snapshot = Snapshot.read(store)

@@ -20,6 +20,7 @@ _TEXTS = ("a dog runs on the beach", "two red boats in front of a house", "a pag
 
 def golden_contents() -> list[Content]:
     """Return the contents: three texts, two images, and one with both."""
+    # A slope of colors, drawn here because a file would have to be decoded.
     ramp = np.linspace(0, 255, _SIDE).astype(np.uint8)
     slope = np.stack([np.tile(ramp, (_SIDE, 1)), np.tile(ramp[:, None], (1, _SIDE)), np.full((_SIDE, _SIDE), 128)], 2)
     # Rings of two colors; the integer arithmetic gives the same bytes on every machine.

@@ -103,6 +103,7 @@ def index_folder(store: Store, model: Cafe, root: Root, config: IndexConfig, oth
     Raises:
         CafeError: nothing is found in the folder, or it has vanished, although images of it are in the collection.
     """
+    # What is there now, and what was there before.
     run = _Run(store, model, root, config)
     found = walk(root.path, root.hidden, root.exclude)
     sources = {other.path for other in others if other.is_source}
@@ -119,6 +120,7 @@ def index_folder(store: Store, model: Cafe, root: Root, config: IndexConfig, oth
             f"Nothing is found in {root.path}, but {len(before):,} images of it are in the collection: if a drive is "
             "not mounted, mount it; to drop the images, index with --allow-empty."
         )
+    # PDF files that are left out are not gone.
     paths = {file.path for file in found.files}
     _leave_out_pdf_files(found)
     for folder, reason in found.unreadable.items():
@@ -301,10 +303,12 @@ class _Run:
             place = replace(place, key=None, error="The model's embedding of it is not finite.")
         self.seen.add(place.id)
         self.has_read |= place.key is not None
+        # Whatever became of it is written, but the loss of an image only at the end.
         if place.error and before and before.key:
             self.broken[place.id] = place
         else:
             self._places[place.id] = place
+        # Counted by what it was before.
         if place.error:
             self.fail(place.id, place.error)
         elif place.key is None:  # a PDF file, whose pages are counted

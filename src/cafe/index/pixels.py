@@ -37,6 +37,7 @@ def load_image(id: str, path: str, page: int | None, roots: Sequence[Root]) -> I
     """
     if page is not None:
         return _load_page(path, page)
+    # A file's own name may end like a record's id.
     record = _RECORD.fullmatch(id)
     if record and id != path:
         return _load_record(path, int(record[1]), int(record[2] or 0), roots)

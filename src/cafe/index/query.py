@@ -63,6 +63,7 @@ class Query:
         Raises:
             CafeError: a term is empty, or an image does not exist.
         """
+        # The words of each term, with its sign.
         groups: list[tuple[float, list[str]]] = [(1.0, [])]
         for word in words:
             if word in _SIGNS:
@@ -92,6 +93,7 @@ class Query:
         Raises:
             CafeError: the terms cancel out, or an image cannot be read.
         """
+        # Unit vectors, so that weights mean the same for words and images.
         vectors = model.embed([term.content for term in self.terms])
         weights = np.array([term.weight for term in self.terms], np.float32)
         total = weights @ vectors

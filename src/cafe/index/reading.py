@@ -153,6 +153,7 @@ class Reader(Dataset[list[Reading]]):
     def _read_image(self, place: Place, read: Callable[[], bytes], text: str = "") -> Reading:
         """Read an image by a function that returns its bytes; what is wrong with it becomes its place's error."""
         try:
+            # The digest first: what is known is not decoded.
             data = read()
             place = replace(place, key=_digest(data))
             if self._is_known(place):
@@ -174,6 +175,7 @@ class Reader(Dataset[list[Reading]]):
         except READ_ERRORS as error:
             yield Reading(_failed(place, error))
             return
+        # Each page is an image of its own, which may be bad by itself.
         digest = _digest(data)
         numbered = iter_page_ids(place.path, first, len(pages))
         for (number, id), page in zip(numbered, pages, strict=True):
@@ -237,6 +239,7 @@ class Reader(Dataset[list[Reading]]):
             taken_at: when it was taken.
             text: the words on it or with it.
         """
+        # Processed once for both branches, which begin with the same image.
         processor = self.chat_processor
         images = processor.process_images([image])
         content = Content.of(image)
@@ -249,6 +252,7 @@ class Reader(Dataset[list[Reading]]):
 
     def _is_known(self, place: Place) -> bool:
         """Return whether a place's content is known."""
+        # By bisection.
         key = (place.key or "").encode()
         row = int(np.searchsorted(self.known, key))
         return row < len(self.known) and bool(self.known[row] == key)

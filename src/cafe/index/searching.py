@@ -78,6 +78,7 @@ def search(
         calibration: how similarities become scores.
         vector_index: the index of a large collection.
     """
+    # Filters before the search, so that k images are found wherever there are as many.
     predicate = filters.compile()
     allowed = snapshot.allowed(predicate)
     rankings = _rankings(snapshot, query, vector, k, allowed, vector_index)

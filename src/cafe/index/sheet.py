@@ -117,6 +117,7 @@ def _render_png(title: str, summary: str, hits: Sequence[Hit], load_image: LoadI
     num_rows = math.ceil(len(hits) / num_columns)
     width = 2 * _MARGIN + num_columns * (_CARD_WIDTH + _GAP) - _GAP
     height = 2 * _MARGIN + _TITLE_HEIGHT + num_rows * (_CARD_HEIGHT + _GAP) - (_GAP if num_rows else 0)
+    # The title and the number of images, then a card for each.
     sheet = Image.new("RGB", (width, height), _PAGE)
     draw = ImageDraw.Draw(sheet)
     title_font = _font(_TITLE_SIZE, title)
@@ -138,6 +139,7 @@ def _draw_card(sheet: Image.Image, left: int, top: int, hit: Hit, image: Image.I
     draw = ImageDraw.Draw(card)
     name = file_name(hit)
     font, small, name_font = _font(_TEXT_SIZE), _font(_SMALL_SIZE), _font(_SMALL_SIZE, name)
+    # The image in the middle of its space, whatever its shape.
     draw.rectangle((0, 0, _IMAGE_WIDTH, _IMAGE_HEIGHT - 1), _WELL)
     if image is None:
         draw.text((_IMAGE_WIDTH // 2, _IMAGE_HEIGHT // 2), UNREADABLE, _SOFT, small, anchor="mm")
@@ -148,6 +150,7 @@ def _draw_card(sheet: Image.Image, left: int, top: int, hit: Hit, image: Image.I
     bar = round(_fraction(hit.score) * _IMAGE_WIDTH)
     if bar:
         draw.rectangle((0, _IMAGE_HEIGHT, bar - 1, _IMAGE_HEIGHT + _BAR_HEIGHT - 1), _ACCENT)
+    # Score and date on one line, the name of the file on the next.
     first_line, second_line = _IMAGE_HEIGHT + 38, _IMAGE_HEIGHT + 72
     date = f"{hit.taken_at:%Y-%m-%d}"
     draw.text((_PADDING, first_line), f"{hit.score:.3f}", _INK, font, anchor="ls")
@@ -197,6 +200,7 @@ def _fit(text: str, font: Any, width: int) -> str:
     """Shorten a text in its middle until it fits a width: names often differ in their ends."""
     if font.getlength(text) <= width:
         return text
+    # Bisection: a longer text is never narrower.
     fitting, too_long = 0, len(text)
     while too_long - fitting > 1:
         middle = (fitting + too_long) // 2

@@ -50,6 +50,7 @@ class Snapshot:
     @classmethod
     def read(cls, store: Store) -> "Snapshot":
         """Read a collection."""
+        # Places first: they are written after the images that they name, so that all of these are found below.
         version = store.version
         places: dict[str, list[PlaceOfImage]] = defaultdict(list)
         for row in store.read_places(["key", *PlaceOfImage.__dataclass_fields__]).to_pylist():
@@ -98,6 +99,7 @@ class Snapshot:
     @cached_property
     def vectors(self) -> Float32[np.ndarray, "images dim"]:
         """Return the embeddings of all images."""
+        # In the order of the images, which is not that of the table.
         vectors, numbers = self._read_vectors("vector")
         ordered = np.zeros((len(self), self.store.dim), np.float32)
         ordered[numbers] = vectors
@@ -112,6 +114,7 @@ class Snapshot:
         """Return the embeddings of some images, without reading all."""
         if self.is_exact:
             return self.vectors[numbers]
+        # The table returns them in an order of its own.
         keys = self.images["key"].take(pa.array(numbers)).to_pylist()
         vectors, found = self._vectors_in(self.store.read_images(["key", "vector"], keys), "vector")
         order = {number: row for row, number in enumerate(found.tolist())}

@@ -196,6 +196,7 @@ class Store:
 
     def remove_images_without_places(self) -> int:
         """Delete the images that no place names, and return how many there were."""
+        # Compared here, because LanceDB has no joins.
         placed = set(self.read_places(["key"])["key"].to_pylist())
         orphans = [key for key in self.read_images(["key"])["key"].to_pylist() if key not in placed]
         with storage_errors(self.directory.parent):

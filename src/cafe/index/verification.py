@@ -56,6 +56,7 @@ def verify_files(store: Store, progress: bool = False) -> list[str]:
         store: the tables.
         progress: show a progress bar.
     """
+    # Only files that are as they were by size and time: others are for the next run of indexing.
     problems: list[str] = []
     rows = store.read_places(["path", "size", "mtime_ns", "key", "page"]).to_pylist()
     # Pages share a file; a record that holds its image has none, and the size 0.

@@ -72,6 +72,7 @@ def _take(waiting: deque[list[Item]], taken: list[list[Item]]) -> Iterator[list[
 
 def _split(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
     """Split items into batches of at most so many images, or one item that has more."""
+    # A PDF item counts for as many images as it may have pages.
     batches: list[list[Item]] = []
     room = 0
     for item in items:
