@@ -83,10 +83,10 @@ def main() -> None:
     show(
         "Search and answers on the scenes",
         [
-            Row("22: R@1, `search` / `cafe evaluate`", searched / evaluated, 0.99, 1.0),
-            Row("22: R@1, reranked - not", reranked - searched, -1, 0),
-            Row("22: R@1, with the model's captions - without", described - searched, 0, 0),
-            Row("22: answered right, from images - from captions", from_images - from_captions, 0, 0),
+            Row("R@1, `search` / `cafe evaluate`", searched / evaluated, 0.99, 1.0),
+            Row("R@1, reranked - not", reranked - searched, -1, 0),
+            Row("R@1, with the model's captions - without", described - searched, 0, 0),
+            Row("answered right, from images - from captions", from_images - from_captions, 0, 0),
         ],
     )
 

@@ -93,7 +93,7 @@ def large(directory: Path, vectors: Vectors) -> list[Row]:
         f"partitions a query; p95 of {milliseconds:.1f} ms; {size / 1e9:.2f} GB on disk, the vectors in half precision "
         f"are {2 * vectors.rows * vectors.dim / 1e9:.2f} GB"
     )
-    return [Row(f"22: {vectors.rows:,} x {vectors.dim}: recall@{NEIGHBORS}", float(recall), 0.95, 0.98)]
+    return [Row(f"{vectors.rows:,} x {vectors.dim}: recall@{NEIGHBORS}", float(recall), 0.95, 0.98)]
 
 
 def _recall(store: Store, query: np.ndarray, num_probes: int) -> float:

@@ -4,9 +4,10 @@ import logging
 import os
 import time
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 
+import torch
 from tqdm import tqdm
 
 from cafe.content import ImageLimits
@@ -258,14 +259,16 @@ class _Run:
 
     def _read_ahead(self, items: list[Item]) -> Iterator[tuple[int, list[Reading]]]:
         """Yield the readings of items, and measure how long the model waits for them."""
-        stream = read_ahead(self._reader, items, self.config.batch_size, _num_workers(items, self.config.num_workers))
-        while True:
-            asked = time.monotonic()
-            readings = next(stream, None)
-            self._report.seconds_waited += time.monotonic() - asked
-            if readings is None:
-                return
-            yield readings
+        num_workers = _num_workers(items, self.config.num_workers)
+        stream = read_ahead(self._reader, items, self.config.batch_size, num_workers)
+        with _leave_cores(num_workers if self.model.lvlm.device.type == "cpu" else 0):
+            while True:
+                asked = time.monotonic()
+                readings = next(stream, None)
+                self._report.seconds_waited += time.monotonic() - asked
+                if readings is None:
+                    return
+                yield readings
 
     def _take(self, readings: list[Reading]) -> list[Item]:
         """Embed the new images of some readings and note all places; return what is to be read next."""
@@ -375,6 +378,17 @@ def _leave_out_pdf_files(found: Walk) -> None:
     if num_left_out:
         logger.warning("%d PDF files are left out: to index their pages, pip install 'cafe-lvlm[pdf]'.", num_left_out)
     found.files = others
+
+
+@contextmanager
+def _leave_cores(num_workers: int) -> Iterator[None]:
+    """Leave a core to each worker: a model on the CPU takes all, and threads that share one wait for each other."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, min(num_threads, (os.cpu_count() or 1) - num_workers)))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def _num_workers(items: Sequence[Item], wanted: int | None) -> int:
