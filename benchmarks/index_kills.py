@@ -57,7 +57,7 @@ def write_rows(directory: Path, log: Path, first: int) -> None:
         # Half of the keys are those of the batch before, whose rows are replaced.
         keys = [f"{number:032x}" for number in range(batch * ROWS // 2, batch * ROWS // 2 + ROWS)]
         images = [
-            ImageRow(key, vector, f"some words {batch}", vector, str(batch), 1, 1, None, 0)
+            ImageRow(key, vector, f"some words {batch}", vector, str(batch), 1, 1, None, b"")
             for key, vector in zip(keys, vectors, strict=True)
         ]
         say("compaction" if (batch - first + 1) % COMPACTION == 0 else "writing")

@@ -148,3 +148,12 @@ def test_tables_that_may_not_be_written_are_read_and_refused_for_writing(open_tm
             store.write([image_row("b", unit(1, DIM, 1)[0])], [])
     for folder in [directory, *directory.rglob("*")]:
         folder.chmod(0o755)
+
+
+def test_the_nearest_of_several_vectors_are_found_in_one_pass(store, monkeypatch):
+    monkeypatch.setattr("cafe.index.store.ROWS_PER_BATCH", 7)
+    vectors = unit(40, DIM, 0)
+    store.write([image_row(f"{number:02}", vector) for number, vector in enumerate(vectors)], [])
+    queries = unit(3, DIM, 1)
+    by_hand = np.argsort(-(queries @ vectors.T), axis=1)[:, :5]
+    assert store.nearest_of_all(queries, 5) == [[f"{number:02}" for number in row] for row in by_hand.tolist()]

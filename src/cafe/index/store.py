@@ -29,6 +29,7 @@ MIN_ROWS_FOR_KEY_INDEX = 10_000  # with fewer, a scan is as fast
 # What is searched by words: the table and its column.
 WORD_COLUMNS = ((IMAGES, "caption"), (IMAGES, "text"), (PLACES, "name"))
 CJK_SAMPLE = 100  # texts among which Chinese, Japanese or Korean is looked for
+ROWS_PER_BATCH = 4096  # of vectors that are compared at once
 REFINE_FACTOR = 10  # so many times as many candidates of the vector index are compared exactly
 _CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 # What a reader may still be using is not cleaned up.
@@ -251,6 +252,24 @@ class Store:
             keys: list[str] = query.select(["key", "_distance"]).limit(count).to_arrow()["key"].to_pylist()
             return keys
 
+    def nearest_of_all(self, queries: Float32[np.ndarray, "queries dim"], count: int) -> list[list[str]]:
+        """Return the keys of the images nearest to each of several vectors, exactly, from one pass over the table."""
+        best_scores = np.empty((len(queries), 0), np.float32)
+        best_keys = np.empty((len(queries), 0), object)
+        with storage_errors(self.directory.parent):
+            for batch in self.images.search().select(["key", "vector"]).to_batches(ROWS_PER_BATCH):
+                flat = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+                scores = queries @ flat.reshape(-1, self.dim).T
+                keys = np.array(batch["key"].to_pylist(), object)
+                # The best of this batch compete with the best so far, so that memory does not grow.
+                columns = np.argpartition(-scores, min(count, scores.shape[1]) - 1, axis=1)[:, :count]
+                best_scores = np.concatenate([best_scores, np.take_along_axis(scores, columns, axis=1)], axis=1)
+                best_keys = np.concatenate([best_keys, keys[columns]], axis=1)
+                order = np.argsort(-best_scores, axis=1, kind="stable")[:, :count]
+                best_scores = np.take_along_axis(best_scores, order, axis=1)
+                best_keys = np.take_along_axis(best_keys, order, axis=1)
+        return best_keys.tolist()
+
     def index_vectors(self, num_partitions: int) -> None:
         """Build the index of vectors, in place of an older one."""
         with storage_errors(self.directory.parent):
@@ -281,7 +300,7 @@ def _connect(directory: Path) -> Any:
     Raises:
         MissingPackageError: LanceDB is not installed.
     """
-    os.environ.setdefault("LANCE_LOG", "error")  # before the import; its warnings are about its own future
+    os.environ.setdefault("LANCEDB_LOG", "error")  # before the import; its warnings are about its own future
     try:
         import lancedb  # an optional dependency
     except ImportError:
