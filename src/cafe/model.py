@@ -278,7 +278,7 @@ class Cafe:
     def embed_and_generate_branches(
         self, pairs: Sequence[tuple[Branch, Branch]], kwargs: dict[str, Any]
     ) -> tuple[Float32[np.ndarray, "images dim"], list[str]]:
-        """Embed encoded images and answer encoded prompts about the same images, in one forward pass.
+        """Embed encoded images and answer encoded prompts about the same images, from one prefill where it can be.
 
         Args:
             pairs: an embedding branch and a prompt that begins with the same images.

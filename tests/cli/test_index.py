@@ -1,6 +1,7 @@
 """The commands index and collections, in this process: counts, failures, exit status, and questions."""
 
 import json
+import os
 import shutil
 import sys
 
@@ -70,7 +71,7 @@ def test_failures_are_listed_with_their_reason_and_control_characters_escaped(ru
         (photos / f"bad{number}.jpg").write_bytes(b"no image")
     status, out, errors = run("index", photos, model=True)
     assert status == 0 and "13 failed" in out
-    assert len(errors) == 11 and "3 others could not be read either" in errors[-1]
+    assert len(errors) == 11 and "3 more could not be read" in errors[-1]
     assert any(r"bad\x1b[2J.png" in line for line in errors) and not any("\x1b" in line for line in errors)
     status, out, _ = run("collections", "info", "--failures")
     assert status == 0 and len(out.splitlines()) == 13 and "\x1b" not in out
@@ -163,6 +164,20 @@ def test_watching_prints_what_has_changed_until_ctrl_c(run, photos, monkeypatch)
     assert status == 130 and errors == ["cafe: stopped."]
     assert [json.loads(line)["added"] for line in out.splitlines()] == [3, 1]
     assert len(slept) == 4 and all(seconds >= module.SECONDS_BETWEEN_LOOKS for seconds in slept)
+
+
+def test_watching_says_once_what_fails_each_time(run, photos, monkeypatch):
+    shutil.copy(photos / "0.png", photos / os.fsdecode(b"\xff.png"))
+    looks = iter(range(3))
+
+    def sleep(seconds):
+        if next(looks, None) is None:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.time, "sleep", sleep)
+    status, out, errors = run("index", photos, "--watch", "--json", model=True)
+    assert (status, len(out.splitlines())) == (130, 1)
+    assert sum("not UTF-8" in error for error in errors) == 1
 
 
 def test_watching_waits_for_a_folder_that_has_gone_and_says_so_once(run, photos, tmp_path, monkeypatch):

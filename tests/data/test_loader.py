@@ -12,7 +12,7 @@ from torch.utils.data import get_worker_info
 
 from cafe.data.batch import Batch
 from cafe.data.dataset import ContrastiveBatchDataset
-from cafe.data.loader import iterate_batches
+from cafe.data.loader import is_worker_crash, iterate_batches
 from cafe.data.records import open_source
 from cafe.data.source import Source
 from cafe.errors import CafeError
@@ -70,3 +70,18 @@ def test_a_worker_that_dies_is_restarted_but_not_twice_in_succession(
     assert [batch.record_names for batch in stream] == expected
     assert len(lines) == 1 and "died near batch" in lines[0]
     assert torch.equal(state, torch.get_rng_state())  # restarting draws none of the run's random numbers
+
+
+@pytest.mark.parametrize(
+    ("error", "is_crash"),
+    [
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), True),
+        (RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"), True),
+        (RuntimeError("Pin memory thread exited unexpectedly"), True),  # on a GPU, it fetches the tensors
+        (ConnectionResetError(104, "Connection reset by peer"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0."), False),
+    ],
+)
+def test_a_dead_worker_is_told_from_an_error(error, is_crash):
+    assert is_worker_crash(error) == is_crash

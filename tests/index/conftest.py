@@ -69,9 +69,9 @@ def open_tmp_path() -> Iterator[Path]:
 def fast_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start workers by forks, and look often whether they are alive: both take seconds otherwise."""
 
-    def start(*arguments: Any, start_method: str = "spawn") -> Iterator[Any]:
+    def start(*arguments: Any, start_method: str = "spawn", **options: Any) -> Iterator[Any]:
         assert start_method == "spawn"
-        return start_workers(*arguments, start_method="fork")
+        return start_workers(*arguments, start_method="fork", **options)
 
     monkeypatch.setattr(workers, "start_workers", start)
     monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))

@@ -64,6 +64,8 @@ def test_there_is_no_curve_if_matches_are_no_more_similar(similarities):
         (None, 0, False),
         (None, 1, True),
         (Calibration(0), 10, True),
+        (Calibration(5), 7, False),
+        (Calibration(5), 8, True),  # before, there were too few for a curve
         (Calibration(50), 499, False),
         (Calibration(50), 500, True),
         (Calibration(50), 3, False),

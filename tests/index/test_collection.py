@@ -46,7 +46,8 @@ def test_a_collection_is_made_when_something_is_added(own_folders, photos, tiny,
         Collection.open("mine")
     collection = Collection.open("mine", tiny)
     assert not collection.exists and not collection.directory.exists() and collection.name == "mine"
-    for use in (collection.remove, collection.failures, collection.verify, lambda: collection.reindex(tiny)):
+    uses = (collection.remove, collection.failures, collection.verify, collection.refresh)
+    for use in (*uses, lambda: collection.reindex(tiny)):
         with pytest.raises(CafeError, match="There is no collection"):
             use()
     assert add(collection, photos) == {"added": 5}
@@ -274,6 +275,48 @@ def test_all_paths_are_refreshed_although_one_of_them_is_gone(collection, photos
     reports = collection.refresh(replace(FAST, allow_empty=True))
     assert [report.removed for report in reports.values()] == [1, 0] and len(collection) == 6
     assert list(collection.refresh(FAST)) == [str(photos)]
+
+
+def test_a_generation_that_changes_while_the_model_is_loaded_is_read_anew(collection, photos, tiny, other, monkeypatch):
+    add(collection, photos)
+    reader = Collection.open(collection.directory)
+
+    def load(model):
+        if isinstance(model, Cafe):
+            return model
+        if collection._generation().name == "2":
+            return other
+        collection.reindex(other, FAST)  # as another process may
+        return tiny
+
+    monkeypatch.setattr(collection_module, "load_model", load)
+    [hit] = reader.search(photos / "0.png", k=1)
+    assert hit.path == str(photos / "0.png") and hit.similarity > 0.999 and reader.model is other
+
+
+def test_a_wrong_filter_is_said_before_the_model_is_loaded(collection, photos):
+    add(collection, photos)
+    reader = Collection.open(collection.directory, "no/model")
+    for filters in ({"after": "tomorrow"}, {"where": ["year"]}):
+        with pytest.raises(CafeError, match="is not of the form"):
+            reader.search("x", **filters)
+
+
+def test_a_file_that_may_not_be_read_is_a_problem_and_others_are_verified(collection, photos, monkeypatch):
+    add(collection, photos)
+    (photos / "1.png").unlink()
+    open_file = Path.open
+
+    def refuse(path, *arguments, **options):
+        if path.name == "0.png":
+            raise PermissionError(13, "Permission denied")
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert sorted(collection.verify()) == [
+        f"{photos / '0.png'} cannot be read: Permission denied.",
+        f"{photos / '1.png'} is gone: index again.",
+    ]
 
 
 def test_a_sound_collection_verifies_and_what_is_wrong_with_one_is_said(collection, photos, tiny):

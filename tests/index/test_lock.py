@@ -1,5 +1,6 @@
 """One writer at a time."""
 
+import fcntl
 import os
 
 import pytest
@@ -7,6 +8,7 @@ from collection_samples import as_nobody, full_disk
 
 from cafe.errors import CafeError
 from cafe.index.lock import writer_lock
+from cafe.index.manifest import LOCK_FILE
 
 
 def test_a_second_writer_is_one_error_that_names_the_first(tmp_path):
@@ -17,6 +19,18 @@ def test_a_second_writer_is_one_error_that_names_the_first(tmp_path):
     ):
         pass
     with writer_lock(tmp_path):  # free again
+        pass
+
+
+def test_the_lock_of_a_collection_that_was_just_removed_is_not_held(tmp_path, monkeypatch):
+    flock = fcntl.flock
+
+    def lock(handle, operation):
+        (tmp_path / LOCK_FILE).unlink()  # as its last holder may, after this process opened it
+        flock(handle, operation)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with pytest.raises(CafeError, match="has just been removed"), writer_lock(tmp_path):
         pass
 
 

@@ -22,7 +22,7 @@ NO_WORDS = Query.parse(["boat", "-", "people"])  # a query that searches vectors
 def find(snapshot, query=NO_WORDS, vector=None, k=10, filters=None, min_score=None, calibration=None, index=None):
     """Search, by default for the direction of a random vector."""
     vector = unit_vectors(1, seed=99)[0] if vector is None else vector
-    return search(snapshot, query, vector, k, filters or Filters(), min_score, calibration, index)
+    return search(snapshot, query, vector, k, (filters or Filters()).compile(), min_score, calibration, index)
 
 
 def find_words(snapshot, *words, **options):

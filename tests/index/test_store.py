@@ -58,7 +58,7 @@ def test_places_of_any_name_are_written_and_removed(store):
 
 
 def test_many_places_are_removed_and_many_images_read_in_parts(store, monkeypatch):
-    monkeypatch.setattr(store_module, "KEYS_PER_DELETE", 3)
+    monkeypatch.setattr(store_module, "KEYS_PER_CONDITION", 3)
     names = [f"{number}" for number in range(10)]
     vectors = unit(10, DIM, 0)
     store.write(

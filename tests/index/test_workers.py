@@ -1,13 +1,14 @@
 """Items are read in order, and one that ends its worker is bad alone."""
 
 import sys
+from collections import deque
 
 import numpy as np
 from collection_samples import CrashingReader, place, write_images
 
 from cafe.content import ImageLimits
 from cafe.index.reading import FileItem, RecordItem
-from cafe.index.workers import _split, read_ahead, without_main_module
+from cafe.index.workers import _pop_images, _split, read_ahead, without_main_module
 from cafe.lvlm.processing import with_fast_images
 
 
@@ -39,6 +40,14 @@ def test_items_are_split_by_the_images_that_they_may_have(tmp_path):
     split = _split([image, image, pages, image, pages, RecordItem(0)], 10)
     assert split == [[image, image, pages], [image, pages, RecordItem(0)]]
     assert _split([pages, pages], 2) == [[pages], [pages]] and _split([], 2) == []
+
+
+def test_this_process_takes_images_alone_and_none_that_a_worker_took():
+    images, pages = [FileItem(place("/a", None))], [FileItem(place("/b", None), first_page=1)]
+    waiting = deque([images, pages])
+    assert _pop_images(waiting) is images
+    assert _pop_images(waiting) is None and list(waiting) == [pages]
+    assert _pop_images(deque()) is None
 
 
 def test_the_users_script_is_hidden_from_new_processes_for_a_moment():

@@ -94,11 +94,18 @@ def index_command(
         reports = [report]
     _print_reports(opened, reports, as_json)
     if watch:
-        _watch(opened, config, as_json)
+        _watch(opened, config, as_json, _failures(reports))
 
 
-def _watch(collection: "Collection", config: "IndexConfig", as_json: bool) -> None:
-    """Index again and again what was indexed, and print what has changed, until Ctrl-C."""
+def _watch(collection: "Collection", config: "IndexConfig", as_json: bool, last_failures: dict[str, str]) -> None:
+    """Index again and again what was indexed, and print what has changed, until Ctrl-C.
+
+    Args:
+        collection: the collection.
+        config: how images are read and embedded.
+        as_json: print the counts as JSON objects.
+        last_failures: what was printed already, see `_failures`.
+    """
     from dataclasses import replace
 
     quiet = replace(config, progress=False)
@@ -117,8 +124,16 @@ def _watch(collection: "Collection", config: "IndexConfig", as_json: bool) -> No
             continue
         last_error = ""
         seconds = time.monotonic() - started
-        if any(report.has_changes for report in reports):
+        # What fails each time, such as a folder that cannot be listed, is said once.
+        failures = _failures(reports)
+        if any(report.has_changes for report in reports) or not failures.items() <= last_failures.items():
             _print_reports(collection, reports, as_json)
+        last_failures = failures
+
+
+def _failures(reports: "list[IndexReport]") -> dict[str, str]:
+    """Return what could not be read, by its id, with the reason."""
+    return {id: reason for report in reports for id, reason in report.failures.items()}
 
 
 def _print_reports(collection: "Collection", reports: "list[IndexReport]", as_json: bool) -> None:
@@ -129,13 +144,13 @@ def _print_reports(collection: "Collection", reports: "list[IndexReport]", as_js
         for name, value in report.counts().items():
             counts[name] = counts.get(name, 0) + value
     # A folder of damaged files would fill the screen.
-    failures = [item for report in reports for item in report.failures.items()]
+    failures = list(_failures(reports).items())
     for id, reason in failures[:NUM_FAILURES_SHOWN]:
         click.echo(f"cafe: {escape_controls(id)}: {escape_controls(reason)}", err=True)
     if len(failures) > NUM_FAILURES_SHOWN:
         others = len(failures) - NUM_FAILURES_SHOWN
         command = f"cafe collections info {collection.name} --failures"
-        click.echo(f"cafe: {others} others could not be read either: {command}", err=True)
+        click.echo(f"cafe: {others:,} more could not be read: {command}", err=True)
     if as_json:
         click.echo(json.dumps(counts))
         return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from cafe.cli.index import collection_option, model_option
-from cafe.cli.options import PATH, POSITIVE
+from cafe.cli.options import NON_NEGATIVE, PATH, POSITIVE
 from cafe.errors import MissingPackageError
 from cafe.utils.text import escape_controls, shorten
 
@@ -27,8 +27,8 @@ def filter_options(command: Command) -> Command:
         click.option("--after", metavar="DATE", help="Taken at this time or later: 2024, 2024-05, 2024-05-31."),
         click.option("--before", metavar="DATE", help="Taken before this year, month or day."),
         click.option("--in", "folder", metavar="FOLDER", help="In a folder with this in its name, or below this path."),
-        click.option("--min-width", type=POSITIVE, default=1, help="Least width, in pixels."),
-        click.option("--min-height", type=POSITIVE, default=1, help="Least height, in pixels."),
+        click.option("--min-width", type=NON_NEGATIVE, default=0, help="Least width, in pixels."),
+        click.option("--min-height", type=NON_NEGATIVE, default=0, help="Least height, in pixels."),
         click.option(
             "--where", multiple=True, metavar="COLUMN=VALUE", help="A column that came along; also != < > <= >=."
         ),

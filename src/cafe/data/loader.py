@@ -60,9 +60,17 @@ def iterate_batches(
 
 
 def start_workers(
-    dataset: Dataset[Item], indices: Iterable[Any], num_workers: int, start_method: str = "fork"
+    dataset: Dataset[Item],
+    indices: Iterable[Any],
+    num_workers: int,
+    start_method: str = "fork",
+    pin_memory: bool = True,
 ) -> Iterator[Item]:
-    """Start worker processes that make the given items of a dataset, in order; see `make_loader`."""
+    """Start worker processes that make the given items of a dataset, in order; see `make_loader`.
+
+    With a GPU, their tensors are put into pinned memory, from which they are copied to it faster, unless `pin_memory`
+    is false.
+    """
     handler = signal.getsignal(signal.SIGCHLD)
     stream = iter(
         make_loader(
@@ -70,7 +78,7 @@ def start_workers(
             indices,
             num_workers,
             start_method=start_method,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=pin_memory and torch.cuda.is_available(),
             init_worker=_reset_signal_handlers,
             generator=torch.Generator(),  # otherwise the loader would draw from the run's own random numbers
         )
@@ -84,7 +92,10 @@ def start_workers(
 def is_worker_crash(error: Exception) -> bool:
     """Return whether a loader's error means that a worker died, also while its last tensors were fetched."""
     if isinstance(error, RuntimeError):
-        return bool(re.search("DataLoader worker .*(exited unexpectedly|killed by signal)", str(error)))
+        # The thread that pins memory fetches the tensors on a GPU, and ends if their worker did.
+        return bool(
+            re.search("(DataLoader worker|Pin memory thread).*(exited unexpectedly|killed by signal)", str(error))
+        )
     # An error that a worker raised itself is sent with this text in it.
     return "in DataLoader worker" not in str(error)
 

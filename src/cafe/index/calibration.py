@@ -4,7 +4,7 @@ A model's similarities lie where its training left them: 0.3 may be a match for 
 model is asked once, about a sample of the collection's own images: how similar are texts to the image that they
 describe, and to the most similar of the others? The texts are the model's own captions. For queries by images alone, an
 image is compared with the middle of itself. A logistic curve between both (linear discriminant analysis with equal
-variances) gives the score: 0.5 is as similar as is as often a match as the best of 63 images that are none.
+variances) gives the score: at 0.5, an image is as likely to be a match as to be the best of 63 images that are none.
 """
 
 from collections.abc import Sequence
@@ -79,6 +79,8 @@ def needs_calibration(calibration: Calibration | None, num_images: int) -> bool:
     """Return whether a collection is to be calibrated: for the first time, or because it has grown."""
     if calibration is None:
         return num_images > 0
+    if calibration.num_images < MIN_SAMPLES <= num_images:  # there were too few images
+        return True
     return num_images >= GROWTH * max(calibration.num_images, 1)
 
 

@@ -171,10 +171,12 @@ class Collection:
         """Index again all that was indexed, and return the report of each path.
 
         Raises:
-            CafeError: one of the paths cannot be indexed, which is said after the others were.
+            CafeError: there is no collection yet; or one of the paths cannot be indexed, which is said after the
+                others were.
         """
         reports: dict[str, IndexReport] = {}
         errors: list[CafeError] = []
+        self._generation()  # of a collection that exists
         with self._writing() as generation:
             for root in self.manifest.roots:
                 try:
@@ -216,19 +218,22 @@ class Collection:
         """
         # All that can be wrong with a query is said before the model is loaded.
         parsed = Query.of(query)
-        filters = Filters(
+        predicate = Filters(
             after=after,
             before=before,
             folder=folder,
             min_width=min_width,
             min_height=min_height,
             where=tuple(where),
-        )
-        manifest, snapshot, model = self.manifest, self._read(), self.model
+        ).compile()
+        snapshot, model = self._read_with_model()
+        manifest = read_manifest(snapshot.store.directory)
         vector = parsed.embed(model)
         # Reranking a few would leave out the best of those behind them.
         count = max(k, NUM_RERANKED) if rerank else k
-        hits = search(snapshot, parsed, vector, count, filters, min_score, manifest.calibration, manifest.vector_index)
+        hits = search(
+            snapshot, parsed, vector, count, predicate, min_score, manifest.calibration, manifest.vector_index
+        )
         if rerank:
             hits = rerank_hits(model, parsed.words, hits, manifest.roots)
         return sort_hits(hits[:k], sort)
@@ -381,3 +386,11 @@ class Collection:
                 raise
             return self._read()  # another process has just put another generation into use, and deleted this one
         return snapshot
+
+    def _read_with_model(self) -> tuple[Snapshot, Cafe]:
+        """Return what searching needs, and the model that made it."""
+        while True:
+            snapshot, model = self._read(), self.model
+            # While the model is loaded, another process may put another generation into use, and delete this one.
+            if snapshot.store.directory == self._model_generation == self._generation():
+                return snapshot, model

@@ -70,13 +70,12 @@ def _is_begun(generation: Path, golden: np.ndarray) -> bool:
     return lowest_cosine(golden, np.array(manifest.golden)) >= MIN_COSINE
 
 
-def make_root(what: str | Path, overrides: Sequence[str], **options: object) -> Root:
+def make_root(what: str | Path, overrides: Sequence[str]) -> Root:
     """Describe what is to be indexed.
 
     Args:
         what: a folder, an image or a PDF file, or a source of records.
         overrides: the fields of a source, as `key=value`.
-        **options: fields of `Root`.
 
     Raises:
         CafeError: fields of a source are given with a folder.
@@ -86,10 +85,10 @@ def make_root(what: str | Path, overrides: Sequence[str], **options: object) -> 
     if path.is_dir() or is_file:
         if overrides:
             raise CafeError(f"{what} is no source of records, so that {overrides[0]} has no meaning.")
-        return Root(str(path.absolute()), **options)  # type: ignore[arg-type]
+        return Root(str(path.absolute()))
     # What does not exist locally may be on an object store, or a dataset; opening it will tell.
     name = str(path.absolute()) if path.exists() else str(what)
-    return Root(name, is_source=True, overrides=tuple(overrides), **options)  # type: ignore[arg-type]
+    return Root(name, is_source=True, overrides=tuple(overrides))
 
 
 def index_root(generation: Path, model: Cafe, root: Root, config: IndexConfig) -> IndexReport:

@@ -82,8 +82,8 @@ class IndexReport:
 
     @property
     def has_changes(self) -> bool:
-        """Return whether anything was written that is not as before."""
-        return bool(self.added or self.updated or self.moved or self.removed or self.failures)
+        """Return whether paths were added, updated, moved or removed."""
+        return bool(self.added or self.updated or self.moved or self.removed)
 
     def counts(self) -> dict[str, int]:
         """Return the numbers of paths by what became of them."""
@@ -393,9 +393,8 @@ def _leave_cores(num_workers: int) -> Iterator[None]:
 
 def _num_workers(items: Sequence[Item], wanted: int | None) -> int:
     """Return the number of processes that read items, of which PDF files need at least one."""
-    has_pages = any(item.is_pdf for item in items)
     if wanted is None:
         wanted = 0
         if len(items) >= MIN_ITEMS_FOR_WORKERS:
             wanted = min(MAX_WORKERS, max(1, (os.cpu_count() or 1) - 1))
-    return max(int(has_pages), wanted)
+    return max(wanted, int(any(item.is_pdf for item in items)))

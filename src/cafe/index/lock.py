@@ -16,7 +16,7 @@ def writer_lock(directory: Path) -> Iterator[None]:
     """Hold the lock of a collection's directory, which the system releases however this process ends.
 
     Raises:
-        CafeError: another process holds it, or the directory cannot be written to.
+        CafeError: another process holds it or has just removed the collection, or the directory cannot be written to.
     """
     with storage_errors(directory):
         handle = os.open(directory / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -37,6 +37,9 @@ def _lock(handle: int, directory: Path) -> None:
             raise CafeError(
                 f"The collection {directory} is being written by another process ({owner}): wait until it has ended."
             ) from None
+        # The holder before may have removed the collection after this process opened the file.
+        if not os.fstat(handle).st_nlink:
+            raise CafeError(f"The collection {directory} has just been removed: run the same command again.")
     # For the message above alone: on a full disk, a collection can be removed all the same.
     with suppress(OSError):
         os.ftruncate(handle, 0)

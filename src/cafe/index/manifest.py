@@ -5,6 +5,7 @@ tables; building with another model makes a new generation beside the old one an
 """
 
 import json
+import os
 import shutil
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -167,9 +168,11 @@ def is_generation(directory: Path) -> bool:
 def size_on_disk(collection: Path) -> int:
     """Return the number of bytes in a collection's files, while another process may write and delete some."""
     size = 0
-    for file in collection.rglob("*"):
-        with suppress(FileNotFoundError):
-            size += file.stat().st_size if file.is_file() else 0
+    # Not by `rglob`, which fails where a directory vanishes.
+    for directory, _, names in os.walk(collection):
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(os.path.join(directory, name)).st_size
     return size
 
 

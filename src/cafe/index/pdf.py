@@ -15,7 +15,6 @@ from cafe.errors import MissingPackageError, RecordError, first_line
 PAGE_SIDE = 1600  # pixels of a page's longer side
 MAX_PAGES = 2000  # of one file
 MAX_TEXT = 100_000  # characters of a page
-POINTS_PER_INCH = 72  # the unit of a page's size, at a scale of 1
 
 
 def has_pdfium() -> bool:

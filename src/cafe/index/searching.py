@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
 from cafe.index.calibration import apply_logistic
-from cafe.index.filters import Filters
+from cafe.index.filters import Predicate
 from cafe.index.fusion import fuse_ranks
 from cafe.index.manifest import Calibration, VectorIndex
 from cafe.index.query import Query
@@ -61,7 +61,7 @@ def search(
     query: Query,
     vector: Float32[np.ndarray, " dim"],
     k: int,
-    filters: Filters,
+    predicate: Predicate,
     min_score: float | None,
     calibration: Calibration | None,
     vector_index: VectorIndex | None,
@@ -73,13 +73,12 @@ def search(
         query: what is searched for.
         vector: its embedding.
         k: the most images to return.
-        filters: which images may be returned.
+        predicate: which images may be returned.
         min_score: the least score of an image; None for any.
         calibration: how similarities become scores.
         vector_index: the index of a large collection.
     """
     # Filters before the search, so that k images are found wherever there are as many.
-    predicate = filters.compile()
     allowed = snapshot.allowed(predicate)
     rankings = _rankings(snapshot, query, vector, k, allowed, vector_index)
     numbers = np.unique(np.concatenate(rankings))

@@ -50,7 +50,6 @@ class Snapshot:
     @classmethod
     def read(cls, store: Store) -> "Snapshot":
         """Read a collection."""
-        # Places first: they are written after the images that they name, so that all of these are found below.
         version = store.version
         places: dict[str, list[PlaceOfImage]] = defaultdict(list)
         for row in store.read_places(["key", *PlaceOfImage.__dataclass_fields__]).to_pylist():

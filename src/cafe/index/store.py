@@ -23,7 +23,7 @@ from cafe.errors import MissingPackageError
 from cafe.index.faults import storage_errors
 
 IMAGES, PLACES = "images", "places"
-KEYS_PER_DELETE = 500  # in one SQL condition
+KEYS_PER_CONDITION = 500  # of SQL
 COMMITS_BETWEEN_COMPACTIONS = 100
 MIN_ROWS_FOR_KEY_INDEX = 10_000  # with fewer, a scan is as fast
 # What is searched by words: the table and its column.
@@ -157,7 +157,8 @@ class Store:
     def version(self) -> tuple[int, int]:
         """Return numbers that change with every write, also by another process."""
         with storage_errors(self.directory.parent):
-            for table in (self.images, self.places):
+            # Places first: images are written before the places that name them, so that all of these are there.
+            for table in (self.places, self.images):
                 table.checkout_latest()
             return self.images.version, self.places.version
 
@@ -167,7 +168,7 @@ class Store:
             if keys is None:
                 return self.images.search().select(list(columns)).to_arrow()
             parts = [
-                self.images.search().where(condition).select(list(columns)).limit(KEYS_PER_DELETE).to_arrow()
+                self.images.search().where(condition).select(list(columns)).limit(KEYS_PER_CONDITION).to_arrow()
                 for condition in _conditions("key", keys)
             ]
         return pa.concat_tables(parts) if parts else _images_schema(self.dim).empty_table().select(list(columns))
@@ -360,8 +361,8 @@ def _has_index(table: Any, column: str) -> bool:
 def _conditions(column: str, values: Iterable[str]) -> Iterator[str]:
     """Yield SQL conditions that together hold for all rows with one of the values."""
     quoted = ["'" + value.replace("'", "''") + "'" for value in values]
-    for start in range(0, len(quoted), KEYS_PER_DELETE):
-        yield f"{column} IN ({', '.join(quoted[start : start + KEYS_PER_DELETE])})"
+    for start in range(0, len(quoted), KEYS_PER_CONDITION):
+        yield f"{column} IN ({', '.join(quoted[start : start + KEYS_PER_CONDITION])})"
 
 
 def _images_table(images: Sequence[ImageRow], dim: int) -> pa.Table:

@@ -65,13 +65,14 @@ def verify_files(store: Store, progress: bool = False) -> list[str]:
         name = escape_controls(path)
         try:
             status = os.stat(path)
-        except OSError:
+            if (status.st_size, status.st_mtime_ns) != (row["size"], row["mtime_ns"]):
+                problems.append(f"{name} has changed: index again.")
+            elif _digest_of(Path(path)) != row["key"].partition("#")[0]:
+                problems.append(f"{name} has other bytes than when it was indexed, at the same time of change.")
+        except (FileNotFoundError, NotADirectoryError):
             problems.append(f"{name} is gone: index again.")
-            continue
-        if (status.st_size, status.st_mtime_ns) != (row["size"], row["mtime_ns"]):
-            problems.append(f"{name} has changed: index again.")
-        elif _digest_of(Path(path)) != row["key"].partition("#")[0]:
-            problems.append(f"{name} has other bytes than when it was indexed, at the same time of change.")
+        except OSError as error:  # permissions, or a bad disk
+            problems.append(f"{name} cannot be read: {error.strerror or error}.")
     return problems
 
 

@@ -48,9 +48,7 @@ def read_ahead(
             stream = _start(reader, _take(waiting, taken), num_workers)
             with ThreadPoolExecutor(1) as thread:
                 first = thread.submit(next, stream)
-                # pdfium may end its process.
-                while waiting and not first.done() and not any(item.is_pdf for item in waiting[0]):
-                    batch = waiting.popleft()
+                while not first.done() and (batch := _pop_images(waiting)):
                     yield len(batch), reader[batch]
             for readings in chain([first.result()], stream):
                 num_read += 1
@@ -68,6 +66,18 @@ def _take(waiting: deque[list[Item]], taken: list[list[Item]]) -> Iterator[list[
         while True:
             taken.append(waiting.popleft())
             yield taken[-1]
+
+
+def _pop_images(waiting: deque[list[Item]]) -> list[Item] | None:
+    """Take the next batch if no PDF file is in it: pdfium may end the process that calls it."""
+    try:
+        batch = waiting.popleft()
+    except IndexError:  # the thread that waits for the workers may have given them the last one just now
+        return None
+    if any(item.is_pdf for item in batch):
+        waiting.appendleft(batch)
+        return None
+    return batch
 
 
 def _split(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
@@ -115,7 +125,8 @@ def _read_alone(reader: Reader, item: Item) -> list[Reading]:
 def _start(reader: Reader, batches: Iterable[Sequence[Item]], num_workers: int) -> Iterator[list[Reading]]:
     """Start workers that read batches of items, in order."""
     with without_main_module():
-        pickled = start_workers(_PicklingReader(reader), batches, num_workers, start_method="spawn")
+        # Not pinned: what goes to the GPU is unpickled from these bytes.
+        pickled = start_workers(_PicklingReader(reader), batches, num_workers, start_method="spawn", pin_memory=False)
     return (pickle.loads(data.numpy().data) for data in pickled)
 
 
