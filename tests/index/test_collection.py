@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -314,3 +316,18 @@ def test_one_image_at_two_paths_is_sound(collection, photos):
     (photos / "bad.png").write_bytes(png("red")[:20])
     add(collection, photos)
     assert collection.verify() == []
+
+
+def test_threads_that_search_at_once_load_the_model_once(own_folders, photos, tiny, monkeypatch):
+    add(Collection.open("mine", tiny), photos)
+    opened, loading = Collection.open("mine"), []
+
+    def load(name):
+        loading.append(name)
+        time.sleep(0.2)
+        return tiny
+
+    monkeypatch.setattr(collection_module, "load_model", load)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: [hit.path for hit in opened.search("boats")], range(4)))
+    assert len(loading) == 1 and len(found[0]) == 5 and all(paths == found[0] for paths in found)

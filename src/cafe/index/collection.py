@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, replace
 from datetime import date
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,7 @@ class Collection:
         self._model: Cafe | None = None
         self._model_generation: Path | None = None  # the one that the model was compared with
         self._snapshot: Snapshot | None = None
+        self._loading = Lock()
 
     @classmethod
     def open(cls, name: str | Path = DEFAULT_NAME, model: Cafe | str | Path | None = None) -> "Collection":
@@ -101,15 +103,17 @@ class Collection:
         Raises:
             CafeError: it is not the one that made the collection.
         """
-        generation = current_generation(self.directory)
-        if self._model is None or self._model_generation != generation:
-            # Another process may have put another model's vectors into use meanwhile.
-            manifest = read_manifest(generation) if generation else None
-            model = self._load_model(manifest)
-            if manifest is not None:
-                check_model(model, model_name(self._given_model or manifest.model), manifest, self.name)
-            self._model, self._model_generation = model, generation
-        return self._model
+        # Transformers cannot load two models at once, as threads that search would have it do.
+        with self._loading:
+            generation = current_generation(self.directory)
+            if self._model is None or self._model_generation != generation:
+                # Another process may have put another model's vectors into use meanwhile.
+                manifest = read_manifest(generation) if generation else None
+                model = self._load_model(manifest)
+                if manifest is not None:
+                    check_model(model, model_name(self._given_model or manifest.model), manifest, self.name)
+                self._model, self._model_generation = model, generation
+            return self._model
 
     def _load_model(self, manifest: Manifest | None) -> Cafe:
         """Load the model that was given, or else the one that a manifest names; it need not fit the collection."""
