@@ -90,13 +90,13 @@ def test_a_relative_path_and_a_link_are_roots_by_their_absolute_paths(collection
 def test_another_model_is_refused_with_the_command_that_helps(collection, photos, other, random_base):
     add(collection, photos)
     opened = Collection.open(collection.directory, replace(other, name="other/model"))
-    command = "cafe collections reindex collection --model other/model"
+    command = f"cafe collections reindex {collection.directory} --model other/model"
     for use in (lambda: add(opened, photos), lambda: opened.search("x")):
         with pytest.raises(CafeError, match=rf"was made with {random_base}, and other/model gives other .*`{command}`"):
             use()
     # A checkpoint that has changed has the name that the manifest has.
     changed = Collection.open(collection.directory, other)
-    with pytest.raises(CafeError, match=rf"{random_base} has changed since it made .*reindex collection --model"):
+    with pytest.raises(CafeError, match=rf"{random_base} has changed since it made .*reindex"):
         changed.search("x")
     assert len(changed) == 5  # what needs no model works
 
@@ -331,3 +331,19 @@ def test_threads_that_search_at_once_load_the_model_once(own_folders, photos, ti
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: [hit.path for hit in opened.search("boats")], range(4)))
     assert len(loading) == 1 and len(found[0]) == 5 and all(paths == found[0] for paths in found)
+
+
+def test_errors_name_a_collection_as_commands_take_it(own_folders, tmp_path, photos, tiny, other):
+    for name, argument in (("mine", "mine"), (tmp_path / "there", str(tmp_path / "there"))):
+        add(Collection.open(name, tiny), photos)
+        with pytest.raises(CafeError, match=f"cafe collections reindex {argument} --model"):
+            Collection.open(name, other).search("boats")
+
+
+def test_a_model_that_was_moved_is_asked_for(own_folders, tmp_path, photos, tiny):
+    collection = Collection.open("mine", tiny)
+    add(collection, photos)
+    change_manifest(collection, model=str(tmp_path / "gone"))
+    with pytest.raises(CafeError, match=r"model of the collection mine, .*gone, does not exist any more: .*--model"):
+        Collection.open("mine").search("boats")
+    assert len(Collection.open("mine", tiny).search("boats")) == 5

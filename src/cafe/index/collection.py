@@ -20,7 +20,7 @@ from cafe.index.filters import Filters
 from cafe.index.generation import index_root, make_generation, make_root, open_store
 from cafe.index.golden import MIN_COSINE, check_model, golden_vectors, load_model, lowest_cosine, model_name
 from cafe.index.indexing import IndexConfig, IndexReport
-from cafe.index.locations import DEFAULT_NAME, locate_collection, no_collection
+from cafe.index.locations import DEFAULT_NAME, collections_home, locate_collection, no_collection
 from cafe.index.lock import writer_lock
 from cafe.index.manifest import (
     CURRENT_FILE,
@@ -92,6 +92,11 @@ class Collection:
         return self.directory.name
 
     @property
+    def argument(self) -> str:
+        """Return what commands call the collection: its name, or the path of a directory elsewhere."""
+        return self.name if self.directory.parent == collections_home() else str(self.directory)
+
+    @property
     def manifest(self) -> Manifest:
         """Return what the collection records about itself."""
         return read_manifest(self._generation())
@@ -111,7 +116,7 @@ class Collection:
                 manifest = read_manifest(generation) if generation else None
                 model = self._load_model(manifest)
                 if manifest is not None:
-                    check_model(model, model_name(self._given_model or manifest.model), manifest, self.name)
+                    check_model(model, model_name(self._given_model or manifest.model), manifest, self.argument)
                 self._model, self._model_generation = model, generation
             return self._model
 
@@ -122,6 +127,11 @@ class Collection:
         given = self._given_model or (manifest.model if manifest else "")
         if not given:  # it was made in memory
             raise CafeError(f"The collection {self.name} does not say where its model is: open it with the model.")
+        if self._given_model is None and os.path.isabs(given) and not os.path.exists(given):
+            raise CafeError(
+                f"The model of the collection {self.name}, {given}, does not exist any more: if it was moved, give "
+                "its new path by --model."
+            )
         return load_model(given)
 
     def __len__(self) -> int:
