@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +24,7 @@ from collection_samples import (
 from samples import noise, png
 
 from cafe.errors import CafeError
-from cafe.index import collection as collection_module
-from cafe.index import indexing
+from cafe.index import golden, indexing
 from cafe.index.collection import Collection
 from cafe.index.lock import writer_lock
 from cafe.index.manifest import read_manifest, write_manifest
@@ -89,13 +90,13 @@ def test_a_relative_path_and_a_link_are_roots_by_their_absolute_paths(collection
 def test_another_model_is_refused_with_the_command_that_helps(collection, photos, other, random_base):
     add(collection, photos)
     opened = Collection.open(collection.directory, replace(other, name="other/model"))
-    command = "cafe collections reindex collection --model other/model"
+    command = f"cafe collections reindex {collection.directory} --model other/model"
     for use in (lambda: add(opened, photos), lambda: opened.search("x")):
         with pytest.raises(CafeError, match=rf"was made with {random_base}, and other/model gives other .*`{command}`"):
             use()
     # A checkpoint that has changed has the name that the manifest has.
     changed = Collection.open(collection.directory, other)
-    with pytest.raises(CafeError, match=rf"{random_base} has changed since it made .*reindex collection --model"):
+    with pytest.raises(CafeError, match=rf"{random_base} has changed since it made .*reindex"):
         changed.search("x")
     assert len(changed) == 5  # what needs no model works
 
@@ -138,9 +139,7 @@ def test_a_reader_takes_the_model_of_a_new_generation(collection, photos, tiny, 
     add(collection, photos)
     reader = Collection.open(collection.directory)
     models = [tiny, other]
-    monkeypatch.setattr(
-        collection_module, "load_model", lambda model: model if isinstance(model, Cafe) else models.pop(0)
-    )
+    monkeypatch.setattr(golden, "load_model", lambda model: model if isinstance(model, Cafe) else models.pop(0))
     assert reader.model is tiny
     collection.reindex(other, FAST)
     assert len(reader.search("x", k=9)) == 5 and reader.model is other and not models
@@ -289,7 +288,7 @@ def test_a_generation_that_changes_while_the_model_is_loaded_is_read_anew(collec
         collection.reindex(other, FAST)  # as another process may
         return tiny
 
-    monkeypatch.setattr(collection_module, "load_model", load)
+    monkeypatch.setattr(golden, "load_model", load)
     [hit] = reader.search(photos / "0.png", k=1)
     assert hit.path == str(photos / "0.png") and hit.similarity > 0.999 and reader.model is other
 
@@ -357,3 +356,42 @@ def test_one_image_at_two_paths_is_sound(collection, photos):
     (photos / "bad.png").write_bytes(png("red")[:20])
     add(collection, photos)
     assert collection.verify() == []
+
+
+def test_threads_that_search_at_once_load_the_model_once(own_folders, photos, tiny, monkeypatch):
+    add(Collection.open("mine", tiny), photos)
+    opened, loading = Collection.open("mine"), []
+
+    def load(name):
+        loading.append(name)
+        time.sleep(0.2)
+        return tiny
+
+    monkeypatch.setattr(golden, "load_model", load)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: [hit.path for hit in opened.search("boats")], range(4)))
+    assert len(loading) == 1 and len(found[0]) == 5 and all(paths == found[0] for paths in found)
+
+
+def test_errors_name_a_collection_as_commands_take_it(own_folders, tmp_path, photos, tiny, other):
+    for name, argument in (("mine", "mine"), (tmp_path / "there", str(tmp_path / "there"))):
+        add(Collection.open(name, tiny), photos)
+        with pytest.raises(CafeError, match=f"cafe collections reindex {argument} --model"):
+            Collection.open(name, other).search("boats")
+
+
+def test_indexing_with_a_model_that_was_moved_records_its_new_path(own_folders, tmp_path, photos, random_base):
+    add(Collection.open("mine", shutil.copytree(random_base, tmp_path / "here")), photos)
+    (tmp_path / "here").rename(tmp_path / "there")
+    add(Collection.open("mine", tmp_path / "there"), photos)
+    assert Collection.open("mine").manifest.model == str(tmp_path / "there")
+    assert len(Collection.open("mine").search("boats")) == 5
+
+
+def test_a_model_that_was_moved_is_asked_for(own_folders, tmp_path, photos, tiny):
+    collection = Collection.open("mine", tiny)
+    add(collection, photos)
+    change_manifest(collection, model=str(tmp_path / "gone"))
+    with pytest.raises(CafeError, match=r"model of the collection mine, .*gone, does not exist any more: .*--model"):
+        Collection.open("mine").search("boats")
+    assert len(Collection.open("mine", tiny).search("boats")) == 5

@@ -137,6 +137,13 @@ def test_images_of_a_table_are_read_by_path_with_their_captions_and_columns(tmp_
     assert empty.place.id == f"{tmp_path / 't.csv'}#record=2" and empty.place.error and empty.encoded is None
 
 
+def test_a_table_without_the_column_of_images_says_how_to_name_it(tmp_path, make_reader):
+    (tmp_path / "t.csv").write_text("file,caption\na.png,a red thing\n")
+    [reading] = read_source(make_reader, tmp_path / "t.csv")
+    assert "no column 'image'; there are file, caption: say which" in reading.place.error
+    assert "columns='{image: file}'" in reading.place.error
+
+
 def test_images_of_parquet_are_read_from_bytes_several_in_a_record(tmp_path, make_reader):
     rows = [{"image": [png("red")], "caption": "one"}, {"image": [png("blue"), png("green")], "caption": "two"}]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "t.parquet")

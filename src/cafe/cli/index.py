@@ -149,7 +149,7 @@ def _print_reports(collection: "Collection", reports: "list[IndexReport]", as_js
         click.echo(f"cafe: {escape_controls(id)}: {escape_controls(reason)}", err=True)
     if len(failures) > NUM_FAILURES_SHOWN:
         others = len(failures) - NUM_FAILURES_SHOWN
-        command = f"cafe collections info {collection.name} --failures"
+        command = f"cafe collections info {collection.argument} --failures"
         click.echo(f"cafe: {others:,} more could not be read: {command}", err=True)
     if as_json:
         click.echo(json.dumps(counts))

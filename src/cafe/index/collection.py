@@ -3,9 +3,10 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,18 @@ from cafe.index.asking import Answer, ask
 from cafe.index.duplicates import MIN_SIMILARITY, find_duplicates
 from cafe.index.faults import storage_errors
 from cafe.index.filters import Filters
-from cafe.index.generation import index_root, make_generation, make_root, open_store
-from cafe.index.golden import MIN_COSINE, check_model, golden_vectors, load_model, lowest_cosine, model_name
+from cafe.index.generation import index_root, make_generation, make_root, open_store, record_model
+from cafe.index.golden import (
+    MIN_COSINE,
+    check_model,
+    golden_vectors,
+    load_model,
+    load_recorded_model,
+    lowest_cosine,
+    model_name,
+)
 from cafe.index.indexing import IndexConfig, IndexReport
-from cafe.index.locations import DEFAULT_NAME, locate_collection, no_collection
+from cafe.index.locations import DEFAULT_NAME, collection_argument, locate_collection, no_collection
 from cafe.index.lock import writer_lock
 from cafe.index.manifest import (
     CURRENT_FILE,
@@ -29,7 +38,6 @@ from cafe.index.manifest import (
     ensure_usable,
     next_generation,
     read_manifest,
-    size_on_disk,
     switch_generation,
 )
 from cafe.index.pixels import load_image
@@ -37,6 +45,7 @@ from cafe.index.query import Query
 from cafe.index.reranking import NUM_RERANKED, rerank_hits
 from cafe.index.searching import Hit, Sort, search, sort_hits
 from cafe.index.snapshot import Snapshot
+from cafe.index.summary import summarize
 from cafe.index.verification import verify_files, verify_tables
 from cafe.model import Cafe
 
@@ -59,6 +68,7 @@ class Collection:
         self._model: Cafe | None = None
         self._model_generation: Path | None = None  # the one that the model was compared with
         self._snapshot: Snapshot | None = None
+        self._loading = Lock()
 
     @classmethod
     def open(cls, name: str | Path = DEFAULT_NAME, model: Cafe | str | Path | None = None) -> "Collection":
@@ -90,6 +100,11 @@ class Collection:
         return self.directory.name
 
     @property
+    def argument(self) -> str:
+        """Return what commands call the collection: its name, or the path of a directory elsewhere."""
+        return collection_argument(self.directory)
+
+    @property
     def manifest(self) -> Manifest:
         """Return what the collection records about itself."""
         return read_manifest(self._generation())
@@ -101,24 +116,23 @@ class Collection:
         Raises:
             CafeError: it is not the one that made the collection.
         """
-        generation = current_generation(self.directory)
-        if self._model is None or self._model_generation != generation:
-            # Another process may have put another model's vectors into use meanwhile.
-            manifest = read_manifest(generation) if generation else None
-            model = self._load_model(manifest)
-            if manifest is not None:
-                check_model(model, model_name(self._given_model or manifest.model), manifest, self.name)
-            self._model, self._model_generation = model, generation
-        return self._model
+        # Transformers cannot load two models at once, as threads that search would have it do.
+        with self._loading:
+            generation = current_generation(self.directory)
+            if self._model is None or self._model_generation != generation:
+                # Another process may have put another model's vectors into use meanwhile.
+                manifest = read_manifest(generation) if generation else None
+                model = self._load_model(manifest)
+                if manifest is not None:
+                    check_model(model, model_name(self._given_model or manifest.model), manifest, self.argument)
+                self._model, self._model_generation = model, generation
+            return self._model
 
     def _load_model(self, manifest: Manifest | None) -> Cafe:
         """Load the model that was given, or else the one that a manifest names; it need not fit the collection."""
         if self._model is not None and self._given_model is not None:
             return self._model
-        given = self._given_model or (manifest.model if manifest else "")
-        if not given:  # it was made in memory
-            raise CafeError(f"The collection {self.name} does not say where its model is: open it with the model.")
-        return load_model(given)
+        return load_recorded_model(self._given_model, manifest, self.name)
 
     def __len__(self) -> int:
         """Return the number of images, each content once."""
@@ -289,21 +303,7 @@ class Collection:
 
     def info(self) -> dict[str, Any]:
         """Return what there is to know about the collection."""
-        manifest, snapshot = self.manifest, self._read()
-        return {
-            "directory": str(self.directory),
-            "model": manifest.model,
-            "dim": manifest.dim,
-            "created": manifest.created,
-            "images": len(snapshot),
-            "captions": len(snapshot.images["caption"].drop_null()),
-            "places": sum(map(len, snapshot.places)),
-            "failures": len(self.failures()),
-            "roots": [root.path for root in manifest.roots],
-            "bytes": size_on_disk(self.directory),
-            "calibration": asdict(manifest.calibration) if manifest.calibration else None,
-            "vector_index": asdict(manifest.vector_index) if manifest.vector_index else None,
-        }
+        return summarize(self.directory, self.manifest, self._read(), len(self.failures()))
 
     def verify(self, progress: bool = False) -> list[str]:
         """Check rows, hashes of files and golden vectors, and return a message for each problem."""
@@ -364,6 +364,8 @@ class Collection:
                 make_generation(generation, model, model_name(self._given_model or model))
                 switch_generation(self.directory, generation)
                 self._model_generation = generation
+            if self._given_model:
+                record_model(self._generation(), self._given_model)
             yield self._generation()
 
     def _generation(self) -> Path:

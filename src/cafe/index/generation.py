@@ -15,7 +15,7 @@ from cafe.data.records import open_source
 from cafe.errors import CafeError
 from cafe.index.calibration import NUM_SAMPLES, calibrate, needs_calibration
 from cafe.index.faults import storage_errors
-from cafe.index.golden import MIN_COSINE, golden_vectors, lowest_cosine
+from cafe.index.golden import MIN_COSINE, golden_vectors, lowest_cosine, model_name
 from cafe.index.indexing import IndexConfig, IndexReport, drop_source, index_folder, index_source
 from cafe.index.manifest import Calibration, Manifest, Root, read_manifest, write_manifest
 from cafe.index.pixels import load_image
@@ -33,13 +33,13 @@ def open_store(generation: Path) -> tuple[Store, Manifest]:
     return Store(generation, manifest.dim), manifest
 
 
-def make_generation(generation: Path, model: Cafe, model_name: str) -> None:
+def make_generation(generation: Path, model: Cafe, name: str) -> None:
     """Make an empty generation, unless one of the same model was begun there already.
 
     Args:
         generation: its directory.
         model: the model whose vectors it will hold.
-        model_name: what the manifest calls it, so that it can be loaded again.
+        name: what the manifest calls it, so that it can be loaded again.
     """
     # What an interrupted `reindex` left is used, unless it was by another model.
     golden = golden_vectors(model)
@@ -51,7 +51,7 @@ def make_generation(generation: Path, model: Cafe, model_name: str) -> None:
         generation.mkdir()
     Store.create(generation, golden.shape[1])
     manifest = Manifest(
-        model=model_name,
+        model=name,
         fingerprint=model.fingerprint(),
         prompts=model.chat_processor.prompts,
         dim=golden.shape[1],
@@ -59,6 +59,13 @@ def make_generation(generation: Path, model: Cafe, model_name: str) -> None:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
     write_manifest(generation, manifest)
+
+
+def record_model(generation: Path, model: Cafe | str | Path) -> None:
+    """Record where a generation's model is now, if it was moved; it was compared with the golden vectors before."""
+    manifest, name = read_manifest(generation), model_name(model)
+    if name and name != manifest.model:
+        write_manifest(generation, replace(manifest, model=name))
 
 
 def _is_begun(generation: Path, golden: np.ndarray) -> bool:

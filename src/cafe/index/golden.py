@@ -1,5 +1,6 @@
 """The model of a collection: what it is called, and golden contents, whose embeddings tell it from any other."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +74,30 @@ def check_model(model: Cafe, name: str, manifest: Manifest, collection: str) -> 
 def load_model(model: Cafe | str | Path) -> Cafe:
     """Return a model, or load it by what it is called: a run, a directory or a Hub id."""
     return model if isinstance(model, Cafe) else Cafe.load(resolve_checkpoint(str(model)))
+
+
+def load_recorded_model(given: Cafe | str | Path | None, manifest: Manifest | None, collection: str) -> Cafe:
+    """Load the model that was given, or else the one that a collection records.
+
+    Args:
+        given: the model, or what it is called; None for the recorded one.
+        manifest: of the collection; None if there is none yet.
+        collection: the collection's name.
+
+    Raises:
+        CafeError: no model is given and none is recorded, or that one was moved.
+    """
+    if given is not None:
+        return load_model(given)
+    recorded = manifest.model if manifest else ""
+    if not recorded:  # it was made in memory
+        raise CafeError(f"The collection {collection} does not say where its model is: open it with the model.")
+    if os.path.isabs(recorded) and not os.path.exists(recorded):
+        raise CafeError(
+            f"The model of the collection {collection}, {recorded}, does not exist any more: if it was moved, give its "
+            "new path by --model."
+        )
+    return load_model(recorded)
 
 
 def model_name(model: Cafe | str | Path) -> str:

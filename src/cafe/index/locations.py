@@ -42,6 +42,11 @@ def list_collections() -> list[Path]:
     return sorted(file.parent for file in collections_home().glob(f"*/{CURRENT_FILE}"))
 
 
+def collection_argument(directory: Path) -> str:
+    """Return what commands call a collection: its name, or the path of a directory elsewhere."""
+    return directory.name if directory.parent == collections_home() else str(directory)
+
+
 def no_collection(directory: Path) -> CafeError:
     """Return the error for a collection that does not exist."""
     return CafeError(f"There is no collection {directory}: make one by `cafe index FOLDER --model CHECKPOINT`.")

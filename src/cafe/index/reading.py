@@ -8,7 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from random import Random
@@ -311,6 +311,11 @@ def record_images(opened: OpenedSource, number: int) -> tuple[list[ImageRef], st
         # What is no example to train on may hold an image all the same.
         row, source = opened.row(number)
         column = source.columns.image
+        if isinstance(row, dict) and not row.keys() & set(asdict(source.columns).values()):
+            raise RecordError(
+                f"{source.path}, record {number}: there is no column {column!r}; there are {', '.join(map(str, row))}: "
+                "say which one has the images, as in columns='{image: file}'."
+            ) from None
         if not isinstance(row, dict) or row.get(column) is None:
             raise
         refs = image_refs(row[column], source)
