@@ -237,6 +237,15 @@ def test_images_inside_a_file_are_shown_by_thumbnails(data):
     assert samples["text_queries"][0]["hits"][0]["image"].startswith("data:image/png;base64,")
 
 
+def test_images_are_named_within_a_folder_that_is_given_by_a_relative_path(data, monkeypatch):
+    karpathy(data)
+    monkeypatch.chdir(data.parent)
+    samples = evaluate(Seeing(0), Path(data.name), report=lambda line: None, suites=["retrieval"]).samples
+    shown = [hit["image"] for query in samples["text_queries"] for hit in query["hits"]]
+    assert shown and all((data / image).is_file() for image in shown)
+    assert not any(Path(image).is_absolute() for image in shown)
+
+
 def test_images_may_be_elsewhere_under_absolute_paths(data, tmp_path_factory):
     karpathy(data)
     expected = measured(data)

@@ -159,7 +159,8 @@ def _display_image(data: Path, image: Path | ImageRef) -> str:
     """Name an image for the report; one that is not a file in the folder is shown by a thumbnail."""
     if isinstance(image, ImageRef):
         return thumbnail(decode_image(image))
-    return sample_image(image, data)
+    # As annotations name it: it was joined with the folder, which may be a relative path.
+    return sample_image(image.relative_to(data) if image.is_relative_to(data) else image, data)
 
 
 def _retrieval_suite(
