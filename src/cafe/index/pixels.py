@@ -1,16 +1,18 @@
 """The pixels of an image that a search found, wherever it is: in a file, on a page, or in a source's record."""
 
 import multiprocessing
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import lru_cache
 from pathlib import Path
 
 from PIL import Image
 
 from cafe.content import DEFAULT_LIMITS, ImageRef
-from cafe.data.records import open_source
+from cafe.data.records import OpenedSource, open_source
 from cafe.errors import RecordError
 from cafe.images.decoding import decode_image
 from cafe.images.files import read_image_file
@@ -58,10 +60,16 @@ def _load_page(path: str, page: int) -> Image.Image:
     return read[0]
 
 
+@lru_cache(maxsize=2)
+def _open_source(path: str, overrides: tuple[str, ...], mtime_ns: int) -> OpenedSource:
+    """Open a source, once for the images of many records; `mtime_ns` tells when it has changed."""
+    return open_source(read_source(path, overrides))
+
+
 def _load_record(path: str, number: int, index: int, roots: Sequence[Root]) -> Image.Image:
     """Load an image of a source's record."""
     overrides = next((root.overrides for root in roots if root.is_source and root.path == path), ())
-    source = open_source(read_source(path, overrides))
+    source = _open_source(path, overrides, os.stat(path).st_mtime_ns if os.path.exists(path) else 0)
     refs = record_images(source, number)[0] if number < len(source) else []
     if index >= len(refs):
         raise RecordError(f"Record {number} of {path} has changed: index it again.")
