@@ -148,48 +148,49 @@ def test_reindexing_prints_its_counts(run, photos, random_base):
     assert status == 0 and json.loads(out)["added"] == 3
 
 
-def test_watching_prints_what_has_changed_until_ctrl_c(run, photos, monkeypatch):
-    looks = iter([lambda: None, lambda: Image.new("RGB", (9, 9)).save(photos / "new.png"), lambda: None])
-    slept = []
+@pytest.fixture
+def between_looks(monkeypatch):
+    """Make something happen before each look of --watch, and Ctrl-C after the last; return the seconds between them."""
 
-    def sleep(seconds):
-        slept.append(seconds)
-        look = next(looks, None)
-        if look is None:
-            raise KeyboardInterrupt
-        look()
+    def prepare(*events):
+        remaining, slept = iter(events), []
 
-    monkeypatch.setattr(module.time, "sleep", sleep)
+        def sleep(seconds):
+            slept.append(seconds)
+            event = next(remaining, None)
+            if event is None:
+                raise KeyboardInterrupt
+            event()
+
+        monkeypatch.setattr(module.time, "sleep", sleep)
+        return slept
+
+    return prepare
+
+
+def nothing():
+    """Happen between two looks."""
+
+
+def test_watching_prints_what_has_changed_until_ctrl_c(run, photos, between_looks):
+    slept = between_looks(nothing, lambda: Image.new("RGB", (9, 9)).save(photos / "new.png"), nothing)
     status, out, errors = run("index", photos, "--watch", "--json", model=True)
     assert status == 130 and errors == ["cafe: stopped."]
     assert [json.loads(line)["added"] for line in out.splitlines()] == [3, 1]
     assert len(slept) == 4 and all(seconds >= module.SECONDS_BETWEEN_LOOKS for seconds in slept)
 
 
-def test_watching_says_once_what_fails_each_time(run, photos, monkeypatch):
+def test_watching_says_once_what_fails_each_time(run, photos, between_looks):
     shutil.copy(photos / "0.png", photos / os.fsdecode(b"\xff.png"))
-    looks = iter(range(3))
-
-    def sleep(seconds):
-        if next(looks, None) is None:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(module.time, "sleep", sleep)
+    between_looks(nothing, nothing, nothing)
     status, out, errors = run("index", photos, "--watch", "--json", model=True)
     assert (status, len(out.splitlines())) == (130, 1)
     assert sum("not UTF-8" in error for error in errors) == 1
 
 
-def test_watching_waits_for_a_folder_that_has_gone_and_says_so_once(run, photos, tmp_path, monkeypatch):
-    looks = iter([lambda: photos.rename(tmp_path / "gone"), lambda: None, lambda: (tmp_path / "gone").rename(photos)])
-
-    def sleep(seconds):
-        look = next(looks, None)
-        if look is None:
-            raise KeyboardInterrupt
-        look()
-
-    monkeypatch.setattr(module.time, "sleep", sleep)
+def test_watching_waits_for_a_folder_that_has_gone_and_says_so_once(run, photos, tmp_path, between_looks):
+    gone = tmp_path / "gone"
+    between_looks(lambda: photos.rename(gone), nothing, lambda: gone.rename(photos))
     status, out, errors = run("index", photos, "--watch", "--json", model=True)
     assert (status, len(out.splitlines())) == (130, 1)
     assert [error.partition(": if")[0] for error in errors] == [f"cafe: {photos} does not exist", "cafe: stopped."]

@@ -1,6 +1,7 @@
 """A tiny model, a folder of images, and a collection to be made."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -55,6 +56,27 @@ def embedded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     monkeypatch.setattr(indexing, "embed_rows", embed)
     return keys
+
+
+@pytest.fixture
+def interrupted(monkeypatch: pytest.MonkeyPatch) -> Callable[[], AbstractContextManager[None]]:
+    """Within this, Ctrl-C is pressed before the third batch is embedded."""
+
+    @contextmanager
+    def interrupt() -> Iterator[None]:
+        embed_rows, calls = indexing.embed_rows, []
+
+        def embed(*arguments):
+            calls.append(arguments)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return embed_rows(*arguments)
+
+        with monkeypatch.context() as context:
+            context.setattr(indexing, "embed_rows", embed)
+            yield
+
+    return interrupt
 
 
 @pytest.fixture

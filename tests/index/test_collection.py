@@ -146,21 +146,11 @@ def test_a_reader_takes_the_model_of_a_new_generation(collection, photos, tiny, 
 
 
 def test_an_interrupted_reindexing_is_resumed_and_changes_nothing_before(
-    collection, photos, other, embedded, monkeypatch
+    collection, photos, other, embedded, interrupted
 ):
     add(collection, photos)
-    embed_rows, calls = indexing.embed_rows, []
-
-    def embed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return embed_rows(*arguments)
-
-    with monkeypatch.context() as context:
-        context.setattr(indexing, "embed_rows", embed)
-        with pytest.raises(KeyboardInterrupt):
-            collection.reindex(other, replace(FAST, batch_size=2))
+    with interrupted(), pytest.raises(KeyboardInterrupt):
+        collection.reindex(other, replace(FAST, batch_size=2))
     assert collection._generation().name == "1" and len(collection.search("x", k=9)) == 5
     assert len(embedded) == 5 + 4
     collection.reindex(other, FAST)

@@ -283,19 +283,9 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_again(collection, phot
     assert vectors_of(collection)[str(photos / "0.png")] @ vector > 0.9999
 
 
-def test_ctrl_c_keeps_what_was_embedded(collection, photos, monkeypatch, embedded):
-    embed_rows, calls = indexing.embed_rows, []
-
-    def embed(*arguments):
-        calls.append(arguments)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return embed_rows(*arguments)
-
-    with monkeypatch.context() as context:
-        context.setattr(indexing, "embed_rows", embed)
-        with pytest.raises(KeyboardInterrupt):
-            add(collection, photos, IndexConfig(num_workers=0, batch_size=2))
+def test_ctrl_c_keeps_what_was_embedded(collection, photos, embedded, interrupted):
+    with interrupted(), pytest.raises(KeyboardInterrupt):
+        add(collection, photos, IndexConfig(num_workers=0, batch_size=2))
     assert len(collection) == len(keys_of(collection)) == len(embedded) == 4
     assert add(collection, photos) == {"added": 1, "unchanged": 4} and len(embedded) == 5
 

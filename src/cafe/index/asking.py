@@ -9,7 +9,7 @@ from PIL import Image
 from cafe.content import Content, ImageRef, Part
 from cafe.errors import CafeError
 from cafe.index.manifest import Root
-from cafe.index.pixels import load_image
+from cafe.index.pixels import load_images
 from cafe.index.searching import Hit
 from cafe.model import Cafe
 
@@ -84,14 +84,8 @@ def ask(
     if not question.strip():
         raise CafeError("There is no question to answer.")
     # Numbers in the answer count the images that the model was shown.
-    images: list[Image.Image] = []
-    sources: list[Hit] = []
-    for hit in hits:
-        try:
-            images.append(load_image(hit.id, hit.path, hit.page, roots))
-        except CafeError:  # gone or changed since it was indexed
-            continue
-        sources.append(hit)
+    loaded = load_images(hits, roots)
+    sources, images = [hit for hit, _ in loaded], [image for _, image in loaded]
     if not sources:
         return Answer([], iter([NOTHING_FOUND]))
     if each or len(sources) == 1:

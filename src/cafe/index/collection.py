@@ -136,7 +136,8 @@ class Collection:
 
     def __len__(self) -> int:
         """Return the number of images, each content once."""
-        return len(self._read())
+        store, _ = open_store(self._generation())
+        return len(store.read_places(["key"])["key"].drop_null().unique())
 
     def add(
         self,

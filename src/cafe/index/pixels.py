@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,12 +14,13 @@ from PIL import Image
 
 from cafe.content import DEFAULT_LIMITS, ImageRef
 from cafe.data.records import OpenedSource, open_source
-from cafe.errors import RecordError
+from cafe.errors import CafeError, RecordError
 from cafe.images.decoding import decode_image
 from cafe.images.files import read_image_file
 from cafe.index.manifest import Root
 from cafe.index.pdf import read_pages
 from cafe.index.reading import record_images
+from cafe.index.searching import Hit
 from cafe.index.workers import without_main_module
 from cafe.training.recipe_io import read_source
 
@@ -44,6 +46,15 @@ def load_image(id: str, path: str, page: int | None, roots: Sequence[Root]) -> I
     if record and id != path:
         return _load_record(path, int(record[1]), int(record[2] or 0), roots)
     return decode_image(ImageRef(Path(path)))
+
+
+def load_images(hits: Sequence[Hit], roots: Sequence[Root]) -> list[tuple[Hit, Image.Image]]:
+    """Load the images of hits; those that are gone or have changed since they were indexed are left out."""
+    loaded = []
+    for hit in hits:
+        with suppress(CafeError):
+            loaded.append((hit, load_image(hit.id, hit.path, hit.page, roots)))
+    return loaded
 
 
 def _load_page(path: str, page: int) -> Image.Image:

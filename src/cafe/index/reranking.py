@@ -11,7 +11,7 @@ import numpy as np
 from cafe.content import Content
 from cafe.errors import CafeError
 from cafe.index.manifest import Root
-from cafe.index.pixels import load_image
+from cafe.index.pixels import load_images
 from cafe.index.searching import Hit
 from cafe.lvlm.prompts import DESCRIBE_PROMPT
 from cafe.model import Cafe
@@ -33,15 +33,10 @@ def rerank_hits(model: Cafe, words: str, hits: Sequence[Hit], roots: Sequence[Ro
     """
     if not words.strip():
         raise CafeError("Only a query of words can be reranked, not one with an image or with words that it excludes.")
-    contents, read, unread = [], [], []
-    for hit in hits[:NUM_RERANKED]:
-        try:
-            image = load_image(hit.id, hit.path, hit.page, roots)
-        except CafeError:  # gone or changed since it was indexed
-            unread.append(hit)
-            continue
-        contents.append(Content.of([image, DESCRIBE_PROMPT]))
-        read.append(hit)
+    loaded = load_images(hits[:NUM_RERANKED], roots)
+    read = [hit for hit, _ in loaded]
+    unread = [hit for hit in hits[:NUM_RERANKED] if hit not in read]
+    contents = [Content.of([image, DESCRIBE_PROMPT]) for _, image in loaded]
     likelihoods = [float(scores[0]) for scores in model.score_batch(contents, [[words]] * len(contents))]
     best_first = [read[row] for row in np.argsort(-np.array(likelihoods), kind="stable")]
     return [*best_first, *unread, *hits[NUM_RERANKED:]]

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float32, Int32, Int64, UInt8
 
 from cafe.images.appearance import NUM_BYTES
 from cafe.index.filters import Predicate, local_time
-from cafe.index.store import Store
+from cafe.index.store import Store, to_matrix
 
 MAX_EXACT = 200_000  # images that are searched exactly; beyond, the vector index is
 NANOSECONDS = 1_000_000_000
@@ -135,8 +135,7 @@ class Snapshot:
         numbers = np.array([self.numbers.get(key, -1) for key in table["key"].to_pylist()], np.int64)
         present = (numbers >= 0) & table[column].is_valid().to_numpy()
         vectors = table[column].filter(pa.array(present)).combine_chunks()
-        flat = vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        return flat.reshape(-1, self.store.dim), numbers[present]
+        return to_matrix(vectors, self.store.dim), numbers[present]
 
     def place_of(self, number: int, predicate: Predicate) -> PlaceOfImage:
         """Return where to find an image: of its places that pass the filters, the first that is still there."""

@@ -45,7 +45,7 @@ class ImageRow:
         vector: its embedding.
         caption: what the model says about it; None if it was not asked.
         caption_vector: the embedding of the caption.
-        text: the words on a page of a PDF file.
+        text: the words on a page, or those that came with a record.
         width, height: in pixels, upright.
         taken_at: when it was taken, by its EXIF data, in the local time of the camera.
         appearance: what it looks like, see `cafe.images.appearance`.
@@ -228,7 +228,7 @@ class Store:
         return [relevances for relevances in found if relevances]
 
     def index_words(self) -> None:
-        """Build the indices of words, or bring them up to date."""
+        """Build the indices of words that are missing; `compact` brings the others up to date."""
         with storage_errors(self.directory.parent):
             for table, column in WORD_COLUMNS:
                 _index_words(getattr(self, table), column)
@@ -259,8 +259,7 @@ class Store:
         best_keys = np.empty((len(queries), 0), object)
         with storage_errors(self.directory.parent):
             for batch in self.images.search().select(["key", "vector"]).to_batches(ROWS_PER_BATCH):
-                flat = batch["vector"].flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-                scores = queries @ flat.reshape(-1, self.dim).T
+                scores = queries @ to_matrix(batch["vector"], self.dim).T
                 keys = np.array(batch["key"].to_pylist(), object)
                 # The best of this batch compete with the best so far, so that memory does not grow.
                 columns = np.argpartition(-scores, min(count, scores.shape[1]) - 1, axis=1)[:, :count]
@@ -284,8 +283,7 @@ class Store:
             num_rows = self.images.count_rows()
             rows = np.unique(np.linspace(0, num_rows - 1, min(count, num_rows)).astype(int)).tolist()
             table = self.images.take_offsets(rows).select(["vector"]).to_arrow()
-            flat = table["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            return flat.astype(np.float32).reshape(-1, self.dim)
+            return to_matrix(table["vector"].combine_chunks(), self.dim)
 
     def compact(self) -> None:
         """Merge small files, bring the indices up to date, and drop old versions."""
@@ -381,6 +379,11 @@ def _images_table(images: Sequence[ImageRow], dim: int) -> pa.Table:
 def _replace_surrogates(text: str | None) -> str | None:
     """Replace half characters, which a record may hold and no table can."""
     return None if text is None else text.encode(errors="replace").decode()
+
+
+def to_matrix(vectors: pa.Array, dim: int) -> Float32[np.ndarray, "rows dim"]:
+    """Return a column of vectors, none of them null, as a matrix in single precision."""
+    return vectors.flatten().to_numpy(zero_copy_only=False).astype(np.float32).reshape(-1, dim)
 
 
 def _vectors(vectors: Sequence[Float32[np.ndarray, " dim"] | None], dim: int) -> pa.Array:

@@ -11,10 +11,9 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from cafe.index.reading import DIGEST_CHARACTERS
-from cafe.index.store import Store
+from cafe.index.store import Store, to_matrix
 from cafe.utils.text import escape_controls
 
-_BLOCK = 2**20  # bytes read at once
 _TOLERANCE = 1e-2  # of the norm of a unit vector in half precision
 
 
@@ -40,8 +39,7 @@ def verify_tables(store: Store) -> list[str]:
 
 def _wrong_norms(images: pa.Table, dim: int) -> list[str]:
     """Check that vectors are unit vectors."""
-    flat = images["vector"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    norms = np.linalg.norm(flat.astype(np.float32).reshape(-1, dim), axis=1)
+    norms = np.linalg.norm(to_matrix(images["vector"].combine_chunks(), dim), axis=1)
     keys = images["key"].to_pylist()
     return [
         f"The vector of the image {keys[row]} has the norm {norms[row]:.3f} instead of 1."
@@ -78,8 +76,5 @@ def verify_files(store: Store, progress: bool = False) -> list[str]:
 
 def _digest_of(path: Path) -> str:
     """Return the key of a file's bytes."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()[:DIGEST_CHARACTERS]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:DIGEST_CHARACTERS]
