@@ -4,12 +4,12 @@ The images are scenes, as JPEG files of 256 x 256 pixels; the model is the small
 Indexing starts workers, hashes, decodes, embeds and writes, and at its end builds indices and calibrates scores; all of
 that counts. The loops only embed: by transformers alone, one file at a time; and in batches as large as those of
 indexing, from images that were decoded and encoded beforehand. They are measured on some of the images. On a CPU,
-indexing leaves one core to its worker, and so do the loops: the model has the others.
+indexing leaves one core to its worker, and so do the loops: the model has the others, or as many as `--threads` says.
 
 Captions are measured with the model of the other benchmarks, which reads 192 tokens an image, and without the
 calibration, which is the same either way.
 
-python benchmarks/indexing.py [--images 10000] [--captioned 512] [--json FILE]
+python benchmarks/indexing.py [--images 10000] [--captioned 512] [--threads N] [--json FILE]
 """
 
 import argparse
@@ -125,9 +125,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--captioned", type=int, default=512, help="images that are captioned")
+    parser.add_argument("--threads", type=int, default=max(1, (os.cpu_count() or 1) - 1), help="of the loops' model")
     options, _ = parser.parse_known_args()
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) - 1))
+        torch.set_num_threads(options.threads)
     model = Cafe.load(resolve_checkpoint("scenes"))
     config = IndexConfig()
     with tempfile.TemporaryDirectory() as directory:

@@ -20,12 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from common import machine
-
-from cafe.scenes.draw import paint
-from cafe.scenes.world import draw_scenes
+from indexing import SIDE, write_images
 
 QUERY = "a large yellow star"
-SIDE = 256  # pixels
 
 
 def install(directory: Path) -> Path | str:
@@ -96,9 +93,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         scratch = Path(directory)
         folder = scratch / "images"
-        folder.mkdir()
-        for scene in draw_scenes(0, "train", options.images):
-            paint(scene).resize((SIDE, SIDE)).save(folder / f"{scene.name}.jpg", quality=90)
+        write_images(folder, options.images)
         print(f"{options.images} images of {SIDE} x {SIDE} pixels, on {machine()}", flush=True)
         for line in measure_ours(options.model, folder, scratch):
             print(line, flush=True)
