@@ -22,6 +22,7 @@ from transformers import (
     SiglipVisionConfig,
 )
 
+from cafe.attention.registration import use_tree_attention
 from cafe.data.batch import NO_LIMIT, Batch, MicroBatch, MicroBatchSize, split_micro_batches
 from cafe.lvlm.forward import infer_packing
 from cafe.lvlm.processing import ChatProcessor
@@ -78,6 +79,7 @@ def tiny_llava(image_token: int = IMAGE) -> PreTrainedModel:
         tie_word_embeddings=True,
     )
     model = LlavaOnevisionForConditionalGeneration(config)
+    use_tree_attention(model)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").train()
 
 

@@ -17,6 +17,7 @@ from transformers import (
     ProcessorMixin,
 )
 
+from cafe.attention.registration import use_tree_attention
 from cafe.lvlm.families import attention_kwargs
 from cafe.lvlm.forward import infer_packing
 from cafe.lvlm.loading import without_video
@@ -132,6 +133,7 @@ def build(model_type: str, processor: ProcessorMixin, text: dict[str, Any], visi
     config = AutoConfig.for_model(model_type, text_config=text, vision_config=vision, **rest)
     torch.manual_seed(0)
     lvlm = AutoModelForImageTextToText.from_config(config, attn_implementation=attention_kwargs(config, "sdpa")).eval()
+    use_tree_attention(lvlm)
     for parameter in lvlm.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=WIDTH**-0.5)

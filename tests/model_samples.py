@@ -18,6 +18,8 @@ from cafe.packing import Branch
 from cafe.training.recipe import ObjectiveConfig
 
 PREFIX_LMS = ["paligemma", "paligemma2"]
+# Sliding windows, linear attention, or both ways.
+READ_ONE_BY_ONE = {"gemma3", "gemma4", "paligemma", "paligemma2", "qwen3_5", "aya_vision"}
 
 
 def make(family: str) -> Cafe:

@@ -1,42 +1,15 @@
-"""Blockwise attention against PyTorch's own under the dense mask, alone and in a model."""
+"""The blocks of the mask of trees, and the operator that computes them."""
 
 import pytest
 import torch
-import torch.nn.functional as F
-from branch_samples import branch, examples
+from branch_samples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 
-import cafe.attention.tree
-from cafe.attention.blockwise import blockwise_mask, tree_to_blocks
+from cafe.attention.blockwise import iter_blocks, read_blocks, tree_to_blocks
 from cafe.attention.masks import tree_mask
-from cafe.attention.sdpa_override import SdpaOverrideMask
-from cafe.attention.tree import attention_mask
-from cafe.lvlm.forward import forward_packed
-from cafe.model import Cafe
-from cafe.packing import PackingConfig, build_layout, pack
-
-
-def attention(end, mask, **options):
-    """Return the attention of random states, and the gradients of a weighted sum of it."""
-    generator = torch.Generator().manual_seed(0)
-    states = [
-        torch.randn(*end.shape, 2, 8, generator=generator, dtype=torch.float64).transpose(1, 2).requires_grad_()
-        for _ in range(3)
-    ]
-    output = F.scaled_dot_product_attention(*states, attn_mask=mask, **options)
-    output.backward(torch.randn(output.shape, generator=generator, dtype=torch.float64))
-    return [output, *(state.grad for state in states)]
-
-
-@settings(max_examples=100, deadline=None)
-@given(examples(), st.integers(1, 60), st.sampled_from([1, 16]), st.sampled_from([None, 0.3]))
-def test_blockwise_attention_and_gradients_equal_those_of_the_dense_mask(groups, max_tokens, multiple, scale):
-    config = PackingConfig(max_row_tokens=max_tokens, pad_to_multiple_of=multiple)
-    end = build_layout(groups, config).subtree_end
-    dense, blockwise = attention(end, tree_mask(end), scale=scale), attention(end, blockwise_mask(end), scale=scale)
-    for actual, expected in zip(blockwise, dense, strict=True):
-        torch.testing.assert_close(actual, expected)
+from cafe.packing import PackingConfig, build_layout
 
 
 @settings(max_examples=100, deadline=None)
@@ -44,46 +17,52 @@ def test_blockwise_attention_and_gradients_equal_those_of_the_dense_mask(groups,
 def test_blocks_cover_the_mask_once(groups, max_tokens):
     end = build_layout(groups, PackingConfig(max_row_tokens=max_tokens)).subtree_end
     count = torch.zeros(*end.shape, end.shape[1], dtype=torch.long)
-    for block in tree_to_blocks(end):
+    num_pairs = 0
+    for block in iter_blocks(tree_to_blocks(end).bounds):
         view = count[block.row, block.queries, block.keys]
         view += torch.ones_like(view).tril() if block.causal else 1
-    alone = (count.sum(2) == 0).nonzero()
-    count[alone[:, 0], alone[:, 1], alone[:, 1]] = 1
+        num_pairs += block.num_pairs
     assert torch.equal(count, tree_mask(end)[:, 0].long())
+    assert num_pairs == count.sum()
 
 
-def test_blockwise_mask_is_a_plain_mask_to_other_operations():
-    end = torch.tensor([[5, 3, 3, 5, 5]])
-    mask = blockwise_mask(end)
-    assert type(mask[:, :, :3]) is torch.Tensor and torch.equal(mask[..., 0], tree_mask(end)[..., 0])
-    of_slice = attention(end, mask[:, :, :, :5])
-    for actual, expected in zip(of_slice, attention(end, tree_mask(end)), strict=True):
-        torch.testing.assert_close(actual, expected)
+@settings(max_examples=100, deadline=None)
+@given(examples(), st.integers(1, 60), st.data())
+def test_blocks_of_tokens_that_are_read_cover_their_queries_once(groups, max_tokens, data):
+    end = build_layout(groups, PackingConfig(max_row_tokens=max_tokens)).subtree_end
+    read = torch.zeros_like(end, dtype=torch.bool)
+    for row, column in data.draw(
+        st.lists(st.tuples(st.integers(0, end.shape[0] - 1), st.integers(0, end.shape[1] - 1)), max_size=5)
+    ):
+        read[row, column] = True
+    count = torch.zeros(*end.shape, end.shape[1], dtype=torch.long)
+    for block in iter_blocks(read_blocks(end, read).bounds):
+        view = count[block.row, block.queries, block.keys]
+        view += torch.ones_like(view).tril() if block.causal else 1
+    assert torch.equal(count[read], tree_mask(end)[:, 0][read].long())
+    # All queries between two that are read are complete, or not computed at all.
+    complete = (count == tree_mask(end)[:, 0]).all(2)
+    assert torch.equal(complete, count.any(2))
 
 
-def test_states_with_strides_the_kernel_does_not_take_give_the_same_attention():
-    end = torch.tensor([[5, 3, 3, 5, 5]])
-    states = [torch.randn(1, 2, 8, 5).transpose(2, 3) for _ in range(3)]
-    dense = F.scaled_dot_product_attention(*states, attn_mask=tree_mask(end))
-    torch.testing.assert_close(F.scaled_dot_product_attention(*states, attn_mask=blockwise_mask(end)), dense)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_operator_tells_compilers_what_it_returns(dtype):
+    end = torch.tensor([[9, 9, 5, 4, 5, 9, 8, 8, 9], [4, 4, 4, 4, 9, 9, 9, 9, 9]])
+    states = [torch.randn(2, heads, 9, 8, dtype=dtype, requires_grad=True) for heads in (4, 2, 2)]
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(
+        torch.ops.cafe.attend_blocks, (*states, tree_to_blocks(end).bounds, None), test_utils=checks,
+        rtol=1e-2 if dtype == torch.bfloat16 else None, atol=1e-2 if dtype == torch.bfloat16 else None,
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(None, 1e-10), (torch.bfloat16, 3e-2), (torch.float16, 5e-3)])
-def test_a_model_gives_the_same_gradient_with_blockwise_attention(random_base, monkeypatch, dtype, tolerance):
-    model = Cafe.load(random_base, dtype=torch.float32 if dtype else torch.float64)
-    group = [branch([*range(10, 30)]), branch([*range(10, 20), *range(40, 60)]), branch([*range(10, 14), 7, 8])]
-    dialogue = branch([*range(10, 40)], num_supervised=9)
-    packed = pack([group], [[dialogue]], PackingConfig(max_row_tokens=80))
-    results = {}
-    for name, min_tokens in (("blockwise", 1), ("dense", 10**6)):
-        monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", min_tokens)
-        mask = attention_mask(packed.subtree_end, model.lvlm.config.get_text_config())
-        assert isinstance(mask, SdpaOverrideMask) == (name == "blockwise")
-        model.lvlm.zero_grad()
-        with torch.autocast("cpu", dtype, enabled=bool(dtype)):
-            readouts, predictors = forward_packed(model.lvlm, packed)
-        (readouts.square().sum() + predictors.square().sum()).backward()
-        grads = torch.cat([p.grad.flatten() for p in model.lvlm.parameters() if p.grad is not None])
-        results[name] = readouts.detach().double(), predictors.detach().double(), grads
-    for actual, expected in zip(results["blockwise"], results["dense"], strict=True):
-        assert (actual - expected).norm() <= tolerance * expected.norm()
+def test_flops_are_those_of_the_pairs_that_are_seen():
+    end = torch.tensor([[9, 9, 5, 4, 5, 9, 8, 8, 9]])
+    states = [torch.randn(1, heads, 9, 8, requires_grad=True) for heads in (4, 2, 2)]
+    with FlopCounterMode(display=False) as counter:
+        output = tree_to_blocks(end).attend(*states, None)
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    seen = int(tree_mask(end).sum())
+    assert forward == 2 * 2 * 4 * 8 * seen
+    assert counter.get_total_flops() - forward == 5 * 2 * 4 * 8 * seen

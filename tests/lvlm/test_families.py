@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from model_samples import CONTENTS, PREFIX_LMS, SMALL, TALL, WIDE, Listed, chat, examples, gradient, make, plain_losses
+from model_samples import CONTENTS, PREFIX_LMS, READ_ONE_BY_ONE, SMALL, TALL, WIDE, Listed, chat, examples, gradient, make, plain_losses
 from PIL import Image
 from transformers import ProcessorMixin
 
@@ -27,8 +27,6 @@ from cafe.packing import build_layout, pack
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
 
-# Sliding windows, linear attention, or both ways.
-READ_ONE_BY_ONE = {"gemma3", "gemma4", "paligemma", "paligemma2", "qwen3_5", "aya_vision"}
 EMPTY = {"role": "assistant", "content": [{"type": "text", "text": ""}]}
 
 

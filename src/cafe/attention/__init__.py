@@ -1,13 +1,16 @@
 """Tree attention: how it is computed, and everything that changes a transformers model from outside.
 
-A forward pass enters all of it in one place, `tree.tree_attention`, and leaves the model as it was:
+Attention is changed where transformers lets it be: `registration` registers an attention implementation, `cafe_tree`,
+for the language model. A forward pass gives it the tree as an argument, which `tree.tree_attention` makes:
 
-    tree          the context manager around the forward pass: it makes the attention mask in the form that the model's
-                  attention implementation takes, and restricts the last layer
+    registration  the attention implementation, which is SDPA where there is no tree
+    tree          trees prepared for a kernel, and the context manager around a forward pass: it makes the arguments
+                  that attention takes, and restricts the last layer
+    chains        what the rows of trees consist of; pure lists
     masks         the mask of trees, dense and as a FlexAttention `BlockMask`: pure tensors
-    blockwise     the mask for long rows on a CPU, under which SDPA computes only the blocks that are not masked
-    sdpa_override a Tensor subclass: a mask that replaces `scaled_dot_product_attention` where it is passed to it; used
-                  by `blockwise` and `last_layer`
+    paths         by variable-length FlashAttention with gathered keys, on a GPU
+    blockwise     block by block, on a CPU
+    flex          by FlexAttention
     last_layer    forward hooks on the last decoder layer, which compute attention queries and the MLP only for the
                   tokens that are read
 

@@ -1,25 +1,25 @@
-"""Blockwise attention over long rows of trees on a CPU: only what is not masked is computed.
+"""Attention over trees on a CPU, block by block: only what is not masked is computed.
 
-Under a dense mask, every token of a row is computed with every other, and most of it is masked. But the mask of a tree
-consists of few blocks. A chain, tokens that follow each other both in the row and in the tree, is causal within itself,
-and the kernel skips half of that. All else a token attends to is the beginnings of chains from which its own chain
-branches off, and all tokens that branch off at the same place attend to the same beginning, unmasked. So each block is
-one call of PyTorch's kernel on views. Where a token is in several blocks, their results are merged as FlashAttention
-merges its own, by their logsumexp (Dao et al., arXiv 2205.14135). On a GPU, FlexAttention does this.
+The mask of a tree consists of few blocks. A chain is causal within itself, and PyTorch's kernel skips half of that. All
+else a token attends to is the beginnings of chains from which its own chain branches off, and all tokens that branch
+off at the same place attend to the same beginning, unmasked. So each block is one call of the kernel on views. Where a
+token is in several blocks, their results are merged as FlashAttention merges its own, by their logsumexp (Dao et al.,
+arXiv 2205.14135).
+
+All calls of a layer are one operator to PyTorch, which takes the blocks as a tensor: `torch.compile` makes one graph
+for all lists of blocks.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
-from cafe.attention.masks import tree_mask
-from cafe.attention.sdpa_override import SdpaOverrideMask
+from cafe.attention.chains import iter_branches, iter_chains, read_spans
 
 MIN_BLOCKWISE_TOKENS = 768  # row length from which the calls save more than they cost: `benchmarks/tree_attention.py`
 
@@ -46,6 +46,12 @@ class Block:
         """Tell whether the block is a chain with itself."""
         return self.queries == self.keys
 
+    @property
+    def num_pairs(self) -> int:
+        """Count the pairs of a query and a key that is not masked."""
+        num_queries, num_keys = (each.stop - each.start for each in (self.queries, self.keys))
+        return num_queries * (num_queries + 1) // 2 if self.causal else num_queries * num_keys
+
     def query_view(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads queries *dim"]:
         """Return a view of the states of the queries."""
         return states[self.row : self.row + 1, :, self.queries]
@@ -55,131 +61,220 @@ class Block:
         return states[self.row : self.row + 1, :, self.keys]
 
 
-def tree_to_blocks(subtree_end: Int64[Tensor, "rows columns"]) -> list[Block]:
-    """Split the mask of trees into blocks; in each row, the chains come before the other blocks.
+@dataclass(frozen=True, eq=False)
+class Blocks:
+    """Hold the blocks of rows of trees; the causal ones of a row come before the others.
 
-    Tokens that attend to themselves alone, as padding does, are in no block.
+    Attributes:
+        bounds: for each block its row, the first and last column of its queries, and those of its keys, with the last
+            columns exclusive.
     """
+
+    bounds: Int64[Tensor, "blocks 5"]
+
+    def attend(
+        self,
+        query: Float[Tensor, "rows heads columns dim"],
+        key: Float[Tensor, "rows key_heads columns dim"],
+        value: Float[Tensor, "rows key_heads columns dim"],
+        scale: float | None,
+    ) -> Float[Tensor, "rows columns heads dim"]:
+        """Compute attention; the output of tokens that are no queries is zero."""
+        output, _ = torch.ops.cafe.attend_blocks(query, key, value, self.bounds, scale)
+        return cast(Tensor, output)
+
+    def to(self, device: torch.device) -> "Blocks":
+        """Return the blocks as they are: they are read on the CPU."""
+        return self
+
+    def pin_memory(self) -> "Blocks":
+        """Return the blocks as they are: they are read on the CPU."""
+        return self
+
+
+def tree_to_blocks(subtree_end: Int64[Tensor, "rows columns"]) -> Blocks:
+    """Make the blocks of all tokens."""
     blocks: list[Block] = []
     for row, ends in enumerate(subtree_end.tolist()):
-        chains = list(_chains(ends))
-        blocks += [Block(row, chain, chain) for chain in chains]
-        for chain in chains:
-            blocks += [Block(row, queries, keys) for queries, keys in _branches(ends, chain)]
+        blocks += _row_blocks(row, ends)
+    return _join(blocks)
+
+
+def read_blocks(subtree_end: Int64[Tensor, "rows columns"], read: Bool[Tensor, "rows columns"]) -> Blocks:
+    """Make the blocks for the last layer, whose output is read for some tokens only.
+
+    The queries of a chain reach from the first token that is read to the last.
+    """
+    blocks: list[Block] = []
+    for row, (ends, is_read) in enumerate(zip(subtree_end.tolist(), read, strict=True)):
+        spans = read_spans(ends, is_read.nonzero()[:, 0].tolist())
+        blocks += [Block(row, span, span) for _, span in spans]
+        # The tokens of a chain before its span are all attended to.
+        blocks += [
+            Block(row, span, slice(chain.start, span.start)) for chain, span in spans if chain.start < span.start
+        ]
+        for block in _row_blocks(row, ends):
+            if block.causal:
+                continue
+            # A chain attends as a whole to what it branches off from.
+            within = (span for chain, span in spans if block.queries.start <= chain.start < block.queries.stop)
+            blocks += [Block(row, span, block.keys) for span in within]
+    return _join(blocks)
+
+
+def _row_blocks(row: int, ends: Sequence[int]) -> list[Block]:
+    """List the blocks of a row, chains first."""
+    chains = list(iter_chains(ends))
+    blocks = [Block(row, chain, chain) for chain in chains]
+    for chain in chains:
+        blocks += [Block(row, queries, keys) for queries, keys in iter_branches(ends, chain)]
     return blocks
 
 
-def _chains(ends: Sequence[int]) -> Iterator[slice]:
-    """Iterate over the chains of a row, without single tokens that attend to themselves alone."""
-    # A token begins a chain where it is not below the token before it.
-    starts = [0, *(column for column in range(1, len(ends)) if ends[column - 1] <= column)]
-    # Padding gives chains of one token. So does a branch of one token, but that lies below another chain, to whose
-    # tokens it attends.
-    furthest_end = 0  # of the chains so far: tokens before it are below one of them
-    for start, stop in zip(starts, [*starts[1:], len(ends)], strict=True):
-        if stop > start + 1 or furthest_end > start:
-            yield slice(start, stop)
-        furthest_end = max(furthest_end, ends[start])
+def _join(blocks: Sequence[Block]) -> Blocks:
+    """Write blocks as a tensor."""
+    bounds = [(each.row, each.queries.start, each.queries.stop, each.keys.start, each.keys.stop) for each in blocks]
+    return Blocks(torch.tensor(bounds, dtype=torch.long).view(-1, 5))
 
 
-def _branches(ends: Sequence[int], chain: slice) -> Iterator[tuple[slice, slice]]:
-    """Iterate over what branches off a chain: the columns of its tokens, and the chain's beginning they attend to."""
-    # From the last token of the chain back: each token whose subtree ends later adds the tokens in between.
-    stop = chain.stop
-    for column in reversed(range(chain.start, chain.stop)):
-        if ends[column] > stop:
-            yield slice(stop, ends[column]), slice(chain.start, column + 1)
-            stop = ends[column]
+def iter_blocks(bounds: Int64[Tensor, "blocks 5"]) -> Iterator[Block]:
+    """Iterate over the blocks of a tensor."""
+    for row, query_start, query_stop, key_start, key_stop in bounds.tolist():
+        yield Block(row, slice(query_start, query_stop), slice(key_start, key_stop))
 
 
-def blockwise_mask(subtree_end: Int64[Tensor, "rows columns"]) -> SdpaOverrideMask:
-    """Make `tree_mask` of rows on a CPU, under which SDPA computes the unmasked blocks only."""
-    return SdpaOverrideMask.wrap(tree_mask(subtree_end), partial(_blockwise_sdpa, tree_to_blocks(subtree_end)))
+def _needs_copy(states: Tensor) -> bool:
+    """Tell whether the kernel, which does not look at the last stride, would read the wrong numbers."""
+    return states.stride(-1) != 1
 
 
-@torch.compiler.disable  # in compiled layers, which would otherwise be compiled again for every list of blocks
-def _blockwise_sdpa(
-    blocks: Sequence[Block], query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor, **options: Any
-) -> Tensor:
-    """Compute `scaled_dot_product_attention` block by block, where the kernel can."""
-    # `scaled_dot_product_attention` is cast by autocast; what replaces it has to do the same.
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if not _takes_blocks(query, key, value) or options.get("dropout_p"):
-        return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
-    output: Tensor = _BlockwiseAttention.apply(query, key, value, blocks, options.get("scale"))
-    return output
+@torch.library.custom_op(
+    "cafe::attend_blocks",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor bounds, float? scale) -> (Tensor, Tensor)",
+)
+def _attend_blocks(
+    query: Float[Tensor, "rows heads columns dim"],
+    key: Float[Tensor, "rows key_heads columns dim"],
+    value: Float[Tensor, "rows key_heads columns dim"],
+    bounds: Int64[Tensor, "blocks 5"],
+    scale: float | None,
+) -> tuple[Float[Tensor, "rows columns heads dim"], Float[Tensor, "rows heads columns"]]:
+    """Compute the output of each block and merge them; return the output and its logsumexp."""
+    query, key, value = (states.contiguous() if _needs_copy(states) else states for states in (query, key, value))
+    merge_dtype = torch.promote_types(query.dtype, torch.float32)
+    rows, heads, columns, dim = query.shape
+    merged = query.new_zeros(rows, columns, heads, dim, dtype=merge_dtype)
+    output, logsumexp = merged.transpose(1, 2), merged.new_zeros(rows, heads, columns)
+    for block in iter_blocks(bounds):
+        states = block.query_view(query), block.key_view(key), block.key_view(value)
+        block_output, block_logsumexp = _flash_attention(*states, 0.0, block.causal, scale=scale)
+        output_view, logsumexp_view = block.query_view(output), block.query_view(logsumexp)
+        if block.causal:  # the first block of its queries
+            output_view.copy_(block_output)
+            logsumexp_view.copy_(block_logsumexp)
+            continue
+        # Each output is a mean under its own softmax: weigh it by its share of the common denominator.
+        total = torch.logaddexp(logsumexp_view, block_logsumexp)
+        old_weight = (logsumexp_view - total).exp_()[..., None]
+        block_weight = (block_logsumexp - total).exp_()[..., None]
+        output_view.mul_(old_weight).addcmul_(block_output, block_weight)
+        logsumexp_view.copy_(total)
+    return merged.to(query.dtype), logsumexp
 
 
-def _takes_blocks(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Tell whether the kernel can be called on views of these states."""
-    # Fewer heads of keys than of queries, or other tokens, are left to PyTorch's own function.
-    if not query.shape == key.shape == value.shape:
-        return False
-    return query.stride(-1) == key.stride(-1) == value.stride(-1) == 1  # the kernel does not look at this stride
+@torch.library.custom_op(
+    "cafe::attend_blocks_backward",
+    mutates_args=(),
+    schema="(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor output, Tensor logsumexp, "
+    "Tensor bounds, float? scale) -> (Tensor, Tensor, Tensor)",
+)
+def _attend_blocks_backward(
+    grad_output: Float[Tensor, "rows columns heads dim"],
+    query: Float[Tensor, "rows heads columns dim"],
+    key: Float[Tensor, "rows key_heads columns dim"],
+    value: Float[Tensor, "rows key_heads columns dim"],
+    output: Float[Tensor, "rows columns heads dim"],
+    logsumexp: Float[Tensor, "rows heads columns"],
+    bounds: Int64[Tensor, "blocks 5"],
+    scale: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum the gradients of the blocks."""
+    query, key, value = (states.contiguous() if _needs_copy(states) else states for states in (query, key, value))
+    grad_output, output = (states.contiguous().transpose(1, 2) for states in (grad_output, output))
+    grads = [logsumexp.new_zeros(states.shape) for states in (query, key, value)]
+    for block in iter_blocks(bounds):
+        # With the merged output and logsumexp, the kernel gives the block's part of the whole gradient.
+        block_grads = _flash_attention_backward(
+            block.query_view(grad_output),
+            block.query_view(query),
+            block.key_view(key),
+            block.key_view(value),
+            block.query_view(output),
+            block.query_view(logsumexp),
+            0.0,
+            block.causal,
+            scale=scale,
+        )
+        views = block.query_view(grads[0]), block.key_view(grads[1]), block.key_view(grads[2])
+        for view, block_grad in zip(views, block_grads, strict=True):
+            view.add_(block_grad)
+    grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
+    return grad_query, grad_key, grad_value
 
 
-class _BlockwiseAttention(torch.autograd.Function):
-    """Compute attention as the sum over blocks, each by PyTorch's kernel."""
+@_attend_blocks.register_fake
+def _fake_forward(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Return tensors of the shapes that the operator returns."""
+    rows, heads, columns, dim = query.shape
+    merge_dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(rows, columns, heads, dim), query.new_empty(rows, heads, columns, dtype=merge_dtype)
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Float[Tensor, "rows heads columns dim"],
-        key: Float[Tensor, "rows heads columns dim"],
-        value: Float[Tensor, "rows heads columns dim"],
-        blocks: Sequence[Block],
-        scale: float | None,
-    ) -> Float[Tensor, "rows heads columns dim"]:
-        """Compute the output of each block and merge them."""
-        merge_dtype = torch.promote_types(query.dtype, torch.float32)
-        output = value.to(merge_dtype, copy=True)  # a token that attends to itself alone gives its own value
-        logsumexp = output.new_zeros(output.shape[:3])
-        for block in blocks:
-            states = block.query_view(query), block.key_view(key), block.key_view(value)
-            block_output, block_logsumexp = _flash_attention(*states, 0.0, block.causal, scale=scale)
-            output_view, logsumexp_view = block.query_view(output), block.query_view(logsumexp)
-            if block.causal:  # the first block of its queries
-                output_view.copy_(block_output)
-                logsumexp_view.copy_(block_logsumexp)
-                continue
-            # Each output is a mean under its own softmax: weigh it by its share of the common denominator.
-            total = torch.logaddexp(logsumexp_view, block_logsumexp)
-            old_weight = (logsumexp_view - total).exp_()[..., None]
-            block_weight = (block_logsumexp - total).exp_()[..., None]
-            output_view.mul_(old_weight).addcmul_(block_output, block_weight)
-            logsumexp_view.copy_(total)
-        output = output.to(query.dtype)
-        ctx.save_for_backward(query, key, value, output, logsumexp)
-        ctx.blocks, ctx.scale = blocks, scale
-        return output
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Sum the gradients of the blocks."""
-        query, key, value, output, logsumexp = ctx.saved_tensors
-        [grad_output] = grads
-        grad_query = torch.zeros_like(query, dtype=logsumexp.dtype)
-        grad_key = torch.zeros_like(key, dtype=logsumexp.dtype)
-        grad_value = grad_output.to(logsumexp.dtype, copy=True)  # of a token that attends to itself alone
-        for block in ctx.blocks:
-            # With the merged output and logsumexp, the kernel gives the block's part of the whole gradient.
-            block_grads = _flash_attention_backward(
-                block.query_view(grad_output),
-                block.query_view(query),
-                block.key_view(key),
-                block.key_view(value),
-                block.query_view(output),
-                block.query_view(logsumexp),
-                0.0,
-                block.causal,
-                scale=ctx.scale,
-            )
-            views = block.query_view(grad_query), block.key_view(grad_key), block.key_view(grad_value)
-            for view, block_grad in zip(views, block_grads, strict=True):
-                if block.causal:
-                    view.copy_(block_grad)
-                else:
-                    view.add_(block_grad)
-        return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+@_attend_blocks_backward.register_fake
+def _fake_backward(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return tensors of the shapes that the operator returns."""
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keep what the backward pass reads."""
+    *tensors, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of the states."""
+    query, key, value, bounds, output, logsumexp = ctx.saved_tensors
+    grads = torch.ops.cafe.attend_blocks_backward(
+        grad_output, query, key, value, output, logsumexp, bounds, ctx.scale
+    )
+    return (*grads, None, None)
+
+
+_attend_blocks.register_autograd(_backward, setup_context=_save_for_backward)
+
+
+@register_flop_formula(torch.ops.cafe.attend_blocks, get_raw=True)
+def _forward_flops(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *rest: Any, **kwargs: Any) -> int:
+    """Count the FLOPs of two products of matrices for the pairs that are computed."""
+    return 4 * query.shape[1] * query.shape[3] * _num_pairs(bounds)
+
+
+@register_flop_formula(torch.ops.cafe.attend_blocks_backward, get_raw=True)
+def _backward_flops(
+    grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, bounds: Tensor,
+    *rest: Any, **kwargs: Any,
+) -> int:  # fmt: skip
+    """Count the FLOPs of five products of matrices: the scores are computed again."""
+    return 10 * query.shape[1] * query.shape[3] * _num_pairs(bounds)
+
+
+def _num_pairs(bounds: Int64[Tensor, "blocks 5"]) -> int:
+    """Count the pairs of queries and keys of all blocks."""
+    return sum(block.num_pairs for block in iter_blocks(bounds))

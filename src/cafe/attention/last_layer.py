@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv
 
-from cafe.attention.sdpa_override import SdpaOverrideMask
+from cafe.attention.registration import CAFE_TREE
 
 # The parts of a layer of a known kind. A layer with other parts may mix tokens in them.
 SUPPORTED_CHILDREN = {
@@ -32,10 +33,17 @@ SUPPORTED_CHILDREN = {
 
 
 @contextmanager
-def restrict_last_layer(lvlm: PreTrainedModel, *read_index: Int64[Tensor, "_tokens 2"]) -> Iterator[None]:
-    """Make the last hidden states meaningless for all tokens but those at the (row, column) of `read_index`.
+def restrict_last_layer(
+    lvlm: PreTrainedModel, *read_index: Int64[Tensor, "_tokens 2"], read_tokens: Any = None
+) -> Iterator[None]:
+    """Make the last hidden states meaningless for all tokens but those that are read.
 
     Where the last layer is recomputed in the backward pass, or is of an unknown kind, it computes all tokens.
+
+    Args:
+        lvlm: the model.
+        read_index: the (row, column) of the tokens that are read.
+        read_tokens: computes attention along trees for these tokens; None where rows are not read by such a kernel.
     """
     modules = tokenwise_modules(lvlm)
     if not modules:
@@ -46,8 +54,8 @@ def restrict_last_layer(lvlm: PreTrainedModel, *read_index: Int64[Tensor, "_toke
     coords = torch.cat(read_index).unique(dim=0)  # sorted, and each token once: a gradient must not be counted twice
     # Attention computes its queries for these tokens only; the modules behind it run on these tokens only.
     attention = lvlm.get_decoder().layers[-1].self_attn
-    pre_hook = _this_thread_only(QuerySubset(coords).pre_hook)
-    handles.append(attention.register_forward_pre_hook(pre_hook, with_kwargs=True))
+    read_queries = _this_thread_only(_read_queries_hook(coords, read_tokens))
+    handles.append(attention.register_forward_pre_hook(read_queries, with_kwargs=True))
     for module in modules:
         hooks = TokenwiseHooks(coords)
         handles.append(module.register_forward_pre_hook(_this_thread_only(hooks.gather)))
@@ -122,57 +130,78 @@ class TokenwiseHooks:
         return full
 
 
+def _read_queries_hook(coords: Int64[Tensor, "tokens 2"], read_tokens: Any) -> Callable[..., Any]:
+    """Make the hook that has attention compute some queries only, where that can be and saves work."""
+
+    def pre_hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Replace the tree that attention is given."""
+        if read_tokens is not None:
+            return args, {**kwargs, "tree": read_tokens}
+        mask = kwargs.get("attention_mask")
+        if kwargs.get("tree") is not None or not len(coords) or not _can_subset(module, mask):
+            return None
+        subset = QuerySubset(coords, mask)
+        # The queries and their masks are copied, which is not worth it for more than half of a row.
+        if 2 * subset.grid.shape[1] > mask.shape[2]:
+            return None
+        return args, {**kwargs, "tree": subset}
+
+    return pre_hook
+
+
+def _can_subset(module: Any, mask: Any) -> bool:
+    """Tell whether an attention module looks at a `tree`, and its mask is a dense one that can be cut."""
+    if module.config._attn_implementation != CAFE_TREE:
+        return False
+    drops_weights = module.training and getattr(module, "attention_dropout", 0.0)
+    return isinstance(mask, Tensor) and mask.ndim == 4 and not drops_weights
+
+
 class QuerySubset:
-    """Hold the tokens for which attention computes queries as a grid: a row per row of the batch, padded on the right.
+    """Compute attention for some queries only, under a dense mask.
+
+    The queries form a grid: a row per row of the batch, padded on the right.
 
     Attributes:
         rows, columns: of each token in the batch.
         slots: the column of each token in the grid.
         grid: the columns of the tokens of each row.
+        mask: of all tokens.
     """
 
-    def __init__(self, coords: Int64[Tensor, "tokens 2"]) -> None:
+    def __init__(
+        self, coords: Int64[Tensor, "tokens 2"], mask: Shaped[Tensor, "rows mask_heads columns columns"]
+    ) -> None:
         self.rows, self.columns = coords.unbind(1)
-        counts = self.rows.bincount()
+        counts = self.rows.bincount(minlength=len(mask))
         # `coords` are sorted: within its row, a token's slot is its index minus that of the row's first token.
         first = counts.cumsum(0) - counts
         self.slots = torch.arange(len(coords)) - first[self.rows]
         most_in_a_row = int(counts.max()) if len(coords) else 0
         self.grid = torch.zeros(len(counts), most_in_a_row, dtype=torch.long)
         self.grid[self.rows, self.slots] = self.columns
+        self.mask = mask
 
-    def pre_hook(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Give the attention module a mask under which it computes these queries only, where that saves enough."""
-        mask = kwargs.get("attention_mask")
-        # Only a dense mask over these rows can be cut to the queries; a `BlockMask`, for example, cannot.
-        if not isinstance(mask, Tensor) or mask.ndim != 4:
-            return args, kwargs
-        if len(mask) != len(self.grid):
-            return args, kwargs
-        # The queries and their masks are copied, which is not worth it for more than half of a row.
-        if 2 * self.grid.shape[1] > mask.shape[2]:
-            return args, kwargs
-        return args, {**kwargs, "attention_mask": SdpaOverrideMask.wrap(mask, self.sdpa)}
-
-    def sdpa(
+    def attend(
         self,
         query: Float[Tensor, "rows heads columns dim"],
         key: Float[Tensor, "rows key_heads columns dim"],
         value: Float[Tensor, "rows key_heads columns dim"],
-        attn_mask: Float[Tensor, "rows mask_heads columns columns"] | Bool[Tensor, "rows mask_heads columns columns"],
-        **options: Any,
-    ) -> Float[Tensor, "rows heads columns dim"]:
-        """Compute `scaled_dot_product_attention` for these queries; the output of others is zero."""
+        scale: float | None,
+    ) -> Float[Tensor, "rows columns heads dim"]:
+        """Compute attention; the output of other tokens is zero."""
         grid, rows, slots, columns = (
             each.to(query.device, non_blocking=True) for each in (self.grid, self.rows, self.slots, self.columns)
         )
         # Padding of the grid repeats column 0; its output is computed and dropped.
         index = grid[:, None, :, None]
         subset_query = query.gather(2, index.expand(-1, query.shape[1], -1, query.shape[3]))
-        subset_mask = attn_mask.gather(2, index.expand(-1, attn_mask.shape[1], -1, attn_mask.shape[3]))
-        output = F.scaled_dot_product_attention(subset_query, key, value, attn_mask=subset_mask, **options)
+        subset_mask = self.mask.gather(2, index.expand(-1, self.mask.shape[1], -1, self.mask.shape[3]))
+        groups = query.shape[1] // key.shape[1]
+        key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+        output = F.scaled_dot_product_attention(subset_query, key, value, attn_mask=subset_mask, scale=scale)
 
         output = output.transpose(1, 2)  # rows, slots, heads, dim: tokens can be indexed
         full = output.new_zeros(len(query), query.shape[2], *output.shape[2:])
         full[rows, columns] = output[rows, slots]
-        return full.transpose(1, 2)
+        return full

@@ -1,7 +1,7 @@
 """The masks under which tokens of a packed row attend to their own ancestors only."""
 
 import torch
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Float, Int32, Int64
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
@@ -14,6 +14,26 @@ def tree_mask(subtree_end: Int64[Tensor, "rows columns"]) -> Bool[Tensor, "rows 
     is_causal = column[None, :] <= column[:, None]
     is_below = column[:, None] < subtree_end[:, None, :]
     return (is_causal & is_below)[:, None]
+
+
+def dense_mask(
+    subtree_end: Int64[Tensor, "rows columns"], dtype: torch.dtype, implementation: str
+) -> Float[Tensor, "rows 1 columns columns"]:
+    """Make the mask of numbers that are added to the scores.
+
+    Args:
+        subtree_end: one past the last token below each token.
+        dtype: of the queries.
+        implementation: the attention implementation; "eager" takes no infinity.
+    """
+    attends = tree_mask(subtree_end)
+    masked = torch.finfo(dtype).min if implementation == "eager" else float("-inf")
+    # A mask whose rows begin at multiples of eight is used on a GPU as it is. From any other, every layer would make
+    # such a copy and keep it for its backward pass.
+    columns = subtree_end.shape[1]
+    aligned = -(-columns // 8) * 8  # rounded up
+    bias = torch.zeros(*attends.shape[:3], aligned, dtype=dtype, device=subtree_end.device)
+    return bias[..., :columns].masked_fill_(~attends, masked)
 
 
 def flex_tree_mask(subtree_end: Int64[Tensor, "rows columns"]) -> BlockMask:

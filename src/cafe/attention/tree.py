@@ -1,69 +1,138 @@
-"""A forward pass under tree attention."""
+"""A forward pass under tree attention: what attention layers are told of the trees in their rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cafe.attention.blockwise import MIN_BLOCKWISE_TOKENS, blockwise_mask
+from cafe.attention.blockwise import MIN_BLOCKWISE_TOKENS, Blocks, read_blocks, tree_to_blocks
+from cafe.attention.flex import FlexTree
 from cafe.attention.last_layer import restrict_last_layer
-from cafe.attention.masks import flex_tree_mask, tree_mask
+from cafe.attention.masks import dense_mask
+from cafe.attention.paths import Paths, has_varlen_kernel, read_paths, tree_to_paths
+from cafe.attention.registration import CAFE_TREE, CAFE_TREE_FLEX
+
+# How attention over trees is computed: under a dense mask, by blocks on a CPU, by variable-length FlashAttention on a
+# GPU, by FlexAttention.
+Kernel = Literal["mask", "blocks", "paths", "flex"]
+
+
+@dataclass(frozen=True, eq=False)
+class Tree:
+    """Hold the trees of some rows, prepared for a kernel.
+
+    Attributes:
+        subtree_end: one past the last token below each token, as in `cafe.packing`.
+        kernel: the kernel.
+        all_tokens: what attention layers take for "blocks" and "paths".
+        read_tokens: the same for the last layer, of which the output of some tokens is read; None if none is read.
+    """
+
+    subtree_end: Int64[Tensor, "rows columns"]
+    kernel: Kernel = "mask"
+    all_tokens: Paths | Blocks | None = None
+    read_tokens: Paths | Blocks | None = None
+
+    def pin_memory(self) -> "Tree":
+        """Copy all tensors to pinned memory."""
+        return replace(
+            self,
+            subtree_end=self.subtree_end.pin_memory(),
+            all_tokens=self.all_tokens and self.all_tokens.pin_memory(),
+            read_tokens=self.read_tokens and self.read_tokens.pin_memory(),
+        )
+
+
+def make_tree(
+    subtree_end: Int64[Tensor, "rows columns"], read_index: Int64[Tensor, "read 2"], kernel: Kernel
+) -> Tree:
+    """Prepare trees for a kernel.
+
+    Args:
+        subtree_end: one past the last token below each token.
+        read_index: the (row, column) of the tokens whose last hidden states are read.
+        kernel: the kernel; short rows are left to the dense mask on a CPU.
+    """
+    if kernel == "blocks" and subtree_end.shape[1] < MIN_BLOCKWISE_TOKENS:
+        kernel = "mask"
+    if kernel not in ("paths", "blocks"):
+        return Tree(subtree_end, kernel)
+
+    read = torch.zeros_like(subtree_end, dtype=torch.bool)
+    read[read_index[:, 0], read_index[:, 1]] = True
+    make_all, make_read = (tree_to_paths, read_paths) if kernel == "paths" else (tree_to_blocks, read_blocks)
+    return Tree(subtree_end, kernel, make_all(subtree_end), make_read(subtree_end, read) if len(read_index) else None)
+
+
+def choose_kernel(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Kernel:
+    """Choose how a language model computes attention over trees.
+
+    Args:
+        config: the config of the language model.
+        device: where it computes.
+        dtype: of its queries.
+    """
+    if config._attn_implementation == CAFE_TREE_FLEX:
+        return "flex"
+    # Other implementations know nothing of trees, and dropout needs the scores.
+    if config._attn_implementation != CAFE_TREE or getattr(config, "attention_dropout", 0.0):
+        return "mask"
+    if device.type == "cpu":
+        return "blocks"
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return "paths" if has_varlen_kernel(device, dtype, head_dim) else "mask"
 
 
 @contextmanager
 def tree_attention(
-    lvlm: PreTrainedModel, subtree_end: Int64[Tensor, "rows columns"] | None, *read_index: Int64[Tensor, "_tokens 2"]
-) -> Iterator[dict[str, Tensor | BlockMask]]:
+    lvlm: PreTrainedModel, tree: Tree | None, *read_index: Int64[Tensor, "_tokens 2"]
+) -> Iterator[dict[str, Any]]:
     """Let a model attend along trees, and compute its last layer only for the tokens that are read.
 
     Within the context, the last hidden states of all other tokens are meaningless.
 
     Args:
         lvlm: the model.
-        subtree_end: one past the last token below each token, as in `cafe.packing`; None where every row is an ordinary
-            sequence, for which the model makes its own mask.
+        tree: the trees; None where every row is an ordinary sequence, for which the model makes its own mask.
         read_index: the (row, column) of the tokens whose last hidden states are read.
 
     Yields:
-        The attention mask by name, to be passed to the model; empty without `subtree_end`.
+        Inputs by name, to be passed to the model; empty without trees.
     """
-    inputs: dict[str, Tensor | BlockMask] = {}
-    if subtree_end is not None:
-        device = lvlm.device
-        # SDPA takes a mask of numbers in the dtype of the queries, which is autocast's where it is enabled.
-        dtype = lvlm.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        end = subtree_end.to(device, non_blocking=True)
-        inputs["attention_mask"] = attention_mask(end, lvlm.config.get_text_config(), dtype)
-    with restrict_last_layer(lvlm, *read_index):
+    inputs: dict[str, Any] = {}
+    read_tokens = None
+    if tree is not None:
+        inputs = _tree_inputs(lvlm, tree)
+        if "tree" in inputs and tree.read_tokens is not None:
+            read_tokens = tree.read_tokens.to(lvlm.device)
+    with restrict_last_layer(lvlm, *read_index, read_tokens=read_tokens):
         yield inputs
 
 
-def attention_mask(
-    subtree_end: Int64[Tensor, "rows columns"], config: PreTrainedConfig, dtype: torch.dtype = torch.float32
-) -> Tensor | BlockMask:
-    """Make the mask of trees in the form that the model's attention implementation takes.
+def _tree_inputs(lvlm: PreTrainedModel, tree: Tree) -> dict[str, Any]:
+    """Return the attention mask and, for attention layers that know trees, the tree."""
+    device, config = lvlm.device, lvlm.config.get_text_config()
+    end = tree.subtree_end.to(device, non_blocking=True)
+    if is_usable(tree.kernel, config, device):
+        # A mask of four dimensions is passed on to the layers as it is. Attention reads it where it needs a dense one.
+        kernel = FlexTree(end) if tree.kernel == "flex" else tree.all_tokens and tree.all_tokens.to(device)
+        return {"attention_mask": end[:, None, None], "tree": kernel}
+    # SDPA takes a mask of numbers in the dtype of the queries, which is autocast's where it is enabled.
+    dtype = lvlm.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return {"attention_mask": dense_mask(end, dtype, config._attn_implementation)}
 
-    Args:
-        subtree_end: one past the last token below each token.
-        config: the config of the language model.
-        dtype: the dtype of a mask of numbers.
-    """
-    implementation, columns = config._attn_implementation, subtree_end.shape[1]
-    if implementation == "flex_attention":
-        return flex_tree_mask(subtree_end)
-    is_long_on_cpu = subtree_end.device.type == "cpu" and columns >= MIN_BLOCKWISE_TOKENS
-    if implementation == "sdpa" and is_long_on_cpu:
-        return blockwise_mask(subtree_end)
-    # A mask of numbers whose rows begin at multiples of eight is used on a GPU as it is. From any other mask, every
-    # layer would make such a copy and keep it for its backward pass.
-    attends = tree_mask(subtree_end)
-    masked = torch.finfo(dtype).min if implementation == "eager" else float("-inf")
-    aligned = -(-columns // 8) * 8  # rounded up
-    bias = torch.zeros(*attends.shape[:3], aligned, dtype=dtype, device=subtree_end.device)
-    return bias[..., :columns].masked_fill_(~attends, masked)
+
+def is_usable(kernel: Kernel, config: PreTrainedConfig, device: torch.device) -> bool:
+    """Tell whether a model can use trees that were prepared for a kernel, perhaps before it was moved or changed."""
+    if kernel == "mask":
+        return False
+    if kernel == "blocks" and device.type != "cpu":
+        return False
+    return config._attn_implementation in (CAFE_TREE, CAFE_TREE_FLEX)

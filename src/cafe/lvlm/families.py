@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from cafe.attention.registration import CAFE_TREE, CAFE_TREE_FLEX
 from cafe.packing import Branch, PositionIdsFn, default_position_ids
 
 PartName = Literal["vision_tower", "projector", "language_model"]
@@ -108,7 +109,7 @@ _UNKNOWN = Family(
 # By the tower's own model type: these read images of different sizes laid end to end in one row of patches.
 PACKED_TOWERS = ("pixtral",)
 # Attention implementations that take a mask; FlashAttention takes none.
-MASKED_ATTENTION = ("sdpa", "eager", "flex_attention")
+MASKED_ATTENTION = ("sdpa", "eager", "flex_attention", CAFE_TREE, CAFE_TREE_FLEX)
 
 
 def family_of(model_type: str) -> Family:
@@ -184,12 +185,13 @@ def feature_layers(config: PreTrainedConfig) -> list[int] | None:
 def attention_kwargs(config: PreTrainedConfig, attention: str) -> str | dict[str, str]:
     """Return `from_pretrained`'s `attn_implementation` for an attention implementation.
 
-    FlexAttention is used in the language model alone: it computes trees there, and it is compiled for each shape, of
-    which the images would bring many. SDPA cannot cap attention scores, as Gemma 2 does and so PaliGemma 2: such a
-    language model takes eager attention instead.
+    FlexAttention is used in the language model alone: it is compiled for each shape, of which the images would bring
+    many. Where branches share prefixes, it computes their trees, which `use_tree_attention` sees to. SDPA cannot cap
+    attention scores, as Gemma 2 does and so PaliGemma 2: such a language model takes eager attention instead.
     """
     if attention == "flex_attention":
-        return {"text_config": attention}
+        shares = family_of(config.model_type).supports_tree_mask is not False
+        return "sdpa" if shares else {"text_config": attention}
     caps_scores = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     if attention == "sdpa" and caps_scores:
         return {"text_config": "eager"}

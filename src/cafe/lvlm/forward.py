@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cafe.attention.tree import tree_attention
+from cafe.attention.tree import choose_kernel, tree_attention
 from cafe.content import Content, Dialogue, Turn
 from cafe.errors import CheckpointError, RecipeError
 from cafe.lvlm.families import MASKED_ATTENTION, logit_softcap, position_ids_fn, supports_prefix_sharing
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 UNBOUNDED_ROW = 2**40  # a row length that holds any batch
 FLEX_MULTIPLE = 512  # tokens: four of FlexAttention's blocks
+CUDNN_MULTIPLE = 128  # tokens: of rows that are read under a mask on a GPU
 
 
 def forward_packed(
@@ -42,8 +43,8 @@ def forward_packed(
         inputs["pixel_values"] = packed.pixel_decoder.normalize(inputs["pixel_values"]).to(lvlm.dtype)
 
     # All that reaches into the model from outside is entered here; see `cafe.attention`.
-    with tree_attention(lvlm, packed.subtree_end, packed.embedding_index, packed.logits_index) as mask:
-        hidden = lvlm.base_model(**inputs, **mask, use_cache=False).last_hidden_state
+    with tree_attention(lvlm, packed.tree, packed.embedding_index, packed.logits_index) as attention_inputs:
+        hidden = lvlm.base_model(**inputs, **attention_inputs, use_cache=False).last_hidden_state
 
     embedding_index = packed.embedding_index.to(device, non_blocking=True)
     logits_index = packed.logits_index.to(device, non_blocking=True)
@@ -93,19 +94,14 @@ def infer_packing(lvlm: PreTrainedModel, chat_processor: ChatProcessor) -> Packi
     if chat_processor.prefix_lm and attention not in MASKED_ATTENTION:
         raise RecipeError(f"model.attention: a {family} model reads prompts both ways, and {attention} takes no mask.")
 
-    # The work of a token is about six times the model's width in the layers' matrices, plus the length of its row in
-    # attention. Rows of twice the width keep attention, which is computed where masked too, a small part of it.
-    # FlexAttention skips what is masked and is compiled for each shape: one row for all, of few different lengths.
-    is_flex = attention == "flex_attention"
     can_share = supports_prefix_sharing(lvlm)  # None if it has to be tried, for which the packing must share
     packing = PackingConfig(
         share_prefixes=can_share is not False,
-        max_row_tokens=UNBOUNDED_ROW if is_flex else 2 * text_config.hidden_size,
-        pad_to_multiple_of=FLEX_MULTIPLE if is_flex else 1,
         pad_token_id=chat_processor.tokenizer.pad_token_id or 0,
         position_ids_fn=position_ids_fn(lvlm),
         token_type_fns=chat_processor.token_type_fns,
     )
+    packing = set_kernel(packing, lvlm, lvlm.device, lvlm.dtype)
     if can_share is None and not supports_tree_attention(lvlm, chat_processor, packing):
         packing = replace(packing, share_prefixes=False)
     if not packing.share_prefixes:
@@ -113,6 +109,35 @@ def infer_packing(lvlm: PreTrainedModel, chat_processor: ChatProcessor) -> Packi
             "%s does not support prefix sharing; encoding each branch separately (slower, same results).", family
         )
     return packing
+
+
+def set_kernel(
+    packing: PackingConfig, lvlm: PreTrainedModel, device: torch.device, dtype: torch.dtype
+) -> PackingConfig:
+    """Choose how a model attends along trees, and lay out rows for it.
+
+    Args:
+        packing: how branches are packed otherwise.
+        lvlm: the model.
+        device: where it computes.
+        dtype: what it computes in.
+    """
+    config = lvlm.config.get_text_config()
+    kernel = choose_kernel(config, device, dtype)
+    # The work of a token is about six times the model's width in the layers' matrices, plus the length of its row in
+    # attention. Rows of twice the width keep attention, of which a dense mask hides what is computed, a small part.
+    max_row_tokens, multiple = 2 * config.hidden_size, 1
+    if kernel == "paths":
+        # What is masked is not computed, so one row holds all trees, without padding.
+        max_row_tokens = UNBOUNDED_ROW
+    elif kernel == "flex":
+        # Nor is it here, and the kernel is compiled for each shape: one row, of few different lengths.
+        max_row_tokens, multiple = UNBOUNDED_ROW, FLEX_MULTIPLE
+    elif device.type == "cuda":
+        # Under a mask, PyTorch's SDPA may take cuDNN's kernel, which makes a plan for each shape, and whose gradients
+        # can be NaN where the columns are 64 more than a multiple of 128 (pytorch/pytorch#196678).
+        multiple = CUDNN_MULTIPLE
+    return replace(packing, kernel=kernel, max_row_tokens=max_row_tokens, pad_to_multiple_of=multiple)
 
 
 @torch.no_grad()

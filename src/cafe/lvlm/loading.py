@@ -15,6 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES, processor_class_from_name
 
+from cafe.attention.registration import use_tree_attention
 from cafe.errors import CafeError, CheckpointError, load_error
 from cafe.lvlm.adapters import load_adapter, read_adapter_config
 from cafe.lvlm.architectures import meta_model
@@ -181,6 +182,7 @@ def load_lvlm(
         chat_processor = ChatProcessor(processor, prompts)
     # The processor may be an adapter's, trained with other grids than its base has.
     sync_image_grids(lvlm, processor)
+    use_tree_attention(lvlm, attention)
     if not four_bit:  # bitsandbytes has put the weights on the device itself
         lvlm = lvlm.to(device)
     if adapter:

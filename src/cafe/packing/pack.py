@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Int64
 from torch import Tensor
 
+from cafe.attention.tree import Tree, make_tree
 from cafe.images.normalization import PackedPixels, pack_uint8
 from cafe.packing.branch import Branch, TokenTypeFn
 from cafe.packing.rows import DEFAULT_PACKING, Layout, PackingConfig, build_layout
@@ -20,8 +21,8 @@ class PackedBatch:
     """Hold what goes through the model in one forward pass.
 
     Attributes:
-        inputs: the model's inputs by name, except the attention mask of trees, which is computed from `subtree_end`.
-        subtree_end: see `Layout`; None where branches do not share prefixes.
+        inputs: the model's inputs by name, except the attention mask of trees, which is computed from `tree`.
+        tree: what attention layers are told of the rows; None where branches do not share prefixes.
         embedding_index: the (row, column) of each readout, in the order of the embedding branches.
         logits_index: the (row, column) of the token before each supervised token.
         labels: the supervised tokens.
@@ -30,7 +31,7 @@ class PackedBatch:
     """
 
     inputs: dict[str, Tensor]
-    subtree_end: Int64[Tensor, "rows columns"] | None
+    tree: Tree | None
     embedding_index: Int64[Tensor, "readouts 2"]
     logits_index: Int64[Tensor, "supervised 2"]
     labels: Int64[Tensor, " supervised"]
@@ -39,14 +40,10 @@ class PackedBatch:
 
     def pin_memory(self) -> "PackedBatch":
         """Copy all tensors to pinned memory, from which they are moved to a GPU asynchronously."""
-        # Only trees have it.
-        subtree_end = self.subtree_end
-        if subtree_end is not None:
-            subtree_end = subtree_end.pin_memory()
         return replace(
             self,
             inputs={name: tensor.pin_memory() for name, tensor in self.inputs.items()},
-            subtree_end=subtree_end,
+            tree=self.tree and self.tree.pin_memory(),
             embedding_index=self.embedding_index.pin_memory(),
             logits_index=self.logits_index.pin_memory(),
             labels=self.labels.pin_memory(),
@@ -70,9 +67,12 @@ def pack(
     layout = build_layout(groups, packing)
     embedding_index, logits_index, labels = _index_tensors(embedding_branches, lm_branches, layout)
     inputs, pixel_decoder = _model_inputs(branches, layout, packing)
+    tree = None
+    if packing.share_prefixes:
+        tree = make_tree(layout.subtree_end, torch.cat([embedding_index, logits_index]), packing.kernel)
     return PackedBatch(
         inputs=inputs,
-        subtree_end=layout.subtree_end if packing.share_prefixes else None,
+        tree=tree,
         embedding_index=embedding_index,
         logits_index=logits_index,
         labels=labels,

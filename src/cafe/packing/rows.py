@@ -15,6 +15,7 @@ from jaxtyping import Bool, Int64
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from cafe.attention.tree import Kernel
 from cafe.images.normalization import Normalization
 from cafe.packing.branch import Branch, PositionIdsFn, TokenTypeFn, default_position_ids
 from cafe.packing.tree import (
@@ -34,7 +35,7 @@ class Layout:
     Attributes:
         input_ids: the tokens; each row is padded on the right with `pad_token_id`.
         position_ids: one axis, or three for M-RoPE.
-        subtree_end: for each token, the column one past the last token below it; padding attends to itself alone.
+        subtree_end: for each token, the column one past the last token below it; the padding of a row is one more tree.
         valid: False for padding.
         coords: for each branch, the (row, column) of each of its tokens.
         image_order: for each distinct set of images, in the order of their tokens, the first branch that holds it.
@@ -55,6 +56,7 @@ class PackingConfig:
     Attributes:
         share_prefixes: lay branches out as trees. Without it every branch is a row of its own, padded on the right, and
             the model makes its own mask and position ids.
+        kernel: how attention over the trees is computed, see `cafe.attention.tree`.
         max_row_tokens: the maximum number of tokens in a row of trees.
         pad_to_multiple_of: pad rows to a multiple of this many tokens, so that there are few different shapes.
         pad_token_id: the padding token.
@@ -66,6 +68,7 @@ class PackingConfig:
     """
 
     share_prefixes: bool = True
+    kernel: Kernel = "mask"
     max_row_tokens: int = 1024
     pad_to_multiple_of: int = 1
     pad_token_id: int = 0
@@ -133,9 +136,8 @@ def _pad_rows(
     missing = -subtree_end.shape[1] % multiple
     subtree_end = F.pad(subtree_end, (0, missing), value=-1)
     valid = subtree_end >= 0
-    # Padding attends to itself alone: a token that attends to nothing would give NaN.
-    own_end = torch.arange(1, subtree_end.shape[1] + 1)
-    return torch.where(valid, subtree_end, own_end), valid
+    # Padding is one more tree of its row, a single chain: a token that attends to nothing would give NaN.
+    return subtree_end.where(valid, subtree_end.shape[1]), valid
 
 
 def _single_branch_rows(branches: Sequence[Branch]) -> list[_Row]:

@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from cafe.data.batch import NO_LIMIT, MicroBatch, MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import OpenedSource, open_source
 from cafe.lvlm.families import find_vision_tower
+from cafe.lvlm.forward import set_kernel
 from cafe.lvlm.loading import load_chat_processor
 from cafe.lvlm.processing import ChatProcessor, with_fast_images
 from cafe.lvlm.prompts import Prompts
@@ -15,6 +18,7 @@ from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.training.compile import allow_repeated_backward
 from cafe.training.optimizer import configure_trainable_parameters, trainable_parameters
+from cafe.training.precision import AUTOCAST_DTYPES
 from cafe.training.recipe import ModelConfig, Recipe
 from cafe.training.step import JointStep
 
@@ -35,18 +39,29 @@ def build_dataset(
     world: int,
     sharded: bool = False,
     sources: Sequence[OpenedSource] | None = None,
+    device: torch.device | None = None,
 ) -> ContrastiveBatchDataset:
     """Build the contrastive batches of a run, this process's part of each, in an order fixed by the seed.
 
-    The recipe's sources are opened here unless they are given.
+    Args:
+        recipe: the run.
+        model: the model, perhaps not yet on its device.
+        rank: the index of this process.
+        world: the number of processes.
+        sharded: whether each process holds a shard of the model.
+        sources: the recipe's sources, opened here unless they are given.
+        device: where the model will compute; by default where it is.
     """
     objective = recipe.objective
     # Images are normalized on the GPU instead of in the workers, where the processor allows it.
     chat_processor, normalization = with_fast_images(model.chat_processor)
+    # The model may be on another device for now, and it computes in another dtype than that of its weights.
+    dtype = AUTOCAST_DTYPES.get(recipe.model.precision, model.lvlm.dtype)
+    packing = set_kernel(model.packing, model.lvlm, device or model.lvlm.device, dtype)
     packing = replace(
-        model.packing,
-        share_prefixes=model.packing.share_prefixes and recipe.model.share_prefixes,
-        max_row_tokens=recipe.model.max_row_tokens or model.packing.max_row_tokens,
+        packing,
+        share_prefixes=packing.share_prefixes and recipe.model.share_prefixes,
+        max_row_tokens=recipe.model.max_row_tokens or packing.max_row_tokens,
         normalization=normalization,
     )
     # A size that is measured is found later, and `BatchFeed` applies it.

@@ -5,6 +5,7 @@ import torch._functorch.config
 from transformers import PreTrainedModel
 
 from cafe.attention.last_layer import tokenwise_modules
+from cafe.attention.registration import CAFE_TREE_FLEX
 from cafe.training.fsdp import iter_layers
 
 
@@ -27,7 +28,8 @@ def compile_layers(lvlm: PreTrainedModel) -> None:
     """
     allow_repeated_backward()
     # FlexAttention is compiled per shape: rows have few lengths. Otherwise one graph serves all lengths.
-    dynamic = None if lvlm.config.get_text_config()._attn_implementation == "flex_attention" else True
+    is_flex = lvlm.config.get_text_config()._attn_implementation == CAFE_TREE_FLEX
+    dynamic = None if is_flex else True
     changing = set(tokenwise_modules(lvlm))
     for layer in iter_layers(lvlm):
         if not changing.isdisjoint(layer.modules()):
