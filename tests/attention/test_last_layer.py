@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from cafe.attention.last_layer import restrict_last_layer, tokenwise_modules
-from cafe.attention.tree import attention_mask
+from cafe.attention.registration import use_tree_attention
+from cafe.attention.tree import tree_attention
 from cafe.packing import PackingConfig, pack
 from cafe.training.optimizer import enable_gradient_checkpointing
 
@@ -78,6 +79,7 @@ def gpt_oss() -> PreTrainedModel:
 def test_mixtures_of_experts_equal_the_whole_layer(make, num_modules, dtype, tolerance):
     torch.manual_seed(0)
     lvlm = make().to(dtype).train()
+    use_tree_attention(lvlm)  # of which one looks up no implementation but "eager", and stays as it is
     if dtype == torch.float64:
         lvlm.set_experts_implementation("eager")  # PyTorch's grouped matrix products do not take float64
     assert len(tokenwise_modules(lvlm)) == num_modules
@@ -107,14 +109,14 @@ def test_last_layer_attention_computes_queries_only_where_it_is_read():
     dialogue, embedding = branch([*range(10, 30)], num_supervised=3), branch([*range(10, 25), *range(30, 36)])
     packed = pack([[embedding]], [[dialogue]], PackingConfig(max_row_tokens=40))
     coords = torch.cat([packed.embedding_index, packed.logits_index])
-    columns = packed.subtree_end.shape[1]
+    columns = packed.tree.subtree_end.shape[1]
     results = []
     for num_more in (0, columns):  # if most tokens are read, attention is computed for all
         more = torch.cartesian_prod(torch.arange(1), torch.arange(num_more))
         lvlm.zero_grad()
-        with NumQueries() as queries, restrict_last_layer(lvlm, packed.embedding_index, packed.logits_index, more):
-            mask = attention_mask(packed.subtree_end, lvlm.config.get_text_config())
-            hidden = lvlm.base_model(**packed.inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        indices = packed.embedding_index, packed.logits_index, more
+        with NumQueries() as queries, tree_attention(lvlm, packed.tree, *indices) as inputs:
+            hidden = lvlm.base_model(**packed.inputs, **inputs, use_cache=False).last_hidden_state
         read = hidden[coords[:, 0], coords[:, 1]]
         read.square().sum().backward()
         grads = torch.cat([p.grad.flatten() for p in lvlm.parameters() if p.grad is not None])

@@ -11,7 +11,7 @@ from model_samples import CONTENTS, PREFIX_LMS, READ_ONE_BY_ONE, SMALL, TALL, WI
 from PIL import Image
 from transformers import ProcessorMixin
 
-from cafe.attention.tree import attention_mask
+from cafe.attention.tree import tree_attention
 from cafe.content import Content, Example, Pair
 from cafe.data.batch import MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
@@ -106,12 +106,11 @@ def test_every_packed_hidden_state_is_the_plain_one(family, kind, caplog):
 
     packed, layout = pack(groups, [[], []], model.packing), build_layout(groups, model.packing)
     inputs = to_device(packed.inputs, model.lvlm.device, torch.float64)
-    if packed.subtree_end is not None:
-        config = model.lvlm.config.get_text_config()
-        inputs["attention_mask"] = attention_mask(packed.subtree_end, config, torch.float64)
+    if packed.tree is not None:
         assert packed.num_tokens < sum(len(branch) for group in groups for branch in group)
-    with torch.no_grad():
-        hidden = model.lvlm.base_model(**inputs).last_hidden_state
+    everything = torch.cartesian_prod(*map(torch.arange, layout.valid.shape))
+    with torch.no_grad(), tree_attention(model.lvlm, packed.tree, everything) as attention:
+        hidden = model.lvlm.base_model(**inputs, **attention).last_hidden_state
     for branch, place, own in zip([b for group in groups for b in group], layout.coords, expected, strict=True):
         length = own["input_ids"].shape[1]
         extra = [] if length == len(branch) else [model.chat_processor.tokenizer.eos_token_id]  # see LLAVA_TEMPLATE

@@ -29,9 +29,10 @@ def dense_mask(
     attends = tree_mask(subtree_end)
     masked = torch.finfo(dtype).min if implementation == "eager" else float("-inf")
     # A mask whose rows begin at multiples of eight is used on a GPU as it is. From any other, every layer would make
-    # such a copy and keep it for its backward pass.
+    # such a copy and keep it for its backward pass. They are always longer than the columns, because layers would be
+    # compiled once more where they are not.
     columns = subtree_end.shape[1]
-    aligned = -(-columns // 8) * 8  # rounded up
+    aligned = columns + 8 - columns % 8
     bias = torch.zeros(*attends.shape[:3], aligned, dtype=dtype, device=subtree_end.device)
     return bias[..., :columns].masked_fill_(~attends, masked)
 

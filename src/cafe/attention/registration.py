@@ -43,7 +43,7 @@ def attend(
     """
     if tree is not None and dropout:
         # No kernel for trees drops weights.
-        tree, attention_mask = None, tree_mask(cast(Tensor, attention_mask)[:, 0, 0])
+        tree, attention_mask = None, tree_mask(cast(Tensor, attention_mask)[:, 0, :, 0])
     if tree is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs

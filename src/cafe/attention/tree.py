@@ -121,7 +121,7 @@ def _tree_inputs(lvlm: PreTrainedModel, tree: Tree) -> dict[str, Any]:
     if is_usable(tree.kernel, config, device):
         # A mask of four dimensions is passed on to the layers as it is. Attention reads it where it needs a dense one.
         kernel = FlexTree(end) if tree.kernel == "flex" else tree.all_tokens and tree.all_tokens.to(device)
-        return {"attention_mask": end[:, None, None], "tree": kernel}
+        return {"attention_mask": end[:, None, :, None], "tree": kernel}
     # SDPA takes a mask of numbers in the dtype of the queries, which is autocast's where it is enabled.
     dtype = lvlm.dtype
     if torch.is_autocast_enabled(device.type):
