@@ -1,5 +1,6 @@
 """Shared parts: a tiny random model in the real LLaVA-OneVision classes, and a few scenes on disk."""
 
+import inspect
 import os
 
 # The tests run in several processes, and so do the runs that they start: threads would wait for each other.
@@ -11,6 +12,7 @@ import jaxtyping
 import pytest
 import torch
 from hypothesis import settings
+from transformers import AttentionInterface
 
 # The same examples each time; `make fuzz` draws many, and others each time.
 settings.register_profile("tests", derandomize=True, deadline=None)
@@ -22,6 +24,7 @@ SHAPE_CHECKED = ["cafe.packing", "cafe.losses", "cafe.attention", "cafe.lvlm.for
 INT_IS_FLOAT = "beartype.BeartypeConf(is_pep484_tower=True)"
 jaxtyping.install_import_hook(SHAPE_CHECKED, f"beartype.beartype(conf={INT_IS_FLOAT})")
 
+from cafe.attention import blockwise, flex, paths, registration  # noqa: E402
 from cafe.data.source import Source  # noqa: E402
 from cafe.lvlm.processing import ChatProcessor  # noqa: E402
 from cafe.lvlm.prompts import Prompts  # noqa: E402
@@ -30,6 +33,19 @@ from cafe.scenes.write import write_scenes  # noqa: E402
 from cafe.training.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe  # noqa: E402
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))  # a plugin may have imported torch before
+
+
+@pytest.fixture
+def compilable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the checks of shapes away from what compiled layers call: `torch.compile` does not trace them."""
+    for module in (registration, paths, blockwise, flex):
+        owners = [module, *(each for each in vars(module).values() if isinstance(each, type))]
+        for owner in owners:
+            for name, function in list(vars(owner).items()):
+                if inspect.isfunction(function) and function.__module__ == module.__name__:
+                    monkeypatch.setattr(owner, name, inspect.unwrap(function))
+    for name in (registration.CAFE_TREE, registration.CAFE_TREE_FLEX):
+        monkeypatch.setitem(AttentionInterface._global_mapping, name, registration.attend)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Packs of the families that share prefixes, and a stand-in for PyTorch's variable-length kernel that checks its inputs."""
+"""Packs for families that share prefixes, and a stand-in for the variable-length kernel that checks its arguments."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES
 from model_samples import READ_ONE_BY_ONE, WIDE, chat, gradient
 
-from cafe.attention.paths import HALF_PRECISION, Paths, attend_one_by_one
+from cafe.attention.paths import Paths, attend_one_by_one
 from cafe.content import Content
 from cafe.lvlm.forward import forward_packed
 from cafe.packing import pack

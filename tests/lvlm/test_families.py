@@ -7,7 +7,20 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from model_samples import CONTENTS, PREFIX_LMS, READ_ONE_BY_ONE, SMALL, TALL, WIDE, Listed, chat, examples, gradient, make, plain_losses
+from model_samples import (
+    CONTENTS,
+    PREFIX_LMS,
+    READ_ONE_BY_ONE,
+    SMALL,
+    TALL,
+    WIDE,
+    Listed,
+    chat,
+    examples,
+    gradient,
+    make,
+    plain_losses,
+)
 from PIL import Image
 from transformers import ProcessorMixin
 

@@ -17,7 +17,7 @@ from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
 
 
-def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes):
+def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes, compilable):
     model = Cafe.load(random_base)
     for layer in model.lvlm.model.language_model.layers:
         layer.self_attn.attention_dropout = 0.2
@@ -45,7 +45,7 @@ def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes):
         assert (result[2] - gradient).norm() <= 1e-5 * gradient.norm()
 
 
-def test_blockwise_rows_are_compiled_once(random_base, scenes, monkeypatch):
+def test_blockwise_rows_are_compiled_once(random_base, scenes, monkeypatch, compilable):
     monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", 1)
     eager = partial(torch.compile, backend="eager")  # traces alike, and makes no kernels
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic, options: eager(forward, dynamic=dynamic))

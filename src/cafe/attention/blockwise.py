@@ -251,9 +251,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 def _backward(ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor) -> tuple[Tensor | None, ...]:
     """Return the gradients of the states."""
     query, key, value, bounds, output, logsumexp = ctx.saved_tensors
-    grads = torch.ops.cafe.attend_blocks_backward(
-        grad_output, query, key, value, output, logsumexp, bounds, ctx.scale
-    )
+    grads = torch.ops.cafe.attend_blocks_backward(grad_output, query, key, value, output, logsumexp, bounds, ctx.scale)
     return (*grads, None, None)
 
 

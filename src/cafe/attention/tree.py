@@ -48,9 +48,7 @@ class Tree:
         )
 
 
-def make_tree(
-    subtree_end: Int64[Tensor, "rows columns"], read_index: Int64[Tensor, "read 2"], kernel: Kernel
-) -> Tree:
+def make_tree(subtree_end: Int64[Tensor, "rows columns"], read_index: Int64[Tensor, "read 2"], kernel: Kernel) -> Tree:
     """Prepare trees for a kernel.
 
     Args:

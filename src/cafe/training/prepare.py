@@ -202,9 +202,7 @@ def _load(
     model.metadata.clear()  # it describes the base model, which training changes
     set_max_image_size(model.lvlm, model.chat_processor.processor, config.max_image_pixels, config.image_grids)
     _warn_of_rounding(config, model, report)
-    dataset = build_dataset(
-        recipe, model, rank, accelerator.num_processes, sharded, sources, device=accelerator.device
-    )
+    dataset = build_dataset(recipe, model, rank, accelerator.num_processes, sharded, sources, device=accelerator.device)
     joint = build_step(recipe, model, dataset.blank_micro_batch())
     _check_same_weights(joint, recipe, accelerator.device)
     summary = summarize_trainable(model.lvlm)  # while the weights are whole
