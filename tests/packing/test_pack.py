@@ -107,20 +107,3 @@ def test_texts_of_mixed_lengths_leave_hardly_any_padding():
         groups.append([query, target, branch([*prompt, *text[:long]], image, num_supervised=long // 2)])
     packed = pack([group[:2] for group in groups], [group[2:] for group in groups], PackingConfig(max_row_tokens=1024))
     assert packed.num_tokens >= 0.98 * packed.inputs["input_ids"].numel()
-
-
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=30), st.integers(20, 90))
-def test_rows_take_no_more_work_than_best_fit(lengths, max_tokens):
-    max_tokens = max_tokens if max(lengths) <= max_tokens else max(lengths) + max(lengths) // 8
-    rows: list[int] = []
-    for length in sorted(lengths, reverse=True):
-        roomy = [row for row in range(len(rows)) if rows[row] + length <= max_tokens]
-        if roomy:
-            rows[max(roomy, key=lambda row: rows[row])] += length
-        else:
-            rows.append(length)
-    groups = [[branch([number + 100, *[0] * (length - 1)])] for number, length in enumerate(lengths)]
-    count, longest = build_layout(groups, PackingConfig(max_row_tokens=max_tokens)).subtree_end.shape
-    assert longest <= max_tokens
-    assert count * longest * (3 * max_tokens + longest) <= len(rows) * max(rows) * (3 * max_tokens + max(rows))

@@ -1,14 +1,14 @@
 """Prefix sharing: lay branches out in rows so that tokens they have in common are computed once.
 
 Branches that begin with the same tokens (system prompt, image) form a tree. A row holds trees in depth-first order: a
-prefix once, followed by the continuation of each branch. Then one number per token determines the whole attention mask:
-`subtree_end`, one past the last token below it in its tree. Token i attends to token j exactly if
+prefix once, followed by the continuations of its branches, longest first. Then one number per token determines the
+whole attention mask: `subtree_end`, one past the last token below it in its tree. Token i attends to token j exactly if
 j <= i < subtree_end[j], that is, if j is an ancestor of i or i itself. The position id of a token is the number of its
 ancestors.
 
-             shared prefix      | query only    | dialogue only           | another tree
-    tokens   <system> <image>     Compress …    Describe … A red circle.  <system> A red …
-    position 0 1 2 3 4            5 6           5 6 7 8 9                 0 1 2
+             shared prefix      | dialogue only           | query only    | another tree
+    tokens   <system> <image>     Describe … A red circle.  Compress …      <system> A red …
+    position 0 1 2 3 4            5 6 7 8 9                 5 6             0 1 2
 
 Pure tensors: nothing here knows a model or a file.
 

@@ -178,6 +178,11 @@ def _build_row(members: Sequence[int], keys: Sequence[SharingKeys]) -> _Row:
 
 _Bins = list[tuple[int, list[int]]]  # for each row, its number of tokens and its trees
 
+MAX_SPREAD = 16  # rows to try where trees would fit in fewer than half as many; more rows hardly save work
+# The fraction of the work that splitting a single row must save. A row of unbounded length is never split: attention is
+# a far smaller part of its estimated work.
+MIN_SAVING = 0.01
+
 
 def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, max_tokens: int) -> list[list[int]]:
     """Distribute trees over rows of at most `max_tokens`: best fit, or evenly where that is less work.
@@ -198,14 +203,16 @@ def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, max_t
     # A row holds the root once, so that trees count without it.
     own_sizes = [size - root for size in sizes]
     total = sum(own_sizes)
-    min_rows = math.ceil(total / max(1, max_tokens - root))
 
     best = _best_fit(own_sizes, root, max_tokens)
     best_work = _work_of_bins(best, max_tokens)
-    # Best fit leaves a short last row, padded to the longest. Rows of equal length may be less work: try each number of
-    # rows whose lower bound is below the best so far. Whatever fits in one row stays there.
-    candidates = range(min_rows, 2 * min_rows + 1) if min_rows > 1 else ()
-    for num_rows in candidates:
+    if len(best) == 1:
+        best_work *= 1 - MIN_SAVING
+    # Best fit leaves a short last row, padded to the longest, and long rows where shorter ones would cost less
+    # attention. Rows of equal length may be less work: try each number of rows whose lower bound is below the best.
+    min_rows = max(1, math.ceil(total / max(1, max_tokens - root)))
+    max_rows = min(len(trees), max(2 * min_rows, MAX_SPREAD))
+    for num_rows in range(min_rows, max_rows + 1):
         longest_at_least = max(largest, root + math.ceil(total / num_rows))
         if _work(num_rows, longest_at_least, max_tokens) >= best_work:
             continue

@@ -74,28 +74,49 @@ def common_prefix_length(keys: Sequence[SharingKeys], start: int = 0) -> int:
 
 
 def tree_nodes(members: Sequence[int], keys: Sequence[SharingKeys]) -> list[Node]:
-    """List the nodes of the tree that some branches form, depth first."""
+    """List the nodes of the tree that some branches form, depth first; the children of a node by size, largest first.
+
+    Where a long continuation directly follows its prefix, fewer blocks of the mask tend to be partly visible.
+    Children of equal size are in the order of their next keys, so that the same data gives the same rows.
+    """
+    nodes, children = _split_nodes(members, keys)
+    # From the last node to the first, each adds the sizes of its children, complete by then.
+    sizes = [node.length for node in nodes]
+    for index in reversed(range(len(nodes))):
+        sizes[index] += sum(sizes[child] for child in children[index])
+
+    # Depth first, now that sizes are known: the largest child is put on the stack last, and so comes off first.
+    ordered: list[Node] = []
+    pending = [0]
+    while pending:
+        index = pending.pop()
+        ordered.append(nodes[index]._replace(size=sizes[index]))
+        pending += sorted(children[index], key=sizes.__getitem__)
+    return ordered
+
+
+def _split_nodes(members: Sequence[int], keys: Sequence[SharingKeys]) -> tuple[list[Node], list[list[int]]]:
+    """List the nodes of a tree, parents before children, with their own lengths as sizes, and the children of each.
+
+    Children are indices of nodes, the one with the highest next key first.
+    """
     nodes: list[Node] = []
-    parents: list[int] = []
+    children: list[list[int]] = []
     # A list of what is still to do, not recursion: a tree may be deeper than Python's stack. Each entry has branches
     # that pass through a node, the depth where the node begins, and the index of its parent.
     pending = [(list(members), 0, NO_PARENT)]
     while pending:
         passing, start, parent = pending.pop()
         stop = common_prefix_length([keys[member] for member in passing], start)
-        # Branches that continue below this node, grouped by their next key: one child for each, the first one on top.
+        if parent != NO_PARENT:
+            children[parent].append(len(nodes))
+        # Branches that continue below this node, grouped by their next key: one child for each, the last one on top.
         next_key = {member: keys[member][stop] for member in passing if len(keys[member]) > stop}
         longer = sorted(next_key, key=next_key.__getitem__)
-        children = [list(below) for _, below in groupby(longer, next_key.__getitem__)]
-        pending += [(below, stop, len(nodes)) for below in reversed(children)]
+        pending += [(list(below), stop, len(nodes)) for _, below in groupby(longer, next_key.__getitem__)]
         nodes.append(Node(start, stop, passing, stop - start))
-        parents.append(parent)
-
-    # From the last node to the first, each adds its size, complete by then, to its parent's.
-    sizes = [node.size for node in nodes]
-    for index in range(len(nodes) - 1, 0, -1):
-        sizes[parents[index]] += sizes[index]
-    return [node._replace(size=size) for node, size in zip(nodes, sizes, strict=True)]
+        children.append([])
+    return nodes, children
 
 
 def tree_size(members: Sequence[int], keys: Sequence[SharingKeys]) -> int:
