@@ -137,7 +137,7 @@ def _read_queries_hook(coords: Int64[Tensor, "tokens 2"], read_tokens: Any) -> C
         """Replace the tree that attention is given."""
         if read_tokens is not None:
             return args, {**kwargs, "tree": read_tokens}
-        mask = kwargs.get("attention_mask")
+        mask: Any = kwargs.get("attention_mask")
         if kwargs.get("tree") is not None or not len(coords) or not _can_subset(module, mask):
             return None
         subset = QuerySubset(coords, mask)

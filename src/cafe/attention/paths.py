@@ -6,6 +6,7 @@ tree mask leaves: there is no mask, nothing to merge, and keys and values of gro
 length of a row costs nothing, so all trees can go into one row.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import cast
@@ -61,15 +62,21 @@ class Paths:
 
     def to(self, device: torch.device) -> "Paths":
         """Copy all tensors to a device."""
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in self._tensors().items()})
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Paths":
         """Copy all tensors to pinned memory."""
-        return replace(self, **{name: tensor.pin_memory() for name, tensor in self._tensors().items()})
+        return self._map(Tensor.pin_memory)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def _map(self, copy: Callable[[Tensor], Tensor]) -> "Paths":
+        """Copy all tensors."""
+        return replace(
+            self,
+            queries=None if self.queries is None else copy(self.queries),
+            keys=copy(self.keys),
+            query_starts=copy(self.query_starts),
+            key_starts=copy(self.key_starts),
+        )
 
 
 def _flatten(states: Float[Tensor, "rows heads columns dim"]) -> Float[Tensor, "tokens heads dim"]:
@@ -173,8 +180,8 @@ def attend_one_by_one(
         num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_queries)
         # The functional takes (batch, heads, tokens, dim).
-        states = (each.transpose(0, 1)[None] for each in (query[queries], key[keys], value[keys]))
-        output = F.scaled_dot_product_attention(*states, attn_mask=mask, scale=scale, enable_gqa=True)
+        q, k, v = (each.transpose(0, 1)[None] for each in (query[queries], key[keys], value[keys]))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
 
