@@ -28,6 +28,7 @@ bench: .venv/installed-dev
 	$(BIN)/python benchmarks/info_nce.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/one_prefill.py
+	$(BIN)/python benchmarks/shared_inference.py
 	$(BIN)/python benchmarks/loading.py
 
 # Collections: about half an hour and 16 GB of disk. scenes_search.py needs the model of `make quickstart`.

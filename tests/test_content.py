@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-from cafe.content import Content, ImageLimits, ImageRef, warn_of_image_paths
+from cafe.content import Content, ImageLimits, ImageRef, checked_content
 from cafe.errors import CafeError, RecordError
 from cafe.images import decoding
 from cafe.images.decoding import decode_array, decode_image
@@ -55,9 +55,9 @@ def test_a_text_that_is_the_path_of_an_image_is_warned_of(tmp_path, caplog, monk
     (tmp_path / "notes.txt").write_text("words")
     monkeypatch.chdir(tmp_path)
     for silent in ("a cat", "dog.png", "notes.txt", {"image": "cat.png"}, "nul\0.png", "long " * 10_000):
-        warn_of_image_paths(Content.of(silent))
+        checked_content(silent)
     assert not caplog.records
-    warn_of_image_paths(Content.of("cat.png"))
+    assert checked_content("cat.png") == Content(("cat.png",))
     assert caplog.messages == ['"cat.png" is taken as text, not as the image of that path: write {"image": "cat.png"}.']
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import families
 import numpy as np
@@ -11,11 +12,14 @@ from model_samples import TALL, make
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+import cafe.lvlm.images
 import cafe.model
 from cafe import Cafe
 from cafe.content import Content
 from cafe.errors import CafeError
+from cafe.lvlm.content_encoder import ContentEncoder
 from cafe.lvlm.prompts import Prompts, embedding_messages
+from cafe.packing import PackedBatch, count_unique_tokens
 from cafe.scenes.draw import paint
 from cafe.scenes.world import draw_scene
 
@@ -214,13 +218,69 @@ def test_with_prompts_leaves_the_model_unchanged():
 
 def test_embed_encodes_a_few_batches_ahead(model, image, monkeypatch):
     events = []
-    encode, forward = Cafe.encode_embedding, cafe.model.forward_packed
-    monkeypatch.setattr(Cafe, "encode_embedding", lambda *given: events.append("encoded") or encode(*given))
+    encode, forward = ContentEncoder.encode_embedding, cafe.model.forward_packed
+    monkeypatch.setattr(ContentEncoder, "encode_embedding", lambda *given: events.append("encoded") or encode(*given))
     monkeypatch.setattr("cafe.model.forward_packed", lambda *given: events.append("read") or forward(*given))
     contents = ["word " * (number % 7 + 1) for number in range(40)]
     vectors = model.embed(contents, batch_size=2)
     assert events[:17] == ["encoded"] * 16 + ["read"] and events.count("read") == 20
     np.testing.assert_allclose(vectors, np.concatenate([model.embed([content]) for content in contents]), atol=1e-5)
+
+
+@pytest.fixture
+def packs(monkeypatch) -> list[PackedBatch]:
+    """What went through the model."""
+    seen, forward = [], cafe.model.forward_packed
+    monkeypatch.setattr("cafe.model.forward_packed", lambda lvlm, packed: seen.append(packed) or forward(lvlm, packed))
+    return seen
+
+
+def test_many_questions_about_one_image_read_it_once(model, image, packs):
+    contents = [{"image": image, "text": f"Is there {words}?"} for words in ("a circle", "a red square", "nothing")]
+    vectors = model.embed(contents)
+    [packed] = packs
+    encoder = ContentEncoder(model.chat_processor)
+    branches = [encoder.encode_embedding(Content.of(content)) for content in contents]
+    assert packed.num_tokens == count_unique_tokens(branches) < 0.6 * sum(map(len, branches))
+    pixels = branches[0].image_inputs["pixel_values"]
+    assert torch.equal(packed.inputs["pixel_values"], pixels)
+    alone = model.embed_branches(branches, packing=replace(model.packing, share_prefixes=False))
+    np.testing.assert_allclose(vectors, alone, atol=1e-5)
+
+
+def test_many_answers_to_prompts_about_one_image_read_it_once(model, image, packs):
+    answers = ["a circle", "a circle left of a square", "nothing", ""]
+    model.score_batch([[image, "What is it?"], "no image", [image, "What is left?"]], [answers, ["yes"], answers])
+    [packed] = packs
+    encoder = ContentEncoder(model.chat_processor)
+    branches = encoder.encode_answers(Content.of([image, "What is it?"]), answers)
+    branches += encoder.encode_answers(Content.of([image, "What is left?"]), answers)
+    assert torch.equal(packed.inputs["pixel_values"], branches[0].image_inputs["pixel_values"])
+    branches += encoder.encode_answers(Content.of("no image"), ["yes"])
+    assert packed.num_tokens == count_unique_tokens(branches) < sum(map(len, branches)) / 4
+
+
+def test_contents_with_one_image_share_a_batch_wherever_they_stand(model, image, packs):
+    other = image.rotate(180)
+    contents = [{"image": each, "text": "what " * number} for number in range(1, 5) for each in (image, other)]
+    contents[3:3] = ["a text " * 9, "another"]
+    vectors = model.embed(contents, batch_size=4)
+    # The four questions about each image are a batch, and so are the two texts.
+    assert [len(packed.inputs.get("pixel_values", ())) for packed in packs] == [0, 1, 1]
+    np.testing.assert_allclose(vectors, np.concatenate([model.embed([content]) for content in contents]), atol=1e-5)
+
+
+def test_answers_to_prompts_about_one_image_load_it_once(model, image, tmp_path, monkeypatch):
+    image.save(tmp_path / "cat.png")
+    prompts = [Content.of({"image": str(tmp_path / "cat.png"), "text": text}) for text in ("What?", "Where is it?")]
+    alone = [model.generate_batch([prompt], 4)[0] for prompt in prompts]
+    decoded, decode = [], cafe.lvlm.images.decode_image
+    monkeypatch.setattr(
+        "cafe.lvlm.images.decode_image", lambda *given, **options: decoded.append(1) or decode(*given, **options)
+    )
+    assert model.generate_batch(prompts, 4) == alone and len(decoded) == 1
+    assert model.embed_and_generate_batch([tmp_path / "cat.png"] * 2, "What?", 4)[1] == alone[:1] * 2
+    assert len(decoded) == 2
 
 
 def test_an_error_while_streaming_is_raised_at_the_end(model, image, monkeypatch):

@@ -9,6 +9,7 @@ from model_samples import READ_ONE_BY_ONE, WIDE, chat, gradient
 
 from cafe.attention.paths import Paths, attend_one_by_one
 from cafe.content import Content
+from cafe.lvlm.content_encoder import ContentEncoder
 from cafe.lvlm.forward import forward_packed
 from cafe.packing import pack
 
@@ -17,9 +18,9 @@ SHARING = [family for family in FAMILIES if family not in READ_ONE_BY_ONE]
 
 def make_pack(model, kernel, *texts):
     """Pack an image by itself and questions about it, each with an answer, and a text."""
-    image = model.chat_processor.load_images(Content.of([WIDE]).images)
-    embedded = [model.encode_embedding(Content.of([WIDE]), image), model.encode_embedding(Content.of("a text"))]
-    dialogues = [model.encode_dialogue(chat(Content.of([WIDE, text]), "an answer"), image) for text in texts]
+    encoder = ContentEncoder(model.chat_processor)
+    embedded = [encoder.encode_embedding(Content.of([WIDE])), encoder.encode_embedding(Content.of("a text"))]
+    dialogues = [encoder.encode_dialogue(chat(Content.of([WIDE, text]), "an answer")) for text in texts]
     return pack([embedded], [dialogues], replace(model.packing, kernel=kernel))
 
 

@@ -6,14 +6,14 @@ Images are references (a path, bytes, or an image already in memory), which `caf
 import logging
 import mimetypes
 import os.path
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from PIL import Image
 
-from cafe.errors import RecordError
+from cafe.errors import CafeError, RecordError
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,15 @@ class ImageRef:
         if isinstance(self.source, Path):
             return str(self.source)
         return f"<{type(self.source).__name__}>"
+
+    @property
+    def key(self) -> Hashable:
+        """Return what references to the same image have in common: its path or bytes, or the Pillow image's identity.
+
+        The identity of a Pillow image is another's once it is gone: whoever keeps keys keeps the references too.
+        """
+        source = id(self.source) if isinstance(self.source, Image.Image) else self.source
+        return source, self.limits
 
 
 Part = str | ImageRef
@@ -149,13 +158,37 @@ def _parts_of_mapping(value: dict[str, Any]) -> Iterator[Part]:
         yield text
 
 
-def warn_of_image_paths(content: Content) -> None:
-    """Warn where a text is the path of an image that exists: as text, it is not opened."""
+def checked_content(value: Any) -> Content:
+    """Make content of a value, and warn where a text is the path of an image that exists: as text, it is not opened.
+
+    Raises:
+        RecordError: no content can be made of it.
+    """
+    content = Content.of(value)
     for part in content.parts:
         if not isinstance(part, str) or not os.path.isfile(part):
             continue
         if (mimetypes.guess_type(part)[0] or "").startswith("image/"):
             logger.warning('"%s" is taken as text, not as the image of that path: write {"image": "%s"}.', part, part)
+    return content
+
+
+def content_list(contents: Any) -> list[Any]:
+    """Return a sequence as a list; a single content would be taken apart, a text into its letters.
+
+    Raises:
+        CafeError: it is a single content.
+    """
+    if isinstance(contents, (str, bytes, dict)) or not isinstance(contents, Iterable):
+        raise CafeError(f"Expected a list of contents, not a {type(contents).__name__}: put a single one in a list.")
+    return list(contents)
+
+
+def prompt_content(image: Any, prompt: str) -> Content:
+    """Make the content of a user's turn: images, of which a string is the path of one, before the words."""
+    if isinstance(image, Content):
+        return Content((*image.parts, prompt))
+    return Content.of({"images": image, "text": prompt})
 
 
 def _path(name: str) -> Path:

@@ -8,8 +8,9 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,17 +23,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cafe.checkpoint import METADATA_FILE, ensure_overwritable, fingerprint, load_metadata, prompts_from_metadata
-from cafe.content import Content, Dialogue, Turn, warn_of_image_paths
+from cafe.content import Content, Dialogue, checked_content, content_list, prompt_content
 from cafe.errors import CafeError
 from cafe.export import detect_library, model_card, write_sentence_transformers, write_video_processor_config
 from cafe.lvlm.adapters import has_adapter
+from cafe.lvlm.content_encoder import ContentEncoder
 from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing
 from cafe.lvlm.generation import generate_texts, generation_kwargs, prefill_embed_and_generate, stream_text
-from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.loading import load_lvlm
 from cafe.lvlm.pickling import without_capturing_hooks
 from cafe.lvlm.processing import ChatProcessor
-from cafe.lvlm.prompts import DESCRIBE_PROMPT, Prompts, dialogue_messages, embedding_messages
+from cafe.lvlm.prompts import DESCRIBE_PROMPT, Prompts
 from cafe.lvlm.saving import save_lvlm
 from cafe.packing import Branch, PackingConfig, pack
 from cafe.utils.atomic import commit, staging_path
@@ -149,10 +150,13 @@ class Cafe:
     def embed(self, contents: Any, batch_size: int = 32, dim: int | None = None) -> Float32[np.ndarray, "contents dim"]:
         """Embed contents as unit vectors, in the order given.
 
+        What the contents of one forward pass begin with in common is read once, above all an image. Images are the same
+        if they have the same path or bytes, or are one Pillow image.
+
         Args:
             contents: a sequence of whatever `Content.of` takes: texts, images, or both together. A string is text; the
                 path of an image is a `Path`, or a string in `{"image": "cat.png"}`.
-            batch_size: inputs per forward pass; inputs of similar length go together.
+            batch_size: inputs per forward pass; inputs with the same images go together, and those of similar length.
             dim: keep this many first dimensions, for a model trained with them; see `recipe.objective.matryoshka_dims`
                 in its metadata.
 
@@ -162,14 +166,17 @@ class Cafe:
         """
         if dim is not None and not 0 < dim <= self._embedding_dim:
             raise CafeError(f"dim should be between 1 and the embedding's {self._embedding_dim}, not {dim}.")
-        contents = _as_list(contents)
+        contents = content_list(contents)
         vectors = np.zeros((len(contents), dim or self._embedding_dim), np.float32)
 
-        def encode(content: Any) -> Branch:
-            """Encode one content."""
-            return self.encode_embedding(_content_of(content))
+        def make_encode() -> Callable[[Any], Branch]:
+            """Make the function that encodes the contents of one window."""
+            encoder = ContentEncoder(self.chat_processor)
+            return lambda content: encoder.encode_embedding(checked_content(content))
 
-        for indices, branches in length_sorted_batches(contents, encode, batch_size, "contents"):
+        # Images are shared within a forward pass alone, so contents with the same ones go together.
+        group = _images_of if self.packing.share_prefixes else id
+        for indices, branches in length_sorted_batches(contents, make_encode, batch_size, "contents", group=group):
             vectors[indices] = self.embed_branches(branches, dim)
         return vectors
 
@@ -202,7 +209,7 @@ class Cafe:
             top_p: sample among the likeliest tokens that together have this probability.
             stream: return an iterator over pieces of the answer as they are generated.
         """
-        content = _prompt_content(image, prompt)
+        content = prompt_content(image, prompt)
         kwargs = generation_kwargs(max_new_tokens, temperature, top_p)
         if not stream:
             return self._generate([self.encode_prompt(content)], **kwargs)[0]
@@ -223,7 +230,12 @@ class Cafe:
         """Answer each content as a user's turn, in the order given; greedily unless sampled."""
         answers = [""] * len(prompts)
         kwargs = generation_kwargs(max_new_tokens, temperature, top_p)
-        for indices, branches in length_sorted_batches(prompts, self.encode_prompt, batch_size, "prompts"):
+
+        def make_encode() -> Callable[[Content], Branch]:
+            """Make the function that encodes the prompts of one window."""
+            return ContentEncoder(self.chat_processor).encode_prompt
+
+        for indices, branches in length_sorted_batches(prompts, make_encode, batch_size, "prompts"):
             for index, answer in zip(indices, self._generate(branches, **kwargs), strict=True):
                 answers[index] = answer
         return answers
@@ -254,21 +266,19 @@ class Cafe:
             batch_size: images per forward pass; those of similar length go together.
         """
 
-        def encode(image: Any) -> tuple[Branch, Branch]:
-            """Encode the embedding of one image and the prompt about it."""
-            content = _prompt_content(image, prompt)
-            if not content.images:
-                raise CafeError("There is no image to describe.")
-            # The same images, processed once, stand at the beginning of both branches.
-            processed = self.chat_processor.load_images(content.images)
-            embedding = self.encode_embedding(Content(tuple(content.images)), processed)
-            return embedding, self.encode_prompt(content, processed)
+        def make_encode() -> Callable[[Any], tuple[Branch, Branch]]:
+            """Make the function that encodes the images of one window, each with the prompt about it."""
+            return partial(ContentEncoder(self.chat_processor).encode_described, prompt=prompt)
 
-        images = _as_list(images)
+        def length(pair: tuple[Branch, Branch]) -> int:
+            """Measure the embedding of an image."""
+            return len(pair[0])
+
+        images = content_list(images)
         vectors = np.zeros((len(images), self._embedding_dim), np.float32)
         answers = [""] * len(images)
         kwargs = generation_kwargs(max_new_tokens)
-        for indices, pairs in length_sorted_batches(images, encode, batch_size, "images", lambda pair: len(pair[0])):
+        for indices, pairs in length_sorted_batches(images, make_encode, batch_size, "images", length):
             vectors[indices], texts = self.embed_and_generate_branches(pairs, kwargs)
             for index, answer in zip(indices, texts, strict=True):
                 answers[index] = answer
@@ -302,7 +312,8 @@ class Cafe:
     ) -> list[Float[np.ndarray, " answers"]]:
         """Compute the log-likelihood of several answers to each content, in the order given, as `score` does for one.
 
-        What the answers to a content share, above all its images, is read once.
+        What the answers to a content share is read once, and so are images that several contents of one forward pass
+        have in common, as in `embed`.
 
         Args:
             contents: whatever `Content.of` takes, each a user's turn.
@@ -311,15 +322,15 @@ class Cafe:
         """
         check_batch_size(batch_size)
 
-        def encode(pair: tuple[Any, Sequence[str]]) -> list[Branch]:
-            """Encode the answers to one content."""
-            content, texts = pair
-            return self._encode_answers(_content_of(content), texts)
+        def make_encode() -> Callable[[tuple[Any, Sequence[str]]], list[Branch]]:
+            """Make the function that encodes the answers to each content of one forward pass."""
+            encoder = ContentEncoder(self.chat_processor)
+            return lambda pair: encoder.encode_answers(checked_content(pair[0]), pair[1])
 
         pairs = list(zip(contents, answers, strict=True))
         scores: list[Float[np.ndarray, " answers"]] = []
         for start in range(0, len(pairs), batch_size):
-            window = range(start, min(start + batch_size, len(pairs)))
+            window, encode = range(start, min(start + batch_size, len(pairs))), make_encode()
             scores += self._score([encode_item(pairs, index, encode, "contents") for index in window])
         return scores
 
@@ -339,34 +350,17 @@ class Cafe:
         answers_each = [len(branches) for branches in dialogues]
         return [part.numpy() for part in torch.stack(likelihoods).cpu().split(answers_each)]
 
-    def _encode_answers(self, content: Content, answers: Sequence[str]) -> list[Branch]:
-        """Encode each answer to a content as a dialogue; they share the content's images."""
-        images = self.chat_processor.load_images(content.images)
-        question = Turn("user", content)
-        return [
-            self.encode_dialogue(Dialogue((question, Turn("assistant", Content.of(answer)))), images)
-            for answer in answers
-        ]
-
-    def encode_embedding(self, content: Content, images: ProcessedImages | None = None) -> Branch:
+    def encode_embedding(self, content: Content) -> Branch:
         """Encode the token sequence whose last token is the content's readout."""
-        images = images or self.chat_processor.load_images(content.images)
-        messages = embedding_messages(content, self.chat_processor.prompts)
-        return self.chat_processor.encode_embedding(messages, images)
+        return ContentEncoder(self.chat_processor).encode_embedding(content)
 
-    def encode_prompt(self, content: Content, images: ProcessedImages | None = None) -> Branch:
+    def encode_prompt(self, content: Content) -> Branch:
         """Encode the token sequence of a user's turn, up to where the model answers."""
-        images = images or self.chat_processor.load_images(content.images)
-        messages = dialogue_messages(Dialogue((Turn("user", content),)), self.chat_processor.prompts)
-        return self.chat_processor.encode_prompt(messages, images)
+        return ContentEncoder(self.chat_processor).encode_prompt(content)
 
-    def encode_dialogue(self, dialogue: Dialogue, images: ProcessedImages | None = None) -> Branch:
+    def encode_dialogue(self, dialogue: Dialogue) -> Branch:
         """Encode the token sequence of a whole dialogue."""
-        if images is None:
-            refs = [ref for turn in dialogue.turns for ref in turn.content.images]
-            images = self.chat_processor.load_images(refs)
-        messages = dialogue_messages(dialogue, self.chat_processor.prompts)
-        return self.chat_processor.encode_dialogue(messages, images)
+        return ContentEncoder(self.chat_processor).encode_dialogue(dialogue)
 
     def _generate(self, prompts: Sequence[Branch], **kwargs: Any) -> list[str]:
         """Generate the answers to encoded prompts, by arguments of transformers' `generate`."""
@@ -379,22 +373,6 @@ class Cafe:
         return dim
 
 
-def _as_list(contents: Any) -> list[Any]:
-    """Return a sequence as a list; a single content would be taken apart, a text into its letters."""
-    if isinstance(contents, (str, bytes, dict)) or not isinstance(contents, Iterable):
-        raise CafeError(f"Expected a list of contents, not a {type(contents).__name__}: put a single one in a list.")
-    return list(contents)
-
-
-def _prompt_content(image: Any, prompt: str) -> Content:
-    """Make the content of a user's turn: images, of which a string is the path of one, before the words."""
-    if isinstance(image, Content):
-        return Content((*image.parts, prompt))
-    return Content.of({"images": image, "text": prompt})
-
-
-def _content_of(value: Any) -> Content:
-    """Make content of a value, and warn where a text is the path of an image."""
-    content = Content.of(value)
-    warn_of_image_paths(content)
-    return content
+def _images_of(branch: Branch) -> int:
+    """Identify the images that a branch shares with others, or the branch itself if it has none."""
+    return id(branch.image_inputs or branch)

@@ -1,6 +1,7 @@
 """Every family: what is packed, shared, embedded and said, against plain transformers on the family's own inputs."""
 
 import re
+from dataclasses import replace
 
 import families
 import numpy as np
@@ -24,6 +25,7 @@ from model_samples import (
 from PIL import Image
 from transformers import ProcessorMixin
 
+import cafe.model
 from cafe.attention.tree import tree_attention
 from cafe.content import Content, Example, Pair
 from cafe.data.batch import MicroBatchSize
@@ -36,7 +38,7 @@ from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing, to_
 from cafe.lvlm.processing import ChatProcessor, with_fast_images
 from cafe.lvlm.prompts import Message, Prompts, dialogue_messages, embedding_messages
 from cafe.model import Cafe
-from cafe.packing import build_layout, pack
+from cafe.packing import build_layout, collate_vision, pack
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep
 
@@ -209,6 +211,36 @@ def test_embeddings_and_answers_are_the_plain_ones(family):
     assert len(looks) == 1 + (family in PREFIX_LMS)  # at all images, once, or with each prompt
     np.testing.assert_allclose(vectors, model.embed([TALL, WIDE]), atol=1e-5)
     assert answers == [model.generate(image, prompt, max_new_tokens=6) for image in (TALL, WIDE)]
+
+
+@every_family
+def test_contents_with_the_same_images_embed_as_each_does_alone(family, monkeypatch):
+    model = make(family)
+    model.lvlm.double()
+    contents = [
+        [WIDE, "what is left of it?"],
+        "a blue star",
+        [TALL, "what?"],
+        [WIDE, "what is left of it, and what is right of it?"],
+        [SMALL, TALL, "Which one?"],
+        WIDE,
+        [TALL, "a question that is as long as any other here"],
+        [SMALL, TALL],
+    ]
+    expected = np.concatenate([model.embed([content]) for content in contents])
+    packs, forward = [], cafe.model.forward_packed
+    monkeypatch.setattr("cafe.model.forward_packed", lambda lvlm, packed: packs.append(packed) or forward(lvlm, packed))
+    loaded, load = [], ChatProcessor.load_images
+    monkeypatch.setattr(ChatProcessor, "load_images", lambda self, refs: loaded.extend(refs) or load(self, refs))
+    np.testing.assert_allclose(model.embed(contents), expected, atol=1e-5)
+    assert len(loaded) == 4  # one, one, and two that are processed together
+
+    # In rows that are long enough, the model reads each set of images once.
+    model.packing = replace(model.packing, max_row_tokens=1024)
+    np.testing.assert_allclose(model.embed(contents), expected, atol=1e-5)
+    images = [model.chat_processor.process_images(each).inputs for each in ([WIDE], [TALL], [SMALL, TALL])]
+    reads_once = packs[1].inputs["pixel_values"].shape == collate_vision(images)["pixel_values"].shape
+    assert reads_once == model.packing.share_prefixes
 
 
 @every_family

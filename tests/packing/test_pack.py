@@ -1,5 +1,6 @@
 """The packer against the definitions: who shares a prefix, who attends to whom, at which position."""
 
+import pytest
 import torch
 from branch_samples import IMAGE, branch, examples, random_image
 from hypothesis import given, settings
@@ -53,8 +54,59 @@ def test_a_row_holds_each_prefix_once_and_at_most_max_tokens(groups, max_tokens)
             if first[0, 0] == second[0, 0]:
                 same = (first[:, None] == second[None, :]).all(-1).sum()
                 assert same == shared_length(branches[i], branches[j])
+    # With a long prefix that all share, rows of the length that is least work may be longer than the maximum.
+    root = min(shared_length(first, second) for first in branches for second in branches) if branches[1:] else 0
+    limit = max(max_tokens, int(root + (root * (3 * max_tokens + root)) ** 0.5))
     largest = max(count_unique_tokens(group) for group in groups)
-    assert layout.subtree_end.shape[1] <= (max_tokens if largest <= max_tokens else largest + largest // 8)
+    assert layout.subtree_end.shape[1] <= (limit if largest <= limit else largest + largest // 8)
+
+
+def test_examples_that_show_the_same_image_share_it_in_the_order_of_the_images():
+    red, blue = random_image(), random_image()
+    contents = [
+        branch([1, IMAGE, IMAGE, 2], red),
+        branch([1, IMAGE, IMAGE, 3], blue),
+        branch([1, 8, 9]),
+        branch([1, IMAGE, IMAGE, 4, 5], red),
+        branch([1, IMAGE, IMAGE, 6], blue),
+        branch([1, IMAGE, IMAGE, 7], red),
+    ]
+    # Rows hold one image with its questions, or everything: a row of 4 tokens would hold a branch.
+    for max_tokens in (8, 100):
+        packed = pack([[each] for each in contents], [[]] * 6, PackingConfig(max_row_tokens=max_tokens))
+        ids = packed.inputs["input_ids"]
+        assert (ids == IMAGE).sum() == 4
+        # The tokens behind an image tell whose it is, in row-major order.
+        first_words = [int(token) for token in ids.flatten() if token in (2, 3, 4, 6, 7)]
+        images = [red, blue] if first_words[0] in (2, 4, 7) else [blue, red]
+        assert torch.equal(packed.inputs["pixel_values"], torch.cat([image["pixel_values"] for image in images]))
+        assert [int(ids[row, column]) for row, column in packed.embedding_index] == [2, 3, 9, 5, 6, 7]
+
+
+def test_examples_with_a_long_common_beginning_share_it_and_those_with_a_short_one_fill_rows():
+    instructions = [list(range(start, start + 20)) for start in (100, 200)]
+    groups = [[branch([1, *instructions[number % 2], 300 + number, 400 + number])] for number in range(12)]
+    layout = build_layout(groups, PackingConfig(max_row_tokens=40))
+    assert layout.valid.sum() == 2 * (1 + 20 + 6 * 2)  # a row for each instruction
+    # One word in common is no reason to put branches into one row.
+    groups = [[branch([1, 2 + number % 2, *range(100 * number + 100, 100 * number + 109)])] for number in range(12)]
+    assert build_layout(groups, PackingConfig(max_row_tokens=40)).valid.all()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_long_prefix_is_read_as_often_as_is_least_work(alone):
+    """Work by the definition: for each token, its matrices (three times the maximum row) and attention over its row."""
+    image, questions, length, max_tokens = random_image(), 60, 10, 40
+    groups = [[branch([1, *[IMAGE] * 99, *range(n * 100, n * 100 + length)], image)] for n in range(1, questions + 1)]
+    if not alone:
+        groups.append([branch([1, 2, 3])])
+    rows, columns = build_layout(groups, PackingConfig(max_row_tokens=max_tokens)).subtree_end.shape
+
+    def work(count: int, longest: float) -> float:
+        return count * longest * (3 * max_tokens + longest)
+
+    best = min(work(count, 100 + questions * length / count) for count in range(1, questions + 1))
+    assert work(rows, columns) <= 1.15 * best
 
 
 def test_a_tree_may_be_deeper_than_pythons_stack():

@@ -3,15 +3,13 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 
 from PIL import Image
 
-from cafe.content import Content, Dialogue, Example, ImageRef
+from cafe.content import Content, Example, ImageRef
 from cafe.errors import RecordError
-from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.content_encoder import ContentEncoder
 from cafe.lvlm.processing import ChatProcessor
-from cafe.lvlm.prompts import dialogue_messages, embedding_messages
 from cafe.packing import Branch
 from cafe.utils.text import escape_controls
 
@@ -83,35 +81,15 @@ def encode_example(example: Example, chat_processor: ChatProcessor, max_tokens: 
 
 def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | None) -> EncodedExample:
     """Encode an example; errors do not name it yet."""
-    processed: dict[tuple[int, ...], ProcessedImages] = {}
-
-    def load_images(refs: Sequence[ImageRef]) -> ProcessedImages:
-        """Load images, the same ones once."""
-        # By identity: branches that show the same images must hold the same tensors, or nothing is shared.
-        key = tuple(map(id, refs))
-        if key not in processed:
-            processed[key] = chat_processor.load_images(refs)
-        return processed[key]
-
-    def encode_content(content: Content) -> Branch:
-        """Encode a query, a target or a negative, which ends in a readout."""
-        messages = embedding_messages(content, chat_processor.prompts)
-        return chat_processor.encode_embedding(messages, load_images(content.images), max_tokens)
-
-    def encode_dialogue(dialogue: Dialogue) -> Branch:
-        """Encode a dialogue with the images of all its turns."""
-        refs = list(chain.from_iterable(turn.content.images for turn in dialogue.turns))
-        messages = dialogue_messages(dialogue, chat_processor.prompts)
-        return chat_processor.encode_dialogue(messages, load_images(refs), max_tokens)
-
+    encoder = ContentEncoder(chat_processor, max_tokens)
     # Nothing yet: each part of the example fills in its own fields.
     encoded = EncodedExample(None, None, [], [], 0, 0, [], None, example.origin)
     if pair := example.pair:
         encoded = replace(
             encoded,
-            query=encode_content(pair.query),
-            target=encode_content(pair.target),
-            negatives=list(map(encode_content, pair.negatives)),
+            query=encoder.encode_embedding(pair.query),
+            target=encoder.encode_embedding(pair.target),
+            negatives=list(map(encoder.encode_embedding, pair.negatives)),
             # Without soft targets, no negative matches.
             negative_match_prob=pair.negative_scores or [0.0] * len(pair.negatives),
             query_id=content_hash(pair.query),
@@ -119,7 +97,7 @@ def _encode(example: Example, chat_processor: ChatProcessor, max_tokens: int | N
             negative_ids=list(map(content_hash, pair.negatives)),
         )
     if example.dialogue:
-        encoded = replace(encoded, dialogue=encode_dialogue(example.dialogue))
+        encoded = replace(encoded, dialogue=encoder.encode_dialogue(example.dialogue))
     return encoded
 
 

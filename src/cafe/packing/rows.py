@@ -57,7 +57,8 @@ class PackingConfig:
         share_prefixes: lay branches out as trees. Without it every branch is a row of its own, padded on the right, and
             the model makes its own mask and position ids.
         kernel: how attention over the trees is computed, see `cafe.attention.tree`.
-        max_row_tokens: the maximum number of tokens in a row of trees.
+        max_row_tokens: the maximum number of tokens in a row of trees, except where a tree or a prefix is long; see
+            `build_layout`.
         pad_to_multiple_of: pad rows to a multiple of this many tokens, so that there are few different shapes.
         pad_token_id: the padding token.
         position_ids_fn: computes the position ids of a branch that is alone in its row.
@@ -83,8 +84,9 @@ DEFAULT_PACKING = PackingConfig()
 def build_layout(groups: Sequence[Sequence[Branch]], packing: PackingConfig) -> Layout:
     """Lay branches out in rows of at most `packing.max_row_tokens` tokens.
 
-    Groups (the branches of one example) are split into trees that share more than all branches do, and the trees are
-    distributed over rows. A row is longer than the maximum only where a single tree is.
+    Groups (the branches of one example) are split into trees that share more than all branches do. Trees of different
+    groups are merged where that saves much, and the trees are distributed over rows. A row is longer than the maximum
+    only where a single tree is, or where the branches' common prefix is so long that longer rows are less work.
 
     Args:
         groups: the branches; `Layout.coords` lists them in this order, group after group.
@@ -156,10 +158,64 @@ def _tree_rows(branches: Sequence[Branch], group_sizes: Sequence[int], max_token
     root = 0
     if len(keys) > 1:
         root = common_prefix_length(keys)
-    trees = split_subtrees(group_sizes, keys, root)
+    trees = _merge_trees(split_subtrees(group_sizes, keys, root), keys, root, max_tokens)
     sizes = [tree_size(tree, keys) for tree in trees]
-    members_by_row = _bin_pack(trees, sizes, root, max_tokens)
+    members_by_row = _bin_pack(trees, sizes, root, _row_limit(root, max_tokens))
     return [_build_row(members, keys) for members in members_by_row]
+
+
+def _merge_trees(
+    trees: Sequence[list[int]], keys: Sequence[SharingKeys], root: int, max_tokens: int
+) -> list[list[int]]:
+    """Merge trees of different groups that show the same images, or that have half of their tokens in common.
+
+    Whatever shares less is left apart: small trees fill rows better.
+
+    Args:
+        trees: the branches of each tree.
+        keys: the sharing keys of all branches.
+        root: the number of tokens that all trees share.
+        max_tokens: the maximum number of tokens in a row.
+    """
+    # In the order of their keys, trees that share a prefix are neighbors. The first branch stands for its tree.
+    runs: list[list[list[int]]] = []
+    for tree in sorted(trees, key=lambda tree: keys[tree[0]].tobytes()):
+        if runs and _is_worth_merging(runs[-1][0], tree, keys, root):
+            runs[-1].append(tree)
+        else:
+            runs.append([tree])
+
+    # A run that is too long for one tree is distributed over several, which are rows by themselves.
+    merged: list[list[int]] = []
+    for run in runs:
+        whole = list(chain.from_iterable(run))
+        prefix = common_prefix_length([keys[tree[0]] for tree in run])
+        limit = _row_limit(prefix, max_tokens)
+        if len(run) == 1 or tree_size(whole, keys) <= limit:
+            merged.append(whole)
+            continue
+        merged += _bin_pack(run, [tree_size(tree, keys) for tree in run], prefix, limit)
+    # In the order of the branches again: the order of the rows should not depend on tokens.
+    return sorted(map(sorted, merged))
+
+
+def _is_worth_merging(first: Sequence[int], second: Sequence[int], keys: Sequence[SharingKeys], root: int) -> bool:
+    """Return whether two trees share images, or half of the tokens of the second, beyond what all trees share."""
+    own_keys = keys[second[0]]
+    prefix = common_prefix_length([keys[first[0]], own_keys])
+    if prefix == root:
+        return False
+    shares_images = bool((own_keys[root:prefix] < 0).any())  # the keys of image tokens are negative
+    return shares_images or 2 * (prefix - root) >= tree_size(second, keys) - root
+
+
+def _row_limit(prefix: int, max_tokens: int) -> int:
+    """Compute how long a row may be whose branches all begin with the same prefix.
+
+    Each row repeats the prefix. If n rows hold it and, together, some other tokens, their work as in `_work`,
+    n * length * (3 * max_tokens + length), is least where each row has sqrt(prefix * (3 * max_tokens + prefix)) others.
+    """
+    return max(max_tokens, prefix + math.isqrt(prefix * (3 * max_tokens + prefix)))
 
 
 def _build_row(members: Sequence[int], keys: Sequence[SharingKeys]) -> _Row:

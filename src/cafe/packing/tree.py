@@ -43,7 +43,7 @@ def compute_sharing_keys(branches: Sequence[Branch]) -> list[SharingKeys]:
     """Compute the sharing keys of each branch.
 
     The images of a branch are processed together, so they are shared together or not at all: the key of an image token
-    stands for all images of the branch and for the text up to the last of them.
+    stands for all images of the branch and for the text up to the last of them. It is negative.
     """
     image_keys: dict[tuple[int, bytes], int] = {}
     keys = []
