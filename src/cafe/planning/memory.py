@@ -197,9 +197,9 @@ def _uses_autocast(recipe: Recipe) -> bool:
 
 
 def _micro_batch_rows(sizes: ModelSizes, load: StepWorkload) -> tuple[float, float]:
-    """Count the tokens of the largest micro-batch, and those of its patches that have a backward pass."""
+    """Count the tokens of the largest micro-batch, padding included, and its patches that have a backward pass."""
     has_backward = sizes.parts["vision_tower"].trained > 0
-    return load.largest * load.tokens, has_backward * load.largest * load.crops * load.patches
+    return load.largest * load.padded_tokens, has_backward * load.largest * load.crops * load.patches
 
 
 def _layer_bytes(sizes: ModelSizes, load: StepWorkload, recipe: Recipe) -> tuple[float, float]:

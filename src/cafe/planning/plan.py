@@ -106,7 +106,8 @@ def format_plan(plan: Plan, mfu: float = MFU) -> str:
     rows = {
         "parameters": f"{sizes.parameters / 1e6:,.1f}M, of which {sizes.trained / 1e6:,.1f}M are trained: {trained}",
         "step": f"{plan.batch} pairs on {gpus}, in {micro_batches} each",
-        "pair": f"{load.tokens / pairs:,.0f} tokens, {load.crops / pairs:g} crops of {load.patches:,} patches",
+        "pair": f"{load.text.tokens / pairs:,.0f} tokens, {load.crops / pairs:g} crops of {load.patches:,} patches",
+        "attention": f"{load.text.seen / pairs:,.0f} (query, key) pairs that are seen, in each layer",
         "FLOPs per step": f"{plan.flops:.3g}",
         "peak per GPU": f"{plan.peak / GIB:.1f} GiB: {memory}",
         "hours": f"for {plan.pairs:,} pairs, at {mfu:.0%} of the peak bfloat16 FLOPs (assumed)",
