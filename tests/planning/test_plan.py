@@ -312,38 +312,6 @@ def test_planned_rows_match_those_of_training(random_base, scenes, recipe, share
     assert found.padded_tokens == pytest.approx(sum(map(math.prod, rows)), rel=0.06)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "flash_attention_2"])
-def test_planned_pairs_are_those_of_each_token_with_its_ancestors(attention):
-    """Written out for one pair per micro-batch; FlashAttention reads each branch by itself."""
-    recipe = read_recipe(RECIPES / "cafe-0.5b.yaml", ["batch_size=4", "micro_batch.tokens=1"])
-    lvlm, data = meta_model(load_config(recipe.model.base)), TypicalSample()
-    lvlm.config.get_text_config()._attn_implementation = attention
-    shares = attention == "sdpa"
-    image = image_cost_from_config(lvlm, data).tokens
-    shown = data.prompt + image  # the prefix of query and dialogue; all three begin with the prompt
-    query, target = shown + data.prompt_overhead_tokens, data.prompt + data.caption + data.prompt_overhead_tokens
-    dialogue = query + data.caption
-
-    def causal(length: int) -> int:
-        return length * (length + 1) // 2
-
-    text = PackWork(
-        tokens=query + target + dialogue - shares * (shown + data.prompt),
-        seen=causal(query) + causal(target) + causal(dialogue) - shares * (causal(shown) + causal(data.prompt)),
-        read=2 + data.caption,
-        # The caption is predicted by the tokens before each of its own.
-        read_seen=query + target + sum(range(query, dialogue)),
-    )
-    embedded = PackWork(
-        tokens=query + target - shares * data.prompt,
-        seen=causal(query) + causal(target) - shares * causal(data.prompt),
-        read=2,
-        read_seen=query + target,
-    )
-    load = estimate_workload(recipe, lvlm, data, 1)
-    assert load.micro_batches == 4 and load.text == text * 4 and load.reread_text == embedded * 3
-
-
 class Live(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, and the most there were."""
 
@@ -499,7 +467,7 @@ def test_plan_command_prints_and_names_an_unknown_base(tmp_path, capsys):
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), "--gpus", "8"]) == 0
     said = capsys.readouterr().out
     assert "893.7M" in said and "16 pairs on 8 GPUs" in said and "RTX 3090" in said
-    assert "5,064,904 (query, key) pairs" in said  # of 3,391 tokens, as the test of the planned pairs writes out
+    assert "5,064,904 (query, key) pairs" in said  # of 3,391 tokens, as `test_workload.py` writes out
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), "model.base=some/one"]) == 1
     assert "The sizes of some/one are not known" in capsys.readouterr().err
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), f"model.base={tmp_path}"]) == 1
