@@ -124,6 +124,7 @@ def test_attention_dropout_is_applied_under_the_dense_mask(random_base, kernel):
 def test_kernels_are_chosen_by_device_dtype_and_attention_implementation(random_base, monkeypatch):
     config = Cafe.load(random_base).lvlm.config.get_text_config()
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     assert config._attn_implementation == CAFE_TREE

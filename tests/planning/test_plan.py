@@ -40,7 +40,7 @@ from cafe.lvlm.loading import without_video
 from cafe.lvlm.prompts import Prompts
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
-from cafe.packing import PackedBatch, PackingConfig, count_unique_tokens, pack
+from cafe.packing import NO_WORK, PackedBatch, PackingConfig, PackWork, count_unique_tokens, count_work, pack
 from cafe.planning.flops import estimate_flops
 from cafe.planning.hardware import HARDWARE
 from cafe.planning.memory import estimate_memory, optimizer_state_bytes
@@ -80,11 +80,15 @@ def test_published_sizes_give_the_parameters_the_hub_states(base):
     assert measure_model(meta_model(load_config(base))).parameters / 1e9 == pytest.approx(STATED[base], abs=0.007)
 
 
+def padded_work(of: PackedBatch) -> PackWork:
+    """The work in a pack with its padding, which torch computes and counts too."""
+    return replace(count_work(of), tokens=of.inputs["input_ids"].numel())
+
+
 def workload_of(batch: Batch, patch: int) -> StepWorkload:
-    """What a batch's packs hold."""
+    """What a batch's packs hold, padding included."""
     packs = [micro_batch.joint for micro_batch in batch.micro_batches]
-    twice = batch.micro_batches[1:] or batch.micro_batches
-    alone, again = [each.embedding_only for each in twice], [each.joint for each in twice]
+    reread = [micro_batch.embedding_only for micro_batch in batch.micro_batches[1:]]
     side = packs[0].inputs["pixel_values"].shape[-1]
 
     def tokens(of: Iterable[PackedBatch]) -> int:
@@ -100,9 +104,9 @@ def workload_of(batch: Batch, patch: int) -> StepWorkload:
         rows=rows,
         columns=tokens(packs) // rows,
         labels=batch.num_supervised,
-        read=sum(len(pack.logits_index) + len(pack.embedding_index) for pack in packs),
-        embedded=tokens(alone) / tokens(again),
-        embedded_crops=crops(alone) / crops(again),
+        text=sum(map(padded_work, packs), NO_WORK),
+        reread_crops=crops(reread),
+        reread_text=sum(map(padded_work, reread), NO_WORK),
         micro_batches=len(packs),
         largest=max(tokens([pack]) for pack in packs) / tokens(packs),
     )
@@ -133,7 +137,7 @@ def test_flops_of_a_step_match_torchs_count(random_base, scenes, frozen, tokens,
             measure_model(model.lvlm), workload_of(batch, model.lvlm.config.vision_config.patch_size), checkpointed
         ).values()
     )
-    assert expected == pytest.approx(counter.get_total_flops(), rel=0.06)
+    assert expected == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
 def kept(module: nn.Module, half: torch.dtype | None, **inputs: Tensor) -> int:
@@ -242,17 +246,23 @@ def test_plan_knows_image_cost_and_flops_of_every_family(family):
     with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
         JointStep(model.lvlm.train(), ObjectiveConfig()).forward_backward(batch)
     rows, columns = packed.inputs["input_ids"].shape
+    text = padded_work(packed)
+    if model.lvlm.config.get_text_config()._attn_implementation == "eager":
+        # Plain matrix products compute what is masked too, and torch counts it.
+        text = replace(text, seen=rows * columns**2, read_seen=rows * columns**2)
     load = StepWorkload(
         crops=4 * seen.crops,  # here each branch shows images of its own
         patches=seen.patches,
         rows=rows,
         columns=columns,
         labels=len(packed.labels),
-        read=len(packed.logits_index) + len(packed.embedding_index),
+        text=text,
     )
-    # Gemma 4's embeddings of each layer, and the linear attention of Qwen3.5, are not in the formula.
+    # Gemma 4's embeddings of each layer are not in the formula, and neither is the linear attention of Qwen3.5, which
+    # is a large part of a tiny model.
+    tolerance = 0.3 if family == "qwen3_5" else 0.15
     assert sum(estimate_flops(measure_model(model.lvlm), load).values()) == pytest.approx(
-        counter.get_total_flops(), rel=0.15
+        counter.get_total_flops(), rel=tolerance
     )
 
 
@@ -286,7 +296,7 @@ def test_planned_rows_match_those_of_training(random_base, scenes, recipe, share
         micro_batch=MicroBatchSize(tokens=tokens),
     )
     model = Cafe.load(random_base, recipe.prompts, torch.float32)
-    batches = build_dataset(recipe, model, 0, 1)
+    batches = build_dataset(recipe, model, 0, 1, device=torch.device("cuda"))
     by_length = groupby(batches.largest_examples(48), lambda example: len(example.target))
     examples = max((list(alike) for _, alike in by_length), key=len)
     rows = [part.joint.inputs["input_ids"].shape for part in batches.collate(examples).micro_batches]
@@ -299,7 +309,7 @@ def test_planned_rows_match_those_of_training(random_base, scenes, recipe, share
     found = estimate_workload(replace(recipe, batch_size=len(examples)), model.lvlm, data, 1)
     assert found.micro_batches == len(rows)
     assert found.columns == pytest.approx(max(columns for _, columns in rows), rel=0.06)
-    assert found.tokens == pytest.approx(sum(map(math.prod, rows)), rel=0.06)
+    assert found.padded_tokens == pytest.approx(sum(map(math.prod, rows)), rel=0.06)
 
 
 class Live(TorchDispatchMode):
@@ -418,9 +428,13 @@ def test_plan_depends_on_the_attention_implementation():
         plan(replace(recipe, model=replace(recipe.model, attention=name)))
         for name in ("sdpa", "eager", "flash_attention_2", "flex_attention")
     )
-    assert flash.load.tokens > 1.5 * sdpa.load.tokens  # it takes no mask of trees: each branch is read by itself
-    assert eager.flops == sdpa.flops == flex.flops < flash.flops
-    assert flex.memory["activations"] < sdpa.memory["activations"] < eager.memory["activations"]
+    assert (
+        flash.load.text.tokens > 1.5 * sdpa.load.text.tokens
+    )  # it takes no mask of trees: each branch is read by itself
+    # One row holds the system prompt once; under a dense mask, each of several does.
+    assert sdpa.flops == flex.flops < eager.flops < flash.flops
+    # FlexAttention's row is padded, and eager attention keeps its scores.
+    assert sdpa.memory["activations"] < flex.memory["activations"] < eager.memory["activations"]
 
 
 def test_fsdp_divides_weights_gradients_and_optimizer_state():
@@ -455,6 +469,8 @@ def test_plan_command_prints_and_names_an_unknown_base(tmp_path, capsys):
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), "--gpus", "8"]) == 0
     said = capsys.readouterr().out
     assert "893.7M" in said and "16 pairs on 8 GPUs" in said and "RTX 3090" in said
+    # Alone, a pair has 5,064,904 in 3,391 tokens, as `test_workload.py` writes out; two share a prompt of 14.
+    assert f"{5_064_904 - 14 * 15 / 4:,.0f} (query, key) pairs" in said and "3,384 tokens" in said
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), "model.base=some/one"]) == 1
     assert "The sizes of some/one are not known" in capsys.readouterr().err
     assert main(["plan", str(RECIPES / "cafe-0.5b.yaml"), f"model.base={tmp_path}"]) == 1

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from cafe.attention.masks import tree_mask
 from cafe.content import Content, Dialogue, Example, Pair, Turn
 from cafe.data.batch import NO_LIMIT, MicroBatchSize, split_micro_batches
 from cafe.data.dataset import ContrastiveBatchDataset
@@ -277,9 +278,10 @@ def formula(lvlm: PreTrainedModel, pack: PackedBatch, branches: list[Branch], gr
     text, vision = lvlm.config.text_config, lvlm.config.vision_config
     d, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     before, behind = 2 * (d * d + 2 * d * kv), 2 * (d * d + 3 * d * text.intermediate_size)  # attention, in a layer
-    rows, columns = pack.inputs["input_ids"].shape
+    rows = len(pack.inputs["input_ids"])
     same = [len(set(tokens)) == 1 for tokens in zip(*(branch.input_ids.tolist() for branch in branches), strict=False)]
     tokens = trie_size(branches) + (rows - 1) * [*same, False].index(False)
+    tokens += pack.inputs["input_ids"].numel() - pack.num_tokens  # padding is computed too
     v, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     images = {
         id(branch.image_inputs): branch.image_inputs["pixel_values"] for branch in branches if branch.image_inputs
@@ -290,14 +292,13 @@ def formula(lvlm: PreTrainedModel, pack: PackedBatch, branches: list[Branch], gr
     head = 2 * len(pack.labels) * d * text.vocab_size
     layers = text.num_hidden_layers * tokens * (before + behind)
     layers -= (tokens - len(pack.labels) - len(pack.embedding_index)) * behind
-    attention = 4 * (
-        text.num_hidden_layers * rows * columns**2 * d + vision.num_hidden_layers * patch_count * patches * v
-    )
+    seen = int(tree_mask(pack.subtree_end).sum())
+    attention = 4 * (text.num_hidden_layers * seen * d + vision.num_hidden_layers * patch_count * patches * v)
     stem = 2 * patch_count * 3 * vision.patch_size**2 * v
     if not gradient:
         return layers + tower + projector + head + attention + stem
-    # Attention recomputes its weights in the backward pass, and pixels have no gradient.
-    return 3 * (layers + tower + projector + head) + 3.5 * attention + 2 * stem
+    # Pixels have no gradient.
+    return 3 * (layers + tower + projector + head + attention) + 2 * stem
 
 
 @pytest.mark.parametrize("size", [MicroBatchSize(), MicroBatchSize(tokens=700)], ids=["one pass", "cached"])

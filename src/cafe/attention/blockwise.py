@@ -269,8 +269,8 @@ def _backward_flops(
     grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, bounds: Tensor,
     *rest: Any, **kwargs: Any,
 ) -> int:  # fmt: skip
-    """Count the FLOPs of five products of matrices: the scores are computed again."""
-    return 10 * query.shape[1] * query.shape[3] * _num_pairs(bounds)
+    """Count the FLOPs of four products of matrices, without the scores, which are computed again."""
+    return 8 * query.shape[1] * query.shape[3] * _num_pairs(bounds)
 
 
 def _num_pairs(bounds: Int64[Tensor, "blocks 5"]) -> int:

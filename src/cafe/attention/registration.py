@@ -62,6 +62,11 @@ for _name in (CAFE_TREE, CAFE_TREE_FLEX):
     AttentionMaskInterface.register(_name, sdpa_mask)  # otherwise, padding would be attended to
 
 
+def tree_implementation(attention: str) -> str:
+    """Return the implementation that computes trees as an attention implementation of transformers would, or itself."""
+    return {"sdpa": CAFE_TREE, "flex_attention": CAFE_TREE_FLEX}.get(attention, attention)
+
+
 def use_tree_attention(lvlm: PreTrainedModel, attention: str = "sdpa") -> None:
     """Replace SDPA in a model's language model by `attend`, as FlexAttention where that is asked for.
 
@@ -70,4 +75,4 @@ def use_tree_attention(lvlm: PreTrainedModel, attention: str = "sdpa") -> None:
     decoder: Any = lvlm.get_decoder()
     if lvlm.config.get_text_config()._attn_implementation != "sdpa" or not decoder._can_set_attn_implementation():
         return
-    decoder.set_attn_implementation(CAFE_TREE_FLEX if attention == "flex_attention" else CAFE_TREE)
+    decoder.set_attn_implementation(tree_implementation(attention))

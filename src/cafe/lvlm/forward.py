@@ -123,7 +123,7 @@ def set_kernel(
         dtype: what it computes in.
     """
     config = lvlm.config.get_text_config()
-    kernel = choose_kernel(config, device, dtype)
+    kernel = choose_kernel(config, device, dtype) if packing.share_prefixes else "mask"
     # The work of a token is about six times the model's width in the layers' matrices, plus the length of its row in
     # attention. Rows of twice the width keep attention, of which a dense mask hides what is computed, a small part.
     max_row_tokens, multiple = 2 * config.hidden_size, 1
@@ -133,7 +133,7 @@ def set_kernel(
     elif kernel == "flex":
         # Nor is it here, and the kernel is compiled for each shape: one row, of few different lengths.
         max_row_tokens, multiple = UNBOUNDED_ROW, FLEX_MULTIPLE
-    elif device.type == "cuda":
+    elif kernel == "mask" and device.type == "cuda":
         # Under a mask, PyTorch's SDPA may take cuDNN's kernel, which makes a plan for each shape, and whose gradients
         # can be NaN where the columns are 64 more than a multiple of 128 (pytorch/pytorch#196678).
         multiple = CUDNN_MULTIPLE

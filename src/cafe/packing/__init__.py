@@ -16,6 +16,7 @@ Pure tensors: nothing here knows a model or a file.
     tree    which prefixes branches have in common
     rows    trees into rows of bounded length
     pack    the model inputs of a micro-batch, and where its losses read
+    work    how much there is to compute in a pack
 """
 
 from cafe.packing.branch import (
@@ -29,11 +30,14 @@ from cafe.packing.branch import (
 from cafe.packing.pack import PackedBatch, collate_vision, count_crops, pack
 from cafe.packing.rows import DEFAULT_PACKING, Layout, PackingConfig, build_layout
 from cafe.packing.tree import count_unique_tokens
+from cafe.packing.work import NO_WORK, PackWork, count_work
 
 __all__ = [
     "DEFAULT_PACKING",
+    "NO_WORK",
     "Branch",
     "Layout",
+    "PackWork",
     "PackedBatch",
     "PackingConfig",
     "PositionIdsFn",
@@ -42,6 +46,7 @@ __all__ = [
     "collate_vision",
     "count_crops",
     "count_unique_tokens",
+    "count_work",
     "default_position_ids",
     "image_token_type_ids",
     "pack",

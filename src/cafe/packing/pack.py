@@ -26,7 +26,7 @@ class PackedBatch:
         embedding_index: the (row, column) of each readout, in the order of the embedding branches.
         logits_index: the (row, column) of the token before each supervised token.
         labels: the supervised tokens.
-        num_tokens: the number of tokens without padding.
+        row_lengths: the number of tokens of each row, without padding.
         pixel_decoder: converts `pixel_values` from bytes to the model's values; None where they are not bytes.
     """
 
@@ -35,8 +35,13 @@ class PackedBatch:
     embedding_index: Int64[Tensor, "readouts 2"]
     logits_index: Int64[Tensor, "supervised 2"]
     labels: Int64[Tensor, " supervised"]
-    num_tokens: int
+    row_lengths: tuple[int, ...]
     pixel_decoder: PackedPixels | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Count the tokens without padding."""
+        return sum(self.row_lengths)
 
     def pin_memory(self) -> "PackedBatch":
         """Copy all tensors to pinned memory, from which they are moved to a GPU asynchronously."""
@@ -76,7 +81,7 @@ def pack(
         embedding_index=embedding_index,
         logits_index=logits_index,
         labels=labels,
-        num_tokens=int(layout.valid.sum()),
+        row_lengths=tuple(layout.valid.sum(1).tolist()),
         pixel_decoder=pixel_decoder,
     )
 

@@ -4,7 +4,11 @@ from dataclasses import dataclass
 
 GIB = 2**30
 RESERVED = 1.5 * GIB  # bytes of a GPU kept for CUDA and for what the allocator cannot use
-MFU = 0.35  # assumed share of the peak FLOPs; on an H200 0.47 to 0.55 were measured at 7B, 0.22 to 0.24 at 0.5B
+
+# Assumed share of the peak FLOPs that the work counted in `flops.py` takes. On an H200, in one pass without gradient
+# checkpointing, 0.41 to 0.48 were measured at 7B, and 0.20 to 0.22 at 0.5B, for which 0.35 is too much. The source is
+# docs/benchmarks.md, "On a GPU" (`benchmarks/real_sizes.py`).
+MFU = 0.35
 
 
 @dataclass(frozen=True)

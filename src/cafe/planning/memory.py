@@ -127,8 +127,8 @@ def saved_activation_bytes(sizes: ModelSizes, load: StepWorkload, recipe: Recipe
 
     token_bytes, patch_bytes = _layer_bytes(sizes, load, recipe)
     saved = tokens * per_row(sizes.language, token_bytes) + patches * per_row(sizes.tower, patch_bytes)
-    # The attention mask has a number for each pair of tokens in a row; FlexAttention has none.
-    if recipe.model.attention in ("sdpa", "eager"):
+    # A dense attention mask has a number for each pair of tokens in a row.
+    if load.has_dense_mask:
         saved += tokens * load.columns * (2 if half else 4)
     if half and not checkpointed:
         saved += _autocast_copy_bytes(sizes, recipe)
@@ -197,9 +197,9 @@ def _uses_autocast(recipe: Recipe) -> bool:
 
 
 def _micro_batch_rows(sizes: ModelSizes, load: StepWorkload) -> tuple[float, float]:
-    """Count the tokens of the largest micro-batch, and those of its patches that have a backward pass."""
+    """Count the tokens of the largest micro-batch, padding included, and its patches that have a backward pass."""
     has_backward = sizes.parts["vision_tower"].trained > 0
-    return load.largest * load.tokens, has_backward * load.largest * load.crops * load.patches
+    return load.largest * load.padded_tokens, has_backward * load.largest * load.crops * load.patches
 
 
 def _layer_bytes(sizes: ModelSizes, load: StepWorkload, recipe: Recipe) -> tuple[float, float]:

@@ -6,6 +6,7 @@ that can be read in `flops.py` and `memory.py`.
 
 from dataclasses import dataclass
 
+from cafe.attention.registration import tree_implementation
 from cafe.checkpoint import resolve_checkpoint
 from cafe.lvlm.architectures import load_config, meta_model
 from cafe.planning.flops import estimate_flops
@@ -69,7 +70,8 @@ def plan(recipe: Recipe, gpus: int = 1, data: TypicalSample | None = None, pairs
     data = data or TypicalSample()
     # The model has names and shapes but no weights, so that a model of any size is planned on any machine.
     lvlm = meta_model(load_config(resolve_checkpoint(recipe.model.base)))
-    lvlm.config.get_text_config()._attn_implementation = recipe.model.attention  # decides whether prefixes are shared
+    # It decides whether prefixes are shared, and how rows are laid out.
+    lvlm.config.get_text_config()._attn_implementation = tree_implementation(recipe.model.attention)
     configure_trainable_parameters(lvlm, recipe.model)
     sizes, load = measure_model(lvlm), estimate_workload(recipe, lvlm, data, gpus)
     batch = recipe.batch_size * gpus
@@ -106,7 +108,8 @@ def format_plan(plan: Plan, mfu: float = MFU) -> str:
     rows = {
         "parameters": f"{sizes.parameters / 1e6:,.1f}M, of which {sizes.trained / 1e6:,.1f}M are trained: {trained}",
         "step": f"{plan.batch} pairs on {gpus}, in {micro_batches} each",
-        "pair": f"{load.tokens / pairs:,.0f} tokens, {load.crops / pairs:g} crops of {load.patches:,} patches",
+        "pair": f"{load.text.tokens / pairs:,.0f} tokens, {load.crops / pairs:g} crops of {load.patches:,} patches",
+        "attention": f"{load.text.seen / pairs:,.0f} (query, key) pairs that are seen, in each layer",
         "FLOPs per step": f"{plan.flops:.3g}",
         "peak per GPU": f"{plan.peak / GIB:.1f} GiB: {memory}",
         "hours": f"for {plan.pairs:,} pairs, at {mfu:.0%} of the peak bfloat16 FLOPs (assumed)",

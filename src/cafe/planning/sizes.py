@@ -48,16 +48,20 @@ class TransformerShape:
     num_full_attention_layers: int = 0
 
     def attended_tokens(self, length: int) -> int:
-        """Count the tokens that one token of a sequence is compared with, over all layers; masked ones count."""
+        """Count the tokens that one token of an unmasked sequence attends to, summed over layers."""
         if not self.window:
             return self.layers * length
         full_layers = self.num_full_attention_layers
         windowed_layers = self.layers - full_layers
         return full_layers * length + windowed_layers * min(self.window, length)
 
-    def attention_flops(self, length: int) -> float:
-        """Count the FLOPs of a forward pass of attention over one sequence: queries @ keys, and weights @ values."""
-        return 4.0 * length * self.attended_tokens(length) * self.heads
+    def attention_flops(self, pairs: float) -> float:
+        """Count the FLOPs of a forward pass of attention for some (query, key) pairs: query @ key, and weight @ value.
+
+        Args:
+            pairs: the number of pairs, summed over layers.
+        """
+        return 4.0 * pairs * self.heads
 
     def saved_activation_bytes(self, half: bool, scored: int = 0) -> float:
         """Estimate the bytes per token that a layer saves for the backward pass.

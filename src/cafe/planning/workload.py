@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from transformers import PreTrainedModel
@@ -11,10 +12,21 @@ from cafe.checkpoint import resolve_checkpoint
 from cafe.data.batch import NO_LIMIT, MicroBatchSize, blank_branch
 from cafe.lvlm.architectures import KNOWN_CONFIGS
 from cafe.lvlm.families import supports_prefix_sharing
+from cafe.lvlm.forward import set_kernel
 from cafe.lvlm.image_cost import ImageCost, published_image_cost
 from cafe.lvlm.processing import ChatProcessor
-from cafe.packing import Branch, PackingConfig, build_layout, count_crops, count_unique_tokens
+from cafe.packing import (
+    NO_WORK,
+    Branch,
+    PackingConfig,
+    PackWork,
+    count_crops,
+    count_unique_tokens,
+    count_work,
+    pack,
+)
 from cafe.training.build import build_chat_processor
+from cafe.training.precision import AUTOCAST_DTYPES
 from cafe.training.recipe import Recipe
 
 # Token ids of the imagined data: equal where those of real data are, so that branches share what real ones share.
@@ -47,12 +59,13 @@ class StepWorkload:
         crops, patches: crops that the tower reads, and patches of each.
         rows, columns: of tokens in the language model, padding included.
         labels: supervised tokens.
-        read: tokens whose last hidden state is read: those before the labels, and the readouts.
-        embedded, embedded_crops: the share of the rows, and of the crops, that is embedded: the gradient cache reads
-            it once more, before the rest.
+        text: the work of the language model in what is followed backward.
+        reread_crops, reread_text: what the gradient cache reads once more, forward alone: the embedded branches of all
+            micro-batches but one.
         vectors: embeddings, over all processes.
         micro_batches: how many the step is cut into.
         largest: the largest one's share of the step.
+        has_dense_mask: whether attention takes a mask with a number for each pair of tokens in a row.
     """
 
     crops: float
@@ -60,15 +73,16 @@ class StepWorkload:
     rows: float
     columns: int
     labels: float
-    read: float
-    embedded: float = 1.0
-    embedded_crops: float = 1.0
+    text: PackWork
+    reread_crops: float = 0.0
+    reread_text: PackWork = NO_WORK
     vectors: int = 0
     micro_batches: int = 1
     largest: float = 1.0
+    has_dense_mask: bool = False
 
     @property
-    def tokens(self) -> float:
+    def padded_tokens(self) -> float:
         """Count the tokens of the language model's rows, padding included."""
         return self.rows * self.columns
 
@@ -100,25 +114,30 @@ def image_cost_from_processor(chat_processor: ChatProcessor, lvlm: PreTrainedMod
     return ImageCost(crops=count_crops([branch]), patches=patches, tokens=tokens)
 
 
-def typical_branches(
+def typical_pair(
     data: TypicalSample, image: ImageCost, contrast: bool, language: bool, number: int = 0
-) -> list[Branch]:
-    """Build the branches of pair number `number`: query and target if it is contrasted, dialogue if it is learned."""
+) -> tuple[list[Branch], list[Branch]]:
+    """Build the branches of pair number `number`.
+
+    Returns:
+        The embedded branches, query and target, if the pair is contrasted; its dialogue, if the language loss is taken.
+    """
     prompt, overhead = [PROMPT] * data.prompt, data.prompt_overhead_tokens
     # Each pair has an image and a caption of its own. Images take negative ids, which no other token has.
     image_tokens, caption = [-1 - number] * image.tokens, [FIRST_CAPTION + number] * data.caption
-    sequences = []
+    embedded, dialogue = [], []
     if contrast:
         instruction = [EMBEDDING_INSTRUCTION] * overhead
-        sequences += [prompt + image_tokens + instruction, prompt + caption + instruction]
+        embedded = [_branch(prompt + image_tokens + instruction), _branch(prompt + caption + instruction)]
     if language:
-        sequences.append(prompt + image_tokens + [QUESTION] * overhead + caption)
-    branches = []
-    for tokens in sequences:
-        # Only tokens are counted, so nothing has to be marked as supervised or as an image's.
-        no_mask = torch.zeros(len(tokens), dtype=torch.bool)
-        branches.append(Branch(torch.tensor(tokens), no_mask, no_mask))
-    return branches
+        dialogue = [_branch(prompt + image_tokens + [QUESTION] * overhead + caption, supervised=data.caption)]
+    return embedded, dialogue
+
+
+def _branch(tokens: list[int], supervised: int = 0) -> Branch:
+    """Make a branch whose last tokens are supervised; image tokens, told apart by their ids, are not marked."""
+    is_supervised = torch.arange(len(tokens)) >= len(tokens) - supervised
+    return Branch(torch.tensor(tokens), is_supervised, torch.zeros_like(is_supervised))
 
 
 def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample, gpus: int) -> StepWorkload:
@@ -136,32 +155,36 @@ def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample
     shares = recipe.model.share_prefixes and supports_prefix_sharing(lvlm) is not False
     # A query and a dialogue show the same image; a switched-off loss counts 0 in all that follows.
     image_reads = 1 if shares else contrast + language
-    pair = typical_branches(data, image, contrast, language)
+    pair = list(chain(*typical_pair(data, image, contrast, language)))
     together = _pairs_per_micro_batch(recipe, pair, image)
 
-    # Pack the pairs of one micro-batch as training would; `infer_packing` has the same default for the length of rows.
-    max_row_tokens = recipe.model.max_row_tokens or 2 * lvlm.config.get_text_config().hidden_size
-    groups = [typical_branches(data, image, contrast, language, number) for number in range(together)]
-    layout = build_layout(groups, PackingConfig(share_prefixes=shares, max_row_tokens=max_row_tokens))
-    rows, columns = layout.subtree_end.shape
+    # Pack the pairs of one micro-batch as training would on a GPU.
+    dtype = AUTOCAST_DTYPES.get(recipe.model.precision, torch.float32)
+    packing = set_kernel(PackingConfig(share_prefixes=shares), lvlm, torch.device("cuda"), dtype)
+    packing = replace(packing, max_row_tokens=recipe.model.max_row_tokens or packing.max_row_tokens)
+    numbered = [typical_pair(data, image, contrast, language, number) for number in range(together)]
+    embedded, dialogues = zip(*numbered, strict=True)
+    joint = pack(embedded, dialogues, packing)
+    rows, columns = joint.inputs["input_ids"].shape
 
-    # The gradient cache reads queries and targets once more: as a share of the pair's distinct tokens, or of its rows.
-    embedded = pair[: 2 * contrast]
-    embedded_share = len(embedded) / len(pair)
-    if shares and embedded:
-        embedded_share = count_unique_tokens(embedded) / count_unique_tokens(pair)
+    # The gradient cache reads the embedded branches once more, of all pairs but those of one micro-batch.
+    reread_pairs = contrast * (pairs - together)
+    reread_text = NO_WORK
+    if reread_pairs:
+        reread_text = count_work(pack(embedded, [[]] * together, packing)) * (reread_pairs / together)
     return StepWorkload(
         crops=pairs * image_reads * image.crops,
         patches=image.patches,
         rows=rows * pairs / together,
         columns=columns,
         labels=pairs * data.caption * language,
-        read=pairs * (data.caption * language + 2 * contrast),
-        embedded=embedded_share,
-        embedded_crops=contrast / image_reads,
+        text=count_work(joint) * (pairs / together),
+        reread_crops=reread_pairs * image.crops,
+        reread_text=reread_text,
         vectors=2 * pairs * gpus * contrast,
         micro_batches=math.ceil(pairs / together),
         largest=together / pairs,
+        has_dense_mask=packing.kernel == "mask" and recipe.model.attention in ("sdpa", "eager"),
     )
 
 

@@ -57,13 +57,10 @@ def build_dataset(
     chat_processor, normalization = with_fast_images(model.chat_processor)
     # The model may be on another device for now, and it computes in another dtype than that of its weights.
     dtype = AUTOCAST_DTYPES.get(recipe.model.precision, model.lvlm.dtype)
-    packing = set_kernel(model.packing, model.lvlm, device or model.lvlm.device, dtype)
-    packing = replace(
-        packing,
-        share_prefixes=packing.share_prefixes and recipe.model.share_prefixes,
-        max_row_tokens=recipe.model.max_row_tokens or packing.max_row_tokens,
-        normalization=normalization,
-    )
+    shares = model.packing.share_prefixes and recipe.model.share_prefixes
+    packing = replace(model.packing, share_prefixes=shares, normalization=normalization)
+    packing = set_kernel(packing, model.lvlm, device or model.lvlm.device, dtype)
+    packing = replace(packing, max_row_tokens=recipe.model.max_row_tokens or packing.max_row_tokens)
     # A size that is measured is found later, and `BatchFeed` applies it.
     micro_batch_size = recipe.micro_batch if isinstance(recipe.micro_batch, MicroBatchSize) else NO_LIMIT
     return ContrastiveBatchDataset(
