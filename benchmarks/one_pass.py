@@ -8,6 +8,7 @@ from common import Row, Sides, flops, make_batch, make_pairs, paired, show, tiny
 from published import step_a, step_b
 
 from cafe.data.batch import Batch, MicroBatchSize
+from cafe.lvlm.forward import set_kernel
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.packing import PackingConfig
 from cafe.training.recipe import ObjectiveConfig
@@ -22,7 +23,7 @@ def main() -> None:
     model = tiny_llava()
     step = JointStep(model, ObjectiveConfig())
     sides: Sides = make_pairs(PAIRS)
-    packing = PackingConfig(max_row_tokens=512)
+    packing = set_kernel(PackingConfig(), model, model.device, model.dtype)
     whole = make_batch(sides, packing)
     cached = make_batch(sides, packing, MicroBatchSize(tokens=CHUNK_TOKENS))
 
