@@ -7,14 +7,8 @@ from torch._dynamo.utils import counters
 from tree_samples import SHARING, checked_kernel, gradient_of, make_pack
 
 import cafe.attention.paths
-import cafe.attention.tree
 from cafe.attention.registration import CAFE_TREE
 from cafe.training.optimizer import enable_gradient_checkpointing
-
-
-@pytest.fixture(autouse=True)
-def short_rows_are_read_by_blocks(monkeypatch):
-    monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", 1)
 
 
 def assert_close(results, expected):

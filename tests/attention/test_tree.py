@@ -7,7 +7,6 @@ from branch_samples import branch, examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import cafe.attention.tree
 from cafe.attention.masks import tree_mask
 from cafe.attention.registration import CAFE_TREE, CAFE_TREE_FLEX
 from cafe.attention.tree import choose_kernel, make_tree, tree_attention
@@ -16,11 +15,6 @@ from cafe.model import Cafe
 from cafe.packing import PackingConfig, build_layout, pack
 
 HEADS, KEY_HEADS, DIM = 4, 2, 8
-
-
-@pytest.fixture(autouse=True)
-def short_rows_are_read_by_blocks(monkeypatch):
-    monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", 1)
 
 
 def random_states(rows, columns):

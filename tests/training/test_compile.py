@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-import cafe.attention.tree
 from cafe.data.batch import MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import open_source
@@ -46,7 +45,6 @@ def test_compiled_layers_give_the_same_losses_and_gradient(random_base, scenes, 
 
 
 def test_blockwise_rows_are_compiled_once(random_base, scenes, monkeypatch, compilable):
-    monkeypatch.setattr(cafe.attention.tree, "MIN_BLOCKWISE_TOKENS", 1)
     eager = partial(torch.compile, backend="eager")  # traces alike, and makes no kernels
     monkeypatch.setattr(torch, "compile", lambda forward, dynamic, options: eager(forward, dynamic=dynamic))
     torch.compiler.reset()

@@ -21,8 +21,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from cafe.attention.chains import iter_branches, iter_chains, read_spans
 
-MIN_BLOCKWISE_TOKENS = 768  # row length from which the calls save more than they cost: `benchmarks/tree_attention.py`
-
 _flash_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_attention_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 

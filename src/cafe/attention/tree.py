@@ -10,7 +10,7 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from cafe.attention.blockwise import MIN_BLOCKWISE_TOKENS, Blocks, read_blocks, tree_to_blocks
+from cafe.attention.blockwise import Blocks, read_blocks, tree_to_blocks
 from cafe.attention.flex import FlexTree
 from cafe.attention.last_layer import restrict_last_layer
 from cafe.attention.masks import dense_mask
@@ -54,10 +54,8 @@ def make_tree(subtree_end: Int64[Tensor, "rows columns"], read_index: Int64[Tens
     Args:
         subtree_end: one past the last token below each token.
         read_index: the (row, column) of the tokens whose last hidden states are read.
-        kernel: the kernel; short rows are left to the dense mask on a CPU.
+        kernel: the kernel.
     """
-    if kernel == "blocks" and subtree_end.shape[1] < MIN_BLOCKWISE_TOKENS:
-        kernel = "mask"
     if kernel not in ("paths", "blocks"):
         return Tree(subtree_end, kernel)
 
@@ -105,6 +103,9 @@ def tree_attention(
     inputs: dict[str, Any] = {}
     read_tokens = None
     if tree is not None:
+        # The model may have been moved since the rows were laid out for a CPU.
+        if tree.kernel == "blocks" and lvlm.device.type != "cpu":
+            tree = make_tree(tree.subtree_end, torch.cat(read_index), "paths")
         inputs = _tree_inputs(lvlm, tree)
         if "tree" in inputs and tree.read_tokens is not None:
             read_tokens = tree.read_tokens.to(lvlm.device)
@@ -116,7 +117,7 @@ def _tree_inputs(lvlm: PreTrainedModel, tree: Tree) -> dict[str, Any]:
     """Return the attention mask and, for attention layers that know trees, the tree."""
     device, config = lvlm.device, lvlm.config.get_text_config()
     end = tree.subtree_end.to(device, non_blocking=True)
-    if is_usable(tree.kernel, config, device):
+    if tree.kernel != "mask" and config._attn_implementation in (CAFE_TREE, CAFE_TREE_FLEX):
         # A mask of four dimensions is passed on to the layers as it is. Attention reads it where it needs a dense one.
         kernel = FlexTree(end) if tree.kernel == "flex" else tree.all_tokens and tree.all_tokens.to(device)
         return {"attention_mask": end[:, None, :, None], "tree": kernel}
@@ -125,12 +126,3 @@ def _tree_inputs(lvlm: PreTrainedModel, tree: Tree) -> dict[str, Any]:
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     return {"attention_mask": dense_mask(end, dtype, config._attn_implementation)}
-
-
-def is_usable(kernel: Kernel, config: PreTrainedConfig, device: torch.device) -> bool:
-    """Tell whether a model can use trees that were prepared for a kernel, perhaps before it was moved or changed."""
-    if kernel == "mask":
-        return False
-    if kernel == "blocks" and device.type != "cpu":
-        return False
-    return config._attn_implementation in (CAFE_TREE, CAFE_TREE_FLEX)

@@ -127,7 +127,7 @@ def set_kernel(
     # The work of a token is about six times the model's width in the layers' matrices, plus the length of its row in
     # attention. Rows of twice the width keep attention, of which a dense mask hides what is computed, a small part.
     max_row_tokens, multiple = 2 * config.hidden_size, 1
-    if kernel == "paths":
+    if kernel in ("paths", "blocks"):
         # What is masked is not computed, so one row holds all trees, without padding.
         max_row_tokens = UNBOUNDED_ROW
     elif kernel == "flex":
