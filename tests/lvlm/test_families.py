@@ -26,7 +26,7 @@ from PIL import Image
 from transformers import ProcessorMixin
 
 import cafe.model
-from cafe.attention.tree import tree_attention
+from cafe.attention.tree import make_tree, tree_attention
 from cafe.content import Content, Example, Pair
 from cafe.data.batch import MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
@@ -121,10 +121,11 @@ def test_every_packed_hidden_state_is_the_plain_one(family, kind, caplog):
 
     packed, layout = pack(groups, [[], []], model.packing), build_layout(groups, model.packing)
     inputs = to_device(packed.inputs, model.lvlm.device, torch.float64)
-    if packed.tree is not None:
+    everything, tree = torch.cartesian_prod(*map(torch.arange, layout.valid.shape)), packed.tree
+    if tree is not None:
+        tree = make_tree(tree.subtree_end, everything, tree.kernel)
         assert packed.num_tokens < sum(len(branch) for group in groups for branch in group)
-    everything = torch.cartesian_prod(*map(torch.arange, layout.valid.shape))
-    with torch.no_grad(), tree_attention(model.lvlm, packed.tree, everything) as attention:
+    with torch.no_grad(), tree_attention(model.lvlm, tree, everything) as attention:
         hidden = model.lvlm.base_model(**inputs, **attention).last_hidden_state
     for branch, place, own in zip([b for group in groups for b in group], layout.coords, expected, strict=True):
         length = own["input_ids"].shape[1]

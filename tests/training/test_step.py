@@ -292,7 +292,7 @@ def formula(lvlm: PreTrainedModel, pack: PackedBatch, branches: list[Branch], gr
     head = 2 * len(pack.labels) * d * text.vocab_size
     layers = text.num_hidden_layers * tokens * (before + behind)
     layers -= (tokens - len(pack.labels) - len(pack.embedding_index)) * behind
-    seen = int(tree_mask(pack.subtree_end).sum())
+    seen = int(tree_mask(pack.tree.subtree_end).sum())
     attention = 4 * (text.num_hidden_layers * seen * d + vision.num_hidden_layers * patch_count * patches * v)
     stem = 2 * patch_count * 3 * vision.patch_size**2 * v
     if not gradient:
