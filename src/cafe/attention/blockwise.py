@@ -160,6 +160,7 @@ def _attend_blocks(
 ) -> tuple[Float[Tensor, "rows columns heads dim"], Float[Tensor, "rows heads columns"]]:
     """Compute the output of each block and merge them; return the output and its logsumexp."""
     query, key, value = (states.contiguous() if _needs_copy(states) else states for states in (query, key, value))
+    # Results are merged in float32 at least, and in the layout that the model's output projection reads.
     merge_dtype = torch.promote_types(query.dtype, torch.float32)
     rows, heads, columns, dim = query.shape
     merged = query.new_zeros(rows, columns, heads, dim, dtype=merge_dtype)
@@ -214,6 +215,7 @@ def _attend_blocks_backward(
             block.causal,
             scale=scale,
         )
+        # A token is a query of several blocks, and a key of many.
         views = block.query_view(grads[0]), block.key_view(grads[1]), block.key_view(grads[2])
         for view, block_grad in zip(views, block_grads, strict=True):
             view.add_(block_grad)
@@ -243,6 +245,7 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     """Keep what the backward pass reads."""
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
+    # The logsumexp is for the backward pass alone.
     ctx.mark_non_differentiable(output[1])
 
 

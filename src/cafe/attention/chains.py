@@ -2,7 +2,7 @@
 
 A row consists of few chains, one for each part of a tree between two branching points. A token attends to the tokens
 before it in its own chain, and to the beginnings of the chains that its own branches off from. So every kernel that
-skips masked positions is told of chains, not of tokens.
+skips masked positions works on chains, not on tokens.
 
 The functions take `ends`, the `subtree_end` of the tokens of one row (see `cafe.packing`).
 """
@@ -22,8 +22,9 @@ def iter_chains(ends: Sequence[int]) -> Iterator[slice]:
 
 def iter_ancestors(ends: Sequence[int]) -> Iterator[tuple[slice, list[slice]]]:
     """Iterate over the chains of a row, each with the beginnings of other chains that its tokens attend to."""
-    open_chains: list[slice] = []  # from the root down, those that the chain at hand branches off from
+    open_chains: list[slice] = []  # from the root down, those that the current chain branches off from
     for chain in iter_chains(ends):
+        # A tree is laid out depth first: a chain is closed for good where its first token's subtree ends.
         while open_chains and ends[open_chains[-1].start] <= chain.start:
             open_chains.pop()
         ancestors = []
@@ -49,6 +50,7 @@ def read_spans(ends: Sequence[int], columns: Sequence[int]) -> list[tuple[slice,
     """List the chains that hold any of some sorted columns, each with its part from the first of these to the last."""
     spans = []
     for chain in iter_chains(ends):
+        # Which of the sorted columns lie in the chain.
         first, stop = bisect_left(columns, chain.start), bisect_left(columns, chain.stop)
         if first < stop:
             spans.append((chain, slice(columns[first], columns[stop - 1] + 1)))

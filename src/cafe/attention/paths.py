@@ -51,6 +51,7 @@ class Paths:
     ) -> Float[Tensor, "rows columns heads dim"]:
         """Compute attention; the output of tokens that are no queries is zero."""
         rows, _, columns, _ = query.shape
+        # The kernel takes (tokens, heads, dim); rows are laid end to end without a copy where there is one.
         flat_query = _flatten(query)
         if self.queries is not None:
             flat_query = flat_query.index_select(0, self.queries)
@@ -89,6 +90,7 @@ def tree_to_paths(subtree_end: Int64[Tensor, "rows columns"]) -> Paths:
     columns = subtree_end.shape[1]
     query_lengths, keys = [], []
     for row, ends in enumerate(subtree_end.tolist()):
+        # In the order of the row, so that queries need not be gathered.
         for chain, ancestors in iter_ancestors(ends):
             query_lengths.append(chain.stop - chain.start)
             keys.append(_tokens([*ancestors, chain]) + row * columns)
@@ -108,6 +110,7 @@ def read_paths(subtree_end: Int64[Tensor, "rows columns"], read: Bool[Tensor, "r
             span = spans.get(chain.start)
             if span is None:
                 continue
+            # The last query is the last key: tokens of the chain after it are not attended to.
             queries.append(_tokens([span]) + row * columns)
             query_lengths.append(span.stop - span.start)
             keys.append(_tokens([*ancestors, slice(chain.start, span.stop)]) + row * columns)

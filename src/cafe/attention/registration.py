@@ -1,4 +1,4 @@
-"""`cafe_tree`: an attention implementation of transformers that is told of trees by an argument of the forward pass.
+"""`cafe_tree`: an attention implementation for transformers that receives trees as an argument of the forward pass.
 
 Attention layers pass the keyword arguments of the model's forward on to the attention implementation. Given a `tree`,
 it computes attention along it; without one it is transformers' SDPA, as for generation.

@@ -1,4 +1,4 @@
-"""A forward pass under tree attention: what attention layers are told of the trees in their rows."""
+"""A forward pass under tree attention: what attention layers receive for the trees in their rows."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -56,6 +56,7 @@ def make_tree(subtree_end: Int64[Tensor, "rows columns"], read_index: Int64[Tens
         read_index: the (row, column) of the tokens whose last hidden states are read.
         kernel: the kernel.
     """
+    # The others make what they need on the device, from one number per token.
     if kernel not in ("paths", "blocks"):
         return Tree(subtree_end, kernel)
 

@@ -22,7 +22,7 @@ class PackedBatch:
 
     Attributes:
         inputs: the model's inputs by name, except the attention mask of trees, which is computed from `tree`.
-        tree: what attention layers are told of the rows; None where branches do not share prefixes.
+        tree: what attention layers receive for the rows; None where branches do not share prefixes.
         embedding_index: the (row, column) of each readout, in the order of the embedding branches.
         logits_index: the (row, column) of the token before each supervised token.
         labels: the supervised tokens.
