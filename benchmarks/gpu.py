@@ -65,7 +65,7 @@ def real_sizes(*arguments: str) -> tuple[str, ...]:
 
 
 SEVEN_B = ("--recipe", "recipes/cafe-7b.yaml", "--image", "384x384", "--dtype", "bfloat16")
-TESTS = ("-m", "pytest", "-vv", "--tb=short", "tests/test_cuda.py")
+TESTS = ("-m", "pytest", "-vv", "--tb=short", "tests/attention/test_devices.py", "tests/test_cuda.py")
 STEPS = (
     Step("attention kernels", ("benchmarks/attention_kernels.py",), 120),
     Step("0.5B beside A and B", real_sizes("--pairs", "4", "--measure", "compare"), 75),
