@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -48,15 +49,13 @@ class Step:
 
     Attributes:
         name: of the step.
-        arguments: of Python.
+        arguments: of Python, without `--json FILE`.
         limit: seconds after which it is killed.
-        writes_rows: whether it takes `--json FILE`.
     """
 
     name: str
     arguments: tuple[str, ...]
     limit: float
-    writes_rows: bool = True
 
 
 def real_sizes(*arguments: str) -> tuple[str, ...]:
@@ -65,20 +64,20 @@ def real_sizes(*arguments: str) -> tuple[str, ...]:
 
 
 SEVEN_B = ("--recipe", "recipes/cafe-7b.yaml", "--image", "384x384", "--dtype", "bfloat16")
-TESTS = ("-m", "pytest", "-vv", "--tb=short", "tests/attention/test_devices.py", "tests/test_cuda.py")
+TESTS = ("-m", "pytest", "-p", "pytest_journal", "--tb=short", "tests/attention/test_devices.py", "tests/test_cuda.py")
 STEPS = (
-    Step("attention kernels", ("benchmarks/attention_kernels.py",), 120),
-    Step("0.5B beside A and B", real_sizes("--pairs", "4", "--measure", "compare"), 75),
-    Step("7B beside A and B", real_sizes(*SEVEN_B, "--pairs", "2", "--measure", "compare"), 75),
-    Step("0.5B by every kernel", real_sizes("--many", "8", "--measure", "attentions", "--compile"), 115),
-    Step("7B by every kernel", real_sizes(*SEVEN_B, "--many", "5", "--measure", "attentions", "--compile"), 115),
-    Step("0.5B with more pairs", real_sizes("--measure", "growth"), 50),
+    Step("attention kernels", ("benchmarks/attention_kernels.py",), 110),
+    Step("0.5B beside A and B", real_sizes("--pairs", "4", "--measure", "compare"), 70),
+    Step("7B beside A and B", real_sizes(*SEVEN_B, "--pairs", "2", "--measure", "compare"), 70),
+    Step("0.5B by every kernel", real_sizes("--many", "8", "--measure", "attentions", "--compile"), 130),
+    Step("7B by every kernel", real_sizes(*SEVEN_B, "--many", "5", "--measure", "attentions", "--compile"), 130),
+    Step("0.5B with more pairs", real_sizes("--measure", "growth"), 45),
     Step(
         "0.5B in bfloat16 weights",
         real_sizes("--dtype", "bfloat16", "--many", "8", "--measure", "attentions", "--kernels", "paths"),
-        40,
+        35,
     ),
-    Step("tests", TESTS, 125, writes_rows=False),
+    Step("tests", TESTS, 130),
 )
 
 TINY = ("--small", "--image", "384x384", "--caption", "20", "--pairs", "1")
@@ -87,7 +86,7 @@ SMOKE_STEPS = (
     Step("beside A and B", real_sizes(*TINY, "--measure", "compare"), SMOKE_LIMIT),
     Step("by every kernel", real_sizes(*TINY, "--measure", "attentions", "--compile"), SMOKE_LIMIT),
     Step("with more pairs", real_sizes(*TINY, "--measure", "growth", "--dtype", "bfloat16"), SMOKE_LIMIT),
-    Step("tests", TESTS, SMOKE_LIMIT, writes_rows=False),
+    Step("tests", TESTS, SMOKE_LIMIT),
 )
 
 
@@ -108,6 +107,7 @@ def run_steps(steps: Sequence[Step], output: Path, logs: Path, seconds: float, k
     results = read_results(output) if keep else None
     results = results or {"steps": {}}
     results["machine"] = describe_machine()
+    commit = describe_commit()  # now: results are files of the repository too
     logs.mkdir(parents=True, exist_ok=True)
     for step in steps:
         left = deadline - time.monotonic()
@@ -116,10 +116,10 @@ def run_steps(steps: Sequence[Step], output: Path, logs: Path, seconds: float, k
             results["steps"].setdefault(step.name, result)
         else:
             print(f"{step.name} ...", flush=True)
-            result = run_step(step, logs)
+            result = {**run_step(step, logs), "commit": commit}
             results["steps"][step.name] = result
         print(f"{step.name}: {result['status']}", flush=True)
-        write_atomically(output, json.dumps(results, indent=1) + "\n")
+        write_atomically(output, without_paths(json.dumps(results, indent=1)) + "\n")
     return results
 
 
@@ -128,7 +128,7 @@ def run_step(step: Step, logs: Path) -> dict[str, Any]:
     file_name = re.sub(r"\W+", "-", step.name)
     log, rows_file = logs / f"{file_name}.log", logs / f"{file_name}.json"
     rows_file.unlink(missing_ok=True)
-    command = [sys.executable, *step.arguments, *(("--json", str(rows_file)) if step.writes_rows else ())]
+    command = [sys.executable, *step.arguments, "--json", str(rows_file)]
     started = time.monotonic()
     with log.open("w") as stream:
         # A session of its own, so that the processes which it starts are killed with it.
@@ -148,11 +148,15 @@ def run_step(step: Step, logs: Path) -> dict[str, Any]:
         "status": status,
         "seconds": round(time.monotonic() - started, 1),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": describe_commit(),
         "command": " ".join(("python", *step.arguments)),
         "rows": json.loads(rows_file.read_text()) if rows_file.exists() else [],
         "last_lines": lines[-LAST_LINES:] if status != "ok" else lines[-1:],
     }
+
+
+def without_paths(text: str) -> str:
+    """Cut the paths of this machine out of what steps print, which is committed."""
+    return text.replace(f"{ROOT}/", "").replace(f"{sys.prefix}/", "")
 
 
 def kill_group(process: "subprocess.Popen[bytes]") -> None:
@@ -164,7 +168,7 @@ def kill_group(process: "subprocess.Popen[bytes]") -> None:
 
 def environment() -> dict[str, str]:
     """Return the environment of a step."""
-    path = os.pathsep.join(filter(None, [str(ROOT / "src"), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT / "src"), str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     return {
         **os.environ,
         "PYTHONPATH": path,
@@ -231,11 +235,14 @@ def format_step(name: str, result: dict[str, Any]) -> str:
         return f"**{name}**: {result['status']}."
     about = f"**{name}**: {result['status']}, {result['seconds']:.0f} s, {result['date'][:10]}, {result['commit']}"
     parts = [about, f"`{result['command']}`"]
-    for columns, rows in groupby(result["rows"], key=tuple):
+    tests = [row["outcome"] for row in result["rows"] if "outcome" in row]
+    if tests:
+        parts.append(", ".join(f"{count} {outcome}" for outcome, count in Counter(tests).items()) + ".")
+    shown = [row for row in result["rows"] if row.get("outcome") != "passed"]
+    for columns, rows in groupby(shown, key=tuple):
         lines = [columns, ["---"] * len(columns), *([cell(value) for value in row.values()] for row in rows)]
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
-    # Where there are no rows, the last line of the tests says how many passed.
-    if result["status"] != "ok" or not result["rows"]:
+    if result["status"] != "ok":
         parts.append("```text\n" + "\n".join(result["last_lines"]) + "\n```")
     return "\n\n".join(parts)
 

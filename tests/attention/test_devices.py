@@ -185,7 +185,7 @@ def test_flex_attention_serves_a_family_for_which_transformers_refuses_it(device
 
 
 @needs_gpu
-def test_a_model_in_16_bits_attends_by_flash_attention_and_makes_no_mask(random_base, monkeypatch):
+def test_a_model_in_16_bits_attends_by_flash_attention_without_a_mask(random_base, monkeypatch):
     model = Cafe.load(random_base, dtype=torch.bfloat16)
     assert model.packing.kernel == "paths"
     texts = [branch([*range(3, 60), *[number] * 40]) for number in (61, 62)]  # without an image: no vision tower

@@ -22,7 +22,7 @@ with open(rows, "w") as file:
     json.dump([{"figure": ending, "ms": 1234.5, "error": ["1e-07", "2e-07"], "kernels": ["void f<a|b>"]}], file)
 print("this is", ending)
 if ending == "fails":
-    sys.exit("it is broken")
+    sys.exit("it is broken in ROOT/benchmarks")
 if ending == "hangs":
     print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
     time.sleep(600)
@@ -43,7 +43,7 @@ gpu = load("gpu")
 @pytest.fixture
 def fake(tmp_path):
     script = tmp_path / "fake.py"
-    script.write_text(FAKE)
+    script.write_text(FAKE.replace("ROOT", str(ROOT)))
     return lambda ending, limit=60.0: gpu.Step(ending, (str(script), ending), limit)
 
 
@@ -66,7 +66,7 @@ def test_whatever_happens_to_a_step_what_was_measured_is_kept(fake, tmp_path):
     assert statuses[4].startswith("skipped: it may take 500 s")
     for name in ("works", "hangs", "fails", "works too"):
         assert [row["figure"] for row in results[name]["rows"]] == [name]
-    assert results["fails"]["last_lines"] == ["this is fails", "it is broken"]
+    assert results["fails"]["last_lines"] == ["this is fails", "it is broken in benchmarks"]  # not where
     # What the killed step had started is gone as well.
     deadline = time.monotonic() + 10
     while is_running(int(results["hangs"]["last_lines"][-1])):
@@ -167,6 +167,22 @@ def test_every_kernel_gives_the_attention_of_float64(tmp_path):
     assert "does not support backward on CPU" in compared["flex"]["failed"]
     assert [len(row["ms first"]) for row in rows if "ms first" in row] == [2, 2]
     assert [row["count"] for row in rows if row["figure"].startswith("NaN")] == [0, 0]
+
+
+def test_outcomes_of_tests_are_rows(tmp_path):
+    tests = tmp_path / "test_some.py"
+    tests.write_text(
+        "import pytest\n@pytest.fixture\ndef broken(): 1 / 0\ndef test_a(): pass\ndef test_b(): assert 1 == 2\n"
+        "def test_c(broken): pass\ndef test_d(): pytest.skip('no')\n"
+    )
+    step = gpu.Step("tests", (*gpu.TESTS[:-2], str(tests), "-c", os.devnull), 60)
+    result = gpu.run_steps([step], tmp_path / "gpu.json", tmp_path, 400)["steps"]["tests"]
+    assert result["status"] == "failed (1)"
+    outcomes = {row["figure"].rpartition("::")[2]: row["outcome"] for row in result["rows"]}
+    assert outcomes == {"test_a": "passed", "test_b": "failed", "test_c": "failed", "test_d": "skipped"}
+    text = gpu.format_step("tests", result)
+    assert "1 passed, 2 failed, 1 skipped." in text
+    assert "::test_b | failed" in text and "::test_a" not in text
 
 
 def test_steps_of_real_sizes_are_measured_and_fitted_by_a_line(tmp_path):
