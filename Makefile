@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv quickstart test test-lmms fuzz bench bench-index docs browser clean
+.PHONY: venv quickstart test test-lmms fuzz bench bench-index gpu docs browser clean
 
 venv: .venv/installed
 
@@ -38,6 +38,10 @@ bench-index: .venv/installed-dev
 	$(BIN)/python benchmarks/index_kills.py
 	$(BIN)/python benchmarks/scenes_search.py
 	$(BIN)/python benchmarks/rclip_rival.py
+
+# On a machine with a GPU, twelve minutes at most. The table is written whatever became of the steps.
+gpu: .venv/installed-dev
+	$(BIN)/python benchmarks/gpu.py; status=$$?; $(BIN)/python benchmarks/gpu.py --table && exit $$status
 
 docs: .venv/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[docs]'

@@ -1,6 +1,7 @@
 """What is particular to a GPU: FlexAttention's kernels, compiled layers, 16 bits, NCCL, its memory.
 
-Skipped where there is none; `pytest tests/test_cuda.py` runs it on a machine with one.
+Skipped where there is none; `pytest tests/test_cuda.py tests/attention/test_devices.py` runs it on a machine with one:
+the second holds each kernel of attention to float64.
 """
 
 import json
@@ -19,6 +20,7 @@ from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import open_source
 from cafe.data.source import Source
 from cafe.lvlm.adapters import LoraSettings
+from cafe.lvlm.forward import set_kernel
 from cafe.lvlm.processing import with_fast_images
 from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
@@ -29,10 +31,14 @@ from cafe.training.compile import allow_repeated_backward, compile_layers
 from cafe.training.fsdp import apply_fsdp
 from cafe.training.gradients import unscale
 from cafe.training.loop import train
+from cafe.training.precision import AUTOCAST_DTYPES
 from cafe.training.recipe import ObjectiveConfig
 from cafe.training.step import JointStep, Losses
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.usefixtures("compilable"),
+]
 
 PAIRS = 8
 CUT = MicroBatchSize(tokens=700)
@@ -48,11 +54,15 @@ def exact() -> Iterator[None]:
     yield
 
 
-def batches(model: Cafe, scenes: Path, size: MicroBatchSize = NO_LIMIT) -> ContrastiveBatchDataset:
-    """Batches as training makes them, images as bytes."""
+def batches(
+    model: Cafe, scenes: Path, size: MicroBatchSize = NO_LIMIT, precision: str = "fp32", device: str | None = None
+) -> ContrastiveBatchDataset:
+    """Batches as training makes them, images as bytes, laid out for where and in what a model computes."""
     chat_processor, normalization = with_fast_images(model.chat_processor)
     source = open_source(Source(path=str(scenes / "llava_train.json")))
-    packing = replace(model.packing, normalization=normalization)
+    place = torch.device(device) if device else model.lvlm.device
+    packing = set_kernel(model.packing, model.lvlm, place, AUTOCAST_DTYPES.get(precision, model.lvlm.dtype))
+    packing = replace(packing, normalization=normalization)
     return ContrastiveBatchDataset([source], chat_processor, PAIRS, seed=0, packing=packing, micro_batch_size=size)
 
 
@@ -101,7 +111,9 @@ def test_half_precision_gradients_are_close(random_base, scenes, on_cpu, precisi
     model = Cafe.load(random_base, dtype=torch.float32, attention=attention)
     if compiled:
         compile_layers(model.lvlm)
-    losses, grad = followed(model, batches(model, scenes, CUT)[0], precision, loss_scale=2.0**12)
+    data = batches(model, scenes, CUT, precision)
+    assert data.packing.kernel == ("flex" if attention == "flex_attention" else "paths")
+    losses, grad = followed(model, data[0], precision, loss_scale=2.0**12)
     assert losses.lm.item() == pytest.approx(on_cpu[0].lm.item(), rel=close / 10)
     assert losses.contrastive.item() == pytest.approx(on_cpu[0].contrastive.item(), rel=close / 2)
     assert apart(grad / 2.0**12, on_cpu[1]) <= close
@@ -110,7 +122,7 @@ def test_half_precision_gradients_are_close(random_base, scenes, on_cpu, precisi
 def test_flex_attention_compiles_nothing_once_it_is_warm(random_base, scenes):
     model = Cafe.load(random_base, dtype=torch.float32, attention="flex_attention")
     step = JointStep(model.lvlm, ObjectiveConfig(), "bf16").to("cuda")
-    data = batches(model, scenes, CUT)
+    data = batches(model, scenes, CUT, "bf16")
     for number in range(len(data)):
         step.forward_backward(data[number])
     with torch.compiler.set_stance("fail_on_recompile"):
@@ -127,7 +139,8 @@ def test_a_sharded_step_is_the_whole_one(random_base, scenes, on_cpu, precision,
         step = JointStep(model.lvlm, ObjectiveConfig(), precision)
         apply_fsdp(step.packed_forward, torch.device("cuda"), step.packed_forward.dtype)
         step.to("cuda")
-        losses = step.forward_backward(batches(model, scenes, CUT)[0], log_grad_norms=True, loss_scale=2.0**12)
+        batch = batches(model, scenes, CUT, precision, "cuda")[0]
+        losses = step.forward_backward(batch, log_grad_norms=True, loss_scale=2.0**12)
         unscale(step.parameters(), 2.0**12)
         grads = [p.grad.full_tensor().flatten().double().cpu() for p in model.lvlm.parameters() if p.grad is not None]
     finally:

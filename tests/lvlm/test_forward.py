@@ -5,9 +5,9 @@ import torch
 
 from cafe.content import Content
 from cafe.errors import CheckpointError
-from cafe.lvlm.forward import forward_packed
+from cafe.lvlm.forward import UNBOUNDED_ROW, forward_packed, set_kernel
 from cafe.model import Cafe
-from cafe.packing import pack
+from cafe.packing import PackingConfig, pack
 from cafe.scenes.draw import paint
 from cafe.scenes.world import draw_scene
 
@@ -26,6 +26,30 @@ def test_flex_attention_gives_the_embeddings_of_sdpa(random_base):
             embeddings.append(forward_packed(model.lvlm, packed)[0])
     assert packed.inputs["input_ids"].shape == (1, 512)
     torch.testing.assert_close(embeddings[0], embeddings[1], atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("attention", "device", "dtype", "kernel", "row", "multiple"),
+    [
+        ("sdpa", "cpu", torch.float32, "blocks", None, 1),
+        ("sdpa", "cuda", torch.float32, "mask", None, 128),
+        ("sdpa", "cuda", torch.bfloat16, "paths", UNBOUNDED_ROW, 1),
+        ("sdpa", "cuda", torch.float16, "paths", UNBOUNDED_ROW, 1),
+        ("flex_attention", "cuda", torch.bfloat16, "flex", UNBOUNDED_ROW, 512),
+        ("eager", "cuda", torch.bfloat16, "mask", None, 128),
+    ],
+)
+def test_rows_are_laid_out_and_padded_for_the_kernel_that_reads_them(
+    random_base, monkeypatch, attention, device, dtype, kernel, row, multiple
+):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    lvlm = Cafe.load(random_base, device="cpu", attention=attention).lvlm
+    packing = set_kernel(PackingConfig(pad_token_id=7), lvlm, torch.device(device), dtype)
+    # A row of a dense mask is short, so that attention, which computes what is hidden, stays a small part.
+    expected_row = row or 2 * lvlm.config.get_text_config().hidden_size
+    assert (packing.kernel, packing.max_row_tokens, packing.pad_to_multiple_of) == (kernel, expected_row, multiple)
+    assert packing.pad_token_id == 7  # all else is as it was
 
 
 def test_a_token_without_an_embedding_is_named_before_the_model_fails(random_base):
