@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import subprocess
+import sys
 from dataclasses import replace
 
 import families
@@ -15,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 import cafe.lvlm.images
 import cafe.model
 from cafe import Cafe
+from cafe.attention.registration import CAFE_TREE
 from cafe.content import Content
 from cafe.errors import CafeError
 from cafe.lvlm.content_encoder import ContentEncoder
@@ -86,6 +89,27 @@ def test_a_pickled_model_embeds_and_generates_the_same(family):
     assert again.generate(TALL, "What?", 4) == answer
     assert again.metadata == model.metadata and again.fingerprint() == model.fingerprint()
     np.testing.assert_array_equal(model.embed(contents), vectors)  # the hooks of this one still work
+
+
+UNPICKLE = """
+import pickle, sys
+with open(sys.argv[1], "rb") as file:
+    model, contents = pickle.load(file)
+with open(sys.argv[2], "wb") as file:
+    vectors, answers = model.embed(contents), model.generate_batch(contents, 4)
+    pickle.dump((model.lvlm.config.get_text_config()._attn_implementation, vectors, answers), file)
+"""
+
+
+def test_a_pickled_model_is_the_same_in_a_process_that_imports_nothing_first(model, image, tmp_path):
+    contents = [Content.of("what?"), Content.of([image, "what is it, at some length?"])]
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps((model, contents)))
+    files = [str(tmp_path / name) for name in ("model.pickle", "results.pickle")]
+    subprocess.run([sys.executable, "-c", UNPICKLE, *files], check=True)
+    implementation, vectors, answers = pickle.loads((tmp_path / "results.pickle").read_bytes())
+    assert implementation == model.lvlm.config.get_text_config()._attn_implementation == CAFE_TREE
+    np.testing.assert_array_equal(vectors, model.embed(contents))
+    assert answers == model.generate_batch(contents, 4)
 
 
 def test_a_batch_size_below_one_is_refused(model):

@@ -31,7 +31,7 @@ from cafe.lvlm.content_encoder import ContentEncoder
 from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing
 from cafe.lvlm.generation import generate_texts, generation_kwargs, prefill_embed_and_generate, stream_text
 from cafe.lvlm.loading import load_lvlm
-from cafe.lvlm.pickling import without_capturing_hooks
+from cafe.lvlm.pickling import register_recorded_outputs, without_capturing_hooks
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import DESCRIBE_PROMPT, Prompts
 from cafe.lvlm.saving import save_lvlm
@@ -131,7 +131,7 @@ class Cafe:
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the parts, of the model without what cannot be pickled."""
         lvlm = without_capturing_hooks(self.lvlm)
-        return Cafe, (lvlm, self.chat_processor, self.packing, self.metadata, self.name)
+        return _restore, (lvlm, self.chat_processor, self.packing, self.metadata, self.name)
 
     def fingerprint(self) -> str:
         """Compute a digest of what decides the answers: weights, precision, device, prompts and image processing."""
@@ -371,6 +371,12 @@ class Cafe:
         """Return the number of dimensions of an embedding: the width of the language model."""
         dim: int = self.lvlm.config.get_text_config().hidden_size
         return dim
+
+
+def _restore(lvlm: PreTrainedModel, *others: Any) -> Cafe:
+    """Restore a model from its pickled parts."""
+    register_recorded_outputs(lvlm)
+    return Cafe(lvlm, *others)
 
 
 def _images_of(branch: Branch) -> int:

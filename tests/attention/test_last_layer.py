@@ -74,7 +74,7 @@ def gpt_oss() -> PreTrainedModel:
     return hf.GptOssForCausalLM(hf.GptOssConfig(**TEXT, vocab_size=64, num_local_experts=2, num_experts_per_tok=1))
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @pytest.mark.parametrize(("make", "num_modules"), [(ernie_moe, 1), (gpt_oss, 2)])
 def test_mixtures_of_experts_equal_the_whole_layer(make, num_modules, dtype, tolerance):
     torch.manual_seed(0)

@@ -66,7 +66,7 @@ def test_a_kernel_gives_the_output_and_gradients_of_the_dense_mask(kernel, group
 @pytest.mark.parametrize("kernel", ["blocks", "paths"])
 def test_states_with_any_strides_give_the_same_attention(kernel):
     end = torch.tensor([[5, 3, 3, 5, 5]])
-    states = [torch.randn(1, 2, 8, 5).transpose(2, 3).requires_grad_() for _ in range(3)]
+    states = [torch.randn(1, 2, 8, 5, dtype=torch.float64).transpose(2, 3).requires_grad_() for _ in range(3)]
     tree = make_tree(end, torch.empty(0, 2, dtype=torch.long), kernel)
     assert tree.read_tokens is None  # nothing is read
     output = tree.all_tokens.attend(*states, None)

@@ -14,11 +14,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
+from cafe.attention.blockwise import Blocks
+from cafe.attention.registration import CAFE_TREE
 from cafe.cli.main import main
 from cafe.data.batch import MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.errors import CafeError
-from cafe.lvlm.adapters import LoraSettings, add_adapter, find_target_modules, has_adapter
+from cafe.lvlm.adapters import LoraSettings, add_adapter, find_target_modules, has_adapter, merge
 from cafe.lvlm.families import model_part
 from cafe.model import Cafe
 from cafe.training.loop import train
@@ -240,6 +242,31 @@ def test_4bit_weights_are_the_language_models_layers_alone(random_base):
     }
     assert lvlm.lm_head.weight.dtype == torch.bfloat16
     assert all(type(layer.self_attn.q_proj).__name__ == "Linear4bit" for layer in lvlm.model.language_model.layers)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_adapted_merged_and_4bit_models_attend_along_trees(even_base, tmp_path, monkeypatch, four_bit):
+    attend, columns = Blocks.attend, []
+    monkeypatch.setattr(Blocks, "attend", lambda *args: columns.append(args[1].shape[2]) or attend(*args))
+
+    def assert_uses_trees(model):
+        columns.clear()
+        vectors = model.embed(["a red circle", "a red square"])
+        assert len(columns) == model.lvlm.config.get_text_config().num_hidden_layers
+        assert model.lvlm.config.get_text_config()._attn_implementation == CAFE_TREE
+        return vectors
+
+    model = Cafe.load(even_base, four_bit=four_bit)
+    assert_uses_trees(model)
+    add_adapter(model.lvlm, LoraSettings(rank=2))
+    shake(model)
+    vectors = assert_uses_trees(model)
+    model.save(tmp_path / "adapter")
+    model = Cafe.load(tmp_path / "adapter", four_bit=four_bit)
+    np.testing.assert_allclose(assert_uses_trees(model), vectors, atol=1e-5)
+    if not four_bit:  # which cannot be merged
+        merge(model.lvlm)
+        np.testing.assert_allclose(assert_uses_trees(model), vectors, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from model_samples import (
     plain_losses,
 )
 from PIL import Image
-from transformers import ProcessorMixin
+from transformers import AutoConfig, ProcessorMixin
 
 import cafe.model
 from cafe.attention.tree import make_tree, tree_attention
@@ -33,7 +33,7 @@ from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.encoding import encode_example
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image
-from cafe.lvlm.families import FAMILIES, find_vision_tower, model_part, supports_prefix_sharing
+from cafe.lvlm.families import FAMILIES, attention_kwargs, find_vision_tower, model_part, supports_prefix_sharing
 from cafe.lvlm.forward import compute_logits, forward_packed, infer_packing, to_device
 from cafe.lvlm.processing import ChatProcessor, with_fast_images
 from cafe.lvlm.prompts import Message, Prompts, dialogue_messages, embedding_messages
@@ -288,6 +288,21 @@ def test_a_sliding_window_or_another_attention_keeps_branches_apart():
     text.sliding_window = None
     text._attn_implementation = "flash_attention_2"
     assert supports_prefix_sharing(lvlm) is False
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "sdpa", "flex"),
+    [
+        ("llava", "llama", "sdpa", "sdpa"),
+        ("llava", "gemma2", {"text_config": "eager"}, {"text_config": "flex_attention"}),  # caps attention scores
+        ("paligemma", "gemma", "sdpa", {"text_config": "flex_attention"}),
+        ("qwen2_5_vl", "qwen2_5_vl_text", "sdpa", "sdpa"),
+        ("aya_vision", "cohere2", "sdpa", "sdpa"),
+    ],
+)
+def test_attention_is_loaded_as_sdpa_where_it_computes_trees(family, text, sdpa, flex):
+    config = AutoConfig.for_model(family, text_config={"model_type": text})
+    assert [attention_kwargs(config, name) for name in ("sdpa", "flex_attention", "eager")] == [sdpa, flex, "eager"]
 
 
 @pytest.mark.parametrize("family", PREFIX_LMS)

@@ -31,7 +31,7 @@ def test_flex_attention_gives_the_embeddings_of_sdpa(random_base):
 @pytest.mark.parametrize(
     ("attention", "device", "dtype", "kernel", "row", "multiple"),
     [
-        ("sdpa", "cpu", torch.float32, "blocks", None, 1),
+        ("sdpa", "cpu", torch.float32, "blocks", UNBOUNDED_ROW, 1),
         ("sdpa", "cuda", torch.float32, "mask", None, 128),
         ("sdpa", "cuda", torch.bfloat16, "paths", UNBOUNDED_ROW, 1),
         ("sdpa", "cuda", torch.float16, "paths", UNBOUNDED_ROW, 1),

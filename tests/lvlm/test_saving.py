@@ -1,14 +1,19 @@
 """What is written holds what was trained: every weight, finite, in its own precision."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
+import families
 import pytest
 import torch
+from model_samples import make
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from cafe.attention.registration import CAFE_TREE
 from cafe.errors import CheckpointError
 from cafe.lvlm.adapters import LoraSettings, add_adapter
 from cafe.lvlm.families import model_part
@@ -144,3 +149,35 @@ def test_the_configuration_names_the_dtype_of_weights_of_one_kind(random_base, t
     model = replace(Cafe.load(random_base, dtype=torch.bfloat16))
     model.save(tmp_path / "saved")
     assert json.loads((tmp_path / "saved" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_no_file_of_a_checkpoint_names_our_attention(family, tmp_path):
+    model = make(family)
+    assert (CAFE_TREE in str(vars(model.lvlm.config.get_text_config()))) == (family != "paligemma2")
+    model.save(tmp_path / "saved")
+    for file in (tmp_path / "saved").rglob("*.*"):
+        assert CAFE_TREE.encode() not in file.read_bytes(), file
+
+
+LOAD_ELSEWHERE = """
+import sys, torch
+from transformers import AutoModelForImageTextToText
+path, ids, logits = sys.argv[1:]
+lvlm = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float64)
+torch.save(lvlm(input_ids=torch.load(ids)).logits.detach(), logits)
+assert lvlm.config.get_text_config()._attn_implementation == "sdpa"
+assert "cafe" not in sys.modules
+"""
+
+
+def test_transformers_loads_a_checkpoint_in_a_process_that_never_imports_this_package(random_base, tmp_path):
+    model = Cafe.load(random_base, dtype=torch.float64)
+    model.save(tmp_path / "saved")
+    input_ids = torch.arange(10, 30)[None]
+    torch.save(input_ids, tmp_path / "ids.pt")
+    paths = [str(tmp_path / name) for name in ("saved", "ids.pt", "logits.pt")]
+    subprocess.run([sys.executable, "-c", LOAD_ELSEWHERE, *paths], check=True)
+    with torch.no_grad():
+        expected = model.lvlm(input_ids=input_ids).logits
+    torch.testing.assert_close(torch.load(paths[2]), expected, rtol=1e-10, atol=1e-10)

@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from cafe.attention.registration import CAFE_TREE, CAFE_TREE_FLEX
 from cafe.data.batch import MicroBatchSize
 from cafe.data.dataset import ContrastiveBatchDataset
 from cafe.data.records import open_source
 from cafe.data.source import Source
+from cafe.lvlm.forward import FLEX_MULTIPLE, set_kernel
 from cafe.model import Cafe
 from cafe.training.compile import compile_layers
 from cafe.training.recipe import ObjectiveConfig
@@ -59,3 +61,20 @@ def test_blockwise_rows_are_compiled_once(random_base, scenes, monkeypatch, comp
         step.forward_backward(batches[number])
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[-1] > 0
+
+
+@pytest.mark.parametrize(
+    ("implementation", "dynamic"),
+    [(CAFE_TREE, True), ("eager", True), (CAFE_TREE_FLEX, None), ("flex_attention", None)],
+)
+def test_layers_with_flex_attention_are_compiled_for_each_length_and_get_few(
+    random_base, monkeypatch, implementation, dynamic
+):
+    model = Cafe.load(random_base)
+    model.lvlm.config.get_text_config()._attn_implementation = implementation
+    asked = set()
+    monkeypatch.setattr(torch, "compile", lambda forward, dynamic, options: asked.add(dynamic) or forward)
+    compile_layers(model.lvlm)
+    assert asked == {dynamic}
+    packing = set_kernel(model.packing, model.lvlm, torch.device("cpu"), torch.float32)
+    assert packing.pad_to_multiple_of == (1 if dynamic else FLEX_MULTIPLE)

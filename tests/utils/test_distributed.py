@@ -4,11 +4,8 @@ Those under DeepSpeed run where it is installed.
 """
 
 import json
-import multiprocessing
 import os
 import re
-import socket
-import traceback
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from importlib.util import find_spec
@@ -18,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import launched, run_processes
 from safetensors.torch import load_file
 from states import explain, remember, set_aside, states_of
 
@@ -44,24 +42,15 @@ def under_zero(*values: object, stage: str) -> object:
 
 def rank(recipe: Path, overrides: list[str], environment: dict[str, str], error_file: Path) -> None:
     """Run one process of a run."""
-    os.environ.update(environment)
-    # The same graphs, without Inductor's kernels: these take minutes to compile, and with FSDP2 PyTorch 2.13 makes some
-    # for AVX2 that give NaN. `test_compile.py` runs them.
-    compile_graphs = partial(torch.compile, backend="eager")
-    torch.compile = lambda forward, dynamic, options: compile_graphs(forward, dynamic=dynamic)
-    try:
+    with launched(environment, error_file):
         with error_file.with_suffix(".report").open("w") as report:
             train(
                 read_recipe(recipe, overrides),
                 lambda model: {"embedded": float(abs(model.embed(["a", "b"])).sum())},
                 report=lambda line: print(line, file=report),
             )
-        assert torch.get_num_threads() == int(
-            os.environ["OMP_NUM_THREADS"]
-        )  # accelerate makes them more where OMP_NUM_THREADS is not set
-    except BaseException:
-        error_file.write_text(traceback.format_exc())
-        raise
+        # accelerate makes them more where OMP_NUM_THREADS is not set
+        assert torch.get_num_threads() == int(os.environ["OMP_NUM_THREADS"])
 
 
 def short_of_memory(recipe: Path, overrides: list[str], environment: dict[str, str], error_file: Path) -> None:
@@ -112,28 +101,9 @@ def run(
 
     All are killed as soon as there is something at `killed_at`. `each` is what a process does.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     own = [f"output={output}", f"batch_size={GLOBAL_BATCH // world}", *overrides]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    server = multiprocessing.get_context("forkserver")  # imports once for all of them
-    server.set_forkserver_preload(["cafe.training.loop"])
-    processes = []
-    for number in range(world):
-        place = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
-        there = {**(place | meeting if world > 1 else {}), **environment}
-        error_file = output.with_name(f"{output.name}-{number}.txt")
-        error_file.unlink(missing_ok=True)
-        processes.append((server.Process(target=each, args=(recipe, own, there, error_file)), error_file))
-        processes[-1][0].start()
-    for process, _ in processes:
-        while process.is_alive():
-            process.join(0.02)
-            failed = any(other.exitcode for other, _ in processes)  # the others would wait for it for ever
-            if failed or (killed_at and killed_at.exists()):
-                process.kill()
-    return "".join(error_file.read_text() for _, error_file in processes if error_file.exists())
+    error_files = [output.with_name(f"{output.name}-{number}.txt") for number in range(world)]
+    return run_processes(each, (recipe, own), environment, error_files, killed_at)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from cafe.attention.masks import tree_mask
 
 CAFE_TREE = "cafe_tree"
 CAFE_TREE_FLEX = "cafe_tree_flex"  # the same, where rows are laid out for FlexAttention
+FLEX_IMPLEMENTATIONS = ("flex_attention", CAFE_TREE_FLEX)  # are compiled for each shape
 
 
 def attend(

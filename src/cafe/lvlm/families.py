@@ -187,12 +187,13 @@ def attention_kwargs(config: PreTrainedConfig, attention: str) -> str | dict[str
 
     FlexAttention is used in the language model alone: it is compiled for each shape, of which the images would bring
     many. Where branches share prefixes, it computes their trees, which `use_tree_attention` sees to. SDPA cannot cap
-    attention scores, as Gemma 2 does and so PaliGemma 2: such a language model takes eager attention instead.
+    attention scores, as Gemma 2 does and so PaliGemma 2, and neither can attention over trees: such a language model
+    takes eager attention instead, or transformers' own FlexAttention.
     """
-    if attention == "flex_attention":
-        shares = family_of(config.model_type).supports_tree_mask is not False
-        return "sdpa" if shares else {"text_config": attention}
     caps_scores = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    if attention == "flex_attention":
+        computes_trees = not caps_scores and family_of(config.model_type).supports_tree_mask is not False
+        return "sdpa" if computes_trees else {"text_config": attention}
     if attention == "sdpa" and caps_scores:
         return {"text_config": "eager"}
     return attention

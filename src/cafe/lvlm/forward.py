@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cafe.attention.registration import FLEX_IMPLEMENTATIONS
 from cafe.attention.tree import choose_kernel, tree_attention
 from cafe.content import Content, Dialogue, Turn
 from cafe.errors import CheckpointError, RecipeError
@@ -130,8 +131,8 @@ def set_kernel(
     if kernel in ("paths", "blocks"):
         # What is masked is not computed, so one row holds all trees, without padding.
         max_row_tokens = UNBOUNDED_ROW
-    elif kernel == "flex":
-        # Nor is it here, and the kernel is compiled for each shape: one row, of few different lengths.
+    elif config._attn_implementation in FLEX_IMPLEMENTATIONS:
+        # Nor is it here, and FlexAttention is compiled for each shape: one row for all trees, of few lengths.
         max_row_tokens, multiple = UNBOUNDED_ROW, FLEX_MULTIPLE
     elif kernel == "mask" and device.type == "cuda":
         # Under a mask, PyTorch's SDPA may take cuDNN's kernel, which makes a plan for each shape, and whose gradients

@@ -1,8 +1,10 @@
-"""Pickle a model that has already been used."""
+"""Pickle a model that has already been used, and use it in another process."""
 
 import copy
 
 from transformers import PreTrainedModel
+
+from cafe.lvlm.architectures import meta_model
 
 HOOKS_MODULE = "transformers.utils.output_capturing"
 HOOKS_INSTALLED = "_output_capturing_hooks_installed"
@@ -22,3 +24,11 @@ def without_capturing_hooks(lvlm: PreTrainedModel) -> PreTrainedModel:
                 del module._forward_hooks[key]
         module.__dict__.pop(HOOKS_INSTALLED, None)
     return other
+
+
+def register_recorded_outputs(lvlm: PreTrainedModel) -> None:
+    """Let transformers know which hidden states the classes of an unpickled model can record.
+
+    Their constructors register that, and pickle calls none: vision towers would return no hidden states.
+    """
+    meta_model(copy.deepcopy(lvlm.config))

@@ -5,7 +5,7 @@ import torch._functorch.config
 from transformers import PreTrainedModel
 
 from cafe.attention.last_layer import tokenwise_modules
-from cafe.attention.registration import CAFE_TREE_FLEX
+from cafe.attention.registration import FLEX_IMPLEMENTATIONS
 from cafe.training.fsdp import iter_layers
 
 
@@ -28,7 +28,7 @@ def compile_layers(lvlm: PreTrainedModel) -> None:
     """
     allow_repeated_backward()
     # FlexAttention is compiled per shape: rows have few lengths. Otherwise one graph serves all lengths.
-    is_flex = lvlm.config.get_text_config()._attn_implementation == CAFE_TREE_FLEX
+    is_flex = lvlm.config.get_text_config()._attn_implementation in FLEX_IMPLEMENTATIONS
     dynamic = None if is_flex else True
     changing = set(tokenwise_modules(lvlm))
     for layer in iter_layers(lvlm):
