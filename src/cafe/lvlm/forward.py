@@ -104,7 +104,7 @@ def infer_packing(lvlm: PreTrainedModel, chat_processor: ChatProcessor) -> Packi
     )
     packing = set_kernel(packing, lvlm, lvlm.device, lvlm.dtype)
     if can_share is None and not supports_tree_attention(lvlm, chat_processor, packing):
-        packing = replace(packing, share_prefixes=False)
+        packing = set_kernel(replace(packing, share_prefixes=False), lvlm, lvlm.device, lvlm.dtype)
     if not packing.share_prefixes:
         logger.warning(
             "%s does not support prefix sharing; encoding each branch separately (slower, same results).", family
