@@ -52,11 +52,18 @@ class Block:
 
     def query_view(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads queries *dim"]:
         """Return a view of the states of the queries."""
-        return states[self.row : self.row + 1, :, self.queries]
+        return _view(states, self.row, self.queries)
 
     def key_view(self, states: Shaped[Tensor, "rows heads columns *dim"]) -> Shaped[Tensor, "1 heads keys *dim"]:
         """Return a view of the states of the keys."""
-        return states[self.row : self.row + 1, :, self.keys]
+        return _view(states, self.row, self.keys)
+
+
+def _view(states: Tensor, row: int, columns: slice) -> Tensor:
+    """Return some columns of a row; as there are many blocks, in as few operations as possible."""
+    if len(states) > 1:
+        states = states.narrow(0, row, 1)
+    return states.narrow(2, columns.start, columns.stop - columns.start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,9 +148,12 @@ def iter_blocks(bounds: Int64[Tensor, "blocks 5"]) -> Iterator[Block]:
         yield Block(row, slice(query_start, query_stop), slice(key_start, key_stop))
 
 
-def _needs_copy(states: Tensor) -> bool:
-    """Tell whether the kernel, which does not look at the last stride, would read the wrong numbers."""
-    return states.stride(-1) != 1
+def _prepare(states: Shaped[Tensor, "*sizes"]) -> Shaped[Tensor, "*sizes"]:
+    """Return states as the kernel reads them."""
+    # Results are merged in float32 at least, in which the kernel's backward pass over small blocks is faster, too.
+    states = states.to(torch.promote_types(states.dtype, torch.float32))
+    # The kernel does not look at the last stride, and would read the wrong numbers.
+    return states if states.stride(-1) == 1 else states.contiguous()
 
 
 @torch.library.custom_op(
@@ -159,11 +169,11 @@ def _attend_blocks(
     scale: float | None,
 ) -> tuple[Float[Tensor, "rows columns heads dim"], Float[Tensor, "rows heads columns"]]:
     """Compute the output of each block and merge them; return the output and its logsumexp."""
-    query, key, value = (states.contiguous() if _needs_copy(states) else states for states in (query, key, value))
-    # Results are merged in float32 at least, and in the layout that the model's output projection reads.
-    merge_dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = query.dtype
+    query, key, value = map(_prepare, (query, key, value))
+    # In the layout that the model's output projection reads.
     rows, heads, columns, dim = query.shape
-    merged = query.new_zeros(rows, columns, heads, dim, dtype=merge_dtype)
+    merged = query.new_zeros(rows, columns, heads, dim)
     output, logsumexp = merged.transpose(1, 2), merged.new_zeros(rows, heads, columns)
     for block in iter_blocks(bounds):
         states = block.query_view(query), block.key_view(key), block.key_view(value)
@@ -179,7 +189,7 @@ def _attend_blocks(
         block_weight = (block_logsumexp - total).exp_()[..., None]
         output_view.mul_(old_weight).addcmul_(block_output, block_weight)
         logsumexp_view.copy_(total)
-    return merged.to(query.dtype), logsumexp
+    return merged.to(dtype), logsumexp
 
 
 @torch.library.custom_op(
@@ -199,8 +209,9 @@ def _attend_blocks_backward(
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the gradients of the blocks."""
-    query, key, value = (states.contiguous() if _needs_copy(states) else states for states in (query, key, value))
-    grad_output, output = (states.contiguous().transpose(1, 2) for states in (grad_output, output))
+    dtype = query.dtype
+    query, key, value = map(_prepare, (query, key, value))
+    grad_output, output = (_prepare(states).transpose(1, 2) for states in (grad_output, output))
     grads = [logsumexp.new_zeros(states.shape) for states in (query, key, value)]
     for block in iter_blocks(bounds):
         # With the merged output and logsumexp, the kernel gives the block's part of the whole gradient.
@@ -215,11 +226,14 @@ def _attend_blocks_backward(
             block.causal,
             scale=scale,
         )
-        # A token is a query of several blocks, and a key of many.
+        # A token is a query of several blocks and a key of many, of which the causal one comes first.
         views = block.query_view(grads[0]), block.key_view(grads[1]), block.key_view(grads[2])
         for view, block_grad in zip(views, block_grads, strict=True):
-            view.add_(block_grad)
-    grad_query, grad_key, grad_value = (grad.to(query.dtype) for grad in grads)
+            if block.causal:
+                view.copy_(block_grad)
+            else:
+                view.add_(block_grad)
+    grad_query, grad_key, grad_value = (grad.to(dtype) for grad in grads)
     return grad_query, grad_key, grad_value
 
 
