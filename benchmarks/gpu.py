@@ -31,6 +31,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from cafe.utils.atomic import atomic_write_text
+
 ROOT = Path(__file__).parents[1]
 OUTPUT, LOGS, PAGE = ROOT / "docs" / "gpu.json", ROOT / "runs" / "gpu", ROOT / "docs" / "benchmarks.md"
 TOTAL = 720  # seconds
@@ -69,6 +71,7 @@ STEPS = (
     Step("attention kernels", ("benchmarks/attention_kernels.py",), 110),
     Step("0.5B beside A and B", real_sizes("--pairs", "4", "--measure", "compare"), 70),
     Step("7B beside A and B", real_sizes(*SEVEN_B, "--pairs", "2", "--measure", "compare"), 70),
+    Step("tests", TESTS, 130),
     Step("0.5B by every kernel", real_sizes("--many", "8", "--measure", "attentions", "--compile"), 130),
     Step("7B by every kernel", real_sizes(*SEVEN_B, "--many", "5", "--measure", "attentions", "--compile"), 130),
     Step("0.5B with more pairs", real_sizes("--measure", "growth"), 45),
@@ -77,7 +80,6 @@ STEPS = (
         real_sizes("--dtype", "bfloat16", "--many", "8", "--measure", "attentions", "--kernels", "paths"),
         35,
     ),
-    Step("tests", TESTS, 130),
 )
 
 TINY = ("--small", "--image", "384x384", "--caption", "20", "--pairs", "1")
@@ -108,7 +110,8 @@ def run_steps(steps: Sequence[Step], output: Path, logs: Path, seconds: float, k
     results = results or {"steps": {}}
     results["machine"] = describe_machine()
     commit = describe_commit()  # now: results are files of the repository too
-    logs.mkdir(parents=True, exist_ok=True)
+    for directory in (logs, output.parent):
+        directory.mkdir(parents=True, exist_ok=True)
     for step in steps:
         left = deadline - time.monotonic()
         if step.limit > left:
@@ -119,7 +122,7 @@ def run_steps(steps: Sequence[Step], output: Path, logs: Path, seconds: float, k
             result = {**run_step(step, logs), "commit": commit}
             results["steps"][step.name] = result
         print(f"{step.name}: {result['status']}", flush=True)
-        write_atomically(output, without_paths(json.dumps(results, indent=1)) + "\n")
+        atomic_write_text(output, without_paths(json.dumps(results, indent=1)) + "\n")
     return results
 
 
@@ -212,14 +215,6 @@ def read_results(path: Path) -> dict[str, Any] | None:
     return results
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that is complete or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def format_results(results: dict[str, Any] | None) -> str:
     """Format results as Markdown."""
     if results is None:
@@ -260,7 +255,7 @@ def write_tables(results: dict[str, Any] | None, page: Path) -> None:
     """Write results between the marks in a page."""
     before, rest = page.read_text().split(BEGIN)
     _, after = rest.split(END)
-    write_atomically(page, f"{before}{BEGIN}\n\n{format_results(results)}\n\n{END}{after}")
+    atomic_write_text(page, f"{before}{BEGIN}\n\n{format_results(results)}\n\n{END}{after}")
 
 
 def main() -> int:

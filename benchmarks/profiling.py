@@ -44,9 +44,9 @@ class Timing:
 
 def measure(work: Callable[[], object], repetitions: int = 5) -> Timing:
     """Time some work that has run before, and profile it once."""
-    retries = _num_alloc_retries()
+    retries = num_alloc_retries()
     seconds = statistics.median(clock(work) for _ in range(repetitions))
-    retries = _num_alloc_retries() - retries
+    retries = num_alloc_retries() - retries
     return Timing(seconds, profile_kernels(work), retries)
 
 
@@ -64,6 +64,6 @@ def profile_kernels(work: Callable[[], object]) -> dict[str, float]:
     return {name: time / 1e6 for name, time in microseconds.most_common()}
 
 
-def _num_alloc_retries() -> int:
+def num_alloc_retries() -> int:
     """Read how often the allocator has asked again since the process began."""
     return int(torch.cuda.memory_stats()["num_alloc_retries"]) if torch.cuda.is_available() else 0

@@ -38,7 +38,7 @@ from common import Row, flops, make_batch, paired, show
 from journal import Journal
 from memory import watched
 from planned_memory import make_pairs
-from profiling import measure
+from profiling import measure, num_alloc_retries
 from published import step_a, step_b
 from transformers import AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
 
@@ -168,10 +168,30 @@ def one_pass(case: Case, model: PreTrainedModel, pairs: int) -> StepWorkload:
 
 def work_of(case: Case, model: PreTrainedModel, batch: Batch) -> float:
     """Count the FLOPs of a step that reads a batch in one pass, as described at the top."""
+    return sum(estimate_flops(measure_model(model), load_of(case, model, batch)).values())
+
+
+def load_of(case: Case, model: PreTrainedModel, batch: Batch) -> StepWorkload:
+    """Return what a step reads that reads a batch in one pass."""
     [micro_batch] = batch.micro_batches
     # Crops and labels are those of the data; what the language model computes depends on the layout.
-    load = replace(one_pass(case, model, len(batch.query_ids)), text=count_work(micro_batch.joint))
-    return sum(estimate_flops(measure_model(model), load).values())
+    return replace(one_pass(case, model, len(batch.query_ids)), text=count_work(micro_batch.joint))
+
+
+def dense_work_of(case: Case, model: PreTrainedModel, batch: Batch) -> float:
+    """Count the same with what a dense mask hides, and with the scores that the backward pass computes again."""
+    sizes, load = measure_model(model), load_of(case, model, batch)
+    rows, columns = batch.micro_batches[0].joint.inputs["input_ids"].shape
+
+    def flops_of(seen: float, read_seen: float) -> float:
+        text = replace(load.text, seen=seen, read_seen=read_seen)
+        return sum(estimate_flops(sizes, replace(load, text=text)).values())
+
+    dense = flops_of(rows * columns**2, load.text.read * columns)
+    # Forward, attention takes a third of what it takes in all; the scores are one of its two products.
+    language_scores = (dense - flops_of(0, 0)) / 3 / 2
+    tower_scores = load.crops * sizes.tower.attention_flops(sizes.tower.layers * load.patches**2) / 2
+    return dense + language_scores + tower_scores
 
 
 def count(case: Case, many: int) -> list[Row]:
@@ -183,7 +203,12 @@ def count(case: Case, many: int) -> list[Row]:
             batch = make_batch(sides, packing)
             rows, columns = batch.micro_batches[0].joint.inputs["input_ids"].shape
             work = work_of(case, model, batch) / pairs / 1e12
-            print(f"work of {pairs} pairs in {rows} rows of {columns}: {work:.2f} TFLOPs a pair", flush=True)
+            dense = dense_work_of(case, model, batch) / pairs / 1e12
+            print(
+                f"work of {pairs} pairs in {rows} rows of {columns}: {work:.2f} TFLOPs a pair; "
+                f"{dense:.2f} with what a dense mask hides and scores that are computed again",
+                flush=True,
+            )
     counts = []
     for language, vision in ((1, 1), (2, 1), (1, 2)):
         model = case.model(language, vision)
@@ -218,8 +243,10 @@ def compare(case: Case, model: PreTrainedModel, journal: Journal) -> list[Row]:
         ("1: pairs/s, ours / A, one pass", "ours, one pass", "A", 1.8, 2.2),
         ("2: pairs/s, ours / B, gradient cache", "ours, cached", "B", 1.6, 2.4),
     ):
+        retries = num_alloc_retries()
         seconds, ratio = paired(ways[own], ways[other], case.repetitions)
-        journal.add({"figure": name, "measured": ratio, "must": must, "aim": aim, "pairs/s": case.pairs / seconds})
+        speed = {"pairs/s": case.pairs / seconds, "allocator retries": num_alloc_retries() - retries}
+        journal.add({"figure": name, "measured": ratio, "must": must, "aim": aim, **speed})
         table.append(Row(name, ratio, must, aim))
     return table
 

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -112,12 +111,31 @@ def test_paths_give_the_gradient_of_float64(device, dtype, dim):
 
 
 @on_each_device
+@pytest.mark.parametrize("num_branches", [2, 100])
+def test_paths_of_one_query_give_the_gradient_of_float64(device, num_branches):
+    """One token of each chain is read, as in the last layer of `embed`; a prefix has a gradient from every branch."""
+    prefix = [1] * 40
+    branches = [branch([*prefix, *[number] * 9]) for number in range(2, num_branches + 2)]
+    layout = build_layout([branches], PackingConfig(max_row_tokens=10**6))
+    end = layout.subtree_end
+    last = torch.stack([coords[-1] for coords in layout.coords])
+    states, output_grad = random_states(*end.shape, (14, 2), 64, torch.bfloat16, device)
+    read = torch.zeros_like(end, dtype=torch.bool)
+    read[last[:, 0], last[:, 1]] = True
+    output_grad[~read] = 0
+    read_tokens = make_tree(end, last, "paths").read_tokens.to(torch.device(device))
+    actual = output_and_gradients(partial(read_tokens.attend, scale=None), states, output_grad)
+    expected = expected_of(end, states, output_grad)
+    assert_close([actual[0][read], *actual[1:]], [expected[0][read], *expected[1:]], TOLERANCES[torch.bfloat16])
+
+
+@on_each_device
 def test_gradients_under_a_dense_mask_are_finite_where_all_scores_are_low(random_base, device):
     """Of 704 columns cuDNN's would be NaN (pytorch/pytorch#196678), so rows are longer there."""
     model = Cafe.load(random_base, device=device, dtype=torch.bfloat16)
-    packing = set_kernel(model.packing, model.lvlm, model.lvlm.device, torch.float32)
-    assert packing.kernel == ("mask" if device == "cuda" else "blocks")
-    packing = replace(packing, kernel="mask")
+    model.lvlm.config.get_text_config().attention_dropout = 0.1  # for which there is no other kernel
+    packing = set_kernel(model.packing, model.lvlm, model.lvlm.device, torch.bfloat16)
+    assert packing.kernel == "mask"
     packed = pack([[branch([1] * 500 + [2] * 104), branch([1] * 500 + [3] * 100)]], [[]], packing)
     end = packed.tree.subtree_end
     assert end.shape == (1, 768 if device == "cuda" else 704)

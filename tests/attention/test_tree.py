@@ -118,7 +118,7 @@ def test_attention_dropout_is_applied_under_the_dense_mask(random_base, kernel):
 def test_kernels_are_chosen_by_device_dtype_and_attention_implementation(random_base, monkeypatch):
     config = Cafe.load(random_base).lvlm.config.get_text_config()
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
     assert config._attn_implementation == CAFE_TREE
@@ -132,8 +132,12 @@ def test_kernels_are_chosen_by_device_dtype_and_attention_implementation(random_
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
         assert choose_kernel(config, gpu, torch.bfloat16) == "mask"
+    assert choose_kernel(config, None, torch.bfloat16) == "paths"  # of a GPU that is not here
     config._attn_implementation = CAFE_TREE_FLEX
     assert choose_kernel(config, gpu, torch.bfloat16) == "flex"
+    with monkeypatch.context() as patch:
+        patch.setattr(config, "attention_dropout", 0.1)
+        assert choose_kernel(config, gpu, torch.bfloat16) == "mask"
     config._attn_implementation = "eager"
     assert choose_kernel(config, gpu, torch.bfloat16) == "mask"
 

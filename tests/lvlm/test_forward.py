@@ -32,7 +32,7 @@ def test_flex_attention_gives_the_embeddings_of_sdpa(random_base):
     ("attention", "device", "dtype", "kernel", "row", "multiple"),
     [
         ("sdpa", "cpu", torch.float32, "blocks", UNBOUNDED_ROW, 1),
-        ("sdpa", "cuda", torch.float32, "mask", None, 128),
+        ("sdpa", "cuda", torch.float32, "mask", None, 1),
         ("sdpa", "cuda", torch.bfloat16, "paths", UNBOUNDED_ROW, 1),
         ("sdpa", "cuda", torch.float16, "paths", UNBOUNDED_ROW, 1),
         ("flex_attention", "cuda", torch.bfloat16, "flex", UNBOUNDED_ROW, 512),
@@ -44,6 +44,7 @@ def test_rows_are_laid_out_and_padded_for_the_kernel_that_reads_them(
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     lvlm = Cafe.load(random_base, device="cpu", attention=attention).lvlm
     packing = set_kernel(PackingConfig(pad_token_id=7), lvlm, torch.device(device), dtype)
     # A row of a dense mask is short, so that attention, which computes what is hidden, stays a small part.

@@ -428,9 +428,8 @@ def test_plan_depends_on_the_attention_implementation():
         plan(replace(recipe, model=replace(recipe.model, attention=name)))
         for name in ("sdpa", "eager", "flash_attention_2", "flex_attention")
     )
-    assert (
-        flash.load.text.tokens > 1.5 * sdpa.load.text.tokens
-    )  # it takes no mask of trees: each branch is read by itself
+    # FlashAttention takes no mask of trees: each branch is read by itself.
+    assert flash.load.text.tokens > 1.5 * sdpa.load.text.tokens
     # One row holds the system prompt once; under a dense mask, each of several does.
     assert sdpa.flops == flex.flops < eager.flops < flash.flops
     # FlexAttention's row is padded, and eager attention keeps its scores.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 
-from cafe.attention.registration import CAFE_TREE
+from cafe.attention.registration import CAFE_TREE, CAFE_TREE_FLEX, TreeAttention
 
 # The parts of a layer of a known kind. A layer with other parts may mix tokens in them.
 SUPPORTED_CHILDREN = {
@@ -32,9 +32,12 @@ SUPPORTED_CHILDREN = {
 }
 
 
+QUERY_MULTIPLE = 128  # tokens
+
+
 @contextmanager
 def restrict_last_layer(
-    lvlm: PreTrainedModel, *read_index: Int64[Tensor, "_tokens 2"], read_tokens: Any = None
+    lvlm: PreTrainedModel, *read_index: Int64[Tensor, "_tokens 2"], read_tokens: TreeAttention | None = None
 ) -> Iterator[None]:
     """Make the last hidden states meaningless for all tokens but those that are read.
 
@@ -130,7 +133,7 @@ class TokenwiseHooks:
         return full
 
 
-def _read_queries_hook(coords: Int64[Tensor, "tokens 2"], read_tokens: Any) -> Callable[..., Any]:
+def _read_queries_hook(coords: Int64[Tensor, "tokens 2"], read_tokens: TreeAttention | None) -> Callable[..., Any]:
     """Make the hook that has attention compute some queries only, where that can be and saves work."""
 
     def pre_hook(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
@@ -151,7 +154,7 @@ def _read_queries_hook(coords: Int64[Tensor, "tokens 2"], read_tokens: Any) -> C
 
 def _can_subset(module: Any, mask: Any) -> bool:
     """Tell whether an attention module looks at a `tree`, and its mask is a dense one that can be cut."""
-    if module.config._attn_implementation != CAFE_TREE:
+    if getattr(getattr(module, "config", None), "_attn_implementation", "") not in (CAFE_TREE, CAFE_TREE_FLEX):
         return False
     drops_weights = module.training and getattr(module, "attention_dropout", 0.0)
     return isinstance(mask, Tensor) and mask.ndim == 4 and not drops_weights
@@ -177,8 +180,10 @@ class QuerySubset:
         # `coords` are sorted: within its row, a token's slot is its index minus that of the row's first token.
         first = counts.cumsum(0) - counts
         self.slots = torch.arange(len(coords)) - first[self.rows]
-        most_in_a_row = int(counts.max()) if len(coords) else 0
-        self.grid = torch.zeros(len(counts), most_in_a_row, dtype=torch.long)
+        # Of few different widths on a GPU, where a kernel may make a plan for each.
+        multiple = QUERY_MULTIPLE if mask.is_cuda else 1
+        width = -(-int(counts.max()) // multiple) * multiple  # rounded up
+        self.grid = torch.zeros(len(counts), width, dtype=torch.long)
         self.grid[self.rows, self.slots] = self.columns
         self.mask = mask
 

@@ -32,7 +32,8 @@ class Paths:
         queries: the tokens that attend, as row * columns + column; None for all tokens in order.
         keys: the tokens attended to, for one sequence after the other.
         query_starts, key_starts: where each sequence begins among the queries and among the keys, and the end.
-        longest_query, longest_key: the length of the longest sequence.
+        longest_query, longest_key: the length of the longest sequence, and at least 2.
+        fused: whether PyTorch's kernel may be used where states are in 16 bits on a GPU.
     """
 
     queries: Int64[Tensor, " queries"] | None
@@ -41,6 +42,7 @@ class Paths:
     key_starts: Int32[Tensor, " starts"]
     longest_query: int
     longest_key: int
+    fused: bool = True
 
     def attend(
         self,
@@ -55,8 +57,7 @@ class Paths:
         flat_query = _flatten(query)
         if self.queries is not None:
             flat_query = flat_query.index_select(0, self.queries)
-        gathered = _flatten(key).index_select(0, self.keys), _flatten(value).index_select(0, self.keys)
-        output = causal_attention(flat_query, *gathered, self, scale)
+        output = causal_attention(flat_query, _gather(key, self.keys), _gather(value, self.keys), self, scale)
         if self.queries is not None:
             output = output.new_zeros(rows * columns, *output.shape[1:]).index_copy(0, self.queries, output)
         return output.unflatten(0, (rows, columns))
@@ -83,6 +84,15 @@ class Paths:
 def _flatten(states: Float[Tensor, "rows heads columns dim"]) -> Float[Tensor, "tokens heads dim"]:
     """Lay the rows end to end."""
     return states.transpose(1, 2).flatten(0, 1)
+
+
+def _gather(
+    states: Float[Tensor, "rows heads columns dim"], tokens: Int64[Tensor, " keys"]
+) -> Float[Tensor, "keys heads dim"]:
+    """Gather the states of some tokens, of which there may be many copies."""
+    # In float32, because the backward pass sums the gradients of the copies: a system prompt has one for each branch.
+    exact = _flatten(states).to(torch.promote_types(states.dtype, torch.float32))
+    return exact.index_select(0, tokens).to(states.dtype)
 
 
 def tree_to_paths(subtree_end: Int64[Tensor, "rows columns"]) -> Paths:
@@ -125,13 +135,15 @@ def _tokens(columns: list[slice]) -> np.ndarray:
 def _make_paths(queries: np.ndarray | None, query_lengths: list[int], keys: list[np.ndarray]) -> Paths:
     """Join the sequences."""
     key_lengths = list(map(len, keys))
+    # For sequences of one query, FlashAttention has another way, which its backward pass may not fit; and compiled
+    # layers would be compiled anew for a length of 1.
     return Paths(
         queries=None if queries is None else torch.from_numpy(queries),
         keys=torch.from_numpy(np.concatenate([np.empty(0, np.int64), *keys])),
         query_starts=_starts(query_lengths),
         key_starts=_starts(key_lengths),
-        longest_query=max(query_lengths, default=0),
-        longest_key=max(key_lengths, default=0),
+        longest_query=max([2, *query_lengths]),
+        longest_key=max([2, *key_lengths]),
     )
 
 
@@ -140,16 +152,20 @@ def _starts(lengths: list[int]) -> Int32[Tensor, " starts"]:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def has_varlen_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
-    """Tell whether PyTorch's variable-length FlashAttention runs on a device with such states."""
-    if device.type != "cuda" or torch.version.hip:
+def has_varlen_kernel(device: torch.device | None, dtype: torch.dtype, head_dim: int) -> bool:
+    """Tell whether PyTorch's variable-length FlashAttention runs on a device with such states.
+
+    Args:
+        device: the device; None for a recent GPU that is not here.
+        dtype: of the states.
+        head_dim: the size of a head.
+    """
+    if dtype not in HALF_PRECISION or head_dim > MAX_HEAD_DIM or head_dim % 8:
         return False
-    if dtype not in HALF_PRECISION:
+    if device is None:
+        return True
+    if device.type != "cuda" or torch.version.hip or not torch.backends.cuda.is_flash_attention_available():
         return False
-    if head_dim > MAX_HEAD_DIM or head_dim % 8:
-        return False
-    if not torch.cuda.is_available():
-        return True  # of a GPU that is planned for, not much is known
     return torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
@@ -161,8 +177,7 @@ def causal_attention(
     scale: float | None,
 ) -> Float[Tensor, "queries heads dim"]:
     """Compute causal attention within each sequence, whose queries are the last of its keys."""
-    # `has_varlen_kernel` was asked for the head and the GPU when rows were laid out for this.
-    if query.is_cuda and query.dtype in HALF_PRECISION:
+    if paths.fused and query.is_cuda and query.dtype in HALF_PRECISION:
         starts, longest = (paths.query_starts, paths.key_starts), (paths.longest_query, paths.longest_key)
         dropout, is_causal, return_debug_mask = 0.0, True, False
         output, *_ = torch.ops.aten._flash_attention_forward(
@@ -179,7 +194,7 @@ def attend_one_by_one(
     paths: Paths,
     scale: float | None,
 ) -> Float[Tensor, "queries heads dim"]:
-    """Compute `causal_attention` a sequence at a time: the reference, and what a model gets that left the GPU."""
+    """Compute `causal_attention` a sequence at a time: the reference, and what there is without a kernel."""
     outputs = []
     for queries, keys in zip(_slices(paths.query_starts), _slices(paths.key_starts), strict=True):
         num_queries, num_keys = queries.stop - queries.start, keys.stop - keys.start

@@ -4,7 +4,7 @@ Attention layers pass the keyword arguments of the model's forward on to the att
 it computes attention along it; without one it is transformers' SDPA, as for generation.
 """
 
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,20 @@ CAFE_TREE_FLEX = "cafe_tree_flex"  # the same, where rows are laid out for FlexA
 FLEX_IMPLEMENTATIONS = ("flex_attention", CAFE_TREE_FLEX)  # are compiled for each shape
 
 
+@runtime_checkable
+class TreeAttention(Protocol):
+    """Computes attention along the trees of some rows: `Paths`, `Blocks`, `FlexTree`, or `QuerySubset`."""
+
+    def attend(
+        self,
+        query: Float[Tensor, "rows heads columns dim"],
+        key: Float[Tensor, "rows key_heads columns dim"],
+        value: Float[Tensor, "rows key_heads columns dim"],
+        scale: float | None,
+    ) -> Float[Tensor, "rows columns heads dim"]:
+        """Compute attention."""
+
+
 def attend(
     module: nn.Module,
     query: Float[Tensor, "rows heads queries dim"],
@@ -28,7 +42,7 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    tree: Any = None,
+    tree: TreeAttention | None = None,
     **kwargs: Any,
 ) -> tuple[Float[Tensor, "rows queries heads dim"], None]:
     """Compute attention along trees, or by SDPA where there are none.
@@ -39,7 +53,7 @@ def attend(
         attention_mask: that of SDPA; with a tree, its `subtree_end` with two dimensions between rows and columns.
         scaling: of the scores; by default one over the root of `dim`.
         dropout: the share of attention weights that are dropped.
-        tree: what computes it: `Paths`, `Blocks`, `FlexTree`, or `QuerySubset` in the last layer; None for SDPA.
+        tree: what computes it; None for SDPA.
         kwargs: further arguments of SDPA.
     """
     if tree is not None and dropout:

@@ -66,23 +66,30 @@ def make_tree(subtree_end: Int64[Tensor, "rows columns"], read_index: Int64[Tens
     return Tree(subtree_end, kernel, make_all(subtree_end), make_read(subtree_end, read) if len(read_index) else None)
 
 
-def choose_kernel(config: PreTrainedConfig, device: torch.device, dtype: torch.dtype) -> Kernel:
+def choose_kernel(config: PreTrainedConfig, device: torch.device | None, dtype: torch.dtype) -> Kernel:
     """Choose how a language model computes attention over trees.
 
     Args:
         config: the config of the language model.
-        device: where it computes.
+        device: where it computes; None for a recent GPU that is not here.
         dtype: of its queries.
     """
+    # Other implementations know nothing of trees, and no kernel for trees drops weights.
+    if config._attn_implementation not in (CAFE_TREE, CAFE_TREE_FLEX):
+        return "mask"
+    if getattr(config, "attention_dropout", None):
+        return "mask"
     if config._attn_implementation == CAFE_TREE_FLEX:
         return "flex"
-    # Other implementations know nothing of trees, and dropout needs the scores.
-    if config._attn_implementation != CAFE_TREE or getattr(config, "attention_dropout", 0.0):
-        return "mask"
-    if device.type == "cpu":
+    if device is not None and device.type == "cpu":
         return "blocks"
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return "paths" if has_varlen_kernel(device, dtype, head_dim) else "mask"
+    return "paths" if has_varlen_kernel(device, dtype, _head_dim(config)) else "mask"
+
+
+def _head_dim(config: PreTrainedConfig) -> int:
+    """Return the size of an attention head of a language model."""
+    head_dim: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return head_dim
 
 
 @contextmanager
@@ -109,7 +116,7 @@ def tree_attention(
             tree = make_tree(tree.subtree_end, torch.cat(read_index), "paths")
         inputs = _tree_inputs(lvlm, tree)
         if "tree" in inputs and tree.read_tokens is not None:
-            read_tokens = tree.read_tokens.to(lvlm.device)
+            read_tokens = _to_model(lvlm, tree.read_tokens)
     with restrict_last_layer(lvlm, *read_index, read_tokens=read_tokens):
         yield inputs
 
@@ -120,10 +127,23 @@ def _tree_inputs(lvlm: PreTrainedModel, tree: Tree) -> dict[str, Any]:
     end = tree.subtree_end.to(device, non_blocking=True)
     if tree.kernel != "mask" and config._attn_implementation in (CAFE_TREE, CAFE_TREE_FLEX):
         # A mask of four dimensions is passed on to the layers as it is. Attention reads it where it needs a dense one.
-        kernel = FlexTree(end) if tree.kernel == "flex" else tree.all_tokens and tree.all_tokens.to(device)
+        kernel = FlexTree(end) if tree.kernel == "flex" else tree.all_tokens and _to_model(lvlm, tree.all_tokens)
         return {"attention_mask": end[:, None, :, None], "tree": kernel}
-    # SDPA takes a mask of numbers in the dtype of the queries, which is autocast's where it is enabled.
-    dtype = lvlm.dtype
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
-    return {"attention_mask": dense_mask(end, dtype, config._attn_implementation)}
+    # SDPA takes a mask of numbers in the dtype of the queries.
+    return {"attention_mask": dense_mask(end, _compute_dtype(lvlm), config._attn_implementation)}
+
+
+def _to_model(lvlm: PreTrainedModel, tokens: Paths | Blocks) -> Paths | Blocks:
+    """Move what attention takes to the model's device, for the kernel that there is."""
+    tokens = tokens.to(lvlm.device)
+    if not isinstance(tokens, Paths):
+        return tokens
+    head_dim = _head_dim(lvlm.config.get_text_config())
+    return replace(tokens, fused=has_varlen_kernel(lvlm.device, _compute_dtype(lvlm), head_dim))
+
+
+def _compute_dtype(lvlm: PreTrainedModel) -> torch.dtype:
+    """Return the dtype of the queries: autocast's where it is enabled."""
+    if torch.is_autocast_enabled(lvlm.device.type):
+        return torch.get_autocast_dtype(lvlm.device.type)
+    return lvlm.dtype

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from cafe.attention.registration import FLEX_IMPLEMENTATIONS
+from cafe.attention.paths import HALF_PRECISION
 from cafe.attention.tree import choose_kernel, tree_attention
 from cafe.content import Content, Dialogue, Turn
 from cafe.errors import CheckpointError, RecipeError
@@ -113,14 +113,14 @@ def infer_packing(lvlm: PreTrainedModel, chat_processor: ChatProcessor) -> Packi
 
 
 def set_kernel(
-    packing: PackingConfig, lvlm: PreTrainedModel, device: torch.device, dtype: torch.dtype
+    packing: PackingConfig, lvlm: PreTrainedModel, device: torch.device | None, dtype: torch.dtype
 ) -> PackingConfig:
-    """Choose how a model attends along trees, and lay out rows for it.
+    """Choose how a model attends along trees, and how long rows are for it.
 
     Args:
         packing: how branches are packed otherwise.
         lvlm: the model.
-        device: where it computes.
+        device: where it computes; None for a recent GPU that is not here.
         dtype: what it computes in.
     """
     config = lvlm.config.get_text_config()
@@ -131,10 +131,12 @@ def set_kernel(
     if kernel in ("paths", "blocks"):
         # What is masked is not computed, so one row holds all trees, without padding.
         max_row_tokens = UNBOUNDED_ROW
-    elif config._attn_implementation in FLEX_IMPLEMENTATIONS:
+    elif kernel == "flex":
         # Nor is it here, and FlexAttention is compiled for each shape: one row for all trees, of few lengths.
         max_row_tokens, multiple = UNBOUNDED_ROW, FLEX_MULTIPLE
-    elif kernel == "mask" and device.type == "cuda":
+    elif config._attn_implementation == "flex_attention":
+        multiple = FLEX_MULTIPLE  # transformers' own, for models that share no prefixes
+    elif dtype in HALF_PRECISION and (device is None or device.type == "cuda"):
         # Under a mask, PyTorch's SDPA may take cuDNN's kernel, which makes a plan for each shape, and whose gradients
         # can be NaN where the columns are 64 more than a multiple of 128 (pytorch/pytorch#196678).
         multiple = CUDNN_MULTIPLE

@@ -285,7 +285,7 @@ def _bin_pack(trees: Sequence[list[int]], sizes: Sequence[int], root: int, max_t
 def _work(num_rows: int, longest: int, max_tokens: int) -> float:
     """Estimate the work of rows: for each token, the layers' matrices and attention over its row.
 
-    The matrices are taken as attention over three times the maximum row (see `infer_packing`). So many rows are costly
+    The matrices are taken as attention over three times the maximum row (see `set_kernel`). So many rows are costly
     by their padding, and long rows by their attention. Rows beyond the maximum are ruled out.
     """
     if longest > max_tokens:

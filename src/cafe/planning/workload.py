@@ -8,6 +8,7 @@ from itertools import chain
 import torch
 from transformers import PreTrainedModel
 
+from cafe.attention.registration import CAFE_TREE, CAFE_TREE_FLEX
 from cafe.checkpoint import resolve_checkpoint
 from cafe.data.batch import NO_LIMIT, MicroBatchSize, blank_branch
 from cafe.lvlm.architectures import KNOWN_CONFIGS
@@ -159,8 +160,9 @@ def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample
     together = _pairs_per_micro_batch(recipe, pair, image)
 
     # Pack the pairs of one micro-batch as training would on a GPU.
+    implementation = lvlm.config.get_text_config()._attn_implementation
     dtype = AUTOCAST_DTYPES.get(recipe.model.precision, torch.float32)
-    packing = set_kernel(PackingConfig(share_prefixes=shares), lvlm, torch.device("cuda"), dtype)
+    packing = set_kernel(PackingConfig(share_prefixes=shares), lvlm, None, dtype)
     packing = replace(packing, max_row_tokens=recipe.model.max_row_tokens or packing.max_row_tokens)
     numbered = [typical_pair(data, image, contrast, language, number) for number in range(together)]
     embedded, dialogues = zip(*numbered, strict=True)
@@ -184,7 +186,7 @@ def estimate_workload(recipe: Recipe, lvlm: PreTrainedModel, data: TypicalSample
         vectors=2 * pairs * gpus * contrast,
         micro_batches=math.ceil(pairs / together),
         largest=together / pairs,
-        has_dense_mask=packing.kernel == "mask" and recipe.model.attention in ("sdpa", "eager"),
+        has_dense_mask=packing.kernel == "mask" and implementation in ("eager", CAFE_TREE, CAFE_TREE_FLEX),
     )
 
 

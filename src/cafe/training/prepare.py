@@ -17,6 +17,7 @@ from cafe.data.records import open_source
 from cafe.errors import CheckpointError, RecipeError
 from cafe.lvlm.adapters import has_adapter, is_adapter, merge
 from cafe.lvlm.families import model_part
+from cafe.lvlm.forward import set_kernel
 from cafe.lvlm.image_size import set_max_image_size
 from cafe.model import Cafe
 from cafe.training import checkpointing
@@ -199,6 +200,8 @@ def _load(
         # Its matrices would stay frozen, and a model with an adapter saves that alone.
         merge(model.lvlm)
         report(f"{base} is an adapter: it was merged into its base model, and the sum is trained.")
+    # The device may be another than the one it was loaded on.
+    model.packing = set_kernel(model.packing, model.lvlm, accelerator.device, model.lvlm.dtype)
     model.metadata.clear()  # it describes the base model, which training changes
     set_max_image_size(model.lvlm, model.chat_processor.processor, config.max_image_pixels, config.image_grids)
     _warn_of_rounding(config, model, report)
