@@ -148,7 +148,7 @@ def iter_blocks(bounds: Int64[Tensor, "blocks 5"]) -> Iterator[Block]:
         yield Block(row, slice(query_start, query_stop), slice(key_start, key_stop))
 
 
-def _prepare(states: Shaped[Tensor, "*sizes"]) -> Shaped[Tensor, "*sizes"]:
+def _to_kernel_input(states: Shaped[Tensor, "*sizes"]) -> Shaped[Tensor, "*sizes"]:
     """Return states as the kernel reads them."""
     # Results are merged in float32 at least, in which the kernel's backward pass over small blocks is faster, too.
     states = states.to(torch.promote_types(states.dtype, torch.float32))
@@ -170,7 +170,7 @@ def _attend_blocks(
 ) -> tuple[Float[Tensor, "rows columns heads dim"], Float[Tensor, "rows heads columns"]]:
     """Compute the output of each block and merge them; return the output and its logsumexp."""
     dtype = query.dtype
-    query, key, value = map(_prepare, (query, key, value))
+    query, key, value = map(_to_kernel_input, (query, key, value))
     # In the layout that the model's output projection reads.
     rows, heads, columns, dim = query.shape
     merged = query.new_zeros(rows, columns, heads, dim)
@@ -210,8 +210,8 @@ def _attend_blocks_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sum the gradients of the blocks."""
     dtype = query.dtype
-    query, key, value = map(_prepare, (query, key, value))
-    grad_output, output = (_prepare(states).transpose(1, 2) for states in (grad_output, output))
+    query, key, value = map(_to_kernel_input, (query, key, value))
+    grad_output, output = (_to_kernel_input(states).transpose(1, 2) for states in (grad_output, output))
     grads = [logsumexp.new_zeros(states.shape) for states in (query, key, value)]
     for block in iter_blocks(bounds):
         # With the merged output and logsumexp, the kernel gives the block's part of the whole gradient.
