@@ -42,7 +42,7 @@ def compilable(monkeypatch: pytest.MonkeyPatch) -> None:
         owners = [module, *(each for each in vars(module).values() if isinstance(each, type))]
         for owner in owners:
             for name, function in list(vars(owner).items()):
-                if inspect.isfunction(function) and function.__module__ == module.__name__:
+                if inspect.isfunction(function) and function.__module__.startswith("cafe.attention."):
                     monkeypatch.setattr(owner, name, inspect.unwrap(function))
     for name in (registration.CAFE_TREE, registration.CAFE_TREE_FLEX):
         monkeypatch.setitem(AttentionInterface._global_mapping, name, registration.attend)
