@@ -10,6 +10,7 @@ All calls of a layer are one operator to PyTorch, which takes the blocks as a te
 for all lists of blocks.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -101,7 +102,10 @@ def tree_to_blocks(subtree_end: Int64[Tensor, "rows columns"]) -> Blocks:
     """Make the blocks of all tokens."""
     blocks: list[Block] = []
     for row, ends in enumerate(subtree_end.tolist()):
-        blocks += _row_blocks(row, ends)
+        chains = list(iter_chains(ends))
+        blocks += [Block(row, chain, chain) for chain in chains]
+        for chain in chains:
+            blocks += [Block(row, queries, keys) for queries, keys in iter_branches(ends, chain)]
     return _join(blocks)
 
 
@@ -113,27 +117,18 @@ def read_blocks(subtree_end: Int64[Tensor, "rows columns"], read: Bool[Tensor, "
     blocks: list[Block] = []
     for row, (ends, is_read) in enumerate(zip(subtree_end.tolist(), read, strict=True)):
         spans = read_spans(ends, is_read.nonzero()[:, 0].tolist())
+        starts = [chain.start for chain, _ in spans]
         blocks += [Block(row, span, span) for _, span in spans]
         # The tokens of a chain before its span are all attended to.
         blocks += [
             Block(row, span, slice(chain.start, span.start)) for chain, span in spans if chain.start < span.start
         ]
-        for block in _row_blocks(row, ends):
-            if block.causal:
-                continue
-            # A chain attends as a whole to what it branches off from.
-            within = (span for chain, span in spans if block.queries.start <= chain.start < block.queries.stop)
-            blocks += [Block(row, span, block.keys) for span in within]
+        for chain in iter_chains(ends):
+            for queries, keys in iter_branches(ends, chain):
+                # A chain attends as a whole to what it branches off from.
+                first, stop = bisect_left(starts, queries.start), bisect_left(starts, queries.stop)
+                blocks += [Block(row, span, keys) for _, span in spans[first:stop]]
     return _join(blocks)
-
-
-def _row_blocks(row: int, ends: Sequence[int]) -> list[Block]:
-    """List the blocks of a row, chains first."""
-    chains = list(iter_chains(ends))
-    blocks = [Block(row, chain, chain) for chain in chains]
-    for chain in chains:
-        blocks += [Block(row, queries, keys) for queries, keys in iter_branches(ends, chain)]
-    return blocks
 
 
 def _join(blocks: Sequence[Block]) -> Blocks:
