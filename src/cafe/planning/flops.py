@@ -2,8 +2,8 @@
 
 A product of a row with a matrix of n weights takes 2n FLOPs forward, 2n for the gradient of the row and 2n for that of
 the matrix. Attention is counted for the (query, key) pairs that are seen, and padding is not counted. Nothing is
-counted twice, except the passes that gradient checkpointing and the gradient cache add. So without these two, the sum
-over the time of a step is the numerator of MFU. Tests hold the sum to PyTorch's own count.
+counted twice, except the passes that gradient checkpointing and the gradient cache add. Without these two, the sum is
+the work of a step for MFU. Tests hold it to PyTorch's own count.
 """
 
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ from cafe.packing import PackWork
 from cafe.planning.sizes import ModelSizes, ParameterCounts, TransformerShape
 from cafe.planning.workload import StepWorkload
 
-# Times its forward FLOPs: each of its two products has two gradients. That a kernel computes the scores again in the
-# backward pass, which would make it 2.5, is how it saves memory and no work of the step.
+# Times its forward FLOPs: each of its two products has two gradients. Kernels compute the scores again in the backward
+# pass to save memory, which would make it 2.5.
 ATTENTION_BACKWARD = 2.0
 
 
