@@ -64,19 +64,19 @@ def embedding_messages(content: Content, prompts: Prompts) -> list[Message]:
     """Return the chat that asks for content in one token; in multimodal mode, the content alone."""
     # In multimodal mode, the texts of the data contain the instruction.
     if prompts.mode == "multimodal":
-        return [*_system(prompts), _message("user", content)]
+        return [*system_messages(prompts), _message("user", content)]
     # Content that mixes text and images takes the instruction for images.
     instruction = prompts.image_instruction if content.images else prompts.text_instruction
     instructed = Content((*content.parts, instruction))
-    return [*_system(prompts), _message("user", instructed)]
+    return [*system_messages(prompts), _message("user", instructed)]
 
 
 def dialogue_messages(dialogue: Dialogue, prompts: Prompts) -> list[Message]:
     """Return the chat of a dialogue, with the system prompt before it."""
-    return [*_system(prompts), *(_message(turn.role, turn.content) for turn in dialogue.turns)]
+    return [*system_messages(prompts), *(_message(turn.role, turn.content) for turn in dialogue.turns)]
 
 
-def _system(prompts: Prompts) -> list[Message]:
+def system_messages(prompts: Prompts) -> list[Message]:
     """Return the system turn, in a list that is empty where there is no system prompt."""
     if not prompts.system:
         return []

@@ -1,0 +1,101 @@
+"""Make jobs of what requests hold: contents and chats become token sequences with processed images."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cafe.content import Content, ImageRef
+from cafe.errors import RecordError
+from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.processing import ChatProcessor
+from cafe.lvlm.prompts import Message, embedding_messages, system_messages
+from cafe.packing import Branch
+from cafe.serving.config import RequestLimits
+from cafe.serving.jobs import ChatJob, EmbedJob, ScoreJob
+
+MAX_TOKEN_CHARACTERS = 32  # of a text longer than this a token on average, no tokens are made
+
+
+class ContextLengthError(RecordError):
+    """Report an input of more tokens than are allowed. Requests are answered with status 400."""
+
+
+@dataclass(frozen=True)
+class JobEncoder:
+    """Encode contents and chats as jobs. Methods wait for the images, so they are called in threads.
+
+    Attributes:
+        chat_processor: renders, tokenizes and processes images; in a server, its images are processed by workers.
+        limits: of one request.
+    """
+
+    chat_processor: ChatProcessor
+    limits: RequestLimits
+
+    def embedding(self, content: Content) -> EmbedJob:
+        """Encode a content that is to be embedded.
+
+        Raises:
+            RecordError: an image cannot be read.
+            ContextLengthError: it is too long.
+        """
+        messages = embedding_messages(content, self.chat_processor.prompts)
+        images = self._load(messages, content.images)
+        branch = self.chat_processor.encode_embedding(messages, images)
+        return EmbedJob(**self._inputs(branch, content.images))
+
+    def chat(self, messages: list[Message], refs: Sequence[ImageRef], **options: Any) -> ChatJob:
+        """Encode a chat that is to be answered.
+
+        Args:
+            messages: the turns, as templates take them; the model's own system prompt comes first if there is none.
+            refs: the images of all turns, in order.
+            options: `sampling` and `on_piece` of `ChatJob`.
+
+        Raises:
+            RecordError: an image cannot be read, or the model's template refuses the turns.
+            ContextLengthError: the chat is too long.
+        """
+        return ChatJob(**self._inputs(self._encode_prompt(messages, refs), refs), **options)
+
+    def score(self, messages: list[Message], refs: Sequence[ImageRef], token_ids: tuple[int, ...]) -> ScoreJob:
+        """Encode a chat of whose answer the first token is to be scored; see `chat`."""
+        return ScoreJob(**self._inputs(self._encode_prompt(messages, refs), refs), token_ids=token_ids)
+
+    def _encode_prompt(self, messages: list[Message], refs: Sequence[ImageRef]) -> Branch:
+        """Encode a chat up to where the assistant answers."""
+        if not any(message["role"] == "system" for message in messages):
+            messages = [*system_messages(self.chat_processor.prompts), *messages]
+        return self.chat_processor.encode_prompt(messages, self._load(messages, refs))
+
+    def _load(self, messages: Sequence[Message], refs: Sequence[ImageRef]) -> ProcessedImages:
+        """Load images, once it is known that the words are not too many."""
+        num_characters = sum(len(part.get("text", "")) for message in messages for part in message["content"])
+        if num_characters > MAX_TOKEN_CHARACTERS * self.limits.max_input_tokens:
+            raise ContextLengthError(f"The text has {num_characters:,} characters, more than the model reads.")
+        return self.chat_processor.load_images(refs)
+
+    def _inputs(self, branch: Branch, refs: Sequence[ImageRef]) -> dict[str, Any]:
+        """Return what all jobs hold.
+
+        Raises:
+            ContextLengthError: the branch is too long.
+        """
+        if len(branch) > self.limits.max_input_tokens:
+            raise ContextLengthError(
+                f"The input has {len(branch):,} tokens, over the limit of {self.limits.max_input_tokens:,}."
+            )
+        return {"branch": branch, "image_key": image_key(refs), "timeout": self.limits.timeout}
+
+
+def image_key(refs: Sequence[ImageRef]) -> str:
+    """Return a digest of the bytes of some images; empty for none, and for images that are no bytes."""
+    if not refs or not all(isinstance(ref.source, bytes) for ref in refs):
+        return ""
+    digest = hashlib.sha256()
+    for ref in refs:
+        assert isinstance(ref.source, bytes)
+        digest.update(len(ref.source).to_bytes(8, "little"))
+        digest.update(ref.source)
+    return digest.hexdigest()
