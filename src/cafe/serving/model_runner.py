@@ -1,8 +1,11 @@
 """Run the model for jobs: read some of them in one pass, and decode a token of every running chat."""
 
 import logging
+import secrets
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +14,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
+from cafe.lvlm.families import find_vision_tower
 from cafe.lvlm.forward import compute_logits, forward_packed
 from cafe.lvlm.slot_cache import KeyValues, read_slots, select_key_values
+from cafe.lvlm.vision_cache import VisionCache
 from cafe.model import Cafe
 from cafe.packing import pack_with_layout
 from cafe.serving.chats import ChatBatch, RunningChat, SlotChats, StaticChats
@@ -41,6 +46,11 @@ class ModelRunner:
         self.slots = SlotChats(model)
         self.static: list[StaticChats] = []
         self.prefixes = PrefixCache(config.cache_bytes // 3, metrics)
+        tower = find_vision_tower(model.lvlm)
+        self.features: VisionCache | None = None
+        if tower is not None and config.cache_bytes:
+            seed, max_bytes = secrets.randbits(63), config.cache_bytes // 3
+            self.features = VisionCache(tower, model.lvlm.config, max_bytes=max_bytes, seed=seed)
         self.num_failures = 0
 
     @property
@@ -56,13 +66,16 @@ class ModelRunner:
     @torch.inference_mode()
     def read(self, jobs: Sequence[Job]) -> None:
         """Read jobs: embeddings and scores are done then, and chats run."""
-        if not self.can_join:
-            self._isolated([job for job in jobs if isinstance(job, ChatJob)], self._read_static)
-            self._isolated([job for job in jobs if not isinstance(job, ChatJob)], self._read_packed)
-            return
-        prefixes = {job: prefix for job in jobs if (prefix := self.prefixes.get(job)) is not None}
-        self._isolated([job for job in jobs if job not in prefixes], self._read_packed)
-        self._isolated(list(prefixes), lambda some: self._read_continued({job: prefixes[job] for job in some}))
+        # No other thread runs the tower, of which `enabled` replaces the forward pass.
+        seen: AbstractContextManager[Any] = self.features.enabled() if self.features else nullcontext()
+        with seen:
+            if self.can_join:
+                prefixes = {job: prefix for job in jobs if (prefix := self.prefixes.get(job)) is not None}
+                self._isolated([job for job in jobs if job not in prefixes], self._read_packed)
+                self._isolated(list(prefixes), lambda some: self._read_continued({job: prefixes[job] for job in some}))
+            else:
+                self._isolated([job for job in jobs if isinstance(job, ChatJob)], self._read_static)
+                self._isolated([job for job in jobs if not isinstance(job, ChatJob)], self._read_packed)
 
     @torch.inference_mode()
     def decode(self) -> None:
