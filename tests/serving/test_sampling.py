@@ -124,8 +124,10 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty):
     own = chooser(GenerationConfig(repetition_penalty=penalty), prompt=prompt)
     context = list(prompt)
     for _ in range(6):
-        expected = LOGITS[None] if penalty == 1 else RepetitionPenaltyLogitsProcessor(penalty)(
-            torch.tensor([context]), LOGITS[None].clone()
+        expected = (
+            LOGITS[None]
+            if penalty == 1
+            else RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([context]), LOGITS[None].clone())
         )
         token = own.choose(LOGITS)
         assert token == int(expected.argmax())
@@ -141,7 +143,9 @@ def test_samples_agree_with_those_of_transformers_in_distribution():
         logits = model(input_ids=prompt).logits[0, -1]
     options = {"temperature": 2.0, "top_p": 0.3}
     torch.manual_seed(0)
-    answers = model.generate(prompt, do_sample=True, max_new_tokens=1, num_return_sequences=NUM_DRAWN, top_k=0, **options)
+    answers = model.generate(
+        prompt, do_sample=True, max_new_tokens=1, num_return_sequences=NUM_DRAWN, top_k=0, **options
+    )
     drawn = chooser(seed=0, **options)
     own = np.bincount([drawn.choose(logits) for _ in range(NUM_DRAWN)], minlength=len(logits)) / NUM_DRAWN
     theirs = np.bincount(answers[:, -1].numpy(), minlength=len(logits)) / NUM_DRAWN

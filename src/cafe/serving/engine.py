@@ -45,7 +45,7 @@ class Engine:
     def __init__(self, model: Cafe, config: EngineConfig | None = None, metrics: Metrics | None = None) -> None:
         self.model, self.config, self.metrics = model, config or EngineConfig(), metrics or Metrics()
         self._changed = Condition()  # holds the lock of all that follows
-        self._scheduler = Scheduler(self.config)
+        self._scheduler = Scheduler(self.config, self.model.packing.share_prefixes)
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._reading: list[Job] = []
         self._is_stopping = self._is_aborting = False
@@ -240,7 +240,7 @@ class Engine:
         running = [chat.job for batch in self._runner.batches for chat in batch.chats]
         for job in [*self._reading, *running, *self._scheduler.chats, *self._scheduler.others]:
             job.resolve(EngineError("The model's thread has ended."))
-        self._scheduler = Scheduler(self.config)
+        self._scheduler = Scheduler(self.config, self.model.packing.share_prefixes)
         for _, future in self._calls:
             future.set_exception(EngineError("The model's thread has ended."))
         self._calls.clear()
