@@ -1,6 +1,7 @@
 """Which jobs are read next: in order, within budgets, and so that no kind starves."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from random import Random
 
 import pytest
@@ -153,7 +154,7 @@ def test_running_chats_have_their_share_between_two_readings():
     scheduler = make_scheduler(max_chats=4)
     taken = simulate(scheduler, lambda step, waiting: [chat(100, 500)] * (step == 0) + [embedding(100)], 1000)
     steps = sorted(set(taken.values()) - {0})
-    gaps = [later - earlier for earlier, later in zip(steps, steps[1:], strict=False)]
+    gaps = [later - earlier for earlier, later in pairwise(steps)]
     assert len(steps) > 30
     # By its tokens, or by the time that they took.
     assert min(gaps[:20]) >= min(PATIENCE, 0.2 / SECONDS_PER_STEP)
