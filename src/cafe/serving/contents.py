@@ -1,4 +1,4 @@
-"""From the shapes that requests have to contents and chats. Images are bytes that came with the request, never files."""
+"""From the shapes that requests have to contents and chats. Images are bytes that came along, never files."""
 
 import base64
 import binascii
