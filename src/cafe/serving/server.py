@@ -104,8 +104,8 @@ def running_services(config: ServingConfig, model: Cafe, collection: Path | None
 def model_id_of(model: Cafe) -> str:
     """Return what clients call a model: its Hub id, or the name of its directory, or of the run that it is in."""
     path = Path(model.name).expanduser()
-    if not path.is_dir():
-        return model.name or "cafe"
+    if not model.name or not path.is_dir():
+        return model.name or "cafe"  # of a model that was made in memory
     path = path.absolute()
     return path.parent.name if path.name == "checkpoint" and path.parent.name else path.name
 

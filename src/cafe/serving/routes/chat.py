@@ -72,7 +72,12 @@ class Answer:
         }
 
 
-@router.post("/v1/chat/completions", response_model=ChatAnswer, summary="Answer a chat with images")
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatAnswer,
+    responses={200: {"content": {"text/event-stream": {}}}},
+    summary="Answer a chat with images",
+)
 async def create_chat_completion(body: ChatRequest, request: Request, services: ServicesDep) -> Response:
     """Answer a chat, whose turns hold texts and images in any order.
 
