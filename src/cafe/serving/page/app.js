@@ -11,6 +11,7 @@ const NUM_RESULTS = 60;
 const EXAMPLES = ["sunset over water", "people laughing", "a red car", "handwritten notes"];
 const words = $("#words");
 const form = $("#filter-form");
+const isTouch = matchMedia("(pointer: coarse)").matches;
 let collection = null;
 let query = {};
 let searching = null; // the controller of the search under way
@@ -57,7 +58,7 @@ async function show() {
 function report(count) {
   const filtered = FILTERS.some((name) => query[name]);
   if (!isSearch(query)) {
-    $("#status").textContent = count && !filtered ? "Latest images" : plural(count, "image");
+    $("#status").textContent = filtered ? plural(count, "image") : collectionDays();
   } else {
     const parts = [];
     if (query.query) parts.push(`“${query.query}”`);
@@ -67,6 +68,13 @@ function report(count) {
   if (count) $("#nothing").hidden = true;
   else if (filtered) empty("Nothing passes the filters", "Take some of them away, or search for something else.");
   else empty("There are no images yet", "Index a folder by: cafe index FOLDER");
+}
+
+/** Return from when to when the images of the collection are. */
+function collectionDays() {
+  const { first_day: first, last_day: last } = collection;
+  if (!first) return "";
+  return first === last ? formatDay(first) : `${formatDay(first)} – ${formatDay(last)}`;
 }
 
 function empty(title, text) {
@@ -122,6 +130,7 @@ const searchLike = (image) => {
 
 $("#search").addEventListener("submit", (event) => {
   event.preventDefault();
+  if (isTouch) words.blur(); // the keyboard would cover what is found
   go({ ...query, query: words.value.trim(), sort: words.value.trim() === (query.query ?? "") ? query.sort : "" });
 });
 $("#query-image button").addEventListener("click", () => {
@@ -254,9 +263,8 @@ $("#theme").addEventListener("click", () => {
 // ---- Starting
 
 function drawHero() {
-  const { images, first_day: first, last_day: last } = collection;
+  const { images } = collection;
   $("#hero h1").textContent = images ? `Search ${plural(images, "image")}` : "Nothing to search yet";
-  if (first && first !== last) $("#hero p").textContent += ` From ${formatDay(first)} to ${formatDay(last)}.`;
   const examples = EXAMPLES.map((text) => {
     const button = el("button", { type: "button", className: "example" }, text);
     button.addEventListener("click", () => go({ query: text }));
@@ -267,6 +275,7 @@ function drawHero() {
 }
 
 async function start() {
+  if (isTouch) words.placeholder = "Describe a photo";
   try {
     const facts = await getJson("/collection");
     collection = facts.collection;
@@ -278,7 +287,7 @@ async function start() {
     document.body.classList.add("ready");
     query = readAddress();
     await show();
-    if (!matchMedia("(pointer: coarse)").matches) words.focus({ preventScroll: true });
+    if (!isTouch) words.focus({ preventScroll: true });
   } catch (error) {
     empty("That did not work", error.message);
     if (!(error instanceof RequestError)) throw error;
