@@ -41,6 +41,27 @@ KEY_CODES = {
     "Tab": 9,
     "/": 191,
 }
+WAIT = """
+new Promise((resolve) => {
+  const end = Date.now() + MILLISECONDS;
+  const check = () => {
+    let value = false;
+    try { value = CONDITION; } catch {}
+    if (value || Date.now() > end) resolve(Boolean(value));
+    else setTimeout(check, 15);
+  };
+  check();
+})
+"""
+DROP = """
+(data, name, type) => {
+  const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
+  const dataTransfer = new DataTransfer();
+  dataTransfer.items.add(new File([bytes], name, { type }));
+  for (const kind of ["dragenter", "dragover", "drop"])
+    document.body.dispatchEvent(new DragEvent(kind, { dataTransfer, bubbles: true, cancelable: true }));
+}
+"""
 SHIFT = 8  # a bit of the protocol's modifiers
 
 
@@ -146,9 +167,7 @@ class Page:
 
     def set_screen(self, width: int = 1280, height: int = 800, dark: bool = False, phone: bool = False) -> None:
         """Set the screen's size in CSS pixels, its colors, and whether it is a phone's."""
-        self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone
-        )
+        self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
         self.send("Emulation.setTouchEmulationEnabled", enabled=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.send("Emulation.setEmulatedMedia", features=[scheme])
@@ -167,11 +186,7 @@ class Page:
 
     def wait_for(self, expression: str) -> None:
         """Wait until a JavaScript expression is true."""
-        check = (
-            "new Promise((resolve) => { const end = Date.now() + %d; const check = () => { let value = false;"
-            " try { value = (%s); } catch {} if (value || Date.now() > end) resolve(Boolean(value));"
-            " else setTimeout(check, 15); }; check(); })" % (SECONDS * 800, expression)
-        )
+        check = WAIT.replace("CONDITION", expression).replace("MILLISECONDS", str(SECONDS * 800))
         try:
             done = self.evaluate(check)
         except RuntimeError:  # the page was left meanwhile
@@ -191,9 +206,7 @@ class Page:
             " return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         for type in ("mousePressed", "mouseReleased"):
-            self.send(
-                "Input.dispatchMouseEvent", type=type, x=x, y=y, button="left", clickCount=1, modifiers=modifiers
-            )
+            self.send("Input.dispatchMouseEvent", type=type, x=x, y=y, button="left", clickCount=1, modifiers=modifiers)
 
     def press(self, key: str, modifiers: int = 0) -> None:
         """Press a key."""
@@ -208,14 +221,8 @@ class Page:
 
     def drop(self, name: str, data: bytes, media_type: str = "image/png") -> None:
         """Drop a file on the page."""
-        encoded = base64.b64encode(data).decode()
-        self.evaluate(
-            "(() => { const bytes = Uint8Array.from(atob(%s), (c) => c.charCodeAt(0));"
-            " const transfer = new DataTransfer(); transfer.items.add(new File([bytes], %s, { type: %s }));"
-            " for (const type of ['dragenter', 'dragover', 'drop']) document.body.dispatchEvent("
-            "new DragEvent(type, { dataTransfer: transfer, bubbles: true, cancelable: true })); })()"
-            % (json.dumps(encoded), json.dumps(name), json.dumps(media_type))
-        )
+        arguments = (base64.b64encode(data).decode(), name, media_type)
+        self.evaluate(f"({DROP})(...{json.dumps(arguments)})")
 
     def screenshot(self, path: Path) -> None:
         """Write what is seen as a PNG file."""
@@ -237,7 +244,9 @@ class Page:
     def _events(self, method: str) -> list[dict[str, Any]]:
         """Return what the browser reported about this page by one kind of event."""
         events = list(self.browser.events)
-        return [event["params"] for event in events if (event["method"], event.get("sessionId")) == (method, self.session)]
+        return [
+            event["params"] for event in events if (event["method"], event.get("sessionId")) == (method, self.session)
+        ]
 
 
 @contextmanager
@@ -248,6 +257,11 @@ def running_browser(profile: Path) -> Iterator[Browser]:
         yield browser
     finally:
         browser.close()
+
+
+def _kind(event: dict[str, Any]) -> tuple[str, str | None]:
+    """Return what an event is, and of which page."""
+    return event["method"], event.get("sessionId")
 
 
 def _move_up(fd: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
+from PIL import Image
 
 from cafe.content import DEFAULT_LIMITS, ImageRef
 from cafe.errors import CafeError
@@ -21,6 +22,8 @@ from cafe.index.manifest import Root
 from cafe.index.pixels import is_file, load_image
 from cafe.index.searching import Hit, Sort, make_hit, sort_hits
 from cafe.index.snapshot import Snapshot
+from cafe.lvlm.processing import ChatProcessor
+from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.search_schemas import FoundImage
 
 NUM_SAMPLED = 1000  # places in which names of columns are looked for
@@ -121,13 +124,19 @@ class Gallery:
         return os.path.basename(path)
 
 
-def source_refs(hits: Sequence[Hit], roots: Sequence[Root]) -> tuple[list[Hit], list[ImageRef]]:
-    """Return the hits whose files are still there, with their images, which are decoded later where they are files."""
+def source_refs(hits: Sequence[Hit], roots: Sequence[Root], images: ImageWorkers) -> tuple[list[Hit], list[ImageRef]]:
+    """Return the hits that can still be read, with their images; files are decoded later, where the model reads them.
+
+    Args:
+        hits: of a collection.
+        roots: what it was made of.
+        images: read the images of records.
+    """
     sources: list[Hit] = []
     refs: list[ImageRef] = []
     for hit in hits:
         try:
-            ref = _source_ref(hit, roots)
+            ref = _source_ref(hit, roots, images, f"image {len(refs) + 1}")
         except (CafeError, OSError):
             continue
         sources.append(hit)
@@ -135,7 +144,7 @@ def source_refs(hits: Sequence[Hit], roots: Sequence[Root]) -> tuple[list[Hit], 
     return sources, refs
 
 
-def _source_ref(hit: Hit, roots: Sequence[Root]) -> ImageRef:
+def _source_ref(hit: Hit, roots: Sequence[Root], images: ImageWorkers, name: str) -> ImageRef:
     """Return the image of a hit.
 
     Raises:
@@ -144,8 +153,16 @@ def _source_ref(hit: Hit, roots: Sequence[Root]) -> ImageRef:
     """
     # As bytes, by which what the model made of them is found again.
     if is_file(hit.id, hit.path, hit.page):
-        return ImageRef(read_image_file(Path(hit.path), DEFAULT_LIMITS.max_bytes))
-    return ImageRef(load_image(hit.id, hit.path, hit.page, roots))
+        return ImageRef(read_image_file(Path(hit.path), DEFAULT_LIMITS.max_bytes), name=name)
+    # A page is drawn in a process of its own, which a worker may not start.
+    if hit.page is not None:
+        return ImageRef(load_image(hit.id, hit.path, hit.page, roots), name=name)
+    return ImageRef(images.call(load_record_image, hit.id, hit.path, tuple(roots)), name=name)
+
+
+def load_record_image(chat_processor: ChatProcessor, id: str, path: str, roots: Sequence[Root]) -> Image.Image:
+    """Load the image of a record; called in a worker, which brings its chat processor."""
+    return load_image(id, path, None, roots)
 
 
 def printable(text: str) -> str:

@@ -1,21 +1,22 @@
 """Ask the model about images of a collection, in one turn or in several, and stream the answer."""
 
-import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from fastapi.concurrency import run_in_threadpool
+from starlette.concurrency import run_in_threadpool
 
-from cafe.content import Content, Dialogue, ImageRef, Turn
+from cafe.content import Content, ImageRef
 from cafe.index.asking import NOTHING_FOUND, question_content
 from cafe.index.searching import Hit
-from cafe.lvlm.prompts import dialogue_messages
-from cafe.serving.jobs import ChatJob, DeadlineError, Piece, Sampling
+from cafe.serving.contents import chat_turn
+from cafe.serving.errors import describe_error
+from cafe.serving.jobs import ChatJob, Piece, Sampling
+from cafe.serving.requests import encode
 from cafe.serving.search_schemas import AskRequest, FoundImage
 from cafe.serving.services import Services
+from cafe.serving.streaming import Mailbox, chat_pieces, submit_all
 
 
 @dataclass(frozen=True)
@@ -23,12 +24,14 @@ class RunningQuestion:
     """Hold a question that the model is answering.
 
     Attributes:
-        job: what the model does.
-        pieces: of the answer, as they come; None when there are no more.
+        job: answers it.
+        mailbox: where the pieces of the answer come.
+        timeout: seconds after which it is given up.
     """
 
     job: ChatJob
-    pieces: "asyncio.Queue[Piece | None]"
+    mailbox: Mailbox[Piece | None]
+    timeout: float
 
 
 async def submit_question(
@@ -36,68 +39,70 @@ async def submit_question(
 ) -> RunningQuestion | None:
     """Hand a question to the engine; None if there is no image that it could be about.
 
+    Args:
+        request: the question.
+        hits: what it is about.
+        refs: the image of each hit.
+        services: of the server.
+
     Raises:
-        RecordError: an image cannot be read.
-        ContextLengthError: question and images are too long.
-        OverloadedError: too much is waiting.
+        ApiError: the images cannot be read, or are too many for the model.
+        OverloadedError, NotReadyError: the engine does not take it.
     """
     if not hits:
         return None
-    loop = asyncio.get_running_loop()
-    pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-
-    def push(piece: Piece | None) -> None:
-        """Hand a piece from the engine's thread to the server's."""
-        with suppress(RuntimeError):  # the server may have ended
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-    dialogue = Dialogue(tuple(_turns(request, hits, refs)))
-    messages = dialogue_messages(dialogue, services.model.chat_processor.prompts)
+    mailbox: Mailbox[Piece | None] = Mailbox()
+    messages = [chat_turn(role, content) for role, content in _turns(request, hits, refs)]
     sampling = Sampling(max_tokens=request.max_tokens)
-    job = await run_in_threadpool(services.encoder.chat, messages, refs, sampling=sampling, on_piece=push)
-    services.engine.submit(job)
-    job.future.add_done_callback(lambda _: push(None))
-    return RunningQuestion(job, pieces)
+
+    def make_job() -> ChatJob:
+        """Encode the question."""
+        return encode(
+            lambda: services.encoder.chat(messages, refs, sampling=sampling, on_piece=mailbox.put), refs, "question"
+        )
+
+    job = await run_in_threadpool(make_job)
+    submit_all(services, [job])
+    return RunningQuestion(job, mailbox, services.config.limits.timeout)
 
 
-def _turns(request: AskRequest, hits: Sequence[Hit], refs: Sequence[ImageRef]) -> list[Turn]:
+def _turns(request: AskRequest, hits: Sequence[Hit], refs: Sequence[ImageRef]) -> list[tuple[str, Content]]:
     """Return the conversation so far: the images are in its first turn."""
     questions = [*(turn.question for turn in request.history), request.question]
-    turns = [Turn("user", question_content(questions[0], hits, refs))]
+    turns = [("user", question_content(questions[0], hits, refs))]
     for earlier, question in zip(request.history, questions[1:], strict=True):
-        turns += [Turn("assistant", Content((earlier.answer,))), Turn("user", Content((question,)))]
+        turns += [("assistant", Content((earlier.answer,))), ("user", Content((question,)))]
     return turns
 
 
-async def answer_events(sources: Sequence[FoundImage], question: RunningQuestion | None) -> AsyncIterator[str]:
-    """Yield the events of an answer. Closing the iterator, as when a client goes away, ends the generation."""
-    yield _event(sources=[source.model_dump(mode="json") for source in sources])
-    if question is None:
-        yield _event(text=NOTHING_FOUND)
-        yield _event(done="stop")
-        return
+async def answer_events(
+    sources: Sequence[FoundImage], question: RunningQuestion | None, request_id: str
+) -> AsyncIterator[str]:
+    """Yield the events of an answer. Closing the iterator, as when a client goes away, ends the generation.
+
+    Args:
+        sources: what the answer cites.
+        question: is being answered; None if there is nothing to answer it from.
+        request_id: of the request, for the log.
+    """
     try:
-        # The engine hands over pieces before it sets the result.
-        while piece := await question.pieces.get():
-            if piece.text:
-                yield _event(text=piece.text)
-        yield _end_event(question.job)
+        yield _event(sources=[source.model_dump(mode="json") for source in sources])
+        if question is None:
+            yield _event(text=NOTHING_FOUND)
+            yield _event(done="stop")
+            return
+        async for pieces in chat_pieces(question.job, question.mailbox, question.timeout):
+            if text := "".join(piece.text for piece in pieces):
+                yield _event(text=text)
+        yield _event(done=question.job.future.result())
+    except Exception as error:
+        # The status was sent long ago.
+        yield _event(**describe_error(error, request_id).body())
     finally:
-        question.job.future.cancel()
-
-
-def _end_event(job: ChatJob) -> str:
-    """Return the last event: why the answer ended."""
-    if job.future.cancelled():
-        return _event(error={"message": "The answer was cancelled."})
-    error = job.future.exception()
-    if isinstance(error, DeadlineError):
-        return _event(error={"message": "The answer took too long."})
-    if error:
-        return _event(error={"message": "The model could not answer."})
-    return _event(done=job.future.result())
+        if question is not None:
+            question.job.future.cancel()  # of a client that went before the first piece
 
 
 def _event(**fields: Any) -> str:
     """Return a server-sent event with a JSON object."""
-    return f"data: {json.dumps(fields)}\n\n"
+    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"

@@ -3,10 +3,11 @@
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, Field
 
 from cafe.index.filters import Filters
 from cafe.index.searching import Sort
+from cafe.serving.schemas import Count, Strict
 
 MAX_RESULTS = 200
 MAX_TURNS = 16  # earlier turns of a conversation
@@ -31,13 +32,7 @@ Words = Annotated[Text, Field(max_length=MAX_WORDS)]
 Size = Annotated[int, Field(ge=0, le=10**9)]
 
 
-class _Request(BaseModel):
-    """Refuse what is not known: a filter with a typing error would let all pass."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
-class SearchFilters(_Request):
+class SearchFilters(Strict):
     """Hold which images are looked for."""
 
     after: Words | None = Field(None, description="Taken at this time or later: 2024, 2024-05, 2024-05-31.")
@@ -46,7 +41,7 @@ class SearchFilters(_Request):
     min_width: Size = Field(0, description="Least width, in pixels.")
     min_height: Size = Field(0, description="Least height, in pixels.")
     where: list[Words] = Field(default=[], max_length=16, description="Conditions on columns, as in year>=2020.")
-    min_score: float | None = Field(None, allow_inf_nan=False, description="Least score.")
+    min_score: float | None = Field(None, description="Least score.")
 
     @property
     def filters(self) -> Filters:
@@ -72,7 +67,7 @@ class SearchRequest(SearchFilters):
     sort: Sort = Field("score", description="The order of the images found.")
 
 
-class EarlierTurn(_Request):
+class EarlierTurn(Strict):
     """Hold an earlier question of a conversation, and its answer."""
 
     question: Words
@@ -85,9 +80,9 @@ class AskRequest(SearchFilters):
     question: Words = Field(description="The question.")
     ids: list[Words] = Field(default=[], description="The images to ask about; by default, those that are found.")
     query: Words = Field("", description="The words that are searched for; by default, the question.")
-    k: int = Field(4, ge=1, description="The most images to ask about, if none are named.")
+    k: Count = Field(4, description="The most images to ask about, if none are named.")
     history: list[EarlierTurn] = Field(default=[], max_length=MAX_TURNS, description="Earlier turns about the images.")
-    max_tokens: int = Field(256, ge=1, description="The maximum length of the answer, in tokens.")
+    max_tokens: Count = Field(256, description="The maximum length of the answer, in tokens.")
 
 
 class FoundImage(BaseModel):

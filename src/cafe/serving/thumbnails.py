@@ -2,11 +2,9 @@
 
 import io
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
 from enum import IntEnum
 from pathlib import Path
-from threading import Lock
 
 from PIL import Image
 
@@ -17,9 +15,11 @@ from cafe.index.pixels import is_file, load_image
 from cafe.index.searching import Hit
 from cafe.lvlm.processing import ChatProcessor
 from cafe.serving.image_workers import ImageWorkers
+from cafe.serving.lru import Lru
 
 CACHE_BYTES = 32 * 2**20
 QUALITY = 84  # of the JPEG files
+Thumbnails = Lru[tuple[str, int, int], bytes]
 
 
 class ThumbnailSize(IntEnum):
@@ -30,55 +30,30 @@ class ThumbnailSize(IntEnum):
     LARGE = 1024
 
 
-class Thumbnails:
-    """Make thumbnails in worker processes, and keep those that were asked for last.
+def read_thumbnail(hit: Hit, size: int, images: ImageWorkers, roots: Sequence[Root], kept: Thumbnails) -> bytes:
+    """Return a thumbnail as a JPEG file.
 
-    Attributes:
-        max_bytes: of those that are kept.
+    Args:
+        hit: the image.
+        size: the pixels of its longer side; a smaller image keeps its size.
+        images: the workers.
+        roots: what the collection was made of.
+        kept: the thumbnails that were asked for last.
+
+    Raises:
+        CafeError: the image cannot be read.
+        OSError: its file is gone.
+        OverloadedError: too many images are waiting.
     """
-
-    def __init__(self, max_bytes: int = CACHE_BYTES) -> None:
-        self.max_bytes = max_bytes
-        self._kept: OrderedDict[tuple[str, int, int], bytes] = OrderedDict()
-        self._num_bytes = 0
-        self._lock = Lock()
-
-    def get(self, hit: Hit, size: int, images: ImageWorkers, roots: Sequence[Root]) -> bytes:
-        """Return a thumbnail as a JPEG file.
-
-        Args:
-            hit: the image.
-            size: the pixels of its longer side; a smaller image keeps its size.
-            images: the workers.
-            roots: what the collection was made of.
-
-        Raises:
-            CafeError: the image is gone or cannot be read.
-            OSError: its file is gone.
-        """
-        # A file that has changed since is another image.
-        key = (hit.id, os.stat(hit.path).st_mtime_ns if os.path.isabs(hit.path) else 0, size)
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        data = _make(hit, size, images, roots)
-        self._keep(key, data)
-        return data
-
-    def _keep(self, key: tuple[str, int, int], data: bytes) -> None:
-        """Keep a thumbnail, and drop those that were not asked for the longest."""
-        with self._lock:
-            # Another thread may have made the same meanwhile.
-            self._num_bytes += len(data) - len(self._kept.pop(key, b""))
-            self._kept[key] = data
-            while self._num_bytes > self.max_bytes:
-                _, dropped = self._kept.popitem(last=False)
-                self._num_bytes -= len(dropped)
+    # A file that has changed since is another image. A source may be one that is no file.
+    is_local = os.path.isabs(hit.path)
+    key = (hit.id, os.stat(hit.path).st_mtime_ns if is_local else 0, size)
+    data, _ = kept.get_or_make(key, lambda: _make(hit, size, images, roots), len)
+    return data
 
 
 def _make(hit: Hit, size: int, images: ImageWorkers, roots: Sequence[Root]) -> bytes:
-    """Make a thumbnail where it harms nobody: of a file or a record in a worker."""
+    """Make a thumbnail where a damaged image does no harm."""
     if hit.page is not None:
         # A page is drawn in a process of its own already, which a worker may not start.
         return encode_thumbnail(load_image(hit.id, hit.path, hit.page, roots), size)
@@ -87,7 +62,7 @@ def _make(hit: Hit, size: int, images: ImageWorkers, roots: Sequence[Root]) -> b
 
 
 def make_thumbnail(chat_processor: ChatProcessor, id: str, path: str, roots: Sequence[Root], size: int) -> bytes:
-    """Make the thumbnail of a place, in a worker, which brings its chat processor; see `Thumbnails.get`."""
+    """Make the thumbnail of a file or a record; called in a worker, which brings its chat processor."""
     if is_file(id, path, None):
         # A large JPEG is decoded at a fraction of its size.
         return encode_thumbnail(decode_image(ImageRef(Path(path)), min_side=size), size)

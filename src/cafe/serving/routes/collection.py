@@ -1,22 +1,25 @@
 """The routes of a collection: search it, ask it, look at it."""
 
-import base64
-import binascii
 from typing import Annotated, NoReturn
 
-from fastapi import APIRouter, Depends, HTTPException, Request, Response
-from fastapi.concurrency import run_in_threadpool
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
-from cafe.content import Content, ImageLimits, ImageRef
+from cafe.content import Content, ImageRef
 from cafe.errors import CafeError, RecordError
 from cafe.index.collection import Collection
 from cafe.index.filters import Predicate, is_part_of_any
 from cafe.index.query import EmptyQueryError, Query, Term
 from cafe.index.searching import Hit, Sort
+from cafe.serving.answers import ERROR_ANSWERS, ErrorAnswer
 from cafe.serving.config import RequestLimits
+from cafe.serving.contents import ContentReader
+from cafe.serving.errors import ApiError, request_id_of
 from cafe.serving.gallery import Gallery, GalleryReader, source_refs
 from cafe.serving.questions import answer_events, submit_question
+from cafe.serving.routes.chat import STREAM_HEADERS
+from cafe.serving.schemas import Item
 from cafe.serving.search_schemas import (
     AskRequest,
     CollectionAnswer,
@@ -26,19 +29,18 @@ from cafe.serving.search_schemas import (
     SearchRequest,
 )
 from cafe.serving.services import Services, ServicesDep
-from cafe.serving.thumbnails import Thumbnails, ThumbnailSize
+from cafe.serving.streaming import while_connected
+from cafe.serving.thumbnails import Thumbnails, ThumbnailSize, read_thumbnail
 
 EXCLUDED_WEIGHT = -0.5  # of words for what is not wanted: the full weight would look for their opposite
+_CODES = {400: "invalid_value", 404: "not_found", 410: "gone", 503: "collection_unavailable"}  # of errors
 THUMBNAIL_SECONDS = 3600  # that a browser may keep one
-router = APIRouter(tags=["collection"])
+router = APIRouter(responses={**ERROR_ANSWERS, 410: {"model": ErrorAnswer, "description": "The image is gone."}})
 
 
 def get_thumbnails(request: Request) -> Thumbnails:
     """Return the thumbnails that this server keeps."""
-    state = request.app.state
-    if not hasattr(state, "thumbnails"):
-        state.thumbnails = Thumbnails()
-    thumbnails: Thumbnails = state.thumbnails
+    thumbnails: Thumbnails = request.app.state.thumbnails
     return thumbnails
 
 
@@ -46,16 +48,13 @@ def get_gallery(request: Request, services: ServicesDep) -> Gallery:
     """Return the collection as it is now.
 
     Raises:
-        HTTPException: the server has none, or it cannot be read.
+        ApiError: the server has none, or it cannot be read.
     """
-    state = request.app.state
-    if not hasattr(state, "gallery_reader"):
-        state.gallery_reader = GalleryReader()
+    reader: GalleryReader = request.app.state.gallery_reader
     try:
-        gallery: Gallery = state.gallery_reader.read(_collection(services))
+        return reader.read(_collection(services))
     except CafeError:
         _refuse(503, "The collection cannot be read now.")
-    return gallery
 
 
 GalleryDep = Annotated[Gallery, Depends(get_gallery)]
@@ -83,7 +82,7 @@ def collection_facts(request: Request, services: ServicesDep) -> CollectionAnswe
 @router.post("/search")
 def search(request: SearchRequest, services: ServicesDep, gallery: GalleryDep) -> SearchAnswer:
     """Find the images that match words, an image, or both; without either, show the latest."""
-    query = _parse_query(request, gallery, services.config.limits)
+    query = _parse_query(request, services, gallery)
     if query is None:
         hits = gallery.latest(_parse_filters(request), request.k, request.sort) if _is_in(request, gallery) else []
         return SearchAnswer(results=[gallery.describe(hit, None) for hit in hits])
@@ -102,7 +101,7 @@ def thumbnail(
     """Return an image of the collection as a small JPEG file."""
     hit = _known_hit(gallery, id)
     try:
-        data = thumbnails.get(hit, size, services.images, gallery.roots)
+        data = read_thumbnail(hit, size, services.images, gallery.roots, thumbnails)
     except (CafeError, OSError):
         _refuse(410, "The image is gone, or cannot be read any more.")
     headers = {"Cache-Control": f"private, max-age={THUMBNAIL_SECONDS}", "X-Content-Type-Options": "nosniff"}
@@ -110,20 +109,28 @@ def thumbnail(
 
 
 @router.post("/ask", response_class=StreamingResponse, responses={200: {"content": {"text/event-stream": {}}}})
-async def ask(request: AskRequest, services: ServicesDep, gallery: GalleryDep) -> StreamingResponse:
+async def ask(body: AskRequest, request: Request, services: ServicesDep, gallery: GalleryDep) -> Response:
     """Answer a question about images, as a stream of events.
 
     The first event has the images that the answer cites by their numbers (`sources`), those after it pieces of the
     answer (`text`), and the last `done` with the reason why it ended, or an `error`.
     """
-    _check_question(request, services.config.limits)
-    hits = await run_in_threadpool(_hits_to_ask, request, services, gallery)
-    hits, refs = await run_in_threadpool(source_refs, hits, gallery.roots)
-    question = await submit_question(request, hits, refs, services)
-    sources = [gallery.describe(hit, None if request.ids else hit.score) for hit in hits]
-    # A proxy that waits for the end of the answer would show nothing until then.
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(answer_events(sources, question), media_type="text/event-stream", headers=headers)
+    return await while_connected(request, _answer(body, request, services, gallery))
+
+
+async def _answer(body: AskRequest, request: Request, services: Services, gallery: Gallery) -> Response:
+    """Begin to answer a question."""
+    _check_question(body, services.config.limits)
+
+    def read_images() -> tuple[list[Hit], list[ImageRef]]:
+        """Find the images, and read those that are still there."""
+        return source_refs(_hits_to_ask(body, services, gallery), gallery.roots, services.images)
+
+    hits, refs = await run_in_threadpool(read_images)
+    question = await submit_question(body, hits, refs, services)
+    sources = [gallery.describe(hit, None if body.ids else hit.score) for hit in hits]
+    events = answer_events(sources, question, request_id_of(request))
+    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
 
 
 def _check_question(request: AskRequest, limits: RequestLimits) -> None:
@@ -151,15 +158,15 @@ def _known_hit(gallery: Gallery, id: str) -> Hit:
     return hit
 
 
-def _parse_query(request: SearchRequest, gallery: Gallery, limits: RequestLimits) -> Query | None:
+def _parse_query(request: SearchRequest, services: Services, gallery: Gallery) -> Query | None:
     """Make a query of what is wanted and what is not; None if nothing is searched for."""
     terms: list[Term] = []
     if request.query.strip():
         terms.append(Term(Content.of(request.query)))
     if request.image:
-        terms.append(Term(Content((_parse_image(request.image, limits),))))
+        terms.append(Term(ContentReader(services.config).read_input(Item(image=request.image), "image")))
     if request.like:
-        _, refs = source_refs([_known_hit(gallery, request.like)], gallery.roots)
+        _, refs = source_refs([_known_hit(gallery, request.like)], gallery.roots, services.images)
         if not refs:
             _refuse(410, "The image is gone, or cannot be read any more.")
         terms.append(Term(Content(tuple(refs))))
@@ -168,18 +175,6 @@ def _parse_query(request: SearchRequest, gallery: Gallery, limits: RequestLimits
     if request.exclude.strip():
         terms.append(Term(Content.of(request.exclude), EXCLUDED_WEIGHT))
     return Query(tuple(terms))
-
-
-def _parse_image(uri: str, limits: RequestLimits) -> ImageRef:
-    """Return the image in a data URI."""
-    head, comma, data = uri.partition(",")
-    if not (comma and head.startswith("data:") and head.endswith(";base64")):
-        _refuse(400, "The image should be a data URI in base64.")
-    try:
-        decoded = base64.b64decode(data, validate=True)
-    except (binascii.Error, ValueError):
-        _refuse(400, "The image is not in base64.")
-    return ImageRef(decoded, ImageLimits(limits.max_image_bytes, limits.max_image_pixels))
 
 
 def _search(
@@ -194,7 +189,7 @@ def _search(
     except EmptyQueryError:
         _refuse(400, "The query's parts cancel out, so that nothing is searched for.")
     except RecordError:
-        _refuse(400, "The image cannot be read.")
+        _refuse(400, "The image or the words of the query cannot be read.")
     except CafeError:
         _refuse(503, "The collection cannot be searched now.")
 
@@ -227,6 +222,6 @@ def _refuse(status: int, message: str) -> NoReturn:
     """Answer a request with an error.
 
     Raises:
-        HTTPException: always.
+        ApiError: always.
     """
-    raise HTTPException(status, message)
+    raise ApiError(status, _CODES[status], message)

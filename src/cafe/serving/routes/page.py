@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from fastapi import APIRouter, HTTPException, Request, Response
+from fastapi import APIRouter, Request, Response
+
+from cafe.serving.errors import ApiError
 
 FOLDER = Path(__file__).parents[1] / "page"
 # By the endings of the files' names: nothing is guessed from this machine's tables.
@@ -61,11 +63,11 @@ def _respond(request: Request, name: str) -> Response:
     """Return a file, or that the browser has it already.
 
     Raises:
-        HTTPException: there is no such file.
+        ApiError: there is no such file.
     """
     file = page_files().get(name)
     if file is None:
-        raise HTTPException(404, "There is no such file.")
+        raise ApiError(404, "not_found", "There is no such file.")
     # Browsers ask each time, so that all files are of the same version.
     headers = {"Cache-Control": "no-cache", "ETag": file.tag, "X-Content-Type-Options": "nosniff"}
     if request.headers.get("if-none-match") == file.tag:
