@@ -19,6 +19,7 @@ from cafe.cli.evaluation import ablate_command, bench_modes_command, evaluate_co
 from cafe.cli.index import collections_group, index_command
 from cafe.cli.scenes import quickstart_command, scenes_group
 from cafe.cli.search import ask_command, duplicates_command, search_command
+from cafe.cli.serve import serve_command
 from cafe.cli.training import merge_command, plan_command, push_command, train_command
 from cafe.errors import CafeError, RunInterrupted
 from cafe.utils.text import escape_controls
@@ -48,6 +49,7 @@ for command in (
     ask_command,
     duplicates_command,
     collections_group,
+    serve_command,
     scenes_group,
     quickstart_command,
 ):

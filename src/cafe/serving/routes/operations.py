@@ -1,0 +1,57 @@
+"""What operators ask: which model this is, whether it is well, and what it does."""
+
+from fastapi import APIRouter, Response
+from fastapi.responses import JSONResponse
+
+from cafe.serving.answers import ERROR_ANSWERS, Health, ModelCard, ModelList, Readiness
+from cafe.serving.jobs import NotReadyError
+from cafe.serving.requests import check_model_id
+from cafe.serving.services import Services, ServicesDep
+
+router = APIRouter(responses={status: ERROR_ANSWERS[status] for status in (401, 403, 404, 405, 500, 503)})
+
+MAX_HEARTBEAT_AGE = 60.0  # seconds; no step of the model takes longer
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@router.get("/v1/models", response_model=ModelList, summary="Name the model")
+async def list_models(services: ServicesDep) -> Response:
+    """List the one model that is served."""
+    return JSONResponse({"object": "list", "data": [_model_card(services)]})
+
+
+@router.get("/v1/models/{model:path}", response_model=ModelCard, summary="Describe the model")
+async def retrieve_model(model: str, services: ServicesDep) -> Response:
+    """Describe the model, if it is the one that is served."""
+    check_model_id(model, services)
+    return JSONResponse(_model_card(services))
+
+
+@router.get("/health", response_model=Health, summary="Is the model alive?")
+async def health(services: ServicesDep) -> Response:
+    """Say whether the model's thread lives, and has not stopped in the midst of its work."""
+    engine = services.engine
+    age, waiting = engine.heartbeat_age, engine.num_waiting
+    is_well = engine.is_alive and age <= MAX_HEARTBEAT_AGE
+    body = {"status": "ok" if is_well else "error", "heartbeat_age": age, "waiting": waiting}
+    return JSONResponse(body, 200 if is_well else 503)
+
+
+@router.get("/ready", response_model=Readiness, summary="Are requests taken?")
+async def ready(services: ServicesDep) -> Response:
+    """Say whether requests are taken now."""
+    if not services.engine.is_alive:
+        raise NotReadyError
+    return JSONResponse({"status": "ready"})
+
+
+@router.get("/metrics", response_class=Response, summary="Measure")
+async def metrics(services: ServicesDep) -> Response:
+    """Return what Prometheus reads."""
+    services.metrics.heartbeat_age.set(services.engine.heartbeat_age)
+    return Response(services.metrics.render(), media_type=METRICS_TYPE)
+
+
+def _model_card(services: Services) -> dict[str, str | int]:
+    """Describe the model."""
+    return {"id": services.model_id, "object": "model", "created": 0, "owned_by": "cafe"}

@@ -1,0 +1,233 @@
+"""A server from its beginning to its end: load the model, listen, and finish what was taken before it ends."""
+
+import signal
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from threading import Event, Thread
+from types import FrameType
+
+import uvicorn
+
+from cafe.checkpoint import resolve_checkpoint
+from cafe.errors import CafeError
+from cafe.index.collection import Collection
+from cafe.index.golden import load_recorded_model
+from cafe.model import Cafe
+from cafe.serving.app import create_app
+from cafe.serving.config import ServingConfig
+from cafe.serving.encoding import JobEncoder
+from cafe.serving.engine import Engine
+from cafe.serving.image_workers import ImageWorkers
+from cafe.serving.metrics import Metrics
+from cafe.serving.security import is_loopback
+from cafe.serving.services import Services
+
+BACKLOG = 512  # connections that the system accepts before the server does
+KEEP_ALIVE = 30  # seconds for which a connection without requests is kept
+HEADER_BYTES = 64 * 2**10  # the longest headers
+
+# Seconds after which Python has a thread pass the interpreter on. By default, the event loop would keep it for so long
+# after each step that the model's thread waits more than it works.
+SWITCH_INTERVAL = 0.001
+
+
+def check_config(config: ServingConfig) -> None:
+    """Refuse to be reached from other machines without a key.
+
+    Raises:
+        CafeError: the host is no loopback address, and there is no key.
+    """
+    if not is_loopback(config.host) and not config.api_key:
+        raise CafeError(
+            f"Whoever reaches {config.host} could use the server: give a key by --api-key-file or CAFE_API_KEY, or "
+            "listen on 127.0.0.1 alone."
+        )
+
+
+@contextmanager
+def loaded_services(config: ServingConfig, model: str | None, collection: str | None) -> Iterator[Services]:
+    """Load a model and a collection, and run the engine and the image workers until the context ends.
+
+    Args:
+        config: what is allowed.
+        model: a run, a directory, a Hub id, or a model that a package ships; None for the collection's.
+        collection: a name or a directory; None for none.
+
+    Raises:
+        CafeError: there is neither, or they cannot be loaded or do not fit each other.
+    """
+    if model is None and collection is None:
+        raise CafeError("There is nothing to serve: give --model, --collection or both.")
+    opened = Collection.open(collection, model) if collection is not None else None
+    if opened is not None:
+        loaded = load_recorded_model(model, opened.manifest, opened.name)
+    else:
+        loaded = Cafe.load(resolve_checkpoint(str(model)))
+    with running_services(config, loaded, opened.directory if opened else None) as services:
+        yield services
+
+
+@contextmanager
+def running_services(config: ServingConfig, model: Cafe, collection: Path | None = None) -> Iterator[Services]:
+    """Run the engine and the image workers of a model until the context ends.
+
+    Args:
+        config: what is allowed.
+        model: the model.
+        collection: the directory of a collection; None for none.
+
+    Raises:
+        CafeError: the model is not the one that made the collection.
+    """
+    metrics = Metrics()
+    images = ImageWorkers(model.chat_processor)
+    try:
+        # From here on, no image is decoded in this process.
+        model_id, chat_processor = model_id_of(model), model.chat_processor.with_images(images)  # type: ignore[arg-type]
+        model = replace(model, chat_processor=chat_processor)
+        opened = Collection.open(collection, model) if collection else None
+        if opened is not None:
+            _ = opened.model  # compares the golden vectors, before the engine takes the model
+        engine = Engine(model, config.engine, metrics)
+        engine.start()
+        try:
+            encoder = JobEncoder(chat_processor, config.limits)
+            yield Services(model, model_id, engine, encoder, images, opened, config, metrics)
+        finally:
+            engine.stop()
+    finally:
+        images.close()
+
+
+def model_id_of(model: Cafe) -> str:
+    """Return what clients call a model: its Hub id, or the name of its directory, or of the run that it is in."""
+    path = Path(model.name).expanduser()
+    if not path.is_dir():
+        return model.name or "cafe"
+    path = path.absolute()
+    return path.parent.name if path.name == "checkpoint" and path.parent.name else path.name
+
+
+class Server(uvicorn.Server):
+    """Serve until a signal, and then until what was taken is done.
+
+    Attributes:
+        ready: is set once requests are taken.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self.app = create_app(services)
+        self.ready = Event()
+        config = uvicorn.Config(
+            self.app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE,
+            h11_max_incomplete_event_size=HEADER_BYTES,
+            # All have a deadline of their own; this is for the clients that do not read their answers.
+            timeout_graceful_shutdown=int(services.config.limits.timeout) + 5,
+        )
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop taking requests. A second signal ends the process at once."""
+        self.stop()
+        signal.signal(sig, signal.SIG_DFL)
+
+    def stop(self) -> None:
+        """Stop taking requests, and end once those that were taken are done."""
+        self.app.state.server.is_stopping = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self.ready.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to end: once the server is stopping and no request is being answered."""
+        self.should_exit = self.app.state.server.is_stopping and not self.server_state.tasks
+        return await super().on_tick(counter)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Listen on an address; port 0 takes a free one.
+
+    Raises:
+        CafeError: that cannot be done.
+    """
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        listening = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise CafeError(f"There is no address {host}: {error.strerror}.") from None
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(BACKLOG)
+    except OSError as error:
+        listening.close()
+        raise CafeError(f"The server cannot listen on {host}, port {port}: {error.strerror}.") from None
+    return listening
+
+
+def url_of(listening: socket.socket) -> str:
+    """Return the address of a server, with the port that it has."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def serve(config: ServingConfig, model: str | None, collection: str | None) -> None:
+    """Serve a model and a collection until a signal comes, and print the address once requests are taken.
+
+    Args:
+        config: what is allowed.
+        model, collection: see `loaded_services`.
+
+    Raises:
+        CafeError: see `check_config`, `loaded_services` and `bind`.
+    """
+    check_config(config)
+    listening = bind(config.host, config.port)  # what is taken is said before the model is loaded
+    with listening, loaded_services(config, model, collection) as services:
+        sys.setswitchinterval(SWITCH_INTERVAL)
+        server = Server(services)
+        announcer = Thread(target=_announce, args=(server, url_of(listening)), daemon=True)
+        announcer.start()
+        server.run([listening])
+
+
+def _announce(server: Server, url: str) -> None:
+    """Print where the server is, once it is there."""
+    server.ready.wait()
+    print(f"Serving on {url}", flush=True)
+
+
+@contextmanager
+def running_server(services: Services) -> Iterator[str]:
+    """Serve in a thread until the context ends, on a free port unless the configuration says which.
+
+    Yields:
+        The address.
+    """
+    listening = bind(services.config.host, services.config.port)
+    server = Server(services)
+    thread = Thread(target=server.run, args=([listening],), name="server")
+    thread.start()
+    server.ready.wait()
+    try:
+        yield url_of(listening)
+    finally:
+        server.stop()
+        thread.join()

@@ -1,0 +1,134 @@
+"""From the engine's thread to the event loop: pieces of answers, results, and clients that have gone."""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, Generic, TypeVar
+
+from fastapi import Request, Response
+
+from cafe.serving.jobs import ChatJob, DeadlineError, Job, Piece
+from cafe.serving.services import Services
+
+Item = TypeVar("Item")
+
+GRACE = 1.0  # seconds past its deadline for which a job is waited for; the engine gives it up itself
+CLIENT_GONE = 499  # a status for the metrics, which nobody receives
+
+
+class Mailbox(Generic[Item]):
+    """Pass items from any thread to a coroutine, which is woken once for all that came meanwhile.
+
+    To be made in the event loop. A call into the loop for each token of each chat would cost it more than the answers.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._items: deque[Item] = deque()
+        self._event = asyncio.Event()
+        self._is_woken = False
+
+    def put(self, item: Item) -> None:
+        """Add an item, in any thread."""
+        self._items.append(item)
+        # The order matters: an item that is added before the flag is cleared is taken after it.
+        if not self._is_woken:
+            self._is_woken = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self._loop.call_soon_threadsafe(self._event.set)
+
+    async def take(self) -> list[Item]:
+        """Wait for items, and return all that are there."""
+        await self._event.wait()
+        self._event.clear()
+        self._is_woken = False
+        items: list[Item] = []
+        while self._items:
+            items.append(self._items.popleft())
+        return items
+
+
+def submit_all(services: Services, jobs: Sequence[Job]) -> None:
+    """Have the engine take all jobs of a request, or none.
+
+    Raises:
+        OverloadedError: too many wait.
+        NotReadyError: the engine takes none.
+    """
+    try:
+        for job in jobs:
+            services.engine.submit(job)
+    except Exception:
+        cancel_all(jobs)
+        raise
+
+
+def cancel_all(jobs: Sequence[Job]) -> None:
+    """Cancel the jobs that are not done."""
+    for job in jobs:
+        job.future.cancel()
+
+
+async def run_jobs(services: Services, jobs: Sequence[Job]) -> list[Any]:
+    """Have the engine do all jobs of a request, and return their results.
+
+    Raises:
+        OverloadedError, NotReadyError: the engine does not take them.
+        EngineError, DeadlineError: one cannot be done, or not in time. The others are cancelled.
+    """
+    submit_all(services, jobs)
+    try:
+        async with asyncio.timeout(services.config.limits.timeout + GRACE):
+            return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+    except TimeoutError:
+        raise DeadlineError from None
+    finally:
+        cancel_all(jobs)
+
+
+async def chat_pieces(job: ChatJob, mailbox: Mailbox[Piece | None], timeout: float) -> AsyncIterator[list[Piece]]:
+    """Yield the pieces of an answer as they come, several at once if they came together.
+
+    Args:
+        job: was submitted, and puts its pieces into the mailbox.
+        mailbox: of the job.
+        timeout: seconds after which the answer is given up.
+
+    Raises:
+        EngineError, DeadlineError: the answer ends before it is complete.
+    """
+    job.future.add_done_callback(lambda future: mailbox.put(None))
+    end = asyncio.get_running_loop().time() + timeout + GRACE
+    try:
+        while True:
+            # Not around the `yield` too: a timeout would end whatever the receiver is doing then.
+            async with asyncio.timeout_at(end):
+                items = await mailbox.take()
+            if pieces := [item for item in items if item is not None]:
+                yield pieces
+            if None in items:
+                job.future.result()
+                return
+    except TimeoutError:
+        raise DeadlineError from None
+    finally:
+        job.future.cancel()  # of a client that has gone, if it is not done
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
+    """Do what a request asks for, unless its client goes away: then the work is cancelled."""
+    task = asyncio.create_task(work)
+    watch = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
+        return task.result() if task.done() else Response(status_code=CLIENT_GONE)
+    finally:
+        for each in (task, watch):
+            each.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    """Wait until the client has gone; its body was read before."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
