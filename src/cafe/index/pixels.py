@@ -21,8 +21,8 @@ from cafe.index.manifest import Root
 from cafe.index.pdf import read_pages
 from cafe.index.reading import record_images
 from cafe.index.searching import Hit
-from cafe.index.workers import without_main_module
 from cafe.training.recipe_io import read_source
+from cafe.utils.processes import without_main_module
 
 _RECORD = re.compile(r".*#record=(\d+)(?:\.(\d+))?", re.DOTALL)
 
