@@ -10,6 +10,7 @@ from threading import Event, Thread
 from types import FrameType
 
 import uvicorn
+from PIL import Image
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.errors import CafeError
@@ -97,6 +98,7 @@ def running_services(config: ServingConfig, model: Cafe, collection: Path | None
         opened = Collection.open(collection, served) if collection else None
         if opened is not None:
             _ = opened.model  # compares the golden vectors
+        images.process([Image.new("RGB", (64, 64))])  # until then, a process is being started
         encoder = JobEncoder(served.chat_processor, limits)
         yield Services(served, model_id_of(model), engine, encoder, images, opened, config, metrics)
 
