@@ -190,7 +190,7 @@ UNSAFE_CALLS = {
 
 
 # What this package's own worker processes send is no file: it is pickled as multiprocessing does.
-OWN_PROCESSES = {"index/workers.py": "pickle.loads"}
+OWN_PROCESSES = {"utils/processes.py": "pickle.loads"}
 
 
 def unsafe_calls(tree: ast.Module) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """Items are read in order, and one that ends its worker is bad alone."""
 
-import sys
 from collections import deque
 
 import numpy as np
@@ -8,7 +7,7 @@ from collection_samples import CrashingReader, place, write_images
 
 from cafe.content import ImageLimits
 from cafe.index.reading import FileItem, RecordItem
-from cafe.index.workers import _pop_images, _split, read_ahead, without_main_module
+from cafe.index.workers import _pop_images, _split, read_ahead
 from cafe.lvlm.processing import with_fast_images
 
 
@@ -48,11 +47,3 @@ def test_this_process_takes_images_alone_and_none_that_a_worker_took():
     assert _pop_images(waiting) is images
     assert _pop_images(waiting) is None and list(waiting) == [pages]
     assert _pop_images(deque()) is None
-
-
-def test_the_users_script_is_hidden_from_new_processes_for_a_moment():
-    main = sys.modules["__main__"]
-    before = dict(vars(main))
-    with without_main_module():
-        assert main.__spec__ is None and "__file__" not in vars(main)
-    assert vars(main) == before

@@ -3,16 +3,12 @@
 Workers are spawned and not forked, because neither LanceDB nor pdfium survives a fork.
 """
 
-import io
-import pickle
-import sys
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +16,7 @@ from torch.utils.data import Dataset
 
 from cafe.data.loader import WORKER_ERRORS, is_worker_crash, start_workers
 from cafe.index.reading import Item, Reader, Reading
+from cafe.utils.processes import dump, restore, without_main_module
 
 
 def read_ahead(
@@ -127,7 +124,7 @@ def _start(reader: Reader, batches: Iterable[Sequence[Item]], num_workers: int) 
     with without_main_module():
         # Not pinned: what goes to the GPU is unpickled from these bytes.
         pickled = start_workers(_PicklingReader(reader), batches, num_workers, start_method="spawn", pin_memory=False)
-    return (pickle.loads(data.numpy().data) for data in pickled)
+    return (restore(data.numpy().data) for data in pickled)
 
 
 @dataclass
@@ -142,31 +139,4 @@ class _PicklingReader(Dataset[Tensor]):
     reader: Reader
 
     def __getitem__(self, items: Sequence[Item]) -> Tensor:
-        buffer = io.BytesIO()
-        _Pickler(buffer, protocol=pickle.HIGHEST_PROTOCOL).dump(self.reader[items])
-        return torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8)
-
-
-class _Pickler(pickle.Pickler):
-    """Pickle tensors as NumPy arrays, which is many times faster than PyTorch's own way."""
-
-    def reducer_override(self, value: Any) -> Any:
-        """Return how to rebuild a tensor; all else is pickled as usual."""
-        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, Tensor) else NotImplemented
-
-
-@contextmanager
-def without_main_module() -> Iterator[None]:
-    """Start processes that do not run the user's script once more, as spawned ones otherwise do.
-
-    Nothing that they need is in it, and a script without `if __name__ == "__main__"` would start workers without end.
-    """
-    main = sys.modules["__main__"]
-    spec, file = main.__spec__, main.__dict__.pop("__file__", None)
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__spec__ = spec
-        if file is not None:
-            main.__file__ = file
+        return torch.frombuffer(dump(self.reader[items]), dtype=torch.uint8)

@@ -1,36 +1,242 @@
-"""Processes that decode and process images, so that no image can end the server or hold up the model."""
+"""Processes that decode and process images, so that no image can end the server or hold up the model.
 
+Each process has a thread here that gives it one job at a time. So a process that dies, or takes too long, does so
+because of the job that it has: this job fails alone, and another process takes the place of the dead one.
+"""
+
+import atexit
+import logging
+import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from threading import Condition, Lock, Thread
 from typing import Any
 
 from PIL import Image
 
 from cafe.content import ImageRef
+from cafe.errors import RecordError
 from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.processing import ChatProcessor
+from cafe.serving.encoding import image_key
+from cafe.serving.image_worker import Reply, WorkerSetup, decode_images, do_job, load_images, process_images
+from cafe.serving.jobs import NotReadyError, OverloadedError
+from cafe.serving.lru import Lru
+from cafe.serving.metrics import Metrics
+from cafe.serving.worker_process import WorkerDiedError, WorkerProcess, preload
+from cafe.utils.processes import dump
+
+logger = logging.getLogger(__name__)
+
+MAX_JOB_BYTES = 4 * 2**30  # of memory that one job may take
+TOKEN_BYTES = 32  # of a number in a list
+CHECK_SECONDS = 0.5  # between looks at whether an idle process is alive
+CLOSE_SECONDS = 10.0  # until what cannot be ended is left alone
+RETRY_AFTER = 1.0  # seconds
+
+
+@dataclass(eq=False)
+class _Job:
+    """Hold a pickled function with its arguments, and what becomes of it."""
+
+    data: memoryview
+    future: "Future[Reply]" = field(default_factory=Future)
+    created: float = field(default_factory=time.monotonic)
 
 
 class ImageWorkers:
-    """Read images in processes of their own. It has the methods of `FamilyImages`. (A first version: in this one.)"""
+    """Read images in processes of their own. It has the methods of `FamilyImages`, and any thread may call them.
 
-    def __init__(self, chat_processor: ChatProcessor) -> None:
-        self.chat_processor = chat_processor
+    All methods raise `OverloadedError` if too many jobs wait, `NotReadyError` once it is closed, and `RecordError` if
+    the image is bad, takes too long, or ends its process.
+
+    Args:
+        chat_processor: processes images.
+        num_workers: the number of processes; 0 reads in this one.
+        max_waiting: jobs that may wait.
+        timeout: seconds that a job may take, and may wait.
+        cache_bytes: memory for processed images, by the images' bytes.
+        metrics: what is measured.
+    """
+
+    def __init__(
+        self,
+        chat_processor: ChatProcessor,
+        num_workers: int = 1,
+        max_waiting: int = 128,
+        timeout: float = 20.0,
+        cache_bytes: int = 128 * 2**20,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self.chat_processor, self.metrics = chat_processor, metrics or Metrics()
+        self.num_workers, self.max_waiting, self.timeout = num_workers, max_waiting, timeout
+        self._cache: Lru[Any, ProcessedImages] = Lru(cache_bytes)
+        self._in_this_process = Lock()  # processors are not made for threads
+        self._waiting: deque[_Job] = deque()
+        self._changed = Condition()  # guards the waiting jobs and whether this is closed
+        self._is_closed = False
+        self._workers: list[WorkerProcess] = []
+        self._threads: list[Thread] = []
+        if num_workers:
+            self._start()
 
     def load(self, refs: Sequence[ImageRef]) -> ProcessedImages:
-        """Decode and process the images of one content."""
-        return self.chat_processor.images.load(refs)
+        """Decode and process the images of one content. The same bytes give the very same object while it is kept."""
+        if not refs:
+            return ProcessedImages([], {})
+        digest = image_key(refs)
+        if not digest:
+            return self._read(load_images, refs)
+        key = digest, tuple(ref.limits for ref in refs)
+        processed, is_hit = self._cache.get_or_make(key, lambda: self._read(load_images, refs), _num_bytes)
+        self.metrics.cache_hits.labels(cache="images", hit=str(is_hit).lower()).inc()
+        return processed
 
     def process(self, images: Sequence[Image.Image]) -> ProcessedImages:
         """Process decoded images of one content."""
-        return self.chat_processor.images.process(images)
+        return self._read(process_images, images) if images else ProcessedImages([], {})
 
     def decode(self, refs: Sequence[ImageRef]) -> list[Image.Image]:
         """Decode images."""
-        return self.chat_processor.images.decode(refs)
+        decoded: list[Image.Image] = self.call(decode_images, refs) if refs else []
+        return decoded
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Call a function of a module with the chat processor and these arguments in a worker, and wait for it."""
-        return function(self.chat_processor, *args)
+        """Call a function of a module with the chat processor and these arguments in a worker, and wait for it.
+
+        Raises:
+            RecordError: the function raised an error, or ended its process.
+        """
+        if not self.num_workers:
+            with self._in_this_process:
+                return _value(do_job(self.chat_processor, function, args))
+        job = _Job(dump((function, args)))
+        with self._changed:
+            if self._is_closed:
+                raise NotReadyError
+            if len(self._waiting) >= self.max_waiting:
+                raise OverloadedError(RETRY_AFTER)
+            self._waiting.append(job)
+            self._changed.notify()
+        return _value(job.future.result())
+
+    @property
+    def num_alive(self) -> int:
+        """Return the number of processes that can take a job, or are doing one."""
+        return sum(worker.is_alive for worker in self._workers)
+
+    @property
+    def is_alive(self) -> bool:
+        """Return whether images can be read now."""
+        return not self.num_workers or self.num_alive > 0
+
+    @property
+    def num_waiting(self) -> int:
+        """Return the number of jobs that no process has begun."""
+        return len(self._waiting)
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes. Jobs that are not done fail."""
+        with self._changed:
+            self._is_closed = True
+            waiting, self._waiting = self._waiting, deque()
+            self._changed.notify_all()
+        for job in waiting:
+            job.future.set_exception(NotReadyError())
+        for worker in self._workers:
+            worker.kill()
+        for thread in self._threads:
+            thread.join(CLOSE_SECONDS)
+        atexit.unregister(self.close)
+
+    def _start(self) -> None:
+        """Start the threads, which start the processes."""
+        preload(_modules(self.chat_processor))
+        setup = dump(WorkerSetup(self.chat_processor, self.timeout, MAX_JOB_BYTES))
+        for number in range(self.num_workers):
+            self._workers.append(WorkerProcess(setup, self.timeout))
+            thread = Thread(target=self._run, args=(self._workers[-1],), daemon=True, name=f"image-worker-{number}")
+            self._threads.append(thread)
+            thread.start()
+        # Before multiprocessing ends the processes, which would be taken for deaths.
+        atexit.register(self.close)
+
+    def _read(self, function: Callable[..., Any], images: Sequence[Any]) -> ProcessedImages:
+        """Call a function that processes images, and take the time."""
+        with self.metrics.image_seconds.time():
+            processed: ProcessedImages = self.call(function, images)
+        return processed
+
+    def _run(self, worker: WorkerProcess) -> None:
+        """Give jobs to a process, and replace it when it dies."""
+        while not self._is_closed:
+            if not worker.is_alive:
+                self._start_process(worker)
+            job = self._take()
+            if job is None:
+                continue
+            if not worker.is_alive:  # it died while there was nothing to do, which is not this job's fault
+                self._start_process(worker)
+            self._do(job, worker)
+        worker.close()
+
+    def _start_process(self, worker: WorkerProcess) -> None:
+        """Start a process, for the first time or again."""
+        if worker.ready_since:
+            logger.warning("An image worker ended, and is started again.")
+            self.metrics.image_worker_restarts.inc()
+        try:
+            worker.start()
+        except WorkerDiedError as error:
+            if not self._is_closed:
+                logger.error("An image worker cannot be started.", exc_info=error)
+
+    def _take(self) -> _Job | None:
+        """Take the job that has waited the longest; None if none comes for a moment, or when this is closed."""
+        with self._changed:
+            if not self._waiting and not self._is_closed:
+                self._changed.wait(CHECK_SECONDS)
+            return self._waiting.popleft() if self._waiting else None
+
+    def _do(self, job: _Job, worker: WorkerProcess) -> None:
+        """Have a job done by a process."""
+        # Whoever waits has waited long enough, or would wait for a process that cannot be started. The server's own
+        # start does not count.
+        waiting_since = max(job.created, worker.ready_since)
+        if time.monotonic() - waiting_since > self.timeout or not worker.is_alive:
+            job.future.set_exception(OverloadedError(RETRY_AFTER))
+            return
+        try:
+            reply = worker.ask(job.data)
+        except WorkerDiedError as error:
+            job.future.set_exception(NotReadyError() if self._is_closed else RecordError(str(error)))
+        else:
+            job.future.set_result(reply)
+
+
+def _modules(chat_processor: ChatProcessor) -> set[str]:
+    """Return the modules of the classes that a chat processor is made of, without the user's script."""
+    processor = chat_processor.processor
+    parts = (processor, processor.tokenizer, getattr(processor, "image_processor", None))
+    return {base.__module__ for part in parts for base in type(part).__mro__} - {"__main__", "builtins"}
+
+
+def _value(reply: Reply) -> Any:
+    """Return what a job returned.
+
+    Raises:
+        RecordError: something is wrong with the image.
+    """
+    if reply.details:
+        logger.error("An image could not be read:\n%s", reply.details)
+    if reply.error:
+        raise RecordError(reply.error)
+    return reply.value
+
+
+def _num_bytes(processed: ProcessedImages) -> int:
+    """Return the memory that processed images take."""
+    num_tokens = sum(map(len, processed.token_runs))
+    return TOKEN_BYTES * num_tokens + sum(tensor.nbytes for tensor in processed.inputs.values())
