@@ -334,6 +334,7 @@ class Cafe:
             scores += self._score([encode_item(pairs, index, encode, "contents") for index in window])
         return scores
 
+    @torch.inference_mode()
     def _score(self, dialogues: Sequence[Sequence[Branch]]) -> list[Float[np.ndarray, " answers"]]:
         """Compute the log-likelihood of the supervised tokens of some contents' dialogues, in one forward pass."""
         batch = pack([[]] * len(dialogues), dialogues, self.packing)  # nothing is embedded

@@ -42,11 +42,17 @@ def load_image(id: str, path: str, page: int | None, roots: Sequence[Root]) -> I
     """
     if page is not None:
         return _load_page(path, page)
-    # A file's own name may end like a record's id.
+    if is_file(id, path, page):
+        return decode_image(ImageRef(Path(path)))
     record = _RECORD.fullmatch(id)
-    if record and id != path:
-        return _load_record(path, int(record[1]), int(record[2] or 0), roots)
-    return decode_image(ImageRef(Path(path)))
+    assert record
+    return _load_record(path, int(record[1]), int(record[2] or 0), roots)
+
+
+def is_file(id: str, path: str, page: int | None) -> bool:
+    """Return whether the image of a place is a file by itself, neither a page nor in a record; see `load_image`."""
+    # A file's own name may end like a record's id.
+    return page is None and (id == path or not _RECORD.fullmatch(id))
 
 
 def load_images(hits: Sequence[Hit], roots: Sequence[Root]) -> list[tuple[Hit, Image.Image]]:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int64
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from cafe.attention.paths import HALF_PRECISION
 from cafe.attention.tree import choose_kernel, tree_attention
@@ -27,9 +27,14 @@ CUDNN_MULTIPLE = 128  # tokens: of rows that are read under a mask on a GPU
 
 
 def forward_packed(
-    lvlm: PreTrainedModel, packed: PackedBatch
+    lvlm: PreTrainedModel, packed: PackedBatch, cache: Cache | None = None
 ) -> tuple[Float[Tensor, "readouts dim"], Float[Tensor, "supervised dim"]]:
     """Run one forward pass over a pack.
+
+    Args:
+        lvlm: the model.
+        packed: the pack.
+        cache: an empty cache, which keeps the keys and values of all tokens where they lie; None to keep none.
 
     Returns:
         The last hidden states (after the final norm) of the readouts, and those that predict the supervised tokens.
@@ -43,9 +48,11 @@ def forward_packed(
     if packed.pixel_decoder:
         inputs["pixel_values"] = packed.pixel_decoder.normalize(inputs["pixel_values"]).to(lvlm.dtype)
 
+    cache_inputs: dict[str, Any] = {"use_cache": cache is not None, "past_key_values": cache}
+
     # All that reaches into the model from outside is entered here; see `cafe.attention`.
     with tree_attention(lvlm, packed.tree, packed.embedding_index, packed.logits_index) as attention_inputs:
-        hidden = lvlm.base_model(**inputs, **attention_inputs, use_cache=False).last_hidden_state
+        hidden = lvlm.base_model(**inputs, **attention_inputs, **cache_inputs).last_hidden_state
 
     embedding_index = packed.embedding_index.to(device, non_blocking=True)
     logits_index = packed.logits_index.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Run a frozen vision tower on each crop once per step, or once ever if its features are kept in a directory.
+"""Run a frozen vision tower on each crop once per step, or once ever if its features are kept.
 
 A crop is identified by a hash of its pixels as the tower is given them, so preprocessing is part of the key; in a
 directory, so are the tower's weights. `parse_tower_inputs` knows how towers are given images and lay out their output;
@@ -46,7 +46,9 @@ class TowerInputs:
     dim: int = 0
 
 
-def parse_tower_inputs(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: int | None) -> TowerInputs | None:
+def parse_tower_inputs(
+    pixels: Tensor, kwargs: Mapping[str, Any], patch_size: int | None, seed: int = 0
+) -> TowerInputs | None:
     """Find the crops in the arguments of a tower; None if their form is unknown.
 
     Args:
@@ -54,11 +56,12 @@ def parse_tower_inputs(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: in
             `grid_thw` (Qwen); or the padded patches of each image, with their positions (Gemma 4).
         kwargs: the tower's other arguments.
         patch_size: for a tower that crops images to their size and lays their patches end to end (Pixtral); else None.
+        seed: of the hashes.
     """
     # Qwen: the patches of all images are rows, and each image has its grid of them.
     if "grid_thw" in kwargs:
         grids = kwargs["grid_thw"]
-        hashes = hash_patched_images(pixels, grids)
+        hashes = hash_patched_images(pixels, grids, seed)
         num_patches = grids.prod(1).tolist()
         return TowerInputs(hashes.tolist(), num_patches, num_patches)
 
@@ -66,7 +69,7 @@ def parse_tower_inputs(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: in
     one_each = [1] * len(pixels)
     if "pixel_position_ids" in kwargs:
         positions = kwargs["pixel_position_ids"]
-        hashes = hash_rows(torch.stack([hash_rows(pixels), hash_rows(positions)], dim=1))
+        hashes = hash_rows(torch.stack([hash_rows(pixels, seed), hash_rows(positions, seed)], dim=1), seed)
         num_patches = (positions >= 0).all(dim=2).sum(1).tolist()
         return TowerInputs(hashes.tolist(), one_each, num_patches)
 
@@ -74,11 +77,11 @@ def parse_tower_inputs(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: in
     if pixels.ndim != 4:
         return None
     if patch_size is None:
-        return TowerInputs(hash_rows(pixels).tolist(), one_each, one_each)
-    return _parse_packed_images(pixels, kwargs, patch_size)
+        return TowerInputs(hash_rows(pixels, seed).tolist(), one_each, one_each)
+    return _parse_packed_images(pixels, kwargs, patch_size, seed)
 
 
-def _parse_packed_images(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: int) -> TowerInputs:
+def _parse_packed_images(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: int, seed: int) -> TowerInputs:
     """Find the images in the arguments of a tower that cuts off their padding."""
     sizes = [list(pixels.shape[2:])] * len(pixels)
     if "image_sizes" in kwargs:
@@ -87,9 +90,9 @@ def _parse_packed_images(pixels: Tensor, kwargs: Mapping[str, Any], patch_size: 
     num_patches: list[int] = []
     for image, (height, width) in zip(pixels, sizes, strict=True):
         # The same numbers in another shape are another image, so the size is part of the hash.
-        numbers.append([height, width, int(hash_rows(image[None, :, :height, :width]))])
+        numbers.append([height, width, int(hash_rows(image[None, :, :height, :width], seed))])
         num_patches.append((height // patch_size) * (width // patch_size))
-    hashes = hash_rows(torch.tensor(numbers, device=pixels.device))
+    hashes = hash_rows(torch.tensor(numbers, device=pixels.device), seed)
     return TowerInputs(hashes.tolist(), [1] * len(pixels), num_patches, dim=1)
 
 
@@ -100,10 +103,21 @@ class VisionCache:
         tower: the tower.
         config: the model's configuration, which says what the model reads of the tower's output.
         directory: where features are kept for later steps and runs; None keeps them for one step.
+        max_bytes: of features that are kept in memory for later steps, without a directory; those that were not read
+            for the longest time are dropped first.
+        seed: of the hashes, a secret one where strangers send images: they could make two with the same hash.
     """
 
-    def __init__(self, tower: nn.Module, config: PreTrainedConfig, directory: Path | None = None) -> None:
+    def __init__(
+        self,
+        tower: nn.Module,
+        config: PreTrainedConfig,
+        directory: Path | None = None,
+        max_bytes: int = 0,
+        seed: int = 0,
+    ) -> None:
         self.tower = tower
+        self.max_bytes, self.seed = max_bytes, seed
         self.layers = feature_layers(config)
         self.patch_size = packed_patch_size(tower)
         # Other weights, or other layers read, are other features.
@@ -111,7 +125,8 @@ class VisionCache:
         if directory:
             layers = map(str, self.layers or [])
             self.directory = directory / "_".join([weights_digest(tower), *layers])
-        self.cached: dict[int, Any] = {}
+        self.cached: dict[int, Any] = {}  # those read last come last
+        self._num_bytes = 0  # of features that are kept in memory for later steps
 
     @contextmanager
     def enabled(self) -> Iterator[None]:
@@ -126,13 +141,13 @@ class VisionCache:
             yield
         finally:
             self.tower.forward = forward
-            self.cached.clear()
+            self._trim()
 
     @torch.no_grad()
     def _cached_forward(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return the tower's output, running it on the crops alone that are not cached."""
         pixels: Tensor = kwargs["pixel_values"] if "pixel_values" in kwargs else args[0]
-        crops = parse_tower_inputs(pixels, kwargs, self.patch_size)
+        crops = parse_tower_inputs(pixels, kwargs, self.patch_size, self.seed)
         if crops is None:
             return forward(*args, **kwargs)
         missing = self._find_missing(crops, pixels.device)
@@ -146,6 +161,7 @@ class VisionCache:
             self._store(output, crops, missing)
             if all_missing:
                 return output  # the cache holds views of it, so a step of one micro-batch keeps nothing twice
+        self.cached.update({key: self.cached.pop(key) for key in dict.fromkeys(crops.hashes)})
         outputs = [self.cached[key] for key in crops.hashes]
         if _fit_together(outputs, crops.dim):
             return _concatenate(outputs, crops.dim)
@@ -180,8 +196,21 @@ class VisionCache:
         stops = list(accumulate(crops.output_rows[index] for index in missing.values()))
         starts = [0, *stops[:-1]]
         for key, start, stop in zip(missing, starts, stops, strict=True):
-            self.cached[key] = _slice_output(output, start, stop, stops[-1], crops.dim)
+            features = _slice_output(output, start, stop, stops[-1], crops.dim)
+            if self.max_bytes:
+                # A view would keep the features of all crops in memory for as long as one of them is kept.
+                features = tree_map_only(Tensor, torch.clone, features)
+                self._num_bytes += _count_bytes(features)
+            self.cached[key] = features
             self._save(key)
+
+    def _trim(self) -> None:
+        """Drop features until the others fit into the memory for them."""
+        if not self.max_bytes:
+            self.cached.clear()
+        while self._num_bytes > self.max_bytes:
+            oldest = next(iter(self.cached))
+            self._num_bytes -= _count_bytes(self.cached.pop(oldest))
 
     def _drop_unread_outputs(self, output: ModelOutput) -> None:
         """Drop what the model does not read: older versions of transformers return the hidden states of all layers."""
@@ -256,6 +285,11 @@ def _select_crops(
     return tuple(map(select, args)), {name: select(value) for name, value in kwargs.items()}
 
 
+def _count_bytes(output: Any) -> int:
+    """Count the bytes of the tensors of an output."""
+    return sum(leaf.nbytes for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor))
+
+
 def _slice_output(output: Any, start: int, stop: int, total: int, dim: int) -> Any:
     """Slice the output by rows of `total`, of which each tensor may have merged the same number into one."""
 
@@ -293,26 +327,26 @@ def _concatenate(outputs: Sequence[Any], dim: int) -> Any:
     return tree_map(concatenate_tensors, *outputs)
 
 
-def hash_rows(crops: Float[Tensor, " crops *shape"]) -> Int64[Tensor, " crops"]:
+def hash_rows(crops: Float[Tensor, " crops *shape"], seed: int = 0) -> Int64[Tensor, " crops"]:
     """Hash the bits of each crop: a sum of products with fixed random numbers, exact in any order of summation."""
     # Integers wrap around on overflow, so a sum is the same in any order and on any device.
     bits = crops.flatten(1).contiguous().view(torch.int16)
-    # Drawn on the CPU from one seed: files in a directory are found again by other runs and devices.
-    generator = torch.Generator().manual_seed(0)
+    # Drawn on the CPU: with the same seed, files in a directory are found again by other runs and devices.
+    generator = torch.Generator().manual_seed(seed)
     factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(crops.device)
     return (bits.long() * factors).sum(1)
 
 
 def hash_patched_images(
-    patches: Float[Tensor, "patches dim"], grids: Int64[Tensor, "images 3"]
+    patches: Float[Tensor, "patches dim"], grids: Int64[Tensor, "images 3"], seed: int = 0
 ) -> Int64[Tensor, " images"]:
     """Hash images whose patches are laid end to end, by their patches and their grid."""
-    patch_hashes = hash_rows(patches).split(grids.prod(1).tolist())
+    patch_hashes = hash_rows(patches, seed).split(grids.prod(1).tolist())
     hashes = []
     for grid, hashes_of_image in zip(grids, patch_hashes, strict=True):
         # The same patches in another grid are another image.
         numbers = torch.cat([grid, hashes_of_image])
-        hashes.append(hash_rows(numbers[None]))
+        hashes.append(hash_rows(numbers[None], seed))
     return torch.cat(hashes)
 
 

@@ -27,7 +27,7 @@ from cafe.packing.branch import (
     image_token_type_ids,
     prefix_lm_token_type_ids,
 )
-from cafe.packing.pack import PackedBatch, collate_vision, count_crops, pack
+from cafe.packing.pack import PackedBatch, collate_vision, count_crops, pack, pack_with_layout
 from cafe.packing.rows import DEFAULT_PACKING, Layout, PackingConfig, build_layout
 from cafe.packing.tree import count_unique_tokens
 from cafe.packing.work import NO_WORK, PackWork, count_work
@@ -50,5 +50,6 @@ __all__ = [
     "default_position_ids",
     "image_token_type_ids",
     "pack",
+    "pack_with_layout",
     "prefix_lm_token_type_ids",
 ]

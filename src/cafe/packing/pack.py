@@ -67,6 +67,16 @@ def pack(
         lm_branches: for each example, the branches whose supervised tokens are predicted.
         packing: how to pack.
     """
+    packed, _ = pack_with_layout(embedding_branches, lm_branches, packing)
+    return packed
+
+
+def pack_with_layout(
+    embedding_branches: Sequence[Sequence[Branch]],
+    lm_branches: Sequence[Sequence[Branch]],
+    packing: PackingConfig = DEFAULT_PACKING,
+) -> tuple[PackedBatch, Layout]:
+    """Pack the branches of some examples as `pack` does, and return where each of their tokens lies, too."""
     groups = [[*first, *second] for first, second in zip(embedding_branches, lm_branches, strict=True)]
     branches = list(chain.from_iterable(groups))
     layout = build_layout(groups, packing)
@@ -75,7 +85,7 @@ def pack(
     tree = None
     if packing.share_prefixes:
         tree = make_tree(layout.subtree_end, torch.cat([embedding_index, logits_index]), packing.kernel)
-    return PackedBatch(
+    packed = PackedBatch(
         inputs=inputs,
         tree=tree,
         embedding_index=embedding_index,
@@ -84,6 +94,7 @@ def pack(
         row_lengths=tuple(layout.valid.sum(1).tolist()),
         pixel_decoder=pixel_decoder,
     )
+    return packed, layout
 
 
 def _index_tensors(

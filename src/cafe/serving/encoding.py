@@ -43,7 +43,7 @@ class JobEncoder:
         messages = embedding_messages(content, self.chat_processor.prompts)
         images = self._load(messages, content.images)
         branch = self.chat_processor.encode_embedding(messages, images)
-        return EmbedJob(**self._inputs(branch, content.images))
+        return EmbedJob(**self._inputs(branch, images, content.images))
 
     def chat(self, messages: list[Message], refs: Sequence[ImageRef], **options: Any) -> ChatJob:
         """Encode a chat that is to be answered.
@@ -57,17 +57,18 @@ class JobEncoder:
             RecordError: an image cannot be read, or the model's template refuses the turns.
             ContextLengthError: the chat is too long.
         """
-        return ChatJob(**self._inputs(self._encode_prompt(messages, refs), refs), **options)
+        return ChatJob(**self._prompt_inputs(messages, refs), **options)
 
     def score(self, messages: list[Message], refs: Sequence[ImageRef], token_ids: tuple[int, ...]) -> ScoreJob:
         """Encode a chat of whose answer the first token is to be scored; see `chat`."""
-        return ScoreJob(**self._inputs(self._encode_prompt(messages, refs), refs), token_ids=token_ids)
+        return ScoreJob(**self._prompt_inputs(messages, refs), token_ids=token_ids)
 
-    def _encode_prompt(self, messages: list[Message], refs: Sequence[ImageRef]) -> Branch:
+    def _prompt_inputs(self, messages: list[Message], refs: Sequence[ImageRef]) -> dict[str, Any]:
         """Encode a chat up to where the assistant answers."""
         if not any(message["role"] == "system" for message in messages):
             messages = [*system_messages(self.chat_processor.prompts), *messages]
-        return self.chat_processor.encode_prompt(messages, self._load(messages, refs))
+        images = self._load(messages, refs)
+        return self._inputs(self.chat_processor.encode_prompt(messages, images), images, refs)
 
     def _load(self, messages: Sequence[Message], refs: Sequence[ImageRef]) -> ProcessedImages:
         """Load images, once it is known that the words are not too many."""
@@ -76,7 +77,7 @@ class JobEncoder:
             raise ContextLengthError(f"The text has {num_characters:,} characters, more than the model reads.")
         return self.chat_processor.load_images(refs)
 
-    def _inputs(self, branch: Branch, refs: Sequence[ImageRef]) -> dict[str, Any]:
+    def _inputs(self, branch: Branch, images: ProcessedImages, refs: Sequence[ImageRef]) -> dict[str, Any]:
         """Return what all jobs hold.
 
         Raises:
@@ -86,7 +87,19 @@ class JobEncoder:
             raise ContextLengthError(
                 f"The input has {len(branch):,} tokens, over the limit of {self.limits.max_input_tokens:,}."
             )
-        return {"branch": branch, "image_key": image_key(refs), "timeout": self.limits.timeout}
+        key = image_key(refs)
+        prefix_length = end_of_images(branch, images) if key else 0
+        return {"branch": branch, "image_key": key, "prefix_length": prefix_length, "timeout": self.limits.timeout}
+
+
+def end_of_images(branch: Branch, images: ProcessedImages) -> int:
+    """Return the number of tokens up to the end of the last image; 0 without images."""
+    if not branch.image_mask.any():
+        return 0
+    # An image may end in tokens of another kind, which some families compute from the image as well.
+    last = int(branch.image_mask.nonzero()[-1])
+    run = images.token_runs[-1]
+    return last + 1 + run[::-1].index(int(branch.input_ids[last]))
 
 
 def image_key(refs: Sequence[ImageRef]) -> str:

@@ -77,6 +77,7 @@ class Job:
     Attributes:
         branch: the tokens and images.
         image_key: a digest of the images' bytes, by which what was computed for them is found again; empty for none.
+        prefix_length: the tokens up to the end of the last image, from which later jobs may continue; 0 for none.
         timeout: seconds until the job is given up.
         future: the result, set by the engine: an `EngineError` or a `DeadlineError` if there is none.
         cached_tokens: the tokens of the branch that did not have to be read again, set by the engine.
@@ -84,15 +85,30 @@ class Job:
 
     branch: Branch
     image_key: str = ""
+    prefix_length: int = 0
     timeout: float = 120.0
     future: "Future[Any]" = field(default_factory=Future)
     created: float = field(default_factory=time.monotonic)
     cached_tokens: int = 0
 
     @property
-    def deadline(self) -> float:
-        """Return the time, of `time.monotonic`, at which the job is given up."""
-        return self.created + self.timeout
+    def is_cancelled(self) -> bool:
+        """Return whether nobody waits for the result any more."""
+        return self.future.cancelled()
+
+    def is_late(self, now: float) -> bool:
+        """Return whether it should have been done by a time of `time.monotonic`."""
+        return now > self.created + self.timeout
+
+    def resolve(self, result: Any) -> None:
+        """Set the result, or the error if it is one; without effect on a job that is over."""
+        # A future that is running cannot be cancelled, so nobody can come between these calls.
+        if self.future.done() or not self.future.set_running_or_notify_cancel():
+            return
+        if isinstance(result, Exception):
+            self.future.set_exception(result)
+        else:
+            self.future.set_result(result)
 
 
 @dataclass(eq=False, kw_only=True)

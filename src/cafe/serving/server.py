@@ -4,13 +4,13 @@ import signal
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
 
 import uvicorn
+from PIL import Image
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.errors import CafeError
@@ -25,6 +25,7 @@ from cafe.serving.engine import Engine
 from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.metrics import Metrics
 from cafe.serving.security import is_loopback
+from cafe.serving.served_model import ServedModel
 from cafe.serving.services import Services
 
 BACKLOG = 512  # connections that the system accepts before the server does
@@ -84,24 +85,23 @@ def running_services(config: ServingConfig, model: Cafe, collection: Path | None
     Raises:
         CafeError: the model is not the one that made the collection.
     """
-    metrics = Metrics()
-    images = ImageWorkers(model.chat_processor)
-    try:
-        # From here on, no image is decoded in this process.
-        model_id, chat_processor = model_id_of(model), model.chat_processor.with_images(images)  # type: ignore[arg-type]
-        model = replace(model, chat_processor=chat_processor)
-        opened = Collection.open(collection, model) if collection else None
-        if opened is not None:
-            _ = opened.model  # compares the golden vectors, before the engine takes the model
+    metrics, limits = Metrics(), config.limits
+    with ExitStack() as stack:
+        images = ImageWorkers(
+            model.chat_processor, config.image_workers, cache_bytes=config.engine.cache_bytes // 3, metrics=metrics
+        )
+        stack.callback(images.close)
         engine = Engine(model, config.engine, metrics)
         engine.start()
-        try:
-            encoder = JobEncoder(chat_processor, config.limits)
-            yield Services(model, model_id, engine, encoder, images, opened, config, metrics)
-        finally:
-            engine.stop()
-    finally:
-        images.close()
+        stack.callback(engine.stop)
+        # From here on, no image is decoded in this process, and the model runs in the engine's thread alone.
+        served = ServedModel.of(engine, images, limits.timeout)
+        opened = Collection.open(collection, served) if collection else None
+        if opened is not None:
+            _ = opened.model  # compares the golden vectors
+        images.process([Image.new("RGB", (64, 64))])  # until then, a process is being started
+        encoder = JobEncoder(served.chat_processor, limits)
+        yield Services(served, model_id_of(model), engine, encoder, images, opened, config, metrics)
 
 
 def model_id_of(model: Cafe) -> str:

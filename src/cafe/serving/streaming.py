@@ -118,7 +118,7 @@ async def chat_pieces(job: ChatJob, mailbox: Mailbox[Piece | None], timeout: flo
 class EventStream(StreamingResponse):
     """Stream an answer as server-sent events, and cancel its job if the client goes away, even before it begins."""
 
-    def __init__(self, events: AsyncIterator[str], job: ChatJob) -> None:
+    def __init__(self, events: AsyncIterator[str], job: ChatJob | None) -> None:
         # A proxy that collects a stream before it passes it on makes none of it.
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         super().__init__(events, media_type="text/event-stream", headers=headers)
@@ -129,7 +129,8 @@ class EventStream(StreamingResponse):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self.job.future.cancel()
+            if self.job:
+                self.job.future.cancel()
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -1,0 +1,245 @@
+"""Run the model for jobs: read some of them in one pass, and decode a token of every running chat."""
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache
+
+from cafe.lvlm.families import find_vision_tower
+from cafe.lvlm.forward import compute_logits, forward_packed
+from cafe.lvlm.slot_cache import KeyValues, read_slots, select_key_values
+from cafe.lvlm.vision_cache import VisionCache
+from cafe.model import Cafe
+from cafe.packing import pack_with_layout
+from cafe.serving.chats import ChatBatch, RunningChat, SlotChats, StaticChats
+from cafe.serving.config import EngineConfig
+from cafe.serving.jobs import ChatJob, EmbedJob, EngineError, Job, ScoreJob
+from cafe.serving.metrics import Metrics
+from cafe.serving.prefixes import PrefixCache
+from cafe.serving.sampling import choose_tokens
+
+logger = logging.getLogger(__name__)
+
+
+class ModelRunner:
+    """Read jobs and decode chats on one model. All methods are called in one thread.
+
+    Where the model can share prefixes, chats join and leave one running batch, and a job about images that were read
+    lately continues from their keys and values. Elsewhere, chats that are read together stay together.
+
+    Attributes:
+        num_failures: jobs that the model could not do although they were alone.
+    """
+
+    def __init__(self, model: Cafe, config: EngineConfig, metrics: Metrics) -> None:
+        self.model, self.metrics = model, metrics
+        self.can_join = model.packing.share_prefixes
+        self.slots = SlotChats(model)
+        self.static: list[StaticChats] = []
+        self.prefixes = PrefixCache(config.cache_bytes // 3, metrics)
+        tower = find_vision_tower(model.lvlm)
+        self.features: VisionCache | None = None
+        if tower is not None and config.cache_bytes:
+            seed, max_bytes = secrets.randbits(63), config.cache_bytes // 3
+            self.features = VisionCache(tower, model.lvlm.config, max_bytes=max_bytes, seed=seed)
+        self.num_failures = 0
+
+    @property
+    def batches(self) -> list[ChatBatch]:
+        """Return the batches of running chats."""
+        return [self.slots, *self.static]
+
+    @property
+    def num_chats(self) -> int:
+        """Return the number of running chats."""
+        return sum(len(batch.chats) for batch in self.batches)
+
+    @torch.inference_mode()
+    def read(self, jobs: Sequence[Job]) -> None:
+        """Read jobs: embeddings and scores are done then, and chats run."""
+        # No other thread runs the tower, of which `enabled` replaces the forward pass.
+        seen: AbstractContextManager[Any] = self.features.enabled() if self.features else nullcontext()
+        with seen:
+            if self.can_join:
+                prefixes = {job: prefix for job in jobs if (prefix := self.prefixes.get(job)) is not None}
+                self._isolated([job for job in jobs if job not in prefixes], self._read_packed)
+                self._isolated(list(prefixes), lambda some: self._read_continued({job: prefixes[job] for job in some}))
+            else:
+                self._isolated([job for job in jobs if isinstance(job, ChatJob)], self._read_static)
+                self._isolated([job for job in jobs if not isinstance(job, ChatJob)], self._read_packed)
+
+    @torch.inference_mode()
+    def decode(self) -> None:
+        """Decode one token of every running chat."""
+        for batch in self.batches:
+            if not batch.chats:
+                continue
+            try:
+                logits = batch.next_logits(0, len(batch.chats))
+            except Exception:
+                logger.exception("%d chats cannot be decoded together.", len(batch.chats))
+                self._decode_one_by_one(batch)
+            else:
+                self._advance(batch, 0, logits)
+        self._forget_empty()
+
+    def drop(self, is_over: Callable[[Job], bool]) -> None:
+        """Take out the chats of which a function says that they are over."""
+        for batch in self.batches:
+            for index in reversed(range(len(batch.chats))):
+                if is_over(batch.chats[index].job):
+                    batch.remove(index)
+        self._forget_empty()
+
+    def _isolated(self, jobs: Sequence[Job], read: Callable[[Sequence[Job]], None]) -> None:
+        """Read jobs together, or one at a time if that fails, so that one of them fails alone."""
+        if not jobs:
+            return
+        num_running = len(self.slots.chats)
+        try:
+            read(jobs)
+        except Exception:
+            logger.exception("%d jobs cannot be read.", len(jobs))
+            self.slots.truncate(num_running)
+            if len(jobs) == 1:
+                self._fail(jobs[0])
+                return
+            for job in jobs:
+                self._isolated([job], read)
+
+    def _read_packed(self, jobs: Sequence[Job]) -> None:
+        """Read jobs in one pass, in which what they begin with in common is read once."""
+        lvlm = self.model.lvlm
+        packed, layout = pack_with_layout([[job.branch] for job in jobs], [[]] * len(jobs), self.model.packing)
+        # Keys and values are kept where something continues from them: an answer, or later jobs on the same images.
+        keeps = [self.can_join and (isinstance(job, ChatJob) or job.prefix_length > 0) for job in jobs]
+        cache = DynamicCache(config=lvlm.config.get_text_config()) if any(keeps) else None
+        hidden, _ = forward_packed(lvlm, packed, cache)
+        kept: dict[Job, KeyValues] = {}
+        if cache is not None:
+            for job, keep, coords in zip(jobs, keeps, layout.coords, strict=True):
+                if keep:
+                    kept[job] = select_key_values(cache, coords)
+                    self.prefixes.put(job, kept[job])
+        self.metrics.tokens.labels(kind="read").inc(packed.num_tokens)
+
+        self._finish(jobs, hidden)
+        first = len(self.slots.chats)
+        rows = [row for row, job in enumerate(jobs) if isinstance(job, ChatJob)]
+        for row in rows:
+            job = jobs[row]
+            assert isinstance(job, ChatJob)
+            self.slots.join(RunningChat(self.model, job), kept[job])
+        if rows:
+            self._advance(self.slots, first, compute_logits(lvlm, hidden[rows]))
+
+    def _read_continued(self, prefixes: dict[Job, KeyValues]) -> None:
+        """Read the rest of jobs whose prefixes were read before, each in a slot."""
+        lvlm, cache, first = self.model.lvlm, self.slots.cache, len(self.slots.chats)
+        # Chats come first: they stay in their slots, and the others leave theirs.
+        jobs = sorted(prefixes, key=lambda job: not isinstance(job, ChatJob))
+        tokens, positions = [], []
+        for job in jobs:
+            job.cached_tokens = job.prefix_length
+            tokens.append(job.branch.input_ids[job.cached_tokens :])
+            positions.append(self.model.packing.position_ids_fn(job.branch)[:, job.cached_tokens :].T)
+            cache.join(prefixes[job], room=len(tokens[-1]))
+        hidden = read_slots(
+            lvlm,
+            cache,
+            first,
+            [len(rest) for rest in tokens],
+            pad_sequence(tokens, batch_first=True),
+            pad_sequence(positions, batch_first=True).movedim(2, 0),
+        )
+        self.metrics.tokens.labels(kind="read").inc(sum(map(len, tokens)))
+
+        chats = [job for job in jobs if isinstance(job, ChatJob)]
+        self.slots.chats += [RunningChat(self.model, job) for job in chats]
+        self.slots.truncate(len(self.slots.chats))
+        self._finish(jobs, hidden)
+        if chats:
+            self._advance(self.slots, first, compute_logits(lvlm, hidden[: len(chats)]))
+
+    def _read_static(self, jobs: Sequence[Job]) -> None:
+        """Read chats that stay together."""
+        chats = [RunningChat(self.model, job) for job in jobs if isinstance(job, ChatJob)]
+        batch = StaticChats(self.model, chats)
+        logits = batch.prefill()
+        self.static.append(batch)
+        self.metrics.tokens.labels(kind="read").inc(sum(len(job.branch) for job in jobs))
+        self._advance(batch, 0, logits)
+        self._forget_empty()
+
+    def _finish(self, jobs: Sequence[Job], hidden: Float[Tensor, "jobs dim"]) -> None:
+        """Set the results of jobs of which one hidden state is the answer."""
+        # One transfer for all, which a GPU is waited for.
+        vectors = F.normalize(hidden.float(), dim=-1).cpu().numpy()
+        for row, job in enumerate(jobs):
+            if isinstance(job, EmbedJob):
+                result = vectors[row]
+            elif isinstance(job, ScoreJob):
+                result = compute_logits(self.model.lvlm, hidden[row])[list(job.token_ids)].cpu().numpy()
+            else:
+                continue
+            if torch.from_numpy(result).isfinite().all():
+                job.resolve(result)
+            else:
+                self._fail(job)
+
+    def _decode_one_by_one(self, batch: ChatBatch) -> None:
+        """Decode each chat of a batch by itself, after an error; those that fail again are given up."""
+        for index in reversed(range(len(batch.chats))):
+            try:
+                if not batch.can_retry:
+                    raise EngineError
+                logits = batch.next_logits(index, index + 1)
+            except Exception:
+                self._fail(batch.chats[index].job)
+                batch.remove(index)
+            else:
+                self._advance(batch, index, logits)
+
+    def _advance(self, batch: ChatBatch, first: int, logits: Float[Tensor, "chats vocabulary"]) -> None:
+        """Choose the next tokens of some chats of a batch, and take out those that are complete."""
+        now = time.monotonic()
+        chats = batch.chats[first : first + len(logits)]
+        tokens = choose_tokens(logits, [chat.chooser for chat in chats])
+        self.metrics.tokens.labels(kind="generated").inc(len(tokens))
+        # From the last one on, because the last chat takes the place of one that leaves.
+        for index in reversed(range(len(chats))):
+            chat, token = chats[index], tokens[index]
+            if isinstance(token, EngineError):
+                self._fail(chat.job)
+            else:
+                self._observe(chat, now)
+                chat.push(token)
+                if chat.finish_reason is None:
+                    continue
+                chat.job.resolve(chat.finish_reason)
+            batch.remove(first + index)
+
+    def _observe(self, chat: RunningChat, now: float) -> None:
+        """Measure how long a token was waited for."""
+        if chat.num_tokens:
+            self.metrics.token_seconds.observe(now - chat.last_token_at)
+        else:
+            self.metrics.first_token_seconds.observe(now - chat.job.created)
+
+    def _fail(self, job: Job) -> None:
+        """Give up a job that the model cannot do."""
+        self.num_failures += 1
+        job.resolve(EngineError("The model cannot do this job."))
+
+    def _forget_empty(self) -> None:
+        """Forget batches in which no chat runs any more."""
+        self.static = [batch for batch in self.static if batch.chats]
