@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import schemathesis
 from datasets import Dataset
-from hypothesis import HealthCheck, given, settings
 from http_samples import error_of
+from hypothesis import HealthCheck, given, settings
 from mteb._create_dataloaders import create_dataloader
 from mteb.models.model_implementations.openai_models import OpenAIModel
 from mteb.models.openai_wrappers import OpenAIAPIEncodeWrapper, OpenAIAPIRerankWrapper

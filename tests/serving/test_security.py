@@ -2,12 +2,14 @@
 
 import gzip
 import json
+from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import pytest
-from http_samples import connect, error_of, post_head, send_raw
+from http_samples import blocked, connect, error_of, post_head, send_raw
 from starlette.datastructures import Headers
 
-from cafe.serving.config import ServingConfig
+from cafe.serving.config import EngineConfig, ServingConfig
+from cafe.serving.connection import Connection
 from cafe.serving.errors import ApiError
 from cafe.serving.security import check_host, check_origin, is_loopback
 
@@ -142,5 +144,59 @@ def test_every_answer_has_the_headers(http, path):
 
 def test_websockets_are_refused(url):
     head = "GET / HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
-    answer = send_raw(url, f"{head}Sec-WebSocket-Key: YQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
-    assert answer.startswith(b"HTTP/1.1 4")
+    with connect(url) as connection:
+        connection.sendall(f"{head}Sec-WebSocket-Key: YQ==\r\nSec-WebSocket-Version: 13\r\n\r\n".encode())
+        assert connection.recv(65536).startswith(b"HTTP/1.1 404")
+
+
+def test_headers_that_do_not_come_close_the_connection(url, http, monkeypatch):
+    monkeypatch.setattr(Connection, "header_seconds", 0.2)
+    assert send_raw(url) == b""
+    assert send_raw(url, b"GET /health HTTP/1.1\r\nHost: loc") == b""
+    # The second request on a connection too.
+    with connect(url) as connection:
+        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        connection.sendall(b"GET /health")
+        while connection.recv(65536):
+            pass
+    assert http.embed("a").ok
+
+
+def test_a_connection_may_wait_between_requests(url, monkeypatch):
+    monkeypatch.setattr(Connection, "header_seconds", 0.1)
+    request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with connect(url) as connection:
+        for _ in range(3):
+            connection.sendall(request)
+            assert b"200 OK" in connection.recv(65536)
+            connection.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                connection.recv(1)
+            connection.settimeout(30)
+
+
+def test_more_requests_than_can_wait_are_refused(serve, services):
+    server = serve(engine_config=EngineConfig(max_waiting=1, max_chats=1))
+    with ThreadPoolExecutor(3) as pool:
+        with blocked(services.engine):
+            asking = [pool.submit(server.embed, "a") for _ in range(3)]
+            refused = next(as_completed(asking))
+            assert error_of(refused.result()) == (429, "overloaded")
+            assert server.get("/health").ok
+        assert all(each.result().ok for each in asking if each is not refused)
+
+
+def test_bodies_are_held_up_to_a_limit(serve):
+    server = serve(max_body_bytes=1000)
+    body = json.dumps({"input": "a" * 900}).encode()
+    waiting = [connect(server.url) for _ in range(8)]
+    for connection in waiting:  # all but the last byte, so that the server holds them
+        connection.sendall(post_head(len(body)) + body[:-1])
+    while (response := server.embed("b" * 900)).ok:
+        pass
+    assert error_of(response) == (429, "overloaded")
+    for connection in waiting:
+        connection.close()
+    while not server.embed("b" * 900).ok:
+        pass

@@ -132,7 +132,7 @@ def test_an_ipv6_address_has_brackets():
 
 
 def test_an_address_that_is_taken_is_said_in_a_sentence():
-    with bind("127.0.0.1", 0) as listening, pytest.raises(CafeError, match="cannot listen on 127.0.0.1, port"):
+    with bind("127.0.0.1", 0) as listening, pytest.raises(CafeError, match=r"cannot listen on 127\.0\.0\.1, port"):
         bind("127.0.0.1", listening.getsockname()[1])
     with pytest.raises(CafeError, match="There is no address"):
         bind("no.such.host.invalid", 0)

@@ -19,6 +19,7 @@ from cafe.index.golden import load_recorded_model
 from cafe.model import Cafe
 from cafe.serving.app import create_app
 from cafe.serving.config import ServingConfig
+from cafe.serving.connection import Connection
 from cafe.serving.encoding import JobEncoder
 from cafe.serving.engine import Engine
 from cafe.serving.image_workers import ImageWorkers
@@ -124,7 +125,7 @@ class Server(uvicorn.Server):
         self.ready = Event()
         config = uvicorn.Config(
             self.app,
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -146,7 +147,7 @@ class Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Stop taking requests, and end once those that were taken are done."""
-        self.app.state.server.is_stopping = True
+        self.app.state.load.is_stopping = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
@@ -155,7 +156,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end: once the server is stopping and no request is being answered."""
-        self.should_exit = self.app.state.server.is_stopping and not self.server_state.tasks
+        self.should_exit = self.app.state.load.is_stopping and not self.server_state.tasks
         return await super().on_tick(counter)
 
 
