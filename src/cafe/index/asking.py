@@ -91,7 +91,7 @@ def ask(
     if each or len(sources) == 1:
         pieces = _ask_each(model, question, sources, images, max_new_tokens)
     else:
-        pieces = iter(model.generate(prompt_content(question, sources, images), "", max_new_tokens, stream=True))
+        pieces = iter(model.generate(question_content(question, sources, images), "", max_new_tokens, stream=True))
     answer = Answer(sources, pieces)
     if not stream:
         _ = answer.text  # waits for the end
@@ -102,8 +102,7 @@ def _ask_each(
     model: Cafe, question: str, sources: Sequence[Hit], images: Sequence[Image.Image], max_new_tokens: int
 ) -> Iterator[str]:
     """Yield the answer of each image to the question, in a line that begins with its number."""
-    # As in training, where a question follows its image and nothing else is said. A page brings its text along.
-    contents = [Content((*_quoted(hit, image), question)) for hit, image in zip(sources, images, strict=True)]
+    contents = [question_content(question, [hit], [image]) for hit, image in zip(sources, images, strict=True)]
     if len(contents) == 1:
         yield from model.generate(contents[0], "", max_new_tokens, stream=True)
         return
@@ -111,7 +110,15 @@ def _ask_each(
         yield f"[{number}] {text}\n"
 
 
-def prompt_content(question: str, sources: Sequence[Hit], images: Sequence[Image.Image]) -> Content:
+def question_content(question: str, sources: Sequence[Hit], images: Sequence[Image.Image | ImageRef]) -> Content:
+    """Make the prompt that asks about an image by itself, or about several at once."""
+    if len(sources) != 1:
+        return prompt_content(question, sources, images)
+    # As in training, where a question follows its image and nothing else is said. A page brings its text along.
+    return Content((*_quoted(sources[0], images[0]), question))
+
+
+def prompt_content(question: str, sources: Sequence[Hit], images: Sequence[Image.Image | ImageRef]) -> Content:
     """Make the prompt that asks about several images at once, with their numbers and the dates they were taken."""
     parts: list[Part] = [_NOTE]
     for number, (hit, image) in enumerate(zip(sources, images, strict=True), 1):
@@ -119,9 +126,10 @@ def prompt_content(question: str, sources: Sequence[Hit], images: Sequence[Image
     return Content((*parts, f"Question: {question}"))
 
 
-def _quoted(hit: Hit, image: Image.Image) -> tuple[Part, ...]:
+def _quoted(hit: Hit, image: Image.Image | ImageRef) -> tuple[Part, ...]:
     """Return an image, with the words on it or with it as a quotation, if there are any."""
+    ref = image if isinstance(image, ImageRef) else ImageRef(image)
     text = hit.text.replace(_QUOTE, "").strip()[:MAX_TEXT]
     if not text:
-        return (ImageRef(image),)
-    return ImageRef(image), f"\nIts text, quoted: {_QUOTE}{text}{_QUOTE}\n"
+        return (ref,)
+    return ref, f"\nIts text, quoted: {_QUOTE}{text}{_QUOTE}\n"

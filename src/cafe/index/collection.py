@@ -286,7 +286,7 @@ class Collection:
         Args:
             min_similarity: the least cosine similarity of two images in a group.
         """
-        return find_duplicates(self._read(), min_similarity)
+        return find_duplicates(self.read_snapshot(), min_similarity)
 
     def load_image(self, hit: Hit) -> Image.Image:
         """Load the image of a hit, upright and in RGB.
@@ -296,6 +296,21 @@ class Collection:
         """
         return load_image(hit.id, hit.path, hit.page, self.manifest.roots)
 
+    def read_snapshot(self) -> Snapshot:
+        """Return what searching needs, read again if another process has written since."""
+        generation = self._generation()
+        snapshot = self._snapshot
+        try:
+            if snapshot is None or snapshot.store.directory != generation or snapshot.version != snapshot.store.version:
+                store, _ = open_store(generation)
+                self._snapshot = snapshot = Snapshot.read(store)
+        except CafeError:
+            if self._generation() == generation:
+                raise
+            # Another process has just put another generation into use, and deleted this one.
+            return self.read_snapshot()
+        return snapshot
+
     def failures(self) -> dict[str, str]:
         """Return the places whose content cannot be read, each with the reason."""
         store, _ = open_store(self._generation())
@@ -304,7 +319,7 @@ class Collection:
 
     def info(self) -> dict[str, Any]:
         """Return what there is to know about the collection."""
-        return summarize(self.directory, self.manifest, self._read(), len(self.failures()))
+        return summarize(self.directory, self.manifest, self.read_snapshot(), len(self.failures()))
 
     def verify(self, progress: bool = False) -> list[str]:
         """Check rows, hashes of files and golden vectors, and return a message for each problem."""
@@ -376,24 +391,10 @@ class Collection:
             raise no_collection(self.directory)
         return generation
 
-    def _read(self) -> Snapshot:
-        """Return what searching needs, read again if another process has written since."""
-        generation = self._generation()
-        snapshot = self._snapshot
-        try:
-            if snapshot is None or snapshot.store.directory != generation or snapshot.version != snapshot.store.version:
-                store, _ = open_store(generation)
-                self._snapshot = snapshot = Snapshot.read(store)
-        except CafeError:
-            if self._generation() == generation:
-                raise
-            return self._read()  # another process has just put another generation into use, and deleted this one
-        return snapshot
-
     def _read_with_model(self) -> tuple[Snapshot, Cafe]:
         """Return what searching needs, and the model that made it."""
         while True:
-            snapshot, model = self._read(), self.model
+            snapshot, model = self.read_snapshot(), self.model
             # While the model is loaded, another process may put another generation into use, and delete this one.
             if snapshot.store.directory == self._model_generation == self._generation():
                 return snapshot, model

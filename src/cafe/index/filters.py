@@ -5,7 +5,7 @@ import operator
 import os
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import date, datetime, timedelta
 from pathlib import Path
@@ -144,9 +144,14 @@ def _is_in(path: str, folder: str) -> bool:
     if os.sep in folder or folder in (".", "..", "~"):
         below = os.path.abspath(os.path.expanduser(folder))
         return path.startswith(below.rstrip(os.sep) + os.sep)
+    return is_part_of_any(folder, Path(path).parent.parts)
+
+
+def is_part_of_any(part: str, names: Iterable[str]) -> bool:
+    """Return whether a text is a part of any name, in any case."""
     # Names are composed, because macOS writes "é" as two characters where keyboards give one.
-    name = unicodedata.normalize("NFC", folder).casefold()
-    return any(name in unicodedata.normalize("NFC", part).casefold() for part in Path(path).parent.parts)
+    composed = unicodedata.normalize("NFC", part).casefold()
+    return any(composed in unicodedata.normalize("NFC", name).casefold() for name in names)
 
 
 def _parse_date(value: str | date | None) -> datetime | None:

@@ -24,6 +24,10 @@ _SIGNS = {"+": 1.0, "-": -1.0}
 _MIN_NORM = 1e-3  # of the sum of terms, relative to their weights; below is what rounding leaves of nothing
 
 
+class EmptyQueryError(CafeError):
+    """Report a query that searches for nothing."""
+
+
 @dataclass(frozen=True)
 class Term:
     """Hold one part of a query, and its weight in the sum, which is negative for what is not wanted."""
@@ -43,13 +47,13 @@ class Query:
         """Make a query of whatever `Content.of` takes: a string is words, a `Path` is an image.
 
         Raises:
-            CafeError: nothing is searched for.
+            EmptyQueryError: nothing is searched for.
         """
         if isinstance(value, Query):
             return value
         content = Content.of(value)
         if not content.images and not content.text.strip():
-            raise CafeError("There is nothing to search for: give words or an image.")
+            raise EmptyQueryError("There is nothing to search for: give words or an image.")
         return cls((Term(content),))
 
     @classmethod
@@ -91,7 +95,8 @@ class Query:
         """Embed the terms, and return their weighted sum as a unit vector.
 
         Raises:
-            CafeError: the terms cancel out, or an image cannot be read.
+            EmptyQueryError: the terms cancel out.
+            RecordError: an image cannot be read.
         """
         # Unit vectors, so that weights mean the same for words and images.
         vectors = model.embed([term.content for term in self.terms])
@@ -99,7 +104,7 @@ class Query:
         total = weights @ vectors
         norm = float(np.linalg.norm(total))
         if not norm > _MIN_NORM * np.abs(weights).sum():
-            raise CafeError("The terms of the query cancel out, so that nothing is searched for.")
+            raise EmptyQueryError("The terms of the query cancel out, so that nothing is searched for.")
         unit: Float32[np.ndarray, " dim"] = total / norm
         return unit
 

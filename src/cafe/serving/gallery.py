@@ -1,0 +1,193 @@
+"""What a server tells about a collection: its images by opaque ids, and names of folders, but no path."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from functools import cached_property
+from itertools import chain, islice
+from pathlib import Path
+from threading import Lock
+
+import numpy as np
+from PIL import Image
+
+from cafe.content import DEFAULT_LIMITS, ImageRef
+from cafe.errors import CafeError
+from cafe.images.files import read_image_file
+from cafe.index.collection import Collection
+from cafe.index.filters import Filters, Predicate
+from cafe.index.manifest import Root
+from cafe.index.pixels import is_file, load_image
+from cafe.index.searching import Hit, Sort, make_hit, sort_hits
+from cafe.index.snapshot import Snapshot
+from cafe.lvlm.processing import ChatProcessor
+from cafe.serving.image_workers import ImageWorkers
+from cafe.serving.search_schemas import FoundImage
+
+NUM_SAMPLED = 1000  # places in which names of columns are looked for
+_ANYWHERE = Filters().compile()
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Hold a collection as it was at one version.
+
+    Images are known by the digest of their content, which tells nothing about where they are, and with which no other
+    file can be asked for.
+
+    Attributes:
+        snapshot: its images.
+        roots: what it was made of.
+    """
+
+    snapshot: Snapshot
+    roots: tuple[Root, ...]
+
+    def hit(self, id: str) -> Hit | None:
+        """Return an image by its id; None if it is not in the collection."""
+        number = self.snapshot.numbers.get(id.replace("-", "#"))
+        if number is None:
+            return None
+        return make_hit(self.snapshot, number, self.snapshot.place_of(number, _ANYWHERE), 0.0, 0.0)
+
+    def latest(self, predicate: Predicate, k: int, sort: Sort) -> list[Hit]:
+        """Return images without a search: the latest that pass the filters, in the order that is wanted."""
+        snapshot = self.snapshot
+        allowed = snapshot.allowed(predicate)
+        numbers = range(len(snapshot)) if allowed is None else np.flatnonzero(allowed).tolist()
+        # Where each of them is looks at the disk, so only for those that are shown.
+        ordered = sorted(
+            numbers,
+            key=lambda number: snapshot.taken_at(number, snapshot.places[number][0]),
+            reverse=sort != "oldest",
+        )
+        hits = [make_hit(snapshot, number, snapshot.place_of(number, predicate), 0.0, 0.0) for number in ordered[:k]]
+        return sort_hits(hits, sort)
+
+    @cached_property
+    def columns(self) -> list[str]:
+        """Return the names of the columns that came along with records, in order."""
+        names: set[str] = set()
+        for place in islice(chain.from_iterable(self.snapshot.places), NUM_SAMPLED):
+            names.update(json.loads(place.columns) if place.columns else ())
+        return sorted(map(printable, names))
+
+    @cached_property
+    def folders(self) -> list[str]:
+        """Return the names of all folders, in order."""
+        names: set[str] = set()
+        for root in self.roots:
+            if not root.is_source:
+                names.add(os.path.basename(root.path))
+        for places in self.snapshot.places:
+            for place in places:
+                names.update(Path(self._name(place.path, place.id)).parent.parts)
+        return sorted(map(printable, names - {""}), key=str.casefold)
+
+    @cached_property
+    def dates(self) -> tuple[date, date] | None:
+        """Return the days of the oldest and of the newest image; None if there are no images."""
+        snapshot = self.snapshot
+        times = [snapshot.taken_at(number, places[0]) for number, places in enumerate(snapshot.places)]
+        return (min(times).date(), max(times).date()) if times else None
+
+    def describe(self, hit: Hit, score: float | None) -> FoundImage:
+        """Return what a client is told about an image."""
+        name = Path(self._name(hit.path, hit.id))
+        columns = {
+            printable(column): printable(value) if isinstance(value, str) else value
+            for column, value in hit.columns.items()
+            if not (isinstance(value, str) and _is_location(value))
+        }
+        return FoundImage(
+            id=hit.key.replace("#", "-"),
+            name=printable(name.name),
+            folder=printable("" if name.parent == Path() else str(name.parent)),
+            page=hit.page,
+            score=score,
+            taken_at=hit.taken_at,
+            width=hit.width,
+            height=hit.height,
+            caption=printable(hit.caption or ""),
+            columns=columns,
+        )
+
+    def _name(self, path: str, id: str) -> str:
+        """Return the path of an image within what was indexed; without a file, the source and the record's number."""
+        if "#record=" in id and id != path:
+            return os.path.basename(path) + id[id.rindex("#record=") :]
+        for root in self.roots:
+            if path.startswith(root.path.rstrip(os.sep) + os.sep):
+                return os.path.relpath(path, root.path)
+        return os.path.basename(path)
+
+
+def source_refs(hits: Sequence[Hit], roots: Sequence[Root], images: ImageWorkers) -> tuple[list[Hit], list[ImageRef]]:
+    """Return the hits that can still be read, with their images; files are decoded later, where the model reads them.
+
+    Args:
+        hits: of a collection.
+        roots: what it was made of.
+        images: read the images of records.
+    """
+    sources: list[Hit] = []
+    refs: list[ImageRef] = []
+    for hit in hits:
+        try:
+            ref = _source_ref(hit, roots, images, f"image {len(refs) + 1}")
+        except (CafeError, OSError):
+            continue
+        sources.append(hit)
+        refs.append(ref)
+    return sources, refs
+
+
+def _source_ref(hit: Hit, roots: Sequence[Root], images: ImageWorkers, name: str) -> ImageRef:
+    """Return the image of a hit.
+
+    Raises:
+        CafeError: a page or a record cannot be read.
+        OSError: a file cannot be read.
+    """
+    # As bytes, by which what the model made of them is found again.
+    if is_file(hit.id, hit.path, hit.page):
+        return ImageRef(read_image_file(Path(hit.path), DEFAULT_LIMITS.max_bytes), name=name)
+    # A page is drawn in a process of its own, which a worker may not start.
+    if hit.page is not None:
+        return ImageRef(load_image(hit.id, hit.path, hit.page, roots), name=name)
+    return ImageRef(images.call(load_record_image, hit.id, hit.path, tuple(roots)), name=name)
+
+
+def load_record_image(chat_processor: ChatProcessor, id: str, path: str, roots: Sequence[Root]) -> Image.Image:
+    """Load the image of a record; called in a worker, which brings its chat processor."""
+    return load_image(id, path, None, roots)
+
+
+def printable(text: str) -> str:
+    """Return a text that can be sent: file names may hold bytes that are none."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _is_location(value: str) -> bool:
+    """Return whether a value tells where a file is on this machine."""
+    return os.path.isabs(value) or value.startswith("file:")
+
+
+class GalleryReader:
+    """Read a collection for many requests at once, and keep what was worked out for its version."""
+
+    def __init__(self) -> None:
+        self._gallery: Gallery | None = None
+        self._reading = Lock()
+
+    def read(self, collection: Collection) -> Gallery:
+        """Return the collection as it is now; quick where nothing was written since the last time."""
+        # One at a time: a page of thumbnails would have it read by all threads at first.
+        with self._reading:
+            snapshot, roots = collection.read_snapshot(), collection.manifest.roots
+            gallery = self._gallery
+            if gallery is None or gallery.snapshot is not snapshot or gallery.roots != roots:
+                self._gallery = gallery = Gallery(snapshot, roots)
+            return gallery
