@@ -7,14 +7,19 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import click
 import pytest
+from collection_samples import add
 from samples import noise
 
 from cafe.cli.serve import serve_command
+from cafe.index.collection import Collection
+from cafe.model import Cafe
 from cafe.serving.config import EngineConfig, RequestLimits
+from cafe.serving.server import running_server
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "serving.md").read_text()
@@ -41,19 +46,38 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def run_shell(code: str, url: str, model_id: str) -> str:
+    """Run the commands of an example, none of which may fail, and return what they print."""
+    code = for_server(code.replace("curl ", "curl --fail-with-body -sS "), url, model_id)
+    done = subprocess.run(["bash", "-eo", "pipefail", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"error"' not in done.stdout
+    return done.stdout
+
+
 @pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 @pytest.mark.parametrize("section", CURL)
 def test_curl_examples_of_the_page_are_answered(section, url, model_id, folder):
     for code in blocks(section, "sh"):
-        code = for_server(code.replace("curl ", "curl --fail-with-body -sS "), url, model_id)
-        done = subprocess.run(["bash", "-eo", "pipefail", "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout and '"error"' not in done.stdout
+        assert run_shell(code, url, model_id)
+
+
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
+def test_curl_examples_of_a_collection_are_answered(services, random_base, folder):
+    pytest.importorskip("lancedb")
+    collection = Collection.open(folder / "gallery", Cafe.load(random_base))
+    assert add(collection, folder / "cat.jpg") == {"added": 1}
+    with running_server(replace(services, collection=collection)) as url:
+        [code] = blocks("A collection", "sh")
+        printed = run_shell(code, url, services.model_id)
+    assert '"name":"cat.jpg"' in printed.replace(" ", "")  # of /search
+    assert '"sources"' in printed and '"done"' in printed  # of /ask
+    assert str(folder) not in printed
 
 
 @pytest.fixture
-def namespace(url: str, model_id: str, folder: Path) -> Iterator[dict]:
-    """What the examples in Python define, once those of OpenAI's client have run; they stand before the others."""
+def namespace(url: str, model_id: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[dict]:
+    """What the examples for OpenAI's client define, once they have run; what they print is captured."""
     names: dict = {"__name__": "serving"}
     for section in ("Embeddings", "Chat"):
         for code in blocks(section, "python"):
