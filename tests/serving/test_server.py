@@ -12,7 +12,7 @@ from dataclasses import replace
 from threading import Thread
 
 import pytest
-from http_samples import Http, RecordingEngine, blocked, error_of, user
+from http_samples import Http, RecordingEngine, blocked, connect, error_of, post_head, user
 
 from cafe.cli.main import main
 from cafe.cli.serve import KEY_VARIABLE
@@ -242,3 +242,19 @@ def test_a_model_that_did_not_make_the_collection_is_refused(collection_of_scene
         loaded_services(ServingConfig(), str(tmp_path / "other"), str(collection_of_scenes)),
     ):
         pass
+
+
+def test_a_second_signal_ends_the_command_at_once(random_base):
+    process, http = start("--model", str(random_base))
+    try:
+        with connect(http.url) as connection:
+            connection.sendall(post_head(100) + b"{")  # a request that the server waits for
+            while b'cafe_requests_total{route="other",status="404"}' not in http.get("/metrics").content:
+                http.get("/nothing")
+            process.send_signal(signal.SIGTERM)
+            while http.get("/ready").ok:
+                pass
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == -signal.SIGTERM
+    finally:
+        process.kill()
