@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv quickstart test test-lmms fuzz bench bench-index gpu docs browser clean
+.PHONY: venv quickstart test test-lmms fuzz bench bench-index bench-serving gpu docs browser clean
 
 venv: .venv/installed
 
@@ -38,6 +38,14 @@ bench-index: .venv/installed-dev
 	$(BIN)/python benchmarks/index_kills.py
 	$(BIN)/python benchmarks/scenes_search.py
 	$(BIN)/python benchmarks/rclip_rival.py
+
+# The server: about half an hour, of which five minutes are load and ten are fuzzing.
+bench-serving: .venv/installed-dev
+	$(BIN)/python benchmarks/serving_speed.py
+	$(BIN)/python benchmarks/serving_memory.py
+	$(BIN)/python benchmarks/serving_faults.py
+	$(BIN)/python benchmarks/serving_load.py
+	$(BIN)/python benchmarks/serving_fuzz.py
 
 # On a machine with a GPU, twelve minutes at most. The table is written whatever became of the steps.
 gpu: .venv/installed-dev

@@ -58,6 +58,7 @@ class Stream:
         num_tokens: what the server counted; 0 if it said nothing.
         finished: whether the stream ended as it should.
         body: of a response that is no stream, such as an error.
+        headers: by their names in lower case.
     """
 
     status: int = 0
@@ -67,6 +68,7 @@ class Stream:
     num_tokens: int = 0
     finished: bool = False
     body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
 
     @property
     def first(self) -> float:
@@ -139,13 +141,13 @@ class Connection:
         """
         answer = Stream(sent=time.perf_counter())
         async with asyncio.timeout(TIMEOUT):
-            answer.status, headers = await self._exchange(message)
+            answer.status, answer.headers = await self._exchange(message)
             # An error comes as it does without streaming.
-            if not headers.get("content-type", "").startswith("text/event-stream"):
-                answer.body = b"".join([part async for part in self._body(headers)])
+            if not answer.headers.get("content-type", "").startswith("text/event-stream"):
+                answer.body = b"".join([part async for part in self._body(answer.headers)])
                 return answer
             buffered = b""
-            async for part in self._body(headers):
+            async for part in self._body(answer.headers):
                 *events, buffered = (buffered + part).split(b"\n\n")
                 for event in events:
                     _read_event(event, answer)

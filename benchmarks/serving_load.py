@@ -15,11 +15,10 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from itertools import cycle
 from random import Random
 
 from common import Row, show
-from serving_client import Connection, Response
+from serving_client import Connection, encode_request
 from serving_poison import Poison, cheap_poison
 from serving_process import Server, sample_memory, serve
 from serving_work import (
@@ -111,7 +110,7 @@ async def send_embedding(connection: Connection, kind: str, work: EmbeddingWork,
     """Embed, and compare."""
     response = await connection.request(work.message)
     if response.status == 429:
-        await back_off(response, kind, tally)
+        await back_off(response.headers, kind, tally)
     elif response.status != 200:
         tally.add_wrong(kind, f"{response.status} {response.body[:200]!r}")
     elif not work.is_right(response):
@@ -124,8 +123,7 @@ async def send_chat(connection: Connection, work: ChatWork, tally: Tally) -> Non
     """Chat, and compare."""
     answer = await connection.stream(work.message)
     if answer.status == 429:
-        tally.add("chat", "429")
-        await asyncio.sleep(0.5)
+        await back_off(answer.headers, "chat", tally)
     elif answer.status != 200 or answer.body:
         tally.add_wrong("chat", f"{answer.status} {answer.body[:200]!r}")
     elif not work.is_right(answer):
@@ -135,9 +133,9 @@ async def send_chat(connection: Connection, work: ChatWork, tally: Tally) -> Non
         tally.tokens += answer.num_tokens
 
 
-async def back_off(response: Response, kind: str, tally: Tally) -> None:
+async def back_off(headers: dict[str, str], kind: str, tally: Tally) -> None:
     """Wait as a refused client should."""
-    seconds = response.headers.get("retry-after", "")
+    seconds = headers.get("retry-after", "")
     if not seconds.isdigit():
         tally.add_wrong(kind, f"429 with Retry-After {seconds!r}")
         return
@@ -154,7 +152,7 @@ async def send_poison(connection: Connection, pools: Pools, tally: Tally, chance
     poison = chance.choice(pools.poison)
     response = await connection.request(poison.message)
     if response.status == 429:
-        await back_off(response, "poison", tally)
+        await back_off(response.headers, "poison", tally)
     elif response.status not in poison.statuses or poison.code not in ("", response.error_code):
         tally.add_wrong("poison", f"{poison.name}: {response.status} {response.body[:200]!r}")
     else:
@@ -202,14 +200,14 @@ async def run_load(server: Server, pools: Pools, clients: int, seconds: float) -
 async def check_end(server: Server, tally: Tally) -> None:
     """Look whether the server is healthy and has nothing left to do."""
     async with connect(server) as connection:
-        for _ in cycle([None]):
-            response = await connection.request(b"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        busy = True
+        while busy:
+            response = await connection.request(encode_request("/metrics"))
             values = dict(line.rsplit(" ", 1) for line in response.body.decode().splitlines() if line[:1] not in "#")
-            busy = [name for name in values if name.startswith(("cafe_running_chats", "cafe_queue_depth"))]
-            if not any(float(values[name]) for name in busy):
-                break
+            gauges = [name for name in values if name.startswith(("cafe_running_chats", "cafe_queue_depth"))]
+            busy = any(float(values[name]) for name in gauges)
             await asyncio.sleep(0.2)
-        health = await connection.request(b"GET /health HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n")
+        health = await connection.request(encode_request("/health"))
         if health.status != 200:
             tally.add_wrong("health", f"{health.status} {health.body!r}")
 

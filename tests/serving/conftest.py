@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
+from http_samples import Http
 from openai import OpenAI
 
 from cafe.model import Cafe
@@ -40,20 +40,24 @@ def url(services: Services) -> Iterator[str]:
 
 
 @pytest.fixture
-def serve(services: Services) -> Iterator[Callable[..., str]]:
-    """A function that starts another server with the same model and returns its address.
+def serve(services: Services) -> Iterator[Callable[..., Http]]:
+    """A function that starts another server with the same model, and returns its client.
 
-    Its keywords are fields of the configuration, or of the limits.
+    Its keywords are other parts of the server, fields of the configuration and of the limits, and `engine_config`.
     """
     with ExitStack() as stack:
 
-        def start(**changes: object) -> str:
+        def start(**changes: Any) -> Http:
             """Start a server."""
-            of_limits = {name: value for name, value in changes.items() if hasattr(LIMITS, name)}
-            of_config = {name: value for name, value in changes.items() if name not in of_limits}
-            config = replace(CONFIG, limits=replace(LIMITS, **of_limits), **of_config)
-            encoder = replace(services.encoder, limits=config.limits)
-            return stack.enter_context(running_server(replace(services, config=config, encoder=encoder)))
+            parts, config, limits = (
+                {name: changes[name] for name in (field.name for field in fields(kind)) if name in changes}
+                for kind in (Services, ServingConfig, RequestLimits)
+            )
+            config["engine"] = changes.get("engine_config", CONFIG.engine)  # the engine is a part
+            allowed = replace(CONFIG, **{**config, "limits": replace(LIMITS, **limits)})
+            encoder = parts.pop("encoder", services.encoder)
+            own = replace(services, config=allowed, encoder=replace(encoder, limits=allowed.limits), **parts)
+            return Http(stack.enter_context(running_server(own)))
 
         yield start
 
@@ -65,19 +69,10 @@ def client(url: str) -> Iterator[OpenAI]:
         yield opened
 
 
-class Http:
-    """A client for requests that the real one would not send."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-
-    def get(self, path: str, **options: Any) -> requests.Response:
-        """Send a GET request."""
-        return requests.get(self.url + path, timeout=60, **options)
-
-    def post(self, path: str, json: Any = None, **options: Any) -> requests.Response:
-        """Send a POST request."""
-        return requests.post(self.url + path, json=json, timeout=60, **options)
+@pytest.fixture
+def model_id(services: Services) -> str:
+    """What clients call the model."""
+    return services.model_id
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -21,10 +22,12 @@ MAX_NAME = 80  # characters of a field's name that are repeated in a message
 
 # OpenAI's types of errors, by status; those that are not listed are the request's own fault, or the server's from 500.
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-_HTTP_CODES = {404: "not_found", 405: "method_not_allowed"}
+# Texts of the framework, and ours in their place.
+_PARSE_ERROR = "There was an error parsing the body"
 _HTTP_MESSAGES = {
-    404: "There is nothing at this address.",
-    405: "This address does not take requests of this method.",
+    "Not Found": "There is nothing at this address.",
+    "Method Not Allowed": "This address does not take requests of this method.",
+    _PARSE_ERROR: "The body is no valid JSON.",
 }
 
 
@@ -134,10 +137,11 @@ def install_error_handlers(app: FastAPI) -> None:
         return describe_validation(error.errors()).response()
 
     async def answer_http(request: Request, error: Exception) -> JSONResponse:
-        """Answer an error of the framework: an unknown address or method, or a body that cannot be parsed."""
+        """Answer an error of the framework, such as an unknown address, or a route's own sentence."""
         assert isinstance(error, HTTPException)
-        code = _HTTP_CODES.get(error.status_code, "invalid_json" if error.status_code == 400 else "http_error")
-        message = _HTTP_MESSAGES.get(error.status_code, "The body is no valid JSON.")
+        phrase = HTTPStatus(error.status_code).phrase
+        message = _HTTP_MESSAGES.get(error.detail, error.detail)
+        code = "invalid_json" if error.detail == _PARSE_ERROR else phrase.lower().replace(" ", "_")
         return ApiError(error.status_code, code, message, headers=error.headers).response()
 
     for kind in (ApiError, CafeError, OverloadedError, NotReadyError, DeadlineError, EngineError):

@@ -1,4 +1,4 @@
-"""What requests hold. Unknown fields are refused, because a parameter that is ignored in silence gives wrong answers."""
+"""What requests hold. Unknown fields are refused: a parameter that is ignored in silence gives wrong answers."""
 
 from typing import Annotated, Any, Literal
 

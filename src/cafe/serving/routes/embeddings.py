@@ -2,6 +2,7 @@
 
 import base64
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -60,7 +61,7 @@ async def embed(
     def make_jobs() -> list[EmbedJob]:
         """Encode the contents."""
         return [
-            encode(lambda content=content: services.encoder.embedding(content), content.images, f"{where}.{index}")
+            encode(partial(services.encoder.embedding, content), content.images, f"{where}.{index}")
             for index, content in enumerate(contents)
         ]
 

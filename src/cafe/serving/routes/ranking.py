@@ -4,6 +4,7 @@ import math
 import secrets
 import time
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,13 +56,8 @@ async def _rerank(body: RerankRequest, services: Services) -> Response:
         jobs = []
         for index, document in enumerate(documents):
             question = match_question(query, document)
-            messages, refs = [chat_turn("user", question)], question.images
-            job = encode(
-                lambda messages=messages, refs=refs: services.encoder.score(messages, refs, (*yes, *no)),
-                refs,
-                f"documents.{index}",
-            )
-            jobs.append(job)
+            ask = partial(services.encoder.score, [chat_turn("user", question)], question.images, (*yes, *no))
+            jobs.append(encode(ask, question.images, f"documents.{index}"))
         return jobs
 
     jobs = await run_encoding(make_jobs, _has_items([body.query, *body.documents]))
