@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
@@ -11,19 +10,12 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np
-from PIL import Image
 
-from cafe.content import DEFAULT_LIMITS, ImageRef
-from cafe.errors import CafeError
-from cafe.images.files import read_image_file
 from cafe.index.collection import Collection
 from cafe.index.filters import Filters, Predicate
 from cafe.index.manifest import Root
-from cafe.index.pixels import is_file, load_image
 from cafe.index.searching import Hit, Sort, make_hit, sort_hits
 from cafe.index.snapshot import Snapshot
-from cafe.lvlm.processing import ChatProcessor
-from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.search_schemas import FoundImage
 
 NUM_SAMPLED = 1000  # places in which names of columns are looked for
@@ -122,47 +114,6 @@ class Gallery:
             if path.startswith(root.path.rstrip(os.sep) + os.sep):
                 return os.path.relpath(path, root.path)
         return os.path.basename(path)
-
-
-def source_refs(hits: Sequence[Hit], roots: Sequence[Root], images: ImageWorkers) -> tuple[list[Hit], list[ImageRef]]:
-    """Return the hits that can still be read, with their images; files are decoded later, where the model reads them.
-
-    Args:
-        hits: of a collection.
-        roots: what it was made of.
-        images: read the images of records.
-    """
-    sources: list[Hit] = []
-    refs: list[ImageRef] = []
-    for hit in hits:
-        try:
-            ref = _source_ref(hit, roots, images, f"image {len(refs) + 1}")
-        except (CafeError, OSError):
-            continue
-        sources.append(hit)
-        refs.append(ref)
-    return sources, refs
-
-
-def _source_ref(hit: Hit, roots: Sequence[Root], images: ImageWorkers, name: str) -> ImageRef:
-    """Return the image of a hit.
-
-    Raises:
-        CafeError: a page or a record cannot be read.
-        OSError: a file cannot be read.
-    """
-    # As bytes, by which what the model made of them is found again.
-    if is_file(hit.id, hit.path, hit.page):
-        return ImageRef(read_image_file(Path(hit.path), DEFAULT_LIMITS.max_bytes), name=name)
-    # A page is drawn in a process of its own, which a worker may not start.
-    if hit.page is not None:
-        return ImageRef(load_image(hit.id, hit.path, hit.page, roots), name=name)
-    return ImageRef(images.call(load_record_image, hit.id, hit.path, tuple(roots)), name=name)
-
-
-def load_record_image(chat_processor: ChatProcessor, id: str, path: str, roots: Sequence[Root]) -> Image.Image:
-    """Load the image of a record; called in a worker, which brings its chat processor."""
-    return load_image(id, path, None, roots)
 
 
 def printable(text: str) -> str:

@@ -223,7 +223,7 @@ function chatBody(current, turn) {
     messages.push({ role: "user", content: [...images, { type: "text", text: question }] });
     if (answer) messages.push({ role: "assistant", content: answer });
   }
-  return { model, messages, stream: true, max_tokens: MAX_TOKENS };
+  return { model, messages, stream: true, max_tokens: MAX_TOKENS, temperature: 0 };
 }
 
 function setRunning(running) {

@@ -16,7 +16,8 @@ from cafe.serving.answers import ERROR_ANSWERS, ErrorAnswer
 from cafe.serving.config import RequestLimits
 from cafe.serving.contents import ContentReader
 from cafe.serving.errors import ApiError, request_id_of
-from cafe.serving.gallery import Gallery, GalleryReader, source_refs
+from cafe.serving.gallery import Gallery, GalleryReader
+from cafe.serving.place_images import source_refs
 from cafe.serving.questions import answer_events, submit_question
 from cafe.serving.schemas import Item
 from cafe.serving.search_schemas import (
