@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
@@ -60,22 +61,23 @@ class Gallery:
 
     @cached_property
     def columns(self) -> list[str]:
-        """Return the names of the columns that came along with records, in order."""
+        """Return the names of the columns that came along with records, in order, without those that name files."""
         names: set[str] = set()
+        locations: set[str] = set()
         for place in islice(chain.from_iterable(self.snapshot.places), NUM_SAMPLED):
-            names.update(json.loads(place.columns) if place.columns else ())
-        return sorted(map(printable, names))
+            for name, value in (json.loads(place.columns) if place.columns else {}).items():
+                (locations if _is_location(value) else names).add(name)
+        return sorted(map(printable, names - locations))
 
     @cached_property
     def folders(self) -> list[str]:
         """Return the names of all folders, in order."""
-        names: set[str] = set()
-        for root in self.roots:
-            if not root.is_source:
-                names.add(os.path.basename(root.path))
-        for places in self.snapshot.places:
-            for place in places:
-                names.update(Path(self._name(place.path, place.id)).parent.parts)
+        places = list(chain.from_iterable(self.snapshot.places))
+        files = {place.path for place in places}
+        # What was indexed is a folder, unless it is a source or a file.
+        names = {os.path.basename(root.path) for root in self.roots if not root.is_source and root.path not in files}
+        for place in places:
+            names.update(Path(self._name(place.path, place.id)).parent.parts)
         return sorted(map(printable, names - {""}), key=str.casefold)
 
     @cached_property
@@ -91,7 +93,7 @@ class Gallery:
         columns = {
             printable(column): printable(value) if isinstance(value, str) else value
             for column, value in hit.columns.items()
-            if not (isinstance(value, str) and _is_location(value))
+            if not _is_location(value)
         }
         return FoundImage(
             id=hit.key.replace("#", "-"),
@@ -121,9 +123,9 @@ def printable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def _is_location(value: str) -> bool:
-    """Return whether a value tells where a file is on this machine."""
-    return os.path.isabs(value) or value.startswith("file:")
+def _is_location(value: Any) -> bool:
+    """Return whether a column's value tells where a file is on this machine."""
+    return isinstance(value, str) and (os.path.isabs(value) or value.startswith("file:"))
 
 
 class GalleryReader:
