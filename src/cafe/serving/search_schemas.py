@@ -1,7 +1,7 @@
 """What clients send to search and ask a collection, and what they are sent."""
 
 from datetime import date, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
 
@@ -115,7 +115,7 @@ class CollectionFacts(BaseModel):
     last_day: date | None = Field(description="The day of the newest image.")
     folders: list[str] = Field(description="Names of folders, for the filter.")
     columns: list[str] = Field(description="Names of columns, for the filter.")
-    sorts: list[Literal["score", "newest", "oldest", "name"]]
+    sorts: list[Sort]
 
 
 class CollectionAnswer(BaseModel):
