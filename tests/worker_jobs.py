@@ -6,6 +6,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cafe.errors import RecordError
+
 
 def echo(chat_processor: Any, value: Any) -> Any:
     return value
@@ -42,3 +44,28 @@ def wait_for(chat_processor: Any, begun: Path, path: Path) -> None:
     begun.touch()
     while not path.exists():
         time.sleep(0.01)
+
+
+def refuse(chat_processor: Any) -> None:
+    raise RecordError("It has 16 x 16 pixels.")
+
+
+def give_lambda(chat_processor: Any) -> Any:
+    return lambda: None
+
+
+class Trap:
+    """Raise an error where it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return int, ("no number",)
+
+
+def give_trap(chat_processor: Any) -> Trap:
+    return Trap()
+
+
+def size_of_page(chat_processor: Any, path: str, page: int) -> tuple[int, int]:
+    from cafe.index.pixels import load_image  # takes a second, which only this job has
+
+    return load_image(f"{path}#page={page}", path, page, ()).size

@@ -1,7 +1,9 @@
 """Prompts, token sequences and supervised positions, held against the published frame."""
 
+import gc
 import io
 import json
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +14,14 @@ from PIL import Image
 from cafe.content import Content, Dialogue, ImageRef, Turn
 from cafe.errors import CafeError
 from cafe.images.decoding import decode_image
+from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.loading import load_processor
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts, dialogue_messages, embedding_messages
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 IMAGE = Image.new("RGB", (64, 64), "red")
+NO_IMAGES = ProcessedImages([], {})
 
 
 @pytest.fixture(scope="module")
@@ -195,3 +199,26 @@ def test_half_a_surrogate_pair_in_a_text_is_reported(chat_processor):
         chat_processor.encode_dialogue(
             dialogue_messages(Dialogue(said), chat_processor.prompts), chat_processor.process_images([])
         )
+
+
+def test_short_texts_are_remembered_and_long_ones_take_no_memory(random_base):
+    chat_processor = ChatProcessor(load_processor(str(random_base)), Prompts(chat_template="chatml"))
+
+    def encode(text: str) -> torch.Tensor:
+        messages = embedding_messages(Content.of(text), chat_processor.prompts)
+        return chat_processor.encode_embedding(messages, chat_processor.process_images([])).input_ids
+
+    first = encode("a red circle")
+    gc.collect()
+    tracemalloc.start()
+    for number in range(3):
+        encode(f"{number} red circles " + "and a square " * 1000)
+        chat_processor.encode_prompt([{"role": "user", "content": []}] * (4000 + number), NO_IMAGES)
+    gc.collect()
+    kept, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept < 200_000
+    # The short one is looked up, whatever was read since.
+    calls = []
+    chat_processor.tokenizer = calls.append
+    assert torch.equal(encode("a red circle"), first) and not calls

@@ -43,7 +43,7 @@ def url(services: Services) -> Iterator[str]:
 def serve(services: Services) -> Iterator[Callable[..., Http]]:
     """A function that starts another server with the same model, and returns its client.
 
-    Its keywords are other parts of the server, and fields of the configuration and of the limits.
+    Its keywords are other parts of the server, fields of the configuration and of the limits, and `engine_config`.
     """
     with ExitStack() as stack:
 
@@ -53,7 +53,8 @@ def serve(services: Services) -> Iterator[Callable[..., Http]]:
                 {name: changes[name] for name in (field.name for field in fields(kind)) if name in changes}
                 for kind in (Services, ServingConfig, RequestLimits)
             )
-            allowed = replace(CONFIG, limits=replace(LIMITS, **limits), **config)
+            config["engine"] = changes.get("engine_config", CONFIG.engine)  # the engine is a part
+            allowed = replace(CONFIG, **{**config, "limits": replace(LIMITS, **limits)})
             encoder = parts.pop("encoder", services.encoder)
             own = replace(services, config=allowed, encoder=replace(encoder, limits=allowed.limits), **parts)
             return Http(stack.enter_context(running_server(own)))

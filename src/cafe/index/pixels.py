@@ -3,12 +3,13 @@
 import multiprocessing
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -66,15 +67,22 @@ def load_images(hits: Sequence[Hit], roots: Sequence[Root]) -> list[tuple[Hit, I
 def _load_page(path: str, page: int) -> Image.Image:
     """Render a page, in a process of its own: pdfium may end it."""
     data = read_image_file(Path(path), DEFAULT_LIMITS.max_bytes)
-    context = multiprocessing.get_context("spawn")
-    with without_main_module(), ProcessPoolExecutor(1, context) as pool:
-        try:
-            _, [read] = pool.submit(read_pages, data, page, 1, path).result()
-        except (BrokenProcessPool, ValueError):  # ValueError: it has fewer pages now
-            raise RecordError(f"Page {page} of {path} cannot be read.") from None
+    try:
+        _, [read] = _call_in_process(read_pages, data, page, 1, path)
+    except (BrokenProcessPool, ValueError):  # ValueError: it has fewer pages now
+        raise RecordError(f"Page {page} of {path} cannot be read.") from None
     if isinstance(read, RecordError):
         raise read
     return read[0]
+
+
+def _call_in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a process of its own, or in this one if it is a worker, which may end and has no children."""
+    if multiprocessing.current_process().daemon:
+        return function(*args)
+    context = multiprocessing.get_context("spawn")
+    with without_main_module(), ProcessPoolExecutor(1, context) as pool:
+        return pool.submit(function, *args).result()
 
 
 @lru_cache(maxsize=2)

@@ -30,6 +30,7 @@ from cafe.packing import Branch, TokenTypeFn, collate_vision, image_token_type_i
 
 MAX_TEMPLATE_CHARACTERS = 1_000_000  # of a template's own around a chat
 MAX_MEMOIZED = 4096  # texts whose tokens are kept, and chats whose prompts are
+MAX_MEMOIZED_CHARACTERS = 1000  # of a text or chat; longer ones are rarely seen twice, and would fill a server's memory
 
 # A chat with hashable parts: (role, ((type, text), ...)) of each message.
 FrozenChat = tuple[tuple[str, tuple[tuple[str, str], ...]], ...]
@@ -75,8 +76,8 @@ class ChatProcessor:
         self._template = None if processor.chat_template else prefix_lm_template or None
 
         # Frames and instructions are the same in every prompt.
-        self._tokenize = lru_cache(MAX_MEMOIZED)(self._tokenize_text)
-        self._apply_template = lru_cache(MAX_MEMOIZED)(self._render_frozen)
+        self._tokenize_short = lru_cache(MAX_MEMOIZED)(self._tokenize_text)
+        self._render_short = lru_cache(MAX_MEMOIZED)(self._render_frozen)
 
         try:
             self.placeholder = self._find_placeholder(placeholders)
@@ -271,9 +272,13 @@ class ChatProcessor:
         return pieces
 
     def _render(self, messages: list[Message], add_generation_prompt: bool) -> str:
-        """Render a chat by its template, or look up what it was rendered to before."""
+        """Render a chat by its template, or look up what a short one was rendered to before."""
         frozen = tuple((message["role"], _freeze(message["content"])) for message in messages)
-        return self._apply_template(frozen, add_generation_prompt)
+        # Names of roles and kinds count too, because a chat may have many turns without words.
+        num_characters = sum(len(role) + sum(len(kind) + len(text) for kind, text in parts) for role, parts in frozen)
+        if num_characters > MAX_MEMOIZED_CHARACTERS:
+            return self._render_frozen(frozen, add_generation_prompt)
+        return self._render_short(frozen, add_generation_prompt)
 
     def _render_frozen(self, chat: FrozenChat, add_generation_prompt: bool) -> str:
         """Render a chat by its template."""
@@ -306,6 +311,10 @@ class ChatProcessor:
     def _escape_special_tokens(self, text: str) -> str:
         """Break up special tokens in a text by a space, so that a user's words stay words."""
         return self._special_tokens.sub(lambda match: match[0][0] + " " + match[0][1:], text)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Tokenize a text, or look up the tokens of a short one."""
+        return self._tokenize_text(text) if len(text) > MAX_MEMOIZED_CHARACTERS else self._tokenize_short(text)
 
     def _tokenize_text(self, text: str) -> list[int]:
         """Tokenize a text as it is, without the special tokens that tokenizers add around texts.

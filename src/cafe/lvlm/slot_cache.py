@@ -114,12 +114,12 @@ class SlotCache(Cache):
     def leave(self, slot: int) -> None:
         """Take a sequence out of its slot, into which the last one moves."""
         last = len(self.lengths) - 1
-        if slot < last:
-            length = self.lengths[last]
-            for layer in self.layers:
-                layer.keys[slot, :, :length] = layer.keys[last, :, :length]
-                layer.values[slot, :, :length] = layer.values[last, :, :length]
-            self.lengths[slot] = length
+        for layer in self.layers:
+            for states in (layer.keys, layer.values):
+                states[slot] = states[last]
+                # What a mask hides counts for nothing, but nothing times NaN is NaN: the next sequence finds zeros.
+                states[last] = 0
+        self.lengths[slot] = self.lengths[last]
         self.lengths.pop()
         if not self.lengths:  # an idle server gives its memory back
             self._capacity = (0, 0)

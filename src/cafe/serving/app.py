@@ -1,7 +1,5 @@
 """The web application: its routes, behind the checks that each request passes."""
 
-from dataclasses import dataclass
-
 from fastapi import FastAPI
 
 from cafe import __version__
@@ -10,35 +8,24 @@ from cafe.serving.errors import install_error_handlers
 from cafe.serving.gallery import GalleryReader
 from cafe.serving.lru import Lru
 from cafe.serving.routes import chat, collection, embeddings, operations, page, ranking
-from cafe.serving.security import Gate
+from cafe.serving.security import Gate, Load
 from cafe.serving.services import Services
 from cafe.serving.thumbnails import CACHE_BYTES
-
-
-@dataclass
-class ServerState:
-    """Hold whether a server still takes requests.
-
-    Attributes:
-        is_stopping: it finishes what it took, and takes nothing more.
-    """
-
-    is_stopping: bool = False
 
 
 def create_app(services: Services) -> FastAPI:
     """Make the application that answers requests.
 
-    Its `state` has the services, as `server` whether requests are taken, and what is kept of a collection.
+    Its `state` has the services, the load, and what is kept of a collection.
     """
     # The pages that FastAPI makes of the schema load scripts from elsewhere.
     app = FastAPI(title="CAFe", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    app.state.services, app.state.server = services, ServerState()
+    app.state.services, app.state.load = services, Load()
     app.state.gallery_reader, app.state.thumbnails = GalleryReader(), Lru(CACHE_BYTES)
     for module in (embeddings, chat, ranking, collection, operations, page):
         app.include_router(module.router)
     install_error_handlers(app)
     # The last one is the outermost.
-    app.add_middleware(Gate, config=services.config, state=app.state.server)
+    app.add_middleware(Gate, config=services.config, load=app.state.load)
     app.add_middleware(Envelope, metrics=services.metrics)
     return app

@@ -170,12 +170,15 @@ def _decode_base64(text: str, max_bytes: int, name: str, where: str) -> bytes:
     Raises:
         ApiError: it is too large, empty or no base64.
     """
-    if len(text) * 3 // 4 > max_bytes + 2:
-        raise ApiError(400, "image_too_large", f"The {name} has more than {max_bytes:,} bytes.", where)
+    too_large = ApiError(400, "image_too_large", f"The {name} has more than {max_bytes:,} bytes.", where)
+    if len(text) * 3 // 4 > 2 * max_bytes:  # white space included
+        raise too_large
     try:
         data = base64.b64decode(text.translate(_WHITESPACE), validate=True)
     except (binascii.Error, ValueError):
         raise ApiError(400, "image_decode_failed", f"The {name} is no valid base64.", where) from None
+    if len(data) > max_bytes:
+        raise too_large
     if not data:
         raise ApiError(400, "image_decode_failed", f"The {name} is empty.", where)
     return data

@@ -32,9 +32,6 @@ class Envelope:
     Args:
         app: what answers.
         metrics: count and time the answers.
-
-    Attributes:
-        active: requests that are being answered.
     """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:

@@ -137,7 +137,7 @@ def install_error_handlers(app: FastAPI) -> None:
         return describe_validation(error.errors()).response()
 
     async def answer_http(request: Request, error: Exception) -> JSONResponse:
-        """Answer an error of the framework, such as an unknown address, or of a route that has a sentence of its own."""
+        """Answer an error of the framework, such as an unknown address, or a route's own sentence."""
         assert isinstance(error, HTTPException)
         phrase = HTTPStatus(error.status_code).phrase
         message = _HTTP_MESSAGES.get(error.detail, error.detail)

@@ -171,26 +171,27 @@ class ImageWorkers:
 
     def _run(self, worker: WorkerProcess) -> None:
         """Give jobs to a process, and replace it when it dies."""
-        is_new = True
         while not self._is_closed:
             if not worker.is_alive:
-                self._restart(worker, is_new)
-                is_new = False
+                self._start_process(worker)
             job = self._take()
-            if job is not None:
-                self._do(job, worker)
+            if job is None:
+                continue
+            if not worker.is_alive:  # it died while there was nothing to do, which is not this job's fault
+                self._start_process(worker)
+            self._do(job, worker)
         worker.close()
 
-    def _restart(self, worker: WorkerProcess, is_new: bool) -> None:
+    def _start_process(self, worker: WorkerProcess) -> None:
         """Start a process, for the first time or again."""
-        if not is_new:
+        if worker.ready_since:
             logger.warning("An image worker ended, and is started again.")
             self.metrics.image_worker_restarts.inc()
         try:
             worker.start()
-        except WorkerDiedError:
+        except WorkerDiedError as error:
             if not self._is_closed:
-                logger.error("An image worker cannot be started.")
+                logger.error("An image worker cannot be started.", exc_info=error)
 
     def _take(self) -> _Job | None:
         """Take the job that has waited the longest; None if none comes for a moment, or when this is closed."""
@@ -201,7 +202,8 @@ class ImageWorkers:
 
     def _do(self, job: _Job, worker: WorkerProcess) -> None:
         """Have a job done by a process."""
-        # Whoever waits has waited long enough, or would wait for a process that cannot be started.
+        # Whoever waits has waited long enough, or would wait for a process that cannot be started. The server's own
+        # start does not count.
         waiting_since = max(job.created, worker.ready_since)
         if time.monotonic() - waiting_since > self.timeout or not worker.is_alive:
             job.future.set_exception(OverloadedError(RETRY_AFTER))

@@ -188,7 +188,8 @@ class ModelRunner:
             if isinstance(job, EmbedJob):
                 result = vectors[row]
             elif isinstance(job, ScoreJob):
-                result = compute_logits(self.model.lvlm, hidden[row])[list(job.token_ids)].cpu().numpy()
+                logits = compute_logits(self.model.lvlm, hidden[row : row + 1])
+                result = logits[0, list(job.token_ids)].cpu().numpy()
             else:
                 continue
             if torch.from_numpy(result).isfinite().all():

@@ -3,14 +3,14 @@
 import asyncio
 import hmac
 import ipaddress
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cafe.serving.config import ServingConfig
+from cafe.serving.config import RequestLimits, ServingConfig
 from cafe.serving.errors import ApiError
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -23,10 +23,22 @@ OPEN_FOLDER = "/page/"
 DRAIN_SECONDS = 1.0  # for which the rest of a refused body is read, so that the client gets to read the answer
 
 
-class State(Protocol):
-    """Say whether the server still takes requests."""
+MAX_BODIES = 8  # bodies of the largest size that are held at once; many more smaller ones
 
-    is_stopping: bool
+
+@dataclass
+class Load:
+    """Count what a server holds at the moment.
+
+    Attributes:
+        requests: with a body, that are being answered.
+        num_bytes: of their bodies.
+        is_stopping: nothing more is taken.
+    """
+
+    requests: int = 0
+    num_bytes: int = 0
+    is_stopping: bool = False
 
 
 @dataclass
@@ -36,12 +48,12 @@ class Gate:
     Attributes:
         app: what answers them.
         config: what is allowed.
-        state: of the server.
+        load: of the server.
     """
 
     app: ASGIApp
     config: ServingConfig
-    state: State
+    load: Load
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -54,19 +66,42 @@ class Gate:
             check_host(headers, self.config)
             check_origin(headers, self.config)
             check_key(scope, headers, self.config.api_key)
-            check_stopping(scope, self.state)
+            check_stopping(scope, self.load)
             check_body_headers(scope, headers, self.config.limits.max_body_bytes)
         except ApiError as error:
-            await _refuse(error, scope, receive, send)
+            await _refuse(error, receive, send)
             return
+        if scope["method"] == "POST":
+            await self._answer(scope, receive, send)
+        else:
+            await self.app(scope, _replay(b"", receive), send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request with a body, or refuse it if the server holds too much already."""
+        # Whatever else waits, for a thread or for an image to be decoded, is bounded by this.
+        most = self.config.engine.max_waiting + self.config.engine.max_chats
+        self.load.requests += 1
+        held = 0
+
+        def hold(num_bytes: int) -> None:
+            """Count bytes of the body."""
+            nonlocal held
+            held += num_bytes
+            self.load.num_bytes += num_bytes
+            if self.load.num_bytes > MAX_BODIES * self.config.limits.max_body_bytes:
+                raise _overloaded()
+
         try:
-            body = await read_body(receive, self.config.limits.max_body_bytes, self.config.limits.body_timeout)
+            if self.load.requests > most:
+                raise _overloaded()
+            body = await read_body(receive, self.config.limits, hold)
+            if body is not None:  # the client is still there
+                await self.app(scope, _replay(body, receive), send)
         except ApiError as error:
-            await _refuse(error, scope, receive, send)
-            return
-        if body is None:  # the client has gone
-            return
-        await self.app(scope, _replay(body, receive), send)
+            await _refuse(error, receive, send)
+        finally:
+            self.load.requests -= 1
+            self.load.num_bytes -= held
 
 
 def is_loopback(host: str) -> bool:
@@ -129,13 +164,13 @@ def check_key(scope: Scope, headers: Headers, api_key: str) -> None:
     raise ApiError(401, "invalid_api_key", "The Authorization header has no valid key.", headers=challenge)
 
 
-def check_stopping(scope: Scope, state: State) -> None:
+def check_stopping(scope: Scope, load: Load) -> None:
     """Refuse new work while the server finishes what it took.
 
     Raises:
         ApiError: the server is stopping.
     """
-    if state.is_stopping and scope["path"] not in ("/health", "/metrics"):
+    if load.is_stopping and scope["path"] not in ("/health", "/metrics"):
         raise ApiError(503, "not_ready", "The server is stopping.", headers={"Retry-After": "5"})
 
 
@@ -145,42 +180,45 @@ def check_body_headers(scope: Scope, headers: Headers, max_bytes: int) -> None:
     Raises:
         ApiError: it is not.
     """
-    if scope["method"] not in ("POST", "PUT", "PATCH"):
+    if int(headers.get("content-length", "0")) > max_bytes:
+        raise _too_large(max_bytes)
+    if scope["method"] != "POST":  # no address takes another body
         return
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "unsupported_media_type", "The body should be JSON, with Content-Type: application/json.")
     # A few compressed bytes can become gigabytes.
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "unsupported_encoding", "The body should not be compressed.")
-    if int(headers.get("content-length", "0")) > max_bytes:
-        raise _too_large(max_bytes)
 
 
-async def read_body(receive: Receive, max_bytes: int, timeout: float) -> bytes | None:
+async def read_body(receive: Receive, limits: RequestLimits, hold: Callable[[int], None]) -> bytes | None:
     """Read the body of a request; None if the client goes away meanwhile.
 
     Args:
         receive: of the request.
-        max_bytes: the largest body.
-        timeout: seconds for all of it.
+        limits: of its size and its time.
+        hold: is called with the number of bytes of each piece, and may refuse them.
 
     Raises:
         ApiError: it is too large, or too slow.
     """
     body = bytearray()
     try:
-        async with asyncio.timeout(timeout):
+        async with asyncio.timeout(limits.body_timeout):
             while True:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     return None
-                body += message.get("body", b"")
-                if len(body) > max_bytes:
-                    raise _too_large(max_bytes)
+                piece = message.get("body", b"")
+                body += piece
+                if len(body) > limits.max_body_bytes:
+                    raise _too_large(limits.max_body_bytes)
+                hold(len(piece))
                 if not message.get("more_body", False):
                     return bytes(body)
     except TimeoutError:
-        raise ApiError(408, "body_timeout", f"The body did not arrive within {timeout:g} seconds.") from None
+        text = f"The body did not arrive within {limits.body_timeout:g} seconds."
+        raise ApiError(408, "body_timeout", text) from None
 
 
 def _too_large(max_bytes: int) -> ApiError:
@@ -199,7 +237,12 @@ def _replay(body: bytes, receive: Receive) -> Receive:
     return replay
 
 
-async def _refuse(error: ApiError, scope: Scope, receive: Receive, send: Send) -> None:
+def _overloaded() -> ApiError:
+    """Return the error of a request for which there is no room."""
+    return ApiError(429, "overloaded", "The server is busy: try again later.", headers={"Retry-After": "1"})
+
+
+async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
     """Answer with an error, and close the connection, on which the rest of the body may still come."""
     response = error.response()
     headers = [*response.raw_headers, (b"connection", b"close")]

@@ -10,6 +10,7 @@ from threading import Event, Thread
 from types import FrameType
 
 import uvicorn
+from PIL import Image
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.errors import CafeError
@@ -18,6 +19,7 @@ from cafe.index.golden import load_recorded_model
 from cafe.model import Cafe
 from cafe.serving.app import create_app
 from cafe.serving.config import ServingConfig
+from cafe.serving.connection import Connection
 from cafe.serving.encoding import JobEncoder
 from cafe.serving.engine import Engine
 from cafe.serving.image_workers import ImageWorkers
@@ -97,6 +99,7 @@ def running_services(config: ServingConfig, model: Cafe, collection: Path | None
         opened = Collection.open(collection, served) if collection else None
         if opened is not None:
             _ = opened.model  # compares the golden vectors
+        images.process([Image.new("RGB", (64, 64))])  # until then, a process is being started
         encoder = JobEncoder(served.chat_processor, limits)
         yield Services(served, model_id_of(model), engine, encoder, images, opened, config, metrics)
 
@@ -104,8 +107,8 @@ def running_services(config: ServingConfig, model: Cafe, collection: Path | None
 def model_id_of(model: Cafe) -> str:
     """Return what clients call a model: its Hub id, or the name of its directory, or of the run that it is in."""
     path = Path(model.name).expanduser()
-    if not path.is_dir():
-        return model.name or "cafe"
+    if not model.name or not path.is_dir():
+        return model.name or "cafe"  # of a model that was made in memory
     path = path.absolute()
     return path.parent.name if path.name == "checkpoint" and path.parent.name else path.name
 
@@ -122,7 +125,7 @@ class Server(uvicorn.Server):
         self.ready = Event()
         config = uvicorn.Config(
             self.app,
-            http="h11",
+            http=Connection,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -144,7 +147,7 @@ class Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Stop taking requests, and end once those that were taken are done."""
-        self.app.state.server.is_stopping = True
+        self.app.state.load.is_stopping = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
@@ -153,7 +156,7 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to end: once the server is stopping and no request is being answered."""
-        self.should_exit = self.app.state.server.is_stopping and not self.server_state.tasks
+        self.should_exit = self.app.state.load.is_stopping and not self.server_state.tasks
         return await super().on_tick(counter)
 
 

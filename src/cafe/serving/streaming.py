@@ -7,9 +7,11 @@ from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
 
 from fastapi import Request, Response
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from cafe.serving.jobs import ChatJob, DeadlineError, Job, Piece
-from cafe.serving.services import Services
+from cafe.serving.services import Services, get_services
 
 Item = TypeVar("Item")
 
@@ -75,14 +77,11 @@ async def run_jobs(services: Services, jobs: Sequence[Job]) -> list[Any]:
 
     Raises:
         OverloadedError, NotReadyError: the engine does not take them.
-        EngineError, DeadlineError: one cannot be done, or not in time. The others are cancelled.
+        EngineError, DeadlineError: one cannot be done. The others are cancelled.
     """
     submit_all(services, jobs)
     try:
-        async with asyncio.timeout(services.config.limits.timeout + GRACE):
-            return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
-    except TimeoutError:
-        raise DeadlineError from None
+        return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
     finally:
         cancel_all(jobs)
 
@@ -116,13 +115,40 @@ async def chat_pieces(job: ChatJob, mailbox: Mailbox[Piece | None], timeout: flo
         job.future.cancel()  # of a client that has gone, if it is not done
 
 
+class EventStream(StreamingResponse):
+    """Stream an answer as server-sent events, and cancel its job if the client goes away, even before it begins."""
+
+    def __init__(self, events: AsyncIterator[str], job: ChatJob | None) -> None:
+        # A proxy that collects a stream before it passes it on makes none of it.
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self.job = job
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the events."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if self.job:
+                self.job.future.cancel()
+
+
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:
-    """Do what a request asks for, unless its client goes away: then the work is cancelled."""
+    """Do what a request asks for, unless its client goes away or it takes too long: then the work is cancelled.
+
+    Raises:
+        DeadlineError: it takes too long.
+    """
     task = asyncio.create_task(work)
     watch = asyncio.create_task(_disconnected(request))
+    timeout = get_services(request).config.limits.timeout + GRACE
     try:
-        await asyncio.wait([task, watch], return_when=asyncio.FIRST_COMPLETED)
-        return task.result() if task.done() else Response(status_code=CLIENT_GONE)
+        await asyncio.wait([task, watch], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        if watch.done():
+            return Response(status_code=CLIENT_GONE)
+        raise DeadlineError  # images waited to be decoded, or the engine does not answer
     finally:
         for each in (task, watch):
             each.cancel()

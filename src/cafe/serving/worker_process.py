@@ -29,7 +29,7 @@ class WorkerProcess:
         timeout: seconds that a job may take.
 
     Attributes:
-        ready_since: when it could take its first job, by `time.monotonic`.
+        ready_since: when it could take its first job, by `time.monotonic`; 0 until then.
     """
 
     def __init__(self, setup: bytes | memoryview, timeout: float) -> None:
@@ -57,9 +57,9 @@ class WorkerProcess:
             with other_end, without_main_module():
                 self._process.start()
             self._ask(self._setup, START_SECONDS)
-        except (OSError, EOFError):  # there are too many processes, or the one they are forked from is gone
-            raise WorkerDiedError("No process can be started.") from None
-        self.ready_since = time.monotonic()
+        except Exception as error:  # there are too many processes, or the one they are forked from is gone
+            raise WorkerDiedError("No process can be started.") from error
+        self.ready_since = self.ready_since or time.monotonic()
         self._is_ready = True
 
     def ask(self, job: bytes | memoryview) -> Reply:
@@ -95,7 +95,7 @@ class WorkerProcess:
         """
         assert self._connection is not None
         begin = time.monotonic()
-        with suppress(EOFError, OSError):  # the process ended
+        with suppress(Exception):  # the process ended, or what it sent cannot be read
             self._connection.send_bytes(message)
             if self._connection.poll(seconds):
                 reply: Reply = restore(self._connection.recv_bytes())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
 from cafe.serving.answers import ERROR_ANSWERS, ChatAnswer
 from cafe.serving.contents import ContentReader
@@ -17,12 +17,9 @@ from cafe.serving.jobs import ChatJob, FinishReason, Piece, Sampling
 from cafe.serving.requests import check_model_id, encode, run_encoding
 from cafe.serving.schemas import MAX_DEFAULT_TOKENS, UNSUPPORTED, ChatRequest
 from cafe.serving.services import Services, ServicesDep
-from cafe.serving.streaming import Mailbox, chat_pieces, submit_all, while_connected
+from cafe.serving.streaming import EventStream, Mailbox, chat_pieces, submit_all, while_connected
 
 router = APIRouter(responses=ERROR_ANSWERS)
-
-# A proxy that collects a stream before it passes it on makes none of it.
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 @dataclass
@@ -72,7 +69,12 @@ class Answer:
         }
 
 
-@router.post("/v1/chat/completions", response_model=ChatAnswer, summary="Answer a chat with images")
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatAnswer,
+    responses={200: {"content": {"text/event-stream": {}}}},
+    summary="Answer a chat with images",
+)
 async def create_chat_completion(body: ChatRequest, request: Request, services: ServicesDep) -> Response:
     """Answer a chat, whose turns hold texts and images in any order.
 
@@ -90,7 +92,7 @@ async def _answer(body: ChatRequest, request: Request, services: Services) -> Re
     if body.stream:
         include_usage = bool(body.stream_options and body.stream_options.include_usage)
         events = stream_events(answer, timeout, include_usage, request_id_of(request))
-        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+        return EventStream(events, answer.job)
 
     text = "".join([text async for texts in answer.texts(timeout) for text in texts])
     message = {"role": "assistant", "content": text, "refusal": None}
@@ -186,8 +188,6 @@ async def stream_events(answer: Answer, timeout: float, include_usage: bool, req
     except Exception as error:
         # The status was sent long ago.
         yield _event(describe_error(error, request_id).body())
-    finally:
-        answer.job.future.cancel()  # of a client that went before the first piece
 
 
 def chunk_event(

@@ -18,7 +18,6 @@ from cafe.serving.contents import ContentReader
 from cafe.serving.errors import ApiError, request_id_of
 from cafe.serving.gallery import Gallery, GalleryReader, source_refs
 from cafe.serving.questions import answer_events, submit_question
-from cafe.serving.routes.chat import STREAM_HEADERS
 from cafe.serving.schemas import Item
 from cafe.serving.search_schemas import (
     AskRequest,
@@ -29,7 +28,7 @@ from cafe.serving.search_schemas import (
     SearchRequest,
 )
 from cafe.serving.services import Services, ServicesDep
-from cafe.serving.streaming import while_connected
+from cafe.serving.streaming import EventStream, while_connected
 from cafe.serving.thumbnails import Thumbnails, ThumbnailSize, read_thumbnail
 
 EXCLUDED_WEIGHT = -0.5  # of words for what is not wanted: the full weight would look for their opposite
@@ -130,7 +129,7 @@ async def _answer(body: AskRequest, request: Request, services: Services, galler
     question = await submit_question(body, hits, refs, services)
     sources = [gallery.describe(hit, None if body.ids else hit.score) for hit in hits]
     events = answer_events(sources, question, request_id_of(request))
-    return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS)
+    return EventStream(events, question.job if question else None)
 
 
 def _check_question(request: AskRequest, limits: RequestLimits) -> None:

@@ -45,7 +45,9 @@ async def ready(services: ServicesDep) -> Response:
     return JSONResponse({"status": "ready"})
 
 
-@router.get("/metrics", response_class=Response, summary="Measure")
+@router.get(
+    "/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}}, summary="Read the metrics"
+)
 async def metrics(services: ServicesDep) -> Response:
     """Return what Prometheus reads."""
     services.metrics.heartbeat_age.set(services.engine.heartbeat_age)
