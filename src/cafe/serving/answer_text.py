@@ -2,8 +2,7 @@
 
 from typing import Any
 
-_INCOMPLETE = "�"  # what tokenizers write for bytes that are no character yet
-MAX_INCOMPLETE = 64  # tokens that are waited for; a character has four bytes, so these are none
+_INCOMPLETE = "\ufffd"  # what tokenizers write for bytes that are no character yet
 
 
 class AnswerText:
@@ -22,9 +21,10 @@ class AnswerText:
     def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
         self.tokenizer, self.stop = tokenizer, stop
         self.stopped = False
+        # A token's text depends on those before it, so the tokens of two pieces are decoded again with each new one.
         self._tokens: list[int] = []
-        # A token's text depends on those before it: the tokens between these two are decoded again with each new one.
-        self._context, self._decoded = 0, 0
+        self._num_context = 0  # of these tokens, those of the piece before
+        self._num_decoded = 0  # characters of all these tokens that are in a piece already
         self._pending = ""  # decoded, and not shown yet
         self._has_begun = False
 
@@ -38,19 +38,22 @@ class AnswerText:
         """Return the rest of the text, once there are no more tokens."""
         if self.stopped:
             return ""
-        self._pending += self._decode_next(final=True)
+        self._pending += self._decode_next(is_last=True)
         self._pending = self._pending.rstrip()
         return self._take(0)
 
-    def _decode_next(self, final: bool = False) -> str:
-        """Return the text of the tokens that were not decoded yet; none while a character is incomplete."""
-        context = self._decode(self._tokens[self._context : self._decoded])
-        text = self._decode(self._tokens[self._context :])
-        waits = text.endswith(_INCOMPLETE) and len(self._tokens) - self._decoded < MAX_INCOMPLETE
-        if not final and (waits or len(text) <= len(context)):
+    def _decode_next(self, is_last: bool = False) -> str:
+        """Return the text that the tokens since the last piece add; none while a character is incomplete."""
+        text = self._decode(self._tokens)
+        is_complete = is_last or not text.endswith(_INCOMPLETE)
+        if not is_complete or len(text) <= self._num_decoded:
             return ""
-        self._context, self._decoded = self._decoded, len(self._tokens)
-        return text[len(context) :]
+        piece = text[self._num_decoded :]
+        # The tokens of this piece are all that the next one needs.
+        del self._tokens[: self._num_context]
+        self._num_context = len(self._tokens)
+        self._num_decoded = len(self._decode(self._tokens))
+        return piece
 
     def _decode(self, tokens: list[int]) -> str:
         """Decode tokens, without special ones."""
@@ -59,14 +62,14 @@ class AnswerText:
 
     def _num_held(self) -> int:
         """Count the characters at the end that may be the beginning of a stop sequence, or white space at the end."""
-        text = self._pending
-        held = len(text) - len(text.rstrip())
+        text, held = self._pending, 0
         for stop in self.stop:
             for length in range(min(len(stop) - 1, len(text)), held, -1):
                 if text.endswith(stop[:length]):
                     held = length
                     break
-        return held
+        # White space before a stop sequence is not shown either.
+        return len(text) - len(text[: len(text) - held].rstrip())
 
     def _take(self, num_held: int) -> str:
         """Return what can be shown, and keep what is held back."""

@@ -92,6 +92,7 @@ class ModelRunner:
                 self._advance(batch, 0, logits)
         self._forget_empty()
 
+    @torch.inference_mode()
     def drop(self, is_over: Callable[[Job], bool]) -> None:
         """Take out the chats of which a function says that they are over."""
         for batch in self.batches:
@@ -101,7 +102,7 @@ class ModelRunner:
         self._forget_empty()
 
     def _isolated(self, jobs: Sequence[Job], read: Callable[[Sequence[Job]], None]) -> None:
-        """Read jobs together, or one at a time if that fails, so that one of them fails alone."""
+        """Read jobs together, or each half of them if that fails, and so on, so that one of them fails alone."""
         if not jobs:
             return
         num_running = len(self.slots.chats)
@@ -113,8 +114,9 @@ class ModelRunner:
             if len(jobs) == 1:
                 self._fail(jobs[0])
                 return
-            for job in jobs:
-                self._isolated([job], read)
+            half = len(jobs) // 2
+            self._isolated(jobs[:half], read)
+            self._isolated(jobs[half:], read)
 
     def _read_packed(self, jobs: Sequence[Job]) -> None:
         """Read jobs in one pass, in which what they begin with in common is read once."""
@@ -124,6 +126,7 @@ class ModelRunner:
         keeps = [self.can_join and (isinstance(job, ChatJob) or job.prefix_length > 0) for job in jobs]
         cache = DynamicCache(config=lvlm.config.get_text_config()) if any(keeps) else None
         hidden, _ = forward_packed(lvlm, packed, cache)
+        _check_finite(hidden)
         kept: dict[Job, KeyValues] = {}
         if cache is not None:
             for job, keep, coords in zip(jobs, keeps, layout.coords, strict=True):
@@ -161,6 +164,7 @@ class ModelRunner:
             pad_sequence(tokens, batch_first=True),
             pad_sequence(positions, batch_first=True).movedim(2, 0),
         )
+        _check_finite(hidden)
         self.metrics.tokens.labels(kind="read").inc(sum(map(len, tokens)))
 
         chats = [job for job in jobs if isinstance(job, ChatJob)]
@@ -218,16 +222,24 @@ class ModelRunner:
         self.metrics.tokens.labels(kind="generated").inc(len(tokens))
         # From the last one on, because the last chat takes the place of one that leaves.
         for index in reversed(range(len(chats))):
-            chat, token = chats[index], tokens[index]
+            if not self._push(chats[index], tokens[index], now):
+                batch.remove(first + index)
+
+    def _push(self, chat: RunningChat, token: int | EngineError, now: float) -> bool:
+        """Give a chat its next token, or fail it; return whether it still runs."""
+        try:
             if isinstance(token, EngineError):
-                self._fail(chat.job)
-            else:
-                self._observe(chat, now)
-                chat.push(token)
-                if chat.finish_reason is None:
-                    continue
-                chat.job.resolve(chat.finish_reason)
-            batch.remove(first + index)
+                raise token
+            self._observe(chat, now)
+            chat.push(token)
+        except Exception:
+            logger.exception("A chat cannot be continued.")
+            self._fail(chat.job)
+            return False
+        if chat.finish_reason is None:
+            return True
+        chat.job.resolve(chat.finish_reason)
+        return False
 
     def _observe(self, chat: RunningChat, now: float) -> None:
         """Measure how long a token was waited for."""
@@ -244,3 +256,15 @@ class ModelRunner:
     def _forget_empty(self) -> None:
         """Forget batches in which no chat runs any more."""
         self.static = [batch for batch in self.static if batch.chats]
+
+
+def _check_finite(hidden: Float[Tensor, "jobs dim"]) -> None:
+    """Make sure that no job gave numbers that are not finite: they spread to others that are read with it.
+
+    A mask does not keep them apart, because nothing times NaN is NaN. What such a pass made is not kept.
+
+    Raises:
+        EngineError: one did.
+    """
+    if not hidden.isfinite().all():
+        raise EngineError("The model's numbers are not finite.")

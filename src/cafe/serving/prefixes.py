@@ -32,7 +32,8 @@ class PrefixCache:
     def put(self, job: Job, key_values: KeyValues) -> None:
         """Keep the keys and values of a job's prefix, if it has one; they are copied from those of all its tokens."""
         key, length = _prefix_key(job), job.prefix_length
-        if key:
+        # Several jobs that are read together may have the same prefix.
+        if key and self._lru.get(key) is None:
             copies = [(keys[:, :length].clone(), values[:, :length].clone()) for keys, values in key_values]
             self._lru.put(key, copies, sum(states.nbytes for pair in copies for states in pair))
 

@@ -41,8 +41,8 @@ class TokenChooser:
             logits = penalize(torch.tensor([self.context]), logits[None])[0]
         if self.sampling.temperature <= 0:
             return int(logits.argmax())
-        # Subtracted first, because a small temperature makes large numbers infinite.
-        scaled = (logits - logits.max()) / self.sampling.temperature
+        # Subtracted first, because a small temperature makes large numbers infinite; in float32 it might be zero.
+        scaled = (logits - logits.max()).double() / self.sampling.temperature
         probabilities = scaled.softmax(-1)
         if self.sampling.top_p < 1:
             probabilities = keep_nucleus(probabilities, self.sampling.top_p)
