@@ -5,8 +5,8 @@ limits that it sets itself, and whoever waits at the other end of the pipe sees 
 """
 
 import io
-import logging
 import os
+import resource
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +24,6 @@ from cafe.errors import CafeError
 from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.processing import ChatProcessor
 from cafe.utils.processes import dump, restore
-
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
-
-logger = logging.getLogger(__name__)
 
 READ_FAILED = "The image cannot be read."
 TOO_MUCH_MEMORY = "Reading the image takes more memory than one image may take."
@@ -137,9 +130,9 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _limit_memory(max_bytes: int) -> None:
-    """Limit the memory that this process may take beyond what it has, where the system can tell and limit it."""
+    """Limit the memory that this process may take beyond what it has, where the system tells that."""
     statm = Path("/proc/self/statm")
-    if resource is None or not statm.exists():
+    if not statm.exists():
         return
     # Addresses and not pages in memory: the system enforces no limit of those.
     num_pages = int(statm.read_text().split()[0])
