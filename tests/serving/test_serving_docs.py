@@ -128,6 +128,16 @@ def test_limits_on_the_page_are_those_of_the_server():
     assert f"{limits.max_image_pixels // 10**6} million" in text
 
 
+def test_errors_on_the_page_are_those_that_the_source_gives():
+    sources = "".join(file.read_text() for file in (ROOT / "src" / "cafe" / "serving").rglob("*.py"))
+    given = set(re.findall(r'ApiError\(\s*(\d+),\s*"(\w+)"', sources))
+    assert len(given) > 20
+    listed = set()
+    for status, text in re.findall(r"^\| (\d+) \| (.+) \|$", SECTIONS["Errors"], re.MULTILINE):
+        listed |= {(status, code) for code in re.findall(r"`([a-z]\w+)`", text)}
+    assert given <= listed
+
+
 def test_metrics_on_the_page_are_those_of_the_server(http):
     exposed = http.get("/metrics").text
     named = re.findall(r"`(cafe_\w+)`", SECTIONS["Health and metrics"])
