@@ -1,16 +1,20 @@
 """The slot cache against one `DynamicCache` for each sequence, as sequences of any length join, grow and leave."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from random import Random
 
 import pytest
 import torch
-from model_samples import make
+from model_samples import SMALL, WIDE, make
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
-from cafe.lvlm.slot_cache import LENGTH_MULTIPLE, SlotCache, read_slots
+from cafe.content import Content
+from cafe.lvlm.content_encoder import ContentEncoder
+from cafe.lvlm.forward import forward_packed, to_device
+from cafe.lvlm.slot_cache import LENGTH_MULTIPLE, SlotCache, read_slots, select_key_values
+from cafe.packing import pack_with_layout
 
 NUM_WORDS = 200  # tokens of the tiny vocabularies that stand for bytes
 
@@ -130,6 +134,31 @@ def test_tokens_can_be_read_again_after_an_error(lvlm, monkeypatch):
         patch.setattr(lvlm.base_model.language_model.layers[1], "forward", raise_error)
         read(lvlm, cache, 0, [row])
     torch.testing.assert_close(read(lvlm, cache, 0, [row])[0], sequence.read(row), rtol=1e-9, atol=1e-9)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kernel", ["mask", "blocks"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "qwen3_vl", "internvl", "glm4v"])
+def test_a_pack_leaves_for_each_branch_what_the_branch_leaves_alone(family, kernel):
+    """Branches that share images, and others, in rows of trees."""
+    model = make(family)
+    lvlm = model.lvlm.double()
+    encoder = ContentEncoder(model.chat_processor)
+    asked = [Content.of([SMALL, "What is it?"]), Content.of([SMALL]), Content.of([WIDE, SMALL]), Content.of("words")]
+    branches = [*map(encoder.encode_embedding, asked), *map(encoder.encode_prompt, asked)]
+    packing = replace(model.packing, kernel=kernel)
+    packed, layout = pack_with_layout([[branch] for branch in branches], [[]] * len(branches), packing)
+    assert packed.num_tokens < sum(map(len, branches))
+    cache = DynamicCache(config=lvlm.config.get_text_config())
+    forward_packed(lvlm, packed, cache)
+
+    for branch, coords in zip(branches, layout.coords, strict=True):
+        alone = DynamicCache()
+        inputs = to_device(model.chat_processor.collate([branch]), lvlm.device, lvlm.dtype)
+        lvlm.base_model(**inputs, past_key_values=alone, use_cache=True)
+        for layer, own in zip(alone.layers, select_key_values(cache, coords), strict=True):
+            for states, expected in zip(own, (layer.keys, layer.values), strict=True):
+                torch.testing.assert_close(states, expected[0], rtol=1e-6, atol=1e-6)
 
 
 def raise_error(*args: object, **kwargs: object) -> None:

@@ -67,6 +67,12 @@ def test_a_job_without_images_has_no_prefix_and_is_no_lookup():
     assert hits(metrics, "true") == hits(metrics, "false") == 0
 
 
+def test_a_job_that_ends_with_its_images_leaves_nothing_to_continue_with():
+    cache, job = PrefixCache(2**20, Metrics()), make_job(prefix=LENGTH + WORDS)
+    cache.put(job, key_values())
+    assert cache.get(job) is None
+
+
 def test_hits_and_misses_are_counted():
     metrics = Metrics()
     cache = PrefixCache(2**20, metrics)

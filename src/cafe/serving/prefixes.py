@@ -40,7 +40,8 @@ class PrefixCache:
 
 def _prefix_key(job: Job) -> str:
     """Return what identifies a job's prefix: its images and its tokens; empty for none."""
-    if not job.prefix_length:
+    # At least one token is left to continue with.
+    if not 0 < job.prefix_length < len(job.branch):
         return ""
     tokens = job.branch.input_ids[: job.prefix_length].numpy().tobytes()
     return job.image_key + hashlib.sha256(tokens).hexdigest()
