@@ -4,6 +4,7 @@ import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -121,6 +122,7 @@ def poison(model: Cafe, character: str) -> None:
     model.lvlm.get_input_embeddings().register_forward_hook(spoil)
 
 
+@cache
 def text_branch(length: int, token: int = 40) -> Branch:
     """Return a branch of one word, said over and over."""
     none = torch.zeros(length, dtype=torch.bool)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import requests
+from collection_samples import write_pdf
 from gallery_samples import COLORS, CONFIG, SCRIPT_NAME, gallery_services
 from PIL import Image
 
@@ -336,12 +337,31 @@ def test_records_are_shown_without_their_places(random_base, tmp_path):
         assert str(tmp_path) not in response.text
         [result] = response.json()["results"]
         assert result["columns"] == {"caption": rows[1]["caption"], "year": 2021}
-        assert requests.get(f"{url}/collection", timeout=60).json()["collection"]["columns"] == [
-            "caption",
-            "image",
-            "year",
-        ]
+        assert requests.get(f"{url}/collection", timeout=60).json()["collection"]["columns"] == ["caption", "year"]
+        # Nor can they be found out bit by bit.
+        for body in ({"where": ["image>/"]}, {"where": ["image>/"], "query": "x"}):
+            assert requests.post(f"{url}/search", json=body, timeout=60).json() == {"results": []}
         assert requests.get(f"{url}/thumbnails/{result['id']}", timeout=60).status_code == OK
+
+
+def test_pages_of_a_document_are_shown_and_asked_about(random_base, tmp_path):
+    (tmp_path / "papers").mkdir()
+    write_pdf(tmp_path / "papers" / "report.pdf", ["a red boat", "a green tree"])
+    model = Cafe.load(random_base)
+    Collection.open(tmp_path / "gallery", model).add(tmp_path / "papers")
+    with running_services(CONFIG, model, tmp_path / "gallery") as services, running_server(services) as url:
+        found = requests.post(f"{url}/search", json={"query": "a green tree"}, timeout=60).json()["results"]
+        assert [(each["name"], each["page"]) for each in found] == [("report.pdf", 2), ("report.pdf", 1)]
+        thumbnails = [requests.get(f"{url}/thumbnails/{each['id']}", timeout=60).content for each in found]
+        assert [Image.open(io.BytesIO(each)).size for each in thumbnails] == [(341, 512)] * 2
+        assert thumbnails[0] != thumbnails[1]
+        body = {"question": "What is it?", "ids": [each["id"] for each in found], "max_tokens": 4}
+        sources, _ = answer_of(requests.post(f"{url}/ask", json=body, timeout=60))
+        assert [source["page"] for source in sources] == [2, 1]
+        # A page that a new version of the file has no more.
+        write_pdf(tmp_path / "papers" / "report.pdf", ["a red boat"])
+        assert requests.get(f"{url}/thumbnails/{found[0]['id']}", timeout=60).status_code == GONE
+        assert requests.get(f"{url}/thumbnails/{found[1]['id']}", timeout=60).status_code == OK
 
 
 def test_files_of_the_page_have_their_types_and_are_asked_for_again(url):

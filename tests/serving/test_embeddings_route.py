@@ -27,6 +27,13 @@ def test_texts_have_the_vectors_of_the_library(client, model_id, served_model, e
     assert answer.usage.prompt_tokens == answer.usage.total_tokens > 3
 
 
+def test_jinas_names_of_parameters(http, served_model):
+    answer = http.embed("a red circle", embedding_type="base64", normalized=True).json()
+    vector = np.frombuffer(base64.b64decode(answer["data"][0]["embedding"]), "<f4")
+    np.testing.assert_allclose(vector, served_model.embed(["a red circle"])[0], atol=1e-5)
+    assert error_of(http.embed("a", normalized=False)) == (422, "invalid_value")
+
+
 def test_a_single_text(http, served_model):
     answer = http.embed("a red circle").json()
     np.testing.assert_allclose(vectors_of(answer), served_model.embed(["a red circle"]), atol=1e-5)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import families
@@ -22,6 +23,7 @@ from cafe.errors import RecordError
 from cafe.lvlm.images import ProcessedImages
 from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.jobs import NotReadyError, OverloadedError
+from cafe.serving.worker_process import WorkerDiedError, WorkerProcess
 
 DIED = "The image ended the process that read it."
 
@@ -181,6 +183,40 @@ def test_an_idle_process_that_dies_is_replaced_and_no_job_is_blamed(workers):
     os.kill(workers.call(worker_jobs.process_id), signal.SIGKILL)
     wait_until(lambda: workers.metrics.registry.get_sample_value("cafe_image_worker_restarts_total") == 2)
     wait_until(lambda: workers.is_alive)
+
+
+def test_the_process_that_takes_the_place_of_a_dead_one_was_ready_before(workers):
+    spares = workers._supply._spare
+    for _ in range(2):
+        wait_until(lambda: not spares.empty())
+        spare = spares.queue[0]._process.pid
+        with pytest.raises(RecordError, match=DIED):
+            workers.call(worker_jobs.kill)
+        assert workers.call(worker_jobs.process_id) == spare
+    # One that has died meanwhile is of no use.
+    wait_until(lambda: not spares.empty())
+    os.kill(spares.queue[0]._process.pid, signal.SIGKILL)
+    wait_until(lambda: not spares.queue[0].is_alive)
+    with pytest.raises(RecordError, match=DIED):
+        workers.call(worker_jobs.kill)
+    assert_good(workers)
+
+
+def test_jobs_are_refused_while_no_process_can_be_started(workers, monkeypatch):
+    def fail(worker: WorkerProcess) -> None:
+        raise WorkerDiedError
+
+    with monkeypatch.context() as context:
+        context.setattr(WorkerProcess, "start", fail)
+        workers.timeout = 0.1  # that a job may wait
+        # One process works, one is ready, and one may be about to be.
+        with pytest.raises(OverloadedError):
+            for _ in range(4):
+                with suppress(RecordError):
+                    workers.call(worker_jobs.kill)
+        assert not workers.is_alive
+        workers.timeout = 60
+    assert_good(workers)
 
 
 def test_memory_is_limited(workers):

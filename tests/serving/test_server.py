@@ -12,7 +12,7 @@ from dataclasses import replace
 from threading import Thread
 
 import pytest
-from http_samples import Http, RecordingEngine, blocked, error_of, user
+from http_samples import Http, RecordingEngine, blocked, connect, error_of, post_head, user
 
 from cafe.cli.main import main
 from cafe.cli.serve import KEY_VARIABLE
@@ -99,8 +99,8 @@ def test_the_schema_documents_errors_and_loads_nothing_from_elsewhere(http):
 
 
 def test_what_was_taken_is_finished_before_the_end(services):
-    listening = bind("127.0.0.1", 0)
-    server, http = Server(services), Http(url_of(listening))
+    listening, engine = bind("127.0.0.1", 0), RecordingEngine(services.engine)
+    server, http = Server(replace(services, engine=engine)), Http(url_of(listening))
     thread = Thread(target=server.run, args=([listening],))
     thread.start()
     server.ready.wait()
@@ -108,7 +108,7 @@ def test_what_was_taken_is_finished_before_the_end(services):
     with blocked(services.engine):
         asking = Thread(target=lambda: answers.append(http.embed("a")))
         asking.start()
-        while not server.server_state.tasks:
+        while not engine.jobs:
             pass
         server.stop()
         assert error_of(http.embed("b")) == (503, "not_ready")
@@ -242,3 +242,18 @@ def test_a_model_that_did_not_make_the_collection_is_refused(collection_of_scene
         loaded_services(ServingConfig(), str(tmp_path / "other"), str(collection_of_scenes)),
     ):
         pass
+
+
+def test_a_second_signal_ends_the_command_at_once(random_base):
+    process, http = start("--model", str(random_base))
+    try:
+        with connect(http.url) as connection:
+            connection.sendall(post_head(100) + b"{")  # a request that the server waits for
+            assert all(http.get("/ready").ok for _ in range(2))  # which come after it
+            process.send_signal(signal.SIGTERM)
+            while http.get("/ready").ok:
+                pass
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == -signal.SIGTERM
+    finally:
+        process.kill()

@@ -10,6 +10,15 @@ A request, from the network to the model:
     image_workers    processes that decode and process images
     encoding         contents -> jobs
 
+A collection, if there is one:
+
+    search_schemas   what requests and answers about it hold
+    gallery          its images by opaque ids, without their paths
+    place_images     where an image is -> the image, in a worker
+    thumbnails       small JPEG files of images
+    questions        a question about images -> a streamed answer
+    page             what a browser shows
+
 The model, which one thread runs:
 
     jobs             one unit of work, with its future

@@ -8,7 +8,8 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from threading import Condition, Thread
 from typing import Any, TypeVar
 
@@ -45,9 +46,11 @@ class Engine:
     def __init__(self, model: Cafe, config: EngineConfig | None = None, metrics: Metrics | None = None) -> None:
         self.model, self.config, self.metrics = model, config or EngineConfig(), metrics or Metrics()
         self._changed = Condition()  # holds the lock of all that follows
-        self._scheduler = Scheduler(self.config)
+        self._scheduler = Scheduler(self.config, self.model.packing.share_prefixes)
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        # What the thread has begun in this step.
         self._reading: list[Job] = []
+        self._calling: list[tuple[Callable[[], Any], Future[Any]]] = []
         self._is_stopping = self._is_aborting = False
         self._is_alive = False
         self._heartbeat = time.monotonic()
@@ -174,16 +177,15 @@ class Engine:
     def _step(self) -> bool:
         """Read jobs and decode a token; return whether there is another step."""
         with self._changed:
-            jobs, calls, is_last = self._next_work()
-            if is_last:
+            if not self._wait_for_work():
                 return False
         failures = self._runner.num_failures
-        for function, future in calls:
+        for function, future in self._calling:
             _call(function, future)
-        if jobs:
+        if self._reading:
             start = time.monotonic()
-            self._runner.read(jobs)
-            self._observe_reading(jobs, time.monotonic() - start)
+            self._runner.read(self._reading)
+            self._observe_reading(self._reading, time.monotonic() - start)
         if self._runner.num_chats:
             start = time.monotonic()
             self._runner.drop(_is_over)
@@ -197,21 +199,21 @@ class Engine:
             self._check_model()
         return True
 
-    def _next_work(self) -> tuple[list[Job], list[tuple[Callable[[], Any], "Future[Any]"]], bool]:
-        """Wait for something to do; return jobs to read, functions to call, and whether this is the end."""
+    def _wait_for_work(self) -> bool:
+        """Wait for something to do, and take jobs to read and functions to call; return False if this is the end."""
         while True:
             self._heartbeat = time.monotonic()
-            self._reading = []
+            self._reading, self._calling = [], []
             if self._is_aborting:
-                return [], [], True
+                return False
             self._scheduler.drop_over(self._heartbeat)
             self._reading = self._scheduler.take(self._runner.num_chats)
-            calls = list(self._calls)
+            self._calling = list(self._calls)
             self._calls.clear()
-            if self._reading or calls or self._runner.num_chats:
-                return self._reading, calls, False
+            if self._reading or self._calling or self._runner.num_chats:
+                return True
             if self._is_stopping:
-                return [], [], True
+                return False
             self._changed.wait(MAX_IDLE)
             self.metrics.idle_seconds.inc(time.monotonic() - self._heartbeat)
 
@@ -240,11 +242,12 @@ class Engine:
         running = [chat.job for batch in self._runner.batches for chat in batch.chats]
         for job in [*self._reading, *running, *self._scheduler.chats, *self._scheduler.others]:
             job.resolve(EngineError("The model's thread has ended."))
-        self._scheduler = Scheduler(self.config)
-        for _, future in self._calls:
-            future.set_exception(EngineError("The model's thread has ended."))
+        self._scheduler = Scheduler(self.config, self.model.packing.share_prefixes)
+        for _, future in [*self._calling, *self._calls]:
+            with suppress(InvalidStateError):  # of those that are done or cancelled
+                future.set_exception(EngineError("The model's thread has ended."))
         self._calls.clear()
-        self._reading = []
+        self._reading, self._calling = [], []
 
 
 def _is_over(job: Job) -> bool:

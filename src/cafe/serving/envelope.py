@@ -1,5 +1,6 @@
 """What surrounds every answer: its id, its security headers, its place in the metrics, and the last resort."""
 
+import asyncio
 import re
 import secrets
 import time
@@ -11,6 +12,7 @@ from cafe.serving.errors import describe_error
 from cafe.serving.metrics import Metrics
 
 REQUEST_ID = "X-Request-Id"
+SEND_SECONDS = 60.0  # for which a client may leave a piece of its answer unread
 _VALID_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 # Nothing is loaded from elsewhere, and no other site shows or reads what is here.
@@ -24,6 +26,13 @@ SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
 }
+
+
+CLIENT_GONE = 499  # a status for the metrics, which nobody receives
+
+
+class SlowReaderError(Exception):
+    """Report that a client does not read its answer, which ends it."""
 
 
 class Envelope:
@@ -55,10 +64,16 @@ class Envelope:
                 headers[REQUEST_ID] = request_id
                 for name, value in SECURITY_HEADERS.items():
                     headers.setdefault(name, value)
-            await send(message)
+            try:
+                async with asyncio.timeout(SEND_SECONDS):
+                    await send(message)
+            except TimeoutError:
+                raise SlowReaderError from None
 
         try:
             await self.app(scope, receive, send_with_headers)
+        except SlowReaderError:
+            status = CLIENT_GONE
         except Exception as error:
             # Where the answer has begun already, the connection is closed in its midst.
             answer = describe_error(error, request_id).response()
@@ -66,7 +81,7 @@ class Envelope:
                 await answer(scope, receive, send_with_headers)
         finally:
             route = getattr(scope.get("route"), "path", "other")  # the pattern, of which there are few
-            self.metrics.requests.labels(route, str(status or 499)).inc()
+            self.metrics.requests.labels(route, str(status or CLIENT_GONE)).inc()
             self.metrics.request_seconds.labels(route).observe(time.monotonic() - started)
 
 

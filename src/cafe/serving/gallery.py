@@ -2,31 +2,23 @@
 
 import json
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from cafe.content import DEFAULT_LIMITS, ImageRef
-from cafe.errors import CafeError
-from cafe.images.files import read_image_file
 from cafe.index.collection import Collection
 from cafe.index.filters import Filters, Predicate
 from cafe.index.manifest import Root
-from cafe.index.pixels import is_file, load_image
 from cafe.index.searching import Hit, Sort, make_hit, sort_hits
 from cafe.index.snapshot import Snapshot
-from cafe.lvlm.processing import ChatProcessor
-from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.search_schemas import FoundImage
 
-NUM_SAMPLED = 1000  # places in which names of columns are looked for
 _ANYWHERE = Filters().compile()
 
 
@@ -68,22 +60,23 @@ class Gallery:
 
     @cached_property
     def columns(self) -> list[str]:
-        """Return the names of the columns that came along with records, in order."""
+        """Return the names of the columns that came along with records, in order, without those that name files."""
         names: set[str] = set()
-        for place in islice(chain.from_iterable(self.snapshot.places), NUM_SAMPLED):
-            names.update(json.loads(place.columns) if place.columns else ())
-        return sorted(map(printable, names))
+        locations: set[str] = set()
+        for place in chain.from_iterable(self.snapshot.places):
+            for name, value in (json.loads(place.columns) if place.columns else {}).items():
+                (locations if _is_location(value) else names).add(name)
+        return sorted(map(printable, names - locations))
 
     @cached_property
     def folders(self) -> list[str]:
         """Return the names of all folders, in order."""
-        names: set[str] = set()
-        for root in self.roots:
-            if not root.is_source:
-                names.add(os.path.basename(root.path))
-        for places in self.snapshot.places:
-            for place in places:
-                names.update(Path(self._name(place.path, place.id)).parent.parts)
+        places = list(chain.from_iterable(self.snapshot.places))
+        files = {place.path for place in places}
+        # What was indexed is a folder, unless it is a source or a file.
+        names = {os.path.basename(root.path) for root in self.roots if not root.is_source and root.path not in files}
+        for place in places:
+            names.update(Path(self._name(place.path, place.id)).parent.parts)
         return sorted(map(printable, names - {""}), key=str.casefold)
 
     @cached_property
@@ -99,7 +92,7 @@ class Gallery:
         columns = {
             printable(column): printable(value) if isinstance(value, str) else value
             for column, value in hit.columns.items()
-            if not (isinstance(value, str) and _is_location(value))
+            if not _is_location(value)
         }
         return FoundImage(
             id=hit.key.replace("#", "-"),
@@ -107,7 +100,7 @@ class Gallery:
             folder=printable("" if name.parent == Path() else str(name.parent)),
             page=hit.page,
             score=score,
-            taken_at=hit.taken_at,
+            taken_at=hit.taken_at.isoformat(),
             width=hit.width,
             height=hit.height,
             caption=printable(hit.caption or ""),
@@ -124,55 +117,14 @@ class Gallery:
         return os.path.basename(path)
 
 
-def source_refs(hits: Sequence[Hit], roots: Sequence[Root], images: ImageWorkers) -> tuple[list[Hit], list[ImageRef]]:
-    """Return the hits that can still be read, with their images; files are decoded later, where the model reads them.
-
-    Args:
-        hits: of a collection.
-        roots: what it was made of.
-        images: read the images of records.
-    """
-    sources: list[Hit] = []
-    refs: list[ImageRef] = []
-    for hit in hits:
-        try:
-            ref = _source_ref(hit, roots, images, f"image {len(refs) + 1}")
-        except (CafeError, OSError):
-            continue
-        sources.append(hit)
-        refs.append(ref)
-    return sources, refs
-
-
-def _source_ref(hit: Hit, roots: Sequence[Root], images: ImageWorkers, name: str) -> ImageRef:
-    """Return the image of a hit.
-
-    Raises:
-        CafeError: a page or a record cannot be read.
-        OSError: a file cannot be read.
-    """
-    # As bytes, by which what the model made of them is found again.
-    if is_file(hit.id, hit.path, hit.page):
-        return ImageRef(read_image_file(Path(hit.path), DEFAULT_LIMITS.max_bytes), name=name)
-    # A page is drawn in a process of its own, which a worker may not start.
-    if hit.page is not None:
-        return ImageRef(load_image(hit.id, hit.path, hit.page, roots), name=name)
-    return ImageRef(images.call(load_record_image, hit.id, hit.path, tuple(roots)), name=name)
-
-
-def load_record_image(chat_processor: ChatProcessor, id: str, path: str, roots: Sequence[Root]) -> Image.Image:
-    """Load the image of a record; called in a worker, which brings its chat processor."""
-    return load_image(id, path, None, roots)
-
-
 def printable(text: str) -> str:
     """Return a text that can be sent: file names may hold bytes that are none."""
     return text.encode("utf-8", "replace").decode()
 
 
-def _is_location(value: str) -> bool:
-    """Return whether a value tells where a file is on this machine."""
-    return os.path.isabs(value) or value.startswith("file:")
+def _is_location(value: Any) -> bool:
+    """Return whether a column's value tells where a file is on this machine."""
+    return isinstance(value, str) and (os.path.isabs(value) or value.startswith("file:"))
 
 
 class GalleryReader:

@@ -5,8 +5,8 @@ limits that it sets itself, and whoever waits at the other end of the pipe sees 
 """
 
 import io
-import logging
 import os
+import resource
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -24,13 +24,6 @@ from cafe.errors import CafeError
 from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.processing import ChatProcessor
 from cafe.utils.processes import dump, restore
-
-try:
-    import resource
-except ImportError:  # not on Windows
-    resource = None  # type: ignore[assignment]
-
-logger = logging.getLogger(__name__)
 
 READ_FAILED = "The image cannot be read."
 TOO_MUCH_MEMORY = "Reading the image takes more memory than one image may take."
@@ -70,9 +63,11 @@ def run_worker(connection: Connection) -> None:
     """Do jobs until the pipe is closed; the first message is the `WorkerSetup`, and answered once jobs can be done."""
     # Ctrl-C reaches all processes of a terminal; the server finishes what it took, and then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The cores are the model's, and other workers'.
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError):  # the other end is gone
         setup: WorkerSetup = restore(connection.recv_bytes())
+        # What the model's own classes take is not counted as the jobs'.
         _warm_up(setup.chat_processor)
         _limit_memory(setup.max_bytes)
         connection.send_bytes(dump(Reply()))
@@ -89,7 +84,7 @@ def do_job(chat_processor: ChatProcessor, function: Callable[..., Any], args: Se
         return Reply(function(chat_processor, *args))
     except CafeError as error:
         return Reply(error=str(error))
-    except MemoryError:
+    except MemoryError:  # the limit was reached; what the job had is freed
         return Reply(error=TOO_MUCH_MEMORY)
     except Exception:
         return Reply(error=READ_FAILED, details=traceback.format_exc())
@@ -128,6 +123,7 @@ def _warm_up(chat_processor: ChatProcessor) -> None:
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Have the system end this process after so many seconds, also within a decoder, or when the server is gone."""
+    # Without a handler, because one of Python's would wait until the decoder returns.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
@@ -137,9 +133,9 @@ def _time_limit(seconds: float) -> Iterator[None]:
 
 
 def _limit_memory(max_bytes: int) -> None:
-    """Limit the memory that this process may take beyond what it has, where the system can tell and limit it."""
+    """Limit the memory that this process may take beyond what it has, where the system tells that."""
     statm = Path("/proc/self/statm")
-    if resource is None or not statm.exists():
+    if not statm.exists():
         return
     # Addresses and not pages in memory: the system enforces no limit of those.
     num_pages = int(statm.read_text().split()[0])

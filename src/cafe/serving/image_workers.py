@@ -1,11 +1,13 @@
 """Processes that decode and process images, so that no image can end the server or hold up the model.
 
 Each process has a thread here that gives it one job at a time. So a process that dies, or takes too long, does so
-because of the job that it has: this job fails alone, and another process takes the place of the dead one.
+because of the job that it has: this job fails alone, and another process, which was started before, takes the place of
+the dead one.
 """
 
 import atexit
 import logging
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -25,7 +27,7 @@ from cafe.serving.image_worker import Reply, WorkerSetup, decode_images, do_job,
 from cafe.serving.jobs import NotReadyError, OverloadedError
 from cafe.serving.lru import Lru
 from cafe.serving.metrics import Metrics
-from cafe.serving.worker_process import WorkerDiedError, WorkerProcess, preload
+from cafe.serving.worker_process import WorkerDiedError, WorkerProcess, WorkerSupply, preload
 from cafe.utils.processes import dump
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ class ImageWorkers:
 
     Args:
         chat_processor: processes images.
-        num_workers: the number of processes; 0 reads in this one.
+        num_workers: the number of processes, beside one that waits for another to die; 0 reads in this one.
         max_waiting: jobs that may wait.
         timeout: seconds that a job may take, and may wait.
         cache_bytes: memory for processed images, by the images' bytes.
@@ -77,10 +79,10 @@ class ImageWorkers:
         self._waiting: deque[_Job] = deque()
         self._changed = Condition()  # guards the waiting jobs and whether this is closed
         self._is_closed = False
-        self._workers: list[WorkerProcess] = []
+        self._ready_since = math.inf  # by time.monotonic
+        self._workers: dict[int, WorkerProcess] = {}  # by the numbers of the threads
         self._threads: list[Thread] = []
-        if num_workers:
-            self._start()
+        self._supply = self._start() if num_workers else None
 
     def load(self, refs: Sequence[ImageRef]) -> ProcessedImages:
         """Decode and process the images of one content. The same bytes give the very same object while it is kept."""
@@ -125,7 +127,7 @@ class ImageWorkers:
     @property
     def num_alive(self) -> int:
         """Return the number of processes that can take a job, or are doing one."""
-        return sum(worker.is_alive for worker in self._workers)
+        return sum(worker.is_alive for worker in list(self._workers.values()))
 
     @property
     def is_alive(self) -> bool:
@@ -145,23 +147,25 @@ class ImageWorkers:
             self._changed.notify_all()
         for job in waiting:
             job.future.set_exception(NotReadyError())
-        for worker in self._workers:
+        if self._supply is not None:
+            self._supply.close()
+        for worker in list(self._workers.values()):
             worker.kill()
         for thread in self._threads:
             thread.join(CLOSE_SECONDS)
         atexit.unregister(self.close)
 
-    def _start(self) -> None:
-        """Start the threads, which start the processes."""
+    def _start(self) -> WorkerSupply:
+        """Start the threads, which give jobs to processes, and what starts these."""
         preload(_modules(self.chat_processor))
-        setup = dump(WorkerSetup(self.chat_processor, self.timeout, MAX_JOB_BYTES))
+        supply = WorkerSupply(dump(WorkerSetup(self.chat_processor, self.timeout, MAX_JOB_BYTES)), self.timeout)
         for number in range(self.num_workers):
-            self._workers.append(WorkerProcess(setup, self.timeout))
-            thread = Thread(target=self._run, args=(self._workers[-1],), daemon=True, name=f"image-worker-{number}")
+            thread = Thread(target=self._run, args=(number, supply), daemon=True, name=f"image-worker-{number}")
             self._threads.append(thread)
             thread.start()
         # Before multiprocessing ends the processes, which would be taken for deaths.
         atexit.register(self.close)
+        return supply
 
     def _read(self, function: Callable[..., Any], images: Sequence[Any]) -> ProcessedImages:
         """Call a function that processes images, and take the time."""
@@ -169,29 +173,34 @@ class ImageWorkers:
             processed: ProcessedImages = self.call(function, images)
         return processed
 
-    def _run(self, worker: WorkerProcess) -> None:
+    def _run(self, number: int, supply: WorkerSupply) -> None:
         """Give jobs to a process, and replace it when it dies."""
         while not self._is_closed:
-            if not worker.is_alive:
-                self._start_process(worker)
-            job = self._take()
-            if job is None:
+            self._refuse_late()
+            if self._living_worker(number, supply) is None:
                 continue
-            if not worker.is_alive:  # it died while there was nothing to do, which is not this job's fault
-                self._start_process(worker)
-            self._do(job, worker)
-        worker.close()
+            job = self._take()
+            if job is not None:
+                # Once more, because a process that dies while there is nothing to do is not this job's fault.
+                self._do(job, self._living_worker(number, supply))
+        if number in self._workers:
+            self._workers[number].close()
 
-    def _start_process(self, worker: WorkerProcess) -> None:
-        """Start a process, for the first time or again."""
-        if worker.ready_since:
-            logger.warning("An image worker ended, and is started again.")
+    def _living_worker(self, number: int, supply: WorkerSupply) -> WorkerProcess | None:
+        """Return the process of a thread, or the one that takes its place; None if there is none yet."""
+        worker = self._workers.get(number)
+        if worker is not None and worker.is_alive:
+            return worker
+        new = supply.take(CHECK_SECONDS)
+        if new is None:
+            return None
+        if worker is not None:
+            logger.warning("An image worker ended, and another takes its place.")
             self.metrics.image_worker_restarts.inc()
-        try:
-            worker.start()
-        except WorkerDiedError as error:
-            if not self._is_closed:
-                logger.error("An image worker cannot be started.", exc_info=error)
+            worker.close()
+        self._workers[number] = new
+        self._ready_since = min(self._ready_since, time.monotonic())
+        return new
 
     def _take(self) -> _Job | None:
         """Take the job that has waited the longest; None if none comes for a moment, or when this is closed."""
@@ -200,12 +209,9 @@ class ImageWorkers:
                 self._changed.wait(CHECK_SECONDS)
             return self._waiting.popleft() if self._waiting else None
 
-    def _do(self, job: _Job, worker: WorkerProcess) -> None:
+    def _do(self, job: _Job, worker: WorkerProcess | None) -> None:
         """Have a job done by a process."""
-        # Whoever waits has waited long enough, or would wait for a process that cannot be started. The server's own
-        # start does not count.
-        waiting_since = max(job.created, worker.ready_since)
-        if time.monotonic() - waiting_since > self.timeout or not worker.is_alive:
+        if worker is None:
             job.future.set_exception(OverloadedError(RETRY_AFTER))
             return
         try:
@@ -214,6 +220,19 @@ class ImageWorkers:
             job.future.set_exception(NotReadyError() if self._is_closed else RecordError(str(error)))
         else:
             job.future.set_result(reply)
+
+    def _is_late(self, job: _Job) -> bool:
+        """Return whether a job has waited too long; for the first process, which starts with the server, all wait."""
+        return time.monotonic() - max(job.created, self._ready_since) > self.timeout
+
+    def _refuse_late(self) -> None:
+        """Refuse the jobs that have waited too long, as where no process can be started."""
+        late = []
+        with self._changed:
+            while self._waiting and self._is_late(self._waiting[0]):
+                late.append(self._waiting.popleft())
+        for job in late:
+            job.future.set_exception(OverloadedError(RETRY_AFTER))
 
 
 def _modules(chat_processor: ChatProcessor) -> set[str]:

@@ -21,12 +21,16 @@ SMOOTHING = 0.2  # of the measured rates: the weight of the last value
 class Budget:
     """Count the tokens of jobs that are read together; of those about the same images, the images once.
 
+    Args:
+        num_tokens: the most tokens.
+        shares_images: whether the model reads the same images once.
+
     Attributes:
         remaining: tokens; negative if a job was larger than what there was.
     """
 
-    def __init__(self, num_tokens: int) -> None:
-        self.remaining = num_tokens
+    def __init__(self, num_tokens: int, shares_images: bool) -> None:
+        self.remaining, self.shares_images = num_tokens, shares_images
         self._images: set[str] = set()
 
     def cost(self, job: Job) -> int:
@@ -38,7 +42,7 @@ class Budget:
     def spend(self, job: Job) -> None:
         """Add a job."""
         self.remaining -= self.cost(job)
-        if job.image_key:
+        if job.image_key and self.shares_images:
             self._images.add(job.image_key)
 
 
@@ -49,12 +53,14 @@ class Scheduler:
 
     Args:
         config: limits.
+        shares_images: whether the model reads the same images of several jobs once.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
+    def __init__(self, config: EngineConfig, shares_images: bool = True) -> None:
+        self.config, self.shares_images = config, shares_images
         self.chats: deque[Job] = deque()
         self.others: deque[Job] = deque()
+        self._chats_first = True
         # Since jobs were read last.
         self._num_decoded = 0
         self._decoding_seconds = 0.0
@@ -87,12 +93,17 @@ class Scheduler:
         if num_chats and not self._may_interrupt():
             return []
         num_tokens = self._step_tokens(num_chats)
-        budget = Budget(num_tokens)
-        # A job that is larger than the budget is read alone.
-        reserved = num_tokens // 2 if self.others else 0
-        jobs = _take_within(self.chats, budget, reserved, places)
-        jobs += _take_within(self.others, budget, 0, len(self.others), may_exceed=not jobs)
-        jobs += _take_within(self.chats, budget, 0, places - len(jobs), may_exceed=False)
+        budget = Budget(num_tokens, self.shares_images)
+        queues = [(self.chats, places), (self.others, len(self.others))]
+        # A job that is larger than what is left is read in a step that begins with it, so each kind begins in turn.
+        if not self._chats_first:
+            queues.reverse()
+        self._chats_first = not self._chats_first
+        (first, first_places), (second, second_places) = queues
+        jobs = _take_within(first, budget, num_tokens // 2 if second else 0, first_places)
+        num_first = len(jobs)
+        jobs += _take_within(second, budget, 0, second_places, may_exceed=not jobs)
+        jobs += _take_within(first, budget, 0, first_places - num_first, may_exceed=False)
         return jobs
 
     def observe_reading(self, jobs: list[Job], seconds: float) -> None:

@@ -63,6 +63,8 @@ class EmbeddingsRequest(Strict):
     messages: list[ChatMessage] | list[list[ChatMessage]] | None = None
     dimensions: Count | None = None
     encoding_format: Literal["float", "base64"] | None = None
+    embedding_type: Literal["float", "base64"] | None = None  # Jina's name of the same
+    normalized: Literal[True] | None = None  # as all embeddings are
     user: str | None = None
 
 

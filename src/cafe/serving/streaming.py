@@ -10,13 +10,13 @@ from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from cafe.serving.envelope import CLIENT_GONE
 from cafe.serving.jobs import ChatJob, DeadlineError, Job, Piece
 from cafe.serving.services import Services, get_services
 
 Item = TypeVar("Item")
 
 GRACE = 1.0  # seconds past its deadline for which a job is waited for; the engine gives it up itself
-CLIENT_GONE = 499  # a status for the metrics, which nobody receives
 
 
 class Mailbox(Generic[Item]):

@@ -4,18 +4,15 @@ import io
 import os
 from collections.abc import Sequence
 from enum import IntEnum
-from pathlib import Path
 
 from PIL import Image
 
-from cafe.content import ImageRef
-from cafe.images.decoding import decode_image
 from cafe.index.manifest import Root
-from cafe.index.pixels import is_file, load_image
 from cafe.index.searching import Hit
 from cafe.lvlm.processing import ChatProcessor
 from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.lru import Lru
+from cafe.serving.place_images import load_place
 
 CACHE_BYTES = 32 * 2**20
 QUALITY = 84  # of the JPEG files
@@ -48,25 +45,17 @@ def read_thumbnail(hit: Hit, size: int, images: ImageWorkers, roots: Sequence[Ro
     # A file that has changed since is another image. A source may be one that is no file.
     is_local = os.path.isabs(hit.path)
     key = (hit.id, os.stat(hit.path).st_mtime_ns if is_local else 0, size)
-    data, _ = kept.get_or_make(key, lambda: _make(hit, size, images, roots), len)
+    place = hit.id, hit.path, hit.page, tuple(roots)
+    data, _ = kept.get_or_make(key, lambda: images.call(make_thumbnail, *place, size), len)
     return data
 
 
-def _make(hit: Hit, size: int, images: ImageWorkers, roots: Sequence[Root]) -> bytes:
-    """Make a thumbnail where a damaged image does no harm."""
-    if hit.page is not None:
-        # A page is drawn in a process of its own already, which a worker may not start.
-        return encode_thumbnail(load_image(hit.id, hit.path, hit.page, roots), size)
-    data: bytes = images.call(make_thumbnail, hit.id, hit.path, tuple(roots), size)
-    return data
-
-
-def make_thumbnail(chat_processor: ChatProcessor, id: str, path: str, roots: Sequence[Root], size: int) -> bytes:
-    """Make the thumbnail of a file or a record; called in a worker, which brings its chat processor."""
-    if is_file(id, path, None):
-        # A large JPEG is decoded at a fraction of its size.
-        return encode_thumbnail(decode_image(ImageRef(Path(path)), min_side=size), size)
-    return encode_thumbnail(load_image(id, path, None, roots), size)
+def make_thumbnail(
+    chat_processor: ChatProcessor, id: str, path: str, page: int | None, roots: Sequence[Root], size: int
+) -> bytes:
+    """Make the thumbnail of a place; called in a worker, see `load_place`."""
+    # A large JPEG is decoded at a fraction of its size.
+    return encode_thumbnail(load_place(chat_processor, id, path, page, roots, min_side=size), size)
 
 
 def encode_thumbnail(image: Image.Image, size: int) -> bytes:

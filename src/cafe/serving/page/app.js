@@ -142,6 +142,7 @@ $("#sort").addEventListener("change", () => {
   go({ ...query, sort: $("#sort").value === usual ? "" : $("#sort").value });
 });
 addEventListener("popstate", () => {
+  if (addressOf(readAddress()) === addressOf(query)) return; // a link within the page
   query = readAddress();
   show();
 });

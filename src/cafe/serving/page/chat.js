@@ -1,6 +1,6 @@
 // The panel that talks about images: those of the collection, or without one those that are dropped.
 import { RequestError, showThumbnail, stream } from "./api.js";
-import { $, el, plural, toast } from "./dom.js";
+import { $, el, icon, plural, toast } from "./dom.js";
 import { toDataUri } from "./images.js";
 
 const MAX_TOKENS = 256;
@@ -62,7 +62,7 @@ export function chatOnly(name) {
   $("#attach").hidden = false;
   $("#chat-close").hidden = true;
   $("h2", panel).textContent = name;
-  question.placeholder = "Ask something, or drop an image here";
+  $("#drop span").textContent = "Drop the image to ask about it";
   openChat();
 }
 
@@ -76,11 +76,15 @@ export async function attach(file) {
   drawAbout();
 }
 
+/** Say what can be asked, while nothing was. */
 function drawHint() {
-  const text = model
-    ? "Drop an image here, and ask about it. Without one, the model answers from what it knows."
-    : "Select images and ask about them. With none selected, a question is answered from the images that fit it best.";
-  log.replaceChildren(el("p", { className: "hint" }, text));
+  if (!model) {
+    const text = "Select images and ask about them. With none selected, a question is answered from the images that fit it best.";
+    log.replaceChildren(el("p", { className: "hint" }, text));
+    return;
+  }
+  const text = "Drop an image here, paste one or choose one. Without an image, the model answers from what it knows.";
+  log.replaceChildren(el("div", { className: "hint welcome" }, icon("image"), el("h3", {}, "Ask about an image"), el("p", {}, text)));
 }
 
 /** Show which images the next question is about. */
@@ -219,7 +223,7 @@ function chatBody(current, turn) {
     messages.push({ role: "user", content: [...images, { type: "text", text: question }] });
     if (answer) messages.push({ role: "assistant", content: answer });
   }
-  return { model, messages, stream: true, max_tokens: MAX_TOKENS };
+  return { model, messages, stream: true, max_tokens: MAX_TOKENS, temperature: 0 };
 }
 
 function setRunning(running) {

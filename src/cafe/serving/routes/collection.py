@@ -1,6 +1,6 @@
 """The routes of a collection: search it, ask it, look at it."""
 
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, get_args
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
@@ -16,7 +16,8 @@ from cafe.serving.answers import ERROR_ANSWERS, ErrorAnswer
 from cafe.serving.config import RequestLimits
 from cafe.serving.contents import ContentReader
 from cafe.serving.errors import ApiError, request_id_of
-from cafe.serving.gallery import Gallery, GalleryReader, source_refs
+from cafe.serving.gallery import Gallery, GalleryReader
+from cafe.serving.place_images import source_refs
 from cafe.serving.questions import answer_events, submit_question
 from cafe.serving.schemas import Item
 from cafe.serving.search_schemas import (
@@ -73,7 +74,7 @@ def collection_facts(request: Request, services: ServicesDep) -> CollectionAnswe
         last_day=last_day,
         folders=gallery.folders,
         columns=gallery.columns,
-        sorts=["score", "newest", "oldest", "name"],
+        sorts=list(get_args(Sort)),
     )
     return CollectionAnswer(model=services.model_id, collection=facts)
 
@@ -83,7 +84,9 @@ def search(request: SearchRequest, services: ServicesDep, gallery: GalleryDep) -
     """Find the images that match words, an image, or both; without either, show the latest."""
     query = _parse_query(request, services, gallery)
     if query is None:
-        hits = gallery.latest(_parse_filters(request), request.k, request.sort) if _is_in(request, gallery) else []
+        predicate = _parse_filters(request)
+        is_public = _is_public(request, predicate, gallery)
+        hits = gallery.latest(predicate, request.k, request.sort) if is_public else []
         return SearchAnswer(results=[gallery.describe(hit, None) for hit in hits])
     hits = _search(services, gallery, query, request.k, request, sort=request.sort)
     return SearchAnswer(results=[gallery.describe(hit, hit.score) for hit in hits])
@@ -180,8 +183,7 @@ def _search(
     services: Services, gallery: Gallery, query: Query, k: int, request: SearchFilters, sort: Sort = "score"
 ) -> list[Hit]:
     """Search the collection, and refuse what cannot be searched for."""
-    _parse_filters(request)
-    if not _is_in(request, gallery):
+    if not _is_public(request, _parse_filters(request), gallery):
         return []
     try:
         return _collection(services).search(query, k, min_score=request.min_score, sort=sort, **vars(request.filters))
@@ -205,9 +207,14 @@ def _parse_filters(request: SearchFilters) -> Predicate:
         _refuse(400, str(error))
 
 
-def _is_in(request: SearchFilters, gallery: Gallery) -> bool:
-    """Return whether the folder of a request is one that was indexed: of those above it, nothing is told."""
-    return not request.folder or is_part_of_any(request.folder, gallery.folders)
+def _is_public(request: SearchFilters, predicate: Predicate, gallery: Gallery) -> bool:
+    """Return whether filters are about what clients may know.
+
+    By the folders above those that were indexed, and by columns that name files, one could find out paths bit by bit.
+    """
+    if request.folder and not is_part_of_any(request.folder, gallery.folders):
+        return False
+    return all(condition.column in gallery.columns for condition in predicate.conditions)
 
 
 def _collection(services: Services) -> Collection:

@@ -90,7 +90,7 @@ def format_vector(vector: Float32[np.ndarray, " dim"], body: EmbeddingsRequest) 
     if body.dimensions and body.dimensions < len(vector):
         vector = vector[: body.dimensions]
         vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
-    if body.encoding_format == "base64":
+    if (body.encoding_format or body.embedding_type) == "base64":
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     numbers: list[float] = vector.tolist()
     return numbers

@@ -357,6 +357,10 @@ def test_a_server_with_a_key_asks_for_it_once(browser, services):
         page.send("Page.reload")
         page.wait_for(f"document.querySelectorAll('.loaded').length === {NUM_IMAGES}")
         assert not page.evaluate("document.querySelector('#key').open")
+        page.click(".frame")
+        page.wait_for("document.querySelector('#viewer img').naturalWidth > 0")
+        page.press("ArrowRight")
+        page.wait_for("document.querySelector('#viewer img').naturalWidth === 240")
         assert KEY not in " ".join(page.requests)
 
 
