@@ -66,7 +66,7 @@ browser:
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt)
-	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[index]'
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[index,serve]'
 	touch $@
 
 .venv/installed-dev: .venv/installed

@@ -1,8 +1,8 @@
 """Make jobs of what requests hold: contents and chats become token sequences with processed images."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from cafe.content import Content, ImageRef
@@ -12,8 +12,9 @@ from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Message, embedding_messages, system_messages
 from cafe.packing import Branch
 from cafe.serving.config import RequestLimits
-from cafe.serving.jobs import ChatJob, EmbedJob, ScoreJob
+from cafe.serving.jobs import ChatJob, EmbedJob, Piece, Sampling, ScoreJob
 
+NO_LIMIT = 2**31  # tokens
 MAX_TOKEN_CHARACTERS = 32  # of a text longer than this a token on average, no tokens are made
 
 
@@ -28,10 +29,12 @@ class JobEncoder:
     Attributes:
         chat_processor: renders, tokenizes and processes images; in a server, its images are processed by workers.
         limits: of one request.
+        context_length: the most tokens that the model reads and writes together.
     """
 
     chat_processor: ChatProcessor
     limits: RequestLimits
+    context_length: int = NO_LIMIT
 
     def embedding(self, content: Content) -> EmbedJob:
         """Encode a content that is to be embedded.
@@ -45,19 +48,31 @@ class JobEncoder:
         branch = self.chat_processor.encode_embedding(messages, images)
         return EmbedJob(**self._inputs(branch, images, content.images))
 
-    def chat(self, messages: list[Message], refs: Sequence[ImageRef], **options: Any) -> ChatJob:
+    def chat(
+        self,
+        messages: list[Message],
+        refs: Sequence[ImageRef],
+        sampling: Sampling,
+        on_piece: Callable[[Piece], None],
+    ) -> ChatJob:
         """Encode a chat that is to be answered.
 
         Args:
             messages: the turns, as templates take them; the model's own system prompt comes first if there is none.
             refs: the images of all turns, in order.
-            options: `sampling` and `on_piece` of `ChatJob`.
+            sampling: how it is answered; the answer is shorter where the context ends before.
+            on_piece: takes the pieces of the answer, see `ChatJob`.
 
         Raises:
             RecordError: an image cannot be read, or the model's template refuses the turns.
             ContextLengthError: the chat is too long.
         """
-        return ChatJob(**self._prompt_inputs(messages, refs), **options)
+        inputs = self._prompt_inputs(messages, refs)
+        room = self.context_length - len(inputs["branch"])
+        if room < 1:
+            raise ContextLengthError(f"The chat fills the {self.context_length:,} tokens that the model reads.")
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        return ChatJob(**inputs, sampling=sampling, on_piece=on_piece)
 
     def score(self, messages: list[Message], refs: Sequence[ImageRef], token_ids: tuple[int, ...]) -> ScoreJob:
         """Encode a chat of whose answer the first token is to be scored; see `chat`."""
@@ -83,10 +98,9 @@ class JobEncoder:
         Raises:
             ContextLengthError: the branch is too long.
         """
-        if len(branch) > self.limits.max_input_tokens:
-            raise ContextLengthError(
-                f"The input has {len(branch):,} tokens, over the limit of {self.limits.max_input_tokens:,}."
-            )
+        most = min(self.limits.max_input_tokens, self.context_length)
+        if len(branch) > most:
+            raise ContextLengthError(f"The input has {len(branch):,} tokens, over the limit of {most:,}.")
         key = image_key(refs)
         prefix_length = end_of_images(branch, images) if key else 0
         return {"branch": branch, "image_key": key, "prefix_length": prefix_length, "timeout": self.limits.timeout}

@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from datetime import date
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -19,7 +19,6 @@ from cafe.index.searching import Hit, Sort, make_hit, sort_hits
 from cafe.index.snapshot import Snapshot
 from cafe.serving.search_schemas import FoundImage
 
-NUM_SAMPLED = 1000  # places in which names of columns are looked for
 _ANYWHERE = Filters().compile()
 
 
@@ -64,7 +63,7 @@ class Gallery:
         """Return the names of the columns that came along with records, in order, without those that name files."""
         names: set[str] = set()
         locations: set[str] = set()
-        for place in islice(chain.from_iterable(self.snapshot.places), NUM_SAMPLED):
+        for place in chain.from_iterable(self.snapshot.places):
             for name, value in (json.loads(place.columns) if place.columns else {}).items():
                 (locations if _is_location(value) else names).add(name)
         return sorted(map(printable, names - locations))
@@ -101,7 +100,7 @@ class Gallery:
             folder=printable("" if name.parent == Path() else str(name.parent)),
             page=hit.page,
             score=score,
-            taken_at=hit.taken_at,
+            taken_at=hit.taken_at.isoformat(),
             width=hit.width,
             height=hit.height,
             caption=printable(hit.caption or ""),

@@ -63,9 +63,11 @@ def run_worker(connection: Connection) -> None:
     """Do jobs until the pipe is closed; the first message is the `WorkerSetup`, and answered once jobs can be done."""
     # Ctrl-C reaches all processes of a terminal; the server finishes what it took, and then closes the pipe.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The cores are the model's, and other workers'.
     torch.set_num_threads(1)
     with suppress(EOFError, ConnectionError):  # the other end is gone
         setup: WorkerSetup = restore(connection.recv_bytes())
+        # What the model's own classes take is not counted as the jobs'.
         _warm_up(setup.chat_processor)
         _limit_memory(setup.max_bytes)
         connection.send_bytes(dump(Reply()))
@@ -82,7 +84,7 @@ def do_job(chat_processor: ChatProcessor, function: Callable[..., Any], args: Se
         return Reply(function(chat_processor, *args))
     except CafeError as error:
         return Reply(error=str(error))
-    except MemoryError:
+    except MemoryError:  # the limit was reached; what the job had is freed
         return Reply(error=TOO_MUCH_MEMORY)
     except Exception:
         return Reply(error=READ_FAILED, details=traceback.format_exc())
@@ -121,6 +123,7 @@ def _warm_up(chat_processor: ChatProcessor) -> None:
 @contextmanager
 def _time_limit(seconds: float) -> Iterator[None]:
     """Have the system end this process after so many seconds, also within a decoder, or when the server is gone."""
+    # Without a handler, because one of Python's would wait until the decoder returns.
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:

@@ -41,6 +41,7 @@ class Lru(Generic[K, V]):
     def put(self, key: K, value: V, num_bytes: int) -> None:
         """Keep a value of so many bytes, unless it is larger than all that may be kept."""
         with self._lock:
+            # An older value of the key is wrong now, also where the new one is too large to keep.
             self._drop(key)
             if num_bytes > self.max_bytes:
                 return
@@ -60,6 +61,7 @@ class Lru(Generic[K, V]):
         value = self.get(key)
         if value is not None:
             return value, True
+        # The first thread to leave its future here makes the value, and the others wait for that future.
         with self._lock:
             others = self._under_way.get(key)
             own: Future[V] = self._under_way.setdefault(key, Future())
@@ -74,7 +76,7 @@ class Lru(Generic[K, V]):
                 self.put(key, value, size(value))
             own.set_result(value)
             return value, is_hit
-        except BaseException as error:
+        except BaseException as error:  # whoever waits would wait for good
             own.set_exception(error)
             raise
         finally:

@@ -1,6 +1,6 @@
 """What clients send to search and ask a collection, and what they are sent."""
 
-from datetime import date, datetime
+from datetime import date
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, Field
@@ -93,7 +93,7 @@ class FoundImage(BaseModel):
     folder: str = Field(description="The folder of its file, within what was indexed.")
     page: int | None = Field(description="The number of the page, from 1; none for an image.")
     score: float | None = Field(description="How well it matches, from 0 to 1; none if it was not searched for.")
-    taken_at: datetime = Field(description="When it was taken, in local time.")
+    taken_at: str = Field(description="When it was taken: an ISO time without a zone, as images have it.")
     width: int
     height: int
     caption: str

@@ -9,18 +9,19 @@ from pathlib import Path
 from threading import Event, Thread
 from types import FrameType
 
+import numpy as np
 import uvicorn
-from PIL import Image
+from jaxtyping import Float32
 
 from cafe.checkpoint import resolve_checkpoint
 from cafe.errors import CafeError
 from cafe.index.collection import Collection
-from cafe.index.golden import load_recorded_model
+from cafe.index.golden import MIN_COSINE, golden_vectors, load_recorded_model, lowest_cosine
 from cafe.model import Cafe
 from cafe.serving.app import create_app
 from cafe.serving.config import ServingConfig
 from cafe.serving.connection import Connection
-from cafe.serving.encoding import JobEncoder
+from cafe.serving.encoding import NO_LIMIT, JobEncoder
 from cafe.serving.engine import Engine
 from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.metrics import Metrics
@@ -91,17 +92,32 @@ def running_services(config: ServingConfig, model: Cafe, collection: Path | None
             model.chat_processor, config.image_workers, cache_bytes=config.engine.cache_bytes // 3, metrics=metrics
         )
         stack.callback(images.close)
+        expected = golden_vectors(model)
         engine = Engine(model, config.engine, metrics)
         engine.start()
         stack.callback(engine.stop)
         # From here on, no image is decoded in this process, and the model runs in the engine's thread alone.
         served = ServedModel.of(engine, images, limits.timeout)
+        check_served(served, expected)
         opened = Collection.open(collection, served) if collection else None
         if opened is not None:
-            _ = opened.model  # compares the golden vectors
-        images.process([Image.new("RGB", (64, 64))])  # until then, a process is being started
-        encoder = JobEncoder(served.chat_processor, limits)
+            _ = opened.model  # compares the golden vectors of the collection
+        context_length = getattr(model.lvlm.config.get_text_config(), "max_position_embeddings", None)
+        encoder = JobEncoder(served.chat_processor, limits, context_length or NO_LIMIT)
         yield Services(served, model_id_of(model), engine, encoder, images, opened, config, metrics)
+
+
+def check_served(served: ServedModel, expected: Float32[np.ndarray, "contents dim"]) -> None:
+    """Make sure that what is served is what the model gives by itself.
+
+    Raises:
+        CafeError: the engine gives other embeddings of the golden contents.
+    """
+    cosine = lowest_cosine(golden_vectors(served), expected)
+    if not cosine >= MIN_COSINE:  # also of NaN
+        raise CafeError(
+            f"The server would give other embeddings than the model (cosine {cosine:.4f}): it is not started."
+        )
 
 
 def model_id_of(model: Cafe) -> str:
