@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv quickstart test test-lmms fuzz bench bench-index bench-serving gpu docs browser clean
+.PHONY: venv quickstart test test-lmms test-clients fuzz bench bench-index bench-serving gpu docs browser clean
 
 venv: .venv/installed
 
@@ -17,6 +17,9 @@ test: .venv/installed-dev browser
 
 test-lmms: .venv-lmms/installed
 	.venv-lmms/bin/pytest tests/evaluation/harnesses/test_lmms_eval.py
+
+test-clients: .venv-clients/installed
+	.venv-clients/bin/pytest tests/serving/test_serving_docs.py -k other_libraries
 
 # Ten minutes: the property tests with many examples, then damaged files of every kind.
 fuzz: .venv/installed-dev
@@ -86,5 +89,15 @@ LMMS := black isort evaluate jsonlines numexpr sacrebleu pytablewriter tqdm-mult
 	.venv-lmms/bin/pip install -q --disable-pip-version-check --no-deps lmms-eval
 	touch $@
 
+# LangChain wants an older client of OpenAI's than the tests, so both libraries have an environment of their own.
+.venv-clients/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/pip install -q --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt)
+	.venv-clients/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve,index]' \
+		pytest beartype hypothesis
+	.venv-clients/bin/pip install -q --disable-pip-version-check langchain-openai llama-index-llms-openai-like \
+		llama-index-embeddings-openai-like
+	touch $@
+
 clean:
-	rm -rf .venv .venv-lmms runs
+	rm -rf .venv .venv-lmms .venv-clients runs

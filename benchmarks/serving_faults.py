@@ -31,14 +31,12 @@ from serving_work import (
     MODEL,
     ChatWork,
     EmbeddingWork,
-    chat_body,
     chat_work,
     connect,
-    embedding_body,
     embedding_work,
     make_images,
     make_texts,
-    with_comment,
+    renewed,
 )
 
 from cafe import Cafe
@@ -64,9 +62,7 @@ class Good:
 
     def renewed(self, number: int) -> "Good":
         """Return the same with other bytes of the same image, so that no cache answers."""
-        image = with_comment(self.image, number)
-        vector = EmbeddingWork(embedding_body([image]), self.vector.expected)
-        return Good(image, self.text, vector, ChatWork(chat_body([image], LONG_PROMPT), self.chat.expected))
+        return Good(self.image, self.text, renewed(self.vector, number), renewed(self.chat, number))
 
 
 @dataclass

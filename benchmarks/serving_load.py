@@ -1,10 +1,11 @@
 """Minutes of 64 clients that embed and chat, of which one request in a hundred is poison.
 
-Texts, images and both are embedded and chats are answered with a stream, at random. Each answer is compared with the
-right one, which this process computed beforehand, one at a time. Poison is a damaged image, a decompression bomb, a
-text that is too long, a wrong field, or a client that hangs up; it has to be refused as it should be. Now and then a
-client asks for more than the queue holds, which has to be refused with status 429 and a `Retry-After`, and every other
-request has to be answered all the same. The memory of all of the server's processes is measured each second.
+Texts, images and both are embedded and chats are answered with a stream, at random; half of the images are sent for the
+first time, the others again and again. Each answer is compared with the right one, which this process computed
+beforehand, one at a time. Poison is a damaged image, a decompression bomb, a text that is too long, a wrong field, or a
+client that hangs up; it has to be refused as it should be. Now and then clients ask for more than the queue holds,
+which has to be refused with status 429 and a `Retry-After`; every other request has to be answered all the same. The
+memory of all of the server's processes is measured each second.
 
 python benchmarks/serving_load.py [--minutes 5] [--clients 64] [--threads N] [--json FILE]
 """
@@ -16,6 +17,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 from common import Row, show
 from serving_client import Connection, encode_request
@@ -31,6 +33,7 @@ from serving_work import (
     embedding_work,
     make_images,
     make_texts,
+    renewed,
 )
 
 from cafe import Cafe
@@ -39,6 +42,7 @@ from cafe.checkpoint import resolve_checkpoint
 POOL, SIDE = 64, 256  # different inputs of each kind; pixels of an image
 WEIGHTS = {"text": 40, "image": 15, "both": 10, "chat": 34, "poison": 1}  # of 100 requests
 BULK_INPUTS, BULK_REQUESTS, BULK_SECONDS = 256, 4, 20.0  # as many at once, every so often
+SHARE_OF_NEW = 0.5  # of the images
 MAX_SHOWN = 20
 
 
@@ -52,6 +56,11 @@ class Pools:
     chat: list[ChatWork]
     bulk: EmbeddingWork
     poison: list[Poison]
+
+    def draw(self, kind: str, chance: Random) -> Any:
+        """Draw a request. Half of the images have bytes of their own, which fill the server's caches and empty them."""
+        work = chance.choice(getattr(self, kind))
+        return renewed(work, chance.getrandbits(48)) if chance.random() < SHARE_OF_NEW else work
 
 
 @dataclass
@@ -98,9 +107,9 @@ async def run_client(server: Server, pools: Pools, tally: Tally, deadline: float
                     case "poison":
                         await send_poison(connection, pools, tally, chance)
                     case "chat":
-                        await send_chat(connection, chance.choice(pools.chat), tally)
+                        await send_chat(connection, pools.draw(kind, chance), tally)
                     case _:
-                        await send_embedding(connection, kind, chance.choice(getattr(pools, kind)), tally)
+                        await send_embedding(connection, kind, pools.draw(kind, chance), tally)
             except (OSError, TimeoutError, EOFError) as error:
                 connection.close()
                 tally.add_wrong(kind, f"{type(error).__name__}: {error}")

@@ -4,10 +4,10 @@ import base64
 import io
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from serving_client import Connection, Response, Stream, encode_request, read_vectors
@@ -24,6 +24,7 @@ MIN_COSINE = 0.9999
 MAX_TOKENS = 48
 PROMPTS = ("Describe the image.", "List everything in the image, one by one, in detail.")
 LONG_PROMPT = PROMPTS[1]
+JPEG_URI = "data:image/jpeg;base64,"
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,9 @@ class ChatWork:
         return answer.finished and answer.text.strip() == self.expected.strip()
 
 
+Work = TypeVar("Work", EmbeddingWork, ChatWork)
+
+
 def make_texts(count: int, seed: int = 0) -> list[str]:
     """Make captions and paragraphs of different lengths, of which no two are the same."""
     chance, texts = Random(seed), dict[str, None]()
@@ -88,6 +92,23 @@ def with_comment(jpeg: bytes, number: int) -> bytes:
     """Return the same image in other bytes, so that no cache knows it: with a comment."""
     comment = f"number {number}".encode()
     return jpeg[:2] + b"\xff\xfe" + struct.pack(">H", len(comment) + 2) + comment + jpeg[2:]
+
+
+def renewed(work: Work, number: int) -> Work:
+    """Return the same work with its images in other bytes, see `with_comment`."""
+
+    def renew(value: Any) -> Any:
+        """Give each image in a body other bytes."""
+        match value:
+            case str() if value.startswith(JPEG_URI):
+                return data_uri(with_comment(base64.b64decode(value.removeprefix(JPEG_URI)), number))
+            case dict():
+                return {name: renew(each) for name, each in value.items()}
+            case list():
+                return [renew(each) for each in value]
+        return value
+
+    return replace(work, body=renew(work.body))
 
 
 def data_uri(image: bytes, kind: str = "jpeg") -> str:

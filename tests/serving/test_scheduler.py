@@ -219,3 +219,27 @@ def test_jobs_that_are_over_leave_the_queues():
     for late in jobs[2:4]:
         assert isinstance(late.future.exception(timeout=0), DeadlineError)
     assert not any(job.future.done() for job in jobs[4:])
+
+
+def test_running_chats_together_fit_into_their_memory_each_as_long_as_the_longest():
+    short, long, other = chat(90, max_tokens=10), chat(190, max_tokens=10), chat(90, max_tokens=10)
+    scheduler = make_scheduler(short, long, other, max_chat_tokens=400)
+    # Two chats take twice the room of the longer one; a third would take three times that.
+    assert scheduler.take(0) == [short, long]
+    scheduler = make_scheduler(short, long, other, embedding(5), max_chat_tokens=399)
+    first = scheduler.take(0)
+    assert [job for job in first if isinstance(job, ChatJob)] == [short]
+    assert len(first) == 2  # embeddings take no place
+    # What runs counts too, and in its order: the one behind the long chat waits as well.
+    decode_until(scheduler, lambda: scheduler.take(1, short.max_length) or not scheduler.chats, steps=2 * PATIENCE)
+    assert list(scheduler.chats) == [long, other]
+    # A chat that is too long for it runs alone.
+    alone = make_scheduler(chat(1000), max_chat_tokens=10)
+    assert len(alone.take(0)) == 1
+
+
+def decode_until(scheduler: Scheduler, stop: Callable[[], object], steps: int) -> None:
+    for _ in range(steps):
+        scheduler.observe_decoding(SECONDS_PER_STEP)
+        if stop():
+            return

@@ -20,6 +20,7 @@ from cafe.errors import CafeError
 from cafe.model import Cafe
 from cafe.serving.config import EngineConfig, ServingConfig
 from cafe.serving.engine import Engine
+from cafe.serving.routes import operations
 from cafe.serving.server import Server, bind, check_config, loaded_services, model_id_of, url_of
 
 
@@ -65,6 +66,18 @@ def test_health_says_when_the_engine_has_ended(services, serve):
     assert server.get("/health").status_code == 503 and server.get("/health").json()["status"] == "error"
     assert error_of(server.get("/ready")) == (503, "not_ready")
     assert error_of(server.embed("a")) == (503, "not_ready")
+
+
+def test_health_says_when_the_engine_hangs(http, services, monkeypatch):
+    monkeypatch.setattr(operations, "MAX_HEARTBEAT_AGE", 2.0)  # more than it waits for work
+    assert http.get("/health").ok
+    with blocked(services.engine):
+        while http.get("/health").ok:
+            pass
+        assert http.get("/health").json()["heartbeat_age"] > 2
+    while not http.get("/health").ok:
+        pass
+    assert http.embed("a").ok
 
 
 def test_the_model_is_listed_by_its_name_and_never_by_its_path(http, model_id, random_base):

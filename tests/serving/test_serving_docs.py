@@ -130,12 +130,12 @@ def test_limits_on_the_page_are_those_of_the_server():
 
 def test_errors_on_the_page_are_those_that_the_source_gives():
     sources = "".join(file.read_text() for file in (ROOT / "src" / "cafe" / "serving").rglob("*.py"))
-    given = set(re.findall(r'ApiError\(\s*(\d+),\s*"(\w+)"', sources))
-    assert len(given) > 20
+    in_source = set(re.findall(r'ApiError\(\s*(\d+),\s*"(\w+)"', sources))
+    assert len(in_source) > 20
     listed = set()
     for status, text in re.findall(r"^\| (\d+) \| (.+) \|$", SECTIONS["Errors"], re.MULTILINE):
         listed |= {(status, code) for code in re.findall(r"`([a-z]\w+)`", text)}
-    assert given <= listed
+    assert in_source <= listed
 
 
 def test_metrics_on_the_page_are_those_of_the_server(http):

@@ -8,6 +8,7 @@ behind them. The slots in use are the first ones, so that a forward pass reads a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
@@ -98,7 +99,7 @@ class SlotCache(Cache):
         self.lengths: list[int] = []
         self._capacity = (0, 0)  # slots and columns that there is memory for
 
-    def join(self, key_values: KeyValues, room: int) -> None:
+    def join(self, key_values: KeyValues, room: int = 1) -> None:
         """Put a sequence into the next slot, which has room for so many further tokens."""
         slot = len(self.lengths)
         length = key_values[0][0].shape[1]
@@ -196,6 +197,18 @@ def select_key_values(cache: DynamicCache, coords: Int64[Tensor, "tokens 2"]) ->
         keys, values = (states[rows, :, columns].transpose(0, 1) for states in (layer.keys, layer.values))
         selected.append((keys, values))
     return selected
+
+
+def count_tokens_that_fit(lvlm: PreTrainedModel, share: float) -> int:
+    """Count the tokens whose keys and values fit into a share of the memory that is free now."""
+    config = lvlm.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * num_heads * head_dim * lvlm.dtype.itemsize
+    free = psutil.virtual_memory().available
+    if lvlm.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(lvlm.device)
+    return int(share * free) // token_bytes
 
 
 def _no_slots(states: Float[Tensor, "slots heads tokens dim"]) -> Float[Tensor, "0 heads 0 dim"]:

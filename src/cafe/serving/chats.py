@@ -96,7 +96,7 @@ class SlotChats:
 
     def join(self, chat: RunningChat, key_values: KeyValues) -> None:
         """Add a chat whose prompt was read."""
-        self.cache.join(key_values, chat.job.sampling.max_tokens)
+        self.cache.join(key_values)
         self.chats.append(chat)
 
     def next_logits(self, start: int, stop: int) -> Float[Tensor, "chats vocabulary"]:

@@ -41,12 +41,15 @@ class EngineConfig:
     Attributes:
         step_tokens: the most tokens of waiting jobs that are read in one step; a longer job is read alone.
         max_chats: chats that are decoded together.
+        max_chat_tokens: tokens of all running chats, each as long as the longest may become; by default as many as fit
+            into half of the memory that is free at the start.
         max_waiting: jobs that may wait for the model.
         cache_bytes: memory for what images became: pixels, features of the vision tower, prefixes; each a third.
     """
 
     step_tokens: int = 2048
     max_chats: int = 32
+    max_chat_tokens: int | None = None
     max_waiting: int = 512
     cache_bytes: int = 384 * 2**20
 

@@ -14,8 +14,10 @@ from cafe.serving.config import ServingConfig
 from cafe.serving.errors import ApiError
 from cafe.serving.schemas import ChatMessage, Input, Item, Part
 
+# Parameters may stand before the base64. What the image is called does not matter: its bytes say what it is.
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
 _URL = re.compile(r"https?://", re.IGNORECASE)
+# Some encoders break base64 into lines.
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
 
 
@@ -43,6 +45,7 @@ class ContentReader:
         """
         if isinstance(value, str):
             return Content((value,))
+        # Both shapes are one schema, so that errors name fields and not shapes.
         if value.content is not None:
             if value.text is not None or value.image is not None:
                 raise ApiError(400, "invalid_value", "An item has either content, or text and image.", where)
@@ -73,6 +76,7 @@ class ContentReader:
         Raises:
             ApiError: an image or a part of it cannot be used.
         """
+        # Templates write placeholders for images, which come in the same order beside the turns.
         turns: list[Message] = []
         refs: list[ImageRef] = []
         for number, message in enumerate(messages):
@@ -127,17 +131,20 @@ class ContentReader:
     def _read_image(self, value: str, where: str, allow_base64: bool) -> ImageRef:
         """Read an image: a data URI, or a URL where these are allowed, or base64 as it is."""
         limits = self.config.limits
+        # Counted here, where all shapes of requests come together.
         self.num_images += 1
         if self.num_images > limits.max_request_images:
             message = f"A request has at most {limits.max_request_images} images."
             raise ApiError(400, "too_many_images", message, where)
         name = f"image {self.num_images}"
+        # The limits of pixels are checked in the header, in the process that decodes the image.
         image_limits = ImageLimits(limits.max_image_bytes, limits.max_image_pixels)
         prefix = _DATA_URI.match(value)
         if prefix:
             data = _decode_base64(value[prefix.end() :], limits.max_image_bytes, name, where)
         elif _URL.match(value):
             data = self._download(value, name, where)
+        # Base64 has no colon, and URLs have one soon.
         elif allow_base64 and ":" not in value[:16]:
             data = _decode_base64(value, limits.max_image_bytes, name, where)
         else:
@@ -150,6 +157,7 @@ class ContentReader:
         if not self.config.allow_image_urls:
             message = f"The {name} is a URL, from which this server downloads nothing: send a data URI with base64."
             raise ApiError(400, "image_url_not_allowed", message, where)
+        # A server that downloads nothing does not even have what could.
         from cafe.serving.remote_images import fetch_image
 
         try:

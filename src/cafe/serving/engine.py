@@ -10,12 +10,14 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
+from dataclasses import replace
 from threading import Condition, Thread
 from typing import Any, TypeVar
 
 import numpy as np
 
 from cafe.content import Content
+from cafe.lvlm.slot_cache import count_tokens_that_fit
 from cafe.model import Cafe
 from cafe.serving.config import EngineConfig
 from cafe.serving.jobs import DeadlineError, EngineError, Job, NotReadyError, OverloadedError
@@ -30,6 +32,7 @@ Result = TypeVar("Result")
 MAX_IDLE = 0.5  # seconds between two signs of life of a thread that has nothing to do
 MAX_RESTARTS = 3  # of the thread, before it has run for `STABLE` seconds
 STABLE = 60.0
+MEMORY_SHARE = 0.5  # of the free memory, for the keys and values of running chats
 MIN_COSINE = 0.999  # between two embeddings of the known question
 _CHECK = Content.of("a dog runs on the beach")
 
@@ -44,7 +47,10 @@ class Engine:
     """
 
     def __init__(self, model: Cafe, config: EngineConfig | None = None, metrics: Metrics | None = None) -> None:
-        self.model, self.config, self.metrics = model, config or EngineConfig(), metrics or Metrics()
+        config = config or EngineConfig()
+        if config.max_chat_tokens is None:
+            config = replace(config, max_chat_tokens=count_tokens_that_fit(model.lvlm, MEMORY_SHARE))
+        self.model, self.config, self.metrics = model, config, metrics or Metrics()
         self._changed = Condition()  # holds the lock of all that follows
         self._scheduler = Scheduler(self.config, self.model.packing.share_prefixes)
         self._calls: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
@@ -207,7 +213,7 @@ class Engine:
             if self._is_aborting:
                 return False
             self._scheduler.drop_over(self._heartbeat)
-            self._reading = self._scheduler.take(self._runner.num_chats)
+            self._reading = self._scheduler.take(self._runner.num_chats, self._runner.longest_chat)
             self._calling = list(self._calls)
             self._calls.clear()
             if self._reading or self._calling or self._runner.num_chats:

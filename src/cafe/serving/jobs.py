@@ -138,3 +138,8 @@ class ChatJob(Job):
 
     sampling: Sampling = Sampling()
     on_piece: Callable[[Piece], None]
+
+    @property
+    def max_length(self) -> int:
+        """Return the tokens of the prompt and of the longest answer together."""
+        return len(self.branch) + self.sampling.max_tokens

@@ -63,6 +63,11 @@ class ModelRunner:
         """Return the number of running chats."""
         return sum(len(batch.chats) for batch in self.batches)
 
+    @property
+    def longest_chat(self) -> int:
+        """Return the tokens of the longest running chat, with the whole of its answer; 0 if none runs."""
+        return max((chat.job.max_length for batch in self.batches for chat in batch.chats), default=0)
+
     @torch.inference_mode()
     def read(self, jobs: Sequence[Job]) -> None:
         """Read jobs: embeddings and scores are done then, and chats run."""

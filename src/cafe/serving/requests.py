@@ -20,6 +20,7 @@ def check_model_id(model: str | None, services: Services) -> None:
     Raises:
         ApiError: it means another.
     """
+    # Some clients send what follows the slash alone.
     names = (None, services.model_id, services.model_id.rpartition("/")[2])
     if model not in names:
         raise ApiError(404, "model_not_found", f"There is no such model here: this is {services.model_id}.", "model")
@@ -45,6 +46,7 @@ def encode(work: Callable[[], Result], refs: Sequence[ImageRef], where: str) -> 
         if not refs:
             message = f"{where}: the model's chat template refuses these turns or words."
             raise ApiError(400, "invalid_value", message, where) from None
+        # The longest first, because image 1 is in image 12.
         names = sorted((ref.name for ref in refs), key=len, reverse=True)
         name = next((name for name in names if name in str(error)), "image")
         pixels = refs[0].limits.max_pixels

@@ -8,6 +8,7 @@ A step reads waiting jobs in one pass, and then decodes one token of every runni
 """
 
 from collections import deque
+from dataclasses import dataclass
 
 from cafe.serving.config import EngineConfig
 from cafe.serving.jobs import ChatJob, DeadlineError, Job, OverloadedError
@@ -15,6 +16,7 @@ from cafe.serving.jobs import ChatJob, DeadlineError, Job, OverloadedError
 PATIENCE = 24  # tokens of each running chat between two readings: more than 20, so that 95 in 100 come without a pause
 MAX_WAIT = 0.2  # seconds of decoding that jobs wait for at most, where decoding is slow
 MAX_PAUSE = 0.4  # seconds that reading may hold up running chats, as far as it can be foreseen
+NO_LIMIT = 2**40  # tokens
 SMOOTHING = 0.2  # of the measured rates: the weight of the last value
 
 
@@ -44,6 +46,38 @@ class Budget:
         self.remaining -= self.cost(job)
         if job.image_key and self.shares_images:
             self._images.add(job.image_key)
+
+
+@dataclass
+class Places:
+    """Count the chats that run, and the memory for them: each takes as much of the cache as the longest.
+
+    Attributes:
+        max_chats: the most chats.
+        max_tokens: of all chats together; a chat that is longer by itself runs alone.
+        num_chats: that run.
+        longest: tokens of the longest of them, with the whole of its answer.
+    """
+
+    max_chats: int
+    max_tokens: int
+    num_chats: int
+    longest: int
+
+    def allow(self, job: Job) -> bool:
+        """Return whether a job may run too; what is no chat takes no place."""
+        if not isinstance(job, ChatJob):
+            return True
+        if self.num_chats >= self.max_chats:
+            return False
+        fits = (self.num_chats + 1) * max(self.longest, job.max_length) <= self.max_tokens
+        return fits or not self.num_chats
+
+    def add(self, job: Job) -> None:
+        """Add a job."""
+        if isinstance(job, ChatJob):
+            self.num_chats += 1
+            self.longest = max(self.longest, job.max_length)
 
 
 class Scheduler:
@@ -83,27 +117,26 @@ class Scheduler:
             raise OverloadedError(retry_after=self._seconds_per_job * len(self))
         (self.chats if isinstance(job, ChatJob) else self.others).append(job)
 
-    def take(self, num_chats: int) -> list[Job]:
+    def take(self, num_chats: int, longest_chat: int = 0) -> list[Job]:
         """Take the jobs that are read in this step: none while the chats that run have not had their share.
 
         Args:
             num_chats: the number of chats that run.
+            longest_chat: the tokens of the longest of them, with the whole of its answer.
         """
-        places = max(self.config.max_chats - num_chats, 0)
         if num_chats and not self._may_interrupt():
             return []
         num_tokens = self._step_tokens(num_chats)
         budget = Budget(num_tokens, self.shares_images)
-        queues = [(self.chats, places), (self.others, len(self.others))]
+        places = Places(self.config.max_chats, self.config.max_chat_tokens or NO_LIMIT, num_chats, longest_chat)
+        first, second = self.chats, self.others
         # A job that is larger than what is left is read in a step that begins with it, so each kind begins in turn.
         if not self._chats_first:
-            queues.reverse()
+            first, second = second, first
         self._chats_first = not self._chats_first
-        (first, first_places), (second, second_places) = queues
-        jobs = _take_within(first, budget, num_tokens // 2 if second else 0, first_places)
-        num_first = len(jobs)
-        jobs += _take_within(second, budget, 0, second_places, may_exceed=not jobs)
-        jobs += _take_within(first, budget, 0, first_places - num_first, may_exceed=False)
+        jobs = _take_within(first, budget, num_tokens // 2 if second else 0, places)
+        jobs += _take_within(second, budget, 0, places, may_exceed=not jobs)
+        jobs += _take_within(first, budget, 0, places, may_exceed=False)
         return jobs
 
     def observe_reading(self, jobs: list[Job], seconds: float) -> None:
@@ -144,23 +177,26 @@ class Scheduler:
         return min(self.config.step_tokens, int(MAX_PAUSE * self._tokens_per_second))
 
 
-def _take_within(queue: deque[Job], budget: Budget, reserved: int, places: int, may_exceed: bool = True) -> list[Job]:
+def _take_within(
+    queue: deque[Job], budget: Budget, reserved: int, places: Places, may_exceed: bool = True
+) -> list[Job]:
     """Take jobs from the front of a queue.
 
     Args:
         queue: the queue.
         budget: of tokens.
         reserved: tokens of the budget that are left to others.
-        places: the most jobs.
+        places: of chats.
         may_exceed: whether the first job is taken even if it does not fit.
     """
     taken: list[Job] = []
-    while queue and len(taken) < places:
+    while queue and places.allow(queue[0]):
         fits = budget.cost(queue[0]) <= budget.remaining - reserved
         if not fits and not (may_exceed and not taken):
             break
         taken.append(queue.popleft())
         budget.spend(taken[-1])
+        places.add(taken[-1])
     return taken
 
 

@@ -216,7 +216,7 @@ def serve(config: ServingConfig, model: str | None, collection: str | None) -> N
         CafeError: see `check_config`, `loaded_services` and `bind`.
     """
     check_config(config)
-    listening = bind(config.host, config.port)  # what is taken is said before the model is loaded
+    listening = bind(config.host, config.port)  # an address that is taken is reported before the model is loaded
     with listening, loaded_services(config, model, collection) as services:
         sys.setswitchinterval(SWITCH_INTERVAL)
         server = Server(services)

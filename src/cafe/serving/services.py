@@ -40,7 +40,13 @@ class Services:
     metrics: Metrics
 
 
-def get_services(request: Request) -> Services:
+async def get_services(request: Request) -> Services:
+    """Return the parts of the server that a request came to."""
+    # A coroutine, because FastAPI would call a function in a thread.
+    return services_of(request)
+
+
+def services_of(request: Request) -> Services:
     """Return the parts of the server that a request came to."""
     services: Services = request.app.state.services
     return services

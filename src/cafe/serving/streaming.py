@@ -12,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from cafe.serving.envelope import CLIENT_GONE
 from cafe.serving.jobs import ChatJob, DeadlineError, Job, Piece
-from cafe.serving.services import Services, get_services
+from cafe.serving.services import Services, services_of
 
 Item = TypeVar("Item")
 
@@ -141,7 +141,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, Response])
     """
     task = asyncio.create_task(work)
     watch = asyncio.create_task(_disconnected(request))
-    timeout = get_services(request).config.limits.timeout + GRACE
+    timeout = services_of(request).config.limits.timeout + GRACE
     try:
         await asyncio.wait([task, watch], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
         if task.done():

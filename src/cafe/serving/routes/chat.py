@@ -57,6 +57,7 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Count the tokens, those of images too."""
+        # Tokens of images count as the model reads them: as many as its vision tower gives.
         branch = self.job.branch
         return {
             "prompt_tokens": len(branch),
@@ -94,6 +95,7 @@ async def _answer(body: ChatRequest, request: Request, services: Services) -> Re
         events = stream_events(answer, timeout, include_usage, request_id_of(request))
         return EventStream(events, answer.job)
 
+    # Not in the loop below `stream`: here, an error still becomes a status.
     text = "".join([text async for texts in answer.texts(timeout) for text in texts])
     message = {"role": "assistant", "content": text, "refusal": None}
     choice = {"index": 0, "message": message, "finish_reason": answer.finish_reason, "logprobs": None}
@@ -126,6 +128,7 @@ async def start_answer(body: ChatRequest, services: Services) -> Answer:
             lambda: services.encoder.chat(messages, refs, sampling=sampling, on_piece=mailbox.put), refs, "messages"
         )
 
+    # Only parts can have images; words alone are encoded faster than a thread is started.
     has_parts = any(isinstance(message.content, list) for message in body.messages)
     job = await run_encoding(make_job, has_parts)
     submit_all(services, [job])
@@ -139,10 +142,12 @@ def read_sampling(body: ChatRequest, services: Services) -> Sampling:
         ApiError: it asks for more than is allowed.
     """
     limits = services.config.limits
+    # The newer name first: clients that know it send the other for old servers.
     max_tokens = body.max_completion_tokens or body.max_tokens or min(MAX_DEFAULT_TOKENS, limits.max_new_tokens)
     if max_tokens > limits.max_new_tokens:
         message = f"An answer has at most {limits.max_new_tokens} tokens, not {max_tokens}."
         raise ApiError(400, "invalid_value", message, "max_tokens")
+    # An empty sequence is in every text.
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stop) > limits.max_stop or not all(stop):
         message = f"There are at most {limits.max_stop} stop sequences, none of them empty."
@@ -177,6 +182,7 @@ async def stream_events(answer: Answer, timeout: float, include_usage: bool, req
         request_id: of the request, for the log.
     """
     try:
+        # Before the model has read the chat, so that clients see at once that it was taken.
         yield chunk_event(answer, [{"role": "assistant", "content": ""}])
         async for texts in answer.texts(timeout):
             if texts:

@@ -31,6 +31,7 @@ async def create_embeddings(body: EmbeddingsRequest, request: Request, services:
 
 async def _answer(body: EmbeddingsRequest, services: Services) -> Response:
     """Embed what a request holds."""
+    # What costs nothing is checked first.
     check_model_id(body.model, services)
     _check_dimensions(body.dimensions, services)
     contents = await run_encoding(lambda: read_contents(body, services), _has_images(body))
@@ -65,6 +66,7 @@ async def embed(
             for index, content in enumerate(contents)
         ]
 
+    # All of a request are submitted together, so that the engine packs them.
     jobs = await run_encoding(make_jobs, any(content.images for content in contents))
     return jobs, await run_jobs(services, jobs)
 
@@ -87,10 +89,12 @@ def read_contents(body: EmbeddingsRequest, services: Services) -> list[Content]:
 
 def format_vector(vector: Float32[np.ndarray, " dim"], body: EmbeddingsRequest) -> list[float] | str:
     """Return a vector as a request wants it: its first dimensions, as numbers or as base64."""
+    # Models that are trained for it keep what matters most in the first dimensions.
     if body.dimensions and body.dimensions < len(vector):
         vector = vector[: body.dimensions]
         vector = vector / max(float(np.linalg.norm(vector)), 1e-12)
     if (body.encoding_format or body.embedding_type) == "base64":
+        # OpenAI's order of bytes, whatever this machine's is.
         return base64.b64encode(vector.astype("<f4").tobytes()).decode()
     numbers: list[float] = vector.tolist()
     return numbers
@@ -109,6 +113,7 @@ def _as_list(value: Any) -> Sequence[Any]:
         ApiError: they are token ids, which may be another tokenizer's.
     """
     values = value if isinstance(value, list) else [value]
+    # The token ids of another tokenizer would give vectors of other words, in silence.
     if any(isinstance(each, int | list) for each in values):
         message = "Inputs are texts or images, not token ids (LangChain: check_embedding_ctx_length=False)."
         raise ApiError(400, "unsupported_value", message, "input")
@@ -139,6 +144,7 @@ def _check_dimensions(dimensions: int | None, services: Services) -> None:
 
 def _has_images(body: EmbeddingsRequest) -> bool:
     """Tell whether decoding the images of a request may take long."""
+    # Conversations are taken to have images: to look for them costs as much as a thread.
     if body.messages is not None:
         return True
     values = body.input if isinstance(body.input, list) else [body.input]

@@ -30,6 +30,7 @@ async def retrieve_model(model: str, services: ServicesDep) -> Response:
 @router.get("/health", response_model=Health, summary="Is the model alive?")
 async def health(services: ServicesDep) -> Response:
     """Say whether the model's thread lives, and has not stopped in the midst of its work."""
+    # Neither waits for the engine: a server whose model hangs still answers here.
     engine = services.engine
     age, waiting = engine.heartbeat_age, engine.num_waiting
     is_well = engine.is_alive and age <= MAX_HEARTBEAT_AGE
@@ -50,6 +51,7 @@ async def ready(services: ServicesDep) -> Response:
 )
 async def metrics(services: ServicesDep) -> Response:
     """Return what Prometheus reads."""
+    # An age is right only at the moment it is asked for.
     services.metrics.heartbeat_age.set(services.engine.heartbeat_age)
     return Response(services.metrics.render(), media_type=METRICS_TYPE)
 

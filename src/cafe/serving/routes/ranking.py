@@ -27,6 +27,7 @@ from cafe.serving.streaming import run_jobs, while_connected
 
 router = APIRouter(responses=ERROR_ANSWERS)
 
+# Models begin their answers with either. The probabilities of both are added.
 YES, NO = ("yes", "Yes"), ("no", "No")
 
 
@@ -61,7 +62,9 @@ async def _rerank(body: RerankRequest, services: Services) -> Response:
         return jobs
 
     jobs = await run_encoding(make_jobs, _has_items([body.query, *body.documents]))
+    # Each document is a prompt of its own, so scores do not depend on what else is ranked.
     relevances = [relevance(logits, len(yes)) for logits in await run_jobs(services, jobs)]
+    # Equal ones stay in their order.
     best_first = sorted(range(len(jobs)), key=lambda index: -relevances[index])[: body.top_n]
     results = []
     for index in best_first:
@@ -92,6 +95,7 @@ async def _score(body: ScoreRequest, services: Services) -> Response:
             reader.read_input(value, "text_1" if row < len(first) else "text_2") for row, value in enumerate(inputs)
         ]
 
+    # Both sides are embedded together.
     contents = await run_encoding(read, _has_items(inputs))
     jobs, vectors = await embed(services, contents, "text")
     # One of the first side is compared with each of the second.
@@ -133,6 +137,7 @@ def answer_tokens(chat_processor: ChatProcessor) -> tuple[tuple[int, ...], tuple
 def _first_token(chat_processor: ChatProcessor, word: str) -> int:
     """Return the token that a model predicts first, if it answers with a word."""
     turns = [chat_turn("user", Content(("a",))), chat_turn("assistant", Content((word,)))]
+    # As in training: a word that follows a prompt may have another token than one within a text.
     branch = chat_processor.encode_dialogue(turns, ProcessedImages([], {}))
     return int(branch.input_ids[branch.loss_mask][0])
 
@@ -144,6 +149,7 @@ def relevance(logits: Float32[np.ndarray, " tokens"], num_yes: int) -> float:
         logits: of the tokens for yes, and then of those for no.
         num_yes: the number of tokens for yes.
     """
+    # In double precision: the sums of exponentials of large logits are close to each other.
     wide = logits.astype(np.float64)
     difference = float(np.logaddexp.reduce(wide[:num_yes]) - np.logaddexp.reduce(wide[num_yes:]))
     # In the form that does not overflow.
