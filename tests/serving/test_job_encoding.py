@@ -26,8 +26,11 @@ def model() -> Cafe:
     return make("qwen2_5_vl")
 
 
-def encoder_of(model: Cafe, **limits: Any) -> JobEncoder:
-    return JobEncoder(model.chat_processor, RequestLimits(**limits))
+DEFAULT = Sampling()
+
+
+def encoder_of(model: Cafe, context_length: int = 2**30, **limits: Any) -> JobEncoder:
+    return JobEncoder(model.chat_processor, RequestLimits(**limits), context_length)
 
 
 def turn(role: str, *parts: str | None) -> Message:
@@ -36,8 +39,8 @@ def turn(role: str, *parts: str | None) -> Message:
     return {"role": role, "content": content}
 
 
-def chat(encoder: JobEncoder, messages: list[Message], *images: bytes, **options: Any) -> ChatJob:
-    return encoder.chat(messages, [ImageRef(image) for image in images], on_piece=lambda piece: None, **options)
+def chat(encoder: JobEncoder, messages: list[Message], *images: bytes, sampling: Sampling = DEFAULT) -> ChatJob:
+    return encoder.chat(messages, [ImageRef(image) for image in images], sampling, lambda piece: None)
 
 
 def words_of(model: Cafe, job: ChatJob) -> str:
@@ -144,6 +147,23 @@ def test_an_input_of_more_tokens_than_are_allowed_is_refused(model):
     encoder_of(model, max_input_tokens=length).embedding(content)
     with pytest.raises(ContextLengthError, match=f"{length:,} tokens, over the limit of {length - 1:,}"):
         encoder_of(model, max_input_tokens=length - 1).embedding(content)
+
+
+def test_an_answer_ends_where_the_context_does(model):
+    messages = [turn("user", "hello")]
+    length = len(chat(encoder_of(model), messages).branch)
+    for room, asked, expected in ((1, 8, 1), (5, 8, 5), (9, 8, 8)):
+        job = chat(encoder_of(model, length + room), messages, sampling=Sampling(max_tokens=asked, stop=("x",)))
+        assert job.sampling == Sampling(max_tokens=expected, stop=("x",))
+    for context_length in (length, length - 1):
+        with pytest.raises(ContextLengthError):
+            chat(encoder_of(model, context_length), messages)
+    score = encoder_of(model, length).score(messages, [], (1,))
+    assert len(score.branch) == length
+    embedding = len(model.encode_embedding(Content.of("hello")))
+    encoder_of(model, embedding).embedding(Content.of("hello"))
+    with pytest.raises(ContextLengthError, match=f"the limit of {embedding - 1}"):
+        encoder_of(model, embedding - 1).embedding(Content.of("hello"))
 
 
 def test_a_text_that_is_far_too_long_is_refused_before_images_are_read(model):
