@@ -68,7 +68,7 @@ def test_sequences_that_join_grow_and_leave_are_read_as_if_alone(lvlm, seed):
     for _ in range(40):
         action = rng.choice(["join", "leave", "one token", "several tokens", "several tokens"])
         if action == "join" or not alone:
-            alone.append(begin(lvlm, rng, rng.choice([1, 2, 7, 30, 120])))
+            alone.append(begin(lvlm, rng, rng.choice([1, 2, 7, 30, 120, 300])))
             cache.join(alone[-1].key_values(), room=rng.choice([0, 1, 300]))
         elif action == "leave":
             slot = rng.randrange(len(alone))
@@ -101,6 +101,35 @@ def test_the_caches_memory_grows_with_its_sequences_and_is_given_back_with_the_l
     sequence, row = begin(lvlm, rng, 5), words(rng, 2)
     cache.join(sequence.key_values(), room=1)
     torch.testing.assert_close(read(lvlm, cache, 0, [row])[0], sequence.read(row), rtol=1e-9, atol=1e-9)
+
+
+def num_columns(cache: SlotCache) -> int:
+    """Count the columns of all slots that there is memory for, used or not."""
+    [number] = {states.shape[0] * states.shape[2] for layer in cache.layers for states in (layer.keys, layer.values)}
+    return number
+
+
+@torch.inference_mode()
+def test_a_long_sequence_takes_memory_only_while_it_is_there(lvlm):
+    rng = Random(0)
+    cache, alone = SlotCache(num_layers=2), [begin(lvlm, rng, 5) for _ in range(9)]
+    for one in alone:
+        cache.join(one.key_values(), room=1)
+    short = num_columns(cache)
+    assert short <= 1.5 * 9 * LENGTH_MULTIPLE
+    long = begin(lvlm, rng, 4 * LENGTH_MULTIPLE)
+    cache.join(long.key_values(), room=1)
+    assert num_columns(cache) == 10 * 5 * LENGTH_MULTIPLE
+    cache.leave(9)
+    assert num_columns(cache) <= short
+    # Spare slots do not become long.
+    for _ in range(8):
+        cache.leave(1)
+    cache.join(long.key_values(), room=1)
+    assert num_columns(cache) == 2 * 5 * LENGTH_MULTIPLE
+    rows = [words(rng, 2), words(rng, 1)]
+    expected = torch.stack([alone[0].read(rows[0]), long.read(rows[1])])
+    torch.testing.assert_close(read(lvlm, cache, 0, rows), expected, rtol=1e-9, atol=1e-9)
 
 
 @torch.inference_mode()

@@ -122,22 +122,25 @@ class SlotCache(Cache):
                 states[last] = 0
         self.lengths[slot] = self.lengths[last]
         self.lengths.pop()
-        if not self.lengths:  # an idle server gives its memory back
-            self._capacity = (0, 0)
-            for layer in self.layers:
-                layer.resize(0, 0)
+        # Memory that the others do not need is given back, all of it by the last.
+        columns = _round_up(max(self.lengths, default=0))
+        if columns < self._capacity[1]:
+            self._resize(len(self.lengths), columns)
 
     def reserve(self, num_slots: int, length: int) -> None:
         """Make room for at least so many slots and columns."""
         slots, columns = self._capacity
-        if num_slots > slots:
-            slots = max(num_slots, slots + slots // 2)
+        # Spare slots are no waste while they are short: with longer ones, there are as many as are needed.
         if length > columns:
-            columns = -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
-        if (slots, columns) != self._capacity:
-            for layer in self.layers:
-                layer.resize(slots, columns)
-            self._capacity = (slots, columns)
+            self._resize(num_slots, _round_up(length))
+        elif num_slots > slots:
+            self._resize(max(num_slots, slots + slots // 2), columns)
+
+    def _resize(self, num_slots: int, length: int) -> None:
+        """Hold memory for so many slots and columns."""
+        for layer in self.layers:
+            layer.resize(num_slots, length)
+        self._capacity = (num_slots, length)
 
 
 @torch.inference_mode()
@@ -209,6 +212,11 @@ def count_tokens_that_fit(lvlm: PreTrainedModel, share: float) -> int:
     if lvlm.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(lvlm.device)
     return int(share * free) // token_bytes
+
+
+def _round_up(length: int) -> int:
+    """Return the columns of slots that are at least so long."""
+    return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
 
 
 def _no_slots(states: Float[Tensor, "slots heads tokens dim"]) -> Float[Tensor, "0 heads 0 dim"]:
