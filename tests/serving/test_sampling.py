@@ -58,7 +58,7 @@ def test_tokens_are_drawn_by_their_probabilities(temperature, top_p):
     expected = softmax(LOGITS, temperature)
     kept = nucleus(expected, top_p)
     drawn = chooser(temperature=temperature, top_p=top_p, seed=7)
-    counts = np.bincount([drawn.choose(LOGITS) for _ in range(NUM_DRAWN)], minlength=len(LOGITS))
+    counts = np.bincount([drawn.sample(LOGITS) for _ in range(NUM_DRAWN)], minlength=len(LOGITS))
     assert set(np.flatnonzero(counts)) <= kept
     likely = [token for token in kept if expected[token] > 1e-3]
     wanted = expected[likely] / expected[list(kept)].sum() * NUM_DRAWN
@@ -69,7 +69,7 @@ def test_tokens_are_drawn_by_their_probabilities(temperature, top_p):
 def test_a_seed_repeats_and_no_seed_does_not():
     def draw(seed: int | None) -> list[int]:
         drawn = chooser(temperature=1.0, seed=seed)
-        return [drawn.choose(LOGITS) for _ in range(40)]
+        return [drawn.sample(LOGITS) for _ in range(40)]
 
     assert draw(1) == draw(1)
     assert draw(0) == draw(0)
@@ -80,25 +80,25 @@ def test_a_seed_repeats_and_no_seed_does_not():
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-45, 1e-300])
 def test_a_small_temperature_takes_the_likeliest_token(temperature):
     large = LOGITS * 1e4
-    assert {chooser(temperature=temperature).choose(large) for _ in range(20)} == {3}
+    assert {chooser(temperature=temperature).sample(large) for _ in range(20)} == {3}
 
 
 def test_a_large_temperature_draws_evenly():
     drawn = chooser(temperature=1e30, seed=0)
-    assert {drawn.choose(LOGITS) for _ in range(400)} == set(range(len(LOGITS)))
+    assert {drawn.sample(LOGITS) for _ in range(400)} == set(range(len(LOGITS)))
 
 
 def test_tokens_that_are_ruled_out_are_never_drawn():
     ruled_out = LOGITS.index_fill(0, torch.tensor([3, 5]), -torch.inf)
     drawn = chooser(temperature=5.0, top_p=0.99, seed=0)
-    assert not {drawn.choose(ruled_out) for _ in range(2000)} & {3, 5}
+    assert not {drawn.sample(ruled_out) for _ in range(2000)} & {3, 5}
 
 
 def test_each_chat_of_a_batch_is_sampled_as_it_asks():
     logits = torch.stack([LOGITS, LOGITS.flip(0), LOGITS, LOGITS])
     likeliest, other, warm = chooser(), chooser(), chooser(temperature=1.0, seed=3)
     penalized = chooser(GenerationConfig(repetition_penalty=2.0), prompt=(3,))
-    [expected] = [chooser(temperature=1.0, seed=3).choose(LOGITS)]
+    [expected] = [chooser(temperature=1.0, seed=3).sample(LOGITS)]
     assert choose_tokens(logits, [likeliest, other, warm, penalized]) == [3, 4, expected, 5]
 
 
@@ -129,7 +129,7 @@ def test_the_repetition_penalty_is_that_of_transformers(penalty):
             if penalty == 1
             else RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([context]), LOGITS[None].clone())
         )
-        token = own.choose(LOGITS)
+        token = own.sample(LOGITS)
         assert token == int(expected.argmax())
         own.append(token)
         context.append(token)
@@ -147,7 +147,7 @@ def test_samples_agree_with_those_of_transformers_in_distribution():
         prompt, do_sample=True, max_new_tokens=1, num_return_sequences=NUM_DRAWN, top_k=0, **options
     )
     drawn = chooser(seed=0, **options)
-    own = np.bincount([drawn.choose(logits) for _ in range(NUM_DRAWN)], minlength=len(logits)) / NUM_DRAWN
+    own = np.bincount([drawn.sample(logits) for _ in range(NUM_DRAWN)], minlength=len(logits)) / NUM_DRAWN
     theirs = np.bincount(answers[:, -1].numpy(), minlength=len(logits)) / NUM_DRAWN
     assert set(np.flatnonzero(own)) == set(np.flatnonzero(theirs))
     np.testing.assert_allclose(own, theirs, atol=0.05)

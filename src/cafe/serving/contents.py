@@ -12,7 +12,7 @@ from cafe.errors import RecordError
 from cafe.lvlm.prompts import Message
 from cafe.serving.config import ServingConfig
 from cafe.serving.errors import ApiError
-from cafe.serving.schemas import ChatMessage, Input, Item, Part
+from cafe.serving.schemas import ChatMessage, ChatPart, Input, Item
 
 # Parameters may stand before the base64. What the image is called does not matter: its bytes say what it is.
 _DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
@@ -87,13 +87,13 @@ class ContentReader:
         self._check_count(len(refs), "messages")
         return turns, refs
 
-    def _read_content(self, content: str | Sequence[Part] | None, where: str) -> Content:
+    def _read_content(self, content: str | Sequence[ChatPart] | None, where: str) -> Content:
         """Read what a turn holds."""
         if content is None or isinstance(content, str):
             return Content((content,) if content else ())
         return self._read_parts(content, where)
 
-    def _read_parts(self, parts: Sequence[Part], where: str) -> Content:
+    def _read_parts(self, parts: Sequence[ChatPart], where: str) -> Content:
         """Read the parts of a turn, in their order."""
         read: list[ContentPart] = []
         for part in parts:

@@ -50,7 +50,7 @@ class Reply:
 
     Attributes:
         value: what the function returned.
-        error: what is wrong with the image, in a sentence; empty if nothing is.
+        error: what is wrong with the image, for its sender; empty if nothing is.
         details: of a fault that should not happen, for the log.
     """
 

@@ -34,7 +34,7 @@ class TokenChooser:
         """Return whether the token with the largest logit is taken, whatever came before."""
         return self.sampling.temperature <= 0 and self.penalty == 1.0
 
-    def choose(self, logits: Float[Tensor, " vocabulary"]) -> int:
+    def sample(self, logits: Float[Tensor, " vocabulary"]) -> int:
         """Choose the next token by its logits, on the CPU in float32."""
         if self.penalty != 1.0:
             penalize = RepetitionPenaltyLogitsProcessor(self.penalty)
@@ -75,5 +75,5 @@ def choose_tokens(
         elif chooser.takes_likeliest:
             chosen.append(tokens[row])
         else:
-            chosen.append(chooser.choose(logits[row].float().cpu()))
+            chosen.append(chooser.sample(logits[row].float().cpu()))
     return chosen

@@ -23,7 +23,7 @@ class ImageUrl(Strict):
     detail: str | None = None  # images are read as the model was trained
 
 
-class Part(Strict):
+class ChatPart(Strict):
     """Hold a text or an image of a turn: "type" is text or image_url."""
 
     type: str
@@ -35,7 +35,7 @@ class ChatMessage(Strict):
     """Hold a turn of a chat. The fields of answers that clients send back are taken if they are empty."""
 
     role: Role
-    content: str | list[Part] | None = None
+    content: str | list[ChatPart] | None = None
     name: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
@@ -49,7 +49,7 @@ class Item(Strict):
 
     text: str | None = None
     image: str | None = None
-    content: list[Part] | None = None
+    content: list[ChatPart] | None = None
 
 
 Input = str | Item
