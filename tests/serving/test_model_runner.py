@@ -1,5 +1,6 @@
 """Steps of the model: jobs are read together and fail alone, and chats join and leave with right answers."""
 
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from random import Random
@@ -15,6 +16,7 @@ from torch import Tensor
 from cafe.lvlm.families import find_vision_tower
 from cafe.model import Cafe
 from cafe.serving import chats as chats_module
+from cafe.serving import model_runner as model_runner_module
 from cafe.serving.chats import SlotChats, StaticChats
 from cafe.serving.config import EngineConfig
 from cafe.serving.jobs import EngineError, Job, Piece, ScoreJob
@@ -166,6 +168,44 @@ def test_an_error_in_decoding_fails_one_chat_alone(model, fault, place, monkeypa
     assert [chat.answer() for chat in all_chats if chat is not bad] == [*expected[:place], *expected[place + 1 :]]
     assert runner.num_failures == 1
     assert has_kept_nothing(runner)
+
+
+def test_a_token_that_was_read_without_logits_is_not_read_twice(joining, monkeypatch):
+    jobs, runner = Jobs(joining), make_runner(joining)
+    all_chats = [jobs.chat(IMAGES[number], "What?", max_tokens=12) for number in range(2)]
+    expected = [answer_alone(joining, chat) for chat in all_chats]
+    read(runner, *all_chats)
+    real, failures = chats_module.compute_logits, [RuntimeError("out of memory")]
+
+    def compute_logits(*args: Any) -> Tensor:
+        """Fail at first, and then compute."""
+        if failures:
+            raise failures.pop()
+        return real(*args)
+
+    monkeypatch.setattr(chats_module, "compute_logits", compute_logits)
+    finish(runner)
+    assert not failures
+    assert [chat.answer() for chat in all_chats] == expected
+    assert runner.num_failures == 0
+
+
+def test_what_a_failed_pass_held_is_freed_before_its_jobs_are_read_again(joining, monkeypatch):
+    monkeypatch.setattr(model_runner_module.logger, "disabled", True)  # pytest keeps the errors that are logged
+    jobs, runner = Jobs(joining), make_runner(joining)
+    all_jobs = [jobs.embed(f"number {number}") for number in range(4)]
+    held, is_freed = list[weakref.ref[Tensor]](), list[bool]()
+
+    def run_out_of_memory(some: Any) -> None:
+        """Hold a tensor, and fail."""
+        is_freed.append(all(tensor() is None for tensor in held))
+        states = torch.zeros(1)
+        held.append(weakref.ref(states))
+        raise RuntimeError("out of memory")
+
+    runner._isolated(all_jobs, run_out_of_memory)
+    assert is_freed == [True] * 7
+    assert all(is_failed(job) for job in all_jobs)
 
 
 def test_pieces_that_nobody_takes_from_the_first_on_fail_one_chat_alone(model, monkeypatch):

@@ -113,6 +113,14 @@ def test_logits_that_are_not_finite_fail_one_chat_alone(value, sampling):
     assert isinstance(last, int)
 
 
+def test_a_chat_whose_token_cannot_be_drawn_fails_alone():
+    broken = chooser(temperature=1.0)
+    broken.penalty = "none"  # type: ignore[assignment]
+    bad, good = choose_tokens(torch.stack([LOGITS, LOGITS]), [broken, chooser()])
+    assert isinstance(bad, EngineError)
+    assert good == int(LOGITS.argmax())
+
+
 def test_a_chat_none_of_whose_tokens_is_possible_fails():
     [bad] = choose_tokens(torch.full((1, 4), -torch.inf), [chooser()])
     assert isinstance(bad, EngineError)

@@ -103,11 +103,19 @@ class SlotChats:
         """Read the last token of some chats, and return the logits of the next."""
         chats = self.chats[start:stop]
         tokens = torch.tensor([[chat.next_token] for chat in chats])
+        # What an image took of an M-RoPE's axes is behind a chat by now: words count alike on all of them.
         positions = torch.tensor([[chat.position] for chat in chats]).expand(chats[0].num_axes, -1, -1)
-        hidden = read_slots(self.model.lvlm, self.cache, start, [1] * len(chats), tokens, positions)
+        lengths = list(self.cache.lengths)
+        try:
+            hidden = read_slots(self.model.lvlm, self.cache, start, [1] * len(chats), tokens, positions)
+            logits = compute_logits(self.model.lvlm, hidden)
+        except Exception:
+            # The same tokens may be read again, to the same places.
+            self.cache.lengths = lengths
+            raise
         for chat in chats:
             chat.position += 1
-        return compute_logits(self.model.lvlm, hidden)
+        return logits
 
     def remove(self, index: int) -> None:
         """Take a chat out; the last one moves into its slot."""

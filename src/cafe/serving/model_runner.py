@@ -88,10 +88,13 @@ class ModelRunner:
         for batch in self.batches:
             if not batch.chats:
                 continue
+            logits = None
             try:
                 logits = batch.next_logits(0, len(batch.chats))
             except Exception:
                 logger.exception("%d chats cannot be decoded together.", len(batch.chats))
+            # Not in the handler: until its end, the error holds the memory that the pass had taken.
+            if logits is None:
                 self._decode_one_by_one(batch)
             else:
                 self._advance(batch, 0, logits)
@@ -113,15 +116,17 @@ class ModelRunner:
         num_running = len(self.slots.chats)
         try:
             read(jobs)
+            return
         except Exception:
             logger.exception("%d jobs cannot be read.", len(jobs))
-            self.slots.truncate(num_running)
-            if len(jobs) == 1:
-                self._fail(jobs[0])
-                return
-            half = len(jobs) // 2
-            self._isolated(jobs[:half], read)
-            self._isolated(jobs[half:], read)
+        # Not in the handler: until its end, the error holds the memory that the pass had taken.
+        self.slots.truncate(num_running)
+        if len(jobs) == 1:
+            self._fail(jobs[0])
+            return
+        half = len(jobs) // 2
+        self._isolated(jobs[:half], read)
+        self._isolated(jobs[half:], read)
 
     def _read_packed(self, jobs: Sequence[Job]) -> None:
         """Read jobs in one pass, in which what they begin with in common is read once."""

@@ -1,5 +1,6 @@
 """Choose the next token of each running answer."""
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from transformers import GenerationConfig, RepetitionPenaltyLogitsProcessor
 
 from cafe.serving.jobs import EngineError, Sampling
+
+logger = logging.getLogger(__name__)
 
 
 class TokenChooser:
@@ -75,5 +78,14 @@ def choose_tokens(
         elif chooser.takes_likeliest:
             chosen.append(tokens[row])
         else:
-            chosen.append(chooser.sample(logits[row].float().cpu()))
+            chosen.append(_sample_or_fail(chooser, logits[row].float().cpu()))
     return chosen
+
+
+def _sample_or_fail(chooser: TokenChooser, logits: Float[Tensor, " vocabulary"]) -> int | EngineError:
+    """Choose the next token of one chat; its error is returned, so that the others get theirs."""
+    try:
+        return chooser.sample(logits)
+    except Exception:
+        logger.exception("No token can be chosen.")
+        return EngineError("No token can be chosen.")
