@@ -15,6 +15,7 @@ from model_samples import SMALL, make
 from cafe.content import Content
 from cafe.errors import RecordError
 from cafe.model import Cafe
+from cafe.serving import served_model as served_model_module
 from cafe.serving.engine import Engine
 from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.jobs import DeadlineError, EngineError, NotReadyError, OverloadedError
@@ -176,6 +177,17 @@ def test_what_is_not_done_in_time_is_given_up():
             wait_until(lambda: job.is_late(time.monotonic()))
         assert isinstance(late.exception(TIMEOUT), DeadlineError)
         assert serve(engine).embed(["in time"]).shape[0] == 1
+
+
+def test_nobody_waits_for_an_engine_that_hangs(monkeypatch):
+    monkeypatch.setattr(served_model_module, "GRACE_SECONDS", 0.0)
+    with running(make("qwen2_5_vl")) as engine:
+        served = serve(engine, timeout=0.05)
+        with held_up(engine):
+            with pytest.raises(DeadlineError):
+                served.embed(["words"])
+            with pytest.raises(DeadlineError):
+                "".join(served.generate(None, "words", stream=True))
 
 
 def test_what_is_refused_leaves_nothing_behind():

@@ -18,6 +18,7 @@ from cafe.cli.main import main
 from cafe.cli.serve import KEY_VARIABLE
 from cafe.errors import CafeError
 from cafe.model import Cafe
+from cafe.serving import server as server_module
 from cafe.serving.config import EngineConfig, ServingConfig
 from cafe.serving.engine import Engine
 from cafe.serving.routes import operations
@@ -132,6 +133,25 @@ def test_what_was_taken_is_finished_before_the_end(services):
     assert answers[0].ok
     with pytest.raises(OSError):
         http.get("/health")
+
+
+def test_a_request_that_does_not_end_is_given_up_at_the_end(services, monkeypatch):
+    monkeypatch.setattr(server_module, "SEND_SECONDS", 0)
+    listening, engine = bind("127.0.0.1", 0), RecordingEngine(services.engine)
+    server = Server(replace(services, engine=engine))
+    server._patience = 0.0
+    thread = Thread(target=server.run, args=([listening],))
+    thread.start()
+    server.ready.wait()
+    body = b'{"input": "a"}'
+    with blocked(services.engine), connect(url_of(listening)) as connection:
+        connection.sendall(post_head(len(body)) + body)
+        while not engine.jobs:
+            pass
+        server.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert engine.jobs[0].future.cancelled()
 
 
 @pytest.mark.skipif(not socket.has_ipv6, reason="there is no IPv6")

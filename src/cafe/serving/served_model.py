@@ -1,5 +1,6 @@
 """A `Cafe` for many threads: its forward passes are jobs of an engine, which packs them with those of others."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.jobs import ChatJob, DeadlineError, EmbedJob, Job, Piece, Sampling
 
 POLL_SECONDS = 0.2  # between looks at whether a streamed answer is still read
+GRACE_SECONDS = 5.0  # past its deadline for which a job is waited for; the engine gives it up itself
 
 
 @dataclass
@@ -114,10 +116,19 @@ def _pass_on(pieces: list[Piece], streamer: StoppableStreamer) -> Callable[[Piec
 
 
 def _wait(job: Job, streamer: StoppableStreamer | None) -> Any:
-    """Wait for a job, and cancel it if its answer is not read any more."""
+    """Wait for a job, and cancel it if its answer is not read any more.
+
+    Raises:
+        DeadlineError: the engine does not even give it up.
+    """
+    # The engine fails what is late, but not while a step of it hangs.
+    end = job.created + job.timeout + GRACE_SECONDS
     while True:
+        seconds = max(end - time.monotonic(), 0.0)
         try:
-            return job.future.result(None if streamer is None else POLL_SECONDS)
+            return job.future.result(seconds if streamer is None else min(seconds, POLL_SECONDS))
         except TimeoutError:
             if streamer is not None and streamer.stopped.is_set():
                 job.future.cancel()
+            elif time.monotonic() > end:
+                raise DeadlineError from None

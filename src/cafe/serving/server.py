@@ -1,8 +1,10 @@
 """A server from its beginning to its end: load the model, listen, and finish what was taken before it ends."""
 
+import math
 import signal
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,6 +34,7 @@ from cafe.serving.services import Services
 BACKLOG = 512  # connections that the system accepts before the server does
 KEEP_ALIVE = 30  # seconds for which a connection without requests is kept
 HEADER_BYTES = 64 * 2**10  # the longest headers
+SEND_SECONDS = 5  # that a client may take for the rest of its answer when the server ends
 
 # Seconds after which Python has a thread pass the interpreter on. By default, the event loop would keep it for so long
 # after each step that the model's thread waits more than it works.
@@ -151,10 +154,13 @@ class Server(uvicorn.Server):
             proxy_headers=False,
             timeout_keep_alive=KEEP_ALIVE,
             h11_max_incomplete_event_size=HEADER_BYTES,
-            # All have a deadline of their own; this is for the clients that do not read their answers.
-            timeout_graceful_shutdown=int(services.config.limits.timeout) + 5,
+            # What was taken is waited for before, see `on_tick`; this is for what is still being sent then.
+            timeout_graceful_shutdown=SEND_SECONDS,
         )
         super().__init__(config)
+        # All requests have a deadline of their own, but a client that does not read its answer has none.
+        self._patience = services.config.limits.timeout + SEND_SECONDS
+        self._stop_at = math.inf  # by time.monotonic: whatever is not done by then is cancelled
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop taking requests. A second signal ends the process at once."""
@@ -163,6 +169,7 @@ class Server(uvicorn.Server):
 
     def stop(self) -> None:
         """Stop taking requests, and end once those that were taken are done."""
+        self._stop_at = min(self._stop_at, time.monotonic() + self._patience)
         self.app.state.load.is_stopping = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -171,8 +178,9 @@ class Server(uvicorn.Server):
         self.ready.set()
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to end: once the server is stopping and no request is being answered."""
-        self.should_exit = self.app.state.load.is_stopping and not self.server_state.tasks
+        """Return whether to end: once the server is stopping, and no request is answered or it takes too long."""
+        is_done = not self.server_state.tasks or time.monotonic() > self._stop_at
+        self.should_exit = self.app.state.load.is_stopping and is_done
         return await super().on_tick(counter)
 
 
