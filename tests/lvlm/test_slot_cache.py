@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from cafe.content import Content
+from cafe.lvlm import slot_cache
 from cafe.lvlm.content_encoder import ContentEncoder
 from cafe.lvlm.forward import forward_packed, to_device
 from cafe.lvlm.slot_cache import LENGTH_MULTIPLE, SlotCache, read_slots, select_key_values
@@ -85,6 +86,13 @@ def test_sequences_that_join_grow_and_leave_are_read_as_if_alone(lvlm, seed):
             expected = torch.stack([one.read(row) for one, row in zip(alone[start:stop], rows, strict=True)])
             torch.testing.assert_close(hidden, expected, rtol=1e-9, atol=1e-9)
         assert cache.lengths == [one.length for one in alone]
+
+
+def test_columns_that_are_shown_for_a_round_shape_change_nothing(lvlm, monkeypatch):
+    assert slot_cache._shown_columns(7, torch.device("cpu")) == 7
+    assert slot_cache._shown_columns(7, torch.device("cuda")) == LENGTH_MULTIPLE
+    monkeypatch.setattr(slot_cache, "_shown_columns", lambda length, device: slot_cache._round_up(length))
+    test_sequences_that_join_grow_and_leave_are_read_as_if_alone(lvlm, 0)
 
 
 @torch.inference_mode()

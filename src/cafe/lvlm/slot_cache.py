@@ -8,12 +8,13 @@ behind them. The slots in use are the first ones, so that a forward pass reads a
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import psutil
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
+
+from cafe.utils.memory import available_memory
 
 LENGTH_MULTIPLE = 256  # columns by which slots become longer
 
@@ -27,7 +28,7 @@ class Window:
 
     Attributes:
         start, stop: its slots.
-        length: columns up to the end of the longest of their sequences.
+        length: columns up to the end of the longest of their sequences, or some more, which the mask hides.
         columns: where each new token is written.
     """
 
@@ -167,7 +168,7 @@ def read_slots(
     lengths = cache.lengths[start:stop]
     # Padding is written behind a sequence, where its next tokens will be.
     columns = torch.tensor(lengths)[:, None] + torch.arange(width)
-    length = max(lengths) + width
+    length = _shown_columns(max(lengths) + width, device)
     cache.reserve(len(cache.lengths), length)
 
     # A token sees the columns up to its own.
@@ -208,7 +209,7 @@ def count_tokens_that_fit(lvlm: PreTrainedModel, share: float) -> int:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     num_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * num_heads * head_dim * lvlm.dtype.itemsize
-    free = psutil.virtual_memory().available
+    free = available_memory()
     if lvlm.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(lvlm.device)
     return int(share * free) // token_bytes
@@ -217,6 +218,12 @@ def count_tokens_that_fit(lvlm: PreTrainedModel, share: float) -> int:
 def _round_up(length: int) -> int:
     """Return the columns of slots that are at least so long."""
     return -(-length // LENGTH_MULTIPLE) * LENGTH_MULTIPLE
+
+
+def _shown_columns(length: int, device: torch.device) -> int:
+    """Return the columns that a forward pass reads of slots that are so long."""
+    # On a GPU, PyTorch may take cuDNN's attention, which makes and keeps a plan for each shape: one for each token.
+    return _round_up(length) if device.type == "cuda" else length
 
 
 def _no_slots(states: Float[Tensor, "slots heads tokens dim"]) -> Float[Tensor, "0 heads 0 dim"]:
