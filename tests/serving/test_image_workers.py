@@ -202,6 +202,18 @@ def test_the_process_that_takes_the_place_of_a_dead_one_was_ready_before(workers
     assert_good(workers)
 
 
+def test_a_job_that_cannot_be_handed_over_fails_alone(workers, monkeypatch):
+    def fail(worker: WorkerProcess, job: object) -> None:
+        raise OSError
+
+    with monkeypatch.context() as context:
+        context.setattr(WorkerProcess, "ask", fail)
+        with pytest.raises(RecordError):
+            workers.call(worker_jobs.echo, 1)
+    assert workers.call(worker_jobs.echo, 2) == 2
+    assert workers.seconds_down == 0
+
+
 def test_jobs_are_refused_while_no_process_can_be_started(workers, monkeypatch):
     def fail(worker: WorkerProcess) -> None:
         raise WorkerDiedError

@@ -21,6 +21,7 @@ from cafe.model import Cafe
 from cafe.serving import server as server_module
 from cafe.serving.config import EngineConfig, ServingConfig
 from cafe.serving.engine import Engine
+from cafe.serving.image_workers import ImageWorkers
 from cafe.serving.routes import operations
 from cafe.serving.server import Server, bind, check_config, loaded_services, model_id_of, url_of
 
@@ -79,6 +80,21 @@ def test_health_says_when_the_engine_hangs(http, services, monkeypatch):
     while not http.get("/health").ok:
         pass
     assert http.embed("a").ok
+
+
+def test_health_says_when_no_image_can_be_read(services, served_model, serve, monkeypatch):
+    images = ImageWorkers(served_model.chat_processor)
+    try:
+        server = serve(images=images)
+        while not images.is_alive:
+            pass
+        assert server.get("/health").json()["image_workers"] == 1
+    finally:
+        images.close()
+    assert server.get("/health").ok  # another may take its place
+    monkeypatch.setattr(operations, "MAX_IMAGES_DOWN", 0.0)
+    assert server.get("/health").status_code == 503
+    assert server.get("/health").json()["image_workers"] == 0
 
 
 def test_the_model_is_listed_by_its_name_and_never_by_its_path(http, model_id, random_base):

@@ -139,11 +139,12 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """Say whether the model answers."""
+    """Say whether the model answers, and how many processes can read images."""
 
     status: Literal["ok", "error"]
     heartbeat_age: float
     waiting: int
+    image_workers: int
 
 
 class Readiness(BaseModel):

@@ -23,7 +23,15 @@ from cafe.errors import RecordError
 from cafe.lvlm.images import ProcessedImages
 from cafe.lvlm.processing import ChatProcessor
 from cafe.serving.encoding import image_key
-from cafe.serving.image_worker import Reply, WorkerSetup, decode_images, do_job, load_images, process_images
+from cafe.serving.image_worker import (
+    READ_FAILED,
+    Reply,
+    WorkerSetup,
+    decode_images,
+    do_job,
+    load_images,
+    process_images,
+)
 from cafe.serving.jobs import NotReadyError, OverloadedError
 from cafe.serving.lru import Lru
 from cafe.serving.metrics import Metrics
@@ -79,7 +87,8 @@ class ImageWorkers:
         self._waiting: deque[_Job] = deque()
         self._changed = Condition()  # guards the waiting jobs and whether this is closed
         self._is_closed = False
-        self._ready_since = math.inf  # by time.monotonic
+        # By time.monotonic: when the first process was ready, and when one was seen alive last.
+        self._ready_since, self._last_alive = math.inf, time.monotonic()
         self._workers: dict[int, WorkerProcess] = {}  # by the numbers of the threads
         self._threads: list[Thread] = []
         self._supply = self._start() if num_workers else None
@@ -135,6 +144,11 @@ class ImageWorkers:
         return not self.num_workers or self.num_alive > 0
 
     @property
+    def seconds_down(self) -> float:
+        """Return for how many seconds no image could be read; 0 if one can be."""
+        return 0.0 if self.is_alive else time.monotonic() - self._last_alive
+
+    @property
     def num_waiting(self) -> int:
         """Return the number of jobs that no process has begun."""
         return len(self._waiting)
@@ -179,10 +193,12 @@ class ImageWorkers:
             self._refuse_late()
             if self._living_worker(number, supply) is None:
                 continue
+            self._last_alive = time.monotonic()
             job = self._take()
             if job is not None:
                 # Once more, because a process that dies while there is nothing to do is not this job's fault.
                 self._do(job, self._living_worker(number, supply))
+                self._last_alive = time.monotonic()  # a job that ends its process may have taken long
         if number in self._workers:
             self._workers[number].close()
 
@@ -218,6 +234,10 @@ class ImageWorkers:
             reply = worker.ask(job.data)
         except WorkerDiedError as error:
             job.future.set_exception(NotReadyError() if self._is_closed else RecordError(str(error)))
+        except Exception:
+            # Whoever sent the job waits for it, and this thread is needed for the next.
+            logger.exception("A job could not be given to an image worker.")
+            job.future.set_exception(RecordError(READ_FAILED))
         else:
             job.future.set_result(reply)
 

@@ -11,6 +11,7 @@ from cafe.serving.services import Services, ServicesDep
 router = APIRouter(responses={status: ERROR_ANSWERS[status] for status in (401, 403, 404, 405, 500, 503)})
 
 MAX_HEARTBEAT_AGE = 60.0  # seconds; no step of the model takes longer
+MAX_IMAGES_DOWN = 5.0  # seconds without a process that reads images
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -29,12 +30,22 @@ async def retrieve_model(model: str, services: ServicesDep) -> Response:
 
 @router.get("/health", response_model=Health, summary="Is the model alive?")
 async def health(services: ServicesDep) -> Response:
-    """Say whether the model's thread lives, and has not stopped in the midst of its work."""
-    # Neither waits for the engine: a server whose model hangs still answers here.
-    engine = services.engine
+    """Say whether the model's thread lives, has not stopped in the midst of its work, and images can be read."""
+    # None of these waits for the engine: a server whose model hangs still answers here.
+    engine, images = services.engine, services.images
     age, waiting = engine.heartbeat_age, engine.num_waiting
-    is_well = engine.is_alive and age <= MAX_HEARTBEAT_AGE
-    body = {"status": "ok" if is_well else "error", "heartbeat_age": age, "waiting": waiting}
+    is_well = (
+        engine.is_alive
+        and age <= MAX_HEARTBEAT_AGE
+        # A bad image may end its process, whose place another takes at once.
+        and images.seconds_down <= MAX_IMAGES_DOWN
+    )
+    body = {
+        "status": "ok" if is_well else "error",
+        "heartbeat_age": age,
+        "waiting": waiting,
+        "image_workers": images.num_alive,
+    }
     return JSONResponse(body, 200 if is_well else 503)
 
 
