@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from model_samples import SMALL, TALL, WIDE, noise_image
 from PIL import Image
@@ -120,6 +121,21 @@ def poison(model: Cafe, character: str) -> None:
         return output.masked_fill((args[0] == token)[..., None], torch.nan)
 
     model.lvlm.get_input_embeddings().register_forward_hook(spoil)
+
+
+def never_ending(model: Cafe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no token end an answer."""
+    monkeypatch.setattr(model.lvlm.generation_config, "eos_token_id", None)
+
+
+def end_thread(*args: Any, **kwargs: Any) -> None:
+    """Exit, as nothing in a step should."""
+    raise SystemExit
+
+
+def break_something(*args: Any, **kwargs: Any) -> None:
+    """Raise an error that nobody expects."""
+    raise KeyError("a bug")
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_samples import IMAGES, TIMEOUT, contents, poison, running, wait_until
+from engine_samples import IMAGES, TIMEOUT, contents, never_ending, poison, running, wait_until
 from model_samples import SMALL, make
 
 from cafe.content import Content
@@ -43,11 +43,6 @@ def serve(engine: Engine, **options: Any) -> ServedModel:
 @pytest.fixture(scope="module")
 def served(engine: Engine) -> ServedModel:
     return serve(engine)
-
-
-def never_ending(model: Cafe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no token end an answer."""
-    monkeypatch.setattr(model.lvlm.generation_config, "eos_token_id", None)
 
 
 def test_embeddings_are_those_of_the_model(model, served):
