@@ -37,6 +37,7 @@ class RunningChat:
         self.chooser = TokenChooser(job.sampling, job.branch.input_ids.tolist(), model.lvlm.generation_config)
         self.next_token = 0
         self.num_tokens = 0
+        # An image has fewer positions than tokens under M-RoPE, so they do not follow from the length.
         position_ids = model.packing.position_ids_fn(job.branch)
         self.position, self.num_axes = int(position_ids.max()) + 1, len(position_ids)
         self.finish_reason: FinishReason | None = None
@@ -92,6 +93,7 @@ class SlotChats:
     def __init__(self, model: Cafe) -> None:
         self.model = model
         self.chats: list[RunningChat] = []
+        # Slot i is chat i's; both move together when one leaves.
         self.cache = SlotCache(model.lvlm.config.get_text_config().num_hidden_layers)
 
     def join(self, chat: RunningChat, key_values: KeyValues) -> None:
@@ -103,7 +105,7 @@ class SlotChats:
         """Read the last token of some chats, and return the logits of the next."""
         chats = self.chats[start:stop]
         tokens = torch.tensor([[chat.next_token] for chat in chats])
-        # What an image took of an M-RoPE's axes is behind a chat by now: words count alike on all of them.
+        # Answers are words, whose positions are the same on all axes of M-RoPE.
         positions = torch.tensor([[chat.position] for chat in chats]).expand(chats[0].num_axes, -1, -1)
         lengths = list(self.cache.lengths)
         try:
@@ -148,6 +150,7 @@ class StaticChats:
     def prefill(self) -> Float[Tensor, "chats vocabulary"]:
         """Read the prompts, and return the logits of the first tokens. All chats run from now on."""
         inputs = collate_to_device(self.model.lvlm, self.model.chat_processor, [chat.job.branch for chat in self._rows])
+        # Prompts are padded on the left, so all rows continue in the same column.
         self._mask, self._positions = inputs["attention_mask"], inputs["position_ids"][..., -1:]
         self.chats = list(self._rows)
         return self._read(inputs)

@@ -68,6 +68,7 @@ class JobEncoder:
             ContextLengthError: the chat is too long.
         """
         inputs = self._prompt_inputs(messages, refs)
+        # A long chat gets a short answer, and not an error, as long as one token fits.
         room = self.context_length - len(inputs["branch"])
         if room < 1:
             raise ContextLengthError(f"The chat fills the {self.context_length:,} tokens that the model reads.")
@@ -80,6 +81,7 @@ class JobEncoder:
 
     def _prompt_inputs(self, messages: list[Message], refs: Sequence[ImageRef]) -> dict[str, Any]:
         """Encode a chat up to where the assistant answers."""
+        # As `Cafe.generate` does, so that the same question has the same answer.
         if not any(message["role"] == "system" for message in messages):
             messages = [*system_messages(self.chat_processor.prompts), *messages]
         images = self._load(messages, refs)
@@ -98,6 +100,7 @@ class JobEncoder:
         Raises:
             ContextLengthError: the branch is too long.
         """
+        # Only now are the tokens of images known.
         most = min(self.limits.max_input_tokens, self.context_length)
         if len(branch) > most:
             raise ContextLengthError(f"The input has {len(branch):,} tokens, over the limit of {most:,}.")
@@ -120,6 +123,7 @@ def image_key(refs: Sequence[ImageRef]) -> str:
     """Return a digest of the bytes of some images; empty for none, and for images that are no bytes."""
     if not refs or not all(isinstance(ref.source, bytes) for ref in refs):
         return ""
+    # With their lengths, or two images could be cut at another place and be the same bytes.
     digest = hashlib.sha256()
     for ref in refs:
         assert isinstance(ref.source, bytes)

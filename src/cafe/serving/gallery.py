@@ -39,6 +39,7 @@ class Gallery:
 
     def hit(self, id: str) -> Hit | None:
         """Return an image by its id; None if it is not in the collection."""
+        # The key of a page of a document has a "#", where the path of an address ends.
         number = self.snapshot.numbers.get(id.replace("-", "#"))
         if number is None:
             return None
@@ -82,6 +83,7 @@ class Gallery:
     @cached_property
     def dates(self) -> tuple[date, date] | None:
         """Return the days of the oldest and of the newest image; None if there are no images."""
+        # The day of its first place; the others are copies of the same image.
         snapshot = self.snapshot
         times = [snapshot.taken_at(number, places[0]) for number, places in enumerate(snapshot.places)]
         return (min(times).date(), max(times).date()) if times else None
@@ -89,6 +91,7 @@ class Gallery:
     def describe(self, hit: Hit, score: float | None) -> FoundImage:
         """Return what a client is told about an image."""
         name = Path(self._name(hit.path, hit.id))
+        # A column may name the file that a record was made of, and paths are not told.
         columns = {
             printable(column): printable(value) if isinstance(value, str) else value
             for column, value in hit.columns.items()
@@ -109,6 +112,7 @@ class Gallery:
 
     def _name(self, path: str, id: str) -> str:
         """Return the path of an image within what was indexed; without a file, the source and the record's number."""
+        # A record of a table has no file of its own; of a file outside what was indexed, no folder is told.
         if "#record=" in id and id != path:
             return os.path.basename(path) + id[id.rindex("#record=") :]
         for root in self.roots:
@@ -138,6 +142,7 @@ class GalleryReader:
         """Return the collection as it is now; quick where nothing was written since the last time."""
         # One at a time: a page of thumbnails would have it read by all threads at first.
         with self._reading:
+            # A collection that was written meanwhile has another snapshot, and what is kept is of the old one.
             snapshot, roots = collection.read_snapshot(), collection.manifest.roots
             gallery = self._gallery
             if gallery is None or gallery.snapshot is not snapshot or gallery.roots != roots:

@@ -83,9 +83,11 @@ class Job:
         cached_tokens: the tokens of the branch that did not have to be read again, set by the engine.
     """
 
+    # What the model reads, and under what it is kept.
     branch: Branch
     image_key: str = ""
     prefix_length: int = 0
+    # Until when, and for whom.
     timeout: float = 120.0
     future: "Future[Any]" = field(default_factory=Future)
     created: float = field(default_factory=time.monotonic)
@@ -94,6 +96,7 @@ class Job:
     @property
     def is_cancelled(self) -> bool:
         """Return whether nobody waits for the result any more."""
+        # Not a flag of its own: a client that goes away cancels the future that it waits for.
         return self.future.cancelled()
 
     def is_late(self, now: float) -> bool:
@@ -136,6 +139,7 @@ class ChatJob(Job):
         on_piece: is called in the engine's thread with each piece of the answer, and must return at once.
     """
 
+    # Not a queue: who waits may be a thread or an event loop, and each is woken in its own way.
     sampling: Sampling = Sampling()
     on_piece: Callable[[Piece], None]
 

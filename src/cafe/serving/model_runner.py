@@ -42,6 +42,7 @@ class ModelRunner:
 
     def __init__(self, model: Cafe, config: EngineConfig, metrics: Metrics) -> None:
         self.model, self.metrics = model, metrics
+        # What tells a family whose layers see a token's own sequence alone, as slots need.
         self.can_join = model.packing.share_prefixes
         self.slots = SlotChats(model)
         self.static: list[StaticChats] = []
@@ -75,6 +76,7 @@ class ModelRunner:
         seen: AbstractContextManager[Any] = self.features.enabled() if self.features else nullcontext()
         with seen:
             if self.can_join:
+                # Looked up before any is read: what is read now is of use for later jobs alone.
                 prefixes = {job: prefix for job in jobs if (prefix := self.prefixes.get(job)) is not None}
                 self._isolated([job for job in jobs if job not in prefixes], self._read_packed)
                 self._isolated(list(prefixes), lambda some: self._read_continued({job: prefixes[job] for job in some}))
@@ -145,6 +147,7 @@ class ModelRunner:
                     self.prefixes.put(job, kept[job])
         self.metrics.tokens.labels(kind="read").inc(packed.num_tokens)
 
+        # Chats run from now on, and the logits of all their first tokens are computed at once.
         self._finish(jobs, hidden)
         first = len(self.slots.chats)
         rows = [row for row, job in enumerate(jobs) if isinstance(job, ChatJob)]
@@ -164,6 +167,7 @@ class ModelRunner:
         for job in jobs:
             job.cached_tokens = job.prefix_length
             tokens.append(job.branch.input_ids[job.cached_tokens :])
+            # Under M-RoPE, positions behind an image depend on it, so they are those of the whole branch.
             positions.append(self.model.packing.position_ids_fn(job.branch)[:, job.cached_tokens :].T)
             cache.join(prefixes[job], room=len(tokens[-1]))
         hidden = read_slots(
@@ -177,6 +181,7 @@ class ModelRunner:
         _check_finite(hidden)
         self.metrics.tokens.labels(kind="read").inc(sum(map(len, tokens)))
 
+        # The slots behind the chats' were needed for this pass alone.
         chats = [job for job in jobs if isinstance(job, ChatJob)]
         self.slots.chats += [RunningChat(self.model, job) for job in chats]
         self.slots.truncate(len(self.slots.chats))
@@ -213,6 +218,7 @@ class ModelRunner:
 
     def _decode_one_by_one(self, batch: ChatBatch) -> None:
         """Decode each chat of a batch by itself, after an error; those that fail again are given up."""
+        # From the last one on, because the last chat takes the place of one that is given up.
         for index in reversed(range(len(batch.chats))):
             try:
                 if not batch.can_retry:
@@ -226,6 +232,7 @@ class ModelRunner:
 
     def _advance(self, batch: ChatBatch, first: int, logits: Float[Tensor, "chats vocabulary"]) -> None:
         """Choose the next tokens of some chats of a batch, and take out those that are complete."""
+        # The list of the batch changes while chats are taken out of it, and this one does not.
         now = time.monotonic()
         chats = batch.chats[first : first + len(logits)]
         tokens = choose_tokens(logits, [chat.chooser for chat in chats])

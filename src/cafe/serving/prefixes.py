@@ -33,9 +33,13 @@ class PrefixCache:
         """Keep the keys and values of a job's prefix, if it has one; they are copied from those of all its tokens."""
         key, length = _prefix_key(job), job.prefix_length
         # Several jobs that are read together may have the same prefix.
-        if key and self._lru.get(key) is None:
-            copies = [(keys[:, :length].clone(), values[:, :length].clone()) for keys, values in key_values]
-            self._lru.put(key, copies, sum(states.nbytes for pair in copies for states in pair))
+        if not key or self._lru.get(key) is not None:
+            return
+        prefix = [(keys[:, :length], values[:, :length]) for keys, values in key_values]
+        num_bytes = sum(states.nbytes for pair in prefix for states in pair)
+        # A large model's prefix may be more than is kept of all: a copy would be made for nothing.
+        if num_bytes <= self._lru.max_bytes:
+            self._lru.put(key, [(keys.clone(), values.clone()) for keys, values in prefix], num_bytes)
 
 
 def _prefix_key(job: Job) -> str:

@@ -61,6 +61,7 @@ async def submit_question(
             lambda: services.encoder.chat(messages, refs, sampling=sampling, on_piece=mailbox.put), refs, "question"
         )
 
+    # Away from the loop, because the images have to be decoded.
     job = await run_in_threadpool(make_job)
     submit_all(services, [job])
     return RunningQuestion(job, mailbox, services.config.limits.timeout)
@@ -68,6 +69,7 @@ async def submit_question(
 
 def _turns(request: AskRequest, hits: Sequence[Hit], refs: Sequence[ImageRef]) -> list[tuple[str, Content]]:
     """Return the conversation so far: the images are in its first turn."""
+    # Later turns repeat no image, so that the first turn is a prefix that the model has read before.
     questions = [*(turn.question for turn in request.history), request.question]
     turns = [("user", question_content(questions[0], hits, refs))]
     for earlier, question in zip(request.history, questions[1:], strict=True):
@@ -86,6 +88,7 @@ async def answer_events(
         request_id: of the request, for the log.
     """
     try:
+        # Before the model has read anything, so that a reader sees at once what the answer is about.
         yield _event(sources=[source.model_dump(mode="json") for source in sources])
         if question is None:
             yield _event(text=NOTHING_FOUND)

@@ -26,6 +26,7 @@ class TokenChooser:
         self.sampling = sampling
         self.context = list(prompt)
         self.penalty = defaults.repetition_penalty or 1.0
+        # One for each answer: with a seed, it is the same whoever else is answered.
         self.generator = torch.Generator()
         if sampling.seed is None:
             self.generator.seed()
@@ -59,6 +60,7 @@ class TokenChooser:
 def keep_nucleus(probabilities: Float[Tensor, " vocabulary"], top_p: float) -> Float[Tensor, " vocabulary"]:
     """Set to zero all but the likeliest tokens that together have a probability, of which at least one is kept."""
     ordered, order = probabilities.sort(descending=True)
+    # A token is kept if those before it do not reach the probability: the one that crosses it is in.
     before = ordered.cumsum(0) - ordered
     ordered[(before >= top_p) & (torch.arange(len(ordered)) > 0)] = 0
     return torch.zeros_like(probabilities).scatter_(0, order, ordered)

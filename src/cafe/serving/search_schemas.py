@@ -27,6 +27,7 @@ def _check_unicode(text: str) -> str:
     return text
 
 
+# Checked here and not where it is used: a tokenizer, a log or a file name would each fail in its own way.
 Text = Annotated[str, AfterValidator(_check_unicode)]
 Words = Annotated[Text, Field(max_length=MAX_WORDS)]
 Size = Annotated[int, Field(ge=0, le=10**9)]
@@ -46,6 +47,7 @@ class SearchFilters(Strict):
     @property
     def filters(self) -> Filters:
         """Return the filters as a search takes them."""
+        # An empty field of the page's form is no filter.
         return Filters(
             after=self.after or None,
             before=self.before or None,
@@ -59,6 +61,7 @@ class SearchFilters(Strict):
 class SearchRequest(SearchFilters):
     """Ask for the images that match words, an image, or both."""
 
+    # Words and an image may come together; without any of these, the latest images are found.
     query: Words = Field("", description="The words that are searched for.")
     image: Text = Field("", description="An image that is searched for, as a data URI.")
     like: Words = Field("", description="The id of an image of the collection that is searched for.")
@@ -77,10 +80,12 @@ class EarlierTurn(Strict):
 class AskRequest(SearchFilters):
     """Ask a question about chosen images, or about those that a search finds."""
 
+    # Images that were selected, or else those that a search finds.
     question: Words = Field(description="The question.")
     ids: list[Words] = Field(default=[], description="The images to ask about; by default, those that are found.")
     query: Words = Field("", description="The words that are searched for; by default, the question.")
     k: Count = Field(4, description="The most images to ask about, if none are named.")
+    # The client keeps the conversation, so that the server has nothing to forget.
     history: list[EarlierTurn] = Field(default=[], max_length=MAX_TURNS, description="Earlier turns about the images.")
     max_tokens: Count = Field(256, description="The maximum length of the answer, in tokens.")
 

@@ -48,6 +48,7 @@ class ServedModel(Cafe):
         self, branches: Sequence[Branch], dim: int | None = None, packing: PackingConfig | None = None
     ) -> Float32[np.ndarray, "contents dim"]:
         """Embed encoded contents; they are packed as the engine does."""
+        # A job for each, so that the engine reads them with those of others.
         jobs = [EmbedJob(branch=branch, timeout=self.timeout) for branch in branches]
         vectors: Float32[np.ndarray, "contents dim"] = np.stack(self._results(jobs))[:, :dim]
         if dim is not None:
