@@ -264,6 +264,28 @@ def test_functions_are_called_between_steps_and_their_errors_are_theirs(model, m
         assert engine.is_alive
 
 
+def test_chats_have_a_token_between_two_functions(model, monkeypatch):
+    never_ending(model, monkeypatch)
+    jobs = Jobs(model)
+    chat = jobs.chat("endless", max_tokens=LONG)
+    engine, do_step = make_held_up(model, monkeypatch)
+    engine.submit(chat.job)
+    do_step()
+    [running_chat] = engine._runner.slots.chats
+    before = running_chat.num_tokens
+    counts = [engine.run(lambda: running_chat.num_tokens) for _ in range(3)]
+    for _ in counts:
+        do_step()
+    assert [count.result(0) for count in counts] == [before, before + 1, before + 2]
+    chat.job.future.cancel()
+    do_step()
+    with ThreadPoolExecutor(1) as pool:
+        stopping = pool.submit(engine.stop, TIMEOUT)
+        wait_until(lambda: engine._is_stopping)
+        do_step()
+        stopping.result(TIMEOUT)
+
+
 def test_more_than_may_wait_is_refused(model):
     jobs = Jobs(model)
     with running(model, max_waiting=2) as engine:

@@ -188,10 +188,13 @@ class Engine:
         failures = self._runner.num_failures
         for function, future in self._calling:
             _call(function, future)
+        # A step may call, read and decode, and each of them is a sign of life.
+        self._heartbeat = time.monotonic()
         if self._reading:
             start = time.monotonic()
             self._runner.read(self._reading)
-            self._observe_reading(self._reading, time.monotonic() - start)
+            self._heartbeat = time.monotonic()
+            self._observe_reading(self._reading, self._heartbeat - start)
         if self._runner.num_chats:
             start = time.monotonic()
             self._runner.drop(_is_over)
@@ -214,8 +217,8 @@ class Engine:
                 return False
             self._scheduler.drop_over(self._heartbeat)
             self._reading = self._scheduler.take(self._runner.num_chats, self._runner.longest_chat)
-            self._calling = list(self._calls)
-            self._calls.clear()
+            # One in a step, so that chats have a token between two of them.
+            self._calling = [self._calls.popleft()] if self._calls else []
             if self._reading or self._calling or self._runner.num_chats:
                 return True
             if self._is_stopping:
