@@ -40,6 +40,7 @@ class RunningChat:
         # An image has fewer positions than tokens under M-RoPE, so they do not follow from the length.
         position_ids = model.packing.position_ids_fn(job.branch)
         self.position, self.num_axes = int(position_ids.max()) + 1, len(position_ids)
+        # Nothing of an answer is there until the prompt was read.
         self.finish_reason: FinishReason | None = None
         self.last_token_at = 0.0
         self._text = AnswerText(model.chat_processor.tokenizer, job.sampling.stop)
@@ -121,6 +122,7 @@ class SlotChats:
 
     def remove(self, index: int) -> None:
         """Take a chat out; the last one moves into its slot."""
+        # As the cache does with its slots, so that both stay in the same order.
         self.cache.leave(index)
         last = self.chats.pop()
         if index < len(self.chats):

@@ -62,6 +62,7 @@ class Engine:
         self._heartbeat = time.monotonic()
         self._watch: Thread | None = None
         self._runner = ModelRunner(model, self.config, self.metrics)
+        # Before the thread runs, while the model is known to be as it was loaded.
         self._check_branch = model.encode_embedding(_CHECK)
         self._check_vector = model.embed_branches([self._check_branch])[0]
 
@@ -156,7 +157,7 @@ class Engine:
             if self._is_stopping or self._is_aborting:
                 self._is_alive = False
                 return
-            # Steps ended by an error.
+            # Steps ended by an error. What the thread had was failed by itself, so that nothing is done twice.
             num_restarts = 1 if time.monotonic() - started > STABLE else num_restarts + 1
             if num_restarts > MAX_RESTARTS:
                 logger.critical(
@@ -251,6 +252,7 @@ class Engine:
         running = [chat.job for batch in self._runner.batches for chat in batch.chats]
         for job in [*self._reading, *running, *self._scheduler.chats, *self._scheduler.others]:
             job.resolve(EngineError("The model's thread has ended."))
+        # A new one, because the error may have left this one in any state.
         self._scheduler = Scheduler(self.config, self.model.packing.share_prefixes)
         for _, future in [*self._calling, *self._calls]:
             with suppress(InvalidStateError):  # of those that are done or cancelled

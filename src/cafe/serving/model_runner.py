@@ -75,6 +75,7 @@ class ModelRunner:
         # No other thread runs the tower, of which `enabled` replaces the forward pass.
         seen: AbstractContextManager[Any] = self.features.enabled() if self.features else nullcontext()
         with seen:
+            # Jobs with a prefix are read by themselves, because a pack begins with nothing.
             if self.can_join:
                 # Looked up before any is read: what is read now is of use for later jobs alone.
                 prefixes = {job: prefix for job in jobs if (prefix := self.prefixes.get(job)) is not None}
@@ -201,7 +202,7 @@ class ModelRunner:
 
     def _finish(self, jobs: Sequence[Job], hidden: Float[Tensor, "jobs dim"]) -> None:
         """Set the results of jobs of which one hidden state is the answer."""
-        # One transfer for all, which a GPU is waited for.
+        # One transfer for all, which a GPU is waited for; in float32, as embeddings are sent.
         vectors = F.normalize(hidden.float(), dim=-1).cpu().numpy()
         for row, job in enumerate(jobs):
             if isinstance(job, EmbedJob):

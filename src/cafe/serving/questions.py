@@ -51,6 +51,7 @@ async def submit_question(
     """
     if not hits:
         return None
+    # Made here, in the event loop that it wakes.
     mailbox: Mailbox[Piece | None] = Mailbox()
     messages = [chat_turn(role, content) for role, content in _turns(request, hits, refs)]
     sampling = Sampling(max_tokens=request.max_tokens)

@@ -25,6 +25,7 @@ class TokenChooser:
     def __init__(self, sampling: Sampling, prompt: Sequence[int], defaults: GenerationConfig) -> None:
         self.sampling = sampling
         self.context = list(prompt)
+        # Some models are not usable without the one that their makers set.
         self.penalty = defaults.repetition_penalty or 1.0
         # One for each answer: with a seed, it is the same whoever else is answered.
         self.generator = torch.Generator()

@@ -95,6 +95,7 @@ class ServedModel(Cafe):
             InterruptedError: nobody reads the stream any more.
         """
         try:
+            # All at once, so that the engine reads them together.
             for job in jobs:
                 self.engine.submit(job)
             return [_wait(job, streamer) for job in jobs]
