@@ -29,13 +29,15 @@ class PrefixCache:
         self._metrics.cache_hits.labels(cache="prefixes", hit=str(prefix is not None).lower()).inc()
         return prefix
 
+    def is_new(self, job: Job) -> bool:
+        """Return whether a job has a prefix that is not kept yet; several that are read together may have the same."""
+        key = _prefix_key(job)
+        return bool(key) and self._lru.get(key) is None
+
     def put(self, job: Job, key_values: KeyValues) -> None:
-        """Keep the keys and values of a job's prefix, if it has one; they are copied from those of all its tokens."""
-        key, length = _prefix_key(job), job.prefix_length
-        # Several jobs that are read together may have the same prefix.
-        if key and self._lru.get(key) is None:
-            copies = [(keys[:, :length].clone(), values[:, :length].clone()) for keys, values in key_values]
-            self._lru.put(key, copies, sum(states.nbytes for pair in copies for states in pair))
+        """Keep the keys and values of a job's prefix, which nothing else may change."""
+        if self.is_new(job):
+            self._lru.put(_prefix_key(job), key_values, sum(states.nbytes for pair in key_values for states in pair))
 
 
 def _prefix_key(job: Job) -> str:
