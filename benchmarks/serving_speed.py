@@ -1,19 +1,21 @@
 """How much a server gains by answering many at once, and what its readers feel of that.
 
-Embeddings/s of 64 clients, of texts and of images, and tokens/s of 16 chats about images, beside the same server with
-one request at a time. The time between two tokens of 8 chats while other clients embed images, beside that without
-them. The time to the first token of a question about an image that was embedded just before, beside that about an image
-that is new. Every answer is compared with the right one. No image is sent twice, other than for that last figure:
-each has bytes of its own, so that no cache helps. What is compared is measured in turns.
+Embeddings/s of 64 clients, of queries, captions and images, and tokens/s of 16 chats about images, beside the same
+server with one request at a time. The time between two tokens of 8 chats while other clients embed images, beside that
+without them. The time to the first token of a question about an image that was embedded just before, beside that about
+an image that is new. Every answer is compared with the right one. No image is embedded or asked about twice, other than
+for that last figure, so no cache helps; those of the chats differ in their bytes alone. What is compared is measured in
+turns.
 
-python benchmarks/serving_speed.py [--repetitions 5] [--threads N] [--only texts,images,chats,gaps,first] [--json FILE]
+python benchmarks/serving_speed.py [--repetitions 5] [--threads N] [--json FILE]
+                                   [--only queries,captions,images,chats,gaps,first]
 """
 
 import argparse
 import asyncio
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -33,6 +35,7 @@ from serving_work import (
     embedding_body,
     embedding_work,
     make_images,
+    make_queries,
     make_texts,
     with_comment,
 )
@@ -50,49 +53,52 @@ MIN_TOKENS = 20  # of an answer whose tokens are timed
 
 @dataclass
 class Pool:
-    """Hold what is asked. An image is sent as many times as is wanted, in other bytes each time."""
+    """Hold what is asked.
 
-    texts: list[EmbeddingWork]
-    images: list[tuple[bytes, np.ndarray]]
+    Attributes:
+        model: gives the right answers.
+        queries, captions: texts of a few words, and of a sentence or several.
+        chats: images with the right answers about them, which are sent in other bytes each time.
+    """
+
+    model: Cafe
+    queries: list[EmbeddingWork]
+    captions: list[EmbeddingWork]
     chats: list[tuple[bytes, str]]
-    photos: list[tuple[bytes, str]]
 
     def __post_init__(self) -> None:
-        self._numbers = count()
+        self._numbers = count(1)
 
     def embeddings(self, amount: int) -> list[EmbeddingWork]:
         """Return requests to embed images that are new."""
-        works = []
-        for number in range(amount):
-            image, expected = self.images[number % len(self.images)]
-            body = embedding_body([with_comment(image, next(self._numbers))])
-            works.append(EmbeddingWork(body, expected))
-        return works
+        images = make_images(amount, SIDE, next(self._numbers))
+        vectors = self.model.embed(images)
+        pairs = zip(images, vectors, strict=True)
+        return [EmbeddingWork(embedding_body([image]), vector[None]) for image, vector in pairs]
 
     def dialogues(self, amount: int) -> list[ChatWork]:
-        """Return chats about images that are new."""
+        """Return chats about images whose bytes are new."""
         works = []
         for number in range(amount):
             image, expected = self.chats[number % len(self.chats)]
             works.append(ChatWork(chat_body([with_comment(image, next(self._numbers))], LONG_PROMPT), expected))
         return works
 
-    def photo(self, number: int) -> tuple[bytes, str]:
-        """Return a photo that is new, and the answer to the question about it."""
-        image, expected = self.photos[number % len(self.photos)]
-        return with_comment(image, next(self._numbers)), expected
+    def photos(self, amount: int) -> list[tuple[bytes, ChatWork]]:
+        """Return large images that are new, each with a chat about it."""
+        images = make_images(amount, PHOTO_SIDE, next(self._numbers))
+        return [(image, chat_work(self.model, [image], LONG_PROMPT)) for image in images]
 
 
 def make_pool(model: Cafe) -> Pool:
     """Compute the right answers, one at a time."""
-    images = make_images(96, SIDE)
-    chats = [(image, chat_work(model, [image], LONG_PROMPT).expected) for image in images]
+    chats = [(image, chat_work(model, [image], LONG_PROMPT).expected) for image in make_images(96, SIDE)]
     tokenizer = model.chat_processor.tokenizer
     return Pool(
-        texts=[embedding_work(model, [text]) for text in make_texts(TEXTS)],
-        images=[(image, embedding_work(model, [image]).expected) for image in images],
+        model=model,
+        queries=[embedding_work(model, [text]) for text in make_queries(TEXTS)],
+        captions=[embedding_work(model, [text]) for text in make_texts(TEXTS)],
         chats=[(image, answer) for image, answer in chats if len(tokenizer(answer)["input_ids"]) >= MIN_TOKENS],
-        photos=[(image, chat_work(model, [image], LONG_PROMPT).expected) for image in make_images(8, PHOTO_SIDE, 1)],
     )
 
 
@@ -151,8 +157,9 @@ def timed(server: Server, works: Sequence[Any], clients: int, ask: Callable[...,
 def embedding_ratio(server: Server, make: Callable[[int], list[EmbeddingWork]], amount: int, name: str) -> float:
     """Return embeddings/s of many clients over those of one."""
     alone, _ = timed(server, make(amount // 8), 1, embed)
+    works = make(amount)
     own = time.process_time()
-    together, _ = timed(server, make(amount), EMBEDDING_CLIENTS, embed)
+    together, _ = timed(server, works, EMBEDDING_CLIENTS, embed)
     share = (time.process_time() - own) / together
     print(
         f"{name}/s: {amount / together:.1f} of {EMBEDDING_CLIENTS} clients, which take {share:.2f} cores, "
@@ -172,10 +179,11 @@ def chat_ratio(server: Server, pool: Pool) -> float:
     return rates[1] / rates[0]
 
 
-async def read_chats(server: Server, pool: Pool, embedders: int) -> tuple[list[float], float]:
+async def read_chats(
+    server: Server, dialogues: Iterator[ChatWork], embeddings: Iterator[EmbeddingWork], embedders: int
+) -> tuple[list[float], float]:
     """Return the seconds between tokens of chats for some time, and the images/s that others embed meanwhile."""
     deadline, embedded = time.monotonic() + SECONDS, 0
-    dialogues, embeddings = iter(pool.dialogues(2048)), iter(pool.embeddings(4096 if embedders else 0))
     gaps: list[float] = []
 
     async def read() -> None:
@@ -200,8 +208,9 @@ def gap_ratio(server: Server, pool: Pool) -> float:
     """Return the 95th percentile of the time between tokens while images are embedded, over that without."""
     tails = []
     for embedders in (0, EMBEDDERS):
+        dialogues, embeddings = iter(pool.dialogues(2048)), iter(pool.embeddings(2048 if embedders else 0))
         own = time.process_time()
-        gaps, rate = asyncio.run(read_chats(server, pool, embedders))
+        gaps, rate = asyncio.run(read_chats(server, dialogues, embeddings, embedders))
         share = (time.process_time() - own) / SECONDS
         middle, tail, end = (1000 * np.percentile(gaps, each) for each in (50, 95, 99))
         print(
@@ -216,16 +225,13 @@ def gap_ratio(server: Server, pool: Pool) -> float:
 async def time_first_tokens(server: Server, pool: Pool) -> tuple[list[float], list[float]]:
     """Return the seconds to the first token about images that were just embedded, and about new ones, in turns."""
     known, new = [], []
+    photos = pool.photos(2 * QUESTIONS)
     async with connect(server) as connection:
-        for number in range(QUESTIONS):
-            image, expected = pool.photo(number)
-            other, other_expected = pool.photo(number)
-            assert expected == other_expected
+        for (image, question), (_, other_question) in zip(photos[::2], photos[1::2], strict=True):
             response = await connection.request(EmbeddingWork(embedding_body([image]), np.zeros((1, 1))).message)
             assert response.status == 200
-            for picture, seconds in ((image, known), (other, new)):
-                answer = await chat(connection, ChatWork(chat_body([picture], LONG_PROMPT), expected))
-                seconds.append(answer.first)
+            for work, seconds in ((question, known), (other_question, new)):
+                seconds.append((await chat(connection, work)).first)
     return known, new
 
 
@@ -241,15 +247,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of PyTorch in the server")
-    parser.add_argument("--only", default="texts,images,chats,gaps,first", help="some of these")
+    parser.add_argument("--only", default="queries,captions,images,chats,gaps,first", help="some of these")
     options, _ = parser.parse_known_args()
     pool = make_pool(Cafe.load(resolve_checkpoint(MODEL)))
     clients, chats, readers = f"{EMBEDDING_CLIENTS} clients", f"{CHAT_CLIENTS} chats", f"{READERS} chats"
     figures: list[tuple[str, Callable[[Server], float], Row]] = [
         (
-            "texts",
-            lambda server: embedding_ratio(server, lambda amount: pool.texts[:amount], TEXTS, "texts"),
-            Row(f"embeddings/s of texts, {clients} / one request at a time", 0, 3, 5),
+            "queries",
+            lambda server: embedding_ratio(server, lambda amount: pool.queries[:amount], TEXTS, "queries"),
+            Row(f"embeddings/s of queries, {clients} / one request at a time", 0, 3, 5),
+        ),
+        (
+            "captions",
+            lambda server: embedding_ratio(server, lambda amount: pool.captions[:amount], TEXTS, "captions"),
+            Row(f"embeddings/s of captions, {clients} / one request at a time", 0, 3, 5),
         ),
         (
             "images",

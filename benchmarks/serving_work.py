@@ -78,6 +78,16 @@ def make_texts(count: int, seed: int = 0) -> list[str]:
     return numbered[:count]
 
 
+def make_queries(count: int, seed: int = 0) -> list[str]:
+    """Make queries as people type them, of a few words, of which no two are the same."""
+    clauses = [clause.strip(" .") for text in make_texts(count, seed) for clause in text.split(",")]
+    queries = list(dict.fromkeys(clause for clause in clauses if clause.count(" ") < 6))
+    # Numbered where the small world has no more to say.
+    return [
+        queries[number % len(queries)] + (f" {number}" if number >= len(queries) else "") for number in range(count)
+    ]
+
+
 def make_images(count: int, side: int, seed: int = 0) -> list[bytes]:
     """Make JPEG files of a side in pixels."""
     files = []

@@ -4,8 +4,9 @@ import pytest
 import torch
 from engine_samples import IMAGES, Jobs
 from model_samples import make
+from transformers import DynamicCache
 
-from cafe.lvlm.slot_cache import KeyValues
+from cafe.lvlm.slot_cache import KeyValues, select_key_values
 from cafe.packing import Branch
 from cafe.serving.jobs import EmbedJob, Job
 from cafe.serving.metrics import Metrics
@@ -23,7 +24,7 @@ def make_job(image_key: str = "a", prefix: int = LENGTH, first: int = 0, last: i
     return EmbedJob(branch=Branch(tokens, none, none), image_key=image_key, prefix_length=prefix)
 
 
-def key_values(seed: int = 0, num_tokens: int = LENGTH + WORDS) -> KeyValues:
+def key_values(seed: int = 0, num_tokens: int = LENGTH) -> KeyValues:
     generator = torch.Generator().manual_seed(seed)
     return [(torch.randn(2, num_tokens, 4, generator=generator), torch.randn(2, num_tokens, 4)) for _ in range(3)]
 
@@ -35,18 +36,20 @@ def hits(metrics: Metrics, hit: str) -> float:
     return metrics.registry.get_sample_value("cafe_cache_hits_total", {"cache": "prefixes", "hit": hit}) or 0.0
 
 
-def test_a_prefix_is_a_copy_of_its_tokens_alone():
-    cache, states = PrefixCache(NUM_BYTES, Metrics()), key_values()
-    expected = [(keys[:, :LENGTH].clone(), values[:, :LENGTH].clone()) for keys, values in states]
-    cache.put(make_job(), states)
-    for keys, values in states:
-        keys.zero_()
-        values.zero_()
+def test_a_prefix_is_found_again_and_holds_no_other_tokens_in_memory():
+    states, cache = key_values(num_tokens=LENGTH + WORDS), PrefixCache(NUM_BYTES, Metrics())
+    pack = DynamicCache()
+    for layer, (keys, values) in enumerate(states):
+        pack.update(keys[None], values[None], layer)
+    coords = torch.stack([torch.zeros(LENGTH, dtype=torch.long), torch.arange(LENGTH)], dim=1)
+    assert cache.is_new(make_job())
+    cache.put(make_job(), select_key_values(pack, coords))
+    assert not cache.is_new(make_job())
     found = cache.get(make_job())
     assert found is not None
-    for pair, wanted in zip(found, expected, strict=True):
+    for pair, wanted in zip(found, states, strict=True):
         for one, other in zip(pair, wanted, strict=True):
-            assert torch.equal(one, other)
+            assert torch.equal(one, other[:, :LENGTH])
             assert one.untyped_storage().nbytes() == one.nbytes  # a view would keep all tokens in memory
 
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -163,7 +164,8 @@ class VisionCache:
                 return output  # the cache holds views of it, so a step of one micro-batch keeps nothing twice
         self.cached.update({key: self.cached.pop(key) for key in dict.fromkeys(crops.hashes)})
         outputs = [self.cached[key] for key in crops.hashes]
-        if _fit_together(outputs, crops.dim):
+        # What this tower made fits together; files may be of another version of the package.
+        if self.directory is None or _fit_together(outputs, crops.dim):
             return _concatenate(outputs, crops.dim)
         return self._encode_again(forward, args, kwargs, crops)
 
@@ -331,10 +333,15 @@ def hash_rows(crops: Float[Tensor, " crops *shape"], seed: int = 0) -> Int64[Ten
     """Hash the bits of each crop: a sum of products with fixed random numbers, exact in any order of summation."""
     # Integers wrap around on overflow, so a sum is the same in any order and on any device.
     bits = crops.flatten(1).contiguous().view(torch.int16)
-    # Drawn on the CPU: with the same seed, files in a directory are found again by other runs and devices.
+    return (bits.long() * _hash_factors(bits.shape[1], seed).to(crops.device)).sum(1)
+
+
+@lru_cache(maxsize=16)
+def _hash_factors(count: int, seed: int) -> Int64[Tensor, " count"]:
+    """Draw the numbers by which hashes multiply."""
+    # On the CPU: with the same seed, files in a directory are found again by other runs and devices.
     generator = torch.Generator().manual_seed(seed)
-    factors = torch.randint(-(2**62), 2**62, bits.shape[1:], generator=generator).to(crops.device)
-    return (bits.long() * factors).sum(1)
+    return torch.randint(-(2**62), 2**62, (count,), generator=generator)
 
 
 def hash_patched_images(

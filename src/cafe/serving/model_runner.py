@@ -136,16 +136,17 @@ class ModelRunner:
         lvlm = self.model.lvlm
         packed, layout = pack_with_layout([[job.branch] for job in jobs], [[]] * len(jobs), self.model.packing)
         # Keys and values are kept where something continues from them: an answer, or later jobs on the same images.
-        keeps = [self.can_join and (isinstance(job, ChatJob) or job.prefix_length > 0) for job in jobs]
-        cache = DynamicCache(config=lvlm.config.get_text_config()) if any(keeps) else None
+        keeps_any = self.can_join and any(isinstance(job, ChatJob) or job.prefix_length > 0 for job in jobs)
+        cache = DynamicCache(config=lvlm.config.get_text_config()) if keeps_any else None
         hidden, _ = forward_packed(lvlm, packed, cache)
         _check_finite(hidden)
         kept: dict[Job, KeyValues] = {}
         if cache is not None:
-            for job, keep, coords in zip(jobs, keeps, layout.coords, strict=True):
-                if keep:
+            for job, coords in zip(jobs, layout.coords, strict=True):
+                if isinstance(job, ChatJob):
                     kept[job] = select_key_values(cache, coords)
-                    self.prefixes.put(job, kept[job])
+                if self.prefixes.is_new(job):
+                    self.prefixes.put(job, select_key_values(cache, coords[: job.prefix_length]))
         self.metrics.tokens.labels(kind="read").inc(packed.num_tokens)
 
         # Chats run from now on, and the logits of all their first tokens are computed at once.
@@ -204,18 +205,14 @@ class ModelRunner:
         """Set the results of jobs of which one hidden state is the answer."""
         # One transfer for all, which a GPU is waited for; in float32, as embeddings are sent.
         vectors = F.normalize(hidden.float(), dim=-1).cpu().numpy()
+        scored = [(row, job) for row, job in enumerate(jobs) if isinstance(job, ScoreJob)]
         for row, job in enumerate(jobs):
             if isinstance(job, EmbedJob):
-                result = vectors[row]
-            elif isinstance(job, ScoreJob):
-                logits = compute_logits(self.model.lvlm, hidden[row : row + 1])
-                result = logits[0, list(job.token_ids)].cpu().numpy()
-            else:
-                continue
-            if torch.from_numpy(result).isfinite().all():
-                job.resolve(result)
-            else:
-                self._fail(job)
+                job.resolve(vectors[row])
+        if scored:
+            logits = compute_logits(self.model.lvlm, hidden[[row for row, _ in scored]]).cpu().numpy()
+            for (_, job), row_logits in zip(scored, logits, strict=True):
+                job.resolve(row_logits[list(job.token_ids)])
 
     def _decode_one_by_one(self, batch: ChatBatch) -> None:
         """Decode each chat of a batch by itself, after an error; those that fail again are given up."""

@@ -29,17 +29,15 @@ class PrefixCache:
         self._metrics.cache_hits.labels(cache="prefixes", hit=str(prefix is not None).lower()).inc()
         return prefix
 
+    def is_new(self, job: Job) -> bool:
+        """Return whether a job has a prefix that is not kept yet; several that are read together may have the same."""
+        key = _prefix_key(job)
+        return bool(key) and self._lru.get(key) is None
+
     def put(self, job: Job, key_values: KeyValues) -> None:
-        """Keep the keys and values of a job's prefix, if it has one; they are copied from those of all its tokens."""
-        key, length = _prefix_key(job), job.prefix_length
-        # Several jobs that are read together may have the same prefix.
-        if not key or self._lru.get(key) is not None:
-            return
-        prefix = [(keys[:, :length], values[:, :length]) for keys, values in key_values]
-        num_bytes = sum(states.nbytes for pair in prefix for states in pair)
-        # A large model's prefix may be more than is kept of all: a copy would be made for nothing.
-        if num_bytes <= self._lru.max_bytes:
-            self._lru.put(key, [(keys.clone(), values.clone()) for keys, values in prefix], num_bytes)
+        """Keep the keys and values of a job's prefix, which nothing else may change."""
+        if self.is_new(job):
+            self._lru.put(_prefix_key(job), key_values, sum(states.nbytes for pair in key_values for states in pair))
 
 
 def _prefix_key(job: Job) -> str:

@@ -1,6 +1,7 @@
 """A server from its beginning to its end: load the model, listen, and finish what was taken before it ends."""
 
 import math
+import os
 import signal
 import socket
 import sys
@@ -12,6 +13,7 @@ from threading import Event, Thread
 from types import FrameType
 
 import numpy as np
+import torch
 import uvicorn
 from jaxtyping import Float32
 
@@ -231,6 +233,12 @@ def serve(config: ServingConfig, model: str | None, collection: str | None) -> N
         announcer = Thread(target=_announce, args=(server, url_of(listening)), daemon=True)
         announcer.start()
         server.run([listening])
+
+
+def leave_a_core() -> None:
+    """Leave a core to HTTP and to the image workers: the model's threads wait for the one that shares its core."""
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(torch.get_num_threads() - 1, 1))
 
 
 def _announce(server: Server, url: str) -> None:
