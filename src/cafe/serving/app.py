@@ -8,7 +8,7 @@ from cafe.serving.errors import install_error_handlers
 from cafe.serving.gallery import GalleryReader
 from cafe.serving.lru import Lru
 from cafe.serving.routes import chat, collection, embeddings, operations, page, ranking
-from cafe.serving.security import Gate, Load
+from cafe.serving.security import Gate, ServerLoad
 from cafe.serving.services import Services
 from cafe.serving.thumbnails import CACHE_BYTES
 
@@ -20,7 +20,7 @@ def create_app(services: Services) -> FastAPI:
     """
     # The pages that FastAPI makes of the schema load scripts from elsewhere.
     app = FastAPI(title="CAFe", version=__version__, docs_url=None, redoc_url=None, openapi_url="/openapi.json")
-    app.state.services, app.state.load = services, Load()
+    app.state.services, app.state.load = services, ServerLoad()
     app.state.gallery_reader, app.state.thumbnails = GalleryReader(), Lru(CACHE_BYTES)
     for module in (embeddings, chat, ranking, collection, operations, page):
         app.include_router(module.router)

@@ -58,6 +58,7 @@ class ContentReader:
         Raises:
             ApiError: it has other turns, or an image of it cannot be used.
         """
+        self._check_length(messages, where)
         parts: list[ContentPart] = []
         for message in messages:
             # A closing turn of the assistant without words asks other servers for what the model does by itself.
@@ -76,6 +77,7 @@ class ContentReader:
         Raises:
             ApiError: an image or a part of it cannot be used.
         """
+        self._check_length(messages, "messages")
         # Templates write placeholders for images, which come in the same order beside the turns.
         turns: list[Message] = []
         refs: list[ImageRef] = []
@@ -95,6 +97,7 @@ class ContentReader:
 
     def _read_parts(self, parts: Sequence[Part], where: str) -> Content:
         """Read the parts of a turn, in their order."""
+        self._check_length(parts, where)
         read: list[ContentPart] = []
         for part in parts:
             match part.type:
@@ -121,6 +124,13 @@ class ContentReader:
         if not parts:
             raise ApiError(400, "invalid_value", "An item has a text, an image, or both.", where)
         return Content(tuple(parts))
+
+    def _check_length(self, values: Sequence[ChatMessage] | Sequence[Part], where: str) -> None:
+        """Refuse more turns or parts than tokens are allowed: without words, no other limit would count them."""
+        most = self.config.limits.max_input_tokens
+        if len(values) > most:
+            message = f"There are {len(values):,} turns or parts, over the limit of {most:,}."
+            raise ApiError(400, "context_length_exceeded", message, where)
 
     def _check_count(self, num_images: int, where: str) -> None:
         """Refuse a content with too many images."""
