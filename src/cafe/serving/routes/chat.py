@@ -130,7 +130,8 @@ async def start_answer(body: ChatRequest, services: Services) -> Answer:
 
     # Only parts can have images; words alone are encoded faster than a thread is started.
     has_parts = any(isinstance(message.content, list) for message in body.messages)
-    job = await run_encoding(make_job, has_parts)
+    num_characters = sum(len(message.content) for message in body.messages if isinstance(message.content, str))
+    job = await run_encoding(make_job, has_parts, num_characters)
     submit_all(services, [job])
     return Answer(job, mailbox, services.model_id)
 
