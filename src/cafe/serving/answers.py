@@ -139,11 +139,19 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """Say whether the model answers."""
+    """Say whether the server can answer.
+
+    Attributes:
+        status: error if the model's thread has died or hangs, or if no image worker is alive.
+        heartbeat_age: seconds since the last sign of life of the model's thread.
+        waiting: jobs that wait for the model.
+        image_workers: processes that can read images.
+    """
 
     status: Literal["ok", "error"]
     heartbeat_age: float
     waiting: int
+    image_workers: int
 
 
 class Readiness(BaseModel):

@@ -1,6 +1,9 @@
 """The web application: its routes, behind the checks that each request passes."""
 
+from typing import Any
+
 from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
 
 from cafe import __version__
 from cafe.serving.envelope import Envelope
@@ -8,7 +11,7 @@ from cafe.serving.errors import install_error_handlers
 from cafe.serving.gallery import GalleryReader
 from cafe.serving.lru import Lru
 from cafe.serving.routes import chat, collection, embeddings, operations, page, ranking
-from cafe.serving.security import Gate, ServerLoad
+from cafe.serving.security import OPEN_PATHS, Gate, ServerLoad
 from cafe.serving.services import Services
 from cafe.serving.thumbnails import CACHE_BYTES
 
@@ -25,7 +28,20 @@ def create_app(services: Services) -> FastAPI:
     for module in (embeddings, chat, ranking, collection, operations, page):
         app.include_router(module.router)
     install_error_handlers(app)
+    if services.config.api_key:
+        app.openapi = lambda: describe_with_key(app)  # type: ignore[method-assign]
     # The last one is the outermost.
     app.add_middleware(Gate, config=services.config, load=app.state.load)
     app.add_middleware(Envelope, metrics=services.metrics)
     return app
+
+
+def describe_with_key(app: FastAPI) -> dict[str, Any]:
+    """Return the description of an app's routes, and that they need a key, for generated clients."""
+    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    for path, operations in schema["paths"].items():
+        if path not in OPEN_PATHS:
+            for operation in operations.values():
+                operation["security"] = [{"key": []}]
+    return schema

@@ -27,14 +27,20 @@ async def retrieve_model(model: str, services: ServicesDep) -> Response:
     return JSONResponse(_model_card(services))
 
 
-@router.get("/health", response_model=Health, summary="Is the model alive?")
+@router.get("/health", response_model=Health, responses={503: {"model": Health}}, summary="Is the server well?")
 async def health(services: ServicesDep) -> Response:
-    """Say whether the model's thread lives, and has not stopped in the midst of its work."""
-    # Neither waits for the engine: a server whose model hangs still answers here.
-    engine = services.engine
+    """Say whether the model's thread lives, and does its steps, and whether images can be read."""
+    # None of this waits for the engine: a server whose model hangs still answers here.
+    engine, images = services.engine, services.images
     age, waiting = engine.heartbeat_age, engine.num_waiting
-    is_well = engine.is_alive and age <= MAX_HEARTBEAT_AGE
-    body = {"status": "ok" if is_well else "error", "heartbeat_age": age, "waiting": waiting}
+    is_model_well = engine.is_alive and age <= MAX_HEARTBEAT_AGE
+    is_well = is_model_well and images.is_alive
+    body = {
+        "status": "ok" if is_well else "error",
+        "heartbeat_age": age,
+        "waiting": waiting,
+        "image_workers": images.num_alive,
+    }
     return JSONResponse(body, 200 if is_well else 503)
 
 
