@@ -121,7 +121,7 @@ def test_limits_on_the_page_are_those_of_the_server():
     limits, engine = RequestLimits(), EngineConfig()
     text = SECTIONS["Limits"]
     numbers = [limits.max_images, limits.max_request_images, limits.max_inputs, limits.max_input_tokens]
-    numbers += [limits.max_new_tokens, limits.max_stop, int(limits.timeout), int(limits.body_timeout)]
+    numbers += [limits.max_new_tokens, limits.max_stop, limits.max_stop_characters, int(limits.timeout), int(limits.body_timeout)]
     numbers.append(engine.max_waiting)
     assert [number for number in numbers if f"{number:,}" not in text] == []
     assert f"{limits.max_body_bytes >> 20} MiB" in text and f"{limits.max_image_bytes >> 20} MiB" in text

@@ -3,8 +3,9 @@
 import base64
 import binascii
 import re
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cafe.content import Content, ImageLimits, ImageRef
 from cafe.content import Part as ContentPart
@@ -14,8 +15,11 @@ from cafe.serving.config import ServingConfig
 from cafe.serving.errors import ApiError
 from cafe.serving.schemas import ChatMessage, Input, Item, Part
 
-# Parameters may stand before the base64. What the image is called does not matter: its bytes say what it is.
-_DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
+DOWNLOAD_SECONDS = 20.0  # for all images of a request together, each of which holds a thread meanwhile
+
+# Parameters may stand before the base64. What the image is called does not matter: its bytes say what it is. There is
+# one way alone to read any text, so that the time does not grow with the square of its length.
+_DATA_URI = re.compile(r"data:[\w.+-]*(?:/[\w.+-]*)?(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
 _URL = re.compile(r"https?://", re.IGNORECASE)
 # Some encoders break base64 into lines.
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
@@ -28,10 +32,12 @@ class ContentReader:
     Attributes:
         config: what is allowed.
         num_images: the images of the request so far.
+        download_seconds: those left to download images.
     """
 
     config: ServingConfig
     num_images: int = 0
+    download_seconds: float = DOWNLOAD_SECONDS
 
     def read_input(self, value: Input, where: str) -> Content:
         """Read an input: a text, or an item of Jina's or vLLM's.
@@ -168,12 +174,16 @@ class ContentReader:
             message = f"The {name} is a URL, from which this server downloads nothing: send a data URI with base64."
             raise ApiError(400, "image_url_not_allowed", message, where)
         # A server that downloads nothing does not even have what could.
-        from cafe.serving.remote_images import fetch_image
+        from cafe.serving.remote_images import FetchRules, fetch_image
 
+        started, rules = time.monotonic(), FetchRules()
+        rules = replace(rules, timeout=min(rules.timeout, self.download_seconds))
         try:
-            return fetch_image(url, self.config.limits)
+            return fetch_image(url, self.config.limits, rules)
         except RecordError:  # its text may tell what is in the server's network
             raise ApiError(400, "image_download_failed", f"The {name} cannot be downloaded.", where) from None
+        finally:
+            self.download_seconds -= time.monotonic() - started
 
 
 def chat_turn(role: str, content: Content) -> Message:
