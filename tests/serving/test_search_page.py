@@ -217,6 +217,16 @@ def test_an_answer_can_be_stopped(open_page, engine, monkeypatch):
         engine.chats[-1].future.result(timeout=30)
 
 
+def test_an_answer_that_is_cut_off_is_not_taken_for_a_whole_one(open_page):
+    page = open_page()
+    page.click("#chat-toggle")
+    # As a proxy does that ends a stream in good order.
+    page.evaluate("window.fetch = async () => new Response('data: {\"text\": \"Half an\"}\\n\\n'); 1")
+    ask(page, "What is it?")
+    assert page.text(".answer .text") == "Half an"
+    assert page.text(".answer .note") == "The connection was lost while the answer came."
+
+
 def test_a_file_name_that_is_a_script_is_text(open_page):
     page = open_page()
     assert f"beach/{SCRIPT_NAME}" in page.evaluate(NAMES)
