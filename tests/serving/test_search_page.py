@@ -221,7 +221,7 @@ def test_an_answer_that_is_cut_off_is_not_taken_for_a_whole_one(open_page):
     page = open_page()
     page.click("#chat-toggle")
     # As a proxy does that ends a stream in good order.
-    page.evaluate("window.fetch = async () => new Response('data: {\"text\": \"Half an\"}\\n\\n'); 1")
+    page.evaluate('window.fetch = async () => new Response(\'data: {"text": "Half an"}\\n\\n\'); 1')
     ask(page, "What is it?")
     assert page.text(".answer .text") == "Half an"
     assert page.text(".answer .note") == "The connection was lost while the answer came."

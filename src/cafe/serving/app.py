@@ -29,7 +29,7 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(module.router)
     install_error_handlers(app)
     if services.config.api_key:
-        app.openapi = lambda: describe_with_key(app)  # type: ignore[method-assign]
+        app.openapi_schema = describe_with_key(app)
     # The last one is the outermost.
     app.add_middleware(Gate, config=services.config, load=app.state.load)
     app.add_middleware(Envelope, metrics=services.metrics)
@@ -40,8 +40,8 @@ def describe_with_key(app: FastAPI) -> dict[str, Any]:
     """Return the description of an app's routes, and that they need a key, for generated clients."""
     schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
     schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-    for path, operations in schema["paths"].items():
+    for path, methods in schema["paths"].items():
         if path not in OPEN_PATHS:
-            for operation in operations.values():
+            for operation in methods.values():
                 operation["security"] = [{"key": []}]
     return schema

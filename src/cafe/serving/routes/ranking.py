@@ -1,12 +1,12 @@
 """`/v1/rerank` and `/v1/score`: how well documents match a query, by the model's own yes or no, or by embeddings."""
 
 import math
-import os
 import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -145,14 +145,14 @@ def answer_words(chat_processor: ChatProcessor) -> AnswerWords:
         ApiError: it has no tokens of these words.
     """
     yes, no = ([_answer_tokens(chat_processor, word) for word in words] for words in (YES, NO))
-    beginning = os.path.commonprefix([*yes, *no])
-    place = len(beginning)
+    # What all four begin with ends where a place has several tokens.
+    place = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*yes, *no, strict=False)))
     yes_next, no_next = ({tokens[place] for tokens in answers if len(tokens) > place} for answers in (yes, no))
     # What both have says nothing, such as the token of unknown words.
     both = yes_next & no_next
     if not yes_next - both or not no_next - both:
         raise ApiError(400, "unsupported_value", "This model cannot rank: it has no tokens for yes and no.", "model")
-    return AnswerWords(tuple(sorted(yes_next - both)), tuple(sorted(no_next - both)), tuple(beginning))
+    return AnswerWords(tuple(sorted(yes_next - both)), tuple(sorted(no_next - both)), tuple(yes[0][:place]))
 
 
 def _answer_tokens(chat_processor: ChatProcessor, word: str) -> list[int]:
