@@ -3,7 +3,6 @@
 from typing import Any
 
 from fastapi import FastAPI
-from fastapi.openapi.utils import get_openapi
 
 from cafe import __version__
 from cafe.serving.envelope import Envelope
@@ -29,19 +28,17 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(module.router)
     install_error_handlers(app)
     if services.config.api_key:
-        app.openapi_schema = describe_with_key(app)
+        add_key(app.openapi())  # which is kept, and returned each time
     # The last one is the outermost.
     app.add_middleware(Gate, config=services.config, load=app.state.load)
     app.add_middleware(Envelope, metrics=services.metrics)
     return app
 
 
-def describe_with_key(app: FastAPI) -> dict[str, Any]:
-    """Return the description of an app's routes, and that they need a key, for generated clients."""
-    schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+def add_key(schema: dict[str, Any]) -> None:
+    """Say in the description of the routes that they need a key, for generated clients."""
     schema.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
     for path, methods in schema["paths"].items():
         if path not in OPEN_PATHS:
             for operation in methods.values():
                 operation["security"] = [{"key": []}]
-    return schema
