@@ -155,6 +155,10 @@ def test_what_is_no_condition_is_one_sentence(text):
         Filters(where=(text,)).compile()
 
 
+def test_a_number_beyond_any_float_is_compared_as_a_text():
+    assert allows(Filters(where=("size>1",)), size=10**400) == (str(10**400) > "1")
+
+
 def test_a_condition_of_much_white_space_is_read_in_time():
     # A pattern that tries all ways to read it would take minutes.
     space = " " * 20_000

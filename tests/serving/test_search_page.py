@@ -168,7 +168,7 @@ def test_an_image_that_cannot_be_read_is_said_in_plain_words(browser, url):
     page.wait_for(f"{DRAWN} > 0")
     page.drop("broken.png", b"no image")
     page.wait_for("!document.querySelector('#nothing').hidden")
-    assert page.text("#nothing p") == "The image or the words of the query cannot be read."
+    assert page.text("#nothing p") == "The image of the query cannot be read."
 
 
 def test_selected_images_are_talked_about_in_a_streamed_answer(open_page, engine):

@@ -61,7 +61,7 @@ class Condition:
         # As numbers where both are, otherwise as text.
         try:
             return _OPERATORS[self.comparison](float(actual), float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return _OPERATORS[self.comparison](str(actual), value)
 
 
