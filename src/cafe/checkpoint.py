@@ -133,3 +133,11 @@ def resolve_checkpoint(base: str) -> str:
     if looks_like_path(base):
         raise CheckpointError(f"The model's directory {base} does not exist.")
     return base
+
+
+def shipped_name(path: Path) -> str:
+    """Return the name of a model that an installed package ships, such as "scenes", by its directory; empty if none."""
+    for shipped in entry_points(group="cafe.base_models"):
+        if Path(shipped.load()) == path:
+            return shipped.name
+    return ""

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cafe.errors import CafeError
-from cafe.index.filters import Filters, local_time
+from cafe.index.filters import Condition, Filters, local_time
 
 TIMES = st.datetimes(datetime(1900, 1, 1), datetime(2100, 1, 1))
 
@@ -153,6 +153,19 @@ def test_all_conditions_hold_and_none_of_a_column_that_is_not_there():
 def test_what_is_no_condition_is_one_sentence(text):
     with pytest.raises(CafeError, match="is not of the form COLUMN=VALUE"):
         Filters(where=(text,)).compile()
+
+
+def test_a_number_beyond_any_float_is_compared_as_a_text():
+    assert allows(Filters(where=("size>1",)), size=10**400) == (str(10**400) > "1")
+
+
+def test_a_condition_of_much_white_space_is_read_in_time():
+    # A pattern that tries all ways to read it would take minutes.
+    space = " " * 20_000
+    assert Condition.parse(f"{space}a b{space}>={space}1 2{space}") == Condition("a b", ">=", "1 2")
+    for text in (space, f"{space}=1", f"a{space}b"):
+        with pytest.raises(CafeError):
+            Condition.parse(text)
 
 
 def test_no_filters_allow_all():

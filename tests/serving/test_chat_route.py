@@ -132,6 +132,7 @@ def test_parameters_that_change_nothing_are_taken(http):
         ({"max_tokens": 10**6}, 400, "invalid_value"),
         ({"stop": list("abcde")}, 400, "invalid_value"),
         ({"stop": ""}, 400, "invalid_value"),
+        ({"stop": "a" * 257}, 400, "invalid_value"),
         ({"model": "another"}, 404, "model_not_found"),
         ({"messages": []}, 422, "invalid_value"),
         ({"messages": None}, 422, "invalid_value"),

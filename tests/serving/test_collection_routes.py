@@ -178,6 +178,11 @@ def test_what_cannot_be_searched_for_is_said(post, status, body):
     assert message.endswith(".") and "Error" not in message
 
 
+def test_a_bad_image_of_a_query_has_the_code_of_bad_images(post):
+    error = post("/search", BAD_REQUEST, query="x", image="data:image/png;base64,AAAA").json()["error"]
+    assert (error["code"], error["param"]) == ("image_decode_failed", "image")
+
+
 @pytest.mark.parametrize("size", [256, 512, 1024])
 def test_a_thumbnail_shows_the_image(url, search, size):
     for result in search():

@@ -6,7 +6,7 @@ import pytest
 from http_samples import BLUE, RED, data_uri, image_part, text_part, user
 
 from cafe.errors import RecordError
-from cafe.serving import remote_images
+from cafe.serving import contents, remote_images
 from cafe.serving.config import RequestLimits, ServingConfig
 from cafe.serving.contents import ContentReader
 from cafe.serving.errors import ApiError
@@ -86,7 +86,7 @@ def test_the_bytes_of_an_image_are_limited_before_and_after_decoding():
 def test_images_are_downloaded_where_that_is_allowed(monkeypatch):
     asked = []
 
-    def fetch(url, limits):
+    def fetch(url, limits, rules):
         """Download one image, and no other."""
         asked.append(url)
         if "private" in url:
@@ -101,6 +101,30 @@ def test_images_are_downloaded_where_that_is_allowed(monkeypatch):
     assert parts_of(content) == [BLUE]
     with pytest.raises(ApiError, match="The image 1 cannot be downloaded"):
         reader(allow_image_urls=True).read_input(Item(image="http://private/a.png"), "")
+
+
+def test_downloads_of_a_request_have_one_time_limit_together(monkeypatch):
+    clock, timeouts = [0.0], []
+
+    def fetch(url, limits, rules):
+        """Take as long as is allowed, but for a second."""
+        timeouts.append(rules.timeout)
+        clock[0] += rules.timeout - 1
+        return BLUE
+
+    monkeypatch.setattr(remote_images, "fetch_image", fetch)
+    monkeypatch.setattr(contents.time, "monotonic", lambda: clock[0])
+    own = ContentReader(ServingConfig(allow_image_urls=True))
+    for _ in range(4):
+        own.read_input(Item(image="http://example.com/a.png"), "")
+    assert timeouts == [10, 10, 2, 1]
+
+
+@pytest.mark.parametrize("uri", ["data:" + "a" * 300_000, "data:a/" + ";a=b" * 100_000, "data:" + "/" * 300_000])
+def test_a_long_address_that_is_no_image_is_refused_in_time(uri):
+    # A pattern that tries all ways to read it would take hours, in which the server would answer nobody.
+    with pytest.raises(ApiError, match="no data URI"):
+        reader().read_input(Item(image=uri), "")
 
 
 @pytest.mark.parametrize("url", ["file:///etc/passwd", "/etc/passwd", "a.png", "data:text/plain,a", "gopher://a", ""])

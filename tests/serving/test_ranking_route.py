@@ -2,14 +2,20 @@
 
 import base64
 
+import families
 import numpy as np
 import pytest
 from http_samples import BLUE, RED, data_uri, error_of, image_part
 
 from cafe.content import Content
 from cafe.lvlm.forward import compute_logits, forward_packed
+from cafe.lvlm.images import ProcessedImages
+from cafe.lvlm.prompts import system_messages
 from cafe.packing import pack
-from cafe.serving.routes.ranking import answer_tokens, match_question, relevance
+from cafe.serving.config import RequestLimits
+from cafe.serving.contents import chat_turn
+from cafe.serving.encoding import JobEncoder
+from cafe.serving.routes.ranking import answer_words, match_question, relevance
 
 DOCUMENTS = ["a red circle", {"text": "a blue square"}, {"image": data_uri(BLUE)}, {"content": [image_part(RED)]}]
 CONTENTS = [Content.of(value) for value in ("a red circle", "a blue square", {"image": BLUE}, {"image": RED})]
@@ -17,13 +23,13 @@ CONTENTS = [Content.of(value) for value in ("a red circle", "a blue square", {"i
 
 def expected_relevances(model, query):
     """The probability of yes for each document, by the model's own forward pass."""
-    yes, no = answer_tokens(model.chat_processor)
+    words = answer_words(model.chat_processor)
     scores = []
     for document in CONTENTS:
         branch = model.encode_prompt(match_question(Content.of(query), document))
         hidden, _ = forward_packed(model.lvlm, pack([[branch]], [[]], model.packing))
         probabilities = compute_logits(model.lvlm, hidden)[0].double().softmax(-1)
-        likely, unlikely = (float(probabilities[list(tokens)].sum().detach()) for tokens in (yes, no))
+        likely, unlikely = (float(probabilities[list(tokens)].sum().detach()) for tokens in (words.yes, words.no))
         scores.append(likely / (likely + unlikely))
     return scores
 
@@ -52,11 +58,26 @@ def test_the_query_may_be_an_image_and_the_best_come_back_with_their_documents(h
 
 
 def test_yes_and_no_are_the_first_tokens_of_answers(served_model):
-    yes, no = answer_tokens(served_model.chat_processor)
+    words = answer_words(served_model.chat_processor)
     decode = served_model.chat_processor.tokenizer.decode
-    assert all("yes".startswith(decode([token]).strip().lower()) for token in yes)
-    assert all("no".startswith(decode([token]).strip().lower()) for token in no)
-    assert not set(yes) & set(no)
+    assert all("yes".startswith(decode([token]).strip().lower()) for token in words.yes)
+    assert all("no".startswith(decode([token]).strip().lower()) for token in words.no)
+    assert not set(words.yes) & set(words.no) and words.beginning == ()
+
+
+def test_answers_that_begin_with_an_empty_thought_are_compared_behind_it():
+    chat_processor = families.qwen3_5().chat_processor
+    words = answer_words(chat_processor)
+    turns = [chat_turn("user", Content(("a",)))]
+    encoder = JobEncoder(chat_processor, RequestLimits())
+    job = encoder.score(turns, [], (*words.yes, *words.no), words.beginning)
+    for answer, tokens in (("yes", words.yes), ("No", words.no)):
+        dialogue = [*system_messages(chat_processor.prompts), *turns, chat_turn("assistant", Content((answer,)))]
+        whole = chat_processor.encode_dialogue(dialogue, ProcessedImages([], {}))
+        assert whole.input_ids[: len(job.branch)].tolist() == job.branch.input_ids.tolist()
+        assert whole.loss_mask[: len(job.branch)].tolist() == job.branch.loss_mask.tolist()
+        assert int(whole.input_ids[len(job.branch)]) in tokens
+    assert len(words.beginning) > 0
 
 
 def test_relevance_is_the_odds_of_yes_and_no():

@@ -168,7 +168,7 @@ def test_an_image_that_cannot_be_read_is_said_in_plain_words(browser, url):
     page.wait_for(f"{DRAWN} > 0")
     page.drop("broken.png", b"no image")
     page.wait_for("!document.querySelector('#nothing').hidden")
-    assert page.text("#nothing p") == "The image or the words of the query cannot be read."
+    assert page.text("#nothing p") == "The image of the query cannot be read."
 
 
 def test_selected_images_are_talked_about_in_a_streamed_answer(open_page, engine):
@@ -215,6 +215,16 @@ def test_an_answer_can_be_stopped(open_page, engine, monkeypatch):
     # Which the server notices too.
     with pytest.raises(CancelledError):
         engine.chats[-1].future.result(timeout=30)
+
+
+def test_an_answer_that_is_cut_off_is_not_taken_for_a_whole_one(open_page):
+    page = open_page()
+    page.click("#chat-toggle")
+    # As a proxy does that ends a stream in good order.
+    page.evaluate('window.fetch = async () => new Response(\'data: {"text": "Half an"}\\n\\n\'); 1')
+    ask(page, "What is it?")
+    assert page.text(".answer .text") == "Half an"
+    assert page.text(".answer .note") == "The connection was lost while the answer came."
 
 
 def test_a_file_name_that_is_a_script_is_text(open_page):

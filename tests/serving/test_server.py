@@ -14,6 +14,7 @@ from threading import Thread
 import pytest
 from http_samples import Http, RecordingEngine, blocked, connect, error_of, post_head, user
 
+from cafe.checkpoint import resolve_checkpoint
 from cafe.cli.main import main
 from cafe.cli.serve import KEY_VARIABLE
 from cafe.errors import CafeError
@@ -70,6 +71,18 @@ def test_health_says_when_the_engine_has_ended(services, serve):
     assert error_of(server.embed("a")) == (503, "not_ready")
 
 
+def test_health_says_when_no_image_worker_is_left(services, serve):
+    images = ImageWorkers(services.encoder.chat_processor, num_workers=1)
+    server = serve(images=images)
+    while not (answer := server.get("/health").json())["image_workers"]:
+        pass
+    assert answer["status"] == "ok"
+    images.close()
+    response = server.get("/health")
+    assert response.status_code == 503
+    assert response.json()["status"] == "error" and response.json()["image_workers"] == 0
+
+
 def test_health_says_when_the_engine_hangs(http, services, monkeypatch):
     monkeypatch.setattr(operations, "MAX_HEARTBEAT_AGE", 2.0)  # more than it waits for work
     assert http.get("/health").ok
@@ -108,6 +121,7 @@ def test_the_model_is_listed_by_its_name_and_never_by_its_path(http, model_id, r
 def test_model_ids(served_model, tmp_path):
     (tmp_path / "mine" / "checkpoint").mkdir(parents=True)
     names = {str(tmp_path / "mine" / "checkpoint"): "mine", "owner/name": "owner/name", "": "cafe"}
+    names[resolve_checkpoint("scenes")] = "scenes"
     assert {name: model_id_of(replace(served_model, name=name)) for name in names} == names
 
 
@@ -125,7 +139,19 @@ def test_the_schema_documents_errors_and_loads_nothing_from_elsewhere(http):
         assert {"200", "400", "401", "413", "415", "422", "429", "500", "503", "504"} <= set(
             schema["paths"][path]["post"]["responses"]
         )
+    assert "securitySchemes" not in schema["components"]
     assert http.get("/docs").status_code == http.get("/redoc").status_code == 404
+
+
+def test_the_schema_says_that_a_key_is_needed(serve):
+    server = serve(api_key="key")
+    schema = server.get("/openapi.json", headers={"Authorization": "Bearer key"}).json()
+    [(name, scheme)] = schema["components"]["securitySchemes"].items()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    for path in ("/v1/embeddings", "/v1/chat/completions", "/v1/rerank", "/search", "/ask"):
+        assert schema["paths"][path]["post"]["security"] == [{name: []}]
+    assert not any("security" in schema["paths"][path]["get"] for path in ("/health", "/ready"))
+    assert "security" in schema["paths"]["/metrics"]["get"]
 
 
 def test_what_was_taken_is_finished_before_the_end(services):

@@ -19,6 +19,8 @@ from cafe.cli.serve import serve_command
 from cafe.index.collection import Collection
 from cafe.model import Cafe
 from cafe.serving.config import EngineConfig, RequestLimits
+from cafe.serving.contents import DOWNLOAD_SECONDS
+from cafe.serving.schemas import MAX_FIELDS
 from cafe.serving.server import running_server
 
 ROOT = Path(__file__).parents[2]
@@ -121,8 +123,9 @@ def test_limits_on_the_page_are_those_of_the_server():
     limits, engine = RequestLimits(), EngineConfig()
     text = SECTIONS["Limits"]
     numbers = [limits.max_images, limits.max_request_images, limits.max_inputs, limits.max_input_tokens]
-    numbers += [limits.max_new_tokens, limits.max_stop, int(limits.timeout), int(limits.body_timeout)]
-    numbers.append(engine.max_waiting)
+    numbers += [limits.max_new_tokens, limits.max_stop, limits.max_stop_characters]
+    numbers += [int(limits.timeout), int(limits.body_timeout), engine.max_waiting]
+    numbers += [MAX_FIELDS, int(DOWNLOAD_SECONDS)]
     assert [number for number in numbers if f"{number:,}" not in text] == []
     assert f"{limits.max_body_bytes >> 20} MiB" in text and f"{limits.max_image_bytes >> 20} MiB" in text
     assert f"{limits.max_image_pixels // 10**6} million" in text

@@ -1,6 +1,7 @@
 """How pieces come from the engine's thread to the event loop, without a server."""
 
 import asyncio
+import json
 from threading import Thread
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from cafe.packing import Branch
 from cafe.serving.jobs import ChatJob, DeadlineError, EngineError, Piece
-from cafe.serving.streaming import Mailbox, chat_pieces
+from cafe.serving.streaming import Mailbox, chat_pieces, make_event
 
 
 def make_job(mailbox):
@@ -99,3 +100,10 @@ def test_pieces_that_end_early(ending):
 
     job = asyncio.run(receive())
     assert job.future.cancelled() is (ending != "error")
+
+
+def test_an_event_is_one_line_whatever_a_text_holds():
+    data = {"text": "one\ntwo\r\nthree\u2028four\u2029five\x85six\x0bseven é🚤"}
+    event = make_event(data)
+    assert event.endswith("\n\n") and len(event.splitlines()) == 2
+    assert json.loads(event.removeprefix("data: ")) == data

@@ -14,7 +14,7 @@ from typing import Any
 from cafe.errors import CafeError
 
 _DATE = re.compile(r"(\d{4})(?:-(\d{1,2})(?:-(\d{1,2}))?)?")
-_CONDITION = re.compile(r"\s*([^=!<>]+?)\s*(!=|<=|>=|==?|<|>)\s*(.*?)\s*", re.DOTALL)
+_CONDITION = re.compile(r"([^=!<>]+)(!=|<=|>=|==?|<|>)(.*)", re.DOTALL)
 _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
     "=": operator.eq,
     "==": operator.eq,
@@ -45,9 +45,11 @@ class Condition:
             CafeError: it is none.
         """
         parts = _CONDITION.fullmatch(text)
-        if not parts:
+        # White space is removed afterwards, because a pattern would take the square of its length to find it.
+        if not parts or not parts[1].strip():
             raise CafeError(f"The condition {text!r} is not of the form COLUMN=VALUE, with one of = != < > <= >=.")
-        return cls(*parts.groups())
+        column, comparison, value = parts.groups()
+        return cls(column.strip(), comparison, value.strip())
 
     def holds(self, columns: dict[str, Any]) -> bool:
         """Return whether it holds; for an image without the column, no condition does."""
@@ -59,7 +61,7 @@ class Condition:
         # As numbers where both are, otherwise as text.
         try:
             return _OPERATORS[self.comparison](float(actual), float(value))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return _OPERATORS[self.comparison](str(actual), value)
 
 

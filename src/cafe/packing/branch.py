@@ -1,7 +1,7 @@
 """One token sequence that the model reads, and how its tokens are numbered."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Int64
@@ -39,6 +39,17 @@ class Branch:
         """Keep the first `length` tokens, which must include all image tokens."""
         masks = self.loss_mask[:length], self.image_mask[:length]
         return Branch(self.input_ids[:length], *masks, self.image_inputs, is_truncated=True)
+
+    def begin_answer(self, tokens: Sequence[int]) -> "Branch":
+        """Add the first tokens of an answer to a prompt."""
+        # As words that are supervised, by which prefix-LMs tell an answer from its prompt.
+        is_answer = torch.ones(len(tokens), dtype=torch.bool)
+        return replace(
+            self,
+            input_ids=torch.cat([self.input_ids, torch.tensor(tokens, dtype=torch.long)]),
+            loss_mask=torch.cat([self.loss_mask, is_answer]),
+            image_mask=torch.cat([self.image_mask, ~is_answer]),
+        )
 
 
 def default_position_ids(branch: Branch) -> Int64[Tensor, "1 tokens"]:

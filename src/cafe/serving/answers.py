@@ -139,7 +139,14 @@ class ModelList(BaseModel):
 
 
 class Health(BaseModel):
-    """Say whether the model answers, and how many processes can read images."""
+    """Say whether the server can answer.
+
+    Attributes:
+        status: error if the model's thread has died or hangs, or if there has been no image worker for five seconds.
+        heartbeat_age: seconds since the last sign of life of the model's thread.
+        waiting: jobs that wait for the model.
+        image_workers: processes that can read images.
+    """
 
     status: Literal["ok", "error"]
     heartbeat_age: float

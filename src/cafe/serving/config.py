@@ -17,6 +17,7 @@ class RequestLimits:
         max_input_tokens: tokens of a prompt or an input, image tokens included.
         max_new_tokens: tokens of an answer.
         max_stop: stop sequences of a chat.
+        max_stop_characters: of a stop sequence, each beginning of which is looked for at the end of the answer.
         timeout: seconds until a request that is not done is answered with status 504.
         body_timeout: seconds that a client may take to send its body.
     """
@@ -30,6 +31,7 @@ class RequestLimits:
     max_input_tokens: int = 8192
     max_new_tokens: int = 4096
     max_stop: int = 4
+    max_stop_characters: int = 256
     timeout: float = 120.0
     body_timeout: float = 30.0
 

@@ -3,8 +3,9 @@
 import base64
 import binascii
 import re
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cafe.content import Content, ImageLimits, ImageRef
 from cafe.content import Part as ContentPart
@@ -14,8 +15,11 @@ from cafe.serving.config import ServingConfig
 from cafe.serving.errors import ApiError
 from cafe.serving.schemas import ChatMessage, ChatPart, Input, Item
 
-# Parameters may stand before the base64. What the image is called does not matter: its bytes say what it is.
-_DATA_URI = re.compile(r"data:[\w.+-]*/?[\w.+-]*(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
+DOWNLOAD_SECONDS = 20.0  # for all images of a request together, each of which holds a thread meanwhile
+
+# Parameters may stand before the base64. What the image is called does not matter: its bytes say what it is. There is
+# one way alone to read any text, so that the time does not grow with the square of its length.
+_DATA_URI = re.compile(r"data:[\w.+-]*(?:/[\w.+-]*)?(?:;[\w.+-]+=[\w.+-]+)*;base64,", re.IGNORECASE)
 _URL = re.compile(r"https?://", re.IGNORECASE)
 # Some encoders break base64 into lines.
 _WHITESPACE = str.maketrans("", "", " \t\r\n")
@@ -28,10 +32,12 @@ class ContentReader:
     Attributes:
         config: what is allowed.
         num_images: the images of the request so far.
+        download_seconds: those left to download images.
     """
 
     config: ServingConfig
     num_images: int = 0
+    download_seconds: float = DOWNLOAD_SECONDS
 
     def read_input(self, value: Input, where: str) -> Content:
         """Read an input: a text, or an item of Jina's or vLLM's.
@@ -58,6 +64,7 @@ class ContentReader:
         Raises:
             ApiError: it has other turns, or an image of it cannot be used.
         """
+        self._check_length(messages, where)
         parts: list[ContentPart] = []
         for message in messages:
             # A closing turn of the assistant without words asks other servers for what the model does by itself.
@@ -76,6 +83,7 @@ class ContentReader:
         Raises:
             ApiError: an image or a part of it cannot be used.
         """
+        self._check_length(messages, "messages")
         # Templates write placeholders for images, which come in the same order beside the turns.
         turns: list[Message] = []
         refs: list[ImageRef] = []
@@ -95,6 +103,7 @@ class ContentReader:
 
     def _read_parts(self, parts: Sequence[ChatPart], where: str) -> Content:
         """Read the parts of a turn, in their order."""
+        self._check_length(parts, where)
         read: list[ContentPart] = []
         for part in parts:
             match part.type:
@@ -121,6 +130,13 @@ class ContentReader:
         if not parts:
             raise ApiError(400, "invalid_value", "An item has a text, an image, or both.", where)
         return Content(tuple(parts))
+
+    def _check_length(self, values: Sequence[ChatMessage] | Sequence[ChatPart], where: str) -> None:
+        """Refuse more turns or parts than tokens are allowed: without words, no other limit would count them."""
+        most = self.config.limits.max_input_tokens
+        if len(values) > most:
+            message = f"There are {len(values):,} turns or parts, over the limit of {most:,}."
+            raise ApiError(400, "context_length_exceeded", message, where)
 
     def _check_count(self, num_images: int, where: str) -> None:
         """Refuse a content with too many images."""
@@ -158,12 +174,16 @@ class ContentReader:
             message = f"The {name} is a URL, from which this server downloads nothing: send a data URI with base64."
             raise ApiError(400, "image_url_not_allowed", message, where)
         # A server that downloads nothing does not even have what could.
-        from cafe.serving.remote_images import fetch_image
+        from cafe.serving.remote_images import FetchRules, fetch_image
 
+        started, rules = time.monotonic(), FetchRules()
+        rules = replace(rules, timeout=min(rules.timeout, self.download_seconds))
         try:
-            return fetch_image(url, self.config.limits)
+            return fetch_image(url, self.config.limits, rules)
         except RecordError:  # its text may tell what is in the server's network
             raise ApiError(400, "image_download_failed", f"The {name} cannot be downloaded.", where) from None
+        finally:
+            self.download_seconds -= time.monotonic() - started
 
 
 def chat_turn(role: str, content: Content) -> Message:

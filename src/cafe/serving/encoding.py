@@ -75,17 +75,35 @@ class JobEncoder:
         sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
         return ChatJob(**inputs, sampling=sampling, on_piece=on_piece)
 
-    def score(self, messages: list[Message], refs: Sequence[ImageRef], token_ids: tuple[int, ...]) -> ScoreJob:
-        """Encode a chat of whose answer the first token is to be scored; see `chat`."""
-        return ScoreJob(**self._prompt_inputs(messages, refs), token_ids=token_ids)
+    def score(
+        self,
+        messages: list[Message],
+        refs: Sequence[ImageRef],
+        token_ids: tuple[int, ...],
+        beginning: tuple[int, ...] = (),
+    ) -> ScoreJob:
+        """Encode a chat of whose answer the next token is to be scored; see `chat`.
 
-    def _prompt_inputs(self, messages: list[Message], refs: Sequence[ImageRef]) -> dict[str, Any]:
-        """Encode a chat up to where the assistant answers."""
+        Args:
+            messages, refs: the chat.
+            token_ids: the tokens that are compared.
+            beginning: the tokens with which each answer begins; by default the first token is scored.
+
+        Raises:
+            RecordError, ContextLengthError: see `chat`.
+        """
+        return ScoreJob(**self._prompt_inputs(messages, refs, beginning), token_ids=token_ids)
+
+    def _prompt_inputs(
+        self, messages: list[Message], refs: Sequence[ImageRef], beginning: tuple[int, ...] = ()
+    ) -> dict[str, Any]:
+        """Encode a chat up to where the assistant answers, or to behind the first tokens of the answer."""
         # As `Cafe.generate` does, so that the same question has the same answer.
         if not any(message["role"] == "system" for message in messages):
             messages = [*system_messages(self.chat_processor.prompts), *messages]
         images = self._load(messages, refs)
-        return self._inputs(self.chat_processor.encode_prompt(messages, images), images, refs)
+        prompt = self.chat_processor.encode_prompt(messages, images)
+        return self._inputs(prompt.begin_answer(beginning), images, refs)
 
     def _load(self, messages: Sequence[Message], refs: Sequence[ImageRef]) -> ProcessedImages:
         """Load images, once it is known that the words are not too many."""

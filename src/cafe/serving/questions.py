@@ -1,9 +1,7 @@
 """Ask the model about images of a collection, in one turn or in several, and stream the answer."""
 
-import json
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 
@@ -16,7 +14,7 @@ from cafe.serving.jobs import ChatJob, Piece, Sampling
 from cafe.serving.requests import encode
 from cafe.serving.search_schemas import AskRequest, FoundImage
 from cafe.serving.services import Services
-from cafe.serving.streaming import Mailbox, chat_pieces, submit_all
+from cafe.serving.streaming import Mailbox, chat_pieces, make_event, submit_all
 
 
 @dataclass(frozen=True)
@@ -90,23 +88,18 @@ async def answer_events(
     """
     try:
         # Before the model has read anything, so that a reader sees at once what the answer is about.
-        yield _event(sources=[source.model_dump(mode="json") for source in sources])
+        yield make_event({"sources": [source.model_dump(mode="json") for source in sources]})
         if question is None:
-            yield _event(text=NOTHING_FOUND)
-            yield _event(done="stop")
+            yield make_event({"text": NOTHING_FOUND})
+            yield make_event({"done": "stop"})
             return
         async for pieces in chat_pieces(question.job, question.mailbox, question.timeout):
             if text := "".join(piece.text for piece in pieces):
-                yield _event(text=text)
-        yield _event(done=question.job.future.result())
+                yield make_event({"text": text})
+        yield make_event({"done": question.job.future.result()})
     except Exception as error:
         # The status was sent long ago.
-        yield _event(**describe_error(error, request_id).body())
+        yield make_event(describe_error(error, request_id).body())
     finally:
         if question is not None:
             question.job.future.cancel()  # of a client that went before the first piece
-
-
-def _event(**fields: Any) -> str:
-    """Return a server-sent event with a JSON object."""
-    return f"data: {json.dumps(fields, ensure_ascii=False)}\n\n"

@@ -13,6 +13,8 @@ from cafe.serving.services import Services
 
 Result = TypeVar("Result")
 
+LONG_TEXT = 10_000  # characters; what is longer is tokenized in a thread, because it takes milliseconds
+
 
 def check_model_id(model: str | None, services: Services) -> None:
     """Make sure that a request means the model that is served. The owner before a Hub id's slash may be left out.
@@ -54,6 +56,12 @@ def encode(work: Callable[[], Result], refs: Sequence[ImageRef], where: str) -> 
         raise ApiError(400, "image_decode_failed", f"{message}{pixels:,} pixels.", where) from None
 
 
-async def run_encoding(work: Callable[[], Result], has_images: bool) -> Result:
-    """Run work that encodes inputs: in a thread if it waits for images, and at once if it has words alone."""
-    return await run_in_threadpool(work) if has_images else work()
+async def run_encoding(work: Callable[[], Result], has_images: bool, num_characters: int = 0) -> Result:
+    """Run work that encodes inputs: at once if it is for few words, which take less time than a thread.
+
+    Args:
+        work: encodes inputs.
+        has_images: whether it waits for images.
+        num_characters: of the texts that it tokenizes.
+    """
+    return await run_in_threadpool(work) if has_images or num_characters > LONG_TEXT else work()

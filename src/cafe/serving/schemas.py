@@ -1,11 +1,15 @@
 """What requests hold. Unknown fields are refused: a parameter that is ignored in silence gives wrong answers."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_DEFAULT_TOKENS = 1024  # of an answer whose request has no max_tokens
+MAX_FIELDS = 64  # of an object
 
+Value = TypeVar("Value")
+# A list whose first bad item is the only error: millions of bad ones would fill the memory with errors.
+Items = Annotated[list[Value], Field(fail_fast=True)]
 Count = Annotated[int, Field(ge=1)]
 Role = Literal["system", "developer", "user", "assistant"]
 
@@ -14,6 +18,18 @@ class Strict(BaseModel):
     """Refuse unknown fields, values of another type, and numbers that are none."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _limit_fields(cls, value: Any) -> Any:
+        """Refuse an object of many fields, each of which would be an error of its own.
+
+        Raises:
+            ValueError: it has too many.
+        """
+        if isinstance(value, dict) and len(value) > MAX_FIELDS:
+            raise ValueError(f"There are more than {MAX_FIELDS} fields.")
+        return value
 
 
 class ImageUrl(Strict):
@@ -35,13 +51,13 @@ class ChatMessage(Strict):
     """Hold a turn of a chat. The fields of answers that clients send back are taken if they are empty."""
 
     role: Role
-    content: str | list[ChatPart] | None = None
+    content: str | Items[ChatPart] | None = None
     name: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
+    annotations: Items[Any] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+    tool_calls: Annotated[Items[Any], Field(max_length=0)] | None = None
 
 
 class Item(Strict):
@@ -49,7 +65,7 @@ class Item(Strict):
 
     text: str | None = None
     image: str | None = None
-    content: list[ChatPart] | None = None
+    content: Items[ChatPart] | None = None
 
 
 Input = str | Item
@@ -59,8 +75,8 @@ class EmbeddingsRequest(Strict):
     """Hold what is to be embedded: "input", or "messages" with a conversation or a list of them."""
 
     model: str | None = None
-    input: Input | list[Input] | list[int] | list[list[int]] | None = None
-    messages: list[ChatMessage] | list[list[ChatMessage]] | None = None
+    input: Input | Items[Input] | Items[int] | Items[Items[int]] | None = None
+    messages: Items[ChatMessage] | Items[Items[ChatMessage]] | None = None
     dimensions: Count | None = None
     encoding_format: Literal["float", "base64"] | None = None
     embedding_type: Literal["float", "base64"] | None = None  # Jina's name of the same
@@ -78,7 +94,7 @@ class StreamOptions(Strict):
 class ChatRequest(Strict):
     """Hold a chat that is to be answered."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[Items[ChatMessage], Field(min_length=1)]
     model: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -86,7 +102,7 @@ class ChatRequest(Strict):
     max_completion_tokens: Count | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    stop: str | list[str] | None = None
+    stop: str | Items[str] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     # What changes nothing here.
     user: str | None = None
@@ -105,10 +121,10 @@ class ChatRequest(Strict):
     logprobs: bool | None = None
     top_logprobs: int | None = None
     response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
-    tools: list[Any] | None = None
+    modalities: Items[str] | None = None
+    tools: Items[Any] | None = None
     tool_choice: Any = None
-    functions: list[Any] | None = None
+    functions: Items[Any] | None = None
     function_call: Any = None
     audio: Any = None
     prediction: Any = None
@@ -145,7 +161,7 @@ class RerankRequest(Strict):
     """Hold documents that are to be ranked by how well they match a query."""
 
     query: Input
-    documents: Annotated[list[Input], Field(min_length=1)]
+    documents: Annotated[Items[Input], Field(min_length=1)]
     model: str | None = None
     top_n: Count | None = None
     return_documents: bool | None = None
@@ -154,8 +170,8 @@ class RerankRequest(Strict):
 class ScoreRequest(Strict):
     """Hold pairs whose similarity is asked for: one of the first with each of the second, or as many of both."""
 
-    text_1: Input | Annotated[list[Input], Field(min_length=1)]
-    text_2: Input | Annotated[list[Input], Field(min_length=1)]
+    text_1: Input | Annotated[Items[Input], Field(min_length=1)]
+    text_2: Input | Annotated[Items[Input], Field(min_length=1)]
     model: str | None = None
     encoding_format: Literal["float"] | None = None
     user: str | None = None

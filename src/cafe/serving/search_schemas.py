@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BaseModel, Field
 
 from cafe.index.filters import Filters
 from cafe.index.searching import Sort
-from cafe.serving.schemas import Count, Strict
+from cafe.serving.schemas import Count, Items, Strict
 
 MAX_RESULTS = 200
 MAX_TURNS = 16  # earlier turns of a conversation
@@ -41,7 +41,7 @@ class SearchFilters(Strict):
     folder: Words | None = Field(None, description="In a folder with this in its name.")
     min_width: Size = Field(0, description="Least width, in pixels.")
     min_height: Size = Field(0, description="Least height, in pixels.")
-    where: list[Words] = Field(default=[], max_length=16, description="Conditions on columns, as in year>=2020.")
+    where: Items[Words] = Field(default=[], max_length=16, description="Conditions on columns, as in year>=2020.")
     min_score: float | None = Field(None, description="Least score.")
 
     @property
@@ -82,11 +82,11 @@ class AskRequest(SearchFilters):
 
     # Images that were selected, or else those that a search finds.
     question: Words = Field(description="The question.")
-    ids: list[Words] = Field(default=[], description="The images to ask about; by default, those that are found.")
+    ids: Items[Words] = Field(default=[], description="The images to ask about; by default, those that are found.")
     query: Words = Field("", description="The words that are searched for; by default, the question.")
     k: Count = Field(4, description="The most images to ask about, if none are named.")
     # The client keeps the conversation, so that the server has nothing to forget.
-    history: list[EarlierTurn] = Field(default=[], max_length=MAX_TURNS, description="Earlier turns about the images.")
+    history: Items[EarlierTurn] = Field(default=[], max_length=MAX_TURNS, description="Earlier turns about the images.")
     max_tokens: Count = Field(256, description="The maximum length of the answer, in tokens.")
 
 

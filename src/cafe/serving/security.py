@@ -27,7 +27,7 @@ MAX_BODIES = 8  # bodies of the largest size that are held at once; many more sm
 
 
 @dataclass
-class Load:
+class ServerLoad:
     """Count what a server holds at the moment.
 
     Attributes:
@@ -53,7 +53,7 @@ class Gate:
 
     app: ASGIApp
     config: ServingConfig
-    load: Load
+    load: ServerLoad
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request, or refuse it."""
@@ -164,7 +164,7 @@ def check_key(scope: Scope, headers: Headers, api_key: str) -> None:
     raise ApiError(401, "invalid_api_key", "The Authorization header has no valid key.", headers=challenge)
 
 
-def check_stopping(scope: Scope, load: Load) -> None:
+def check_stopping(scope: Scope, load: ServerLoad) -> None:
     """Refuse new work while the server finishes what it took.
 
     Raises:

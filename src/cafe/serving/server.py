@@ -17,7 +17,7 @@ import torch
 import uvicorn
 from jaxtyping import Float32
 
-from cafe.checkpoint import resolve_checkpoint
+from cafe.checkpoint import resolve_checkpoint, shipped_name
 from cafe.errors import CafeError
 from cafe.index.collection import Collection
 from cafe.index.golden import MIN_COSINE, golden_vectors, load_recorded_model, lowest_cosine
@@ -126,10 +126,15 @@ def check_served(served: ServedModel, expected: Float32[np.ndarray, "contents di
 
 
 def model_id_of(model: Cafe) -> str:
-    """Return what clients call a model: its Hub id, or the name of its directory, or of the run that it is in."""
+    """Return what clients call a model.
+
+    This is its Hub id, the name under which a package ships it, or the name of its directory or of the run it is in.
+    """
     path = Path(model.name).expanduser()
     if not model.name or not path.is_dir():
         return model.name or "cafe"  # of a model that was made in memory
+    if shipped := shipped_name(path):
+        return shipped
     path = path.absolute()
     return path.parent.name if path.name == "checkpoint" and path.parent.name else path.name
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 from collections import deque
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
@@ -131,6 +132,12 @@ class EventStream(StreamingResponse):
         finally:
             if self.job:
                 self.job.future.cancel()
+
+
+def make_event(data: dict[str, Any]) -> str:
+    """Return a server-sent event with a JSON object."""
+    # In ASCII: many clients split a stream at any of Unicode's line ends, which JSON may hold as they are.
+    return f"data: {json.dumps(data)}\n\n"
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, Response]) -> Response:

@@ -5,6 +5,7 @@ import { toDataUri } from "./images.js";
 
 const MAX_TOKENS = 256;
 const MAX_IMAGES = 8;
+const LOST = "The connection was lost while the answer came.";
 const log = $("#log");
 const panel = $("#chat");
 const question = $("#question");
@@ -180,7 +181,7 @@ async function ask(text) {
     if (error.name === "AbortError") {
       answer.append(el("p", { className: "note" }, "Stopped."));
     } else {
-      const message = error instanceof RequestError ? error.message : "The connection was lost while the answer came.";
+      const message = error instanceof RequestError ? error.message : LOST;
       answer.append(el("p", { className: "note error" }, message));
       if (!turn.answer) question.value ||= text; // to try again
     }
@@ -202,11 +203,15 @@ async function ask(text) {
 /** Yield the events of an answer: sources once, then pieces of text. */
 async function* pieces(current, turn, signal) {
   const path = model ? "/v1/chat/completions" : "/ask";
+  let isComplete = false;
   for await (const event of stream(path, model ? chatBody(current, turn) : askBody(current, turn), signal)) {
     if (event.error) throw new RequestError(event.error.message || "The model could not answer.");
+    isComplete ||= Boolean(model ? event.choices?.[0]?.finish_reason : event.done);
     if (model) yield { text: event.choices?.[0]?.delta?.content };
     else yield event;
   }
+  // A proxy may end a stream in good order that the server did not end.
+  if (!isComplete) throw new RequestError(LOST);
 }
 
 /** Return the body of a question about images of the collection. */

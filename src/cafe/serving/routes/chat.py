@@ -17,7 +17,7 @@ from cafe.serving.jobs import ChatJob, FinishReason, Piece, Sampling
 from cafe.serving.requests import check_model_id, encode, run_encoding
 from cafe.serving.schemas import MAX_DEFAULT_TOKENS, UNSUPPORTED, ChatRequest
 from cafe.serving.services import Services, ServicesDep
-from cafe.serving.streaming import EventStream, Mailbox, chat_pieces, submit_all, while_connected
+from cafe.serving.streaming import EventStream, Mailbox, chat_pieces, make_event, submit_all, while_connected
 
 router = APIRouter(responses=ERROR_ANSWERS)
 
@@ -130,7 +130,8 @@ async def start_answer(body: ChatRequest, services: Services) -> Answer:
 
     # Only parts can have images; words alone are encoded faster than a thread is started.
     has_parts = any(isinstance(message.content, list) for message in body.messages)
-    job = await run_encoding(make_job, has_parts)
+    num_characters = sum(len(message.content) for message in body.messages if isinstance(message.content, str))
+    job = await run_encoding(make_job, has_parts, num_characters)
     submit_all(services, [job])
     return Answer(job, mailbox, services.model_id)
 
@@ -151,6 +152,9 @@ def read_sampling(body: ChatRequest, services: Services) -> Sampling:
     stop = [body.stop] if isinstance(body.stop, str) else body.stop or []
     if len(stop) > limits.max_stop or not all(stop):
         message = f"There are at most {limits.max_stop} stop sequences, none of them empty."
+        raise ApiError(400, "invalid_value", message, "stop")
+    if any(len(text) > limits.max_stop_characters for text in stop):
+        message = f"A stop sequence has at most {limits.max_stop_characters} characters."
         raise ApiError(400, "invalid_value", message, "stop")
     # OpenAI's default temperature, so that clients get what they expect.
     temperature = 1.0 if body.temperature is None else body.temperature
@@ -189,11 +193,11 @@ async def stream_events(answer: Answer, timeout: float, include_usage: bool, req
                 yield chunk_event(answer, [{"content": text} for text in texts])
         yield chunk_event(answer, [{}], answer.finish_reason)
         if include_usage:
-            yield _event(_chunk(answer, [], answer.usage()))
+            yield make_event(_chunk(answer, [], answer.usage()))
         yield "data: [DONE]\n\n"
     except Exception as error:
         # The status was sent long ago.
-        yield _event(describe_error(error, request_id).body())
+        yield make_event(describe_error(error, request_id).body())
 
 
 def chunk_event(
@@ -203,7 +207,7 @@ def chunk_event(
     events = []
     for delta in deltas:
         choice = {"index": 0, "delta": delta, "finish_reason": finish_reason, "logprobs": None}
-        events.append(_event({**_chunk(answer, [choice]), **fields}))
+        events.append(make_event({**_chunk(answer, [choice]), **fields}))
     return "".join(events)
 
 
@@ -217,8 +221,3 @@ def _chunk(answer: Answer, choices: list[dict[str, Any]], usage: dict[str, Any] 
         "choices": choices,
     }
     return chunk if usage is None else {**chunk, "usage": usage}
-
-
-def _event(data: dict[str, Any]) -> str:
-    """Return a server-sent event."""
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"

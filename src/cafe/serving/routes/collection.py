@@ -190,7 +190,9 @@ def _search(
     except EmptyQueryError:
         _refuse(400, "The query's parts cancel out, so that nothing is searched for.")
     except RecordError:
-        _refuse(400, "The image or the words of the query cannot be read.")
+        if any(term.content.images for term in query.terms):
+            raise ApiError(400, "image_decode_failed", "The image of the query cannot be read.", "image") from None
+        _refuse(400, "The words of the query cannot be read.")
     except CafeError:
         _refuse(503, "The collection cannot be searched now.")
 

@@ -67,7 +67,8 @@ async def embed(
         ]
 
     # All of a request are submitted together, so that the engine packs them.
-    jobs = await run_encoding(make_jobs, any(content.images for content in contents))
+    num_characters = sum(len(part) for content in contents for part in content.parts if isinstance(part, str))
+    jobs = await run_encoding(make_jobs, any(content.images for content in contents), num_characters)
     return jobs, await run_jobs(services, jobs)
 
 

@@ -28,7 +28,7 @@ async def retrieve_model(model: str, services: ServicesDep) -> Response:
     return JSONResponse(_model_card(services))
 
 
-@router.get("/health", response_model=Health, summary="Is the model alive?")
+@router.get("/health", response_model=Health, responses={503: {"model": Health}}, summary="Is the server well?")
 async def health(services: ServicesDep) -> Response:
     """Say whether the model's thread lives, has not stopped in the midst of its work, and images can be read."""
     # None of these waits for the engine: a server whose model hangs still answers here.

@@ -4,7 +4,9 @@ import math
 import secrets
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -47,7 +49,7 @@ async def _rerank(body: RerankRequest, services: Services) -> Response:
     """Rank the documents of a request."""
     check_model_id(body.model, services)
     _check_number(body.documents, services, "documents")
-    yes, no = answer_tokens(services.encoder.chat_processor)
+    words = answer_words(services.encoder.chat_processor)
 
     def make_jobs() -> list[ScoreJob]:
         """Encode the question about each document."""
@@ -57,13 +59,16 @@ async def _rerank(body: RerankRequest, services: Services) -> Response:
         jobs = []
         for index, document in enumerate(documents):
             question = match_question(query, document)
-            ask = partial(services.encoder.score, [chat_turn("user", question)], question.images, (*yes, *no))
+            turns, tokens = [chat_turn("user", question)], (*words.yes, *words.no)
+            ask = partial(services.encoder.score, turns, question.images, tokens, words.beginning)
             jobs.append(encode(ask, question.images, f"documents.{index}"))
         return jobs
 
-    jobs = await run_encoding(make_jobs, _has_items([body.query, *body.documents]))
+    # The query is in each question.
+    texts = [value for value in (*body.documents, *[body.query] * len(body.documents)) if isinstance(value, str)]
+    jobs = await run_encoding(make_jobs, _has_items([body.query, *body.documents]), sum(map(len, texts)))
     # Each document is a prompt of its own, so scores do not depend on what else is ranked.
-    relevances = [relevance(logits, len(yes)) for logits in await run_jobs(services, jobs)]
+    relevances = [relevance(logits, len(words.yes)) for logits in await run_jobs(services, jobs)]
     # Equal ones stay in their order.
     best_first = sorted(range(len(jobs)), key=lambda index: -relevances[index])[: body.top_n]
     results = []
@@ -119,27 +124,44 @@ def match_question(query: Content, document: Content) -> Content:
     return Content((*document.parts, '\nDoes this match "', *query.parts, '"? Answer yes or no.'))
 
 
-def answer_tokens(chat_processor: ChatProcessor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the first tokens of the answers yes and no, in lower case and not.
+@dataclass(frozen=True)
+class AnswerWords:
+    """Hold the tokens by which a model says yes and no.
+
+    Attributes:
+        yes, no: the tokens in which the answers differ, in lower case and not.
+        beginning: the tokens before them, with which all answers begin, such as those of an empty thought.
+    """
+
+    yes: tuple[int, ...]
+    no: tuple[int, ...]
+    beginning: tuple[int, ...]
+
+
+def answer_words(chat_processor: ChatProcessor) -> AnswerWords:
+    """Return how a model answers yes and no.
 
     Raises:
-        ApiError: the model's answers do not begin with words, or it has no tokens of these.
+        ApiError: it has no tokens of these words.
     """
-    yes = {_first_token(chat_processor, word) for word in YES}
-    no = {_first_token(chat_processor, word) for word in NO}
-    # What both begin with says nothing, such as the token of unknown words.
-    both = yes & no
-    if not yes - both or not no - both:
+    yes, no = ([_answer_tokens(chat_processor, word) for word in words] for words in (YES, NO))
+    # What all four begin with ends where a place has several tokens.
+    place = sum(1 for _ in takewhile(lambda tokens: len(set(tokens)) == 1, zip(*yes, *no, strict=False)))
+    yes_next, no_next = ({tokens[place] for tokens in answers if len(tokens) > place} for answers in (yes, no))
+    # What both have says nothing, such as the token of unknown words.
+    both = yes_next & no_next
+    if not yes_next - both or not no_next - both:
         raise ApiError(400, "unsupported_value", "This model cannot rank: it has no tokens for yes and no.", "model")
-    return tuple(sorted(yes - both)), tuple(sorted(no - both))
+    return AnswerWords(tuple(sorted(yes_next - both)), tuple(sorted(no_next - both)), tuple(yes[0][:place]))
 
 
-def _first_token(chat_processor: ChatProcessor, word: str) -> int:
-    """Return the token that a model predicts first, if it answers with a word."""
+def _answer_tokens(chat_processor: ChatProcessor, word: str) -> list[int]:
+    """Return the tokens that a model predicts, if it answers with a word."""
     turns = [chat_turn("user", Content(("a",))), chat_turn("assistant", Content((word,)))]
-    # As in training: a word that follows a prompt may have another token than one within a text.
+    # As in training: a word that follows a prompt may have other tokens than one within a text.
     branch = chat_processor.encode_dialogue(turns, ProcessedImages([], {}))
-    return int(branch.input_ids[branch.loss_mask][0])
+    tokens: list[int] = branch.input_ids[branch.loss_mask].tolist()
+    return tokens
 
 
 def relevance(logits: Float32[np.ndarray, " tokens"], num_yes: int) -> float:
