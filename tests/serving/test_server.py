@@ -71,14 +71,16 @@ def test_health_says_when_the_engine_has_ended(services, serve):
     assert error_of(server.embed("a")) == (503, "not_ready")
 
 
-def test_health_says_when_no_image_worker_is_left(services, serve):
+def test_health_says_when_no_image_worker_is_left(services, serve, monkeypatch):
+    monkeypatch.setattr(operations, "MAX_IMAGES_DOWN", 0.0)
     images = ImageWorkers(services.encoder.chat_processor, num_workers=1)
     server = serve(images=images)
     while not (answer := server.get("/health").json())["image_workers"]:
         pass
     assert answer["status"] == "ok"
     images.close()
-    response = server.get("/health")
+    while (response := server.get("/health")).ok:
+        pass
     assert response.status_code == 503
     assert response.json()["status"] == "error" and response.json()["image_workers"] == 0
 

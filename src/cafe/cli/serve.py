@@ -27,6 +27,7 @@ SECONDS = click.FloatRange(min=0, min_open=True)
 @click.option("--image-workers", type=POSITIVE, default=1, help="Processes that decode images.")
 @click.option("--max-chats", type=POSITIVE, default=32, help="Chats that are answered together.")
 @click.option("--max-waiting", type=POSITIVE, default=512, help="Inputs and chats that may wait.")
+@click.option("--cache-size", type=POSITIVE, default=192, metavar="MIB", help="Memory for images read lately.")
 @click.option("--max-input-tokens", type=POSITIVE, default=8192, help="Tokens of an input, images included.")
 @click.option("--max-new-tokens", type=POSITIVE, default=4096, help="Tokens of an answer.")
 @click.option("--timeout", type=SECONDS, default=120.0, help="Seconds until a request is given up.")
@@ -39,6 +40,7 @@ def serve_command(
     allowed_host: tuple[str, ...],
     allow_image_urls: bool,
     image_workers: int,
+    cache_size: int,
     **options: Any,
 ) -> None:
     """Serve embeddings and chat by OpenAI's API, and a page to search a collection.
@@ -62,7 +64,7 @@ def serve_command(
         allow_image_urls=allow_image_urls,
         image_workers=image_workers,
         limits=limits,
-        engine=EngineConfig(**options),
+        engine=EngineConfig(cache_bytes=cache_size * 2**20, **options),
     )
     serve(config, model, collection)
 

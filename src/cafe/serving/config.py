@@ -53,7 +53,7 @@ class EngineConfig:
     max_chats: int = 32
     max_chat_tokens: int | None = None
     max_waiting: int = 512
-    cache_bytes: int = 384 * 2**20
+    cache_bytes: int = 192 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
