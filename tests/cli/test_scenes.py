@@ -35,7 +35,9 @@ def commands_in(output):
 def test_the_quickstart_indexes_its_test_images_and_its_commands_run(quickstart, capsys):
     assert main(quickstart) == 0
     commands = commands_in(capsys.readouterr().out)
-    assert [words[0] for words in commands] == ["search", "search", "ask"]
+    assert [words[0] for words in commands] == ["search", "search", "ask", "serve"]
+    *commands, serve = commands
+    assert serve[1:] == ["--collection", commands[0][-1]]  # it would run until it is stopped
     for words in commands:
         assert main(words) == 0
         assert "test-0-0000" in capsys.readouterr().out
@@ -46,9 +48,9 @@ def test_the_quickstart_indexes_its_test_images_and_its_commands_run(quickstart,
 def test_a_quickstart_that_is_run_again_has_nothing_left_to_do(quickstart, tmp_path, capsys):
     assert main(quickstart) == 0
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "quick" / "collection").rglob("*.lance")}
-    first = capsys.readouterr().out.splitlines()[-4:]
+    first = capsys.readouterr().out.splitlines()[-6:]
     assert main(quickstart) == 0
-    assert capsys.readouterr().out.splitlines()[-4:] == first
+    assert capsys.readouterr().out.splitlines()[-6:] == first
     files = {file: file.stat().st_mtime_ns for file in (tmp_path / "quick" / "collection").rglob("data/*.lance")}
     assert files.items() <= before.items()
 

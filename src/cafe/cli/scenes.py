@@ -103,6 +103,8 @@ def _index_test_images(model: "Cafe", images: Path, directory: Path) -> None:
     print(f'  {program} search "{EXAMPLE_WORDS}" -k 3 --collection {collection}')
     print(f'  {program} search {image} - "{EXAMPLE_LESS}" + "{EXAMPLE_MORE}" -k 3 --collection {collection}')
     print(f'  {program} ask "{EXAMPLE_QUESTION}" --find "{EXAMPLE_WORDS}" -k 3 --each --collection {collection}')
+    print("Or do it on a page, at the address that this prints:")
+    print(f"  {program} serve --collection {collection}")
 
 
 def _quickstart_recipe(path: Path, directory: Path, data: Path) -> "Recipe":
