@@ -37,19 +37,18 @@ def test_all_items_of_many_threads_arrive_in_the_order_of_each():
         assert [number for thread, number in items if thread == own] == list(range(2000))
 
 
-def test_the_loop_is_called_once_for_many_items():
+def test_the_loop_is_called_once_for_many_items_of_many_mailboxes(monkeypatch):
     async def receive():
         """Put items before any is taken."""
-        mailbox: Mailbox[int] = Mailbox()
-        calls = []
-        loop = asyncio.get_running_loop()
-        mailbox._loop = type("Loop", (), {"call_soon_threadsafe": lambda self, call: calls.append(call)})()
+        mailboxes: list[Mailbox[int]] = [Mailbox() for _ in range(8)]
+        loop, calls = asyncio.get_running_loop(), []
+        wake = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda call: (calls.append(call), wake(call)))
         for number in range(100):
-            mailbox.put(number)
-        loop.call_soon(calls[0])
-        return len(calls), await mailbox.take()
+            mailboxes[number % 8].put(number)
+        return len(calls), [await mailbox.take() for mailbox in mailboxes]
 
-    assert asyncio.run(receive()) == (1, list(range(100)))
+    assert asyncio.run(receive()) == (1, [list(range(first, 100, 8)) for first in range(8)])
 
 
 def test_items_for_a_loop_that_has_ended_are_dropped():

@@ -4,8 +4,9 @@ import asyncio
 import contextlib
 import json
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, Generic, TypeVar
+from weakref import WeakKeyDictionary, ref
 
 from fastapi import Request, Response
 from fastapi.responses import StreamingResponse
@@ -20,14 +21,48 @@ Item = TypeVar("Item")
 GRACE = 1.0  # seconds past its deadline for which a job is waited for; the engine gives it up itself
 
 
+class LoopCalls:
+    """Call functions in an event loop from other threads. The loop is woken once for all calls that came meanwhile.
+
+    A step of the engine has something for many requests. Each call into the loop is one to the system, at which the
+    loop's thread would take the interpreter from the engine's.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = ref(loop)
+        self._calls: deque[Callable[[], object]] = deque()
+        self._is_woken = False
+
+    def add(self, call: Callable[[], object]) -> None:
+        """Have a function called, in any thread."""
+        self._calls.append(call)
+        # The order matters: a call that is added before the flag is cleared is made after it.
+        loop = self._loop()
+        if loop is not None and not self._is_woken:
+            self._is_woken = True
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(self._run)
+
+    def _run(self) -> None:
+        """Make all calls, in the loop."""
+        self._is_woken = False
+        while self._calls:
+            self._calls.popleft()()
+
+
+# Of each loop that runs; a server has one.
+_LOOP_CALLS: WeakKeyDictionary[asyncio.AbstractEventLoop, LoopCalls] = WeakKeyDictionary()
+
+
 class Mailbox(Generic[Item]):
     """Pass items from any thread to a coroutine, which is woken once for all that came meanwhile.
 
-    To be made in the event loop. A call into the loop for each token of each chat would cost it more than the answers.
+    To be made in the event loop.
     """
 
     def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        self._loop_calls = _LOOP_CALLS.setdefault(loop, LoopCalls(loop))
         self._items: deque[Item] = deque()
         self._event = asyncio.Event()
         self._is_woken = False
@@ -35,11 +70,10 @@ class Mailbox(Generic[Item]):
     def put(self, item: Item) -> None:
         """Add an item, in any thread."""
         self._items.append(item)
-        # The order matters: an item that is added before the flag is cleared is taken after it.
+        # As above: an item that is added before the flag is cleared is taken after it.
         if not self._is_woken:
             self._is_woken = True
-            with contextlib.suppress(RuntimeError):  # the loop has ended
-                self._loop.call_soon_threadsafe(self._event.set)
+            self._loop_calls.add(self._event.set)
 
     async def take(self) -> list[Item]:
         """Wait for items, and return all that are there."""
@@ -80,9 +114,17 @@ async def run_jobs(services: Services, jobs: Sequence[Job]) -> list[Any]:
         OverloadedError, NotReadyError: the engine does not take them.
         EngineError, DeadlineError: one cannot be done. The others are cancelled.
     """
+    mailbox: Mailbox[Job] = Mailbox()
+    for job in jobs:
+        job.future.add_done_callback(lambda _, job=job: mailbox.put(job))  # type: ignore[misc]
     submit_all(services, jobs)
     try:
-        return await asyncio.gather(*(asyncio.wrap_future(job.future) for job in jobs))
+        num_done = 0
+        while num_done < len(jobs):
+            for job in await mailbox.take():
+                job.future.result()  # the first that fails ends the request
+                num_done += 1
+        return [job.future.result() for job in jobs]
     finally:
         cancel_all(jobs)
 
