@@ -16,7 +16,7 @@ test: .venv/installed-dev browser
 	$(BIN)/pytest -n 2 --dist loadfile
 
 test-lmms: .venv-lmms/installed
-	.venv-lmms/bin/pytest tests/evaluation/harnesses/test_lmms_eval.py
+	.venv-lmms/bin/pytest tests/evaluation/harnesses/test_lmms_eval.py tests/serving/test_lmms_eval_client.py
 
 test-clients: .venv-clients/installed
 	.venv-clients/bin/pytest tests/serving/test_serving_docs.py -k other_libraries
@@ -85,7 +85,7 @@ LMMS := black isort evaluate jsonlines numexpr sacrebleu pytablewriter tqdm-mult
 .venv-lmms/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-lmms
 	.venv-lmms/bin/pip install -q --disable-pip-version-check -c constraints.txt $$(grep '^torch==' constraints.txt)
-	.venv-lmms/bin/pip install -q --disable-pip-version-check -c constraints.txt -e . datasets pytest $(LMMS)
+	.venv-lmms/bin/pip install -q --disable-pip-version-check -c constraints.txt -e '.[serve]' beartype datasets hypothesis pytest $(LMMS)
 	.venv-lmms/bin/pip install -q --disable-pip-version-check --no-deps lmms-eval
 	touch $@
 
