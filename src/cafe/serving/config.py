@@ -49,7 +49,7 @@ class EngineConfig:
         cache_bytes: memory for what images became: pixels, features of the vision tower, prefixes; each a third.
     """
 
-    step_tokens: int = 2048
+    step_tokens: int = 4096
     max_chats: int = 32
     max_chat_tokens: int | None = None
     max_waiting: int = 512
