@@ -1,4 +1,4 @@
-"""Which network addresses are public, so that a server may connect to one that a stranger names.
+"""What is a network address, and which are public, so that a server may connect to one that a stranger names.
 
 The tables are those of IANA's registries of special-purpose addresses. They are written out because `ipaddress` knows
 others in each version of Python.
@@ -43,6 +43,15 @@ _INNER_IPV6 = [
     )
 ]
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # how networks without IPv4 write its addresses
+
+
+def is_address(host: str) -> bool:
+    """Tell an IP address in its usual form from a name."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def is_public(address: str) -> bool:

@@ -5,7 +5,6 @@ name resolves to a moment later does not matter. Each redirect is checked in the
 """
 
 import io
-import ipaddress
 import re
 import socket
 import ssl
@@ -20,7 +19,7 @@ from urllib.parse import urljoin, urlsplit
 
 from cafe.errors import RecordError
 from cafe.serving.config import RequestLimits
-from cafe.serving.public_addresses import is_public
+from cafe.serving.public_addresses import is_address, is_public
 
 # The same for a host that is not there and one that may not be asked, so that nobody learns which of both it is.
 UNREACHABLE = "The image cannot be downloaded from its URL."
@@ -132,19 +131,10 @@ def _parse(url: str, rules: FetchRules) -> _Target:
 def _is_host(host: str) -> bool:
     """Return whether something is the name of a host or its address, in the usual form."""
     if ":" in host:
-        return "%" not in host and _is_address(host)
+        return "%" not in host and is_address(host)
     if _NUMBER.fullmatch(host):  # 2130706433, 0177.0.0.1 and 127.1 are other ways to write 127.0.0.1
-        return _is_address(host)
+        return is_address(host)
     return bool(_HOST.fullmatch(host))
-
-
-def _is_address(host: str) -> bool:
-    """Return whether a host is an address in the usual form."""
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _connect(target: _Target, rules: FetchRules, deadline: float) -> socket.socket:

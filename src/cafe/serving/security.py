@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cafe.serving.config import RequestLimits, ServingConfig
 from cafe.serving.errors import ApiError
+from cafe.serving.public_addresses import is_address
 
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 WILDCARDS = frozenset({"0.0.0.0", "::"})
@@ -124,7 +125,7 @@ def check_host(headers: Headers, config: ServingConfig) -> None:
     if name in LOOPBACK_NAMES | {config.host.lower(), *map(str.lower, config.allowed_hosts)}:
         return
     # A server on all addresses is called by any of them. No page can make an address lead elsewhere.
-    if config.host in WILDCARDS and _is_address(name):
+    if config.host in WILDCARDS and is_address(name):
         return
     raise ApiError(403, "host_not_allowed", "The Host header is none of this server's names: see --allowed-host.")
 
@@ -265,12 +266,3 @@ def _hostname(netloc: str) -> str:
         return (urlsplit(f"//{netloc}").hostname or "").removesuffix(".")
     except ValueError:
         return ""
-
-
-def _is_address(name: str) -> bool:
-    """Tell an IP address from a name."""
-    try:
-        ipaddress.ip_address(name)
-    except ValueError:
-        return False
-    return True
