@@ -3,11 +3,13 @@
 Images are references (a path, bytes, or an image already in memory), which `cafe.images.decoding` decodes when needed.
 """
 
+import hashlib
 import logging
 import mimetypes
 import os.path
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,6 +67,11 @@ class ImageRef:
         """
         source = id(self.source) if isinstance(self.source, Image.Image) else self.source
         return source, self.limits
+
+    @cached_property
+    def digest(self) -> str:
+        """Return the SHA-256 digest of encoded bytes; empty for a path and for a Pillow image."""
+        return hashlib.sha256(self.source).hexdigest() if isinstance(self.source, bytes) else ""
 
 
 Part = str | ImageRef

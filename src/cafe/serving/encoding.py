@@ -139,12 +139,5 @@ def end_of_images(branch: Branch, images: ProcessedImages) -> int:
 
 def image_key(refs: Sequence[ImageRef]) -> str:
     """Return a digest of the bytes of some images; empty for none, and for images that are no bytes."""
-    if not refs or not all(isinstance(ref.source, bytes) for ref in refs):
-        return ""
-    # With their lengths, or two images could be cut at another place and be the same bytes.
-    digest = hashlib.sha256()
-    for ref in refs:
-        assert isinstance(ref.source, bytes)
-        digest.update(len(ref.source).to_bytes(8, "little"))
-        digest.update(ref.source)
-    return digest.hexdigest()
+    digests = [ref.digest for ref in refs]
+    return hashlib.sha256("".join(digests).encode()).hexdigest() if digests and all(digests) else ""

@@ -1,9 +1,11 @@
 """One unit of work for the model, and what becomes of it."""
 
+import hashlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from cafe.packing import Branch
@@ -92,6 +94,15 @@ class Job:
     future: "Future[Any]" = field(default_factory=Future)
     created: float = field(default_factory=time.monotonic)
     cached_tokens: int = 0
+
+    @cached_property
+    def prefix_key(self) -> str:
+        """Return what identifies the prefix: its images and its tokens; empty if later jobs cannot continue from it."""
+        # At least one token is left to continue with.
+        if not 0 < self.prefix_length < len(self.branch):
+            return ""
+        tokens = self.branch.input_ids[: self.prefix_length].numpy().tobytes()
+        return self.image_key + hashlib.sha256(tokens).hexdigest()
 
     @property
     def is_cancelled(self) -> bool:
