@@ -29,7 +29,7 @@ from cafe.lvlm.architectures import load_config, meta_model
 from cafe.lvlm.prompts import Prompts
 from cafe.training.optimizer import configure_trainable_parameters, summarize_trainable
 from cafe.training.recipe import DataConfig, EvaluationConfig, ModelConfig, ObjectiveConfig, OptimizerConfig, Recipe
-from cafe.training.recipe_io import OLD_NAMES, read_recipe, read_source
+from cafe.training.recipe_io import OLD_NAMES, Sweep, read_recipe, read_source, read_sweep
 from cafe.training.run_directory import as_json
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -203,6 +203,43 @@ def test_overrides_reach_into_the_tree():
 def test_an_error_names_the_key_and_what_it_should_be(override, sentence):
     with pytest.raises(RecipeError, match=sentence):
         read_recipe(SCENES, [override])
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "values"),
+    [
+        ("objective.temperature", "0.05, 1e-1,1", ["0.05", "1e-1", "1"]),
+        ("model.precision", "fp32,bf16", ["fp32", "bf16"]),
+        ("max_steps", "null,20", ["null", "20"]),
+        ("model.freeze", "[],[vision_tower, projector]", ["[]", "[vision_tower, projector]"]),
+        ("output", "runs/a,'runs/b,c',runs/d=e", ["runs/a", "'runs/b,c'", "runs/d=e"]),
+        ("data.sources", "[{path: a, weight: 2}],[{path: b}]", ["[{path: a, weight: 2}]", "[{path: b}]"]),
+    ],
+)
+def test_a_sweeps_values_are_read_as_overrides_are(field, written, values):
+    overrides = ["seed=7", f"{field}={values[0]}"]
+    expected = {value: read_recipe(SCENES, [*overrides, f"{field}={value}"]) for value in values}
+    assert read_sweep(SCENES, overrides, f"{field}={written}") == Sweep(field, expected)
+    assert list(expected) == values and len(set(map(repr, expected.values()))) == len(values)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "sentence"),
+    [
+        ("objective.temperatur=0.1,1", "objective.temperatur is unknown; the nearest is objective.temperature"),
+        ("objective.temperature=0.1,hot", "objective.temperature should be a number, not 'hot'"),
+        ("objective.temperature=0.1,-1", "objective.temperature should be above 0, not -1"),
+        ("objective.temperature", "'objective.temperature' is not of the form key=a,b,c"),
+        ("objective.temperature=", "'objective.temperature=' is not of the form key=a,b,c"),
+        ("objective.temperature=1,,2", "'objective.temperature=1,,2' is not valid YAML"),
+        ("objective.temperature=1] #,2", "'objective.temperature=1. #,2' is not of the form key=a,b,c"),
+        ("model.freeze=[vision_tower,[]", r"'model.freeze=\[vision_tower,\[\]' is not valid YAML"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_one_sentence(sweep, sentence):
+    with pytest.raises(RecipeError, match=sentence) as error:
+        read_sweep(SCENES, [], sweep)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

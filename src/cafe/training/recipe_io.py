@@ -3,7 +3,9 @@
 The whole tree is checked before anything is loaded, see `cafe.utils.schema`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +89,50 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Hold recipes that differ in one field.
+
+    Attributes:
+        field: Its key, e.g. `objective.temperature`.
+        recipes: By value, as it was written, the recipe with that value.
+    """
+
+    field: str
+    recipes: dict[str, Recipe]
+
+
+def read_sweep(path: str | Path, overrides: Sequence[str], sweep: str) -> Sweep:
+    """Read a recipe once with each of several values of a field.
+
+    Args:
+        path: The YAML file.
+        overrides: Values that replace the file's, as in `read_recipe`.
+        sweep: The field and its values, as `key=a,b,c`. A value is what an override may have, a list too: commas
+            within brackets or quotes separate no values.
+
+    Raises:
+        RecipeError: There is no value, or one of the recipes cannot be read.
+    """
+    field, equals, values = sweep.partition("=")
+    if not equals or not values.strip():
+        raise RecipeError(f"The sweep {format_value(sweep)} is not of the form key=a,b,c.")
+    recipes = {value: read_recipe(path, [*overrides, f"{field}={value}"]) for value in _split_values(sweep, values)}
+    return Sweep(field, recipes)
+
+
+def _split_values(sweep: str, values: str) -> list[str]:
+    """Split the values of a sweep, as YAML would split a list of them, but leave them unparsed."""
+    text = f"[{values}]"
+    with _yaml_errors(f"The sweep {format_value(sweep)}"):
+        node = yaml.compose(text, yaml.SafeLoader)
+    # A bracket or a comment among the values may end the list early.
+    if not isinstance(node, yaml.SequenceNode) or node.end_mark.index < len(text):
+        raise RecipeError(f"The sweep {format_value(sweep)} is not of the form key=a,b,c.")
+    # Parsed here, a value could differ from that of an override: each is parsed as one, on its own.
+    return [text[item.start_mark.index : item.end_mark.index].strip() for item in node.value]
+
+
 def read_source(path: str, overrides: Sequence[str] = ()) -> Source:
     """Read a data source from the command line.
 
@@ -135,8 +181,15 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _parse_yaml(text: str, name: str) -> Any:
     """Parse YAML; errors begin with `name`."""
-    try:
+    with _yaml_errors(name):
         return yaml.safe_load(text)
+
+
+@contextmanager
+def _yaml_errors(name: str) -> Iterator[None]:
+    """Report errors of the YAML parser in a sentence that begins with `name`."""
+    try:
+        yield
     except RecursionError:
         raise RecipeError(f"{name} is nested too deeply.") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number that is none, such as 2026-13-01
