@@ -72,6 +72,8 @@ class Suite:
         run: measures a model on the files in a folder, on the first `limit` records of each.
         default: whether it runs when no suite is named; suites that take long do not.
         headline: patterns of the main results, in order: the tiles of the report and the rows of the ablation.
+        retrieval: patterns of the results whose mean is one axis of the trade-off chart, of the first suite with any.
+        generation: patterns of the result on its other axis, most telling first: the first that was measured is drawn.
         lower_is_better: patterns of the results in which less is better. In others, more is.
         no_direction: patterns of the results in which neither more nor less is better.
         labels: what the report calls a headline result, or the suite itself, where its own name does not do.
@@ -87,6 +89,8 @@ class Suite:
     run: Callable[[CachedModel, Path, int | None], EvaluationResult]
     default: bool = True
     headline: tuple[str, ...] = ()
+    retrieval: tuple[str, ...] = ()
+    generation: tuple[str, ...] = ()
     lower_is_better: tuple[str, ...] = ()
     no_direction: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -126,12 +130,16 @@ def headline_results(suites: Sequence[Suite], names: Sequence[str]) -> list[str]
     """
     # `sorted` is stable: within each of the two kinds, the suites keep their order.
     rates_first = sorted(suites, key=lambda suite: not suite.in_percent)
-    headlines: list[str] = []
-    for suite in rates_first:
-        for pattern in suite.headline:
-            headlines += [name for name in names if fnmatchcase(name, pattern)]
+    return match_results([pattern for suite in rates_first for pattern in suite.headline], names)
+
+
+def match_results(patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Select the results among some names that match any of some patterns, in the order of the patterns."""
+    matches: list[str] = []
+    for pattern in patterns:
+        matches += [name for name in names if fnmatchcase(name, pattern)]
     # A result that two patterns match appears once, where the first one puts it.
-    return list(dict.fromkeys(headlines))
+    return list(dict.fromkeys(matches))
 
 
 def direction_of(suites: Sequence[Suite], name: str) -> int:

@@ -32,7 +32,7 @@ MAX_MAP_POINTS = 300  # of each side
 
 IMAGE_COLOR, TEXT_COLOR, FADED_COLOR = "#2a78d6", "#eb6834", "#8a8f98"
 RUN_COLORS = ("#2a78d6", "#eb6834", "#1baf7a", "#8a5cd6", "#d64a8a", "#a88a1c")
-_INK = "#0a0b0c"  # a placeholder that becomes `currentColor` in the page
+INK = "#0a0b0c"  # a placeholder that becomes `currentColor` in the page
 
 Draw = Callable[[Axes], None]
 Points = Float[np.ndarray, "points 2"]
@@ -67,7 +67,7 @@ def _draw_interval_chart(axes: Axes, runs: Sequence[LoadedRun], rows: Sequence[s
     axes.set(yticks=range(len(rows)), yticklabels=[labels[name] for name in rows], xlabel="percent")
     axes.invert_yaxis()  # the first result at the top
     axes.set_xlim(-2, 102)
-    axes.grid(axis="x", alpha=0.15, color=_INK)
+    axes.grid(axis="x", alpha=0.15, color=INK)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
 
@@ -121,7 +121,7 @@ def _draw_curves(axes: Axes, colored: Sequence[tuple[LoadedRun, str]], key: str)
         if points:
             axes.plot(*zip(*points, strict=True), color=color, label=run.name)
     axes.set_xlabel("step")
-    axes.grid(axis="y", alpha=0.15, color=_INK)
+    axes.grid(axis="y", alpha=0.15, color=INK)
     axes.locator_params(nbins=5)
     # All start at 0 but the temperature, which moves little, far from 0.
     if key == "temperature":
@@ -166,9 +166,9 @@ def _draw_map(axes: Axes, images: Points, texts: Points, limits: tuple[float, fl
         axes.scatter(x, y, s=14, c=color, marker=marker, alpha=0.5, linewidths=0)
     # The line between the centroids is the modality gap, as far as the plane shows it.
     centroids = np.stack([images.mean(axis=0), texts.mean(axis=0)])
-    axes.plot(*centroids.T, color=_INK, linewidth=1.4)
+    axes.plot(*centroids.T, color=INK, linewidth=1.4)
     for (x, y), (_, color, marker) in zip(centroids, sides, strict=True):
-        axes.scatter(x, y, s=90, c=color, marker=marker, edgecolors=_INK, linewidths=1.2, zorder=3)
+        axes.scatter(x, y, s=90, c=color, marker=marker, edgecolors=INK, linewidths=1.2, zorder=3)
     width, height = limits
     axes.set(xlim=(-width, width), ylim=(-height, height), aspect="equal", xticks=[], yticks=[])
     for spine in axes.spines.values():
@@ -234,7 +234,12 @@ def _filled_edges(counts: dict[str, list[float]]) -> list[float]:
 
 
 def _render(name: str, width: float, height: float, draw: Draw) -> Markup:
-    """Render a chart as SVG.
+    """Render a chart of one pair of axes, see `render_figure`."""
+    return render_figure(name, width, height, lambda figure: draw(figure.add_subplot()))
+
+
+def render_figure(name: str, width: float, height: float, draw: Callable[[Figure], None]) -> Markup:
+    """Render a figure as SVG.
 
     Args:
         name: what a screen reader calls it.
@@ -252,14 +257,14 @@ def _render(name: str, width: float, height: float, draw: Draw) -> Markup:
         "axes.linewidth": 0.6,
         "lines.linewidth": 1.6,
         "legend.frameon": False,
-        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+        **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
     }
     with rc_context(style):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        draw(figure.add_subplot())
+        figure = Figure(figsize=(width, height), dpi=72, layout="constrained")  # as in the file: a pixel is a point
+        draw(figure)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True)
     # The metadata holds the date, and what comes before the tag is not HTML.
     svg = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{Markup.escape(name)}"', 1))

@@ -24,6 +24,8 @@ from cafe.evaluation.report.charts import (
 )
 from cafe.evaluation.report.run import LoadedRun, ReportRun, load_run
 from cafe.evaluation.report.significance import Comparison, compare
+from cafe.evaluation.report.trade_off import Ablation, mean_and_deviation
+from cafe.evaluation.report.trade_off_chart import trade_off_chart
 from cafe.evaluation.suite import Suite, direction_of, headline_results, is_percent, label_of
 from cafe.evaluation.suites import SUITES
 from cafe.images.decoding import decode_image
@@ -73,13 +75,16 @@ class Metric:
 Metrics = Mapping[str, Metric]
 
 
-def write_report(path: Path, runs: Sequence[ReportRun], suites: Sequence[Suite] = SUITES) -> None:
+def write_report(
+    path: Path, runs: Sequence[ReportRun], suites: Sequence[Suite] = SUITES, ablation: Ablation | None = None
+) -> None:
     """Write the page. The first run is "before", the last one "after"; samples are shown of these two.
 
     Args:
         path: the HTML file.
         runs: the evaluations to compare.
         suites: the suites that declare which results are headlines and in which direction they improve.
+        ablation: the results of all arms and seeds, which have a section of their own if given.
 
     Raises:
         CafeError: there is no run, or a file or an image of a run is missing or damaged.
@@ -105,6 +110,8 @@ def write_report(path: Path, runs: Sequence[ReportRun], suites: Sequence[Suite] 
         shown=[run.name for run in shown],
         tiles=_tiles(shown, headlines, metrics, compared[-1] if compared else {}),
         tables=_tables(loaded, metrics, suites),
+        arms=_arms_table(ablation, suites) if ablation else None,
+        trade_off=trade_off_chart(ablation, suites) if ablation else None,
         intervals=interval_chart(loaded, headlines),
         comparisons=[
             _comparison_table(first, run, comparisons, metrics)
@@ -178,6 +185,26 @@ def _tiles(
             tile["verdict"] = metric.judge(change, comparisons.get(name))
         tiles.append(tile)
     return tiles
+
+
+def _arms_table(ablation: Ablation, suites: Sequence[Suite]) -> dict[str, Any]:
+    """Make the table of an ablation, with a row per arm and a column per headline result."""
+    names = headline_results(suites, ablation.names)
+    metrics = [_describe(name, suites) for name in names]
+    rows = []
+    for arm, runs in ablation.measured.items():
+        cells = []
+        for name, metric in zip(names, metrics, strict=True):
+            values = [run[name] for run in runs if name in run]
+            mean, deviation = map(metric.format, mean_and_deviation(values) if values else (None, None))
+            cells.append({"mean": mean, "deviation": deviation if len(values) > 1 else ""})
+        rows.append({"arm": arm, "cells": cells})
+    columns = [
+        {"label": label_of(suites, name) or _as_words(name), "direction": metric.direction}
+        for name, metric in zip(names, metrics, strict=True)
+    ]
+    seeds = max(len(runs) for runs in ablation.measured.values())
+    return {"columns": columns, "rows": rows, "seeds": seeds}
 
 
 def _tables(runs: Sequence[LoadedRun], metrics: Metrics, suites: Sequence[Suite]) -> list[dict[str, Any]]:

@@ -58,6 +58,7 @@ CAPTIONS = Suite(
     find_files=find,
     run=run,
     headline=("captions/exact", "objects/recall", "objects/hallucinated"),
+    generation=("objects/hallucinated",),
     lower_is_better=("objects/hallucinated",),
     labels={
         "captions/exact": "Captions exactly right",

@@ -78,6 +78,7 @@ CHAIR = Suite(
     run=run,
     default=False,
     headline=("chair/CHAIR_i",),
+    generation=("chair/CHAIR_i",),
     lower_is_better=("chair/CHAIR_i", "chair/CHAIR_s"),
     no_direction=("chair/mentions",),
     labels={"chair/CHAIR_i": "CHAIR, mentions hallucinated"},

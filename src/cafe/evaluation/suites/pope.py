@@ -128,6 +128,7 @@ POPE = Suite(
     download="github.com/AoiDragon/POPE (output/coco); cocodataset.org (2014 Val images); "
     "a small version is written by `cafe scenes write DIR`",
     sources=("arXiv 2305.10355",),
+    generation=("pope/mean/auc", "pope/mean/accuracy"),
     find_files=find,
     run=run,
     headline=("pope/adversarial/accuracy", "pope/mean/accuracy"),

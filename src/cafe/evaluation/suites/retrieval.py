@@ -191,6 +191,7 @@ def _retrieval_suite(
         find_files=dataset.find,
         run=partial(run, dataset),
         headline=headline,
+        retrieval=headline,
         lower_is_better=(f"{dataset.name}/*/median_rank", f"{dataset.name}/*/mean_rank"),
         labels=dict(zip(headline, labels, strict=True)),
     )

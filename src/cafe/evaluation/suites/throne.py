@@ -132,6 +132,7 @@ THRONE = Suite(
     run=run,
     default=False,
     headline=("throne/overall/F1",),
+    generation=("throne/overall/F1",),
     no_direction=("throne/overall/split",),
     labels={"throne/overall/F1": "THRONE, F1"},
 )

@@ -42,5 +42,6 @@ VQA = Suite(
     find_files=find,
     run=run,
     headline=("vqa/all",),
+    generation=("vqa/all",),
     labels={"vqa": "Questions", "vqa/all": "Questions answered"},
 )

@@ -231,4 +231,5 @@ VQAV2 = Suite(
     run=run,
     default=False,
     headline=("vqav2/*/all",),
+    generation=("vqav2/*/all",),
 )

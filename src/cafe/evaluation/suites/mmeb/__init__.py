@@ -138,6 +138,7 @@ MMEB = Suite(
     run=run,
     default=False,
     headline=("mmeb/overall/mean",),
+    retrieval=("mmeb/overall/mean",),
     no_direction=("mmeb/overall/datasets",),
     labels={"mmeb/overall/mean": "MMEB, mean over datasets"},
 )
