@@ -96,6 +96,23 @@ def test_an_option_out_of_range_is_named_with_its_range(line, sentence, capsys):
     assert f"Invalid value for {sentence}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        ("--sweep objective.temperatur=1", "objective.temperatur is unknown; the nearest is objective.temperature"),
+        ("--sweep objective.temperature=1,hot", "objective.temperature should be a number, not 'hot'"),
+        ("--sweep seed=1,2", "The ablation itself sets seed"),
+        ("--sweep evaluation.limit=1,2", "The ablation itself sets evaluation.limit"),
+        ("--arm contrast", "There is no arm 'contrast'; the arms are contrastive, language, joint"),
+    ],
+)
+def test_a_mistake_in_an_ablation_is_reported_before_a_model_is_loaded(option, sentence, small, scenes, capsys):
+    words = ["ablate", str(small), "model.base=none", f"evaluation.data={scenes}", *option.split()]
+    assert main(words) == 1
+    printed = capsys.readouterr()
+    assert sentence in printed.err and printed.err.count("\n") == 1 and not printed.out
+
+
 @pytest.mark.parametrize("image", ["0x480", "640", "640x", "-640x480", "ax480"])
 def test_the_plans_image_has_a_width_and_a_height(image, capsys):
     assert main(["plan", "recipe.yaml", "--image", image]) == 1

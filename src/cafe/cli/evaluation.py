@@ -178,13 +178,41 @@ def _parse_evaluation(text: str) -> tuple[str, Path]:
 @recipe_arguments
 @click.option("--seeds", type=POSITIVE, default=3, help="Number of runs of each kind.")
 @suite_option
-def ablate_command(recipe: Path, overrides: tuple[str, ...], seeds: int, suite: str) -> None:
+@click.option(
+    "--sweep",
+    "sweeps",
+    multiple=True,
+    metavar="KEY=A,B,C",
+    help="Also train the joint run with each of these values of a recipe field. May be given several times.",
+)
+@click.option(
+    "--arm",
+    "arms",
+    multiple=True,
+    metavar="NAME",
+    show_default="contrastive, language and joint",
+    help="Train this arm. May be given several times.",
+)
+def ablate_command(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    seeds: int,
+    suite: str,
+    sweeps: tuple[str, ...],
+    arms: tuple[str, ...],
+) -> None:
     """Compare contrastive, language and joint training.
 
     RECIPE is a YAML file that describes the joint run, as in recipes/; KEY=VALUE replaces one of its fields. Results
-    are given as mean and standard deviation over the seeds. The same command resumes an interrupted ablation.
+    are given as mean and standard deviation over the seeds, and compared in report.html in the output directory. The
+    same command resumes an interrupted ablation.
     """
-    from cafe.evaluation.ablation import ablate
-    from cafe.training.recipe_io import read_recipe
+    from cafe.training.recipe_io import read_recipe, read_sweep
 
-    ablate(read_recipe(recipe, overrides), seeds, split_names(suite))
+    joint = read_recipe(recipe, overrides)
+    read_sweeps = [read_sweep(recipe, overrides, sweep) for sweep in sweeps]
+
+    # Imported only now, so that a mistake is reported at once.
+    from cafe.evaluation.ablation import ARMS, ablate
+
+    ablate(joint, seeds, split_names(suite), read_sweeps, arms or tuple(ARMS))
