@@ -7,6 +7,9 @@ from jaxtyping import Float
 DISTANCES = (7, 11, 16, 23, 32, 44, 58, 74, 92)
 ANGLES = np.linspace(0, 2 * np.pi, 24, endpoint=False)
 MARGIN = 3.0  # around a label
+CLEARANCE = 6.0  # by how much a label should be nearer to its own point than to any other marker
+# What a label costs that hides a marker or a sample of a line, in lengths.
+MARKER_COST, LINE_COST = 40.0, 3.0
 ROUNDS = 4
 
 Points = Float[np.ndarray, "points 2"]
@@ -15,25 +18,25 @@ Points = Float[np.ndarray, "points 2"]
 def place_labels(
     points: Float[np.ndarray, "labels 2"],
     sizes: Float[np.ndarray, "labels 2"],
-    obstacles: Points,
-    weights: Float[np.ndarray, " points"],
+    markers: Float[np.ndarray, "markers 2"],
+    lines: Float[np.ndarray, "samples 2"],
     frame: Float[np.ndarray, "2 2"],
 ) -> Float[np.ndarray, "labels 2"]:
     """Choose the center of each label, near its point, by coordinate descent on a cost.
 
-    The cost of a center is its distance, the weights of the obstacles that the label hides, and far more for reaching
-    out of the frame or over another label or its leader line.
+    The cost of a center is its distance, what the label hides or could be taken to belong to, and far more for
+    reaching out of the frame or over another label or its leader line.
 
     Args:
         points: the points, in the unit of all lengths here.
         sizes: the width and height of each label.
-        obstacles: points that labels should not hide: markers, and samples of lines.
-        weights: by obstacle, the distance that hiding it is worth.
+        markers: all points that are drawn, those with labels too.
+        lines: samples of the lines that are drawn.
         frame: the lower left and the upper right corner within which labels lie.
     """
     candidates = [_candidates(point, size) for point, size in zip(points, sizes, strict=True)]
     # What a center costs by itself does not depend on the other labels.
-    fixed = [_fixed_cost(*each, size, obstacles, weights, frame) for each, size in zip(candidates, sizes, strict=True)]
+    fixed = [_fixed_cost(*each, size, markers, lines, frame) for each, size in zip(candidates, sizes, strict=True)]
     placed: dict[int, np.ndarray] = {}
     for _ in range(ROUNDS):
         for number, (centers, _) in enumerate(candidates):
@@ -57,15 +60,20 @@ def _fixed_cost(
     centers: Points,
     distances: Float[np.ndarray, " points"],
     size: Float[np.ndarray, "2"],
-    obstacles: Points,
-    weights: Float[np.ndarray, " points"],
+    markers: Float[np.ndarray, "markers 2"],
+    lines: Float[np.ndarray, "samples 2"],
     frame: Float[np.ndarray, "2 2"],
 ) -> Float[np.ndarray, " points"]:
-    """Compute what each center costs by its distance, the obstacles that it hides and the frame."""
+    """Compute what each center costs by its distance, the markers and lines near it and the frame."""
     half = size / 2
-    hidden = (np.abs(obstacles[None] - centers[:, None]) < half + MARGIN).all(axis=2)
     outside = ((centers - half < frame[0]) | (centers + half > frame[1])).any(axis=1)
-    return distances + hidden @ weights + 1e6 * outside
+    # From the edges of the label to each marker: 0 for one that it hides.
+    gaps = np.linalg.norm(np.maximum(np.abs(markers - centers[:, None]) - half, 0), axis=2)
+    # The label's own marker adds the same to all centers.
+    confusion = np.maximum(distances[:, None] + CLEARANCE - gaps, 0).sum(axis=1)
+    hidden_markers = (gaps < MARGIN).sum(axis=1)
+    hidden_lines = (np.abs(lines - centers[:, None]) < half + MARGIN).all(axis=2).sum(axis=1)
+    return distances + confusion + MARKER_COST * hidden_markers + LINE_COST * hidden_lines + 1e6 * outside
 
 
 def _conflict(

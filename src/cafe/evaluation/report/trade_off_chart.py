@@ -25,8 +25,6 @@ ARM_MARKERS, SWEEP_MARKERS = "s^Do", "ovPX"
 FONT_SIZE = 9.0
 MAX_LABEL = 24  # characters
 FRONT_LINE: dict[str, Any] = {"color": FADED_COLOR, "linewidth": 1.2, "linestyle": (0, (4, 3))}
-# How far a label goes to hide none of these, in points.
-MARKER_WEIGHT, LINE_WEIGHT = 40.0, 3.0
 MIN_LEADER = 12.0  # points between a label and its marker
 SAMPLE_SPACING, FRAME_MARGIN = 5.0, 4.0  # points
 
@@ -204,10 +202,8 @@ def _draw_labels(axes: Axes, view: _View, ablation: Ablation, styles: Mapping[st
     paths = [_stairs(panel), *_sweep_paths(panel, ablation).values(), *_whiskers(panel, 0), *_whiskers(panel, 1)]
     lines = np.concatenate([_sample(to_pixels(path)) for path in paths])
     lines = lines[((lines > frame[0]) & (lines < frame[1])).all(axis=1)]
-    obstacles = np.concatenate([pixels, lines])
-    weights = np.repeat([MARKER_WEIGHT, LINE_WEIGHT], [len(pixels), len(lines)])
     inner = frame + np.array([[FRAME_MARGIN], [-FRAME_MARGIN]])
-    centers = place_labels(pixels[rows], sizes, obstacles, weights, inner)
+    centers = place_labels(pixels[rows], sizes, pixels[in_frame], lines, inner)
 
     to_data = axes.transData.inverted().transform
     for row, label, size, center in zip(rows, labels, sizes, centers, strict=True):
