@@ -1,0 +1,48 @@
+"""Draw each concept by each hand, as small pictures on a transparent ground, and augment them."""
+
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+from jaxtyping import UInt8
+from PIL import Image
+
+from another_hand.concepts import Concept
+from another_hand.packages import DRAWINGS, read_json
+
+SIDE = 96  # pixels; drawings are only ever made smaller than this
+
+Drawing = UInt8[np.ndarray, "side side 4"]
+
+
+def draw(packages: Path, hand: str, concepts: Iterable[Concept]) -> dict[str, Drawing]:
+    """Draw the concepts that a hand has, by name, as RGBA without premultiplied alpha."""
+    icons = read_json(packages, DRAWINGS[hand], "icons.json")
+    return {concept.name: _draw(icons, concept.icons[hand]) for concept in concepts if hand in concept.icons}
+
+
+def _draw(icons: dict, name: str) -> Drawing:
+    """Draw one icon of a set, cut to what is drawn and centered on a square."""
+    while name in icons.get("aliases", {}):
+        name = icons["aliases"][name]["parent"]
+    icon = icons["icons"][name]
+    width = icon.get("width", icons.get("width", 16))
+    height = icon.get("height", icons.get("height", 16))
+    box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">'
+    png = resvg_py.svg_to_bytes(
+        svg_string=svg + icon["body"] + "</svg>",
+        width=SIDE,
+        height=round(SIDE * height / width),
+        skip_system_fonts=True,
+    )
+    image = Image.open(io.BytesIO(png)).convert("RGBA")
+    image = image.crop(image.getchannel("A").getbbox())
+    # The longer side fills the square, so that no hand is known by its margins.
+    scale = SIDE / max(image.size)
+    image = image.resize([max(1, round(scale * side)) for side in image.size], Image.Resampling.LANCZOS)
+    square = Image.new("RGBA", (SIDE, SIDE))
+    square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
+    return np.asarray(square)
