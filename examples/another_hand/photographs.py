@@ -183,7 +183,7 @@ def chance_recall(count: int, k: int = 1) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Build from the command line."""
     parser = argparse.ArgumentParser(prog="python -m another_hand.photographs", description="Write the photographs.")
-    parser.add_argument("directory", type=Path, help="where packages/, stamps/ and data/ are written")
+    parser.add_argument("directory", type=Path, help="where packages/ and data/ are written")
     parser.add_argument("--language", default="en", help="of the photographs' sentences, as in pt_BR")
     options = parser.parse_args(arguments)
     try:

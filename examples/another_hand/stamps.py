@@ -3,9 +3,9 @@
 The package does not say which image is which. How it was decided, on the 658 PNGs of version 2022.06.04 that have a
 sentence, are no copy of an SVG and are not in a folder called "cartoon" (all others are drawings); all were looked at:
 
-- Neighboring pixels of a drawing mostly have the same color, those of a photograph hardly ever do. `evenness`, the share
-  that do, is below 0.1 for 89% of the photographs and above 0.6 for 83% of the drawings. A line at 0.45 is wrong for 44:
-  42 shaded drawings and 2 photographs of a mostly black disk.
+- Neighboring pixels of a drawing mostly have the same color, those of a photograph hardly ever do. The share that do,
+  `evenness`, is below 0.1 for 89% of the photographs and above 0.6 for 83% of the drawings. A line at 0.45 is wrong for
+  44: 42 shaded drawings, and 2 photographs of a mostly black disk.
 - Three folders hold drawings and renderings only: `DRAWN_FOLDERS`. 19 errors are left.
 - 19 shaded drawings and both disks are listed by name: `DRAWN`, `PHOTOGRAPHED`.
 """
@@ -78,7 +78,7 @@ class Stamp:
 
 
 def fetch_stamps(directory: Path) -> Path:
-    """Download Debian's package into `directory/packages`, unpack it into `directory/stamps`; install nothing.
+    """Download Debian's package and unpack it, both into `directory/packages`; install nothing.
 
     What is there already is kept.
 
@@ -88,10 +88,11 @@ def fetch_stamps(directory: Path) -> Path:
     Raises:
         PackageError: APT or dpkg is missing, the archive cannot be reached, or the package cannot be unpacked.
     """
-    unpacked = directory / "stamps"
+    packages = directory / "packages"
+    unpacked = packages / PACKAGE
     if not unpacked.is_dir():
-        archives = sorted((directory / "packages").glob(f"{PACKAGE}_*.deb"))
-        _unpack(archives[-1] if archives else _download(directory / "packages"), unpacked)
+        archives = sorted(packages.glob(f"{PACKAGE}_*.deb"))
+        _unpack(archives[-1] if archives else _download(packages), unpacked)
     return unpacked / STAMPS
 
 
@@ -101,7 +102,7 @@ def _download(directory: Path) -> Path:
         raise PackageError(
             f"The photographs are in Debian's package {PACKAGE}, which apt-get downloads, and there is no apt-get."
         )
-    partial = staging_path(directory / PACKAGE)
+    partial = staging_path(directory / f"{PACKAGE}.deb")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     message = _run_apt("download", PACKAGE, cwd=partial)
@@ -119,6 +120,7 @@ def _download(directory: Path) -> Path:
 
 def _run_apt(*arguments: str, cwd: Path) -> str:
     """Run apt-get, and return its first error, or nothing."""
+    english = {**os.environ, "LC_ALL": "C"}
     try:
         result = subprocess.run(
             ["apt-get", "-q", *arguments],
@@ -126,7 +128,7 @@ def _run_apt(*arguments: str, cwd: Path) -> str:
             capture_output=True,
             text=True,
             timeout=600,
-            env=_plain_environment(),
+            env=english,
         )
     except subprocess.TimeoutExpired:
         return "no answer within ten minutes"
@@ -136,11 +138,6 @@ def _run_apt(*arguments: str, cwd: Path) -> str:
     return errors[0].removeprefix("E: ") if errors else f"exit status {result.returncode}"
 
 
-def _plain_environment() -> dict[str, str]:
-    """Return the environment in which programs speak English."""
-    return {**os.environ, "LC_ALL": "C"}
-
-
 def _unpack(archive: Path, directory: Path) -> None:
     """Unpack the images and the texts of the package; the folder is complete or absent."""
     if not shutil.which("dpkg-deb"):
@@ -148,7 +145,8 @@ def _unpack(archive: Path, directory: Path) -> None:
     partial = staging_path(directory)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", archive], stdout=subprocess.PIPE) as process:
+    command = ["dpkg-deb", "--fsys-tarfile", archive]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as files:
                 for file in files:

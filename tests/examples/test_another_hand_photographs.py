@@ -4,6 +4,7 @@ import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ pytest.importorskip("resvg_py")
 from another_hand import photographs, stamps
 from another_hand.packages import PackageError
 
-from cafe.data.records import FORMATS
+from cafe.data.records import open_source
+from cafe.data.source import Source
 from cafe.evaluation.suites.captioned_images import USER_DATASET
+from cafe.images.decoding import decode_image
 
 SVG = (
     '<svg xmlns="http://www.w3.org/2000/svg" width="2cm" height="1cm"><rect width="2cm" height="1cm" fill="red"/></svg>'
@@ -39,7 +42,7 @@ def flat() -> Image.Image:
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """Stamps as the package has them, in a folder that counts as unpacked."""
-    root = tmp_path / "stamps" / stamps.STAMPS
+    root = tmp_path / "packages" / stamps.PACKAGE / stamps.STAMPS
     made: dict[str, tuple[Image.Image | None, str]] = {
         "animals/tiger": (noise(), "A tiger.\nde.utf8=Ein Tiger.\npt_BR.utf8=Um tigre.\n"),
         "animals/frog": (noise(), "A frog.\nde.utf8=Ein Frosch."),
@@ -127,25 +130,19 @@ def build(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 def test_photographs_are_read_as_karpathy_data(build: Callable[..., dict[str, Path]]) -> None:
     folder = build()["photographs"]
-    annotations = json.loads((folder / "dataset_photographs.json").read_text())
-    (row,) = annotations["images"]
-    assert (row["split"], row["sentences"][0]["raw"]) == ("test", "A tiger.")
+    row = json.loads((folder / "dataset_photographs.json").read_text())["images"][0]
     assert (folder / row["filepath"] / row["filename"]).is_file()
-    assert USER_DATASET.find(folder)
+    read = USER_DATASET.read(folder, None)
+    assert (read.texts, len(read.images)) == (["A tiger."], 1)
 
 
 def test_drawings_are_read_as_llava_records(build: Callable[..., dict[str, Path]]) -> None:
     folder = build()["drawings"]
-    records = json.loads((folder / "llava_train.json").read_text())
-    answers = {record["id"]: record["conversations"][1]["value"] for record in records}
-    assert answers == {
-        "animals/cartoon/cow": "A cow.",
-        "symbols/faces/happy": "A happy face.",
-        "symbols/red": "A red thing.",
-        "symbols/star": "A star.",
-    }
-    assert all((folder / record["image"]).is_file() for record in records)
-    assert "llava" in FORMATS
+    records = open_source(Source(path=str(folder / "llava_train.json")))
+    pairs = [records.example(index, Random(0)).pair for index in range(4)]
+    assert [pair.target.text for pair in pairs] == ["A cow.", "A happy face.", "A red thing.", "A star."]
+    red = decode_image(pairs[2].query.images[0])
+    assert red.size == (96, 96) and red.getpixel((48, 48)) == (255, 0, 0)
 
 
 def test_other_language_is_written_beside(build: Callable[..., dict[str, Path]]) -> None:
@@ -201,7 +198,7 @@ def test_package_that_cannot_be_fetched_gets_a_sentence(tmp_path: Path, monkeypa
     monkeypatch.setattr(stamps.shutil, "which", lambda name: None)
     with pytest.raises(PackageError, match="no apt-get"):
         stamps.fetch_stamps(tmp_path)
-    assert not (tmp_path / "stamps").exists()
+    assert not (tmp_path / "packages" / stamps.PACKAGE).exists()
 
 
 def test_chance_recall() -> None:
