@@ -187,7 +187,7 @@ def _parse_yaml(text: str, name: str) -> Any:
 
 @contextmanager
 def _yaml_errors(name: str) -> Iterator[None]:
-    """Report errors of the YAML parser in a sentence that begins with `name`."""
+    """Report errors of the YAML parser in one line that begins with `name`."""
     try:
         yield
     except RecursionError:
