@@ -11,8 +11,6 @@ from another_hand.concepts import Concept, read_concepts
 from another_hand.manifest import read_manifest
 from another_hand.packages import fetch
 
-CONFIG = BuildConfig(train_scenes=80, train_singles=40, test_scenes=10, variants=1)
-
 
 @pytest.fixture(scope="session")
 def packages(pytestconfig, tmp_path_factory) -> Path:
@@ -38,9 +36,14 @@ def concepts(packages) -> list[Concept]:
 
 
 @pytest.fixture(scope="session")
-def built(packages, tmp_path_factory) -> Path:
+def config() -> BuildConfig:
+    return BuildConfig(train_scenes=80, train_singles=40, test_scenes=10, variants=1)
+
+
+@pytest.fixture(scope="session")
+def built(packages, config, tmp_path_factory) -> Path:
     """Build everything, small."""
     directory = tmp_path_factory.mktemp("built")
     shutil.copytree(packages, directory / "packages")
-    build(directory, CONFIG)
+    build(directory, config)
     return directory
