@@ -173,16 +173,19 @@ def test_one_prefill_gives_the_same_embedding_and_the_same_answer(model, image):
     assert answer == model.generate(image, prompt, max_new_tokens=8)
 
 
-def test_the_score_of_an_answer_is_its_log_likelihood(model, image):
+@pytest.mark.parametrize("end", ["<|im_end|>", ""])
+def test_the_score_of_an_answer_is_its_log_likelihood(model, image, end):
     row = model.encode_prompt(Content.of([image, "What?"]))
-    answer = model.chat_processor.tokenizer("a circle<|im_end|>", add_special_tokens=False)["input_ids"]
+    answer = model.chat_processor.tokenizer("a circle" + end, add_special_tokens=False)["input_ids"]
     total, ids = 0.0, row.input_ids.tolist()
     for token in answer:
         with torch.inference_mode():
             logits = model.lvlm(input_ids=torch.tensor([ids]), **row.image_inputs).logits[0, -1]
         total += logits.log_softmax(-1)[token].item()
         ids.append(token)
-    assert model.score([image, "What?"], "a circle") == pytest.approx(total, abs=1e-3)
+    [[score]] = model.score_batch([[image, "What?"]], [["a circle"]], with_end=bool(end))
+    assert score == pytest.approx(total, abs=1e-3)
+    assert not end or model.score([image, "What?"], "a circle") == score
 
 
 def test_scores_of_a_batch_are_those_of_each_answer_alone(model, image):

@@ -308,7 +308,7 @@ class Cafe:
 
     @torch.inference_mode()
     def score_batch(
-        self, contents: Sequence[Any], answers: Sequence[Sequence[str]], batch_size: int = 16
+        self, contents: Sequence[Any], answers: Sequence[Sequence[str]], batch_size: int = 16, with_end: bool = True
     ) -> list[Float[np.ndarray, " answers"]]:
         """Compute the log-likelihood of several answers to each content, in the order given, as `score` does for one.
 
@@ -319,13 +319,14 @@ class Cafe:
             contents: whatever `Content.of` takes, each a user's turn.
             answers: the answers to each, at least one.
             batch_size: contents per forward pass.
+            with_end: whether an answer is to end; if not, the likelihood is that of all answers that begin with it.
         """
         check_batch_size(batch_size)
 
         def make_encode() -> Callable[[tuple[Any, Sequence[str]]], list[Branch]]:
             """Make the function that encodes the answers to each content of one forward pass."""
             encoder = ContentEncoder(self.chat_processor)
-            return lambda pair: encoder.encode_answers(checked_content(pair[0]), pair[1])
+            return lambda pair: encoder.encode_answers(checked_content(pair[0]), pair[1], with_end)
 
         pairs = list(zip(contents, answers, strict=True))
         scores: list[Float[np.ndarray, " answers"]] = []

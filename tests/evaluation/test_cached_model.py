@@ -111,6 +111,9 @@ class Counting:
         self.answered += len(prompts)
         return self.model.generate_batch(prompts, **options)
 
+    def score_batch(self, contents, answers, **options):
+        return self.model.score_batch(contents, answers, **options)
+
 
 class Words:
     """Embed a text by its length and answer with it."""
@@ -225,6 +228,17 @@ def test_damaged_scores_are_computed_again(tmp_path):
             path.write_text(text)
         (scores,) = CachedModel(model, tmp_path).score(["a"], [["x", "y"]])
         assert scores.tolist() == [0, 1] and model.answered == 1
+
+
+def test_scores_with_and_without_the_end_are_cached_apart(tmp_path):
+    class Scores(Words):
+        def score_batch(self, contents, answers, with_end=True, **options):
+            return [np.array([float(with_end)] * len(some)) for some in answers]
+
+    for with_end in (True, False, True):
+        (scores,) = CachedModel(Counting(Scores(), "same"), tmp_path).score(["a"], [["x"]], with_end)
+        assert scores.tolist() == [with_end]
+    assert len(list(tmp_path.glob("*.json"))) == 2
 
 
 RACE = """

@@ -22,6 +22,7 @@ from cafe.evaluation.metrics import (
     ndcg_at_k,
     rank_of_match,
     ranks,
+    roc_auc,
     separability,
     similarities,
     uniformity,
@@ -186,6 +187,26 @@ def test_ndcg_counts_ties_and_missing_scores_against_the_model():
     assert ndcg_at_k(np.array([[np.nan, 1.0, 0.5]]), gains, 3) == pytest.approx(0.5)
     assert ndcg_at_k(np.array([[1.0, np.nan, np.nan]]), gains, 2) == 0
     assert ndcg_at_k(np.ones((1, 3)), np.zeros((1, 3)), 3) == 0
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_area_under_the_roc_curve_counts_pairs_in_order_and_half_of_the_ties(seed):
+    random = np.random.default_rng(seed)
+    scores, labels = random.integers(6, size=40).astype(float), random.random(40) < 0.4
+    pairs = [
+        (scores[a] > scores[b]) + (scores[a] == scores[b]) / 2
+        for a in labels.nonzero()[0]
+        for b in (~labels).nonzero()[0]
+    ]
+    assert roc_auc(scores, labels) == pytest.approx(100 * np.mean(pairs))
+    assert roc_auc(-scores, labels) == pytest.approx(100 - roc_auc(scores, labels))
+    assert roc_auc(np.zeros(40), labels) == 50
+
+
+def test_the_area_under_the_roc_curve_needs_both_labels_and_finite_scores():
+    both = np.array([True, False])
+    assert all(np.isnan(roc_auc(np.arange(2.0), labels)) for labels in (both | True, both & False))
+    assert np.isnan(roc_auc(np.array([np.nan, 1]), both)) and np.isnan(roc_auc(np.array([np.inf, 1]), both))
 
 
 def pope_scores(said: list[str], labels: list[bool]) -> dict[str, float]:

@@ -43,6 +43,9 @@ class ColorModel:
         self.asked += prompts
         return [self.answer(prompt) for prompt in prompts]
 
+    def score_batch(self, contents: Sequence[Content], answers: Any, **options: Any) -> list[np.ndarray]:
+        return [likelihoods(self.answer(content), said) for content, said in zip(contents, answers, strict=True)]
+
     def answer(self, prompt: Content) -> str:
         color = Path(str(prompt.images[0])).stem
         assert Path(str(prompt.images[0])).is_file()
@@ -51,6 +54,11 @@ class ColorModel:
         if prompt.text.startswith("Is there"):
             return "Yes, there is." if color in prompt.text else "No, there is not."
         return f"a {color} thing" if prompt.text.startswith("Describe") else color.upper()
+
+
+def likelihoods(answer: str, said: Sequence[str]) -> np.ndarray:
+    """Score what an answer begins with."""
+    return np.array([0.0 if answer.startswith(each) else -10.0 for each in said])
 
 
 def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -110,6 +118,7 @@ def test_a_perfect_model_gets_every_number_right(data):
             name: results[f"pope/{split}/{name}"] for name in ("accuracy", "precision", "recall", "F1", "yes_ratio")
         }
         assert scores == {"accuracy": 100, "precision": 100, "recall": 100, "F1": 100, "yes_ratio": 50}
+        assert (results[f"pope/{split}/auc"], results[f"pope/{split}/likelihood_yes_ratio"]) == (100, 50)
     assert (results["objects/precision"], results["objects/recall"], results["objects/hallucinated"]) == (100, 100, 0)
     assert results["geometry/modality_gap"] == pytest.approx(0)
     assert results["geometry/alignment"] == pytest.approx(0)
@@ -122,6 +131,7 @@ def test_a_collapsed_model_gets_nothing(data):
         assert results[name] == 0, name
     assert results["pope/random/accuracy"] == 50
     assert results["pope/random/yes_ratio"] == 100
+    assert results["pope/random/auc"] == 50
 
 
 def test_samples_name_what_was_found_and_whether_it_is_right(data):
@@ -237,6 +247,9 @@ class Oracle:
     def generate_batch(self, prompts: list[Content], max_new_tokens=64, batch_size=64):
         return [self.said[prompt.images[0].source.name, prompt.text] for prompt in prompts]
 
+    def score_batch(self, contents, answers, **options):
+        return list(map(likelihoods, self.generate_batch(contents), answers))
+
 
 class Collapsed:
     """Give the same vector and the same word for everything."""
@@ -247,6 +260,9 @@ class Collapsed:
     def generate_batch(self, prompts, max_new_tokens=64, batch_size=64):
         return ["Yes"] * len(prompts)
 
+    def score_batch(self, contents, answers, **options):
+        return [likelihoods("Yes", said) for said in answers]
+
 
 def test_a_model_that_sees_everything_scores_everything(scenes):
     results = evaluate(Oracle(scenes), scenes, report=lambda line: None).results
@@ -254,6 +270,7 @@ def test_a_model_that_sees_everything_scores_everything(scenes):
         assert results[name] == 100
     assert results["paragraphs/text_to_image/R@1"] == results["pope/mean/strict_accuracy"] == 100
     assert results["vqa/all"] == results["pope/adversarial/accuracy"] == results["pope/random/F1"] == 100
+    assert results["pope/mean/auc"] == 100 and results["pope/mean/likelihood_yes_ratio"] == 50
     assert results["objects/hallucinated"] == 0 and results["geometry/modality_gap"] == pytest.approx(0, abs=1e-6)
 
 
@@ -261,6 +278,7 @@ def test_a_collapsed_model_scores_nothing(scenes):
     results = evaluate(Collapsed(), scenes, report=lambda line: None).results
     assert results["retrieval/image_to_text/R@10"] == results["retrieval/text_to_image/R@10"] == 0
     assert results["pope/popular/accuracy"] == 50 and results["pope/popular/yes_ratio"] == 100
+    assert results["pope/popular/auc"] == 50 and results["pope/popular/likelihood_yes_ratio"] == 100
     assert results["captions/exact"] == 0
 
 

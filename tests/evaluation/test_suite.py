@@ -23,6 +23,8 @@ TILES = (
     ("objects/hallucinated", "Objects hallucinated"),
     ("vqa/all", "Questions answered"),
     ("pope/adversarial/accuracy", "POPE, adversarial"),
+    ("pope/mean/accuracy", "POPE, mean"),
+    ("pope/mean/auc", "POPE, AUC"),
     ("chair/CHAIR_i", "CHAIR, mentions hallucinated"),
     ("throne/overall/F1", "THRONE, F1"),
     ("geometry/modality_gap", "Modality gap"),

@@ -260,6 +260,11 @@ def test_scores_of_answers_are_the_likelihood_of_transformers_own_logits(family)
             expected = logits[wanted, row.input_ids[1:][wanted]].sum().item()
             assert score == pytest.approx(expected, abs=1e-3, rel=1e-4)
             assert model.score(content, answer) == pytest.approx(score, abs=1e-3, rel=1e-4)
+            beginning = model.chat_processor.tokenize_beginning(answer)
+            assert row.input_ids[1:][wanted].tolist()[: len(beginning)] == beginning
+            expected = logits[wanted, row.input_ids[1:][wanted]][: len(beginning)].sum().item()
+            [[score]] = model.score_batch([content], [[answer]], with_end=False)
+            assert score == pytest.approx(expected, abs=1e-3, rel=1e-4)
 
 
 @every_family

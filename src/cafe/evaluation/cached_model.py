@@ -94,16 +94,20 @@ class CachedModel:
         chunks = self._map_chunks(f"answer {max_new_tokens}", prompts, compute)
         return list(chain.from_iterable(chunks))
 
-    def score(self, contents: Sequence[Any], answers: Sequence[Sequence[str]]) -> list[Float[np.ndarray, " answers"]]:
-        """Compute the log-likelihood, in nats, of each of several answers to each content."""
+    def score(
+        self, contents: Sequence[Any], answers: Sequence[Sequence[str]], with_end: bool = True
+    ) -> list[Float[np.ndarray, " answers"]]:
+        """Compute the log-likelihood, in nats, of each of several answers to each content; see `Cafe.score_batch`."""
         pairs = list(zip(contents, map(tuple, answers), strict=True))
-        chunks = self._map_chunks("score", pairs, self._score_chunk)
+        # The option is in the cache's key, by the kind, and is passed on only where it is not the default.
+        kind, options = ("score", {}) if with_end else ("score beginnings", {"with_end": False})
+        chunks = self._map_chunks(kind, pairs, partial(self._score_chunk, options))
         return list(map(np.array, chain.from_iterable(chunks)))
 
-    def _score_chunk(self, chunk: list[tuple[Any, tuple[str, ...]]]) -> list[list[float]]:
+    def _score_chunk(self, options: dict[str, bool], chunk: list[tuple[Any, tuple[str, ...]]]) -> list[list[float]]:
         """Score the answers to each content of a chunk, as lists, which JSON can hold."""
         contents, answers = zip(*chunk, strict=True)
-        scores = self.model.score_batch(contents, answers, **self._options)
+        scores = self.model.score_batch(contents, answers, **self._options, **options)
         return [of_content.tolist() for of_content in scores]
 
     def with_model(self, model: Any) -> "CachedModel":
@@ -208,7 +212,7 @@ def _has_kind(kind: str, output: Any) -> bool:
     """Tell whether a chunk's output is what the call gives: rows of numbers, texts, or lists of numbers."""
     if kind == "embed":
         return bool(output.ndim == 2 and np.issubdtype(output.dtype, np.floating))
-    if kind == "score":
+    if kind.startswith("score"):
         return all(isinstance(score, float) for score in chain.from_iterable(output))
     return isinstance(output, list) and all(isinstance(answer, str) for answer in output)
 

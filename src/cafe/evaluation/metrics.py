@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy.stats import skew
 from sklearn.linear_model import RidgeClassifier
+from sklearn.metrics import roc_auc_score
 from sklearn.model_selection import PredefinedSplit, cross_val_predict
 
 _BLOCK = 1024  # rows compared at once, so that memory grows with the rows and not with their square
@@ -170,6 +171,16 @@ def similarities(
             histograms[side] += np.histogram(np.clip(values, bins[0], bins[-1]), bins)[0]
     means = sums / np.maximum(counts, 1)
     return float(means[0]), float(means[1]), histograms[0], histograms[1]
+
+
+def roc_auc(scores: Float[np.ndarray, " samples"], is_positive: Bool[np.ndarray, " samples"]) -> float:
+    """Compute the area under the ROC curve, in percent: how often a positive sample scores higher than a negative one.
+
+    Ties count half, so chance is 50. It is NaN where there is no such pair, or where a score is not finite.
+    """
+    if is_positive.all() or not is_positive.any() or not np.isfinite(scores).all():
+        return float("nan")  # scikit-learn warns of the former, and refuses the latter
+    return 100 * float(roc_auc_score(is_positive, scores))
 
 
 def mentioned_objects(text: str, vocabulary: set[str]) -> set[str]:

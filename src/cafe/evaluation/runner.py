@@ -108,7 +108,7 @@ class NullModel:
         return [""] * len(prompts)
 
     def score_batch(
-        self, contents: Sequence[Any], answers: Sequence[Sequence[str]], batch_size: int = 1
+        self, contents: Sequence[Any], answers: Sequence[Sequence[str]], batch_size: int = 1, with_end: bool = True
     ) -> list[Float[np.ndarray, " answers"]]:
         """Return the same score for every answer."""
         return [np.zeros(len(choices)) for choices in answers]

@@ -55,8 +55,17 @@ class ContentEncoder:
         messages = dialogue_messages(Dialogue((Turn("user", content),)), self.chat_processor.prompts)
         return self.chat_processor.encode_prompt(messages, self.load_images(content.images))
 
-    def encode_answers(self, content: Content, answers: Sequence[str]) -> list[Branch]:
-        """Encode each answer to a user's turn as a dialogue."""
+    def encode_answers(self, content: Content, answers: Sequence[str], with_end: bool = True) -> list[Branch]:
+        """Encode each answer to a user's turn as a dialogue.
+
+        Args:
+            content: the user's turn.
+            answers: the answers.
+            with_end: whether an answer ends; if not, it may go on, and its branch has no token that ends it.
+        """
+        if not with_end:
+            prompt = self.encode_prompt(content)
+            return [prompt.begin_answer(self.chat_processor.tokenize_beginning(answer)) for answer in answers]
         question = Turn("user", content)
         dialogues = [Dialogue((question, Turn("assistant", Content.of(answer)))) for answer in answers]
         return [self.encode_dialogue(dialogue) for dialogue in dialogues]

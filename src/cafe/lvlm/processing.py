@@ -161,6 +161,10 @@ class ChatProcessor:
         pieces = self._split(text, iter(images.token_runs))
         return self._join(_unsupervised(pieces), images)
 
+    def tokenize_beginning(self, words: str) -> list[int]:
+        """Return the tokens that follow a prompt where an answer begins with some words, and may go on behind them."""
+        return self._tokenize(self._assistant_prefix + self._escape_special_tokens(words))
+
     def collate(self, branches: Sequence[Branch], left: bool = False) -> dict[str, Tensor]:
         """Collate branches into model inputs: input_ids and attention_mask (rows, tokens), and the image inputs.
 

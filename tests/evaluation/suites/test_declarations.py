@@ -13,7 +13,8 @@ HEADLINES = (
     *("aro/relation/embedding", "aro/attribution/likelihood"),
     *("winoground/embedding/group", "winoground/likelihood/group"),
     *("captions/exact", "objects/recall", "objects/hallucinated", "vqa/all", "vqav2/scenes/all"),
-    *("pope/adversarial/accuracy", "pope/mean/accuracy", "chair/CHAIR_i", "throne/overall/F1"),
+    *("pope/adversarial/accuracy", "pope/mean/accuracy", "pope/mean/auc"),
+    *("chair/CHAIR_i", "throne/overall/F1"),
     "geometry/modality_gap",
 )
 
@@ -40,7 +41,13 @@ def test_geometry_is_better_when_lower_or_has_no_direction(part):
 def test_other_results_have_their_direction():
     lower = ("objects/hallucinated", "pope/random/neither", "chair/CHAIR_i", "chair/CHAIR_s")
     lower += ("retrieval/image_to_text/median_rank", "coco/text_to_image/mean_rank")
-    neither = ("pope/mean/yes_ratio", "chair/mentions", "throne/overall/split", "mmeb/overall/datasets")
+    neither = (
+        "pope/mean/yes_ratio",
+        "pope/own/likelihood_yes_ratio",
+        "chair/mentions",
+        "throne/overall/split",
+        "mmeb/overall/datasets",
+    )
     neither += ("aro/coco_order/chance", "aro/flickr30k_order/left_out")
     higher = set(HEADLINES) - {"objects/hallucinated", "chair/CHAIR_i", "geometry/modality_gap"}
     higher |= {"mmeb/SUN397/P@1", "vqa/neither", "throne/class/F0.5", "cider/CIDEr"}

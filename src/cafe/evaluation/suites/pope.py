@@ -1,17 +1,34 @@
-"""POPE: yes-or-no questions about objects that are or are not in an image (arXiv 2305.10355)."""
+"""POPE: yes-or-no questions about objects that are or are not in an image (arXiv 2305.10355).
+
+Each question is asked twice: the answer is generated and parsed, and "yes" and "no" are scored as its first words. The
+margin, log P(yes) - log P(no), ranks the questions; the area under its ROC curve does not depend on how readily a model
+says yes, as the accuracy does.
+"""
 
 import re
+from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from cafe.content import Content, ImageRef
 from cafe.errors import CafeError
 from cafe.evaluation.cached_model import CachedModel
-from cafe.evaluation.io import ask_about_images, by_pattern, json_lines
+from cafe.evaluation.io import ask_about_images, find_one, json_lines
+from cafe.evaluation.metrics import roc_auc
 from cafe.evaluation.suite import EvaluationResult, Suite, aggregate
 
-SPLITS = ("random", "popular", "adversarial")
-METRICS = ("accuracy", "precision", "recall", "F1", "yes_ratio", "strict_accuracy", "neither")
+OFFICIAL_SPLITS = ("random", "popular", "adversarial")
+# Files that the authors keep beside the questions, and which hold none.
+NO_QUESTIONS = ("*_co_occur.json", "*_ground_truth_objects.json")
 MAX_NEW_TOKENS = 8
+# Models begin their answers with either. The probabilities of both are added.
+YES, NO = ("yes", "Yes"), ("no", "No")
+DECIMALS = 4  # of a margin: equal ones may differ by less in float32, and should tie
+
+Question = tuple[str, str]  # the name of its image, and its text
 
 
 def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
@@ -20,23 +37,21 @@ def run(model: CachedModel, data: Path, limit: int | None) -> EvaluationResult:
     splits = {path: read(path)[:limit] for path in find(data)}
     answers = _ask(model, data, splits)
     for path, records in splits.items():
-        part = f"pope/{path.stem.rsplit('_', 1)[-1]}"
+        part = f"pope/{split_name(path)}"
         rows = []
         for number, record in enumerate(records):
             row, label = answers[record["image"], record["text"]], record["label"]
             marks = contributions(row["said"], label == "yes", part)
+            marks[f"{part}/likelihood_yes_ratio"] = int(row["margin"] > 0)
             # The id is that of this split, whichever split the question was asked for.
             rows.append({**row, "id": record.get("question_id", number), "label": label, "marks": marks})
         result.outputs[part] = rows
-        result.results |= aggregate(rows)
-    for metric in METRICS:
-        result.add_mean(f"pope/mean/{metric}", [f"{part}/{metric}" for part in result.outputs])
+        result.results |= aggregate(rows) | separation(rows, part)
+    _add_means(result)
     return result
 
 
-def _ask(
-    model: CachedModel, data: Path, splits: dict[Path, list[dict[str, Any]]]
-) -> dict[tuple[str, str], dict[str, Any]]:
+def _ask(model: CachedModel, data: Path, splits: dict[Path, list[dict[str, Any]]]) -> dict[Question, dict[str, Any]]:
     """Ask the questions of all splits.
 
     Args:
@@ -45,15 +60,59 @@ def _ask(
         splits: by file, its questions.
 
     Returns:
-        by image and text, the question's output row.
+        by question, its output row.
     """
     # The splits share half of their questions: those about objects that are present.
-    questions: dict[tuple[str, str], dict[str, Any]] = {}
-    for records in splits.values():
-        questions |= {(record["image"], record["text"]): record for record in records}
+    unique = {(record["image"], record["text"]): record for records in splits.values() for record in records}
+    # Questions about one image stand together, so that it is read once for several of them.
+    questions = dict(sorted(unique.items(), key=lambda item: item[0]))
     source = next(iter(splits))  # for errors; images are in the same place for all splits
     answered = ask_about_images(model, data, source, list(questions.values()), MAX_NEW_TOKENS, "val2014")
-    return dict(zip(questions, answered, strict=True))
+    margins = yes_margins(model, [Content((ImageRef(data / row["image"]), row["asked"])) for row in answered])
+    rows = [{**row, "margin": margin} for row, margin in zip(answered, margins, strict=True)]
+    return dict(zip(questions, rows, strict=True))
+
+
+def yes_margins(model: CachedModel, prompts: Sequence[Content]) -> list[float]:
+    """Compute log P(yes) - log P(no) of each question, in nats: of the answers that begin with either word.
+
+    A word counts in lower case and capitalized, whichever the model prefers. The end of the answer does not count: for
+    a model that says "Yes, there is.", it would measure how rarely the model stops after one word.
+    """
+    scores = np.array(model.score(prompts, [(*YES, *NO)] * len(prompts), with_end=False), np.float64)
+    # A row per question, also where there are none.
+    yes, no = np.hsplit(scores.reshape(-1, len(YES) + len(NO)), [len(YES)])
+    margins = np.logaddexp.reduce(yes, axis=1) - np.logaddexp.reduce(no, axis=1)
+    rounded: list[float] = np.round(margins, DECIMALS).tolist()
+    return rounded
+
+
+def separation(rows: Sequence[dict[str, Any]], part: str) -> dict[str, float]:
+    """Compute how well the margins tell present objects from absent ones; nothing if all labels are the same.
+
+    Args:
+        rows: the output rows of a split.
+        part: begins the name of the result.
+    """
+    margins = np.array([row["margin"] for row in rows])
+    is_present = np.array([row["label"] == "yes" for row in rows])
+    if is_present.all() or not is_present.any():
+        return {}
+    return {f"{part}/auc": roc_auc(margins, is_present)}
+
+
+def _add_means(result: EvaluationResult) -> None:
+    """Add the means over the official splits; over all splits, if none is official."""
+    official = [f"pope/{split}" for split in OFFICIAL_SPLITS]
+    # A mean that is published is over these, whatever else is measured beside them.
+    parts = [part for part in result.outputs if part in official] or list(result.outputs)
+    by_metric: dict[str, list[str]] = {}
+    for name in result.results:
+        part, _, metric = name.rpartition("/")
+        if part in parts:
+            by_metric.setdefault(metric, []).append(name)
+    for metric, names in by_metric.items():
+        result.add_mean(f"pope/mean/{metric}", names)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -116,13 +175,34 @@ def parse_strictly(answer: str) -> bool | None:
     return explicit == {"yes"}
 
 
-find = by_pattern(*(f"pope/*_{split}.json" for split in SPLITS))
+def find(data: Path) -> list[Path]:
+    """Find the files of the splits: the official ones first, others in the order of their names.
+
+    Raises:
+        CafeError: two files are of one split, or a split has the name of the mean.
+    """
+    ignored = {path.name for pattern in NO_QUESTIONS for path in data.glob(f"pope/{pattern}")}
+    names = {split_name(path) for path in data.glob("pope/*_?*.json") if path.name not in ignored} - {""}
+    if "mean" in names:
+        raise CafeError(f"A split of POPE in {data / 'pope'} is called mean, as the mean over splits: rename its file.")
+    others = sorted(names.difference(OFFICIAL_SPLITS))
+    files: list[Path] = []
+    for name in (*OFFICIAL_SPLITS, *others):
+        files += find_one(data, f"pope/*_{escape(name)}.json", exclude=sorted(ignored))
+    return files
+
+
+def split_name(path: Path) -> str:
+    """Return the name of a file's split: what follows the last underscore."""
+    return path.stem.rpartition("_")[2]
+
 
 POPE = Suite(
     name="pope",
     measures="yes-or-no questions about objects that are or are not in an image",
     files=(
-        *(f"pope/*_{split}.json: the {split} questions, JSON lines" for split in SPLITS),
+        *(f"pope/*_{split}.json: the {split} questions, JSON lines" for split in OFFICIAL_SPLITS),
+        "pope/*_NAME.json: questions about absent objects of your own choice (optional)",
         "COCO val2014's images, in the folder itself, images/ or val2014/",
     ),
     download="github.com/AoiDragon/POPE (output/coco); cocodataset.org (2014 Val images); "
@@ -131,8 +211,13 @@ POPE = Suite(
     generation=("pope/mean/auc", "pope/mean/accuracy"),
     find_files=find,
     run=run,
-    headline=("pope/adversarial/accuracy", "pope/mean/accuracy"),
+    headline=("pope/adversarial/accuracy", "pope/mean/accuracy", "pope/mean/auc"),
     lower_is_better=("pope/*/neither",),
-    no_direction=("pope/*/yes_ratio",),
-    labels={"pope": "POPE", "pope/adversarial/accuracy": "POPE, adversarial", "pope/mean/accuracy": "POPE, mean"},
+    no_direction=("pope/*/yes_ratio", "pope/*/likelihood_yes_ratio"),
+    labels={
+        "pope": "POPE",
+        "pope/adversarial/accuracy": "POPE, adversarial",
+        "pope/mean/accuracy": "POPE, mean",
+        "pope/mean/auc": "POPE, AUC",
+    },
 )
