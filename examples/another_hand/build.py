@@ -29,7 +29,7 @@ from another_hand.training_records import (
     name,
 )
 from another_hand.world import VARIANTS, make_world, plain_drawings
-from cafe.scenes.files import write_json
+from cafe.scenes.files import write_json, write_json_lines
 from cafe.utils.atomic import atomic_write_text
 
 MARKER = "complete.json"  # is written last
@@ -104,7 +104,7 @@ def _write_train(
         questions += [ask(scene, drawn, config.seed) for scene in shown]
     write_json(path / "llava_scenes.json", list(map(describe, scenes)))
     write_json(path / "llava_questions.json", questions)
-    write_json(path / "pairs_singles.json", [name(scene, by_name, config.seed) for scene in singles])
+    write_json_lines(path / "names.jsonl", (name(scene, by_name, config.seed) for scene in singles))
 
 
 def _write_evaluation(

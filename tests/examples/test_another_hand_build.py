@@ -23,7 +23,14 @@ from cafe.evaluation.suites.coco import read_instances
 from cafe.evaluation.suites.mmeb.datasets import find_datasets
 from cafe.evaluation.suites.mmeb.readers import read_records
 
+TRAINING = {"llava_scenes.json": (llava, 80), "llava_questions.json": (llava, 120), "names.jsonl": (pairs, 40)}
 FOLDERS = ("noto-v1", "openmoji", "emojione", "new-scenes", "unseen")
+
+
+def read_rows(path):
+    """Read JSON, or JSON lines."""
+    text = path.read_text()
+    return json.loads(text) if path.suffix == ".json" else list(map(json.loads, text.splitlines()))
 
 
 def digests(folder):
@@ -56,8 +63,8 @@ def test_training_shows_and_names_seen_concepts_alone(built, concepts):
     unseen = {concept.name for concept in concepts if not concept.seen}
     foreign = {word for concept in concepts if not concept.seen for word in concept.foreign.values()}
     shared = {word for concept in concepts if concept.seen for word in concept.foreign.values()}
-    for name in ("llava_scenes", "llava_questions", "pairs_singles"):
-        for record in json.loads((built / "data" / "train" / f"{name}.json").read_text()):
+    for name in TRAINING:
+        for record in read_rows(built / "data" / "train" / name):
             assert (built / "data" / "train" / record["image"]).is_file()
             said = " ".join(turn["value"] for turn in record["conversations"])
             words = said.replace(",", " ").replace("?", " ").replace(".", " ").split()
@@ -67,13 +74,11 @@ def test_training_shows_and_names_seen_concepts_alone(built, concepts):
 
 def test_cafe_reads_the_training_files(built):
     train = built / "data" / "train"
-    for name, read in (("llava_scenes", llava), ("llava_questions", llava), ("pairs_singles", pairs)):
-        source = Source(path=str(train / f"{name}.json"))
-        records = json.loads((train / f"{name}.json").read_text())
-        expected = {"llava_scenes": 80, "llava_questions": 120, "pairs_singles": 40}
-        assert len(records) == expected[name]
+    for name, (read, count) in TRAINING.items():
+        records = read_rows(train / name)
+        assert len(records) == count
         for record in records:
-            pair, dialogue = read(record, source, Random(0))
+            pair, dialogue = read(record, Source(path=str(train / name)), Random(0))
             assert pair.query.images and dialogue.turns
 
 
@@ -90,8 +95,8 @@ def test_cafe_reads_the_evaluation_files(built, config, name):
     ]
     for suite in (captions, vqa):
         (path,) = suite.find(data)
-        for line in path.read_text().splitlines():
-            find_image(json.loads(line)["image"], data, path)
+        for row in read_rows(path):
+            find_image(row["image"], data, path)
     kinds = {path.stem.rpartition("_")[2] for path in (data / "pope").iterdir()}
     assert kinds == {"random", "popular", "subgroup"} | ({"adversarial"} if name != "unseen" else set())
     for path in (data / "pope").iterdir():
@@ -111,8 +116,7 @@ def test_cafe_reads_the_evaluation_files(built, config, name):
 def test_no_scene_shows_partners_and_no_folder_another_ones_concepts(built, concepts, name):
     seen = [concept.name for concept in concepts if concept.seen]
     partners = pair_up(seen)
-    rows = [json.loads(line) for line in (built / "data" / name / "captions_test.jsonl").read_text().splitlines()]
-    for row in rows:
+    for row in read_rows(built / "data" / name / "captions_test.jsonl"):
         assert not any(partners.get(concept) in row["objects"] for concept in row["objects"])
         assert all((concept in seen) == (name != "unseen") for concept in row["objects"])
 
