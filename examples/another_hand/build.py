@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from another_hand.concepts import Concept, read_concepts
+from another_hand.concepts import LIST, Concept, read_concepts
 from another_hand.evaluation_data import Folder, evaluation_folders, write_evaluation
-from another_hand.manifest import Manifest, check, find_near_copies, make_manifest, read_manifest, write_manifest
+from another_hand.manifest import MANIFEST, check, find_near_copies, make_manifest, read_manifest, write_manifest
 from another_hand.packages import PackageError, fetch
 from another_hand.scenes import Scene, paint_all
 from another_hand.training_records import (
@@ -33,6 +33,20 @@ from cafe.scenes.files import write_json, write_json_lines
 from cafe.utils.atomic import atomic_write_text
 
 MARKER = "complete.json"  # is written last
+# What decides the files that are written, with the manifest and the list of concepts.
+MODULES = (
+    "annotations",
+    "augment",
+    "build",
+    "concepts",
+    "drawings",
+    "evaluation_data",
+    "retrieval",
+    "scenes",
+    "training_records",
+    "words",
+    "world",
+)
 
 
 @dataclass(frozen=True)
@@ -61,8 +75,8 @@ CUT = BuildConfig(train_scenes=96, train_singles=48, test_scenes=12, variants=2)
 def build(directory: Path, config: BuildConfig) -> None:
     """Write the training data to `data/train`, and each evaluation folder to `data/NAME`.
 
-    A folder that is complete is left as it is. One that was written only in part, or with another configuration or
-    manifest, is written again.
+    A folder that is complete is left as it is. One that was written only in part, with another configuration or by
+    other code is written again.
 
     Raises:
         PackageError: the packages cannot be fetched, or are not as the manifest has them.
@@ -72,7 +86,7 @@ def build(directory: Path, config: BuildConfig) -> None:
     archives = fetch(packages, manifest["archives"])
     concepts = read_concepts(packages)
     check(make_manifest(packages, archives, concepts), manifest)
-    made_of = json.dumps({"config": asdict(config), "manifest": _digest(manifest)}) + "\n"
+    made_of = json.dumps({"config": asdict(config), "sources": _digest_sources()}) + "\n"
 
     scenes = draw_training_scenes(concepts, config.train_scenes, config.variants + 1, config.seed)
     _write_once(directory / "data" / "train", made_of, partial(_write_train, packages, concepts, scenes, config))
@@ -121,9 +135,12 @@ def _write_evaluation(
     write_evaluation(path, folder, concepts, drawings, training, config.test_scenes, config.seed)
 
 
-def _digest(manifest: Manifest) -> str:
-    """Hash a manifest."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _digest_sources() -> str:
+    """Hash the manifest, the list of concepts and the modules that write the data."""
+    digest = hashlib.sha256(MANIFEST.read_bytes() + LIST.read_bytes())
+    for module in MODULES:
+        digest.update(MANIFEST.with_name(f"{module}.py").read_bytes())
+    return digest.hexdigest()
 
 
 def rewrite_manifest(packages: Path) -> None:

@@ -92,6 +92,19 @@ def test_without_a_network_there_is_a_sentence(packages, tmp_path, monkeypatch):
         fetch(tmp_path / "packages", {})
 
 
+def test_a_download_that_fails_halfway_leaves_no_half_archive(tmp_path, monkeypatch):
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    # Writes half of an archive where it is told to, and fails.
+    npm.write_text('#!/bin/sh\nprintf half > "$5/iconify-json-twemoji-1.2.5.tgz"\necho "no answer" >&2\nexit 1\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", str(npm.parent), prepend=":")
+    with pytest.raises(PackageError, match=r"could not fetch the drawings \(no answer\)"):
+        fetch(tmp_path / "packages", {})
+    assert list((tmp_path / "packages").glob("*.tgz")) == []
+    assert len(list((tmp_path / "packages").rglob("iconify-json-twemoji-1.2.5.tgz"))) == 1
+
+
 def test_the_distance_is_of_what_is_seen_on_white():
     black, hidden, white = (np.zeros((4, 4, 4), np.uint8) for _ in range(3))
     black[..., 3] = 255
