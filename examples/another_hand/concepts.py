@@ -23,8 +23,10 @@ DEVELOPMENT_HAND = "noto-v1"  # and noto is of the same house, so neither is in 
 TEST_HANDS = ("openmoji", "emojione")
 # Sets whose chars.json is empty are matched by name, and a name may be older than Unicode's present one.
 OLD_NAMES = {
-    "glasses": ["eyeglasses"], "hamburger": ["burger"], "carrot": [], "airplane": ["aeroplane"], "hippopotamus": ["hippo"],
-    "trophy": ["trophycup"], "pear": [], "bicycle": ["bike"], "rocket": [], "wrapped gift": ["present", "wrapped-present"],
+    "glasses": ["eyeglasses"], "hamburger": ["burger"], "carrot": [], "airplane": ["aeroplane"],
+    "hippopotamus": ["hippo"],
+    "trophy": ["trophycup"], "pear": [], "bicycle": ["bike"], "rocket": [],
+    "wrapped gift": ["present", "wrapped-present"],
     "soccer ball": ["football"], "locked": ["lock"], "french fries": ["fries"], "ear of corn": ["corn", "maize"],
     "chicken": ["hen"], "fire engine": ["fireengine"], "bread": ["breadloaf"], "dress": [], "t-shirt": ["tshirt"],
     "candle": [], "wine glass": ["wineglass"], "honeybee": ["bee"], "automobile": ["car"], "eggplant": ["aubergine"],
@@ -113,13 +115,19 @@ def slug(name: str) -> str:
 
 
 def without_words_of(name: str, keywords: Iterable[str]) -> list[str]:
-    """Keep the keywords that share no word with a name, also not as a part of a word ("foxes", "firetruck")."""
-    own = [word for word in re.findall(r"[a-z]+", name.lower()) if len(word) > 2]
-    kept = {}
-    for keyword in keywords:
-        if not any(word in keyword.lower() or _stem(word) in keyword.lower() for word in own):
-            kept[keyword.lower()] = None
-    return list(kept)
+    """Keep the keywords that share no word with a name, nor a part of one ("foxes" for fox, "bee" for honeybee)."""
+    own = _long_words(name)
+    kept = []
+    for keyword in map(str.lower, keywords):
+        is_part = any(_stem(word) in other for word in _long_words(keyword) for other in own)
+        if not is_part and not any(_stem(word) in keyword for word in own):
+            kept.append(keyword)
+    return list(dict.fromkeys(kept))
+
+
+def _long_words(text: str) -> list[str]:
+    """List the words of a text that have more than two letters."""
+    return [word for word in re.findall(r"[a-z]+", text.lower()) if len(word) > 2]
 
 
 def _stem(word: str) -> str:

@@ -25,9 +25,7 @@ def draw(packages: Path, hand: str, concepts: Iterable[Concept]) -> dict[str, Dr
 
 def _draw(icons: dict, name: str) -> Drawing:
     """Draw one icon of a set, cut to what is drawn and centered on a square."""
-    while name in icons.get("aliases", {}):
-        name = icons["aliases"][name]["parent"]
-    icon = icons["icons"][name]
+    icon = resolve(icons, name)
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
@@ -46,3 +44,11 @@ def _draw(icons: dict, name: str) -> Drawing:
     square = Image.new("RGBA", (SIDE, SIDE))
     square.paste(image, ((SIDE - image.width) // 2, (SIDE - image.height) // 2))
     return np.asarray(square)
+
+
+def resolve(icons: dict, name: str) -> dict:
+    """Return an icon of a set by its name or by an alias of it."""
+    while name in icons.get("aliases", {}):
+        name = icons["aliases"][name]["parent"]
+    icon: dict = icons["icons"][name]
+    return icon

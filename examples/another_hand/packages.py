@@ -6,6 +6,7 @@ with the hash in the committed manifest before it is read.
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import tarfile
@@ -63,12 +64,15 @@ def fetch(directory: Path, hashes: dict[str, str]) -> dict[str, str]:
 
 
 def _pack(packages: list[str], directory: Path) -> None:
-    """Download packages into a directory with `npm pack`."""
+    """Download packages into a directory with `npm pack`, so that each archive is complete or absent."""
     if not shutil.which("npm"):
         raise PackageError(
             "The drawings come from the npm registry, and npm is not installed (Debian: apt install npm)."
         )
-    command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(directory), *packages]
+    partial = directory / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    command = ["npm", "pack", "--silent", "--ignore-scripts", "--pack-destination", str(partial), *packages]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     except subprocess.TimeoutExpired:
@@ -76,6 +80,9 @@ def _pack(packages: list[str], directory: Path) -> None:
     if result.returncode:
         lines = result.stderr.strip().splitlines() or ["no message"]
         raise PackageError(f"npm could not fetch the drawings ({lines[0]}). Is there a network?")
+    for package in packages:
+        os.replace(partial / _archive(package), directory / _archive(package))
+    partial.rmdir()
 
 
 def _archive(package: str) -> str:

@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 CELL = 48  # pixels; a scene is two cells wide and two high
 PLACES = ("top left", "top right", "bottom left", "bottom right")
@@ -40,7 +42,7 @@ class Scene:
 
 
 def pair_up(concepts: Sequence[str], seed: int = 0) -> dict[str, str]:
-    """Draw the pairs of concepts that stand together in training, as a mapping both ways; fork and knife go with pizza."""
+    """Draw the pairs that stand together in training, as a mapping both ways; fork and knife go with pizza."""
     rest = [concept for concept in concepts if concept not in ("fork and knife", "pizza")]
     chosen = Random(f"pairs {seed}").sample(rest, 2 * NUM_PAIRS - 2)
     pairs = [("fork and knife", "pizza"), *zip(chosen[::2], chosen[1::2], strict=True)]
@@ -123,3 +125,15 @@ def paint(scene: Scene, drawings: Drawings) -> Image.Image:
         left, top = column * CELL + rng.randint(0, slack), row * CELL + rng.randint(0, slack)
         image.paste(drawing, (left, top), drawing)
     return image
+
+
+def image_path(scene: Scene) -> str:
+    """Return the path of a scene's image, relative to the folder that it is written to."""
+    return f"images/{scene.name}.png"
+
+
+def paint_all(scenes: Sequence[Scene], drawings: Drawings, directory: Path) -> None:
+    """Write the images of scenes."""
+    (directory / "images").mkdir(parents=True)
+    for scene in tqdm(scenes, desc=f"{directory.name} images", unit="image"):
+        paint(scene, drawings).save(directory / image_path(scene))

@@ -317,3 +317,10 @@ def test_objects_are_found_as_whole_words():
     assert mentioned_objects("One star, on the dining table!", vocabulary) == {"one", "star", "dining table"}
     assert mentioned_objects("A someone saw one Cat, stonework.", {"one", "cat", "stone"}) == {"one", "cat"}
     assert mentioned_objects("a dining room and a table", vocabulary) == set()
+
+
+def test_words_of_a_longer_object_are_no_shorter_one():
+    vocabulary = {"fire", "fire engine", "Christmas tree"}
+    assert mentioned_objects("A fire engine and a christmas tree.", vocabulary) == {"fire engine", "Christmas tree"}
+    assert mentioned_objects("fire engine and fire.", vocabulary) == {"fire", "fire engine"}
+    assert mentioned_objects("fire", set()) == set()

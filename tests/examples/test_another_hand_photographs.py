@@ -14,7 +14,6 @@ pytest.importorskip("resvg_py")
 
 from another_hand import photographs, stamps
 from another_hand.packages import PackageError
-
 from cafe.data.records import open_source
 from cafe.data.source import Source
 from cafe.evaluation.suites.captioned_images import USER_DATASET

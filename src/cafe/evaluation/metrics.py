@@ -184,8 +184,14 @@ def roc_auc(scores: Float[np.ndarray, " samples"], is_positive: Bool[np.ndarray,
 
 
 def mentioned_objects(text: str, vocabulary: set[str]) -> set[str]:
-    """Find the terms of a closed vocabulary that a text mentions as whole words, in upper or lower case."""
-    return {term for term in vocabulary if re.search(rf"\b{re.escape(term)}\b", text, re.IGNORECASE)}
+    """Find the terms of a closed vocabulary that a text mentions as whole words, in upper or lower case.
+
+    Words that are a longer term are no shorter one: if both are terms, "a fire engine" mentions no "fire".
+    """
+    longest_first = sorted(vocabulary, key=len, reverse=True)
+    pattern = rf"\b(?:{'|'.join(map(re.escape, longest_first))})\b"
+    mentioned = {found.lower() for found in re.findall(pattern, text, re.IGNORECASE)}
+    return {term for term in vocabulary if term.lower() in mentioned}
 
 
 def ndcg_at_k(
