@@ -21,6 +21,14 @@ from cafe.evaluation.stored import read_embeddings, read_json_lines, read_means,
 
 ARMS = ("base", "contrastive", "language", "joint")
 JUDGED = ("new-scenes", "openmoji")  # the folders on which something must hold
+VARIED = (
+    "retrieval/image_to_text/R@1",
+    "retrieval/text_to_image/R@1",
+    "pope/mean/accuracy",
+    "pope/mean/auc",
+    "objects/hallucinated",
+    "partners/named",
+)  # what sweeps are judged by
 COMPARED = ("language", "contrastive", "base")  # with the joint arm
 
 
@@ -119,8 +127,8 @@ def collect(output: Path, folder: str) -> dict[str, list[Run]]:
 
 
 def average(runs: Sequence[Run], name: str) -> float:
-    """Average a result over the seeds; NaN where one lacks it."""
-    return float(np.mean([run.results.get(name, np.nan) for run in runs]))
+    """Average a result over the seeds; NaN where one lacks it or there is none."""
+    return float(np.mean([run.results.get(name, np.nan) for run in runs])) if runs else np.nan
 
 
 def compare(runs: Runs, first: str, second: str, name: str) -> Difference | None:
@@ -154,6 +162,24 @@ def format_folder(
         cells += [_difference(compare(runs, "joint", arm, headline.name), headline) for arm in compared]
         better = " ↓" if headline.less else ""
         lines.append(f"| {headline.label}{better} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def format_variants(runs: Runs) -> str:
+    """Format a table of the joint arm and its variants, a row each, with their differences from language alone."""
+    columns = [headline for headline in HEADLINES if headline.name in VARIED]
+    titles = ["", "seeds"]
+    for headline in columns:
+        titles.append(headline.label + (" ↓" if headline.less else ""))
+        titles.append("− language (95%)")
+    lines = ["| " + " | ".join(titles) + " |", "|---|" + "---:|" * (len(titles) - 1)]
+    for arm in ("language", *(arm for arm in runs if arm.startswith("joint"))):
+        cells = [str(len(runs.get(arm, ())))]
+        for headline in columns:
+            cells.append(_number(average(runs.get(arm, ()), headline.name), headline))
+            found = None if arm == "language" else compare(runs, arm, "language", headline.name)
+            cells.append(_difference(found, headline))
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -243,8 +269,11 @@ def write_tables(
     parts = []
     for folder in folders:
         runs = collect(output, folder)
-        seeds = ", ".join(f"{arm} {len(each)}" for arm, each in runs.items())
-        parts.append(f"## {folder}\n\nRuns: {seeds}.\n\n{format_folder(runs, floors.get(folder, {}))}")
+        arms = {arm: each for arm, each in runs.items() if arm in ARMS}
+        seeds = ", ".join(f"{arm} {len(each)}" for arm, each in arms.items())
+        parts.append(f"## {folder}\n\nRuns: {seeds}.\n\n{format_folder(arms, floors.get(folder, {}))}")
+        if runs.keys() - arms.keys():
+            parts.append(f"### Variants on {folder}\n\n{format_variants(runs)}")
     found = {folder: list(musts(collect(output, folder))) for folder in judged if folder in folders}
     return "\n\n".join([*parts, "## What must hold", format_musts(found)]) + "\n"
 
