@@ -17,11 +17,12 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score
 
 from another_hand.concepts import TRAINING_HANDS, read_concepts
-from another_hand.measure import evaluation_folders
+from another_hand.measure import evaluation_folders, measure_partners, seen_names
 from another_hand.mentions import mentions
 from another_hand.nearest import NearestDrawing, Similarities, cut
+from another_hand.scenes import pair_up
 from another_hand.word_regression import WordRegression
-from another_hand.words import NUMBERS
+from another_hand.words import NUMBERS, listing
 from another_hand.world import plain_drawings
 from cafe.evaluation.io import find_image, json_lines, parquet_rows
 from cafe.evaluation.metrics import rank_of_match
@@ -116,12 +117,16 @@ def _percent(lists: Mapping[str, Sequence[float]]) -> Results:
 def description_floors(folder: Folder) -> Floors:
     """Describe the images of `captions_test.jsonl` by the names of the nearest drawings."""
     rows = []
-    for record in json_lines(folder.data / "captions_test.jsonl", {"image": str, "objects": list}):
+    fields = {"image": str, "answers": list, "objects": list}
+    for number, record in enumerate(json_lines(folder.data / "captions_test.jsonl", fields)):
         named, present = folder.name(record["image"]), set(record["objects"])
+        said, correct = f"{listing(named)}.", len(present & set(named))
         marks = captions.contributions(set(named), present) | chair.contributions(named, present)
-        correct = len(present & set(named))
-        rows.append({"marks": {**marks, "throne/overall/F1": [2 * correct, len(set(named)) + len(present)]}})
-    return {"floor": aggregate(rows)}
+        marks["captions/exact"] = int(said in record["answers"])
+        marks["throne/overall/F1"] = [2 * correct, len(set(named)) + len(present)]
+        rows.append({**record, "id": number, "group": record["image"], "said": said, "marks": marks})
+    seen = seen_names()
+    return {"floor": aggregate(rows) | measure_partners(rows, seen, pair_up(seen)).results}
 
 
 def presence_floors(folder: Folder) -> Floors:

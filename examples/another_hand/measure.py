@@ -22,7 +22,27 @@ from cafe.utils.atomic import atomic_write_text
 
 SUITES = ("retrieval", "geometry", "captions", "chair", "throne", "pope", "vqa", "mmeb")
 JUDGES = ("exact",)  # of THRONE: all names are known, so that a word for a class states it
+LONGEST = 64  # tokens of a description; one of four names takes half of that
 DONE = "measured.json"  # tells which model a folder's results are of, and is written last
+
+
+class Brief:
+    """Cut the answers of a model short: one that does not stop, as after contrastive training, would take hours."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def generate_batch(self, prompts: Sequence[Any], max_new_tokens: int, **options: Any) -> list[str]:
+        """Generate answers of at most `LONGEST` tokens."""
+        answers: list[str] = self._model.generate_batch(prompts, max_new_tokens=min(max_new_tokens, LONGEST), **options)
+        return answers
+
+    def with_prompts(self, **changes: Any) -> "Brief":
+        """Return the same model with other prompts."""
+        return Brief(self._model.with_prompts(**changes))
 
 
 def measure_all(checkpoint: str, data: Path, output: Path, limit: int | None = None) -> dict[str, dict[str, float]]:
@@ -37,7 +57,7 @@ def measure_all(checkpoint: str, data: Path, output: Path, limit: int | None = N
     Returns:
         by folder, the results.
     """
-    model = Cafe.load(resolve_checkpoint(checkpoint))
+    model = Brief(Cafe.load(resolve_checkpoint(checkpoint)))
     folders = evaluation_folders(data)
     return {folder.name: _measure(model, folder, output / folder.name, limit) for folder in folders}
 

@@ -56,6 +56,7 @@ HEADLINES = (
     Headline("vqa/group", "kind of thing, of five"),
     Headline("vqa/count", "how many"),
     Headline("pope/mean/accuracy", "POPE, accuracy"),
+    Headline("pope/mean/yes_ratio", "POPE, answered yes (half is right)"),
     Headline("pope/mean/auc", "POPE, AUC"),
     Headline("pope/adversarial/auc", "POPE, adversarial (the absent partner), AUC"),
     Headline("pope/subgroup/auc", "POPE, same subgroup, AUC"),
@@ -105,7 +106,7 @@ class Run:
         if name.endswith("/auc"):
             return auc(self.rows[name.removesuffix("/auc").replace("/", "_")])
         for rows in self.rows.values():
-            if rows and name in rows[0]["marks"]:
+            if any(name in row["marks"] for row in rows):
                 return rate(rows, name)
         raise CafeError(f"The outputs in {self.directory} have no marks for {name}.")
 
@@ -195,7 +196,8 @@ def _difference(found: Difference | None, headline: Headline) -> str:
     if found is None:
         return "–"
     digits = 1 if headline.percent else 3
-    value, low, high = (f"{number:+.{digits}f}".replace("-", "−") for number in (found.value, found.low, found.high))
+    rounded = (round(number, digits) + 0.0 for number in (found.value, found.low, found.high))  # no −0
+    value, low, high = (f"{number:+.{digits}f}".replace("-", "−") for number in rounded)
     text = f"{value} [{low}, {high}]"
     return f"**{text}**" if found.low > 0 or found.high < 0 else text
 

@@ -13,6 +13,7 @@ pytest.importorskip("skimage")
 pytest.importorskip("resvg_py")
 
 from another_hand import floors
+from another_hand.measure import seen_names
 from another_hand.mentions import mentions, replace
 from another_hand.nearest import NearestDrawing, cut, features, on_white
 from another_hand.word_regression import WordRegression
@@ -63,7 +64,7 @@ def data(tmp_path: Path) -> Path:
     objects = {"a": ["fire", "fork and knife"], "b": ["fork and knife", "fire"]}
     write_lines(
         tmp_path / "captions_test.jsonl",
-        [{"image": f"images/{name}.png", "objects": each} for name, each in objects.items()],
+        [{"image": f"images/{name}.png", "objects": each, "answers": [texts[name]]} for name, each in objects.items()],
     )
     questions = [("s0", "What?", "fire", "name"), ("s1", "What?", "fire", "name"), ("a", "How many?", "two", "count")]
     questions.append(("s1", "Which: fire engine, fork and knife?", "fire engine", "choice"))
@@ -134,6 +135,10 @@ def test_the_floors_of_a_folder(nearest, data):
     # One of two names is wrong on purpose; so is one object of four.
     assert (floor["vqa/name"], floor["vqa/choice"], floor["vqa/group"], floor["vqa/count"]) == (50, 100, 100, 100)
     assert (floor["objects/hallucinated"], floor["objects/recall"], floor["chair/CHAIR_i"]) == (25, 75, 25)
+    assert floor["captions/exact"] == 100
+    # Fork and knife go with pizza, which is never named; a fire engine is named and absent in one scene of two.
+    others = 2 * (len(seen_names()) - 3)
+    assert (floor["partners/named"], floor["partners/others_named"]) == (0, pytest.approx(100 / others))
     assert floor["throne/overall/F1"] == pytest.approx(75)
     assert floor["pope/random/auc"] == floor["pope/mean/auc"] == 100
     assert floor["retrieval/image_to_text/R@1"] == floor["retrieval/text_to_image/R@1"] == 100

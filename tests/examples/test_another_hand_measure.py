@@ -29,6 +29,7 @@ class Parrot(NullModel):
         return "parrot"
 
     def generate_batch(self, prompts, max_new_tokens=1, batch_size=1):
+        assert max_new_tokens <= measure.LONGEST
         Parrot.calls += 1
         return [f"pizza, fork and knife and {ALONE}."] * len(prompts)
 
@@ -39,6 +40,14 @@ def data(tmp_path: Path) -> Path:
     for folder in ("one", "two"):
         (tmp_path / folder / "images").mkdir(parents=True)
         Image.new("RGB", (96, 96)).save(tmp_path / folder / "images" / "a.png")
+        # CHAIR asks for up to 512 tokens, and COCO's format needs a category.
+        (tmp_path / folder / "annotations").mkdir()
+        instances = {
+            "images": [{"id": 0, "file_name": "images/a.png"}],
+            "annotations": [{"id": 0, "image_id": 0, "category_id": 1}],
+            "categories": [{"id": 1, "name": "pizza"}, {"id": 2, "name": ALONE}],
+        }
+        (tmp_path / folder / "annotations" / "instances_scenes.json").write_text(json.dumps(instances))
         record = {"image": "images/a.png", "text": "Describe.", "answers": ["pizza."], "objects": ["pizza"]}
         (tmp_path / folder / "captions_test.jsonl").write_text(json.dumps(record) + "\n")
     (tmp_path / "train").mkdir()
@@ -54,6 +63,7 @@ def test_every_folder_is_measured_once(data, tmp_path, monkeypatch):
     assert found["one"]["partners/named"] == 100
     assert found["one"]["partners/others_named"] == pytest.approx(100 / (len(SEEN) - 2))
     assert found["one"]["captions/exact"] == 0
+    assert found["one"]["chair/CHAIR_i"] == 50
 
     calls = Parrot.calls
     assert measure.measure_all("checkpoint", data, tmp_path / "out") == found

@@ -133,9 +133,10 @@ def write_run(directory: Path, recall: float, name: float, exact: int, apart: fl
         "captions": {"captions/exact": exact, "objects/recall": name, "objects/hallucinated": 1 - name},
     }
     (directory / "outputs").mkdir(parents=True)
+    other = {"id": "other", "marks": {"vqa/count": 1}}  # not all rows of a file are of one category
     results = {}
     for file, shares in outputs.items():
-        rows = []
+        rows = [other] if file == "vqa" else []
         for number in range(40):
             marks = {result: int(number < 40 * share) for result, share in shares.items()}
             rows.append({"id": number, "group": f"scene-{number}", "marks": marks})
