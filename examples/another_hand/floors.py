@@ -4,8 +4,8 @@ The results have the names that cafe's suites give theirs, so that a table can s
 were never seen, a ridge regression from edges and colors to bags of words takes the place of the nearest drawing.
 """
 
+import argparse
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from cafe.evaluation.suites import captions, chair
 from cafe.evaluation.suites.captioned_images import USER_DATASET
 from cafe.evaluation.suites.pope import OFFICIAL_SPLITS, split_name
 from cafe.lvlm.prompts import Prompts
+from cafe.utils.atomic import atomic_write_text
 
 Results = dict[str, float]
 Floors = dict[str, Results]  # "floor" and "chance", each by result in percent
@@ -277,6 +278,16 @@ def measure_all_floors(packages: Path, data: Path) -> dict[str, Floors]:
     return floors
 
 
+def main() -> None:
+    """Measure the floors, and write them as JSON."""
+    parser = argparse.ArgumentParser(prog="python -m another_hand.floors", description=main.__doc__)
+    parser.add_argument("packages", type=Path, help="the npm packages' archives")
+    parser.add_argument("data", type=Path, help="the folders of evaluation files")
+    parser.add_argument("target", type=Path, help="the file to write")
+    options = parser.parse_args()
+    text = json.dumps(measure_all_floors(options.packages, options.data), indent=2)
+    atomic_write_text(options.target, text + "\n")
+
+
 if __name__ == "__main__":
-    packages, data, output = map(Path, sys.argv[1:])
-    output.write_text(json.dumps(measure_all_floors(packages, data), indent=2) + "\n", encoding="utf-8")
+    main()

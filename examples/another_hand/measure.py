@@ -5,6 +5,7 @@ training scenes and never in a test scene. A model that leans on the company of 
 partner of what it sees; the share of other absent concepts that it names says how often it errs anyway.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from another_hand.concepts import draw_unseen, read_list
 from another_hand.mentions import mentions
 from another_hand.scenes import pair_up
 from cafe.checkpoint import resolve_checkpoint
+from cafe.errors import CafeError
 from cafe.evaluation.runner import evaluate, select_suites, write
 from cafe.evaluation.suite import EvaluationResult, aggregate
 from cafe.model import Cafe
@@ -132,5 +134,18 @@ def measure_ablation(base: str, data: Path, output: Path) -> None:
         measure_all(checkpoint, data, directory / "measured")
 
 
+def main() -> None:
+    """Measure the base and all finished runs of an ablation; what was measured before is left as it is."""
+    parser = argparse.ArgumentParser(prog="python -m another_hand.measure", description=main.__doc__)
+    parser.add_argument("base", help="the base's checkpoint")
+    parser.add_argument("data", type=Path, help="the folders of evaluation files")
+    parser.add_argument("output", type=Path, help="the ablation's directory")
+    options = parser.parse_args()
+    try:
+        measure_ablation(options.base, options.data, options.output)
+    except CafeError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    measure_ablation(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]))
+    main()

@@ -3,6 +3,7 @@
 Wrong drawings have a red frame and a cross; names of what is not there are struck out.
 """
 
+import argparse
 import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -21,6 +22,7 @@ from another_hand.measure import seen_names
 from another_hand.mentions import replace
 from another_hand.tables import ARMS, collect
 from cafe.checkpoint import resolve_checkpoint
+from cafe.errors import CafeError
 from cafe.evaluation.io import evenly_spaced, find_image, json_lines
 from cafe.model import Cafe
 
@@ -167,6 +169,20 @@ def write_pictures(packages: Path, data: Path, output: Path, target: Path, folde
     (target / "another-hand-descriptions.md").write_text(text, encoding="utf-8")
 
 
+def main() -> None:
+    """Draw what the first joint run finds, and write down what the first run of each arm says."""
+    parser = argparse.ArgumentParser(prog="python -m another_hand.pictures", description=main.__doc__)
+    parser.add_argument("packages", type=Path, help="the npm packages' archives")
+    parser.add_argument("data", type=Path, help="the folders of evaluation files")
+    parser.add_argument("output", type=Path, help="the ablation's directory, in which every run was measured")
+    parser.add_argument("target", type=Path, help="the directory to write to")
+    parser.add_argument("--folder", default="openmoji", help="the folder to show")
+    options = parser.parse_args()
+    try:
+        write_pictures(options.packages, options.data, options.output, options.target, options.folder)
+    except CafeError as error:
+        sys.exit(str(error))
+
+
 if __name__ == "__main__":
-    packages, data, output, target = map(Path, sys.argv[1:5])
-    write_pictures(packages, data, output, target, folder=sys.argv[5])
+    main()

@@ -4,6 +4,7 @@ Results are read from `OUTPUT/base` and `OUTPUT/ARM-SEED`, as `cafe ablate` name
 `measure.py` writes them.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,60 +16,14 @@ from typing import Any
 
 import numpy as np
 
+from another_hand.headlines import HEADLINES, VARIED, Headline
 from another_hand.intervals import Difference, Statistic, auc, difference, gap, mean, rate
 from cafe.errors import CafeError
 from cafe.evaluation.stored import read_embeddings, read_json_lines, read_means, read_results
 
 ARMS = ("base", "contrastive", "language", "joint")
 JUDGED = ("new-scenes", "openmoji")  # the folders on which something must hold
-VARIED = (
-    "retrieval/image_to_text/R@1",
-    "retrieval/text_to_image/R@1",
-    "pope/mean/accuracy",
-    "pope/mean/auc",
-    "objects/hallucinated",
-    "partners/named",
-)  # what sweeps are judged by
 COMPARED = ("language", "contrastive", "base")  # with the joint arm
-
-
-@dataclass(frozen=True)
-class Headline:
-    """Name a result of the table, and say whether less of it is better and whether it is a rate in percent."""
-
-    name: str
-    label: str
-    less: bool = False
-    percent: bool = True
-
-
-HEADLINES = (
-    Headline("retrieval/image_to_text/R@1", "scene finds its description, R@1"),
-    Headline("retrieval/text_to_image/R@1", "description finds its scene, R@1"),
-    Headline("mmeb/name-image-to-text/P@1", "drawing finds its name, R@1"),
-    Headline("mmeb/name-text-to-image/P@1", "name finds its drawing, R@1"),
-    Headline("mmeb/keywords-image-to-text/P@1", "drawing finds its keywords, R@1"),
-    Headline("mmeb/keywords-text-to-image/P@1", "keywords find their drawing, R@1"),
-    Headline("mmeb/language-image-to-text/P@1", "drawing finds its name in another language, R@1"),
-    Headline("mmeb/language-text-to-image/P@1", "name in another language finds its drawing, R@1"),
-    Headline("vqa/name", "what is it, open"),
-    Headline("vqa/choice", "what is it, of four"),
-    Headline("vqa/group", "kind of thing, of five"),
-    Headline("vqa/count", "how many"),
-    Headline("pope/mean/accuracy", "POPE, accuracy"),
-    Headline("pope/mean/yes_ratio", "POPE, answered yes (half is right)"),
-    Headline("pope/mean/auc", "POPE, AUC"),
-    Headline("pope/adversarial/auc", "POPE, adversarial (the absent partner), AUC"),
-    Headline("pope/subgroup/auc", "POPE, same subgroup, AUC"),
-    Headline("captions/exact", "descriptions exactly right"),
-    Headline("objects/recall", "shown concepts named"),
-    Headline("objects/hallucinated", "named concepts that are absent", less=True),
-    Headline("chair/CHAIR_i", "CHAIR-i", less=True),
-    Headline("throne/overall/F1", "THRONE, F1"),
-    Headline("partners/named", "absent partners named, of all chances", less=True),
-    Headline("partners/others_named", "absent others named, of all chances", less=True),
-    Headline("geometry/modality_gap", "modality gap", less=True, percent=False),
-)
 
 
 @dataclass(frozen=True)
@@ -280,6 +235,19 @@ def write_tables(
     return "\n\n".join([*parts, "## What must hold", format_musts(found)]) + "\n"
 
 
+def main() -> None:
+    """Write the tables of an ablation as Markdown."""
+    parser = argparse.ArgumentParser(prog="python -m another_hand.tables", description=main.__doc__)
+    parser.add_argument("output", type=Path, help="the ablation's directory, in which every run was measured")
+    parser.add_argument("floors", type=Path, help="what another_hand.floors wrote")
+    parser.add_argument("target", type=Path, help="the file to write")
+    options = parser.parse_args()
+    try:
+        text = write_tables(options.output, json.loads(options.floors.read_text(encoding="utf-8")))
+    except CafeError as error:
+        sys.exit(str(error))
+    options.target.write_text(text, encoding="utf-8")
+
+
 if __name__ == "__main__":
-    directory, floors_file, target = map(Path, sys.argv[1:])
-    target.write_text(write_tables(directory, json.loads(floors_file.read_text())), encoding="utf-8")
+    main()

@@ -5,12 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
-
-pytest.importorskip("resvg_py")
-
 from another_hand import measure, pictures
 from another_hand.scenes import pair_up
+from PIL import Image
 
 from cafe.content import Content, ImageRef
 from cafe.evaluation.runner import NullModel
