@@ -1,11 +1,10 @@
 """Train the base: a small LLaVA-OneVision from scratch, with the language-modeling loss alone.
 
-Two stages, as real LVLMs are made. The vision tower first learns single drawings, under a linear layer over their names
-that is thrown away; then tower and language model learn together to name, to choose, to find and to describe.
+Two stages, as real LVLMs are made: the vision tower comes trained (`tower.py`) and frozen; then the language model
+learns to name what it sees, to choose, to find and to describe.
 """
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,9 +14,9 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
@@ -30,7 +29,9 @@ from transformers import (
 )
 from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
+from another_hand.concepts import Concept, read_others
 from another_hand.scenes import CELL, Scene, compose, draw_concepts, paint, single
+from another_hand.tower import Batches, Teacher, make_optimizer, schedule, train_teacher, train_tower
 from another_hand.words import (
     COUNT,
     DESCRIBE,
@@ -44,7 +45,7 @@ from another_hand.words import (
     place,
     presence,
 )
-from another_hand.world import World
+from another_hand.world import VARIANTS, World, corpus, draw_variants, make_world
 from cafe.content import Content, Dialogue, Turn
 from cafe.losses import linear_cross_entropy
 from cafe.lvlm.forward import forward_packed
@@ -52,12 +53,15 @@ from cafe.lvlm.loading import without_video
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import CHATML, Prompts, dialogue_messages
 from cafe.packing import Branch, PackedBatch, PackingConfig, pack
-from cafe.training.muon import Muon, hidden_weight_names
+from cafe.utils.atomic import atomic_write_text
 from cafe.utils.dataloader import make_loader
 
 PROMPTS = Prompts(chat_template="chatml")
 PATCH = 16  # pixels
 VOCABULARY = 1200
+RECORD = "training.json"  # is written last
+SAVE_EVERY = 100  # steps
+TOLD = 0.6  # of the images; the others get questions
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,12 @@ class BaseConfig:
     width: int = 160
     vision_layers: int = 4
     text_layers: int = 4
-    tower_steps: int = 1200
-    tower_batch: int = 256
-    tower_learning_rate: float = 4e-3
+    teacher_steps: int = 520
+    tower_steps: int = 1000
+    teacher_batch: int = 256
+    tower_batch: int = 192
+    tower_variants: int = 12  # augmented variants of each drawing that the tower learns from
+    variants: int = VARIANTS  # and of each that the lessons show
     steps: int = 900
     batch: int = 40
     singles: float = 0.3  # of the images
@@ -166,127 +173,58 @@ def make_model(processor: LlavaOnevisionProcessor, config: BaseConfig) -> LlavaO
     return model
 
 
-def whiten(embedding: nn.Conv2d, images: Tensor) -> None:
-    """Let the patch embedding start with the principal components of patches, all of the same variance.
-
-    Neighboring pixels are alike, so random weights see mostly the mean color of a patch; these see shapes from the start.
-    """
-    patches = F.unfold(images, PATCH, stride=PATCH).transpose(1, 2).flatten(0, 1)
-    patches = patches - patches.mean(dim=0)
-    variances, components = torch.linalg.eigh(patches.T @ patches / len(patches))
-    variances, components = variances.flip(0), components.flip(1)[:, : embedding.out_channels]
-    scales = (variances[: embedding.out_channels] + 1e-3 * variances[0]).rsqrt() / 2
-    with torch.no_grad():
-        embedding.weight.copy_((components * scales).T.view_as(embedding.weight))
-        nn.init.zeros_(embedding.bias)
+def tell(scene: Scene) -> list[Exchange]:
+    """Ask for the names of what a scene shows, or for the name and the group of a single drawing."""
+    if scene.single:
+        return [(NAME, scene.concepts[0])]
+    return [(DESCRIBE, description(scene))]
 
 
-def make_optimizer(modules: Sequence[nn.Module], learning_rate: float) -> Muon:
-    """Make the optimizer: Muon for the matrices inside the layers, AdamW for the rest."""
-    matrices, others = [], []
-    for module in modules:
-        inner = hidden_weight_names(module)
-        for path, parameter in module.named_parameters():
-            (matrices if path in inner else others).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "lr": 2 * learning_rate, "orthogonal": True},
-        {"params": others},
-    ]
-    return Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-
-
-def schedule(optimizer: Muon, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm up over 50 steps, and let the learning rate fall to a fiftieth along half a cosine."""
-
-    def factor(step: int) -> float:
-        """Return the lower of the two curves."""
-        cosine = 1 + math.cos(math.pi * min(1, step / steps))  # from 2 down to 0
-        return min((step + 1) / 50, 0.02 + 0.49 * cosine)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-
-
-def train_tower(model: LlavaOnevisionForConditionalGeneration, world: World, config: BaseConfig) -> None:
-    """Train the vision tower to tell the single drawings' concepts apart."""
-    tower = model.model.vision_tower
-    numbers = {concept: number for number, concept in enumerate(world.concepts)}
-    keys = list(world.drawings)
-    pixels = torch.from_numpy(
-        np.stack([world.drawings[key] for key in keys])
-    )  # (drawings, variants + 1, side, side, 4)
-    labels = torch.tensor([numbers[concept] for _, concept in keys])
-    generator = torch.Generator().manual_seed(config.seed)
-    head = nn.Linear(config.width, len(world.concepts))
-
-    def draw_batch(size: int) -> tuple[Tensor, Tensor]:
-        """Draw variants on pastel grounds, with their labels."""
-        which = torch.randint(len(keys), (size,), generator=generator)
-        variant = torch.randint(pixels.shape[1], (size,), generator=generator)
-        chosen = pixels[which, variant].permute(0, 3, 1, 2).float() / 255
-        grounds = 1 - 0.22 * torch.rand(size, 3, 1, 1, generator=generator)
-        images = chosen[:, :3] * chosen[:, 3:] + grounds * (1 - chosen[:, 3:])
-        return 2 * images - 1, labels[which]
-
-    whiten(tower.get_submodule(_patch_embedding_name(tower)), draw_batch(4000)[0])
-    optimizer = make_optimizer([tower, head], config.tower_learning_rate)
-    rates = schedule(optimizer, config.tower_steps)
-    progress = tqdm(range(config.tower_steps), desc="tower", unit="step", mininterval=5)
-    for _ in progress:
-        images, right = draw_batch(config.tower_batch)
-        features = tower(pixel_values=images).last_hidden_state.mean(dim=1)
-        loss = F.cross_entropy(head(features), right, label_smoothing=0.05)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        rates.step()
-        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-
-
-def _patch_embedding_name(tower: nn.Module) -> str:
-    """Find the tower's only convolution."""
-    (name,) = [name for name, module in tower.named_modules() if isinstance(module, nn.Conv2d)]
-    return name
-
-
-def lessons(scene: Scene, world: World, rng: Random) -> list[Exchange]:
-    """Make exchanges about a scene, each a dialogue of its own, so that no answer can be copied from an earlier one.
+def ask(scene: Scene, world: World, rng: Random) -> list[Exchange]:
+    """Ask questions about a scene.
 
     As many questions about presence are to be answered yes as no, and what is absent is drawn as what is present is:
     otherwise the model learns which concepts are frequent, and not to look.
     """
-    shown = scene.concepts
-    one = rng.choice(shown)
-    others = []
-    for _ in range(3):
-        others.append(absent(scene, world.subgroups, [c for c in world.concepts if c not in others], rng))
-    exchanges = [choice(one, list(dict.fromkeys(others)), rng)]
-    exchanges.append((presence(rng.choice(shown)), "yes"))
-    exchanges.append((presence(absent(scene, world.subgroups, world.concepts, rng)), "no"))
+    shown = rng.sample(scene.concepts, len(scene.concepts))
+    absents: list[str] = []
+    while len(absents) < 3:
+        concept = absent(scene, world.subgroups, world.concepts, rng)
+        if concept not in absents:
+            absents.append(concept)
+    exchanges = [choice(shown[0], absents, rng)]
+    for present_one, absent_one in zip(shown[:2], absents, strict=False):
+        exchanges += [(presence(present_one), "yes"), (presence(absent_one), "no")]
     if scene.single:
-        return [*exchanges, (NAME, one), (GROUP, world.groups[one])]
-    exchanges += [(DESCRIBE, description(scene)), place(scene, rng)]
+        return [*exchanges, (GROUP, world.groups[shown[0]])]
+    exchanges.append(place(scene, rng))
     if rng.random() < 0.25:
         exchanges.append((COUNT, NUMBERS[len(shown)]))
     return exchanges
 
 
-class Lessons(Dataset[PackedBatch]):
-    """Make the packed batch of each step from one seed: every image once, followed by all dialogues about it."""
+class Lessons(Dataset[dict[str, PackedBatch]]):
+    """Make the packed batches of each step from one seed: what is shown is told, and what is asked is answered.
+
+    Each exchange is a dialogue of its own, so that no answer can be copied from an earlier one; all exchanges about an
+    image share it.
+    """
 
     def __init__(self, chat_processor: ChatProcessor, world: World, config: BaseConfig) -> None:
         self.chat_processor, self.world, self.config = chat_processor, world, config
         self.packing = PackingConfig(max_row_tokens=320)
 
-    def __getitem__(self, step: int) -> PackedBatch:
+    def __getitem__(self, step: int) -> dict[str, PackedBatch]:
+        kinds: dict[str, list[list[Branch]]] = {"told": [], "asked": []}
         first = step * self.config.batch
-        branches = []
         for number in range(first, first + self.config.batch):
             rng = Random(f"lesson {self.config.seed} {number}")
             scene = draw_scene(self.world, rng, f"base-{number}", self.config.singles)
             processed = self.chat_processor.process_images([paint(scene, self.world.drawings)])
-            branches.append([self._encode(exchange, processed) for exchange in lessons(scene, self.world, rng)])
-        no_embeddings: list[list[Branch]] = [[]] * len(branches)
-        return pack(no_embeddings, branches, self.packing)
+            kind = "told" if rng.random() < TOLD else "asked"
+            exchanges = tell(scene) if kind == "told" else ask(scene, self.world, rng)
+            kinds[kind].append([self._encode(exchange, processed) for exchange in exchanges])
+        return {kind: pack([[]] * len(branches), branches, self.packing) for kind, branches in kinds.items()}
 
     def _encode(self, exchange: Exchange, processed: Any) -> Branch:
         """Encode an exchange about an image that is processed already."""
@@ -309,6 +247,57 @@ def draw_scene(world: World, rng: Random, name: str, singles: float) -> Scene:
     return compose(name, rng, concepts, world.hands, world.variants + 1)
 
 
+def make_base(directory: Path, packages: Path, concepts: Sequence[Concept], config: BaseConfig) -> None:
+    """Make the base from nothing, in stages that are not repeated once they are done.
+
+    Args:
+        directory: gets the checkpoint; its folder `stages` keeps what an interrupted training resumes from.
+        packages: the archives of drawings and words.
+        concepts: all of them.
+        config: what to make.
+    """
+    if (directory / RECORD).is_file():
+        return
+    stages = directory / "stages"
+    stages.mkdir(parents=True, exist_ok=True)
+    processor = make_processor(corpus(concepts))
+    torch.manual_seed(config.seed)
+    model = make_model(processor, config)
+    tower = model.model.vision_tower
+    if not (stages / "tower.safetensors").is_file():
+        make_tower(tower, stages, packages, concepts, config)
+    tower.load_state_dict(load_file(stages / "tower.safetensors"))
+    world = make_world(packages, concepts, config.variants)
+    train_base(model, ChatProcessor(processor, PROMPTS), world, config, directory)
+
+
+def make_tower(tower: nn.Module, stages: Path, packages: Path, concepts: Sequence[Concept], config: BaseConfig) -> None:
+    """Train a teacher on all drawings by the training hands but those of unseen concepts, and the tower by it."""
+    seen = [concept for concept in concepts if concept.seen]
+    shown = [*seen, *read_others(packages, concepts)]
+    numbers = {concept.name: number for number, concept in enumerate(shown)}
+    drawings = draw_variants(packages, shown, config.tower_variants)
+    pixels = torch.from_numpy(np.stack(list(drawings.values()))).permute(0, 1, 4, 2, 3)
+    labels = torch.tensor([numbers[name] for _, name in drawings])
+    if (stages / "teacher.safetensors").is_file():
+        teacher = Teacher(len(shown)).eval().requires_grad_(False)
+        teacher.load_state_dict(load_file(stages / "teacher.safetensors"))
+    else:
+        teacher = train_teacher(
+            Batches(pixels, labels, config.tower_batch, config.seed), len(shown), config.teacher_steps
+        )
+        _save(teacher, stages / "teacher.safetensors")
+    train_tower(tower, teacher, Batches(pixels, labels, config.tower_batch, config.seed + 1), config.tower_steps)
+    _save(tower, stages / "tower.safetensors")
+
+
+def _save(module: nn.Module, path: Path) -> None:
+    """Write a module's weights, complete or not at all."""
+    partial = path.with_suffix(".partial")
+    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, partial)
+    partial.replace(path)
+
+
 def train_base(
     model: LlavaOnevisionForConditionalGeneration,
     chat_processor: ChatProcessor,
@@ -317,26 +306,50 @@ def train_base(
     directory: Path,
     workers: int = 1,
 ) -> None:
-    """Train the language model and the tower on lessons, and write the checkpoint."""
+    """Train the language model on lessons, and write the checkpoint; an interrupted training resumes."""
+    # The tower keeps what its teacher taught it: what it would learn here is this hand or that.
+    model.model.vision_tower.requires_grad_(False)
     optimizer = make_optimizer([model], config.learning_rate)
     rates = schedule(optimizer, config.steps)
-    stream: Iterator[PackedBatch] = iter(
-        make_loader(Lessons(chat_processor, world, config), range(config.steps), workers)
-    )
-    losses: list[float] = []
-    progress = tqdm(range(config.steps), desc="base", unit="step", mininterval=5)
-    for _ in progress:
-        batch = next(stream)
-        _, hidden = forward_packed(model, batch)
-        loss = linear_cross_entropy(hidden, batch.labels, model.lm_head.weight) / len(batch.labels)
+    trained = {"model": model, "optimizer": optimizer, "rates": rates}
+    first, losses = _resume(directory / "stages" / "base.pt", trained)
+    lessons = Lessons(chat_processor, world, config)
+    stream: Iterator[dict[str, PackedBatch]] = iter(make_loader(lessons, range(first, config.steps), workers))
+    progress = tqdm(range(first, config.steps), "base", config.steps, initial=first, unit="step", mininterval=5)
+    for step in progress:
+        # Each kind of lesson has the same weight: an answer of one word is not lost among descriptions.
         model.zero_grad()
-        loss.backward()
+        for kind, batch in next(stream).items():
+            _, hidden = forward_packed(model, batch)
+            loss = linear_cross_entropy(hidden, batch.labels, model.lm_head.weight) / len(batch.labels)
+            (loss / 2).backward()
+            losses.setdefault(kind, []).append(loss.item())
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rates.step()
-        losses.append(loss.item())
-        progress.set_postfix(loss=f"{np.mean(losses[-25:]):.4f}", refresh=False)
+        progress.set_postfix({kind: f"{np.mean(values[-25:]):.4f}" for kind, values in losses.items()}, refresh=False)
+        if (step + 1) % SAVE_EVERY == 0:
+            _save_state(directory / "stages" / "base.pt", step + 1, losses, trained)
+    model.requires_grad_(True)
     model.save_pretrained(directory)
     chat_processor.save(directory)
-    record = {**asdict(config), "loss": float(np.mean(losses[-25:]))}
-    (directory / "training.json").write_text(json.dumps(record, indent=2) + "\n")
+    record = {**asdict(config), "loss": {kind: float(np.mean(values[-25:])) for kind, values in losses.items()}}
+    atomic_write_text(directory / RECORD, json.dumps(record, indent=2) + "\n")
+
+
+def _save_state(path: Path, step: int, losses: dict[str, list[float]], trained: dict[str, Any]) -> None:
+    """Write what the training resumes from, complete or not at all."""
+    states = {name: part.state_dict() for name, part in trained.items()}
+    partial = path.with_suffix(".partial")
+    torch.save({"step": step, "losses": losses, **states}, partial)
+    partial.replace(path)
+
+
+def _resume(path: Path, trained: dict[str, Any]) -> tuple[int, dict[str, list[float]]]:
+    """Load the state of an interrupted training, if there is one; return its next step and the losses so far."""
+    if not path.is_file():
+        return 0, {}
+    state = torch.load(path, weights_only=True)
+    for name, part in trained.items():
+        part.load_state_dict(state[name])
+    return state["step"], state["losses"]

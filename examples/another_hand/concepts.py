@@ -1,7 +1,7 @@
 """Choose the concepts that are drawn, and match the drawings and words of every package to them."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
@@ -51,34 +51,64 @@ class Concept:
 
 def read_concepts(packages: Path) -> list[Concept]:
     """Read the concepts of the list, with the words and drawings that are matched to them."""
+    emojis, read = _reader(packages)
+    concepts = []
+    for subgroup, names in read_list().items():
+        unseen = draw_unseen(subgroup, names)
+        concepts += [read(emojis[name], subgroup, name not in unseen) for name in names]
+    return concepts
+
+
+def read_others(packages: Path, concepts: Iterable[Concept]) -> list[Concept]:
+    """Read every other concept of the five groups that three training hands drew: more drawings for the vision tower.
+
+    None shares a word with an unseen concept ("brown mushroom" with "mushroom"), and clock faces are left out.
+    """
+    concepts = list(concepts)
+    listed = {concept.name for concept in concepts}
+    kept_apart = {word for concept in concepts if not concept.seen for word in concept.name.split()}
+    emojis, read = _reader(packages)
+    others = []
+    for name, emoji in emojis.items():
+        words = set(name.replace("-", " ").split())
+        if name in listed or words & {*kept_apart, "o’clock", "thirty"}:
+            continue
+        concept = read(emoji, "", True)
+        if len([hand for hand in TRAINING_HANDS if hand in concept.icons]) >= 3:
+            others.append(concept)
+    return others
+
+
+def _reader(packages: Path) -> tuple[dict[str, str], Callable[[str, str, bool], Concept]]:
+    """Read the tables of words; return the emojis of the five groups by name, and what makes a concept of one."""
     facts = read_json(packages, WORDS["groups"], "data-by-emoji.json")
     words = read_json(packages, WORDS["names"], "annotations/en/annotations.json")["annotations"]["annotations"]
     more = read_json(packages, WORDS["keywords"], "dist/emoji-en-US.json")
     foreign = {language: _names_in(packages, language) for language in LANGUAGES}
     matchers = {hand: Matcher(packages, hand) for hand in DRAWINGS}
-    emojis = {words[plain(emoji)]["tts"][0]: emoji for emoji in facts if plain(emoji) in words}
-    concepts = []
-    for subgroup, names in read_list().items():
-        unseen = draw_unseen(subgroup, names)
-        for name in names:
-            emoji = emojis[name]
-            given = [*words[plain(emoji)]["default"], *(word.replace("_", " ") for word in more.get(emoji, []))]
-            icons = {hand: matcher.find(emoji, name, facts[emoji]["name"]) for hand, matcher in matchers.items()}
-            concepts.append(
-                Concept(
-                    emoji=plain(emoji),
-                    name=name,
-                    group=GROUPS[facts[emoji]["group"]],
-                    subgroup=subgroup,
-                    keywords=tuple(without_words_of(name, given)),
-                    foreign={
-                        language: table[plain(emoji)] for language, table in foreign.items() if plain(emoji) in table
-                    },
-                    icons={hand: icon for hand, icon in icons.items() if icon},
-                    seen=name not in unseen,
-                )
-            )
-    return concepts
+
+    def read(emoji: str, subgroup: str, seen: bool) -> Concept:
+        """Make the concept of an emoji."""
+        key = plain(emoji)
+        name = words[key]["tts"][0]
+        icons = {hand: matcher.find(emoji, name, facts[emoji]["name"]) for hand, matcher in matchers.items()}
+        given = [*words[key]["default"], *(word.replace("_", " ") for word in more.get(emoji, []))]
+        return Concept(
+            emoji=key,
+            name=name,
+            group=GROUPS[facts[emoji]["group"]],
+            subgroup=subgroup,
+            keywords=tuple(without_words_of(name, given)),
+            foreign={language: names[key] for language, names in foreign.items() if key in names},
+            icons={hand: icon for hand, icon in icons.items() if icon},
+            seen=seen,
+        )
+
+    emojis = {}
+    for emoji, fact in facts.items():
+        if fact["group"] in GROUPS and plain(emoji) in words:
+            emojis[words[plain(emoji)]["tts"][0]] = emoji
+    return emojis, read
 
 
 def read_list() -> dict[str, list[str]]:

@@ -64,6 +64,15 @@ def measure_all(checkpoint: str, data: Path, output: Path, limit: int | None = N
     return {folder.name: _measure(model, folder, output / folder.name, limit) for folder in folders}
 
 
+def measure_photographs(checkpoint: str, data: Path, output: Path, limit: int | None = None) -> dict[str, float]:
+    """Measure retrieval on photographs and the gap between their embeddings and those of their sentences."""
+    results = output / "results.json"
+    if not results.is_file():
+        model = Cafe.load(resolve_checkpoint(checkpoint))
+        write(evaluate(model, data, limit, suites=["retrieval", "geometry"], progress=True), output)
+    return dict(json.loads(results.read_text(encoding="utf-8")))
+
+
 def evaluation_folders(data: Path) -> list[Path]:
     """List the folders of evaluation files in a directory, which may also have others."""
     return sorted(path.parent for path in data.glob("*/captions_test.jsonl"))
@@ -127,11 +136,11 @@ def find_runs(output: Path) -> Iterator[tuple[str, Path]]:
         yield str(path), path.parent
 
 
-def measure_ablation(base: str, data: Path, output: Path) -> None:
+def measure_ablation(base: str, data: Path, output: Path, limit: int | None = None) -> None:
     """Measure the base and every run of an ablation, each into the directory of the run."""
     for checkpoint, directory in [(base, output / "base"), *find_runs(output)]:
         print(f"{directory.name}: {checkpoint}")
-        measure_all(checkpoint, data, directory / "measured")
+        measure_all(checkpoint, data, directory / "measured", limit)
 
 
 def main() -> None:

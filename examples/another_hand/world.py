@@ -42,14 +42,7 @@ class World:
 def make_world(packages: Path, concepts: Sequence[Concept], variants: int = VARIANTS) -> World:
     """Draw the seen concepts by the training hands, with augmented variants."""
     seen = [concept for concept in concepts if concept.seen]
-    drawings = {}
-    for number, hand in enumerate(TRAINING_HANDS):
-        drawn = draw(packages, hand, seen)
-        generator = torch.Generator().manual_seed(number)
-        stack = torch.from_numpy(np.stack(list(drawn.values()))).permute(0, 3, 1, 2)
-        made = [augment(stack, CELL, generator).permute(0, 2, 3, 1).numpy() for _ in range(variants)]
-        for index, (name, drawing) in enumerate(drawn.items()):
-            drawings[hand, name] = np.stack([*(variant[index] for variant in made), shrink(drawing)])
+    drawings = draw_variants(packages, seen, variants)
     names = [concept.name for concept in seen]
     return World(
         concepts=names,
@@ -60,6 +53,19 @@ def make_world(packages: Path, concepts: Sequence[Concept], variants: int = VARI
         drawings=drawings,
         variants=variants,
     )
+
+
+def draw_variants(packages: Path, concepts: Sequence[Concept], variants: int) -> Drawings:
+    """Draw concepts by the training hands, as augmented variants and, last, as they are."""
+    drawings = {}
+    for number, hand in enumerate(TRAINING_HANDS):
+        drawn = draw(packages, hand, concepts)
+        generator = torch.Generator().manual_seed(number)
+        stack = torch.from_numpy(np.stack(list(drawn.values()))).permute(0, 3, 1, 2)
+        made = [augment(stack, CELL, generator).permute(0, 2, 3, 1).numpy() for _ in range(variants)]
+        for index, (name, drawing) in enumerate(drawn.items()):
+            drawings[hand, name] = np.stack([*(variant[index] for variant in made), shrink(drawing)])
+    return drawings
 
 
 def shrink(drawing: Drawing) -> Drawing:

@@ -17,7 +17,6 @@ from another_hand.measure import seen_names
 from another_hand.mentions import mentions, replace
 from another_hand.nearest import NearestDrawing, cut, features, on_white
 from another_hand.word_regression import WordRegression
-
 from cafe.lvlm.prompts import Prompts
 
 NAMES = ("fire", "fire engine", "fork and knife")

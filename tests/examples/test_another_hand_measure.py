@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from another_hand import measure, pictures
-from another_hand.scenes import pair_up
 from PIL import Image
 
+from another_hand import measure, pictures
+from another_hand.scenes import pair_up
 from cafe.content import Content, ImageRef
 from cafe.evaluation.runner import NullModel
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from another_hand import tables
-from another_hand.intervals import Statistic, auc, difference, gap, mean, rate
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from another_hand import tables
+from another_hand.intervals import Statistic, auc, difference, gap, mean, rate
 from cafe.errors import CafeError
 from cafe.evaluation.metrics import modality_gap
 
