@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: venv quickstart test test-lmms test-clients fuzz bench bench-index bench-serving gpu docs browser clean
+.PHONY: venv quickstart test test-lmms test-clients fuzz bench bench-index bench-serving another-hand gpu docs browser clean
 
 venv: .venv/installed
 
@@ -50,6 +50,10 @@ bench-serving: .venv/installed-dev
 	$(BIN)/python benchmarks/serving_load.py
 	$(BIN)/python benchmarks/serving_fuzz.py
 
+# Real images: drawings and words of people, from the npm registry (examples/another_hand). Resumes where it stopped.
+another-hand: .venv/installed-another-hand
+	PYTHONPATH=examples $(BIN)/python -m another_hand
+
 # On a machine with a GPU, twelve minutes at most. The table is written whatever became of the steps.
 gpu: .venv/installed-dev
 	$(BIN)/python benchmarks/gpu.py; status=$$?; $(BIN)/python benchmarks/gpu.py --table && exit $$status
@@ -74,6 +78,10 @@ browser:
 
 .venv/installed-dev: .venv/installed
 	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+.venv/installed-another-hand: .venv/installed
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints.txt -e '.[another-hand]'
 	touch $@
 
 # lmms-eval wants torchvision, which this package does without, and versions of its own: it has an environment of its own.

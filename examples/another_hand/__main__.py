@@ -46,6 +46,7 @@ class Scale:
         steps: of each run; None for the recipe's.
         sweeps: fields of the joint run that are varied, as `cafe ablate --sweep` takes them.
         limit: the number of records that each suite is measured on; all of them if None.
+        photographs: whether the photographs are fetched too, 161 MB.
     """
 
     build: BuildConfig = field(default_factory=BuildConfig)
@@ -54,6 +55,7 @@ class Scale:
     steps: int | None = None
     sweeps: Sequence[str] = ("objective.contrastive_weight=0.1,0.3,1,3", "objective.temperature=0.05,0.14")
     limit: int | None = None
+    photographs: bool = True
 
 
 CUT = Scale(
@@ -72,6 +74,7 @@ CUT = Scale(
     steps=10,
     sweeps=(),
     limit=4,
+    photographs=False,
 )
 """Everything in three minutes, to see that it runs. Its results mean nothing."""
 
@@ -99,7 +102,8 @@ def run(directory: Path, scale: Scale) -> None:
     sweeps = [read_sweep(joint, overrides, sweep) for sweep in scale.sweeps]
     ablate(read_recipe(joint, overrides), scale.seeds, SUITES, sweeps)
     measure_ablation(str(base), data, ablation, scale.limit)
-    tune_on_stamps(directory, overrides, scale.limit)
+    if scale.photographs:
+        tune_on_stamps(directory, overrides, scale.limit)
     atomic_write_text(directory / "tables.md", write_tables(ablation, reference))
     write_pictures(packages, data, ablation, directory / "pictures", SHOWN)
     print(f"The tables are {directory / 'tables.md'}, the report is {ablation / 'report.html'}.")
