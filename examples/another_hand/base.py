@@ -77,9 +77,10 @@ class BaseConfig:
     tower_batch: int = 192
     tower_variants: int = 12  # augmented variants of each drawing that the tower learns from
     variants: int = VARIANTS  # and of each that the lessons show
-    steps: int = 900
+    steps: int = 1100
     batch: int = 40
-    singles: float = 0.3  # of the images
+    singles_until: float = 0.35  # of the steps: at first all images are single drawings, and later some
+    singles: float = 0.25  # of the later images
     learning_rate: float = 1.5e-3
     seed: int = 0
 
@@ -217,9 +218,11 @@ class Lessons(Dataset[dict[str, PackedBatch]]):
     def __getitem__(self, step: int) -> dict[str, PackedBatch]:
         kinds: dict[str, list[list[Branch]]] = {"told": [], "asked": []}
         first = step * self.config.batch
+        # One thing at a time: what is asked about a single drawing needs no search.
+        singles = 1.0 if step < self.config.singles_until * self.config.steps else self.config.singles
         for number in range(first, first + self.config.batch):
             rng = Random(f"lesson {self.config.seed} {number}")
-            scene = draw_scene(self.world, rng, f"base-{number}", self.config.singles)
+            scene = draw_scene(self.world, rng, f"base-{number}", singles)
             processed = self.chat_processor.process_images([paint(scene, self.world.drawings)])
             kind = "told" if rng.random() < TOLD else "asked"
             exchanges = tell(scene) if kind == "told" else ask(scene, self.world, rng)
