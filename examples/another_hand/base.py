@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import (
@@ -61,7 +62,12 @@ PATCH = 16  # pixels
 VOCABULARY = 1200
 RECORD = "training.json"  # is written last
 SAVE_EVERY = 100  # steps
-TOLD = 0.6  # of the images; the others get questions
+PLACEHOLDER = "image.png"  # stands for an image that is processed apart
+FOLLOWING = 0.25  # of the images that questions are about: they follow the description
+TOLD = 0.5  # of the images; the others get questions
+# Numbers of concepts that questions are about, until these shares of the steps. Whether what is named is there is not
+# learned over all of them at once: the loss stays where always saying one of two words has it.
+FEW_AT_FIRST = ((12, 0.12), (36, 0.22))
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,12 @@ class BaseConfig:
     tower_steps: int = 1000
     teacher_batch: int = 256
     tower_batch: int = 192
+    align_steps: int = 300
     tower_variants: int = 12  # augmented variants of each drawing that the tower learns from
     variants: int = VARIANTS  # and of each that the lessons show
     steps: int = 1100
     batch: int = 40
-    singles_until: float = 0.35  # of the steps: at first all images are single drawings, and later some
+    singles_until: float = 0.3  # of the steps: at first all images are single drawings, and later some
     singles: float = 0.25  # of the later images
     learning_rate: float = 1.5e-3
     seed: int = 0
@@ -174,18 +181,19 @@ def make_model(processor: LlavaOnevisionProcessor, config: BaseConfig) -> LlavaO
     return model
 
 
-def tell(scene: Scene) -> list[Exchange]:
-    """Ask for the names of what a scene shows, or for the name and the group of a single drawing."""
+def tell(scene: Scene) -> Exchange:
+    """Ask for the names of what a scene shows, or for the name of a single drawing."""
     if scene.single:
-        return [(NAME, scene.concepts[0])]
-    return [(DESCRIBE, description(scene))]
+        return NAME, scene.concepts[0]
+    return DESCRIBE, description(scene)
 
 
-def ask(scene: Scene, world: World, rng: Random) -> list[Exchange]:
-    """Ask questions about a scene.
+def ask(scene: Scene, world: World, rng: Random) -> list[list[Exchange]]:
+    """Make dialogues of questions about a scene, one question each.
 
     As many questions about presence are to be answered yes as no, and what is absent is drawn as what is present is:
-    otherwise the model learns which concepts are frequent, and not to look.
+    otherwise the model learns which concepts are frequent, and not to look. Some follow the scene's description, in
+    which the name only has to be found.
     """
     shown = rng.sample(scene.concepts, len(scene.concepts))
     absents: list[str] = []
@@ -193,15 +201,17 @@ def ask(scene: Scene, world: World, rng: Random) -> list[Exchange]:
         concept = absent(scene, world.subgroups, world.concepts, rng)
         if concept not in absents:
             absents.append(concept)
-    exchanges = [choice(shown[0], absents, rng)]
+    before = [tell(scene)] if rng.random() < FOLLOWING else []
+    dialogues = []
     for present_one, absent_one in zip(shown[:2], absents, strict=False):
-        exchanges += [(presence(present_one), "yes"), (presence(absent_one), "no")]
+        dialogues += [[*before, (presence(present_one), "yes")], [*before, (presence(absent_one), "no")]]
+    dialogues.append([choice(shown[0], absents, rng)])
     if scene.single:
-        return [*exchanges, (GROUP, world.groups[shown[0]])]
-    exchanges.append(place(scene, rng))
+        return [*dialogues, [(GROUP, world.groups[shown[0]])]]
+    dialogues.append([place(scene, rng)])
     if rng.random() < 0.25:
-        exchanges.append((COUNT, NUMBERS[len(shown)]))
-    return exchanges
+        dialogues.append([(COUNT, NUMBERS[len(shown)])])
+    return dialogues
 
 
 class Lessons(Dataset[dict[str, PackedBatch]]):
@@ -214,31 +224,34 @@ class Lessons(Dataset[dict[str, PackedBatch]]):
     def __init__(self, chat_processor: ChatProcessor, world: World, config: BaseConfig) -> None:
         self.chat_processor, self.world, self.config = chat_processor, world, config
         self.packing = PackingConfig(max_row_tokens=320)
+        self.few_at_first = [(world.few(count, config.seed), until) for count, until in FEW_AT_FIRST]
 
     def __getitem__(self, step: int) -> dict[str, PackedBatch]:
         kinds: dict[str, list[list[Branch]]] = {"told": [], "asked": []}
-        first = step * self.config.batch
+        first, progress = step * self.config.batch, step / self.config.steps
         # One thing at a time: what is asked about a single drawing needs no search.
-        singles = 1.0 if step < self.config.singles_until * self.config.steps else self.config.singles
+        singles = 1.0 if progress < self.config.singles_until else self.config.singles
+        asked_about = next((few for few, until in self.few_at_first if progress < until), self.world)
         for number in range(first, first + self.config.batch):
             rng = Random(f"lesson {self.config.seed} {number}")
-            scene = draw_scene(self.world, rng, f"base-{number}", singles)
-            processed = self.chat_processor.process_images([paint(scene, self.world.drawings)])
             kind = "told" if rng.random() < TOLD else "asked"
-            exchanges = tell(scene) if kind == "told" else ask(scene, self.world, rng)
-            kinds[kind].append([self._encode(exchange, processed) for exchange in exchanges])
-        return {kind: pack([[]] * len(branches), branches, self.packing) for kind, branches in kinds.items()}
+            world = self.world if kind == "told" else asked_about
+            scene = draw_scene(world, rng, f"base-{number}", singles)
+            processed = self.chat_processor.process_images([paint(scene, world.drawings)])
+            dialogues = [[tell(scene)]] if kind == "told" else ask(scene, world, rng)
+            kinds[kind].append([self._encode(exchanges, processed) for exchanges in dialogues])
+        # A small batch may have one kind alone.
+        return {kind: pack([[]] * len(made), made, self.packing) for kind, made in kinds.items() if made}
 
-    def _encode(self, exchange: Exchange, processed: Any) -> Branch:
-        """Encode an exchange about an image that is processed already."""
-        prompt, answer = exchange
-        image = _PLACEHOLDER
-        user = Turn("user", Content.of({"image": image, "text": prompt}))
-        dialogue = Dialogue((user, Turn("assistant", Content.of(answer))))
-        return self.chat_processor.encode_dialogue(dialogue_messages(dialogue, self.chat_processor.prompts), processed)
-
-
-_PLACEHOLDER = "image.png"  # stands for an image that is processed apart
+    def _encode(self, exchanges: Sequence[Exchange], processed: Any) -> Branch:
+        """Encode a dialogue about an image that is processed already."""
+        (first, _), *_ = exchanges
+        contents = [{"image": PLACEHOLDER, "text": first}, *(prompt for prompt, _ in exchanges[1:])]
+        turns = []
+        for content, (_, answer) in zip(contents, exchanges, strict=True):
+            turns += [Turn("user", Content.of(content)), Turn("assistant", Content.of(answer))]
+        messages = dialogue_messages(Dialogue(tuple(turns)), self.chat_processor.prompts)
+        return self.chat_processor.encode_dialogue(messages, processed)
 
 
 def draw_scene(world: World, rng: Random, name: str, singles: float) -> Scene:
@@ -271,6 +284,7 @@ def make_base(directory: Path, packages: Path, concepts: Sequence[Concept], conf
         make_tower(tower, stages, packages, concepts, config)
     tower.load_state_dict(load_file(stages / "tower.safetensors"))
     world = make_world(packages, concepts, config.variants)
+    align(model, processor.tokenizer, world, config)
     train_base(model, ChatProcessor(processor, PROMPTS), world, config, directory)
 
 
@@ -292,6 +306,40 @@ def make_tower(tower: nn.Module, stages: Path, packages: Path, concepts: Sequenc
         _save(teacher, stages / "teacher.safetensors")
     train_tower(tower, teacher, Batches(pixels, labels, config.tower_batch, config.seed + 1), config.tower_steps)
     _save(tower, stages / "tower.safetensors")
+
+
+def align(model: LlavaOnevisionForConditionalGeneration, tokenizer: Any, world: World, config: BaseConfig) -> None:
+    """Train the projector to turn a drawing into the words of its name, as the language model embeds them.
+
+    What finds a word among words then finds it among the tokens of an image too.
+    """
+    names = torch.zeros(len(world.concepts), len(tokenizer))
+    for number, name in enumerate(world.concepts):
+        tokens = tokenizer(f" {name}", add_special_tokens=False).input_ids
+        names[number, tokens] = 1 / len(set(tokens))
+    numbers = {name: number for number, name in enumerate(world.concepts)}
+    pixels = torch.from_numpy(np.stack(list(world.drawings.values()))).permute(0, 1, 4, 2, 3)
+    labels = torch.tensor([numbers[name] for _, name in world.drawings])
+    batches = Batches(pixels, labels, config.tower_batch, config.seed + 2)
+    tower, projector, language_model = (
+        model.model.vision_tower,
+        model.model.multi_modal_projector,
+        model.model.language_model,
+    )
+    optimizer = torch.optim.AdamW([*projector.parameters(), *language_model.embed_tokens.parameters()], lr=2e-3)
+    rates = schedule(optimizer, config.align_steps)
+    progress = tqdm(range(config.align_steps), desc="align", unit="step", mininterval=5)
+    for _ in progress:
+        images, which = batches.draw()
+        with torch.no_grad():
+            features = tower(pixel_values=images, output_hidden_states=True).hidden_states[-1]
+        words = language_model.norm(projector(features).mean(dim=1))
+        loss = F.cross_entropy(model.lm_head(words), names[which])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        rates.step()
+        progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def _save(module: nn.Module, path: Path) -> None:

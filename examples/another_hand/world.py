@@ -1,8 +1,9 @@
 """Draw everything that training shows, in all its variants, once."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import torch
@@ -37,6 +38,12 @@ class World:
     hands: Mapping[str, Sequence[str]]
     drawings: Drawings
     variants: int
+
+    def few(self, count: int, seed: int) -> "World":
+        """Return the same world with only some of its concepts."""
+        concepts = Random(f"few {seed}").sample(list(self.concepts), count)
+        subgroups = {name: [other for other in self.subgroups[name] if other in concepts] for name in concepts}
+        return replace(self, concepts=concepts, subgroups=subgroups)
 
 
 def make_world(packages: Path, concepts: Sequence[Concept], variants: int = VARIANTS) -> World:
