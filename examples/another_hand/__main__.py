@@ -73,7 +73,7 @@ CUT = Scale(
     seeds=1,
     steps=10,
     sweeps=(),
-    limit=4,
+    limit=2,
     photographs=False,
 )
 """Everything in three minutes, to see that it runs. Its results mean nothing."""
