@@ -30,7 +30,8 @@ from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
 from cafe.model import Cafe
 from cafe.packing import Branch, PackingConfig, pack
-from cafe.scenes.base import corpus, make_processor
+from cafe.scenes.base import MODEL, corpus
+from cafe.scenes.tiny_llava import make_processor
 
 CROP, PATCH, SIDE = 84, 14, 168  # pixels: one thumbnail and four crops of 6 x 6 patches, 192 image tokens with newlines
 GRID = CROP // PATCH
@@ -86,7 +87,7 @@ def tiny_llava(image_token: int = IMAGE) -> PreTrainedModel:
 
 def tiny_cafe() -> Cafe:
     """Build that model with the small world's tokenizer, reading images as four crops and a thumbnail."""
-    processor = make_processor(corpus(0, 200))
+    processor = make_processor(corpus(0, 200), MODEL)
     processor.image_processor.size = {"height": CROP, "width": CROP}
     processor.image_processor.image_grid_pinpoints = [[SIDE, SIDE]]
     processor.num_image_tokens = GRID * GRID

@@ -28,7 +28,8 @@ from tqdm import tqdm
 
 from cafe.lvlm.processing import ChatProcessor
 from cafe.lvlm.prompts import Prompts
-from cafe.scenes.base import corpus, make_model, make_processor
+from cafe.scenes.base import MODEL, corpus
+from cafe.scenes.tiny_llava import make_model, make_processor
 from cafe.scenes.write import write_scenes
 
 STEPS, SAVE_STEPS = 12, 2
@@ -37,8 +38,8 @@ STEPS, SAVE_STEPS = 12, 2
 def prepare(directory: Path) -> Path:
     """Write a recipe, its model and its data."""
     torch.manual_seed(0)
-    processor = make_processor(corpus(0, 100))
-    model = make_model(processor)
+    processor = make_processor(corpus(0, 100), MODEL)
+    model = make_model(processor, MODEL)
     model.config.text_config.attention_dropout = 0.1
     model.save_pretrained(directory / "base")
     ChatProcessor(processor, Prompts()).save(directory / "base")

@@ -28,7 +28,8 @@ from cafe.attention import blockwise, flex, paths, registration  # noqa: E402
 from cafe.data.source import Source  # noqa: E402
 from cafe.lvlm.processing import ChatProcessor  # noqa: E402
 from cafe.lvlm.prompts import Prompts  # noqa: E402
-from cafe.scenes.base import corpus, make_model, make_processor  # noqa: E402
+from cafe.scenes.base import MODEL, corpus  # noqa: E402
+from cafe.scenes.tiny_llava import make_model, make_processor  # noqa: E402
 from cafe.scenes.write import write_scenes  # noqa: E402
 from cafe.training.recipe import DataConfig, ModelConfig, OptimizerConfig, Recipe  # noqa: E402
 
@@ -53,8 +54,8 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint directory of an untrained base model."""
     directory = tmp_path_factory.mktemp("base")
     torch.manual_seed(0)
-    processor = make_processor(corpus(0, 100))
-    model = make_model(processor)
+    processor = make_processor(corpus(0, 100), MODEL)
+    model = make_model(processor, MODEL)
     # Few layers, for speed: two of each kind, and the language model's last, which is a kind of its own.
     text, vision = model.model.language_model, model.model.vision_tower.encoder
     text.layers, vision.layers = text.layers[:3], vision.layers[:2]

@@ -37,7 +37,7 @@ FAMILY_NAME = re.compile(
 FORMAT_NAME = re.compile(r"llava", re.IGNORECASE)
 FORMAT_ROOMS = ("data", "scenes", "cli")
 # The tiny base model is made in the classes of a family.
-BUILDS_A_MODEL = {SRC / "scenes" / "base.py"}
+BUILDS_A_MODEL = {SRC / "scenes" / "tiny_llava.py"}
 
 FILES = sorted(SRC.rglob("*.py"))
 

@@ -4,6 +4,7 @@ Two stages, as real LVLMs are made: the vision tower comes trained (`tower.py`) 
 learns to name what it sees, to choose, to find and to describe.
 """
 
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -12,27 +13,18 @@ from random import Random
 from typing import Any
 
 import numpy as np
-import tokenizers
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import decoders, models, pre_tokenizers, trainers
-from torch import nn
+from jaxtyping import Int64, UInt8
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
+from transformers import LlavaOnevisionForConditionalGeneration
 
 from another_hand.concepts import Concept, read_others
-from another_hand.scenes import CELL, Scene, compose, draw_concepts, paint, single
-from another_hand.tower import Batches, Teacher, make_optimizer, schedule, train_teacher, train_tower
+from another_hand.scenes import CELL, Drawings, Scene, compose, draw_concepts, paint, single
+from another_hand.tower import Batches, Teacher, train_teacher, train_tower
 from another_hand.words import (
     COUNT,
     DESCRIBE,
@@ -48,19 +40,31 @@ from another_hand.words import (
 )
 from another_hand.world import VARIANTS, World, corpus, draw_variants, make_world
 from cafe.content import Content, Dialogue, Turn
-from cafe.losses import linear_cross_entropy
-from cafe.lvlm.forward import forward_packed
-from cafe.lvlm.loading import without_video
 from cafe.lvlm.processing import ChatProcessor
-from cafe.lvlm.prompts import CHATML, Prompts, dialogue_messages
+from cafe.lvlm.prompts import Prompts, dialogue_messages
 from cafe.packing import Branch, PackedBatch, PackingConfig, pack
-from cafe.utils.atomic import atomic_write_text
+from cafe.scenes.tiny_llava import (
+    TinyLlavaConfig,
+    make_model,
+    make_optimizer,
+    make_processor,
+    make_scheduler,
+    train_step,
+)
+from cafe.utils.atomic import atomic_write_bytes, atomic_write_text
 from cafe.utils.dataloader import make_loader
 
 PROMPTS = Prompts(chat_template="chatml")
-PATCH = 16  # pixels
-VOCABULARY = 1200
+# A scene is encoded as a thumbnail and its four cells, as in anyres; a single drawing fills one cell.
+MODEL = TinyLlavaConfig(
+    vocabulary=1200,
+    crop=CELL,
+    grid_pinpoints=((CELL, CELL), (2 * CELL, 2 * CELL)),
+    vision_layers=4,
+    text_layers=4,
+)
 RECORD = "training.json"  # is written last
+STATE = "base.pt"  # in the folder of stages: what an interrupted training resumes from
 SAVE_EVERY = 100  # steps
 PLACEHOLDER = "image.png"  # stands for an image that is processed apart
 FOLLOWING = 0.25  # of the images that questions are about: they follow the description
@@ -74,9 +78,7 @@ FEW_AT_FIRST = ((12, 0.12), (36, 0.22))
 class BaseConfig:
     """Configure the base and its training. The values were chosen on the development hand."""
 
-    width: int = 160
-    vision_layers: int = 4
-    text_layers: int = 4
+    model: TinyLlavaConfig = MODEL
     teacher_steps: int = 520
     tower_steps: int = 1000
     teacher_batch: int = 256
@@ -90,95 +92,6 @@ class BaseConfig:
     singles: float = 0.25  # of the later images
     learning_rate: float = 1.5e-3
     seed: int = 0
-
-
-def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
-    """Make a LLaVA-OneVision processor whose byte-level BPE tokenizer is trained on the texts.
-
-    A scene is encoded as a thumbnail and its four cells, as LLaVA's anyres cuts it; a single drawing fills one cell.
-    """
-    # Byte-level, so that any text can be encoded although the corpus is tiny.
-    bpe = tokenizers.Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    # The first one pads, the next two frame turns (ChatML), and the last two stand for images and videos.
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=special[1:],
-        model_max_length=1024,
-    )
-    image_processor = LlavaOnevisionImageProcessorPil(
-        size={"height": CELL, "width": CELL},
-        image_grid_pinpoints=[[CELL, CELL], [2 * CELL, 2 * CELL]],
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
-    return without_video(LlavaOnevisionProcessor)(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        num_image_tokens=(CELL // PATCH) ** 2,
-        vision_feature_select_strategy="full",
-        chat_template=CHATML,
-    )
-
-
-def make_model(processor: LlavaOnevisionProcessor, config: BaseConfig) -> LlavaOnevisionForConditionalGeneration:
-    """Make the untrained model."""
-    tokenizer = processor.tokenizer
-    vision = SiglipVisionConfig(
-        image_size=CELL,
-        patch_size=PATCH,
-        hidden_size=config.width,
-        intermediate_size=2 * config.width,
-        num_hidden_layers=config.vision_layers,
-        num_attention_heads=4,
-        vision_use_head=False,
-    )
-    text = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=config.width,
-        intermediate_size=3 * config.width,
-        num_hidden_layers=config.text_layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=config.width**-0.5,  # the usual 0.02 is for wide models: attention would start out uniform
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model = LlavaOnevisionForConditionalGeneration(
-        LlavaOnevisionConfig(
-            vision_config=vision,
-            text_config=text,
-            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-            video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-            image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
-            vision_feature_layer=-1,
-            vision_feature_select_strategy="full",
-            tie_word_embeddings=True,
-        )
-    )
-    # Each layer starts as the identity: what its attention and its MLP add to the residual stream is 0 at first.
-    for path, parameter in model.named_parameters():
-        if path.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
-            nn.init.zeros_(parameter)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
 
 
 def tell(scene: Scene) -> Exchange:
@@ -276,15 +189,17 @@ def make_base(directory: Path, packages: Path, concepts: Sequence[Concept], conf
         return
     stages = directory / "stages"
     stages.mkdir(parents=True, exist_ok=True)
-    processor = make_processor(corpus(concepts))
+    processor = make_processor(corpus(concepts), config.model)
     torch.manual_seed(config.seed)
-    model = make_model(processor, config)
+    model = make_model(processor, config.model)
+    print(f"{sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     tower = model.model.vision_tower
     if not (stages / "tower.safetensors").is_file():
         make_tower(tower, stages, packages, concepts, config)
     tower.load_state_dict(load_file(stages / "tower.safetensors"))
     world = make_world(packages, concepts, config.variants)
-    align(model, processor.tokenizer, world, config)
+    if not (stages / STATE).is_file():
+        align(model, processor.tokenizer, world, config)
     train_base(model, ChatProcessor(processor, PROMPTS), world, config, directory)
 
 
@@ -292,20 +207,26 @@ def make_tower(tower: nn.Module, stages: Path, packages: Path, concepts: Sequenc
     """Train a teacher on all drawings by the training hands but those of unseen concepts, and the tower by it."""
     seen = [concept for concept in concepts if concept.seen]
     shown = [*seen, *read_others(packages, concepts)]
-    numbers = {concept.name: number for number, concept in enumerate(shown)}
     drawings = draw_variants(packages, shown, config.tower_variants)
-    pixels = torch.from_numpy(np.stack(list(drawings.values()))).permute(0, 1, 4, 2, 3)
-    labels = torch.tensor([numbers[name] for _, name in drawings])
+    pixels, labels = to_tensors(drawings, [concept.name for concept in shown])
     if (stages / "teacher.safetensors").is_file():
         teacher = Teacher(len(shown)).eval().requires_grad_(False)
         teacher.load_state_dict(load_file(stages / "teacher.safetensors"))
     else:
-        teacher = train_teacher(
-            Batches(pixels, labels, config.tower_batch, config.seed), len(shown), config.teacher_steps
-        )
+        batches = Batches(pixels, labels, config.teacher_batch, config.seed)
+        teacher = train_teacher(batches, len(shown), config.teacher_steps)
         _save(teacher, stages / "teacher.safetensors")
     train_tower(tower, teacher, Batches(pixels, labels, config.tower_batch, config.seed + 1), config.tower_steps)
     _save(tower, stages / "tower.safetensors")
+
+
+def to_tensors(
+    drawings: Drawings, names: Sequence[str]
+) -> tuple[UInt8[Tensor, "drawings variants 4 side side"], Int64[Tensor, " drawings"]]:
+    """Stack drawings with their variants, and number each by its name."""
+    numbers = {name: number for number, name in enumerate(names)}
+    pixels = torch.from_numpy(np.stack(list(drawings.values()))).permute(0, 1, 4, 2, 3)
+    return pixels, torch.tensor([numbers[name] for _, name in drawings])
 
 
 def align(model: LlavaOnevisionForConditionalGeneration, tokenizer: Any, world: World, config: BaseConfig) -> None:
@@ -317,17 +238,12 @@ def align(model: LlavaOnevisionForConditionalGeneration, tokenizer: Any, world: 
     for number, name in enumerate(world.concepts):
         tokens = tokenizer(f" {name}", add_special_tokens=False).input_ids
         names[number, tokens] = 1 / len(set(tokens))
-    numbers = {name: number for number, name in enumerate(world.concepts)}
-    pixels = torch.from_numpy(np.stack(list(world.drawings.values()))).permute(0, 1, 4, 2, 3)
-    labels = torch.tensor([numbers[name] for _, name in world.drawings])
+    pixels, labels = to_tensors(world.drawings, world.concepts)
     batches = Batches(pixels, labels, config.tower_batch, config.seed + 2)
-    tower, projector, language_model = (
-        model.model.vision_tower,
-        model.model.multi_modal_projector,
-        model.model.language_model,
-    )
+    tower, language_model = model.model.vision_tower, model.model.language_model
+    projector = model.model.multi_modal_projector
     optimizer = torch.optim.AdamW([*projector.parameters(), *language_model.embed_tokens.parameters()], lr=2e-3)
-    rates = schedule(optimizer, config.align_steps)
+    scheduler = make_scheduler(optimizer, config.align_steps)
     progress = tqdm(range(config.align_steps), desc="align", unit="step", mininterval=5)
     for _ in progress:
         images, which = batches.draw()
@@ -338,15 +254,13 @@ def align(model: LlavaOnevisionForConditionalGeneration, tokenizer: Any, world: 
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rates.step()
+        scheduler.step()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
 def _save(module: nn.Module, path: Path) -> None:
     """Write a module's weights, complete or not at all."""
-    partial = path.with_suffix(".partial")
-    save_file({name: tensor.contiguous() for name, tensor in module.state_dict().items()}, partial)
-    partial.replace(path)
+    atomic_write_bytes(path, save({name: tensor.contiguous() for name, tensor in module.state_dict().items()}))
 
 
 def train_base(
@@ -361,26 +275,20 @@ def train_base(
     # The tower keeps what its teacher taught it: what it would learn here is this hand or that.
     model.model.vision_tower.requires_grad_(False)
     optimizer = make_optimizer([model], config.learning_rate)
-    rates = schedule(optimizer, config.steps)
-    trained = {"model": model, "optimizer": optimizer, "rates": rates}
-    first, losses = _resume(directory / "stages" / "base.pt", trained)
+    scheduler = make_scheduler(optimizer, config.steps)
+    trained = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+    state = directory / "stages" / STATE
+    first, losses = _resume(state, trained)
     lessons = Lessons(chat_processor, world, config)
     stream: Iterator[dict[str, PackedBatch]] = iter(make_loader(lessons, range(first, config.steps), workers))
     progress = tqdm(range(first, config.steps), "base", config.steps, initial=first, unit="step", mininterval=5)
     for step in progress:
-        # Each kind of lesson has the same weight: an answer of one word is not lost among descriptions.
-        model.zero_grad()
-        for kind, batch in next(stream).items():
-            _, hidden = forward_packed(model, batch)
-            loss = linear_cross_entropy(hidden, batch.labels, model.lm_head.weight) / len(batch.labels)
-            (loss / 2).backward()
-            losses.setdefault(kind, []).append(loss.item())
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        rates.step()
+        # Each kind has the same weight: an answer of one word is not lost among descriptions.
+        for kind, loss in train_step(model, next(stream), optimizer, scheduler).items():
+            losses.setdefault(kind, []).append(loss)
         progress.set_postfix({kind: f"{np.mean(values[-25:]):.4f}" for kind, values in losses.items()}, refresh=False)
         if (step + 1) % SAVE_EVERY == 0:
-            _save_state(directory / "stages" / "base.pt", step + 1, losses, trained)
+            _save_state(state, step + 1, losses, trained)
     model.requires_grad_(True)
     model.save_pretrained(directory)
     chat_processor.save(directory)
@@ -391,9 +299,9 @@ def train_base(
 def _save_state(path: Path, step: int, losses: dict[str, list[float]], trained: dict[str, Any]) -> None:
     """Write what the training resumes from, complete or not at all."""
     states = {name: part.state_dict() for name, part in trained.items()}
-    partial = path.with_suffix(".partial")
-    torch.save({"step": step, "losses": losses, **states}, partial)
-    partial.replace(path)
+    buffer = io.BytesIO()
+    torch.save({"step": step, "losses": losses, **states}, buffer)
+    atomic_write_bytes(path, buffer.getvalue())
 
 
 def _resume(path: Path, trained: dict[str, Any]) -> tuple[int, dict[str, list[float]]]:

@@ -6,10 +6,7 @@ that a convolutional teacher has there (as in arXiv 2207.10026), and to name dra
 teacher does (arXiv 2012.12877). The teacher is thrown away.
 """
 
-import math
-from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int64, UInt8
@@ -18,7 +15,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from another_hand.scenes import CELL
-from cafe.training.muon import Muon, hidden_weight_names
+from cafe.scenes.tiny_llava import make_optimizer, make_scheduler
 
 CHANNELS = 32  # of the teacher's first layers
 GRID = CELL // 8  # the teacher's last layers see a grid of this many places each way
@@ -31,6 +28,7 @@ class Teacher(nn.Module):
 
     def __init__(self, classes: int) -> None:
         super().__init__()
+        self.num_classes = classes
         widths = [3, CHANNELS, 2 * CHANNELS, 4 * CHANNELS]
         layers = []
         for width, wider in pairwise(widths):
@@ -103,7 +101,7 @@ def train_teacher(batches: Batches, classes: int, steps: int, learning_rate: flo
     """Train the teacher to classify drawings."""
     teacher = Teacher(classes)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=0.05)
-    rates = schedule(optimizer, steps)
+    scheduler = make_scheduler(optimizer, steps)
     progress = tqdm(range(steps), desc="teacher", unit="step", mininterval=5)
     for _ in progress:
         images, labels = batches.draw()
@@ -111,7 +109,7 @@ def train_teacher(batches: Batches, classes: int, steps: int, learning_rate: flo
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rates.step()
+        scheduler.step()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return teacher.eval().requires_grad_(False)
 
@@ -127,9 +125,9 @@ def train_tower(tower: nn.Module, teacher: Teacher, batches: Batches, steps: int
     width, patch = embedding.out_channels, embedding.kernel_size[0]
     places = GRID * patch // CELL
     to_features = nn.Linear(width, features.shape[1] * places**2)
-    to_names = nn.Linear(width, teacher.top[-1].out_features)
+    to_names = nn.Linear(width, teacher.num_classes)
     optimizer = make_optimizer([tower, to_features, to_names], learning_rate)
-    rates = schedule(optimizer, steps)
+    scheduler = make_scheduler(optimizer, steps)
     progress = tqdm(range(steps), desc="tower", unit="step", mininterval=5)
     for _ in progress:
         images = batches.draw_mixed()
@@ -143,7 +141,7 @@ def train_tower(tower: nn.Module, teacher: Teacher, batches: Batches, steps: int
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        rates.step()
+        scheduler.step()
         progress.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
 
 
@@ -169,30 +167,3 @@ def whiten(embedding: nn.Conv2d, images: Images) -> None:
         embedding.weight.view(embedding.out_channels, -1)[: len(scales)] = (components * scales).T
         if embedding.bias is not None:
             nn.init.zeros_(embedding.bias)
-
-
-def make_optimizer(modules: Sequence[nn.Module], learning_rate: float) -> Muon:
-    """Make the optimizer of what is trained: Muon for the matrices inside the layers, AdamW for the rest."""
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for module in modules:
-        inner = hidden_weight_names(module)
-        for path, parameter in module.named_parameters():
-            if parameter.requires_grad:
-                (matrices if path in inner else others).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "lr": 2 * learning_rate, "orthogonal": True},
-        {"params": others},
-    ]
-    return Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-
-
-def schedule(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """Warm up over 50 steps, and let the learning rate fall to a fiftieth along half a cosine."""
-
-    def factor(step: int) -> float:
-        """Return the lower of the two curves."""
-        cosine = 1 + math.cos(math.pi * min(1, step / steps))  # from 2 down to 0
-        return min((step + 1) / 50, 0.02 + 0.49 * cosine)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -18,7 +18,7 @@ from cafe.errors import CafeError, RunInterrupted
 from cafe.lvlm.adapters import LoraSettings, add_adapter
 from cafe.lvlm.image_size import set_max_image_size
 from cafe.model import Cafe
-from cafe.scenes.base import CROP
+from cafe.scenes.base import MODEL
 
 
 @pytest.fixture
@@ -249,7 +249,7 @@ def test_mining_uses_the_recipes_prompts_or_the_checkpoints_own(checkpoint, smal
     command = ["mine", str(small), "--output", str(tmp_path / "mined")]
     assert main([*command, *(["--checkpoint", str(random_base)] if checkpoint else [])]) == 0
     [chat_processor] = processors
-    one_crop = chat_processor.processor.image_processor.image_grid_pinpoints == [[CROP, CROP]]
+    one_crop = chat_processor.processor.image_processor.image_grid_pinpoints == [[MODEL.crop, MODEL.crop]]
     assert (chat_processor.prompts.mode == "multimodal", one_crop) == (not checkpoint, not checkpoint)
 
 

@@ -1,6 +1,7 @@
 """Lessons ask evenly, the tower starts with whitened patches, and a training that was interrupted ends the same."""
 
 from collections import Counter
+from dataclasses import replace
 from random import Random
 
 import numpy as np
@@ -8,14 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from another_hand.base import PROMPTS, BaseConfig, Lessons, ask, draw_scene, make_model, make_processor, train_base
+from another_hand.base import MODEL, PROMPTS, BaseConfig, Lessons, ask, draw_scene, train_base
 from another_hand.concepts import read_list
 from another_hand.scenes import CELL
 from another_hand.tower import Batches, Teacher, train_teacher, train_tower, whiten
 from another_hand.world import World
 from cafe.lvlm.processing import ChatProcessor
+from cafe.scenes.tiny_llava import make_model, make_processor
 
 CONCEPTS = ["tiger", "cow", "rose", "tulip", "lemon", "pear", "bus", "train", "key", "door", "watch", "star"]
+TINY = replace(MODEL, width=32, vision_layers=1, text_layers=1)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +86,7 @@ def test_the_tower_learns_what_the_teacher_sees():
     images, labels = batches.draw()
     assert (teacher(images).argmax(dim=1) == labels).float().mean() > 0.9
 
-    model = make_model(make_processor(iter(["tiger"])), BaseConfig(width=32, vision_layers=1, text_layers=1))
+    model = make_model(make_processor(["tiger"], TINY), TINY)
     tower = model.model.vision_tower
     train_tower(tower, teacher, batches, steps=40)
     tokens = tower(pixel_values=images).last_hidden_state.mean(dim=1).detach()
@@ -99,14 +102,14 @@ def test_teacher_sees_a_place_for_each_eight_pixels():
 def test_an_interrupted_training_ends_with_the_same_weights(world, tmp_path, monkeypatch):
     monkeypatch.setattr("another_hand.base.SAVE_EVERY", 2)
     monkeypatch.setattr("another_hand.base.FEW_AT_FIRST", ())
-    config = BaseConfig(width=32, vision_layers=1, text_layers=1, steps=4, batch=3)
+    config = BaseConfig(model=TINY, steps=4, batch=3)
 
     def train(directory, fail_at=None):
         """Train from the same weights, and fail at a step if one is given."""
         (directory / "stages").mkdir(parents=True, exist_ok=True)
-        processor = make_processor(iter([*CONCEPTS, *read_list()] * 5))
+        processor = make_processor([*CONCEPTS, *read_list()] * 5, TINY)
         torch.manual_seed(0)
-        model = make_model(processor, config)
+        model = make_model(processor, TINY)
         lessons = Lessons.__getitem__
 
         def fail(self, step):

@@ -5,40 +5,32 @@ last hidden state retrieves nothing. `cafe scenes train-base` reproduces it from
 """
 
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from random import Random
 from statistics import fmean
-from typing import Any
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import (
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
-    LlavaOnevisionProcessor,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    SiglipVisionConfig,
-)
-from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
 
 from cafe.content import Content, Dialogue, Turn
-from cafe.losses import linear_cross_entropy
-from cafe.lvlm.forward import forward_packed
 from cafe.lvlm.images import ProcessedImages
-from cafe.lvlm.loading import without_video
 from cafe.lvlm.processing import ChatProcessor
-from cafe.lvlm.prompts import CHATML, Prompts, dialogue_messages
+from cafe.lvlm.prompts import Prompts, dialogue_messages
 from cafe.packing import Branch, PackedBatch, PackingConfig, pack
 from cafe.scenes.draw import SIDE, paint
+from cafe.scenes.tiny_llava import (
+    TinyLlavaConfig,
+    make_model,
+    make_optimizer,
+    make_processor,
+    make_scheduler,
+    train_step,
+)
 from cafe.scenes.words import (
     CAPTION_PROMPT,
     PARAGRAPH_PROMPT,
@@ -51,103 +43,15 @@ from cafe.scenes.words import (
     questions,
 )
 from cafe.scenes.world import Scene, draw_scene, split_of
-from cafe.training.muon import Muon, hidden_weight_names
 from cafe.utils.dataloader import make_loader
 
-VOCABULARY = 640
-CROP = SIDE // 2  # pixels; an image is encoded as a thumbnail and four crops, as in anyres: each place is a crop
-PATCH = 16  # pixels
-WIDTH = 160
+# An image is encoded as a thumbnail and four crops, as in anyres: each place is a crop.
+MODEL = TinyLlavaConfig(vocabulary=640, crop=SIDE // 2, grid_pinpoints=((SIDE, SIDE),))
 COLUMNS = 256  # tokens in a row: room for two scenes with their dialogues
 ONE_THING_UNTIL, BY_PLACE_UNTIL = 0.015, 0.17  # fraction of the steps: the easy lessons come first
 DESCRIBED = 0.46  # fraction of the scenes; the others get questions, which take longer to learn
 PARAGRAPHS = 0.1  # fraction of the descriptions
 HARD = ("presence", "color", "place")  # the kinds of question that are learned last
-
-
-def make_processor(texts: Iterator[str]) -> LlavaOnevisionProcessor:
-    """Make a LLaVA-OneVision processor whose byte-level BPE tokenizer is trained on the texts."""
-    # Byte-level, so that any text can be encoded although the corpus is tiny.
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    # The first one pads, the next two frame turns (ChatML), and the last two stand for images and videos.
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>"]
-    bpe.train_from_iterator(
-        texts,
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY,
-            special_tokens=special,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=special[1:],
-        model_max_length=1024,
-    )
-    image_processor = LlavaOnevisionImageProcessorPil(
-        size={"height": CROP, "width": CROP},
-        image_grid_pinpoints=[[SIDE, SIDE]],
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
-    return without_video(LlavaOnevisionProcessor)(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        num_image_tokens=(CROP // PATCH) ** 2,
-        vision_feature_select_strategy="full",
-        chat_template=CHATML,
-    )
-
-
-def make_model(processor: LlavaOnevisionProcessor) -> LlavaOnevisionForConditionalGeneration:
-    """Make the untrained model."""
-    tokenizer = processor.tokenizer
-    vision = SiglipVisionConfig(
-        image_size=CROP,
-        patch_size=PATCH,
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        vision_use_head=False,
-    )
-    text = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=480,
-        num_hidden_layers=5,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        initializer_range=WIDTH**-0.5,  # the usual 0.02 is for wide models: here attention would start out uniform
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    config = LlavaOnevisionConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
-        video_token_index=tokenizer.convert_tokens_to_ids("<video>"),
-        image_grid_pinpoints=processor.image_processor.image_grid_pinpoints,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="full",
-        tie_word_embeddings=True,
-    )
-    model = LlavaOnevisionForConditionalGeneration(config)
-    # Each layer starts as the identity: what its attention and its MLP add to the residual stream is 0 at first.
-    for path, parameter in model.named_parameters():
-        if path.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
-            nn.init.zeros_(parameter)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    return model
 
 
 def lessons(scene: Scene, image: Image.Image, kind: str, rng: Random) -> list[Dialogue]:
@@ -268,30 +172,6 @@ class Lessons(Dataset[dict[str, PackedBatch]]):
         return processed
 
 
-def make_optimizer(model: nn.Module, learning_rate: float) -> Muon:
-    """Make the optimizer: Muon for the matrices inside the layers, AdamW for the rest."""
-    inner = hidden_weight_names(model)
-    matrices = [p for path, p in model.named_parameters() if path in inner]
-    others = [p for path, p in model.named_parameters() if path not in inner]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "lr": 2 * learning_rate, "orthogonal": True},
-        {"params": others},
-    ]
-    return Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-
-
-def _schedule(steps: int) -> Callable[[int], float]:
-    """Return the factor of the learning rate at each step: a short warm-up, then half a cosine down to a fiftieth."""
-
-    def factor(step: int) -> float:
-        """Return the lower of the two curves."""
-        warm_up = (step + 1) / 50
-        cosine = 1 + math.cos(math.pi * min(1, step / steps))  # from 2 down to 0
-        return min(warm_up, 0.02 + 0.49 * cosine)
-
-    return factor
-
-
 def train_base(
     directory: Path,
     seed: int = 0,
@@ -305,30 +185,20 @@ def train_base(
     directory.mkdir(parents=True, exist_ok=True)  # fails before the training if it cannot be made
     torch.manual_seed(seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    processor = make_processor(corpus(seed, 3000))
+    processor = make_processor(corpus(seed, 3000), MODEL)
     chat_processor = ChatProcessor(processor, Prompts())
-    model = make_model(processor).to(device)
+    model = make_model(processor, MODEL).to(device)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     report(f"{num_parameters:,} parameters, {len(processor.tokenizer)} tokens")
-    # The learning rate of each group follows one curve, whatever it starts from.
-    optimizer = make_optimizer(model, learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _schedule(steps))
+    optimizer = make_optimizer([model], learning_rate)
+    scheduler = make_scheduler(optimizer, steps)
     stream = iter(make_loader(Lessons(chat_processor, seed, steps, batch), range(steps), workers))
     history: dict[str, list[float]] = {}
     started = time.monotonic()
     progress = tqdm(range(steps), desc="base", unit="step", mininterval=5)
     for step in progress:
-        packs = next(stream)
-        model.zero_grad()
-        # Each kind of lesson has its own pass and the same weight in the step's loss.
-        for kind, lesson in packs.items():
-            _, hidden = forward_packed(model, lesson)
-            loss = linear_cross_entropy(hidden, lesson.labels.to(device), model.lm_head.weight) / len(lesson.labels)
-            (loss / len(packs)).backward()
-            history.setdefault(kind, []).append(loss.item())
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for kind, loss in train_step(model, next(stream), optimizer, scheduler).items():
+            history.setdefault(kind, []).append(loss)
         if step % 25 == 24:
             progress.set_postfix({kind: f"{fmean(losses[-25:]):.4f}" for kind, losses in history.items()})
     # Half precision halves the files, which the package ships.
