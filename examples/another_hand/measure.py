@@ -24,43 +24,28 @@ from cafe.utils.atomic import atomic_write_text
 
 SUITES = ("retrieval", "geometry", "captions", "chair", "throne", "pope", "vqa", "mmeb")
 JUDGES = ("exact",)  # of THRONE: all names are known, so that a word for a class states it
-LONGEST = 64  # tokens of a description; one of four names takes half of that
+# Tokens of a description; one of four names takes half of that. All suites that ask for one then share it.
+LONGEST = 64
 DONE = "measured.json"  # tells which model a folder's results are of, and is written last
 
 
-class Brief:
-    """Cut the answers of a model short: one that does not stop, as after contrastive training, would take hours."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def generate_batch(self, prompts: Sequence[Any], max_new_tokens: int, **options: Any) -> list[str]:
-        """Generate answers of at most `LONGEST` tokens."""
-        answers: list[str] = self._model.generate_batch(prompts, max_new_tokens=min(max_new_tokens, LONGEST), **options)
-        return answers
-
-    def with_prompts(self, **changes: Any) -> "Brief":
-        """Return the same model with other prompts."""
-        return Brief(self._model.with_prompts(**changes))
-
-
-def measure_all(checkpoint: str, data: Path, output: Path, limit: int | None = None) -> dict[str, dict[str, float]]:
-    """Measure a checkpoint on every folder of evaluation files. What was measured before is read back.
+def measure_all(
+    checkpoint: str, data: Path, output: Path, limit: int | None = None, names: Sequence[str] = ()
+) -> dict[str, dict[str, float]]:
+    """Measure a checkpoint on folders of evaluation files. What was measured before is read back.
 
     Args:
         checkpoint: a directory, a run's output directory, or a Hub id.
         data: the directory of the folders.
         output: gets a directory of results for each folder, by the same name.
         limit: the number of records per suite; all of them if None.
+        names: the folders; all if there are none.
 
     Returns:
         by folder, the results.
     """
-    model = Brief(Cafe.load(resolve_checkpoint(checkpoint)))
-    folders = evaluation_folders(data)
+    model = Cafe.load(resolve_checkpoint(checkpoint))
+    folders = [folder for folder in evaluation_folders(data) if not names or folder.name in names]
     return {folder.name: _measure(model, folder, output / folder.name, limit) for folder in folders}
 
 
@@ -85,7 +70,16 @@ def _measure(model: Any, data: Path, directory: Path, limit: int | None) -> dict
     done = directory / DONE
     if done.is_file() and json.loads(done.read_text(encoding="utf-8")) == wanted:
         return dict(json.loads((directory / "results.json").read_text(encoding="utf-8")))
-    evaluation = evaluate(model, data, limit, suites=suites, cache_dir=directory / "kept", progress=True, judges=JUDGES)
+    evaluation = evaluate(
+        model,
+        data,
+        limit,
+        suites=suites,
+        cache_dir=directory / "kept",
+        progress=True,
+        judges=JUDGES,
+        max_new_tokens=LONGEST,
+    )
     seen = seen_names()
     evaluation.add(measure_partners(evaluation.outputs.get("captions", []), seen, pair_up(seen)))
     write(evaluation, directory)

@@ -230,6 +230,13 @@ def test_damaged_scores_are_computed_again(tmp_path):
         assert scores.tolist() == [0, 1] and model.answered == 1
 
 
+def test_answers_are_limited_where_a_suite_allows_more():
+    model = CachedModel(Words(), max_new_tokens=3)
+    prompts = [Content.of("abcdef")]
+    for same in (model, model.with_model(Words())):
+        assert [same.generate(prompts, limit) for limit in (2, 3, 5)] == [["ab"], ["abc"], ["abc"]]
+
+
 def test_scores_with_and_without_the_end_are_cached_apart(tmp_path):
     class Scores(Words):
         def score_batch(self, contents, answers, with_end=True, **options):

@@ -42,6 +42,7 @@ class CachedModel:
         distributed: split the work among the processes of torch.distributed, all of which must make the same calls.
         progress: show a progress bar for each call.
         judges: the judges of free descriptions, as `judges.py` names them.
+        max_new_tokens: the maximum number of tokens in an answer where a suite's own is larger.
     """
 
     def __init__(
@@ -52,9 +53,11 @@ class CachedModel:
         distributed: bool = False,
         progress: bool = False,
         judges: Sequence[str] = (),
+        max_new_tokens: int | None = None,
     ) -> None:
         self.model: Any = model
         self.judges = tuple(judges)
+        self._max_new_tokens = max_new_tokens
         self.suite = ""  # shown in the progress bar
         # Without a batch size, none is passed on, and the model uses its own.
         self._batch_size = batch_size
@@ -89,6 +92,7 @@ class CachedModel:
 
     def generate(self, prompts: Sequence[Content], max_new_tokens: int) -> list[str]:
         """Generate the most likely answer to each content, taken as the user's turn."""
+        max_new_tokens = min(max_new_tokens, self._max_new_tokens or max_new_tokens)
         compute = partial(self.model.generate_batch, max_new_tokens=max_new_tokens, **self._options)
         # The limit is in the cache's key: with another one, answers may be cut elsewhere.
         chunks = self._map_chunks(f"answer {max_new_tokens}", prompts, compute)
@@ -112,7 +116,8 @@ class CachedModel:
 
     def with_model(self, model: Any) -> "CachedModel":
         """Return another model, evaluated in the same way."""
-        other = CachedModel(model, self.cache_dir, self._batch_size, self._distributed, self._progress, self.judges)
+        options = (self._batch_size, self._distributed, self._progress, self.judges, self._max_new_tokens)
+        other = CachedModel(model, self.cache_dir, *options)
         other.suite = self.suite
         return other
 

@@ -48,6 +48,7 @@ def evaluate(
     distributed: bool = False,
     progress: bool = False,
     judges: Sequence[str] = (),
+    max_new_tokens: int | None = None,
 ) -> EvaluationResult:
     """Run suites on the files in `data`, on the first `limit` records of each.
 
@@ -63,14 +64,18 @@ def evaluate(
         distributed: split the work among the processes of torch.distributed, all of which must make the same call.
         progress: show progress bars.
         judges: the judges of free descriptions: "exact", "self", or language models by directory or Hub id.
+        max_new_tokens: the maximum number of tokens in an answer where a suite's own is larger. A model that does not
+            stop, as after contrastive training alone, answers sooner.
 
     Raises:
         CafeError: a suite is unknown or lacks its files, there is no evaluation file at all, or a file is invalid.
     """
     selected = select_suites(data, suites)
-    cached = CachedModel(model, cache_dir, batch_size, distributed, progress, judges)
+    cached = CachedModel(model, cache_dir, batch_size, distributed, progress, judges, max_new_tokens)
     # By these, `write` knows whether the results of two calls belong together.
     about = {"data": str(data.resolve()), "limit": limit, "fingerprint": cached.fingerprint}
+    if max_new_tokens:
+        about["max_new_tokens"] = max_new_tokens
     evaluation = EvaluationResult(samples={"data": str(data.resolve())}, about=about)
     for number, suite in enumerate(selected, 1):
         if cached.is_main_process:
