@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from another_hand.concepts import LIST, Concept, read_concepts
-from another_hand.evaluation_data import Folder, evaluation_folders, write_evaluation
+from another_hand.evaluation_data import Folder, plan_folders, write_evaluation
 from another_hand.manifest import MANIFEST, check, find_near_copies, make_manifest, read_manifest, write_manifest
 from another_hand.packages import PackageError, fetch
 from another_hand.scenes import Scene, paint_all
@@ -94,7 +94,7 @@ def build(directory: Path, config: BuildConfig) -> None:
 
     scenes = draw_training_scenes(concepts, config.train_scenes, config.variants + 1, config.seed)
     _write_once(directory / "data" / "train", made_of, partial(_write_train, packages, concepts, scenes, config))
-    for folder in evaluation_folders(concepts, manifest["near_copies"]):
+    for folder in plan_folders(concepts, manifest["near_copies"]):
         if config.folders and folder.name not in config.folders:
             continue
         write = partial(_write_evaluation, packages, concepts, scenes, config, folder)

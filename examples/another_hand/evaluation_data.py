@@ -17,7 +17,7 @@ from another_hand.annotations import (
     pope,
     questions,
 )
-from another_hand.concepts import DEVELOPMENT_HAND, TEST_HANDS, TRAINING_HANDS, Concept, slug
+from another_hand.concepts import DEVELOPMENT_HAND, TEST_HANDS, Concept, slug, training_hands
 from another_hand.retrieval import retrieval_tables
 from another_hand.scenes import Drawings, Scene, compose, draw_concepts_apart, paint_all, pair_up, single
 from cafe.scenes.files import write_json, write_json_lines
@@ -38,7 +38,7 @@ class Folder:
     concepts: Sequence[Concept]
 
 
-def evaluation_folders(concepts: Sequence[Concept], near_copies: Mapping[str, Sequence[str]]) -> list[Folder]:
+def plan_folders(concepts: Sequence[Concept], near_copies: Mapping[str, Sequence[str]]) -> list[Folder]:
     """List the folders.
 
     Args:
@@ -53,7 +53,7 @@ def evaluation_folders(concepts: Sequence[Concept], near_copies: Mapping[str, Se
         folders.append(Folder(hand, drawn, seen))
     return [
         *folders,
-        Folder("new-scenes", {c.name: [hand for hand in TRAINING_HANDS if hand in c.icons] for c in seen}, seen),
+        Folder("new-scenes", training_hands(seen), seen),
         Folder("unseen", {c.name: [hand for hand in TEST_HANDS if hand in c.icons] for c in unseen}, unseen),
     ]
 

@@ -98,9 +98,3 @@ def read_json(directory: Path, package: str, path: str) -> Any:
         member = archive.extractfile(f"package/{path}")
         assert member is not None, path
         return json.load(member)
-
-
-def list_files(directory: Path, package: str) -> list[str]:
-    """List the paths in a package."""
-    with tarfile.open(directory / _archive(package)) as archive:
-        return [name.removeprefix("package/") for name in archive.getnames()]

@@ -106,9 +106,8 @@ def draw_ground(rng: Random) -> tuple[int, int, int]:
     return (rng.randint(200, 255), rng.randint(200, 255), rng.randint(200, 255))
 
 
-Drawings = Mapping[
-    tuple[str, str], np.ndarray
-]  # by hand and concept: (variants + 1, side, side, 4), the last unchanged
+# By hand and concept: (variants + 1, side, side, 4), the last unchanged.
+Drawings = Mapping[tuple[str, str], np.ndarray]
 
 
 def paint(scene: Scene, drawings: Drawings) -> Image.Image:

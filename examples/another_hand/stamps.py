@@ -145,7 +145,7 @@ def _unpack(archive: Path, directory: Path) -> None:
     partial = staging_path(directory)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    command = ["dpkg-deb", "--fsys-tarfile", archive]
+    command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as files:

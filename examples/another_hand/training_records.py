@@ -6,7 +6,7 @@ from random import Random
 from typing import Any
 
 from another_hand.annotations import count_concepts
-from another_hand.concepts import TRAINING_HANDS, Concept
+from another_hand.concepts import Concept, training_hands
 from another_hand.retrieval import texts
 from another_hand.scenes import Scene, compose, draw_concepts, image_path, pair_up, single
 from another_hand.words import (
@@ -52,11 +52,6 @@ def draw_training_singles(concepts: Sequence[Concept], count: int, variants: int
         single(f"single-{number:05}", rng, name, rng.choice(hands[name]), variants)
         for number, name in enumerate(names[:count])
     ]
-
-
-def training_hands(concepts: Sequence[Concept]) -> dict[str, list[str]]:
-    """Return the training hands that drew each seen concept, by its name."""
-    return {c.name: [hand for hand in TRAINING_HANDS if hand in c.icons] for c in concepts if c.seen}
 
 
 def describe(scene: Scene) -> Record:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from another_hand.augment import augment
-from another_hand.concepts import GROUPS, TRAINING_HANDS, Concept
+from another_hand.concepts import GROUPS, TRAINING_HANDS, Concept, training_hands
 from another_hand.drawings import SIDE, Drawing, draw
 from another_hand.scenes import CELL, PLACES, Drawings, pair_up
 from another_hand.words import COUNT, DESCRIBE, GROUP, NAME, NUMBERS, listing, presence
@@ -56,7 +56,7 @@ def make_world(packages: Path, concepts: Sequence[Concept], variants: int = VARI
         subgroups={c.name: [other.name for other in seen if other.subgroup == c.subgroup] for c in seen},
         groups={c.name: c.group for c in seen},
         partners=pair_up(names),
-        hands={c.name: [hand for hand in TRAINING_HANDS if hand in c.icons] for c in seen},
+        hands=training_hands(seen),
         drawings=drawings,
         variants=variants,
     )

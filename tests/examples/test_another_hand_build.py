@@ -9,7 +9,7 @@ import pytest
 
 from another_hand.build import MARKER, build
 from another_hand.concepts import TEST_HANDS
-from another_hand.evaluation_data import evaluation_folders
+from another_hand.evaluation_data import plan_folders
 from another_hand.manifest import read_manifest
 from another_hand.scenes import pair_up
 from cafe.data.formats.llava import llava
@@ -124,7 +124,7 @@ def test_no_scene_shows_partners_and_no_folder_another_ones_concepts(built, conc
 def test_folders_are_split_by_hand_and_leave_out_near_copies(concepts):
     copies = read_manifest()["near_copies"]
     assert "cloud" in copies["noto-v1"]
-    folders = {folder.name: folder for folder in evaluation_folders(concepts, copies)}
+    folders = {folder.name: folder for folder in plan_folders(concepts, copies)}
     assert tuple(folders) == FOLDERS
     for hand in ("noto-v1", *TEST_HANDS):
         assert set(map(tuple, folders[hand].hands.values())) == {(hand,)}
