@@ -111,6 +111,7 @@ def arm_recipes(
         if sweep.field.split(".")[0] in NOT_SWEPT:
             raise RecipeError(f"The ablation itself sets {sweep.field}, or needs it to be the same in all arms.")
         for value, swept in sweep.recipes.items():
+            # A value that makes the recipe of a known arm is not trained again.
             arm = next((arm for arm, known in recipes.items() if known == swept), f"joint {sweep.field}={value}")
             recipes.setdefault(arm, swept)
             values.setdefault(sweep.field, {})[value] = arm
@@ -130,6 +131,7 @@ def _in_order(values: Iterable[str]) -> list[str]:
 
 def directory_name(arm: str, seed: int) -> str:
     """Name the directory of a run, whatever the value is that its arm's name contains."""
+    # Readable where it can be, and unique where it is cut.
     name = quote(arm.replace(" ", "-", 1), safe="=,")  # a value may contain a slash
     if len(name) > MAX_DIRECTORY_NAME:
         digest = hashlib.sha256(arm.encode()).hexdigest()[:16]

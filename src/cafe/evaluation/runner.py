@@ -74,6 +74,7 @@ def evaluate(
     cached = CachedModel(model, cache_dir, batch_size, distributed, progress, judges, max_new_tokens)
     # By these, `write` knows whether the results of two calls belong together.
     about = {"data": str(data.resolve()), "limit": limit, "fingerprint": cached.fingerprint}
+    # Only where it is given: results that were written without it still belong together.
     if max_new_tokens:
         about["max_new_tokens"] = max_new_tokens
     evaluation = EvaluationResult(samples={"data": str(data.resolve())}, about=about)

@@ -74,8 +74,10 @@ def make_processor(texts: Iterable[str], config: TinyLlavaConfig) -> LlavaOnevis
         model_max_length=1024,
     )
     image_processor = LlavaOnevisionImageProcessorPil(
+        # The tower sees squares of one size: crops, and the whole image made as small as one.
         size={"height": config.crop, "width": config.crop},
         image_grid_pinpoints=list(map(list, config.grid_pinpoints)),
+        # Values from -1 to 1.
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
@@ -83,6 +85,7 @@ def make_processor(texts: Iterable[str], config: TinyLlavaConfig) -> LlavaOnevis
         image_processor=image_processor,
         tokenizer=tokenizer,
         num_image_tokens=(config.crop // config.patch) ** 2,
+        # A SigLIP tower has no class token that would have to be dropped.
         vision_feature_select_strategy="full",
         chat_template=CHATML,
     )
@@ -130,6 +133,7 @@ def make_model(processor: LlavaOnevisionProcessor, config: TinyLlavaConfig) -> L
     for path, parameter in model.named_parameters():
         if path.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
             nn.init.zeros_(parameter)
+    # Answers end where turns do.
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -178,6 +182,7 @@ def train_step(
         by kind, the mean language-modeling loss of a supervised token.
     """
     losses = {}
+    # One backward pass for each kind, so that the activations of only one are held at a time.
     model.zero_grad()
     for kind, lesson in lessons.items():
         _, hidden = forward_packed(model, lesson)

@@ -34,10 +34,12 @@ def place_labels(
         lines: samples of the lines that are drawn.
         frame: the lower left and the upper right corner within which labels lie.
     """
+    # Any center on a few rings around the point is possible.
     candidates = [_candidates(point, size) for point, size in zip(points, sizes, strict=True)]
     # What a center costs by itself does not depend on the other labels.
     fixed = [_fixed_cost(*each, size, markers, lines, frame) for each, size in zip(candidates, sizes, strict=True)]
     placed: dict[int, np.ndarray] = {}
+    # Each label in turn takes the cheapest center beside the others' present ones, until that hardly changes anything.
     for _ in range(ROUNDS):
         for number, (centers, _) in enumerate(candidates):
             cost = fixed[number].copy()
