@@ -204,7 +204,7 @@ def _arms_table(ablation: Ablation, suites: Sequence[Suite]) -> dict[str, Any]:
         for name, metric in zip(names, metrics, strict=True)
     ]
     seeds = max(len(runs) for runs in ablation.measured.values())
-    return {"columns": columns, "rows": rows, "seeds": seeds}
+    return {"columns": columns, "rows": rows, "seeds": seeds, "swept": bool(ablation.swept)}
 
 
 def _tables(runs: Sequence[LoadedRun], metrics: Metrics, suites: Sequence[Suite]) -> list[dict[str, Any]]:
