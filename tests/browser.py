@@ -53,6 +53,12 @@ new Promise((resolve) => {
   check();
 })
 """
+SETTLE = """
+new Promise((resolve) => {
+  requestAnimationFrame(() => requestAnimationFrame(resolve));
+  setTimeout(resolve, 500);
+})
+"""
 DROP = """
 (data, name, type) => {
   const bytes = Uint8Array.from(atob(data), (character) => character.charCodeAt(0));
@@ -195,6 +201,10 @@ class Page:
             done = self.evaluate(check)
         assert done, f"never true: {expression}"
 
+    def settle(self) -> None:
+        """Wait until what the scripts changed is laid out and drawn: two frames, or a moment where none are drawn."""
+        self.evaluate(SETTLE)
+
     def text(self, selector: str) -> str:
         """Return the text of an element, as it is shown."""
         text: str = self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText")
@@ -202,6 +212,7 @@ class Page:
 
     def click(self, selector: str, modifiers: int = 0) -> None:
         """Click on an element where it is seen."""
+        self.settle()
         x, y = self.evaluate(
             f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
             " e.scrollIntoView({ block: 'nearest' }); const b = e.getBoundingClientRect();"
@@ -228,6 +239,7 @@ class Page:
 
     def screenshot(self, path: Path) -> None:
         """Write what is seen as a PNG file."""
+        self.settle()
         path.write_bytes(base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"]))
 
     @property

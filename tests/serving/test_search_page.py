@@ -347,6 +347,7 @@ def test_colors_are_the_systems_until_others_are_chosen(open_page, tmp_path, dar
     page = open_page(dark=dark)
     assert (brightness(page) < 60) == dark
     page.click("#theme")
+    page.wait_for(f"document.documentElement.dataset.theme === '{other}'")
     assert (brightness(page) < 60) != dark
     page.send("Page.reload")
     page.wait_for(f"document.documentElement.dataset.theme === '{other}' && {DRAWN} > 0")
