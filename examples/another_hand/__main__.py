@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from another_hand import build, photographs
-from another_hand.base import BaseConfig, make_base
+from another_hand.base import BaseConfig, make_base, train_further
 from another_hand.build import BuildConfig
 from another_hand.concepts import DEVELOPMENT_HAND, read_concepts
 from another_hand.floors import measure_all_floors
@@ -95,9 +95,12 @@ def run(directory: Path, scale: Scale) -> None:
     reference = json.loads(floors.read_text(encoding="utf-8"))
 
     make_base(base, packages, concepts, scale.base)
+    train_further(base, directory / "further", packages, concepts, scale.base)
     # The test hands are not looked at until everything is trained.
     measured = measure_all(str(base), data, ablation / "base" / "measured", scale.limit, [DEVELOPMENT_HAND])
-    print(check_gates(measured[DEVELOPMENT_HAND], reference[DEVELOPMENT_HAND]))
+    further = measure_all(str(directory / "further"), data, directory / "further", scale.limit, [DEVELOPMENT_HAND])
+    gates = check_gates(measured[DEVELOPMENT_HAND], further[DEVELOPMENT_HAND], reference[DEVELOPMENT_HAND])
+    print(gates)
 
     joint, overrides = place_recipe("joint", directory), [] if scale.steps is None else [f"max_steps={scale.steps}"]
     sweeps = [read_sweep(joint, overrides, sweep) for sweep in scale.sweeps]
@@ -105,7 +108,8 @@ def run(directory: Path, scale: Scale) -> None:
     measure_ablation(str(base), data, ablation, scale.limit)
     if scale.photographs:
         tune_on_stamps(directory, overrides, scale.limit)
-    atomic_write_text(directory / "tables.md", write_tables(ablation, reference))
+    tables = f"## The base\n\n{gates}\n\n{write_tables(ablation, reference)}"
+    atomic_write_text(directory / "tables.md", tables)
     write_pictures(packages, data, ablation, directory / "pictures", SHOWN)
     print(f"The tables are {directory / 'tables.md'}, the report is {ablation / 'report.html'}.")
 

@@ -12,11 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from another_hand.concepts import draw_unseen, read_list
+from another_hand.concepts import DEVELOPMENT_HAND, draw_unseen, read_list
 from another_hand.mentions import mentions
 from another_hand.scenes import pair_up
 from cafe.checkpoint import resolve_checkpoint
 from cafe.errors import CafeError
+from cafe.evaluation.ablation import ARMS
 from cafe.evaluation.runner import evaluate, select_suites, write
 from cafe.evaluation.suite import EvaluationResult, aggregate
 from cafe.model import Cafe
@@ -26,6 +27,7 @@ SUITES = ("retrieval", "geometry", "captions", "chair", "throne", "pope", "vqa",
 JUDGES = ("exact",)  # of THRONE: all names are known, so that a word for a class states it
 # Tokens of a description; one of four names takes half of that. All suites that ask for one then share it.
 LONGEST = 64
+VARIANTS_ON = (DEVELOPMENT_HAND, "new-scenes")  # the folders that variants of the joint run are measured on
 DONE = "measured.json"  # tells which model a folder's results are of, and is written last
 
 
@@ -131,10 +133,15 @@ def find_runs(output: Path) -> Iterator[tuple[str, Path]]:
 
 
 def measure_ablation(base: str, data: Path, output: Path, limit: int | None = None) -> None:
-    """Measure the base and every run of an ablation, each into the directory of the run."""
+    """Measure the base and every run of an ablation, each into the directory of the run.
+
+    Variants of the joint run are measured on two folders, of which none is by a test hand: what is chosen among them
+    is not chosen by the tests.
+    """
     for checkpoint, directory in [(base, output / "base"), *find_runs(output)]:
         print(f"{directory.name}: {checkpoint}")
-        measure_all(checkpoint, data, directory / "measured", limit)
+        varied = directory.name.rpartition("-")[0] not in ("", *ARMS)
+        measure_all(checkpoint, data, directory / "measured", limit, VARIANTS_ON if varied else ())
 
 
 def main() -> None:

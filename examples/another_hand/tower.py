@@ -19,6 +19,7 @@ from cafe.scenes.tiny_llava import make_optimizer, make_scheduler
 
 CHANNELS = 32  # of the teacher's first layers
 GRID = CELL // 8  # the teacher's last layers see a grid of this many places each way
+MIXED = 0.8  # of the images that are drawn for training are a mixture of two
 TEMPERATURE = 2.0  # of the teacher's probabilities
 Images = Float[Tensor, "batch 3 side side"]
 
@@ -81,12 +82,17 @@ class Batches:
             images = images.flip(3)
         return 2 * images - 1, self.labels[which]
 
-    def draw_mixed(self) -> Images:
-        """Draw images of which half are a mixture of two, in any proportion (mixup, arXiv 1710.09412)."""
-        images, _ = self.draw()
-        share = self._uniform(self.size, 1, 1, 1)
-        share = torch.where(self._uniform(self.size, 1, 1, 1) < 0.5, torch.ones(1), share)
-        return share * images + (1 - share) * images[torch.randperm(self.size, generator=self.generator)]
+    def draw_mixed(self, classes: int) -> tuple[Images, Float[Tensor, "batch classes"]]:
+        """Draw images of which most are a mixture of two, in any proportion, and the share of each class in them.
+
+        This is mixup (arXiv 1710.09412).
+        """
+        images, labels = self.draw()
+        shares = F.one_hot(labels, classes).float()
+        weight = torch.where(self._uniform(self.size) < MIXED, self._uniform(self.size), torch.ones(1))
+        other = torch.randperm(self.size, generator=self.generator)
+        mixed = torch.lerp(images[other], images, weight[:, None, None, None])
+        return mixed, torch.lerp(shares[other], shares, weight[:, None])
 
     def _integers(self, high: int) -> Int64[Tensor, " batch"]:
         """Draw whole numbers below `high`."""
@@ -98,14 +104,14 @@ class Batches:
 
 
 def train_teacher(batches: Batches, classes: int, steps: int, learning_rate: float = 3e-3) -> Teacher:
-    """Train the teacher to classify drawings."""
+    """Train the teacher to classify drawings and mixtures of them."""
     teacher = Teacher(classes)
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=learning_rate, weight_decay=0.05)
     scheduler = make_scheduler(optimizer, steps)
     progress = tqdm(range(steps), desc="teacher", unit="step", mininterval=5)
     for _ in progress:
-        images, labels = batches.draw()
-        loss = F.cross_entropy(teacher(images), labels, label_smoothing=0.1)
+        images, shares = batches.draw_mixed(classes)
+        loss = F.cross_entropy(teacher(images), shares, label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -116,21 +122,22 @@ def train_teacher(batches: Batches, classes: int, steps: int, learning_rate: flo
 
 def train_tower(tower: nn.Module, teacher: Teacher, batches: Batches, steps: int, learning_rate: float = 6e-3) -> None:
     """Train the tower to have the teacher's features at each patch, and to name drawings as it does."""
-    images = batches.draw_mixed()
+    classes = teacher.num_classes
+    images, _ = batches.draw_mixed(classes)
     features = teacher.body(images)
     mean, scale = features.mean(dim=(0, 2, 3), keepdim=True), features.std(dim=(0, 2, 3), keepdim=True) + 1e-3
     embedding = _patch_embedding(tower)
-    whiten(embedding, torch.cat([batches.draw_mixed() for _ in range(12)]))
+    whiten(embedding, torch.cat([batches.draw_mixed(classes)[0] for _ in range(12)]))
     # A patch of the tower has several places of the teacher's grid.
     width, patch = embedding.out_channels, embedding.kernel_size[0]
     places = GRID * patch // CELL
     to_features = nn.Linear(width, features.shape[1] * places**2)
-    to_names = nn.Linear(width, teacher.num_classes)
+    to_names = nn.Linear(width, classes)
     optimizer = make_optimizer([tower, to_features, to_names], learning_rate)
     scheduler = make_scheduler(optimizer, steps)
     progress = tqdm(range(steps), desc="tower", unit="step", mininterval=5)
     for _ in progress:
-        images = batches.draw_mixed()
+        images, _ = batches.draw_mixed(classes)
         features = teacher.body(images)
         wanted = F.log_softmax(teacher.top(features) / TEMPERATURE, dim=1)
         tokens = tower(pixel_values=images).last_hidden_state

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from another_hand.base import MODEL, PROMPTS, BaseConfig, Lessons, ask, draw_scene, train_base
+from another_hand.base import MODEL, PROMPTS, BaseConfig, Lessons, _add_noise, ask, draw_scene, train_base
 from another_hand.concepts import read_list
 from another_hand.scenes import CELL
 from another_hand.tower import Batches, Teacher, train_teacher, train_tower, whiten
@@ -75,13 +75,30 @@ def test_whitened_patches_are_uncorrelated():
     assert np.abs(correlation - np.eye(8)).max() < 0.02
 
 
+COLORS = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
+
+
+def draw_colors(size: int) -> Batches:
+    """Make batches of drawings of one color each, which are as many classes."""
+    drawings = torch.full((len(COLORS), 1, 4, CELL, CELL), 255, dtype=torch.uint8)
+    drawings[:, 0, :3] = COLORS[:, :, None, None]
+    return Batches(drawings, torch.arange(len(COLORS)), size, seed=0)
+
+
+def test_mixtures_are_labeled_by_the_shares_of_what_is_in_them():
+    images, shares = draw_colors(200).draw_mixed(classes=5)
+    colors = (images.double().mean(dim=(2, 3)) + 1) / 2
+    # The fifth class is never drawn. Yellow is red and green, so that shares are compared by their color.
+    expected = shares[:, :4].double() @ (COLORS.double() / 255)
+    assert (shares[:, 4] == 0).all()
+    assert torch.allclose(colors, expected, atol=1e-5)
+    mixed = ((shares > 0).sum(dim=1) == 2).double().mean()
+    assert 0.4 < mixed < 0.75  # four in five are mixed, a quarter of these with their own class
+
+
 def test_the_tower_learns_what_the_teacher_sees():
     torch.manual_seed(0)
-    # Four colors are as many classes; a tower that learns from its teacher tells them apart, too.
-    colors = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0]], dtype=torch.uint8)
-    drawings = torch.full((4, 1, 4, CELL, CELL), 255, dtype=torch.uint8)
-    drawings[:, 0, :3] = colors[:, :, None, None]
-    batches = Batches(drawings, torch.arange(4), size=16, seed=0)
+    batches = draw_colors(16)
     teacher = train_teacher(batches, classes=4, steps=20)
     images, labels = batches.draw()
     assert (teacher(images).argmax(dim=1) == labels).float().mean() > 0.9
@@ -99,10 +116,18 @@ def test_teacher_sees_a_place_for_each_eight_pixels():
     assert teacher.body(torch.zeros(1, 3, CELL, CELL)).shape == (1, 128, 6, 6)
 
 
+def test_noise_has_its_amount_in_standard_deviations():
+    torch.manual_seed(0)
+    features = 3 * torch.randn(400, 9, 8) + 5
+    (noisy,) = _add_noise(0.5, nn.Identity(), (features,))
+    amounts = (noisy - features).std(dim=(1, 2)) / 3
+    assert abs(amounts.mean().item() - 0.5) < 0.05
+    assert amounts.min() < 0.1 and 0.9 < amounts.max() < 1.2
+
+
 def test_an_interrupted_training_ends_with_the_same_weights(world, tmp_path, monkeypatch):
     monkeypatch.setattr("another_hand.base.SAVE_EVERY", 2)
-    monkeypatch.setattr("another_hand.base.FEW_AT_FIRST", ())
-    config = BaseConfig(model=TINY, steps=4, batch=3)
+    config = BaseConfig(model=TINY, steps=4, batch=3, few_at_first=())
 
     def train(directory, fail_at=None):
         """Train from the same weights, and fail at a step if one is given."""

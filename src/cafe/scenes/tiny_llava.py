@@ -139,7 +139,7 @@ def make_model(processor: LlavaOnevisionProcessor, config: TinyLlavaConfig) -> L
     return model
 
 
-def make_optimizer(modules: Sequence[nn.Module], learning_rate: float) -> Muon:
+def make_optimizer(modules: Sequence[nn.Module], learning_rate: float, weight_decay: float = 0.0) -> Muon:
     """Make the optimizer of what is trained: Muon for the matrices inside the layers, AdamW for the rest."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
@@ -152,7 +152,7 @@ def make_optimizer(modules: Sequence[nn.Module], learning_rate: float) -> Muon:
         {"params": matrices, "lr": 2 * learning_rate, "orthogonal": True},
         {"params": others},
     ]
-    return Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    return Muon(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
