@@ -23,6 +23,7 @@ from another_hand.scenes import Scene, paint_all
 from another_hand.training_records import (
     ask,
     describe,
+    describe_against,
     draw_training_scenes,
     draw_training_singles,
     frequencies,
@@ -118,11 +119,13 @@ def _write_train(
     singles = draw_training_singles(concepts, config.train_singles, config.variants + 1, config.seed)
     by_name = {concept.name: concept for concept in concepts}
     paint_all([*scenes, *singles], make_world(packages, concepts, config.variants).drawings, path)
-    questions = []
-    for shown in (scenes, singles):
-        drawn = frequencies(concepts, shown)
-        questions += [ask(scene, drawn, config.seed) for scene in shown]
+    in_scenes, in_singles = frequencies(concepts, scenes), frequencies(concepts, singles)
+    questions = [ask(scene, in_scenes, config.seed) for scene in scenes]
+    questions += [ask(scene, in_singles, config.seed) for scene in singles]
     write_json(path / "llava_scenes.json", list(map(describe, scenes)))
+    write_json(
+        path / "llava_hard_negatives.json", [describe_against(scene, in_scenes, config.seed) for scene in scenes]
+    )
     write_json(path / "llava_questions.json", questions)
     write_json_lines(path / "names.jsonl", (name(scene, by_name, config.seed) for scene in singles))
 

@@ -12,6 +12,7 @@ from another_hand.scenes import single
 from another_hand.training_records import (
     ask,
     describe,
+    describe_against,
     draw_training_scenes,
     draw_training_singles,
     frequencies,
@@ -147,3 +148,18 @@ def test_the_right_candidate_comes_first_and_equal_words_are_left_out():
     ]
     assert [row["qry_img_path"] for row in tables["keywords-image-to-text"]] == ["images/a-ant.png", "images/a-cow.png"]
     assert [row["qry_text"][:3] for row in tables["language-text-to-image"]] == ["Kuh"]
+
+
+def test_a_hard_negative_differs_in_one_object_that_the_scene_does_not_show():
+    drawn = frequencies(CONCEPTS, SCENES)
+    same_subgroup = 0
+    for scene in SCENES[:500]:
+        record = describe_against(scene, drawn, 0)
+        assert {key: value for key, value in record.items() if key != "negatives"} == describe(scene)
+        (negative,) = record["negatives"]
+        # One name has an "and" of its own.
+        said = negative.removesuffix(".").replace(" and ", ", ").replace("fork, knife", "fork and knife").split(", ")
+        ((wrong, other),) = [pair for pair in zip(scene.concepts, said, strict=True) if pair[0] != pair[1]]
+        assert other not in scene.concepts
+        same_subgroup += BY_NAME[wrong].subgroup == BY_NAME[other].subgroup
+    assert same_subgroup > 450
