@@ -13,7 +13,7 @@ test: .venv/installed-dev browser
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 30
 
 test-lmms: .venv-lmms/installed
 	.venv-lmms/bin/pytest tests/evaluation/harnesses/test_lmms_eval.py tests/serving/test_lmms_eval_client.py

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from another_hand import build, photographs
@@ -45,7 +45,6 @@ class Scale:
         seeds: number of runs of each arm.
         steps: of each run; None for the recipe's.
         sweeps: fields of the joint run that are varied, as `cafe ablate --sweep` takes them.
-        hard_negatives: whether the joint run is also trained with them.
         limit: the number of records that each suite is measured on; all of them if None.
         photographs: whether the photographs are fetched too, 161 MB.
     """
@@ -54,8 +53,11 @@ class Scale:
     base: BaseConfig = field(default_factory=BaseConfig)
     seeds: int = 3
     steps: int | None = None
-    sweeps: Sequence[str] = ("objective.contrastive_weight=0.1,0.3,1,3", "objective.temperature=0.05,0.14")
-    hard_negatives: bool = True
+    sweeps: Sequence[str] = (
+        "objective.contrastive_weight=0.1,0.3,1,3",
+        "objective.temperature=0.05,0.14",
+        "objective.hard_negatives=true",
+    )
     limit: int | None = None
     photographs: bool = True
 
@@ -75,7 +77,6 @@ CUT = Scale(
     seeds=1,
     steps=10,
     sweeps=(),
-    hard_negatives=False,
     limit=2,
     photographs=False,
 )
@@ -108,9 +109,6 @@ def run(directory: Path, scale: Scale) -> None:
     joint, overrides = place_recipe("joint", directory), [] if scale.steps is None else [f"max_steps={scale.steps}"]
     sweeps = [read_sweep(joint, overrides, sweep) for sweep in scale.sweeps]
     ablate(read_recipe(joint, overrides), scale.seeds, SUITES, sweeps)
-    hard = read_recipe(place_recipe("hard_negatives", directory), overrides)
-    for seed in range(scale.seeds if scale.hard_negatives else 0):
-        train(replace(hard, output=f"{hard.output}-{seed}", seed=seed))
     measure_ablation(str(base), data, ablation, scale.limit)
     if scale.photographs:
         tune_on_stamps(directory, overrides, scale.limit)

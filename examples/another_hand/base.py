@@ -70,7 +70,8 @@ STATE = "base.pt"  # in the folder of stages: what an interrupted training resum
 SAVE_EVERY = 100  # steps
 PLACEHOLDER = "image.png"  # stands for an image that is processed apart
 FOLLOWING = 0.25  # of the images that questions are about: they follow the description
-TOLD = 0.5  # of the images; the others get questions
+TOLD = 0.4  # of the images; the others get questions
+CHOICES = 4  # names to choose from
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ class BaseConfig:
     align_steps: int = 300
     tower_variants: int = 12  # augmented variants of each drawing that the tower learns from
     variants: int = VARIANTS  # and of each that the lessons show
-    steps: int = 1300
+    steps: int = 2000
     batch: int = 40
-    singles_until: float = 0.3  # of the steps: at first all images are single drawings, and later some
+    singles_until: float = 0.25  # of the steps: at first all images are single drawings, and later some
     singles: float = 0.25  # of the later images
     # Numbers of concepts that questions are about, until these shares of the steps. Whether what is named is there is
     # not learned over all of them at once: the loss stays where always saying one of two words has it.
-    few_at_first: tuple[tuple[int, float], ...] = ((12, 0.12), (36, 0.22))
+    few_at_first: tuple[tuple[int, float], ...] = ((12, 0.08), (36, 0.16))
     learning_rate: float = 1.5e-3
     weight_decay: float = 0.1
     # Mean noise on what the tower sees, in its standard deviations: a drawing by another hand is never as clear as one
@@ -116,15 +117,15 @@ def ask(scene: Scene, world: World, rng: Random) -> list[list[Exchange]]:
     """
     shown = rng.sample(scene.concepts, len(scene.concepts))
     absents: list[str] = []
-    while len(absents) < 3:
+    while len(absents) < max(len(shown), CHOICES - 1):
         concept = absent(scene, world.subgroups, world.concepts, rng)
         if concept not in absents:
             absents.append(concept)
     before = [tell(scene)] if rng.random() < FOLLOWING else []
     dialogues = []
-    for present_one, absent_one in zip(shown[:2], absents, strict=False):
+    for present_one, absent_one in zip(shown, absents, strict=False):
         dialogues += [[*before, (presence(present_one), "yes")], [*before, (presence(absent_one), "no")]]
-    dialogues.append([choice(shown[0], absents, rng)])
+    dialogues.append([choice(shown[0], absents[: CHOICES - 1], rng)])
     if scene.single:
         return [*dialogues, [(GROUP, world.groups[shown[0]])]]
     dialogues.append([place(scene, rng)])

@@ -23,7 +23,6 @@ from another_hand.scenes import Scene, paint_all
 from another_hand.training_records import (
     ask,
     describe,
-    describe_against,
     draw_training_scenes,
     draw_training_singles,
     frequencies,
@@ -122,10 +121,7 @@ def _write_train(
     in_scenes, in_singles = frequencies(concepts, scenes), frequencies(concepts, singles)
     questions = [ask(scene, in_scenes, config.seed) for scene in scenes]
     questions += [ask(scene, in_singles, config.seed) for scene in singles]
-    write_json(path / "llava_scenes.json", list(map(describe, scenes)))
-    write_json(
-        path / "llava_hard_negatives.json", [describe_against(scene, in_scenes, config.seed) for scene in scenes]
-    )
+    write_json(path / "llava_scenes.json", [describe(scene, in_scenes, config.seed) for scene in scenes])
     write_json(path / "llava_questions.json", questions)
     write_json_lines(path / "names.jsonl", (name(scene, by_name, config.seed) for scene in singles))
 

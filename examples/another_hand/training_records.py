@@ -55,19 +55,17 @@ def draw_training_singles(concepts: Sequence[Concept], count: int, variants: int
     ]
 
 
-def describe(scene: Scene) -> Record:
-    """Make a LLaVA record with the description, which is also what the contrast matches with the image."""
-    return _llava(scene, [(DESCRIBE, description(scene))])
+def describe(scene: Scene, drawn: "Frequencies", seed: int) -> Record:
+    """Make a LLaVA record with the description, which is also what the contrast matches with the image.
 
-
-def describe_against(scene: Scene, drawn: "Frequencies", seed: int) -> Record:
-    """Make the same record with a false description, in which one concept is another of its subgroup, as a negative."""
+    Its hard negative is a false description, in which one concept is another of its subgroup.
+    """
     rng = Random(f"negatives {seed} {scene.name}")
     wrong = rng.choice(scene.concepts)
     others = [other for other in drawn.subgroups[wrong] if other not in scene.concepts]
     other = rng.choice(others or [other for other in drawn.concepts if other not in scene.concepts])
     named = listing([other if concept == wrong else concept for concept in scene.concepts])
-    return {**describe(scene), "negatives": [f"{named}."]}
+    return {**_llava(scene, [(DESCRIBE, description(scene))]), "negatives": [f"{named}."]}
 
 
 def name(scene: Scene, concepts: Mapping[str, Concept], seed: int) -> Record:

@@ -23,12 +23,7 @@ from cafe.evaluation.suites.coco import read_instances
 from cafe.evaluation.suites.mmeb.datasets import find_datasets
 from cafe.evaluation.suites.mmeb.readers import read_records
 
-TRAINING = {
-    "llava_scenes.json": (llava, 80),
-    "llava_hard_negatives.json": (llava, 80),
-    "llava_questions.json": (llava, 120),
-    "names.jsonl": (pairs, 40),
-}
+TRAINING = {"llava_scenes.json": (llava, 80), "llava_questions.json": (llava, 120), "names.jsonl": (pairs, 40)}
 FOLDERS = ("noto-v1", "openmoji", "emojione", "new-scenes", "unseen")
 
 
