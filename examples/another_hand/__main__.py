@@ -54,7 +54,7 @@ class Scale:
     seeds: int = 3
     steps: int | None = None
     sweeps: Sequence[str] = (
-        "objective.contrastive_weight=0.1,0.3,1,3",
+        "objective.contrastive_weight=0.1,0.3,1,2,3",
         "objective.temperature=0.05,0.14",
         "objective.hard_negatives=true",
     )
