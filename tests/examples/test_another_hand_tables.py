@@ -68,6 +68,16 @@ def test_the_gap_of_drawn_scenes_is_that_of_their_embeddings():
     )
 
 
+def test_the_gap_by_chance_is_that_of_random_signs(tmp_path):
+    rng = np.random.default_rng(0)
+    images, texts = rng.normal(size=(40, 3)), rng.normal(size=(40, 3))
+    np.savez(tmp_path / "embeddings.npz", images=images, texts=texts, owner=np.arange(40))
+    signs = rng.choice([-1, 1], size=(20_000, 40))
+    gaps = signs @ (images - texts) / 40
+    expected = np.sqrt(np.square(gaps).sum(axis=1).mean())
+    assert tables.Run(tmp_path).gap_by_chance == pytest.approx(expected, rel=0.02)
+
+
 def test_parts_of_a_mean_with_the_same_scenes_are_drawn_together():
     first, second = rate(rows_of(0), "x/right"), rate(rows_of(1, scenes=30), "x/right")
     both = mean([first, second])
@@ -212,7 +222,7 @@ def test_what_must_hold_is_judged(output):
 def test_all_tables_are_written(output):
     text = tables.write_tables(output, {})
     assert "## openmoji" in text
-    assert "| openmoji | modality gap: joint under a fifth of the base's | 0.100 of 1.000 | met |" in text
+    assert "modality gap: joint under a fifth of the base's | 0.100 of 1.000; 0.016 by chance | met |" in text
     assert "**missed**" in text
 
 
