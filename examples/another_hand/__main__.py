@@ -43,6 +43,7 @@ class Scale:
         build: how much data is written.
         base: how long the base is trained.
         seeds: number of runs of each arm.
+        sweep_seeds: number of runs of each value of a sweep.
         steps: of each run; None for the recipe's.
         sweeps: fields of the joint run that are varied, as `cafe ablate --sweep` takes them.
         limit: the number of records that each suite is measured on; all of them if None.
@@ -52,6 +53,7 @@ class Scale:
     build: BuildConfig = field(default_factory=BuildConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     seeds: int = 3
+    sweep_seeds: int = 2
     steps: int | None = None
     sweeps: Sequence[str] = (
         "objective.contrastive_weight=0.1,0.3,1,2,3",
@@ -108,7 +110,7 @@ def run(directory: Path, scale: Scale) -> None:
 
     joint, overrides = place_recipe("joint", directory), [] if scale.steps is None else [f"max_steps={scale.steps}"]
     sweeps = [read_sweep(joint, overrides, sweep) for sweep in scale.sweeps]
-    ablate(read_recipe(joint, overrides), scale.seeds, SUITES, sweeps)
+    ablate(read_recipe(joint, overrides), scale.seeds, SUITES, sweeps, sweep_seeds=scale.sweep_seeds)
     measure_ablation(str(base), data, ablation, scale.limit)
     if scale.photographs:
         tune_on_stamps(directory, overrides, scale.limit)

@@ -104,6 +104,14 @@ def test_a_sweep_trains_the_joint_arm_with_each_value_once(recipe, tmp_path):
     assert ">joint, by objective.contrastive_weight<" in front
 
 
+def test_a_sweep_may_have_fewer_seeds(recipe, tmp_path):
+    sweeps = [sweep_objective(recipe, "contrastive_weight", "1", "0.5")]
+    ablate(replace(recipe, max_steps=1), 2, ["geometry"], sweeps, arms=["joint"], sweep_seeds=1)
+    measured = json.loads((tmp_path / "ablation" / "ablation.json").read_text())
+    numbers = {arm: len(runs) for arm, runs in measured.items()}
+    assert numbers == {"base": 1, "joint": 2, "joint objective.contrastive_weight=0.5": 1}
+
+
 def test_values_are_in_order_and_one_that_makes_another_arm_is_that_arm(recipe):
     weights = sweep_objective(recipe, "contrastive_weight", "10", "0", "2", "1.0", "2.0")
     precisions = {name: replace(recipe, model=replace(recipe.model, precision=name)) for name in ("fp32", "bf16")}

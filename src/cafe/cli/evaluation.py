@@ -186,6 +186,12 @@ def _parse_evaluation(text: str) -> tuple[str, Path]:
     help="Also train the joint run with each of these values of a recipe field. May be given several times.",
 )
 @click.option(
+    "--sweep-seeds",
+    type=POSITIVE,
+    show_default="as --seeds",
+    help="Number of runs of each value of a sweep.",
+)
+@click.option(
     "--arm",
     "arms",
     multiple=True,
@@ -199,6 +205,7 @@ def ablate_command(
     seeds: int,
     suite: str,
     sweeps: tuple[str, ...],
+    sweep_seeds: int | None,
     arms: tuple[str, ...],
 ) -> None:
     """Compare contrastive, language and joint training.
@@ -215,4 +222,4 @@ def ablate_command(
     # Imported only now, so that a mistake is reported at once.
     from cafe.evaluation.ablation import ARMS, ablate
 
-    ablate(joint, seeds, split_names(suite), read_sweeps, arms or tuple(ARMS))
+    ablate(joint, seeds, split_names(suite), read_sweeps, arms or tuple(ARMS), sweep_seeds)

@@ -40,6 +40,7 @@ def ablate(
     suites: Sequence[str] = (),
     sweeps: Sequence[Sweep] = (),
     arms: Sequence[str] = tuple(ARMS),
+    sweep_seeds: int | None = None,
 ) -> str:
     """Train and measure every arm with every seed, print the table and write the results into the recipe's output.
 
@@ -52,6 +53,7 @@ def ablate(
         suites: names of suites, as in `evaluate`.
         sweeps: the joint run with other values of a field, which are arms too.
         arms: which of `ARMS` to train.
+        sweep_seeds: the number of runs of each value of a sweep; as many as of each arm if None.
 
     Returns:
         the table of the suites' headline results.
@@ -71,7 +73,7 @@ def ablate(
     measured = {"base": [measure(base, data, output / "base", suites)]}
     for arm, arm_recipe in recipes.items():
         measured[arm] = []
-        for seed in range(seeds):
+        for seed in range(seeds if arm in ARMS or sweep_seeds is None else sweep_seeds):
             directory = output / directory_name(arm, seed)
             run = replace(arm_recipe, output=str(directory), seed=seed)
             # A finished run is not trained again, and an interrupted one resumes.
