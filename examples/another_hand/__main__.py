@@ -53,7 +53,7 @@ class Scale:
     build: BuildConfig = field(default_factory=BuildConfig)
     base: BaseConfig = field(default_factory=BaseConfig)
     seeds: int = 3
-    sweep_seeds: int = 2
+    sweep_seeds: int = 1
     steps: int | None = None
     sweeps: Sequence[str] = (
         "objective.contrastive_weight=0.1,0.3,1,2,3",
