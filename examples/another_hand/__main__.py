@@ -23,7 +23,7 @@ from another_hand.gates import check_gates
 from another_hand.measure import measure_ablation, measure_all, measure_photographs
 from another_hand.packages import PackageError
 from another_hand.pictures import write_pictures
-from another_hand.tables import write_tables
+from another_hand.tables import format_photographs, write_tables
 from cafe.errors import CafeError
 from cafe.evaluation.ablation import ablate
 from cafe.training.loop import train
@@ -115,6 +115,9 @@ def run(directory: Path, scale: Scale) -> None:
     if scale.photographs:
         tune_on_stamps(directory, overrides, scale.limit)
     tables = f"## The base\n\n{gates}\n\n{write_tables(ablation, reference)}"
+    found = directory / "stamps" / "measured"
+    if found.is_dir():
+        tables += f"\n## Photographs\n\n{format_photographs(found)}\n"
     atomic_write_text(directory / "tables.md", tables)
     write_pictures(packages, data, ablation, directory / "pictures", SHOWN)
     print(f"The tables are {directory / 'tables.md'}, the report is {ablation / 'report.html'}.")

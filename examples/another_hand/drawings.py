@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,18 +25,19 @@ def draw(packages: Path, hand: str, concepts: Iterable[Concept]) -> dict[str, Dr
 
 
 def _draw(icons: dict, name: str) -> Drawing:
-    """Draw one icon of a set, cut to what is drawn and centered on a square."""
+    """Draw one icon of a set."""
     icon = resolve(icons, name)
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     box = f"{icon.get('left', 0)} {icon.get('top', 0)} {width} {height}"
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">'
-    png = resvg_py.svg_to_bytes(
-        svg_string=svg + icon["body"] + "</svg>",
-        width=SIDE,
-        height=round(SIDE * height / width),
-        skip_system_fonts=True,
-    )
+    return _render(f"{svg}{icon['body']}</svg>", round(SIDE * height / width))
+
+
+@lru_cache(maxsize=4096)  # all of them, as every stage draws the same ones
+def _render(svg: str, height: int) -> Drawing:
+    """Render an icon `SIDE` pixels wide and `height` high, cut to what is drawn and centered on a square."""
+    png = resvg_py.svg_to_bytes(svg_string=svg, width=SIDE, height=height, skip_system_fonts=True)
     image = Image.open(io.BytesIO(png)).convert("RGBA")
     image = image.crop(image.getchannel("A").getbbox())
     # The longer side fills the square, so that no hand is known by its margins.

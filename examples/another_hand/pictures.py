@@ -27,6 +27,7 @@ from cafe.evaluation.io import evenly_spaced, find_image, json_lines
 from cafe.model import Cafe
 
 HITS = 5
+SHOWN = 60  # characters of a description; a model that cannot stop repeats itself
 RIGHT, WRONG = "#2a7d4f", "#c0392b"
 FOREIGN = ("de", "fr", "es", "it")  # of the queries in another language, in turn
 
@@ -136,7 +137,8 @@ def describe(said: Mapping[str, Sequence[Mapping[str, Any]]], names: Collection[
     rows = list(zip(*said.values(), strict=True))
     for number in evenly_spaced(len(rows), count):
         shown = set(rows[number][0]["objects"])
-        cells = [strike_out(_escape(row["said"]), names, shown) or "(nothing)" for row in rows[number]]
+        said_in_short = [row["said"][:SHOWN] + "…" * (len(row["said"]) > SHOWN) for row in rows[number]]
+        cells = [strike_out(_escape(text), names, shown) or "(nothing)" for text in said_in_short]
         lines.append(f"| {', '.join(sorted(shown))} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -244,6 +244,18 @@ def write_tables(
     return "\n\n".join([*parts, "## What must hold", format_musts(found)]) + "\n"
 
 
+def format_photographs(measured: Path) -> str:
+    """Format how each model finds photographs by their sentences and back: a row per model, a directory of results."""
+    columns = [f"retrieval/{way}/R@{k}" for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)]
+    titles = [name.removeprefix("retrieval/").replace("_", " ").replace("/", ", ") for name in columns]
+    lines = ["| | " + " | ".join([*titles, "modality gap"]) + " |", "|---|" + "---:|" * (len(titles) + 1)]
+    for path in sorted(measured.glob("*/results.json")):
+        results = read_results(path)
+        cells = [f"{results[name]:.1f}" for name in columns]
+        lines.append(f"| {path.parent.name} | " + " | ".join(cells) + f" | {results['geometry/modality_gap']:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Write the tables of an ablation as Markdown."""
     parser = argparse.ArgumentParser(prog="python -m another_hand.tables", description=main.__doc__)

@@ -136,5 +136,7 @@ def test_names_of_what_is_absent_are_struck_out():
     text = "Fire, fire engine and <b>."
     row = {"said": text, "objects": ["fire engine"]}
     assert pictures.strike_out(text, ("fire", "fire engine"), ["fire engine"]) == "~~Fire~~, fire engine and <b>."
+    long = pictures.describe({"joint": [{"said": "fire " * 40, "objects": ["fire"]}]}, ("fire",), 1)
+    assert long.splitlines()[2].count("fire") == 1 + pictures.SHOWN // 5 and "…" in long
     table = pictures.describe({"joint": [row]}, ("fire", "fire engine"), 3)
     assert table.splitlines()[2] == r"| fire engine | ~~Fire~~, fire engine and \<b\>. |"

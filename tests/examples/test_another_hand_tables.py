@@ -226,6 +226,18 @@ def test_all_tables_are_written(output):
     assert "**missed**" in text
 
 
+def test_photographs_have_a_row_for_each_model(tmp_path):
+    for number, name in enumerate(("base", "stamps")):
+        results = {
+            f"retrieval/{way}/R@{k}": number + k for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)
+        }
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({**results, "geometry/modality_gap": 0.25}))
+    first, _, *rows = tables.format_photographs(tmp_path).splitlines()
+    assert first.startswith("| | image to text, R@1 | image to text, R@5 |")
+    assert rows[1] == "| stamps | 2.0 | 6.0 | 11.0 | 2.0 | 6.0 | 11.0 | 0.250 |"
+
+
 def test_without_results_one_sentence_says_so(tmp_path):
     with pytest.raises(CafeError, match="no results"):
         tables.write_tables(tmp_path, {})
