@@ -232,13 +232,13 @@ def test_the_data_check_reads_adapters_and_names_a_missing_base(random_base, sce
 
 
 @pytest.mark.parametrize(
-    "line", ["evaluate runs/foo --data {scenes}", "data check {scenes}/llava_train.json --base runs/foo"]
+    "line", ["evaluate missing/foo --data {scenes}", "data check {scenes}/llava_train.json --base missing/foo"]
 )
 def test_a_missing_directory_is_not_taken_for_a_hub_model(line, scenes, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert main(line.format(scenes=scenes).split()) == 1
     error = capsys.readouterr().err
-    assert "There is no directory runs/foo, the Hub's cache holds no model of that name" in error
+    assert "There is no directory missing/foo, the Hub's cache holds no model of that name" in error
     assert error.count("\n") == 1
 
 

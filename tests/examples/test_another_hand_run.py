@@ -25,7 +25,7 @@ def run(directory: Path) -> str:
 
 def test_runs_from_packages_to_tables_and_resumes(tmp_path):
     directory = tmp_path / "another-hand"
-    assert "| gate |" in run(directory)
+    assert "| on the development hand |" in run(directory)
     for name in ("tables.md", "ablation/report.html", "ablation/ablation.json", "pictures/another-hand-queries.png"):
         assert (directory / name).stat().st_size > 0, name
     # The joint run is a checkpoint like any other.
