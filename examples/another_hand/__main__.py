@@ -115,9 +115,9 @@ def run(directory: Path, scale: Scale) -> None:
     if scale.photographs:
         tune_on_stamps(directory, overrides, scale.limit)
     tables = f"## The base\n\n{gates}\n\n{write_tables(ablation, reference)}"
-    found = directory / "stamps" / "measured"
-    if found.is_dir():
-        tables += f"\n## Photographs\n\n{format_photographs(found)}\n"
+    of_photographs = directory / "stamps" / "measured"
+    if of_photographs.is_dir():
+        tables += f"\n## Photographs\n\n{format_photographs(of_photographs)}\n"
     atomic_write_text(directory / "tables.md", tables)
     write_pictures(packages, data, ablation, directory / "pictures", SHOWN)
     print(f"The tables are {directory / 'tables.md'}, the report is {ablation / 'report.html'}.")

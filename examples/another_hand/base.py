@@ -337,7 +337,7 @@ def _add_noise(noise: float, projector: nn.Module, inputs: tuple[Tensor, ...]) -
     """Add noise to the features that the projector gets: of each crop its own amount, up to twice the mean."""
     features, *others = inputs
     scale = features.detach().std(dim=tuple(range(features.dim() - 1)), keepdim=True)
-    amount = 2 * noise * torch.rand(len(features), *[1] * (features.dim() - 1))
+    amount = 2 * noise * torch.rand(len(features), *[1] * (features.dim() - 1), device=features.device)
     return (features + amount * scale * torch.randn_like(features), *others)
 
 

@@ -20,15 +20,15 @@ def check_gates(
     floor = floors.get("floor", {}).get("vqa/name", float("nan"))
     named, presence = results["vqa/name"], results["pope/mean/auc"]
     now, later = results["objects/hallucinated"], further["objects/hallucinated"]
-    lower = 100 * (now - later) / now if now else 0.0
+    change = 100 * (later - now) / now if now else 0.0
     gates = [
         (f"single drawings named, at least {NAMED:.0f}%", f"{named:.1f}", named >= NAMED),
         (f"single drawings named, above the floor of {floor:.1f}%", f"{named:.1f}", named > floor),
         (f"presence, AUC at least {PRESENCE:.0f}", f"{presence:.1f}", presence >= PRESENCE),
         (
             f"converged: another 20% of the steps lowers hallucination by less than {CONVERGED:.0f}%",
-            f"{now:.1f} → {later:.1f}, by {lower:.1f}%",
-            lower < CONVERGED,
+            f"{now:.1f} → {later:.1f} ({change:+.1f}%)".replace("-", "−"),
+            change > -CONVERGED,
         ),
     ]
     lines = ["| on the development hand | measured | |", "|---|---:|---|"]

@@ -19,6 +19,7 @@ from another_hand.words import (
     absent,
     choice,
     description,
+    draw_absent,
     listing,
     place,
     presence,
@@ -55,19 +56,6 @@ def draw_training_singles(concepts: Sequence[Concept], count: int, variants: int
     ]
 
 
-def describe(scene: Scene, drawn: "Frequencies", seed: int) -> Record:
-    """Make a LLaVA record with the description, which is also what the contrast matches with the image.
-
-    Its hard negative is a false description, in which one concept is another of its subgroup.
-    """
-    rng = Random(f"negatives {seed} {scene.name}")
-    wrong = rng.choice(scene.concepts)
-    others = [other for other in drawn.subgroups[wrong] if other not in scene.concepts]
-    other = rng.choice(others or [other for other in drawn.concepts if other not in scene.concepts])
-    named = listing([other if concept == wrong else concept for concept in scene.concepts])
-    return {**_llava(scene, [(DESCRIBE, description(scene))]), "negatives": [f"{named}."]}
-
-
 def name(scene: Scene, concepts: Mapping[str, Concept], seed: int) -> Record:
     """Make a pair of a single drawing and one of several texts, with the question for its name as a dialogue."""
     (concept,) = scene.concepts
@@ -102,6 +90,18 @@ def frequencies(concepts: Sequence[Concept], scenes: Sequence[Scene]) -> Frequen
         subgroups={c.name: [other.name for other in repeated if other.subgroup == c.subgroup] for c in seen},
         groups={c.name: c.group for c in seen},
     )
+
+
+def describe(scene: Scene, drawn: Frequencies, seed: int) -> Record:
+    """Make a LLaVA record with the description, which is also what the contrast matches with the image.
+
+    Its hard negative is a false description, in which one concept is another of its subgroup.
+    """
+    rng = Random(f"negatives {seed} {scene.name}")
+    wrong = rng.choice(scene.concepts)
+    other = draw_absent(scene, drawn.subgroups[wrong], drawn.concepts, rng)
+    named = listing([other if concept == wrong else concept for concept in scene.concepts])
+    return {**_llava(scene, [(DESCRIBE, description(scene))]), "negatives": [f"{named}."]}
 
 
 def ask(scene: Scene, drawn: Frequencies, seed: int) -> Record:

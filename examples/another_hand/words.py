@@ -72,5 +72,10 @@ def absent(scene: Scene, subgroups: Mapping[str, Sequence[str]], concepts: Seque
     candidates = concepts
     if rng.random() < 0.5:
         candidates = subgroups[rng.choice(scene.concepts)]
+    return draw_absent(scene, candidates, concepts, rng)
+
+
+def draw_absent(scene: Scene, candidates: Sequence[str], concepts: Sequence[str], rng: Random) -> str:
+    """Draw a candidate that a scene does not show, or any other concept if it shows all of them."""
     left = [concept for concept in candidates if concept not in scene.concepts]
     return rng.choice(left or [concept for concept in concepts if concept not in scene.concepts])

@@ -64,6 +64,7 @@ def ablate(
     if not recipe.evaluation.data:
         raise RecipeError("An ablation needs evaluation.data in its recipe.")
     data, output = Path(recipe.evaluation.data), Path(recipe.output)
+    sweep_seeds = seeds if sweep_seeds is None else sweep_seeds
     # Mistakes are reported before a model is loaded.
     select_suites(data, suites)
     recipes, values = arm_recipes(recipe, sweeps, arms)
@@ -73,7 +74,7 @@ def ablate(
     measured = {"base": [measure(base, data, output / "base", suites)]}
     for arm, arm_recipe in recipes.items():
         measured[arm] = []
-        for seed in range(seeds if arm in ARMS or sweep_seeds is None else sweep_seeds):
+        for seed in range(seeds if arm in ARMS else sweep_seeds):
             directory = output / directory_name(arm, seed)
             run = replace(arm_recipe, output=str(directory), seed=seed)
             # A finished run is not trained again, and an interrupted one resumes.
